@@ -1,0 +1,48 @@
+# make quickstart is where to begin; `make` alone lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Tests and examples never ask a model hub.
+export HF_HUB_OFFLINE = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart check test test-fast format lock bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+install: $(VENV)/.installed ## make .venv with everything at its locked version
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf,plot,test,dev]'
+	touch $@
+
+quickstart: install ## fine-tune a real model on real text, in a few minutes on two CPU cores
+	$(BIN)/python examples/fetch_quickstart.py
+	$(BIN)/launcher run examples/quickstart.yaml
+
+check: install ## format, lint, types and fast tests, in under a minute
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit
+
+test: install ## install what the tests need, and run them all
+	$(BIN)/python examples/fetch_quickstart.py
+	$(BIN)/python -m pytest
+
+format: install ## format the code and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: install ## write the installed versions to constraints.txt
+	{ echo '# Every version that the Makefile installs and CI tests. Made with: make lock'; \
+	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.txt
+
+bench: install ## run the benchmarks, each against its alternative
+	$(BIN)/python benchmarks/advice_accuracy.py
+	$(BIN)/python benchmarks/launch_overhead.py
+
+clean: ## remove what was built, not the runs
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

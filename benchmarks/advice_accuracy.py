@@ -1,0 +1,187 @@
+"""How near the advised peak rate comes to published recipes, on organisations that it was not fitted on.
+
+Leave one organisation out: the five base rates, one a method, are fitted on all other organisations'
+recipes (least absolute error in the logarithm, every organisation weighing the same, each base drawn towards
+the usual constant), and the left-out recipes are predicted. The baseline is that constant alone: 1e-5 full,
+2e-4 LoRA, 5e-7 preference, 5e-6 preference with LoRA, 1e-5 encoder. The exponents on size (0.3) and on the
+batch (½, kept within ½ and 4) are the published ones and are not fitted.
+
+Findings, on the 66 recipes of 18 organisations in launcher/schedule/recipes.csv:
+- held out, the mean error in the logarithm is 0.68 against the baseline's 0.88, and 47% of the recipes are
+  within 1.5x against 32%; within 2x there is no gain (74% both);
+- 6B and more: 0.63 against 0.80, 81% within 2x against 79%; less than 3B: 0.80 against 1.16, 60% against 53%:
+  small models stay hard to predict, their published rates span 3e-6 to 1e-3;
+- LoRA gains in the mean and loses within 2x (71% against 93%); preference tuning with LoRA has three recipes
+  and loses a little: nothing was learnt there;
+- some of the gain is the level alone: most full recipes lie near 2e-5, above the baseline's careful 1e-5;
+- which method takes which factor was chosen by this same score among about ten forms, so the held-out figures
+  flatter a little.
+
+Run: python benchmarks/advice_accuracy.py [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+from launcher.schedule.advice import FAMILIES, Family, family_rate, peak_rate
+
+RECIPES = Path(__file__).parents[1] / "launcher" / "schedule" / "recipes.csv"
+BASELINE = {"full": 1e-5, "lora": 2e-4, "preference": 5e-7, "preference-lora": 5e-6, "encoder": 1e-5}
+PULL = 3.0
+"""How many organisations the usual constant weighs as much as, in the fit of a base."""
+NEAR = 0.2
+"""Below this error in the logarithm a recipe's pull no longer grows: it is as good as hit."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One published recipe; `tokens` an update is None where batch or length is not published."""
+
+    name: str
+    organisation: str
+    method: str
+    parameters: float
+    tokens: float | None
+    peak_lr: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """Shares of recipes predicted within a factor, and the mean absolute error of the natural logarithm."""
+
+    recipes: int
+    within_1_5x: float
+    within_2x: float
+    mean_abs_log_error: float
+
+
+Predict = Callable[[Recipe], float]
+
+
+def read_recipes(path: Path = RECIPES) -> list[Recipe]:
+    with path.open(newline="") as rows:
+        return [_recipe(row) for row in csv.DictReader(rows)]
+
+
+def _recipe(row: Mapping[str, str]) -> Recipe:
+    length, sequences = row["sequence_length"], row["sequences_per_batch"]
+    return Recipe(
+        row["recipe"],
+        row["organisation"],
+        _method(row["stage"], row["method"]),
+        float(row["params_billion"]) * 1e9,
+        float(length) * float(sequences) if length and sequences else None,
+        float(row["peak_lr"]),
+    )
+
+
+def _method(stage: str, method: str) -> str:
+    if stage == "preference" and method == "lora":
+        return "preference-lora"
+    return stage if stage in ("preference", "encoder") else method
+
+
+def fit(recipes: Sequence[Recipe]) -> dict[str, Family]:
+    """The families with their base rates fitted on these recipes."""
+    return {method: _fit_one(method, recipes) for method in FAMILIES}
+
+
+def _fit_one(method: str, recipes: Sequence[Recipe]) -> Family:
+    unit = replace(FAMILIES[method], base_lr=1.0)
+    mine = [recipe for recipe in recipes if recipe.method == method]
+    share = Counter(recipe.organisation for recipe in mine)
+    weights = [1 / share[recipe.organisation] for recipe in mine]
+    points = [
+        math.log(recipe.peak_lr / family_rate(unit, recipe.parameters, recipe.tokens)) for recipe in mine
+    ]
+    return replace(unit, base_lr=math.exp(_centre(points, weights, math.log(BASELINE[method]))))
+
+
+def _centre(points: Sequence[float], weights: Sequence[float], usual: float) -> float:
+    """The centre of the points by least absolute error (reweighted squares), drawn towards the usual one."""
+    centre = usual
+    for _ in range(100):
+        pulls = [w / max(abs(p - centre), NEAR) for p, w in zip(points, weights, strict=True)]
+        centre = (PULL * usual + sum(a * p for a, p in zip(pulls, points, strict=True))) / (PULL + sum(pulls))
+    return centre
+
+
+def held_out(recipes: Sequence[Recipe]) -> dict[str, float]:
+    """The predicted peak of every recipe by its name, from a fit without its organisation."""
+    predicted = {}
+    for organisation in {recipe.organisation for recipe in recipes}:
+        families = fit([recipe for recipe in recipes if recipe.organisation != organisation])
+        for recipe in recipes:
+            if recipe.organisation == organisation:
+                predicted[recipe.name] = peak_rate(recipe.method, recipe.parameters, recipe.tokens, families)
+    return predicted
+
+
+def score(recipes: Sequence[Recipe], predict: Predict) -> Score:
+    errors = [abs(math.log(predict(recipe) / recipe.peak_lr)) for recipe in recipes]
+    return Score(len(errors), _within(errors, 1.5), _within(errors, 2.0), fmean(errors))
+
+
+def _within(errors: Sequence[float], factor: float) -> float:
+    # The small allowance counts 2e-5 against 1e-5 as within twice, whatever the last bit says.
+    return fmean(error <= math.log(factor) + 1e-9 for error in errors)
+
+
+GROUPS: dict[str, Callable[[Recipe], bool]] = {
+    "all": lambda _: True,
+    "6B and more": lambda recipe: recipe.parameters >= 6e9,
+    "less than 3B": lambda recipe: recipe.parameters < 3e9,
+    **{method: lambda recipe, method=method: recipe.method == method for method in FAMILIES},  # type: ignore[misc]
+}
+
+
+def evaluate(recipes: Sequence[Recipe]) -> dict[str, dict[str, Score]]:
+    """For every group of recipes: the baseline, the advice held out, and the advice as it is shipped."""
+    unseen = held_out(recipes)
+    predictors: dict[str, Predict] = {
+        "baseline": lambda recipe: BASELINE[recipe.method],
+        "held out": lambda recipe: unseen[recipe.name],
+        "shipped": lambda recipe: peak_rate(recipe.method, recipe.parameters, recipe.tokens),
+    }
+    groups = {group: [r for r in recipes if belongs(r)] for group, belongs in GROUPS.items()}
+    return {
+        group: {name: score(members, predict) for name, predict in predictors.items()}
+        for group, members in groups.items()
+        if members
+    }
+
+
+def show(results: Mapping[str, Mapping[str, Score]]) -> None:
+    print(f"{'group':<16} {'advice':<9} {'recipes':>7} {'in 1.5x':>8} {'in 2x':>6} {'mean |log error|':>17}")
+    for group, scores in results.items():
+        for name, s in scores.items():
+            shares = f"{s.within_1_5x:>8.0%} {s.within_2x:>6.0%}"
+            print(f"{group:<16} {name:<9} {s.recipes:>7} {shares} {s.mean_abs_log_error:>17.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="How near the advised peak rate comes to published recipes")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    asked = parser.parse_args()
+    recipes = read_recipes()
+    results = evaluate(recipes)
+    bases = {method: family.base_lr for method, family in fit(recipes).items()}
+    if asked.json:
+        scores = {group: {name: asdict(s) for name, s in row.items()} for group, row in results.items()}
+        print(json.dumps({"scores": scores, "bases_fitted_on_all": bases}, indent=2))
+        return
+    show(results)
+    print("bases fitted on all:", ", ".join(f"{method} {base:.2g}" for method, base in bases.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""What a run shows: states, a progress bar with loss, rate and tokens/s, and the summary at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+_PLAIN_EVERY_SECONDS = 10.0
+_SHOWN = {
+    "planning": "planning",
+    "preparing": "preparing the data",
+    "placing": "placing the nodes",
+    "starting": "starting the ranks",
+    "saving": "saving a checkpoint",
+    "exporting": "exporting the model",
+}
+
+
+class RunConsole:
+    """Shows one run: live in a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._began = time.monotonic()
+        self._last_plain = 0.0
+        self.total = 0
+
+    def state(self, name: str) -> None:
+        """Tells that the run has come to a state."""
+        if name in _SHOWN:
+            self._print(f"[dim]{time.monotonic() - self._began:6.1f} s[/]  {_SHOWN[name]}")
+        elif name == "training" and self._progress is None:
+            self._print(f"[dim]{time.monotonic() - self._began:6.1f} s[/]  training")
+            self._start_bar()
+
+    def note(self, text: str) -> None:
+        """A line for the user; an empty one ends the progress bar."""
+        if not text:
+            self._stop_bar()
+        else:
+            self._print(text)
+
+    def prepare(self, progress: dict[str, Any]) -> None:
+        """How far measuring and tokenising are."""
+        done = f" {progress['done']}/{progress['total']} rows" if progress.get("total") else ""
+        self._print(f"          {progress['message']}{done}")
+
+    def update(self, metrics: dict[str, Any]) -> None:
+        """One update was made."""
+        text = (
+            f"loss {_number(metrics['loss'])}  rate {metrics['lr']:.2e}  {metrics['tokens_per_second']:,.0f} tokens/s"
+        )
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=metrics["update"] + 1, shown=text)
+        elif self._due() or metrics["update"] + 1 == self.total:
+            self._print(f"          update {metrics['update'] + 1}/{self.total}  {text}")
+
+    def evaluation(self, evaluation: dict[str, Any]) -> None:
+        """An evaluation was made."""
+        loss, perplexity = _number(evaluation["loss"]), _number(evaluation["perplexity"])
+        self._print(
+            f"          evaluation after {evaluation['update']} updates: loss [bold]{loss}[/], perplexity {perplexity}"
+        )
+
+    def _start_bar(self) -> None:
+        if not self.console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("         "),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=False,
+        )
+        self._task = self._progress.add_task("training", total=self.total, shown="")
+        self._progress.start()
+
+    def _stop_bar(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _due(self) -> bool:
+        now = time.monotonic()
+        if now - self._last_plain < _PLAIN_EVERY_SECONDS:
+            return False
+        self._last_plain = now
+        return True
+
+    def _print(self, text: str) -> None:
+        self.console.print(text)
+
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """Leaves the terminal as it was, whatever happens."""
+        try:
+            yield
+        finally:
+            self._stop_bar()
+
+
+def _number(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4f}"

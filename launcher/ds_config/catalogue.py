@@ -1,0 +1,159 @@
+"""Which keys the installed DeepSpeed reads, with types and bounds: asked for once a version, then cached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import Problem, RequestError
+
+# Read further by code that is not DeepSpeedConfig: keys unknown here may be known there.
+OPEN_BLOCKS = (
+    "data_efficiency",
+    "autotuning",
+    "expert_parallel",
+    "pipeline",
+    "tensor_parallel",
+    "datastates_ckpt",
+)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key: the JSON types it takes (empty: any), its choices and bounds, and what replaced it."""
+
+    types: tuple[str, ...] = ()
+    choices: tuple[Any, ...] = ()
+    bounds: Mapping[str, float] = field(default_factory=dict)
+    deprecated: str | None = None
+    alias: str | None = None
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """The keys of one {…}. A model refuses unknown keys and converts text; elsewhere neither happens."""
+
+    keys: Mapping[str, Key]
+    model: bool = False
+    open: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """The names to suggest: neither deprecated ones nor second names."""
+        return [name for name, key in self.keys.items() if key.deprecated is None and key.alias is None]
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What one version of DeepSpeed reads. `blocks` is keyed by dotted path, "" being the top."""
+
+    deepspeed: str
+    blocks: Mapping[str, Block]
+    removed: Mapping[str, str]
+    optimizers: Mapping[str, Block | None]
+    zero_optimizers: frozenset[str]
+    schedulers: Mapping[str, Block]
+
+    def optimizer_name(self, written: str) -> str | None:
+        """DeepSpeed's name for an optimizer type: its own in any case, torch's exactly; else None."""
+        if written.lower() in self.optimizers:
+            return written.lower()
+        return written if written in self.optimizers else None
+
+
+def load_catalogue() -> Catalogue:
+    """The catalogue of the installed DeepSpeed, from the cache or else from a process that imports it.
+
+    Raises:
+        RequestError: DeepSpeed is not installed, or cannot be imported.
+    """
+    try:
+        version = metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        message = "deepspeed is not installed, and its keys are taken from it"
+        raise RequestError(Problem(message, mend="pip install deepspeed")) from None
+    cached = _cache_file(version)
+    try:
+        return from_json(json.loads(cached.read_text()))
+    except (OSError, ValueError, KeyError, TypeError):
+        raw = _ask_deepspeed()
+        _keep(cached, raw)
+        return from_json(raw)
+
+
+def from_json(raw: dict[str, Any]) -> Catalogue:
+    """The catalogue in what `build_catalogue` printed."""
+    blocks = {
+        path: Block(_keys(block["keys"], raw["blocks"], path), block["model"], path.startswith(OPEN_BLOCKS))
+        for path, block in raw["blocks"].items()
+    }
+    optimizers = {
+        name: Block(_keys(found["params"])) if found["params"] is not None else None
+        for name, found in raw["optimizers"].items()
+    }
+    return Catalogue(
+        deepspeed=raw["deepspeed"],
+        blocks=blocks,
+        removed=raw["removed"],
+        optimizers=optimizers,
+        zero_optimizers=frozenset(name for name, found in raw["optimizers"].items() if found["zero"]),
+        schedulers={name: Block(_keys(params)) for name, params in raw["schedulers"].items()},
+    )
+
+
+def _keys(raw: dict[str, Any], blocks: Mapping[str, Any] | None = None, path: str = "") -> dict[str, Key]:
+    keys = {}
+    for name, found in raw.items():
+        is_block = f"{path}.{name}".lstrip(".") in (blocks or {})
+        keys[name] = Key(
+            types=_block_types(name) if is_block and not path else tuple(found["types"]),
+            choices=tuple(found.get("choices", ())),
+            bounds={bound: found[bound] for bound in ("gt", "ge", "lt", "le") if bound in found},
+            deprecated=found.get("deprecated"),
+            alias=found.get("alias"),
+            required=found.get("required", False),
+        )
+    return keys
+
+
+def _block_types(name: str) -> tuple[str, ...]:
+    """DeepSpeed still reads the old form "zero_optimization": true."""
+    return ("dict", "bool") if name == "zero_optimization" else ("dict",)
+
+
+def _cache_file(version: str) -> Path:
+    """Named after DeepSpeed's version and the builder's text, so that neither can go stale."""
+    builder = Path(__file__).with_name("build_catalogue.py").read_bytes()
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    digest = hashlib.sha256(builder).hexdigest()[:12]
+    return Path(root) / "launcher" / f"deepspeed-{version}-{digest}.json"
+
+
+def _ask_deepspeed() -> dict[str, Any]:
+    command = [sys.executable, "-m", "launcher.ds_config.build_catalogue"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RequestError(Problem(f"deepspeed could not be asked for its keys: {last}"))
+    raw: dict[str, Any] = json.loads(done.stdout)
+    return raw
+
+
+def _keep(path: Path, raw: dict[str, Any]) -> None:
+    """Writes the cache in one move. Where it cannot be written, the next call asks again."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(raw))
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,93 @@
+"""A DeepSpeed JSON under construction, which notes every change made to what the user wrote."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.ds_config.facts import AUTO, as_number
+from launcher.ds_config.read import DsConfig
+from launcher.errors import Problem, RequestError
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key of the user's JSON that DeepSpeed is given otherwise. `before` is None where it was missing."""
+
+    key_path: str
+    before: Any
+    after: Any
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.key_path}: {_shown(self.before)} → {_shown(self.after)}  ({self.reason})"
+
+
+class Draft:
+    """The config under construction, with the changes and problems met so far."""
+
+    def __init__(self, user: DsConfig) -> None:
+        self.user = user
+        self.config: dict[str, Any] = copy.deepcopy(user.data)
+        self.changes: list[Change] = []
+        self.problems: list[Problem] = []
+
+    def attempt(self, step: Callable[[Draft], None]) -> None:
+        """Runs `step` on this draft and collects the problems that it raises."""
+        try:
+            step(self)
+        except RequestError as error:
+            self.problems.extend(error.problems)
+
+    def get(self, path: str) -> Any:
+        """The value at a dotted path, None where it is missing."""
+        node: Any = self.config
+        for key in path.split("."):
+            if not isinstance(node, dict) or key not in node:
+                return None
+            node = node[key]
+        return node
+
+    def put(self, path: str, value: Any, reason: str) -> None:
+        """Sets `path` and notes the change; blocks on the way are made."""
+        *blocks, last = path.split(".")
+        node = self.config
+        for depth, key in enumerate(blocks):
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                block = ".".join(blocks[: depth + 1])
+                raise RequestError(self.user.problem(block, f"a block {{…}} was expected, found {node!r}"))
+        before = node.get(last)
+        if last not in node or type(before) is not type(value) or before != value:
+            node[last] = copy.deepcopy(value)
+            self.changes.append(Change(path, before, copy.deepcopy(value), reason))
+
+    def drop(self, path: str, reason: str) -> None:
+        """Removes a key and notes the change."""
+        block, _, last = path.rpartition(".")
+        node = self.get(block) if block else self.config
+        self.changes.append(Change(path, node.pop(last), None, reason))
+
+    def settle(self, path: str, value: Any, job_key: str, explicit: bool, reason: str) -> None:
+        """Fills a missing or "auto" key, and refuses a value that contradicts one set in the job."""
+        found = self.get(path)
+        if found is None or found == AUTO:
+            self.put(path, value, reason)
+        elif as_number(found) == value or not explicit:
+            self.as_number(path)
+        else:
+            message = f"{found!r} here, but {job_key} in the job is {value!r}"
+            mend = f'Set one of the two, or write "auto" here to take the job\'s {value!r}.'
+            self.problems.append(self.user.problem(path, message, mend))
+
+    def as_number(self, path: str) -> None:
+        """Turns a number written as text into the number: DeepSpeed does so in its pydantic models only."""
+        found = self.get(path)
+        if isinstance(found, str) and as_number(found) is not found:
+            self.put(path, as_number(found), "a number written as text, which DeepSpeed does not convert here")
+
+
+def _shown(value: Any) -> str:
+    return "(not set)" if value is None else repr(value)

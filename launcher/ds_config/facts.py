@@ -1,0 +1,136 @@
+"""What a DeepSpeed JSON fixes, for the planner to read: "auto" and missing keys come back as None."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from launcher.ds_config.read import DsConfig
+from launcher.errors import RequestError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Offload:
+    """Where optimizer states and parameters rest: "none" is the GPU."""
+
+    optimizer: Literal["none", "cpu", "nvme"] = "none"
+    parameters: Literal["none", "cpu", "nvme"] = "none"
+
+
+def as_number(value: Any) -> Any:
+    """A number written as text ("1e-5", a string to YAML 1.1) as the number; the rest as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
+
+
+def batch_keys(user: DsConfig) -> dict[str, int]:
+    """The batch sizes which the JSON fixes, of DeepSpeed's three.
+
+    Raises:
+        RequestError: one of them is not a whole number above 0.
+    """
+    found = {key: as_number(user.get(key)) for key in BATCH_KEYS}
+    found = {key: value for key, value in found.items() if value is not None and value != AUTO}
+    wrong = [key for key, value in found.items() if type(value) is not int or value < 1]
+    if wrong:
+        message = 'a whole number above 0 or "auto" was expected, found {!r}'
+        raise RequestError(*(user.problem(key, message.format(user.get(key))) for key in wrong))
+    return found
+
+
+def optimizer_of(user: DsConfig) -> dict[str, Any] | None:
+    """The optimizer's {"type", "params"} without the params that are "auto"; None where there is none."""
+    return _block(user, "optimizer")
+
+
+def scheduler_of(user: DsConfig) -> dict[str, Any] | None:
+    """The scheduler's {"type", "params"} without the params that are "auto"; None where there is none."""
+    return _block(user, "scheduler")
+
+
+def zero_stage(user: DsConfig) -> int:
+    """The ZeRO stage, 0 where none is set.
+
+    Raises:
+        RequestError: it is not one of 0, 1, 2 and 3.
+    """
+    block = user.get("zero_optimization")
+    if isinstance(block, bool):
+        return int(block)
+    stage = as_number(user.get("zero_optimization.stage", 0))
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3, AUTO):
+        message = f"a ZeRO stage of 0, 1, 2 or 3 was expected, found {stage!r}"
+        raise RequestError(user.problem("zero_optimization.stage", message))
+    return 0 if stage == AUTO else int(stage)
+
+
+def offload(user: DsConfig) -> Offload:
+    """Where optimizer states and parameters are kept; the deprecated cpu_offload keys count."""
+    zero = user.get("zero_optimization")
+    zero = zero if isinstance(zero, dict) else {}
+    return Offload(
+        optimizer=_device(zero.get("offload_optimizer"), zero.get("cpu_offload")),
+        parameters=_device(zero.get("offload_param"), zero.get("cpu_offload_param")),
+    )
+
+
+def clipping_of(user: DsConfig) -> float | None:
+    """The largest gradient norm which the JSON fixes, or None."""
+    value = as_number(user.get("gradient_clipping"))
+    if value is None or value == AUTO:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        raise RequestError(user.problem("gradient_clipping", f"a number from 0 up was expected, found {value!r}"))
+    return float(value)
+
+
+def bf16_key(user: DsConfig) -> str:
+    """The name of the bfloat16 block: DeepSpeed reads the old name "bfloat16" where "bf16" is missing."""
+    return "bfloat16" if "bf16" not in user.data and "bfloat16" in user.data else "bf16"
+
+
+def precision_of(user: DsConfig) -> Precision | None:
+    """The precision of parameters and gradients which the JSON fixes, or None where it leaves that open.
+
+    torch_autocast keeps the parameters in fp32.
+
+    Raises:
+        RequestError: fp16 and bf16 are both on.
+    """
+    on = {name: user.get(f"{block}.enabled") for name, block in (("bf16", bf16_key(user)), ("fp16", "fp16"))}
+    if on["bf16"] is True and on["fp16"] is True:
+        message = "fp16 and bf16 are both on: DeepSpeed takes one of them"
+        raise RequestError(user.problem("fp16.enabled", message, "Switch fp16 off where the hardware has bf16."))
+    if on["bf16"] is True:
+        return "bf16"
+    if on["fp16"] is True:
+        return "fp16"
+    if (on["bf16"] is False and on["fp16"] in (False, None)) or user.get("torch_autocast.enabled") is True:
+        return "fp32"
+    return None
+
+
+def _block(user: DsConfig, name: str) -> dict[str, Any] | None:
+    block = user.get(name)
+    if not isinstance(block, dict) or not isinstance(block.get("type"), str):
+        return None
+    params = block.get("params")
+    numbers = {k: as_number(v) for k, v in (params if isinstance(params, dict) else {}).items() if v != AUTO}
+    return {"type": block["type"], "params": copy.deepcopy(numbers)}
+
+
+def _device(block: Any, deprecated: Any) -> Literal["none", "cpu", "nvme"]:
+    device = block.get("device") if isinstance(block, dict) else None
+    if device == "nvme":
+        return "nvme"
+    return "cpu" if device == "cpu" or (device is None and deprecated is True) else "none"

@@ -1,0 +1,96 @@
+"""What lint finds: where, how bad, how to mend it, and the edit that mends it where there is just one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from launcher.ds_config.read import DsConfig
+
+Severity = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True)
+class Fix:
+    """Characters `start` to `end` of the text become `replacement`."""
+
+    start: int
+    end: int
+    replacement: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to mend. Lines and columns count from 1; 0 where the text is not known (an inline mapping).
+
+    error: DeepSpeed fails, or trains something else than was asked for. warning: it runs, and probably hurts.
+    note: worth knowing.
+    """
+
+    line: int
+    column: int
+    severity: Severity
+    key_path: str
+    message: str
+    mend: str
+    fix: Fix | None = None
+
+
+def finding(
+    config: DsConfig, severity: Severity, path: str, message: str, mend: str, fix: Fix | None = None
+) -> Finding:
+    """A finding at the place of `path` in `config`."""
+    place = config.place(path)
+    line, column = (place.line, place.column) if place else (0 if config.text is None else 1,) * 2
+    return Finding(line, column, severity, path, message, mend, fix)
+
+
+def rename(config: DsConfig, path: str, name: str) -> Fix | None:
+    """The edit that gives the key at `path` another name; None where the new name stands there already."""
+    place = config.places.get(path)
+    block = path.rpartition(".")[0]
+    taken = config.get(f"{block}.{name}" if block else name, config) is not config
+    if config.text is None or place is None or place.key_start < 0 or taken:
+        return None
+    quote = config.text[place.key_start]
+    quote = quote if quote in "\"'" else ""
+    return Fix(place.key_start, place.key_end, f"{quote}{name}{quote}")
+
+
+def rewrite(config: DsConfig, path: str, value: str) -> Fix | None:
+    """The edit that puts the JSON text `value` in the place of the value at `path`."""
+    place = config.places.get(path)
+    if config.text is None or place is None or place.value_start < 0:
+        return None
+    # hjson takes a comma after unquoted text as part of it.
+    written = config.text[place.value_start : place.value_end]
+    comma = "," if written.endswith(",") else ""
+    return Fix(place.value_start, place.value_end, value + comma)
+
+
+def sure_match(name: str, valid: Iterable[str]) -> str | None:
+    """The one valid name so close to `name` that nothing else can have been meant, or None."""
+    names = list(valid)
+    matches = difflib.get_close_matches(name, names, n=2, cutoff=0.85)
+    same = [known for known in names if known.lower() == name.lower()]
+    return same[0] if same else matches[0] if len(matches) == 1 else None
+
+
+def apply_fixes(text: str, findings: Iterable[Finding]) -> str:
+    """`text` with every fix made: comments and layout stay, and of two that overlap the first is made."""
+    fixes = sorted({f.fix for f in findings if f.fix is not None}, key=lambda fix: (fix.start, fix.end))
+    parts, at = [], 0
+    for fix in fixes:
+        if fix.start >= at:
+            parts += [text[at : fix.start], fix.replacement]
+            at = fix.end
+    return "".join(parts) + text[at:]
+
+
+def shown(value: Any) -> str:
+    """A value as JSON writes it, shortened."""
+    words = {True: "true", False: "false", None: "null"}
+    text = words[value] if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"

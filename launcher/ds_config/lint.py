@@ -1,0 +1,241 @@
+"""Checks a DeepSpeed JSON before it costs a run: the names, types and bounds of keys, and combinations."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+from launcher.ds_config.catalogue import Block, Catalogue, Key
+from launcher.ds_config.facts import AUTO, as_number
+from launcher.ds_config.findings import (
+    Finding,
+    Fix,
+    Severity,
+    apply_fixes,
+    finding,
+    rename,
+    rewrite,
+    shown,
+    sure_match,
+)
+from launcher.ds_config.read import DsConfig
+from launcher.ds_config.rules import combinations
+from launcher.errors import nearest
+
+__all__ = ["Finding", "Fix", "apply_fixes", "lint"]
+
+# Names from other tools, and where DeepSpeed has what they mean.
+MEANT = {
+    "lr": "optimizer.params.lr",
+    "learning_rate": "optimizer.params.lr",
+    "weight_decay": "optimizer.params.weight_decay",
+    "max_grad_norm": "gradient_clipping",
+    "per_device_train_batch_size": "train_micro_batch_size_per_gpu",
+    "micro_batch_size": "train_micro_batch_size_per_gpu",
+    "batch_size": "train_batch_size",
+    "global_batch_size": "train_batch_size",
+    "zero_stage": "zero_optimization.stage",
+    "warmup_steps": "scheduler.params.warmup_num_steps",
+    "lr_scheduler": "scheduler",
+}
+PYTHON_WORDS = {
+    "True": "true",
+    "False": "false",
+    "None": "null",
+    "true": "true",
+    "false": "false",
+    "null": "null",
+}
+
+
+def lint(config: DsConfig, *, world_size: int | None = None, keys: Catalogue) -> list[Finding]:
+    """Everything wrong or doubtful in `config`, by line and column.
+
+    `world_size`, in ranks, lets the batch sizes be held against it. `keys` comes from `load_catalogue`.
+    """
+    found = [*_block(config, config.data, "", keys), *_params(config, keys)]
+    wrong = {f.key_path for f in found if f.severity == "error"}
+    found += [f for f in combinations(config, world_size, keys) if f.key_path not in wrong]
+    return sorted(found, key=lambda f: (f.line, f.column))
+
+
+def _block(config: DsConfig, data: dict[str, Any], path: str, keys: Catalogue) -> Iterator[Finding]:
+    block = keys.blocks[path]
+    for name, value in data.items():
+        key_path = f"{path}.{name}" if path else name
+        if key_path in keys.removed:
+            message = "DeepSpeed refuses this key: " + keys.removed[key_path].split(" See http")[0].strip()
+            yield finding(config, "error", key_path, message, "Take it out.")
+        elif name not in block.keys:
+            yield from _unknown(config, key_path, block, keys)
+        else:
+            yield from _value(config, key_path, value, block.keys[name], block.model)
+            yield from _deprecated(config, key_path, value, block.keys[name])
+            if isinstance(value, dict) and key_path in keys.blocks:
+                yield from _block(config, value, key_path, keys)
+
+
+def _unknown(config: DsConfig, path: str, block: Block, keys: Catalogue) -> Iterator[Finding]:
+    name = path.rpartition(".")[2]
+    if name.startswith(("_", "$", "//", "#")) and not block.model:
+        return
+    close, elsewhere = nearest(name, block.names), _elsewhere(path, name, keys)
+    if block.open and close is None:
+        return
+    silently = "is no key of DeepSpeed's here, which " + ("fails on it" if block.model else "ignores it in silence")
+    severity: Severity = "error" if block.model or close or elsewhere else "warning"
+    if elsewhere and (sure_match(name, block.names) is None):
+        yield finding(config, severity, path, silently, f"It belongs at {elsewhere}.")
+    elif close:
+        sure = sure_match(name, block.names)
+        yield finding(
+            config,
+            severity,
+            path,
+            silently,
+            f"Did you mean {close}?",
+            rename(config, path, sure) if sure else None,
+        )
+    else:
+        yield finding(config, severity, path, silently, "Take it out, or look its name up.")
+
+
+def _elsewhere(path: str, name: str, keys: Catalogue) -> str | None:
+    """Where a key stands that was written one level too high or too low, or under another tool's name."""
+    if "." not in path and name in MEANT:
+        return MEANT[name]
+    homes = [home for home, block in keys.blocks.items() if name in block.names and name != "enabled"]
+    return f"{homes[0]}.{name}".lstrip(".") if len(homes) == 1 else None
+
+
+def _deprecated(config: DsConfig, path: str, value: Any, key: Key) -> Iterator[Finding]:
+    if key.deprecated is None:
+        return
+    block, _, name = path.rpartition(".")
+    fix = None
+    if name in ("cpu_offload", "cpu_offload_param") and value is True:
+        fix = _offload_fix(config, path, key.deprecated)
+    elif name == "stage3_gather_fp16_weights_on_model_save":
+        fix = rename(config, path, "stage3_gather_16bit_weights_on_model_save")
+    mend = f"Use {key.deprecated} in its place." if key.deprecated else "Take it out."
+    if config.get(f"{block}.{key.deprecated}") is not None:
+        message = f"deprecated, and DeepSpeed fails when {key.deprecated} is set beside it"
+        yield finding(config, "error", path, message, "Take this one out.")
+    else:
+        yield finding(config, "warning", path, "deprecated by DeepSpeed", mend, fix)
+
+
+def _offload_fix(config: DsConfig, path: str, new_name: str) -> Fix | None:
+    name = rename(config, path, new_name)
+    value = rewrite(config, path, '{"device": "cpu"}')
+    if name is None or value is None or config.text is None:
+        return None
+    between = config.text[name.end : value.start]
+    return Fix(name.start, value.end, name.replacement + between + value.replacement)
+
+
+def _params(config: DsConfig, keys: Catalogue) -> Iterator[Finding]:
+    """The params of optimizer and scheduler, which are their classes' own arguments."""
+    for name in ("optimizer", "scheduler"):
+        written, params = config.get(f"{name}.type"), config.get(f"{name}.params")
+        block = _class_of(name, written, keys)
+        if block is None or not isinstance(params, dict):
+            continue
+        for key, value in params.items():
+            path = f"{name}.params.{key}"
+            if key == "max_grad_norm" and name == "optimizer":
+                message = "DeepSpeed refuses it as an optimizer parameter"
+                yield finding(config, "error", path, message, "Use gradient_clipping at the top of the JSON.")
+            elif key not in block.keys:
+                close, sure = nearest(key, block.names), sure_match(key, block.names)
+                mend = f"Did you mean {close}?" if close else f"It takes {', '.join(sorted(block.names))}."
+                fix = rename(config, path, sure) if sure else None
+                yield finding(config, "error", path, f"{written} has no such parameter and fails on it", mend, fix)
+            elif not isinstance(value, list) or "list" in block.keys[key].types:
+                yield from _value(config, path, value, block.keys[key], False)
+
+
+def _class_of(name: str, written: Any, keys: Catalogue) -> Block | None:
+    if not isinstance(written, str):
+        return None
+    if name == "scheduler":
+        return keys.schedulers.get(written)
+    return keys.optimizers.get(keys.optimizer_name(written) or "")
+
+
+def _value(config: DsConfig, path: str, value: Any, key: Key, model: bool) -> Iterator[Finding]:
+    """Type, choices and bounds of one value. `model`: DeepSpeed converts text to numbers and truth values."""
+    if value == AUTO or not key.types or "any" in key.types:
+        return
+    if isinstance(value, str) and "str" not in key.types:
+        yield from _text(config, path, value, key, model)
+        return
+    problem = _type_problem(value, key)
+    if problem:
+        yield finding(config, "error", path, problem, f"Write {_expected(key)}.")
+    elif key.choices and value not in key.choices:
+        close = nearest(str(value), [str(choice) for choice in key.choices])
+        mend = f"Did you mean {close}?" if close else f"Take one of {', '.join(map(str, key.choices))}."
+        fix = rewrite(config, path, f'"{close}"') if close and isinstance(value, str) else None
+        yield finding(config, "error", path, f"{shown(value)} is none of its values", mend, fix)
+    else:
+        yield from _bounds(config, path, value, key)
+
+
+def _text(config: DsConfig, path: str, value: str, key: Key, model: bool) -> Iterator[Finding]:
+    """Text where something else belongs: a number in quotes, Python's True, or just wrong."""
+    word, number = value.rstrip(",").strip(), as_number(value.rstrip(",").strip())
+    if word in PYTHON_WORDS and {"bool", "null"} & set(key.types):
+        harmless = model and value.lower() in ("true", "false")
+        message = f"text {value!r} where true or false belongs" + ("" if harmless else ": DeepSpeed takes it wrongly")
+        fix = rewrite(config, path, PYTHON_WORDS[word])
+        yield finding(config, "note" if harmless else "error", path, message, f"Write {PYTHON_WORDS[word]}.", fix)
+    elif not isinstance(number, str) and {"int", "float"} & set(key.types):
+        problem = _type_problem(number, key)
+        harmless = model and not problem and _is_pydantic_int(value, key)
+        message = f"a number in quotes, {value!r}" + ("" if harmless else ", which DeepSpeed does not convert here")
+        fix = rewrite(config, path, word if not harmless or "e" not in word else shown(number))
+        yield finding(config, "note" if harmless else "error", path, message, f"Write {word} without quotes.", fix)
+    else:
+        yield finding(config, "error", path, f"found {value!r}", f"Write {_expected(key)}.")
+
+
+def _is_pydantic_int(text: str, key: Key) -> bool:
+    """pydantic reads "5" as a whole number, and "1e6" as none."""
+    return "float" in key.types or text.strip().lstrip("+-").isdigit()
+
+
+def _type_problem(value: Any, key: Key) -> str | None:
+    kind = "null" if value is None else type(value).__name__
+    if kind in key.types or (kind == "int" and "float" in key.types):
+        return None
+    if isinstance(value, float) and "int" in key.types and value.is_integer():
+        return None
+    if kind == "int" and "bool" in key.types and value in (0, 1):
+        return None
+    return f"found {shown(value)}"
+
+
+def _expected(key: Key) -> str:
+    words = {
+        "bool": "true or false",
+        "int": "a whole number",
+        "float": "a number",
+        "str": "a text",
+        "list": "a list […]",
+        "dict": "a block {…}",
+        "null": "null",
+    }
+    kinds = [words[kind] for kind in key.types if kind in words and not (kind == "int" and "float" in key.types)]
+    return " or ".join(kinds)
+
+
+def _bounds(config: DsConfig, path: str, value: Any, key: Key) -> Iterator[Finding]:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    checks = {"gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le}
+    words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+    for name, bound in key.bounds.items():
+        if not checks[name](value, bound):
+            yield finding(config, "error", path, f"{value} is out of bounds", f"It must be {words[name]} {bound:g}.")

@@ -1,0 +1,215 @@
+"""Reading a DeepSpeed JSON: the data, and where in the text every key stands.
+
+DeepSpeed reads its JSON with hjson, so comments, trailing commas and unquoted keys are allowed here too.
+hjson keeps no positions; this reader walks the text with hjson's own scanners and notes them on the way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hjson import HjsonDecodeError, HjsonDecoder
+from hjson import decoder as scan
+
+from launcher.errors import Problem, RequestError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a key stands: line and column from 1, and the character offsets of key and value."""
+
+    line: int
+    column: int
+    key_start: int = -1
+    key_end: int = -1
+    value_start: int = -1
+    value_end: int = -1
+
+
+@dataclass(frozen=True)
+class DsConfig:
+    """A DeepSpeed JSON as written: nothing is filled in and nothing is checked.
+
+    `places` is keyed by the dotted path ("zero_optimization.stage"). `origin` is the file's name as messages
+    print it; `text` is None for a mapping that came out of a job file.
+    """
+
+    data: dict[str, Any]
+    origin: str
+    places: Mapping[str, Place] = field(default_factory=dict)
+    text: str | None = None
+
+    def get(self, path: str, default: Any = None) -> Any:
+        """The value at a dotted path, or `default` where the JSON does not have it."""
+        node: Any = self.data
+        for key in path.split("."):
+            if not isinstance(node, dict) or key not in node:
+                return default
+            node = node[key]
+        return node
+
+    def place(self, path: str) -> Place | None:
+        """Where `path` stands, or the nearest block around it that has a place."""
+        while path:
+            if path in self.places:
+                return self.places[path]
+            path = path.rpartition(".")[0]
+        return None
+
+    def problem(self, path: str, message: str, mend: str | None = None) -> Problem:
+        """A `Problem` at the place of `path`."""
+        place = self.place(path)
+        return Problem(message, file=self.origin, line=place.line if place else None, key=path, mend=mend)
+
+
+def read_ds_config(path: str | Path) -> DsConfig:
+    """The DeepSpeed JSON at `path`.
+
+    Raises:
+        RequestError: the file is missing or unreadable, is not JSON, is not one object, or names a key twice.
+    """
+    origin = str(path)
+    try:
+        # newline="": line ends stay as they are, so that a file can be written back with little changed.
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:
+            text = file.read()
+    except FileNotFoundError:
+        raise RequestError(_problem(origin, "there is no such file", "Check deepspeed: in the job file.")) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(_problem(origin, f"cannot be read: {error}")) from None
+    return parse_ds_config(text, origin)
+
+
+def parse_ds_config(text: str, origin: str) -> DsConfig:
+    """The DeepSpeed JSON in `text`; raises RequestError as `read_ds_config` does."""
+    reader = _Reader(text, origin)
+    try:
+        data = reader.document()
+    except HjsonDecodeError as error:
+        raise RequestError(_syntax(error, origin)) from None
+    except (IndexError, RecursionError):
+        message = "not valid JSON: a comment or a block is not closed"
+        raise RequestError(Problem(message, file=origin, line=text.count("\n") + 1, mend=_MEND_SYNTAX)) from None
+    if reader.problems:
+        raise RequestError(*reader.problems)
+    return DsConfig(data, origin, reader.places, text)
+
+
+def from_mapping(data: Mapping[str, Any], origin: str, lines: Mapping[str, int] | None = None) -> DsConfig:
+    """An inline mapping of a job file. `lines` gives the line of dotted key paths, where they are known."""
+    places = {path: Place(line, 1) for path, line in (lines or {}).items()}
+    return DsConfig(copy.deepcopy(dict(data)), origin, places)
+
+
+_MEND_SYNTAX = "Look for a missing comma, quote or bracket here or just before."
+
+
+def _problem(origin: str, message: str, mend: str | None = None) -> Problem:
+    return Problem(message, file=origin, mend=mend)
+
+
+def _syntax(error: HjsonDecodeError, origin: str) -> Problem:
+    """hjson's message in plainer words, on the line where the mistake is rather than where it showed."""
+    message, line = str(error.msg).removesuffix(" at"), error.lineno
+    if message == "Bad key name (eof)":
+        message = "the text ends inside an object: '}' is missing, or a quote further up"
+    elif message.startswith("Invalid control character"):
+        message, line = "a quote is not closed on this line", error.doc.count("\n", 0, error.pos - 1) + 1
+    return Problem(f"not valid JSON: {message}", file=origin, line=line, mend=_MEND_SYNTAX)
+
+
+class _Reader:
+    """One walk over a text: builds the data, and notes the place of every key."""
+
+    def __init__(self, text: str, origin: str) -> None:
+        self.text = text
+        self.origin = origin
+        self.places: dict[str, Place] = {}
+        self.problems: list[Problem] = []
+        self._numbers = HjsonDecoder()
+
+    def document(self) -> dict[str, Any]:
+        char, at = scan.getNext(self.text, 0)
+        if char == "":
+            return {}
+        if char == "[":
+            raise HjsonDecodeError("a list where one object {…} was expected", self.text, at)
+        data, at = self._object(at + 1, "") if char == "{" else self._object(at, "", bare=True)
+        char, at = scan.getNext(self.text, at)
+        if char:
+            raise HjsonDecodeError("text after the end of the object", self.text, at)
+        return data
+
+    def _object(self, at: int, path: str, bare: bool = False) -> tuple[dict[str, Any], int]:
+        data: dict[str, Any] = {}
+        while True:
+            char, at = scan.getNext(self.text, at)
+            if char == "}" and not bare:
+                return data, at + 1
+            if char == "" and bare:
+                return data, at
+            at = self._entry(at, path, data)
+            char, at = scan.getNext(self.text, at)
+            at += char == ","
+
+    def _entry(self, at: int, path: str, data: dict[str, Any]) -> int:
+        key_start = at
+        key, at = scan.scanKeyName(self.text, at)
+        key_end = at
+        char, at = scan.getNext(self.text, at)
+        if char != ":":
+            raise HjsonDecodeError("':' expected after a key", self.text, at)
+        _, at = scan.getNext(self.text, at + 1)
+        key_path = f"{path}.{key}" if path else key
+        self._check_twice(key_path, key, data, key_start)
+        line, column = self._line_column(key_start)
+        value, end = self._value(at, key_path)
+        self.places[key_path] = Place(line, column, key_start, key_end, at, self._trimmed(at, end))
+        data[key] = value
+        return end
+
+    def _value(self, at: int, path: str) -> tuple[Any, int]:
+        char = self.text[at : at + 1]
+        if char == "{":
+            return self._object(at + 1, path)
+        if char == "[":
+            return self._array(at + 1, path)
+        if char and char in "\"'":
+            multiline = self.text.startswith("'''", at)
+            found = scan.mlscanstring(self.text, at) if multiline else scan.scanstring(self.text, at + 1)
+        else:
+            found = scan.scantfnns(self._numbers, self.text, at)
+        return found[0], found[1]
+
+    def _array(self, at: int, path: str) -> tuple[list[Any], int]:
+        values: list[Any] = []
+        while True:
+            char, at = scan.getNext(self.text, at)
+            if char == "]":
+                return values, at + 1
+            if char == "":
+                raise HjsonDecodeError("a list is not closed: ']' is missing", self.text, at)
+            value, at = self._value(at, f"{path}.{len(values)}")
+            values.append(value)
+            char, at = scan.getNext(self.text, at)
+            at += char == ","
+
+    def _check_twice(self, key_path: str, key: str, data: dict[str, Any], at: int) -> None:
+        if key not in data:
+            return
+        first = self.places[key_path].line
+        line = self._line_column(at)[0]
+        message = f"the key stands twice, on line {first} and on line {line}"
+        mend = "Keep one of the two: DeepSpeed refuses a key that stands twice."
+        self.problems.append(Problem(message, file=self.origin, line=line, key=key_path, mend=mend))
+
+    def _line_column(self, at: int) -> tuple[int, int]:
+        start = self.text.rfind("\n", 0, at) + 1
+        return self.text.count("\n", 0, at) + 1, at - start + 1
+
+    def _trimmed(self, start: int, end: int) -> int:
+        return start + len(self.text[start:end].rstrip())

@@ -1,0 +1,245 @@
+"""How the keys of a DeepSpeed JSON go together: what fails in deepspeed.initialize, and what runs but hurts.
+
+Each rule is a generator of findings over one `Case`. What they claim of DeepSpeed was run with 0.19.8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.ds_config.catalogue import Catalogue
+from launcher.ds_config.facts import AUTO, BATCH_KEYS, Offload, as_number, bf16_key, offload
+from launcher.ds_config.findings import Finding, Severity, finding, rewrite
+from launcher.ds_config.read import DsConfig
+from launcher.ds_config.schedule_rules import schedule_rules
+from launcher.errors import nearest
+
+ZERO = "zero_optimization"
+NO_CPU_VERSION = ("lamb",)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One JSON with what the rules ask of it over and over."""
+
+    config: DsConfig
+    world_size: int | None
+    keys: Catalogue
+    stage: int | None
+    offload: Offload
+
+    def found(self, severity: Severity, path: str, message: str, mend: str) -> Finding:
+        return finding(self.config, severity, path, message, mend)
+
+    def number(self, path: str) -> Any:
+        """The number at `path`; None where there is none, or "auto"."""
+        value = as_number(self.config.get(path))
+        return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+    def on(self, path: str) -> bool:
+        return self.config.get(path) is True
+
+
+def combinations(config: DsConfig, world_size: int | None, keys: Catalogue) -> Iterator[Finding]:
+    """Everything the rules find in `config`."""
+    case = Case(config, world_size, keys, _stage(config), offload(config))
+    for rule in RULES:
+        yield from rule(case)
+    yield from schedule_rules(config, keys, zero=bool(case.stage))
+
+
+def _stage(config: DsConfig) -> int | None:
+    """The ZeRO stage; None where it is "auto" or unreadable."""
+    block = config.get(ZERO)
+    if isinstance(block, bool):
+        return int(block)
+    stage = as_number(config.get(f"{ZERO}.stage", 0))
+    return stage if stage in (0, 1, 2, 3) else None
+
+
+def _precision(case: Case) -> Iterator[Finding]:
+    bf16 = bf16_key(case.config)
+    if case.on(f"{bf16}.enabled") and case.on("fp16.enabled"):
+        message = "fp16 and bf16 are both on, and DeepSpeed fails on that"
+        yield case.found("error", "fp16.enabled", message, "Switch fp16 off where the hardware has bf16.")
+    if case.on("torch_autocast.enabled") and (case.on(f"{bf16}.enabled") or case.on("fp16.enabled")):
+        message = "autocast is on beside bf16 or fp16: the weights are no longer held in fp32 for it"
+        yield case.found("warning", "torch_autocast.enabled", message, "Keep one of the two.")
+    for path in (f"{bf16}.bf16_master_weights_and_grads", "fp16.fp16_master_weights_and_grads"):
+        if case.on(path) and case.stage == 0:
+            yield case.found("error", path, "fails without ZeRO", "Set zero_optimization.stage to 1, 2 or 3.")
+    states = f"{bf16}.bf16_optimizer_states"
+    if case.on(states) and not case.on(f"{bf16}.bf16_master_weights_and_grads"):
+        message = "fails without bf16_master_weights_and_grads"
+        yield case.found("error", states, message, "Switch that on too, or this off.")
+
+
+def _batches(case: Case) -> Iterator[Finding]:
+    sizes = {key: case.number(key) for key in BATCH_KEYS}
+    for key in BATCH_KEYS:
+        value = case.config.get(key)
+        if value in (None, AUTO):
+            continue
+        if isinstance(value, str) and sizes[key] is not None:
+            fix = rewrite(case.config, key, value)
+            message = f"a number in quotes, {value!r}, which DeepSpeed does not convert here"
+            yield finding(case.config, "error", key, message, f"Write {value} without quotes.", fix)
+        elif type(sizes[key]) is not int or sizes[key] < 1:
+            yield case.found("error", key, f"found {value!r}", 'Write a whole number above 0, or "auto".')
+            return
+    yield from _product(case, *sizes.values())
+
+
+def _product(case: Case, batch: int | None, micro: int | None, accumulation: int | None) -> Iterator[Finding]:
+    if batch is None or not (micro or accumulation or case.world_size):
+        return
+    world = case.world_size or 1
+    rest = (micro or 1) * (accumulation or 1) * world
+    whole = None not in (micro, accumulation, case.world_size)
+    if (whole and batch != rest) or batch % rest:
+        parts = (("micro-batch", micro), ("accumulation", accumulation), ("world size", case.world_size))
+        named = " x ".join(f"{word} {size}" for word, size in parts if size)
+        message = f"{batch} is not {named}" if whole else f"{batch} is no multiple of {named}"
+        mend = 'Leave one of the three to "auto".' if micro and accumulation else "Change one of them."
+        yield case.found("error", "train_batch_size", message, mend)
+
+
+def _stage_keys(case: Case) -> Iterator[Finding]:
+    block = case.config.get(ZERO)
+    if isinstance(block, bool):
+        fix = rewrite(case.config, ZERO, f'{{"stage": {int(block)}}}')
+        mend = f'Write {{"stage": {int(block)}}}.'
+        yield finding(case.config, "warning", ZERO, "true or false here is an old form", mend, fix)
+    if not isinstance(block, dict) or case.stage is None:
+        return
+    if "stage" not in block and block:
+        message = "no stage is set, which means stage 0: nothing in this block has an effect"
+        yield case.found("warning", ZERO, message, "Add a stage: 1, 2 or 3.")
+        return
+    for key, value in block.items():
+        if case.stage < 3 and _needs_stage3(key, value):
+            message = f"has no effect under stage {case.stage}: it is a key of ZeRO-3"
+            yield case.found("warning", f"{ZERO}.{key}", message, "Set stage to 3, or take it out.")
+
+
+def _needs_stage3(key: str, value: Any) -> bool:
+    if key == "offload_param":
+        return isinstance(value, dict) and value.get("device") in ("cpu", "nvme")
+    if key == "zero_hpz_partition_size":
+        return as_number(value) not in (0, 1)
+    if key in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
+        return value is True
+    return key.startswith("stage3_")
+
+
+def _offloading(case: Case) -> Iterator[Finding]:
+    for name, device in (
+        ("offload_optimizer", case.offload.optimizer),
+        ("offload_param", case.offload.parameters),
+    ):
+        path = f"{ZERO}.{name}"
+        if device == "nvme" and case.config.get(f"{path}.nvme_path") is None:
+            message = "NVMe offload without nvme_path fails"
+            yield case.found("error", path, message, 'Add "nvme_path": "/folder/on/the/nvme".')
+        if device == "nvme" and name == "offload_optimizer" and case.stage in (1, 2):
+            message = f"stage {case.stage} does not offload to NVMe: the states stay where they are"
+            yield case.found("error", f"{path}.device", message, "Set stage to 3, or device to cpu.")
+    if case.offload.optimizer != "none" and case.stage == 0 and f"{ZERO}.stage" in case.config.places:
+        message = "offload has no effect under stage 0"
+        yield case.found("warning", f"{ZERO}.offload_optimizer", message, "Set stage to 1, 2 or 3.")
+    ratio = case.number(f"{ZERO}.offload_optimizer.ratio")
+    if ratio is not None and ratio < 1 and case.stage in (0, 1, 2):
+        path = f"{ZERO}.offload_optimizer.ratio"
+        yield case.found("error", path, "partial offload fails below stage 3", "Set stage to 3, or ratio to 1.")
+
+
+def _optimizer(case: Case) -> Iterator[Finding]:
+    written = case.config.get("optimizer.type")
+    if not isinstance(written, str) or written == AUTO:
+        return
+    name = case.keys.optimizer_name(written)
+    if name is None:
+        same = (known for known in case.keys.optimizers if known.lower() == written.lower())
+        close = next(same, None) or nearest(written, case.keys.optimizers)
+        mend = f"Did you mean {close}?" if close else "Take AdamW, or another of torch.optim."
+        yield case.found("error", "optimizer.type", f"{written} is no optimizer of DeepSpeed or PyTorch", mend)
+        return
+    yield from _optimizer_under_zero(case, written, name)
+    if case.config.get("optimizer.params.lr") is None:
+        message = "no lr: the optimizer's own default is taken, 1e-3 for Adam, far too high for fine-tuning"
+        yield case.found("warning", "optimizer", message, 'Add "lr" to its params, or "lr": "auto".')
+
+
+def _optimizer_under_zero(case: Case, written: str, name: str) -> Iterator[Finding]:
+    if case.stage and name not in case.keys.zero_optimizers and not case.on("zero_allow_untested_optimizer"):
+        message = f"ZeRO refuses {written} as untested"
+        mend = 'Add "zero_allow_untested_optimizer": true, or take AdamW.'
+        yield case.found("error", "optimizer.type", message, mend)
+    if case.offload.optimizer == "none" or not case.stage:
+        return
+    if name in NO_CPU_VERSION:
+        message = f"{written} has no CPU version, and offloaded states are updated on the CPU"
+        yield case.found("error", "optimizer.type", message, "Take AdamW, or do not offload the optimizer.")
+    if case.on("optimizer.params.torch_adam"):
+        message = "PyTorch's Adam will update the offloaded states, several times slower than DeepSpeedCPUAdam"
+        yield case.found("note", "optimizer.params.torch_adam", message, "Take it out on machines with GPUs.")
+
+
+def _client_optimizer(case: Case) -> Iterator[Finding]:
+    """Only where nothing is left to fill: such a JSON is meant for a script that makes its own optimizer."""
+    left_open = any(case.config.get(key) == AUTO for key in (*BATCH_KEYS, "gradient_clipping"))
+    forced = case.config.get("zero_force_ds_cpu_optimizer") is not False
+    if left_open or case.config.get("optimizer") is not None or case.offload.optimizer == "none" or not forced:
+        return
+    message = "offload without an optimizer block: a script's own optimizer must be DeepSpeedCPUAdam, else it fails"
+    yield case.found("note", f"{ZERO}.offload_optimizer", message, "Add an optimizer block.")
+
+
+def _scale_of_sums(case: Case) -> Iterator[Finding]:
+    if case.config.get("gradient_allreduce_op") == "sum" and case.stage == 3:
+        message = '"sum" fails with stage 3'
+        yield case.found("error", "gradient_allreduce_op", message, 'Write "mean".')
+    if case.config.get(f"{ZERO}.compute_grad_norm") is False and case.stage in (0, 3):
+        message = f"fails under stage {case.stage}"
+        yield case.found("error", f"{ZERO}.compute_grad_norm", message, "Take it out.")
+    for key in ("communication_data_type", "seq_parallel_communication_data_type"):
+        value = case.config.get(key)
+        if isinstance(value, str) and value.lower() not in ("fp32", "fp16", "bf16", AUTO):
+            yield case.found("error", key, f"{value!r} is none of its values", "Take fp32, fp16 or bf16.")
+    tags = case.config.get("checkpoint.tag_validation")
+    if isinstance(tags, str) and tags.upper() not in ("WARN", "IGNORE", "FAIL"):
+        message = f"{tags!r} is none of its values"
+        yield case.found("error", "checkpoint.tag_validation", message, "Take Warn, Ignore or Fail.")
+
+
+def _clipping(case: Case) -> Iterator[Finding]:
+    value = case.number("gradient_clipping")
+    if value is not None and value < 0:
+        message = f"{value} is below 0: DeepSpeed takes it and does not clip"
+        yield case.found("error", "gradient_clipping", message, "Write 1.0, or 0 to leave gradients alone.")
+    elif value == 0:
+        message = "gradients are not clipped: one bad batch can undo a fine-tuning"
+        yield case.found("warning", "gradient_clipping", message, "Write 1.0.")
+
+
+def _many_nodes(case: Case) -> Iterator[Finding]:
+    path = f"{ZERO}.zero_hpz_partition_size"
+    ranks = case.number(path)
+    if case.world_size and ranks and case.stage == 3 and case.world_size % ranks:
+        message = f"{ranks} does not divide the world size {case.world_size}"
+        yield case.found("error", path, message, "Set it to the number of GPUs of one node.")
+
+
+RULES: tuple[Callable[[Case], Iterator[Finding]], ...] = (
+    _precision,
+    _batches,
+    _stage_keys,
+    _offloading,
+    _optimizer,
+    _client_optimizer,
+    _scale_of_sums,
+    _clipping,
+    _many_nodes,
+)

@@ -1,0 +1,1 @@
+"""The nodes: one agent a node on Ray, placement, and the supervisor."""

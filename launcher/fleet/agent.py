@@ -1,0 +1,114 @@
+"""The agent of one node: starts the node's ranks, hears them, and ends them. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.fleet.process import RankProcess, stop_all
+from launcher.run_dir import utc_now
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class NodeTask:
+    """What an agent does for a run: its node's place among the nodes, and its ranks."""
+
+    node_rank: int
+    nodes: int
+    first_rank: int
+    processes: int
+    world_size: int
+    run_dir: str
+    log_folder: str
+    environment: dict[str, str]
+    command: tuple[str, ...]
+
+    def rank_environment(self, local_rank: int) -> dict[str, str]:
+        """torchrun's variables for one rank; the master's address follows with the order to go."""
+        return {
+            "RANK": str(self.first_rank + local_rank),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.processes),
+            "NODE_RANK": str(self.node_rank),
+            "GROUP_RANK": str(self.node_rank),
+            "LAUNCHER_RUN_DIR": self.run_dir,
+        }
+
+
+class Agent:
+    """Lives on a node for one run. Its methods may be called from several threads."""
+
+    def __init__(self) -> None:
+        self._processes: list[RankProcess] = []
+        self._events: list[Event] = []
+        self._news = threading.Condition()
+        self._log: Path | None = None
+        self._closing = False
+
+    def describe(self) -> dict[str, Any]:
+        """The node: host name, an address, its processors and the GPUs that the agent holds."""
+        devices = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
+        return {"host": socket.gethostname(), "pid": os.getpid(), "python": sys.executable, "gpus": devices}
+
+    def free_port(self) -> int:
+        """A TCP port that nothing listens on at this moment."""
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", 0))
+            return int(probe.getsockname()[1])
+
+    def start(self, task: NodeTask) -> list[int]:
+        """Starts the node's ranks, which load their libraries and wait for `go`. Returns their process ids."""
+        folder = Path(task.log_folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log = folder / "agent.log"
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        for local_rank in range(task.processes):
+            rank = task.first_rank + local_rank
+            environment = {**inherited, **task.environment, **task.rank_environment(local_rank)}
+            log = folder / f"rank-{rank}.log"
+            self._processes.append(RankProcess(rank, task.command, environment, log, self._hear))
+            self._note(f"rank {rank} started, process {self._processes[-1].pid}")
+        return [process.pid for process in self._processes]
+
+    def order(self, order: dict[str, Any]) -> None:
+        """Passes an order on to every rank."""
+        for process in self._processes:
+            process.order(**order)
+
+    def next_events(self, timeout_seconds: float) -> list[Event]:
+        """What the ranks reported since the last call, waiting for the first of it."""
+        with self._news:
+            self._news.wait_for(lambda: self._events or self._closing, timeout_seconds)
+            events, self._events = self._events, []
+            return events
+
+    def end(self, grace_seconds: float) -> None:
+        """Ends every rank that still runs."""
+        running = [process for process in self._processes if process.alive()]
+        if running:
+            self._note(f"ending ranks {', '.join(str(process.rank) for process in running)}")
+        stop_all(running, grace_seconds)
+        with self._news:
+            self._closing = True
+            self._news.notify_all()
+
+    def _hear(self, event: Event) -> None:
+        if event["report"] == "exit":
+            self._note(f"rank {event['rank']} ended with {event['code']}")
+        with self._news:
+            self._events.append(event)
+            self._news.notify_all()
+
+    def _note(self, text: str) -> None:
+        if self._log is not None:
+            with self._log.open("a") as file:
+                file.write(f"{utc_now()} {text}\n")

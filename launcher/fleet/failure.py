@@ -1,0 +1,60 @@
+"""What went wrong first: a pure function of what the ranks reported."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The rank that failed first (None where a node was lost whole), and how."""
+
+    rank: int | None
+    node_rank: int
+    time: float
+    how: str
+    error: str | None = None
+
+
+def first_failure(events: Iterable[dict[str, Any]]) -> Failure | None:
+    """The earliest failure among the events; those that only fell after it are not the cause.
+
+    A rank tells an exception before it lets go of its peers, so the time of that report counts rather than its exit's.
+    """
+    failures: dict[Any, Failure] = {}
+    for event in events:
+        found = _failure(event)
+        if found is None:
+            continue
+        key = ("node", found.node_rank) if found.rank is None else found.rank
+        known = failures.get(key)
+        if known is None:
+            failures[key] = found
+        elif known.error is not None and found.error is None:
+            failures[key] = Failure(known.rank, known.node_rank, known.time, found.how, known.error)
+    return min(failures.values(), key=lambda failure: failure.time, default=None)
+
+
+def describe_exit(code: int) -> str:
+    """An exit status in words: a code, or the signal's name."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _failure(event: dict[str, Any]) -> Failure | None:
+    kind, node = event["report"], event.get("node_rank", 0)
+    if kind == "failed":
+        text = f"{event['error']}: {event['message']}"
+        return Failure(event["rank"], node, event["time"], "an exception", text)
+    if kind == "exit" and event["code"] != 0:
+        return Failure(event["rank"], node, event["time"], describe_exit(event["code"]))
+    if kind == "node-lost":
+        return Failure(None, node, event["time"], f"the node's agent is gone: {event['message']}")
+    return None

@@ -1,0 +1,245 @@
+"""Nodes through Ray: one agent a node, in a placement group that takes no more than was asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.errors import RunFailed
+from launcher.fleet.agent import Event, NodeTask
+
+Tell = Callable[[str], None]
+_POLL_SECONDS = 2.0
+_FORWARDED = (
+    "HF_",
+    "HUGGINGFACE_",
+    "TRANSFORMERS_",
+    "TOKENIZERS_",
+    "DS_",
+    "NCCL_",
+    "GLOO_",
+    "TORCH",
+    "PYTORCH_",
+    "OMP_",
+    "LAUNCHER_",
+)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run takes of each node."""
+
+    nodes: int
+    cpus: int
+    gpus: int
+
+    def bundle(self) -> dict[str, float]:
+        return {"CPU": self.cpus, "GPU": self.gpus} if self.gpus else {"CPU": self.cpus}
+
+
+@dataclass(frozen=True)
+class Node:
+    """An agent on its node. Node rank 0 is the first of the list that `Nodes.place` returns."""
+
+    agent: Any
+    host: str
+    address: str
+    gpus: tuple[str, ...]
+
+
+class Nodes:
+    """A Ray that was started or joined, and the nodes that a run has on it."""
+
+    def __init__(self, needs: Needs, tell: Tell) -> None:
+        self._needs, self._tell = needs, tell
+        self._group: Any = None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self.nodes: list[Node] = []
+        self._pending: dict[Any, int] = {}
+
+    def connect(self, address: str) -> None:
+        """Joins the Ray at `address`, or starts one of our own for "local". Raises RunFailed."""
+        _quiet_ray()
+        import ray
+
+        options: dict[str, Any] = {
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+            "configure_logging": False,
+        }
+        if address == "local":
+            # Ray's sockets lie in here, and a socket's path may not be longer than 107 bytes.
+            self._temporary = tempfile.TemporaryDirectory(prefix="lr-", dir="/tmp", ignore_cleanup_errors=True)
+            options |= {
+                "address": "local",
+                "num_cpus": self._needs.cpus,
+                "num_gpus": self._needs.gpus,
+                "include_dashboard": False,
+                "_temp_dir": self._temporary.name,
+                "object_store_memory": 100 * 1024**2,
+            }
+        else:
+            options["address"] = address
+        try:
+            ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            where = "a Ray on this machine could not be started" if address == "local" else f"no Ray at {address}"
+            raise RunFailed(f"{where}: {str(error).strip().splitlines()[0]}") from None
+
+    def place(self, wait_seconds: float) -> list[Node]:
+        """One agent a node, in a stable order. Raises RunFailed with what is missing."""
+        import ray
+        from ray.util.placement_group import placement_group
+
+        self._group = placement_group([self._needs.bundle()] * self._needs.nodes, strategy="STRICT_SPREAD")
+        self._wait_for_group(wait_seconds)
+        agents = [self._agent(index) for index in range(self._needs.nodes)]
+        found = ray.get([agent.describe.remote() for agent in agents])
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        ids = ray.get([agent.ray_node_id.remote() for agent in agents])
+        nodes = [
+            Node(agent, facts["host"], addresses[node_id], tuple(facts["gpus"]))
+            for agent, facts, node_id in zip(agents, found, ids, strict=True)
+        ]
+        self.nodes = sorted(nodes, key=lambda node: _address_key(node.address))
+        return self.nodes
+
+    def start(self, tasks: list[NodeTask]) -> None:
+        """Starts the ranks of every node: the task at index k is that of node rank k."""
+        import ray
+
+        ray.get([node.agent.start.remote(task) for node, task in zip(self.nodes, tasks, strict=True)])
+
+    def free_port(self, node_rank: int) -> int:
+        """A TCP port that is free on a node at this moment."""
+        import ray
+
+        port: int = ray.get(self.nodes[node_rank].agent.free_port.remote())
+        return port
+
+    def order(self, **order: Any) -> None:
+        """Gives an order to every rank."""
+        import ray
+
+        ray.get([node.agent.order.remote(order) for node in self.nodes])
+
+    def events(self, timeout_seconds: float) -> list[Event]:
+        """What ranks reported, each event with its `node_rank`; a node that is gone reports "node-lost"."""
+        import ray
+
+        for index, node in enumerate(self.nodes):
+            if index not in self._pending.values():
+                self._pending[node.agent.next_events.remote(_POLL_SECONDS)] = index
+        ready, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=timeout_seconds)
+        found: list[Event] = []
+        for reference in ready:
+            index = self._pending.pop(reference)
+            try:
+                found += [{**event, "node_rank": index} for event in ray.get(reference)]
+            except ray.exceptions.RayActorError as error:
+                reason = str(error).strip().splitlines()[0]
+                found.append({"report": "node-lost", "node_rank": index, "time": time.time(), "message": reason})
+        return found
+
+    def end(self, grace_seconds: float) -> None:
+        """Ends every rank on every node that still answers."""
+        import ray
+
+        with contextlib.suppress(ray.exceptions.RayError):
+            endings = [node.agent.end.remote(grace_seconds) for node in self.nodes]
+            ray.wait(endings, num_returns=len(endings), timeout=grace_seconds + 15)
+
+    def close(self) -> None:
+        """Gives the nodes back, and ends the Ray that was started here."""
+        import ray
+
+        if not ray.is_initialized():
+            return
+        with contextlib.suppress(Exception):
+            for node in self.nodes:
+                ray.kill(node.agent)
+            if self._group is not None:
+                ray.util.remove_placement_group(self._group)
+        ray.shutdown()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    def _wait_for_group(self, wait_seconds: float) -> None:
+        deadline, told = time.monotonic() + wait_seconds, False
+        while not self._group.wait(timeout_seconds=1 if not told else 5):
+            missing = self._missing()
+            if not told:
+                self._tell(f"waiting up to {wait_seconds:.0f} s for nodes: {missing}")
+                told = True
+            if time.monotonic() > deadline:
+                raise RunFailed(f"after {wait_seconds:.0f} s there are not enough free nodes: {missing}")
+
+    def _missing(self) -> str:
+        """What was asked for against what the cluster has, in words."""
+        import ray
+
+        wanted = self._needs.bundle()
+        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        large = [r for r in alive if all(r.get(key, 0) >= value for key, value in wanted.items())]
+        each = " and ".join(f"{value:g} {key}" for key, value in wanted.items())
+        text = (
+            f"asked for {self._needs.nodes} nodes with {each} each; of {len(alive)} nodes {len(large)} are that large"
+        )
+        free = ray.available_resources()
+        return text + "; free in all: " + ", ".join(f"{free.get(key, 0):g} {key}" for key in wanted)
+
+    def _agent(self, index: int) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        strategy = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=index)
+        remote = ray.remote(_agent_class())
+        return remote.options(
+            num_cpus=self._needs.cpus,
+            num_gpus=self._needs.gpus,
+            scheduling_strategy=strategy,
+            max_concurrency=4,
+        ).remote()
+
+
+def _agent_class() -> type:
+    import ray
+
+    from launcher.fleet.agent import Agent
+
+    class RayAgent(Agent):
+        """The agent as a Ray actor."""
+
+        def ray_node_id(self) -> str:
+            return str(ray.get_runtime_context().get_node_id())
+
+    return RayAgent
+
+
+def forwarded_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Those of the user's variables that ranks on other nodes need as well."""
+    return {key: value for key, value in environment.items() if key.startswith(_FORWARDED)}
+
+
+def address_of(setting: str) -> str:
+    """The Ray address that a job's `cluster.address` means."""
+    return os.environ.get("RAY_ADDRESS", "local") if setting == "auto" else setting
+
+
+def _address_key(address: str) -> tuple[bool, list[int], str]:
+    """Sorts IPv4 addresses by number, and others after them by text."""
+    parts = address.split(".")
+    numeric = all(part.isdigit() for part in parts)
+    return (not numeric, [int(part) for part in parts] if numeric else [], address)
+
+
+def _quiet_ray() -> None:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")

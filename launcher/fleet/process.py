@@ -1,0 +1,122 @@
+"""One rank as an ordinary process: its orders, its reports, its log and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from launcher.run_dir import utc_now
+
+OnEvent = Callable[[dict[str, Any]], None]
+_LOG_GRACE_SECONDS = 3.0
+_LINE_END = re.compile(rb"[\r\n]+")
+
+
+class RankProcess:
+    """A started rank. `on_event` is told each report of it, and last of all its exit; from other threads."""
+
+    def __init__(
+        self, rank: int, command: Sequence[str], environment: Mapping[str, str], log: Path, on_event: OnEvent
+    ) -> None:
+        self.rank = rank
+        self._on_event = on_event
+        self._lock = threading.Lock()
+        report_in, report_out = os.pipe()
+        self._process = subprocess.Popen(
+            list(command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**environment, "LAUNCHER_REPORT_FD": str(report_out)},
+            pass_fds=(report_out,),
+            # A group of its own, so that the whole rank can be ended, and a terminal's Ctrl-C does not reach it.
+            start_new_session=True,
+        )
+        os.close(report_out)
+        assert self._process.stdout is not None
+        readers = (
+            threading.Thread(target=_copy_lines, args=(self._process.stdout, log), daemon=True),
+            threading.Thread(target=self._read_reports, args=(os.fdopen(report_in, "rb"),), daemon=True),
+        )
+        for reader in readers:
+            reader.start()
+        threading.Thread(target=self._wait, args=(readers,), daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def order(self, **order: Any) -> None:
+        """Sends the rank an order; one that has ended hears nothing."""
+        stdin = self._process.stdin
+        assert stdin is not None
+        with self._lock, contextlib.suppress(BrokenPipeError, ValueError):
+            stdin.write(json.dumps(order).encode() + b"\n")
+            stdin.flush()
+
+    def send_signal(self, number: int) -> None:
+        """Signals the rank's whole process group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def wait(self, timeout_seconds: float) -> bool:
+        """Whether the rank has ended within the time."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout_seconds)
+        return not self.alive()
+
+    def _read_reports(self, reports: IO[bytes]) -> None:
+        with reports:
+            for line in reports:
+                with contextlib.suppress(json.JSONDecodeError):
+                    self._on_event({**json.loads(line), "rank": self.rank})
+
+    def _wait(self, readers: Sequence[threading.Thread]) -> None:
+        code = self._process.wait()
+        ended = time.time()
+        # What the rank started must not outlive it; then its pipes close and the log is whole.
+        self.send_signal(signal.SIGKILL)
+        for reader in readers:
+            reader.join(_LOG_GRACE_SECONDS)
+        self._on_event({"report": "exit", "rank": self.rank, "code": code, "time": ended})
+
+
+def stop_all(processes: Sequence[RankProcess], grace_seconds: float) -> None:
+    """Ends the processes: SIGTERM, and SIGKILL for those that are still there after the grace time."""
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + grace_seconds
+    for process in processes:
+        if not process.wait(max(0.0, deadline - time.monotonic())):
+            process.send_signal(signal.SIGKILL)
+    for process in processes:
+        process.wait(5.0)
+
+
+def _copy_lines(source: IO[bytes], log: Path) -> None:
+    """Writes what a rank prints to its log, each line with the time at which it came."""
+    rest = b""
+    with source, log.open("ab", buffering=0) as file:
+        while chunk := os.read(source.fileno(), 65536):
+            *lines, rest = _LINE_END.split(rest + chunk)
+            if lines:
+                file.write(_stamped(lines))
+        if rest:
+            file.write(_stamped([rest]))
+
+
+def _stamped(lines: Sequence[bytes]) -> bytes:
+    now = utc_now().encode()
+    return b"".join(now + b" " + line + b"\n" for line in lines)

@@ -1,0 +1,209 @@
+"""The supervisor: brings a planned run through its states, from placing its nodes to its end."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from launcher.errors import RunFailed
+from launcher.fleet.agent import Event, NodeTask
+from launcher.fleet.failure import Failure, first_failure
+from launcher.fleet.nodes import Needs, Node, Nodes, address_of, forwarded_environment
+from launcher.plan.model import Plan
+from launcher.run_dir import RunDir
+from launcher.watch.tail import Tail, last_lines
+
+_GRACE_SECONDS = 5.0
+_SETTLE_SECONDS = 1.0
+_STOP_GRACE_SECONDS = 0.0
+WORKER_COMMAND = (sys.executable, "-m", "launcher.worker")
+
+
+class Console(Protocol):
+    """Who is told how the run goes."""
+
+    def state(self, name: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def update(self, metrics: dict[str, Any]) -> None: ...
+
+    def evaluation(self, evaluation: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: "finished", or "stopped" after `updates` updates."""
+
+    state: str
+    updates: int
+
+
+class Supervisor:
+    """Carries out one plan in one run directory."""
+
+    def __init__(self, plan: Plan, run: RunDir, console: Console) -> None:
+        self.plan, self.run_dir, self.console = plan, run, console
+        world = plan.world
+        cpus = world.processes_per_node if world.device == "cpu" else max(1, world.processes_per_node)
+        gpus = world.processes_per_node if world.device == "cuda" else 0
+        self.nodes = Nodes(Needs(world.nodes, cpus, gpus), console.note)
+        self.events: list[Event] = []
+        self.stop_signal = 0
+        self._training = False
+        self._metrics, self._evaluations = Tail(run.metrics_file), Tail(run.evaluations_file)
+
+    def run(self, checkpoint: Path | None = None) -> Outcome:
+        """Places, starts and follows the ranks until all have ended well. Raises RunFailed where one has not.
+
+        Whatever way it ends, nothing of the run is left behind.
+        """
+        try:
+            self.place()
+            self.start(checkpoint)
+            return self.follow()
+        finally:
+            self.console.note("")
+            self.nodes.end(_GRACE_SECONDS if not self.stopping else _STOP_GRACE_SECONDS)
+            self.nodes.close()
+
+    def place(self) -> None:
+        self.enter("placing")
+        self.nodes.connect(address_of(self.plan.job.cluster.address))
+        for rank, node in enumerate(self.nodes.place(self.plan.job.cluster.wait_seconds)):
+            self.run_dir.event("node", node_rank=rank, host=node.host, address=node.address, gpus=list(node.gpus))
+
+    def start(self, checkpoint: Path | None) -> None:
+        self.enter("starting")
+        self.nodes.start([self._task(rank, node) for rank, node in enumerate(self.nodes.nodes)])
+        rendezvous = {"MASTER_ADDR": self._master(), "MASTER_PORT": str(self.nodes.free_port(0))}
+        self.nodes.order(go={"env": rendezvous, "checkpoint": str(checkpoint) if checkpoint else None})
+
+    def follow(self) -> Outcome:
+        """Hears the ranks until the last has ended."""
+        ended: dict[int, int] = {}
+        for event in self._heard():
+            if event["report"] == "phase":
+                self._phase(event)
+            elif event["report"] == "exit":
+                ended[event["rank"]] = event["code"]
+            if first_failure([event]):
+                self._fail()
+            if len(ended) == self.plan.world.size:
+                break
+        stops = [event["update"] for event in self.events if event["report"] == "stopped"]
+        if stops:
+            return Outcome("stopped", stops[0])
+        return Outcome("finished", self.plan.length.total_updates)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a stop was asked for."""
+        return self.stop_signal != 0
+
+    def request_stop(self, signal_number: int) -> bool:
+        """Has the ranks stop after the update they are at, because of a signal. False where they do not train yet."""
+        if not self._training:
+            return False
+        self.stop_signal = signal_number
+        return True
+
+    def enter(self, state: str, **details: Any) -> None:
+        """Writes the state down and shows it."""
+        self.run_dir.enter(state, **details)
+        self.console.state(state)
+
+    def _heard(self) -> Iterator[Event]:
+        """Every event of the ranks, as it comes; shows progress meanwhile and passes a stop on."""
+        told_to_stop = False
+        while True:
+            for event in self.nodes.events(timeout_seconds=0.5):
+                self.events.append(event)
+                yield event
+            self._show_progress()
+            if self.stopping and not told_to_stop:
+                told_to_stop = True
+                self.nodes.order(stop=True)
+
+    def _show_progress(self) -> None:
+        for line in self._evaluations.new():
+            self.console.evaluation(line)
+        for line in self._metrics.new():
+            self.console.update(line)
+
+    def _phase(self, event: Event) -> None:
+        if event["phase"] == "loading":
+            return
+        self._training = True
+        self._show_progress()
+        self.enter(event["phase"], update=event["update"])
+
+    def _fail(self) -> None:
+        """Ends all ranks and raises RunFailed, which names the first that failed, once late news has settled."""
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while (left := deadline - time.monotonic()) > 0:
+            self.events += self.nodes.events(left)
+        self._show_progress()
+        failure = first_failure(self.events)
+        assert failure is not None
+        self.nodes.end(_GRACE_SECONDS)
+        self.events += self.nodes.events(1.0)
+        node = self.nodes.nodes[failure.node_rank]
+        self.run_dir.event(
+            "failure",
+            rank=failure.rank,
+            node_rank=failure.node_rank,
+            host=node.host,
+            how=failure.how,
+            error=failure.error,
+        )
+        raise RunFailed(self._tell(failure, node))
+
+    def _tell(self, failure: Failure, node: Node) -> str:
+        where = f"on node {failure.node_rank} ({node.host})"
+        if failure.rank is None:
+            return f"node {failure.node_rank} ({node.host}) is lost: {failure.how}"
+        log = self._log_folder(failure.node_rank, node) / f"rank-{failure.rank}.log"
+        tail = "\n".join(f"    {line}" for line in last_lines(log, 20))
+        head = f"rank {failure.rank} {where} failed first, with {failure.how}"
+        return f"{head}{f': {failure.error}' if failure.error else ''}\n  the end of {log}:\n{tail}"
+
+    def _task(self, node_rank: int, node: Node) -> NodeTask:
+        world = self.plan.world
+        return NodeTask(
+            node_rank=node_rank,
+            nodes=world.nodes,
+            first_rank=node_rank * world.processes_per_node,
+            processes=world.processes_per_node,
+            world_size=world.size,
+            run_dir=str(self.run_dir.path),
+            log_folder=str(self._log_folder(node_rank, node)),
+            environment=self._environment(),
+            command=WORKER_COMMAND,
+        )
+
+    def _environment(self) -> dict[str, str]:
+        world = self.plan.world
+        settings = {
+            "OMP_NUM_THREADS": str(world.threads_per_process),
+            "PYTHONUNBUFFERED": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            # Everything is there by now; nothing a rank does may wait for the internet.
+            "HF_HUB_OFFLINE": "1",
+        }
+        if world.device == "cpu":
+            settings["DS_ACCELERATOR"] = "cpu"
+        if world.nodes == 1 and world.backend == "gloo":
+            settings["GLOO_SOCKET_IFNAME"] = "lo"
+        return {**settings, **forwarded_environment(os.environ), **self.plan.job.cluster.env}
+
+    def _master(self) -> str:
+        return "127.0.0.1" if self.plan.world.nodes == 1 else self.nodes.nodes[0].address
+
+    def _log_folder(self, node_rank: int, node: Node) -> Path:
+        return self.run_dir.node_logs(node_rank, node.host)

@@ -1,0 +1,270 @@
+"""Reading a job file: YAML with the line of every key, overrides, and errors that name the line and the mend."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from launcher.errors import Problem, RequestError, nearest
+from launcher.job.model import Job
+
+KeyPath = tuple[str, ...]
+Lines = dict[KeyPath, int]
+
+
+def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
+    """The validated job. Raises RequestError with every problem that was found, each with its line."""
+    data, lines = load_yaml(_read_text(path), str(path))
+    if not isinstance(data, dict):
+        raise RequestError(
+            Problem(
+                f"a job file is a mapping of sections, found {_kind(data)}",
+                file=str(path),
+                mend="`launcher init` writes one",
+            )
+        )
+    data.setdefault("name", _name_from(path))
+    for override in overrides:
+        key = apply_override(data, override)
+        _forget(lines, key)
+    return validate_job(data, lines, str(path))
+
+
+def validate_job(data: dict[str, Any], lines: Lines | None = None, origin: str = "the job") -> Job:
+    """`data` as a Job. Raises RequestError with one Problem a fault."""
+    try:
+        return Job.model_validate(data)
+    except ValidationError as error:
+        raise RequestError(*_problems(error, data, lines or {}, origin)) from None
+
+
+def explicit_keys(job: Job) -> frozenset[str]:
+    """Dotted names of the keys that the user gave a value of their own: not left out, and not 'auto'."""
+    return frozenset(_explicit(job, ()))
+
+
+def load_yaml(text: str, origin: str) -> tuple[Any, Lines]:
+    """Plain data (as yaml.safe_load) and the line of each key. Duplicate keys and broken YAML are RequestErrors."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, {}
+        lines = dict(_key_lines(node, (), origin))
+        return loader.construct_document(node), lines
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise RequestError(
+            Problem(
+                f"not valid YAML: {error.problem or error.context}",
+                file=origin,
+                line=mark.line + 1 if mark else None,
+                mend="check the indentation (spaces, not tabs) and the quotes of this line",
+            )
+        ) from None
+    except yaml.YAMLError as error:
+        raise RequestError(Problem(f"not valid YAML: {error}", file=origin)) from None
+    finally:
+        loader.dispose()
+
+
+def apply_override(data: dict[str, Any], override: str) -> KeyPath:
+    """Sets `section.key=value` (the value read as YAML) in `data`; returns the key's path."""
+    name, equals, text = override.partition("=")
+    key = tuple(name.split("."))
+    if not equals or not all(key):
+        raise RequestError(
+            Problem(
+                f"an override reads section.key=value, found {override!r}",
+                mend="for example train.max_steps=20",
+            )
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RequestError(Problem(f"the value of the override {override!r} is not valid YAML")) from None
+    section = data
+    for part in key[:-1]:
+        inner = section.get(part)
+        if inner is None:
+            inner = section[part] = {}
+        elif not isinstance(inner, dict):
+            raise RequestError(Problem(f"{part} is {inner!r} in the job file, so {name} cannot be set in it", key=name))
+        section = inner
+    section[key[-1]] = value
+    return key
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RequestError(
+            Problem("there is no such job file", file=str(path), mend="`launcher init` writes one to start from")
+        ) from None
+    except IsADirectoryError:
+        raise RequestError(Problem("this is a folder, not a job file", file=str(path))) from None
+    except UnicodeDecodeError as error:
+        raise RequestError(Problem(f"not UTF-8 text (byte {error.start})", file=str(path))) from None
+    except OSError as error:
+        raise RequestError(Problem(f"cannot be read: {error.strerror}", file=str(path))) from None
+
+
+def _name_from(path: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-")[:64] or "job"
+
+
+def _key_lines(node: yaml.Node, at: KeyPath, origin: str) -> Iterator[tuple[KeyPath, int]]:
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in seen:
+                raise RequestError(
+                    Problem(
+                        f"{key} is given twice, first on line {seen[key]}",
+                        file=origin,
+                        line=line,
+                        mend="keep one of the two",
+                    )
+                )
+            seen[key] = line
+            yield (*at, key), line
+            yield from _key_lines(value_node, (*at, key), origin)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield (*at, str(index)), item.start_mark.line + 1
+            yield from _key_lines(item, (*at, str(index)), origin)
+
+
+def _forget(lines: Lines, key: KeyPath) -> None:
+    """An overridden key no longer stands on a line of the file."""
+    for path in [path for path in lines if path[: len(key)] == key]:
+        del lines[path]
+
+
+def _problems(error: ValidationError, data: Any, lines: Lines, origin: str) -> list[Problem]:
+    grouped: dict[KeyPath, list[ErrorDetails]] = {}
+    for detail in error.errors():
+        path = _path_in(data, detail)
+        grouped.setdefault(path, []).append(detail)
+    return [_problem(path, details, lines, origin) for path, details in grouped.items()]
+
+
+def _path_in(data: Any, detail: ErrorDetails) -> KeyPath:
+    """The key path of an error in the user's own terms, without the names that pydantic gives a union's branches."""
+    path: list[str] = []
+    extra = detail["type"] in ("missing", "extra_forbidden")
+    for index, part in enumerate(detail["loc"]):
+        last = index == len(detail["loc"]) - 1
+        if isinstance(data, dict) and (part in data or (extra and last)):
+            path.append(str(part))
+            data = data.get(str(part))
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            path.append(str(part))
+            data = data[part]
+    return tuple(path)
+
+
+def _problem(path: KeyPath, details: list[ErrorDetails], lines: Lines, origin: str) -> Problem:
+    key, detail = ".".join(path), details[0]
+    line = lines.get(path) or lines.get(path[:-1])
+    if detail["type"] == "extra_forbidden":
+        return Problem("there is no such key", file=origin, line=line, key=key, mend=_mend_unknown(path))
+    if detail["type"] == "missing":
+        return Problem("this key is needed", file=origin, line=line, key=key, mend=_describe(path))
+    wanted = " or ".join(dict.fromkeys(_wanted(d) for d in details))
+    found = "" if detail["type"] == "value_error" else f", found {_show(detail['input'])}"
+    return Problem(f"{wanted}{found}", file=origin, line=line, key=key or None, mend=_describe(path))
+
+
+def _wanted(detail: ErrorDetails) -> str:
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "literal_error":
+        return f"must be {context['expected']}"
+    if kind in ("int_type", "int_parsing", "int_from_float"):
+        return "must be a whole number"
+    if kind in ("float_type", "float_parsing", "finite_number"):
+        return "must be a number"
+    if kind in ("string_type", "string_too_short"):
+        return "must be text"
+    if kind == "string_pattern_mismatch":
+        return f"must match {context['pattern']}"
+    if kind in ("bool_parsing", "bool_type"):
+        return "must be true or false"
+    if kind in ("model_type", "dict_type"):
+        return "must be a mapping of keys"
+    if kind == "list_type":
+        return "must be a list"
+    if kind == "value_error":
+        return str(context["error"])
+    return detail["msg"].replace("Input should be", "must be")
+
+
+def _mend_unknown(path: KeyPath) -> str:
+    section = _section_at(path[:-1])
+    if section is None:
+        return "remove it"
+    names = list(section.model_fields)
+    match = nearest(path[-1], names)
+    if match:
+        return f"did you mean {match}?"
+    elsewhere = [f"{name}.{path[-1]}" for name, inner in _sections() if path[-1] in inner.model_fields]
+    if elsewhere:
+        return f"it belongs in {' or '.join(elsewhere)}"
+    return f"valid here: {', '.join(names)}"
+
+
+def _describe(path: KeyPath) -> str | None:
+    section = _section_at(path[:-1])
+    info = section.model_fields.get(path[-1]) if section and path else None
+    return info.description if info else None
+
+
+def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
+    for name, info in Job.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield name, info.annotation
+
+
+def _section_at(path: KeyPath) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = Job
+    for part in path:
+        if part.isdigit():
+            continue
+        info = section.model_fields.get(part) if section else None
+        section = _model_in(info.annotation) if info else None
+    return section
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in get_args(annotation):
+        if model := _model_in(inner):
+            return model
+    return None
+
+
+def _explicit(section: BaseModel, at: KeyPath) -> Iterator[str]:
+    for name in section.model_fields_set:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from _explicit(value, (*at, name))
+        elif value is not None and value != "auto":
+            yield ".".join((*at, name))
+
+
+def _show(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,1 @@
+"""A job plus what was measured about model, data and machines, resolved into one frozen plan with a hash."""

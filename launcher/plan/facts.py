@@ -1,0 +1,66 @@
+"""What was measured about the model, the data and the machines before planning: plain numbers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Facts(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelFacts(Facts):
+    """A pretrained model, as its config and weights say."""
+
+    folder: str
+    model_type: str
+    parameters: int
+    embedding_parameters: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    attention_heads: int
+    vocab_size: int
+    max_positions: int | None
+    tied_embeddings: bool
+    stored_dtype: str
+    supports_gradient_checkpointing: bool
+    has_chat_template: bool
+
+
+class SplitFacts(Facts):
+    """One tokenised split."""
+
+    folder: str
+    rows: int
+    sequences: int
+    tokens: int
+    targets: int
+    longest: int
+    cut: int
+    dropped: int
+    partly_learned: int
+
+
+class DataFacts(Facts):
+    """The tokenised data of a job."""
+
+    fingerprint: str
+    format: str
+    train: SplitFacts
+    eval: SplitFacts | None
+
+
+class MachineFacts(Facts):
+    """One node, all nodes being alike."""
+
+    device: Literal["cpu", "cuda"]
+    device_name: str
+    gpus: int
+    gpu_memory_bytes: int
+    bf16: bool
+    cpus: int
+    memory_bytes: int
+    versions: dict[str, str]

@@ -1,0 +1,62 @@
+"""How many updates a run has, and which samples they take."""
+
+from __future__ import annotations
+
+import math
+
+from launcher.errors import Problem, RequestError
+from launcher.job import Job
+from launcher.plan.facts import DataFacts
+from launcher.plan.model import Length
+
+
+def resolve_length(job: Job, data: DataFacts, batch: int) -> Length:
+    """Updates in all. Epochs follow each other without a gap; only the run's last update may need filling up.
+
+    Raises RequestError where the epochs hold not even one batch.
+    """
+    sequences = data.train.sequences
+    epochs = job.train.num_train_epochs
+    if job.train.max_steps is not None:
+        updates, refilled = job.train.max_steps, 0
+    else:
+        wanted = max(1, round(sequences * (epochs or 1.0)))
+        if wanted < batch:
+            raise RequestError(
+                Problem(
+                    f"{wanted} sequences in all are less than one batch of {batch}",
+                    key="train.train_batch_size",
+                    mend=f"at most {wanted}, or more epochs",
+                )
+            )
+        updates = math.ceil(wanted / batch)
+        refilled = updates * batch - wanted
+    return Length(
+        total_updates=updates,
+        updates_per_epoch=sequences / batch,
+        samples=updates * batch,
+        tokens_per_update=data.train.tokens / sequences * batch,
+        refilled_samples=refilled,
+    )
+
+
+def length_warnings(job: Job, data: DataFacts, batch: int, length: Length) -> list[str]:
+    """What a user should know about the samples that the run takes."""
+    told = []
+    if length.refilled_samples:
+        told.append(
+            f"the last update is filled up with {length.refilled_samples} samples of a further epoch, "
+            f"so that none is dropped"
+        )
+    if batch > data.train.sequences:
+        told.append(f"a batch of {batch} takes some of the {data.train.sequences} training sequences more than once")
+    if data.train.cut:
+        told.append(f"{data.train.cut} of {data.train.rows} rows are cut at {job.data.max_length} tokens")
+    if data.train.dropped:
+        told.append(f"{data.train.dropped} of {data.train.rows} rows leave nothing to learn and are left out")
+    if data.train.partly_learned:
+        told.append(
+            f"in {data.train.partly_learned} conversations only the last assistant turn is learned: "
+            f"the chat template rewrites earlier turns"
+        )
+    return told

@@ -1,0 +1,161 @@
+"""The learning rate of a plan: advised where the job leaves it open, checked, and as DeepSpeed's JSON blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.ds_config import DsConfig, optimizer_of, scheduler_of
+from launcher.errors import RequestError
+from launcher.job import Job, explicit_keys
+from launcher.plan.facts import DataFacts, ModelFacts
+from launcher.plan.model import LearningRate, Length, Plan, Reason
+from launcher.schedule.advice import Choice, Situation, advise, parse_warmup
+from launcher.schedule.curve import Schedule, deepspeed_blocks, make_schedule, rate_at
+from launcher.schedule.replica import replica
+from launcher.schedule.safety import check_safety
+
+_OPTIONS = ("decay_at", "decay_factor", "decay_start", "decay", "cycles", "segments")
+
+
+@dataclass(frozen=True)
+class Decided:
+    """The rate for the plan, and the blocks of the DeepSpeed JSON that carry it."""
+
+    learning_rate: LearningRate
+    scheduler: dict[str, Any] | None
+    optimizer_lr: float
+
+
+def decide_rate(job: Job, model: ModelFacts, data: DataFacts, length: Length, user: DsConfig) -> Decided:
+    """The scheduler of the user's own JSON where it has one and the job asks for none, else a generated schedule.
+
+    Raises RequestError for a schedule that makes no curve, or that is not safe without the user's word.
+    """
+    written = scheduler_of(user)
+    if written is not None and "schedule.shape" not in explicit_keys(job):
+        return _written(written, user, length)
+    situation = Situation(
+        parameters=model.parameters,
+        method="full",
+        tokens_per_update=length.tokens_per_update,
+        total_updates=length.total_updates,
+        dataset_samples=data.train.sequences,
+        beta2=job.train.betas[1],
+        task=job.schedule.task,
+    )
+    return generate(job, situation, (optimizer_of(user) or {}).get("params", {}).get("lr"))
+
+
+def generate(job: Job, situation: Situation, written_lr: float | None = None) -> Decided:
+    """The generated schedule of `job`: what it says, and advice for the rest.
+
+    `written_lr` is the optimizer's rate in the user's JSON, taken as the peak where the job names none.
+    """
+    asked = job.schedule
+    chosen = _choose(job, situation, written_lr)
+    options = {
+        name: [segment.model_dump() for segment in value] if name == "segments" else value
+        for name in _OPTIONS
+        if (value := getattr(asked, name)) is not None
+    }
+    follows = asked.floor == "auto" and chosen["shape"].value in ("linear", "constant", "step", "compound")
+    floor = None if follows else chosen["floor"].value
+    schedule = make_schedule(
+        chosen["shape"].value,
+        peak_lr=chosen["peak_lr"].value,
+        warmup_updates=chosen["warmup"].value,
+        total_updates=situation.total_updates,
+        floor=floor,
+        warmup_type=asked.warmup_type,
+        **options,
+    )
+    problems = check_safety(schedule, method=situation.method, parameters=situation.parameters)
+    if problems and not asked.allow_unsafe:
+        raise RequestError(*problems)
+    return Decided(_described(schedule, chosen), deepspeed_blocks(schedule)["scheduler"], schedule.peak_lr)
+
+
+def planned_rates(plan: Plan) -> Callable[[int], float]:
+    """The rate that the plan gives the update of each number (from 0; skipped ones do not count)."""
+    if plan.learning_rate.schedule is None:
+        scheduler, optimizer = plan.ds_config["scheduler"], plan.ds_config["optimizer"]
+        return replica(scheduler["type"], scheduler["params"], optimizer["params"]["lr"]).after
+    schedule = Schedule.from_dict(plan.learning_rate.schedule)
+    return lambda update: rate_at(schedule, update)
+
+
+def _choose(job: Job, situation: Situation, written_lr: float | None) -> dict[str, Choice]:
+    """The user's word where there is one, else the advice that follows from it, by name."""
+    asked = job.schedule
+    said: dict[str, Choice] = {}
+    if asked.peak_lr != "auto":
+        said["peak_lr"] = _said(asked.peak_lr, f"schedule.peak_lr in the job is {asked.peak_lr:g}.")
+    elif written_lr is not None:
+        said["peak_lr"] = _said(written_lr, f"The optimizer's rate in the DeepSpeed JSON is {written_lr:g}.")
+    if asked.warmup != "auto":
+        updates = parse_warmup(asked.warmup, situation.total_updates, situation.tokens_per_update)
+        said["warmup"] = _said(updates, f"schedule.warmup in the job is {asked.warmup}.")
+    if asked.shape != "auto":
+        said["shape"] = _said(asked.shape, f"schedule.shape in the job is {asked.shape}.")
+    if asked.floor != "auto":
+        said["floor"] = _said(asked.floor, f"schedule.floor in the job is {asked.floor:g} of the peak.")
+    advice = advise(
+        situation,
+        shape=said["shape"].value if "shape" in said else None,
+        warmup_updates=said["warmup"].value if "warmup" in said else None,
+    )
+    advised = {
+        "peak_lr": advice.peak_lr,
+        "warmup": advice.warmup_updates,
+        "shape": advice.shape,
+        "floor": advice.floor,
+    }
+    return {**advised, **said}
+
+
+def _said(value: Any, reason: str) -> Choice:
+    return Choice(value, None, None, reason, (), heuristic=False)
+
+
+def _described(schedule: Schedule, chosen: dict[str, Choice]) -> LearningRate:
+    return LearningRate(
+        schedule=schedule.to_dict(),
+        advance=1,
+        shape=schedule.shape,
+        peak_lr=schedule.peak_lr,
+        floor_lr=schedule.floor_lr,
+        warmup_updates=schedule.warmup_updates,
+        reasons=tuple(
+            Reason(
+                choice=name,
+                value=choice.value,
+                low=choice.low,
+                high=choice.high,
+                reason=choice.reason,
+                sources=choice.sources,
+                heuristic=choice.heuristic,
+            )
+            for name, choice in chosen.items()
+        ),
+    )
+
+
+def _written(scheduler: dict[str, Any], user: DsConfig, length: Length) -> Decided:
+    """The user's own scheduler, as DeepSpeed will drive it."""
+    lr = float((optimizer_of(user) or {}).get("params", {}).get("lr", 1e-3))
+    curve = replica(scheduler["type"], scheduler["params"], lr)
+    rates = [curve.after(update) for update in range(length.total_updates)]
+    peak = max(rates)
+    reason = f"The DeepSpeed JSON has a whole {scheduler['type']}, and the job asks for no other shape."
+    described = LearningRate(
+        schedule=None,
+        advance=0,
+        shape=scheduler["type"],
+        peak_lr=peak,
+        floor_lr=rates[-1],
+        warmup_updates=rates.index(peak),
+        reasons=(Reason(choice="shape", value=scheduler["type"], reason=reason),),
+    )
+    return Decided(described, scheduler, lr)

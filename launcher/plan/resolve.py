@@ -1,0 +1,252 @@
+"""From a job and what was measured to a plan: pure, and the only place where a run's numbers are decided."""
+
+from __future__ import annotations
+
+from launcher import __version__
+from launcher.ds_config import Decisions, DsConfig, batch_keys, compose, offload, precision_of, zero_stage
+from launcher.ds_config.facts import Precision
+from launcher.errors import Problem, RequestError
+from launcher.job import Job, explicit_keys
+from launcher.plan.batch import KEYS, BatchSizes, resolve_batch
+from launcher.plan.facts import DataFacts, MachineFacts, ModelFacts
+from launcher.plan.length import length_warnings, resolve_length
+from launcher.plan.memory import MemoryEstimate, estimate_memory
+from launcher.plan.model import Change, Length, Plan, World
+from launcher.plan.rate import decide_rate
+
+_PRECISIONS: dict[str, Precision] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_USABLE_MEMORY = 0.9
+_GIB = 1024**3
+
+
+def resolve(job: Job, user: DsConfig, model: ModelFacts, data: DataFacts, machine: MachineFacts) -> Plan:
+    """The plan of `job`, whose DeepSpeed JSON is `user`. Raises RequestError for every contradiction."""
+    world = resolve_world(job, machine)
+    check_model(job, model)
+    precision = resolve_precision(job, user, world, machine)
+    batch = _batch(job, user, world, model, machine, precision, _longest(data))
+    length = resolve_length(job, data, batch.train_batch_size)
+    _check_rhythm(job, data, length)
+    rate = decide_rate(job, model, data, length, user)
+    composed = compose(
+        user,
+        Decisions(
+            train_batch_size=batch.train_batch_size,
+            train_micro_batch_size_per_gpu=batch.train_micro_batch_size_per_gpu,
+            gradient_accumulation_steps=batch.gradient_accumulation_steps,
+            precision=precision,
+            device=world.device,
+            optimizer={
+                "type": "AdamW",
+                "params": {
+                    "lr": rate.optimizer_lr,
+                    "betas": list(job.train.betas),
+                    "eps": job.train.eps,
+                    "weight_decay": job.train.weight_decay,
+                },
+            },
+            scheduler=rate.scheduler,
+            gradient_clipping=job.train.gradient_clipping,
+            hidden_size=model.hidden_size,
+            explicit=explicit_keys(job),
+            total_num_steps=length.total_updates,
+            warmup_num_steps=rate.learning_rate.warmup_updates,
+        ),
+    )
+    memory = _memory(job, user, world, model, precision, batch.train_micro_batch_size_per_gpu, _longest(data))
+    return Plan(
+        launcher=__version__,
+        job=job,
+        model=model,
+        data=data,
+        machine=machine,
+        world=world,
+        precision=precision,
+        zero_stage=zero_stage(user),
+        train_batch_size=batch.train_batch_size,
+        train_micro_batch_size_per_gpu=batch.train_micro_batch_size_per_gpu,
+        gradient_accumulation_steps=batch.gradient_accumulation_steps,
+        length=length,
+        learning_rate=rate.learning_rate,
+        ds_config=composed.config,
+        ds_config_changes=tuple(
+            Change(key=change.key_path, before=change.before, after=change.after, reason=change.reason)
+            for change in composed.changes
+        ),
+        memory=memory.to_dict(),
+        warnings=(
+            *length_warnings(job, data, batch.train_batch_size, length),
+            *_memory_warnings(memory, world, machine),
+            *_rhythm_warnings(job, length),
+        ),
+    )
+
+
+def check_request(job: Job, user: DsConfig, machine: MachineFacts) -> None:
+    """The contradictions that need neither model nor data: told before any time is spent. Raises RequestError."""
+    world = resolve_world(job, machine)
+    resolve_precision(job, user, world, machine)
+    zero_stage(user)
+    resolve_batch(_given_batch(job, user), world.size, lambda _: True)
+    if job.train.max_steps is not None:
+        _check_eval_every(job, job.train.max_steps)
+    if job.train.eval_every is not None and job.data.eval is None:
+        raise RequestError(
+            Problem(
+                "there is nothing to evaluate on",
+                key="train.eval_every",
+                mend="give data.eval, or leave it out",
+            )
+        )
+
+
+def resolve_world(job: Job, machine: MachineFacts) -> World:
+    """Ranks and their device. GPUs asked for by number are believed: the plan may be made on a login node."""
+    cluster = job.cluster
+    gpus = machine.gpus if cluster.gpus_per_node == "auto" else cluster.gpus_per_node
+    asked = cluster.processes_per_node
+    if gpus and cluster.gpus_per_node != "auto" and asked not in ("auto", gpus):
+        raise RequestError(
+            Problem(
+                f"{asked} processes and {gpus} GPUs a node: there is one rank a GPU",
+                key="cluster.processes_per_node",
+                mend="leave it out where there are GPUs",
+            )
+        )
+    processes = gpus or (1 if asked == "auto" else asked)
+    return World(
+        nodes=cluster.nodes,
+        processes_per_node=processes,
+        device="cuda" if gpus else "cpu",
+        backend="nccl" if gpus else "gloo",
+        threads_per_process=min(max(1, machine.cpus // processes), 8 if gpus else machine.cpus),
+    )
+
+
+def resolve_precision(job: Job, user: DsConfig, world: World, machine: MachineFacts) -> Precision:
+    """What the JSON fixes, else what the job asks for, else the best that the hardware has."""
+    if fixed := precision_of(user):
+        return fixed
+    if job.model.dtype != "auto":
+        return _PRECISIONS[job.model.dtype]
+    if world.device == "cpu":
+        return "fp32"
+    return "bf16" if machine.bf16 or not machine.gpus else "fp16"
+
+
+def check_model(job: Job, model: ModelFacts) -> None:
+    """Does the model do what the job asks of it? Raises RequestError."""
+    problems = []
+    if model.max_positions is not None and job.data.max_length > model.max_positions:
+        problems.append(
+            Problem(
+                f"{job.data.max_length} is more than the {model.max_positions} positions of this model",
+                key="data.max_length",
+                mend=f"at most {model.max_positions}",
+            )
+        )
+    if job.model.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        problems.append(
+            Problem(
+                f"{model.model_type} does not support it",
+                key="model.gradient_checkpointing",
+                mend="set it to false",
+            )
+        )
+    if job.data.format == "messages" and not model.has_chat_template:
+        problems.append(
+            Problem(
+                "this model's tokenizer has no chat template",
+                key="data.format",
+                mend="take the model's instruct version, or prompt-completion rows",
+            )
+        )
+    if problems:
+        raise RequestError(*problems)
+
+
+def _given_batch(job: Job, user: DsConfig) -> dict[str, int]:
+    asked = {key: getattr(job.train, key) for key in KEYS if getattr(job.train, key) != "auto"}
+    return {**batch_keys(user), **asked}
+
+
+def _batch(
+    job: Job,
+    user: DsConfig,
+    world: World,
+    model: ModelFacts,
+    machine: MachineFacts,
+    precision: Precision,
+    longest: int,
+) -> BatchSizes:
+    room = _room(world, machine)
+
+    def fits(micro: int) -> bool:
+        estimate = _memory(job, user, world, model, precision, micro, longest)
+        return room is None or estimate.device_total <= room
+
+    return resolve_batch(_given_batch(job, user), world.size, fits)
+
+
+def _room(world: World, machine: MachineFacts) -> float | None:
+    """Bytes that one rank may take; None where the machine's GPUs are not seen from here."""
+    if world.device == "cpu":
+        return machine.memory_bytes * _USABLE_MEMORY / world.processes_per_node
+    return machine.gpu_memory_bytes * _USABLE_MEMORY if machine.gpu_memory_bytes else None
+
+
+def _memory(
+    job: Job, user: DsConfig, world: World, model: ModelFacts, precision: Precision, micro: int, longest: int
+) -> MemoryEstimate:
+    return estimate_memory(
+        model,
+        stage=zero_stage(user),
+        offload=offload(user),
+        precision=precision,
+        world_size=world.size,
+        micro_batch=micro,
+        sequence_length=longest,
+        gradient_checkpointing=job.model.gradient_checkpointing,
+    )
+
+
+def _memory_warnings(memory: MemoryEstimate, world: World, machine: MachineFacts) -> list[str]:
+    room = _room(world, machine)
+    if room is None:
+        return ["no GPU is seen from here: whether the model fits its memory is not checked"]
+    if memory.device_total <= room:
+        return []
+    place = "a GPU" if world.device == "cuda" else "a process's share of the memory"
+    return [
+        f"a rank needs about {memory.device_total / _GIB:.1f} GiB and {place} has {room / _GIB:.1f} GiB to use: "
+        f"take a higher ZeRO stage, offload, gradient checkpointing, or a smaller micro-batch"
+    ]
+
+
+def _longest(data: DataFacts) -> int:
+    return max(data.train.longest, data.eval.longest if data.eval else 0)
+
+
+def _check_rhythm(job: Job, data: DataFacts, length: Length) -> None:
+    _check_eval_every(job, length.total_updates)
+    if job.train.eval_every is not None and data.eval is None:
+        raise RequestError(Problem("there is nothing to evaluate on", key="train.eval_every", mend="give data.eval"))
+
+
+def _check_eval_every(job: Job, total_updates: int) -> None:
+    every = job.train.eval_every
+    if every is not None and every > total_updates:
+        raise RequestError(
+            Problem(
+                f"{every} is beyond the run, which has {total_updates} updates",
+                key="train.eval_every",
+                mend=f"at most {total_updates}, or leave it out: the start and the end are always evaluated",
+            )
+        )
+
+
+def _rhythm_warnings(job: Job, length: Length) -> list[str]:
+    every = job.checkpoint.every
+    if every is not None and every > length.total_updates:
+        return [f"checkpoint.every {every} is beyond the run's {length.total_updates} updates: only the end is saved"]
+    return []

@@ -1,0 +1,58 @@
+"""Measuring before planning: the model's sizes, the data's sequences (tokenised once, cached) and the machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from launcher.errors import LauncherError, Problem, RequestError
+from launcher.job import Job
+from launcher.prepare.request import Prepared, Request, cached
+
+__all__ = ["Prepared", "cache_folder", "prepare"]
+
+
+def cache_folder(job: Job) -> Path:
+    """Where a job's measured and tokenised things are kept: storage that all nodes see."""
+    return Path(job.data.cache_dir or Path(job.output_dir) / ".cache").expanduser().resolve()
+
+
+def prepare(
+    job: Job, on_progress: Callable[[dict[str, object]], None], log: IO[bytes] | int = subprocess.DEVNULL
+) -> Prepared:
+    """The job's model and data, measured: from the cache in milliseconds, else in a process of its own.
+
+    `on_progress` is called with {"message": …, "done": …, "total": …}; libraries' chatter goes to `log`.
+    Raises RequestError, or LauncherError where measuring itself failed.
+    """
+    request = Request(job=job, cache=cache_folder(job))
+    if found := cached(request):
+        return found
+    command = [sys.executable, "-m", "launcher.prepare"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log) as process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(request.model_dump_json().encode())
+            process.stdin.close()
+            for line in process.stdout:
+                if (prepared := _answer(json.loads(line), on_progress)) is not None:
+                    return prepared
+        except BaseException:
+            process.kill()
+            raise
+    raise LauncherError(f"the measuring process ended with status {process.returncode} and no answer")
+
+
+def _answer(message: dict[str, object], on_progress: Callable[[dict[str, object]], None]) -> Prepared | None:
+    if "progress" in message:
+        on_progress(message["progress"])  # type: ignore[arg-type]
+        return None
+    if "problems" in message:
+        raise RequestError(*(Problem(**problem) for problem in message["problems"]))  # type: ignore[attr-defined]
+    if "fault" in message:
+        raise LauncherError(f"measuring failed:\n{message['fault']}")
+    return Prepared.model_validate(message["prepared"])

@@ -1,0 +1,128 @@
+"""Measuring a pretrained model, and turning a GGUF into a Hugging Face folder once."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import Problem, RequestError
+from launcher.plan.facts import ModelFacts
+from launcher.token_store import publish_folder
+
+Progress = Callable[..., None]
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def download(name: str, revision: str | None) -> Path:
+    """The local snapshot of a hub model, fetched where it is not there yet."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "*.gguf"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        mend = "give a local folder, or download it first where there is internet (`hf download`)"
+        reason = str(error).strip().splitlines()[0]
+        raise RequestError(
+            Problem(
+                f"{name} is no folder here and cannot be had from the hub: {reason}",
+                key="model.name_or_path",
+                mend=mend,
+            )
+        ) from None
+
+
+def convert_gguf(folder: Path, gguf_file: str, target: Path, progress: Progress) -> None:
+    """Writes the GGUF's weights, config and tokenizer as a Hugging Face folder `target` (float32)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    progress(message=f"reading {gguf_file}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
+    except ImportError as error:
+        raise RequestError(
+            Problem(
+                str(error).splitlines()[0],
+                key="model.gguf_file",
+                mend="pip install 'ray-deepspeed-launcher[gguf]'",
+            )
+        ) from None
+    except (ValueError, KeyError, OSError) as error:
+        raise RequestError(Problem(f"{gguf_file} cannot be read: {error}", key="model.gguf_file")) from None
+    # The weights are plain float32 now; what says otherwise would make transformers look for a quantizer.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        progress(message="writing it as safetensors, once")
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        publish_folder(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def measure_model(folder: Path, trust_remote_code: bool) -> ModelFacts:
+    """Sizes of the model in `folder`, counted on a model without memory. Raises RequestError."""
+    from transformers import AutoConfig
+
+    if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+        raise RequestError(Problem(f"{folder} holds no weights (*.safetensors)", key="model.name_or_path"))
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model = _empty_model(config, trust_remote_code)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RequestError(
+            Problem(
+                f"no causal language model can be made from {folder}: {reason}",
+                key="model.name_or_path",
+                mend="a newer transformers may know it; model.trust_remote_code: true runs code that comes with it",
+            )
+        ) from None
+    return _facts(folder, config, model)
+
+
+def _empty_model(config: Any, trust_remote_code: bool) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _facts(folder: Path, config: Any, model: Any) -> ModelFacts:
+    text = config.get_text_config()
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    embedding = {id(e.weight): e.weight.numel() for e in embeddings if e is not None}
+    hidden = int(text.hidden_size)
+    return ModelFacts(
+        folder=str(folder),
+        model_type=str(config.model_type),
+        parameters=sum(p.numel() for p in model.parameters()),
+        embedding_parameters=sum(embedding.values()),
+        hidden_size=hidden,
+        intermediate_size=int(getattr(text, "intermediate_size", None) or 4 * hidden),
+        layers=int(text.num_hidden_layers),
+        attention_heads=int(text.num_attention_heads),
+        vocab_size=int(text.vocab_size),
+        max_positions=getattr(text, "max_position_embeddings", None),
+        tied_embeddings=len(embedding) == 1,
+        stored_dtype=str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
+        supports_gradient_checkpointing=bool(model.supports_gradient_checkpointing),
+        has_chat_template=_has_chat_template(folder),
+    )
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and '"chat_template"' in config.read_text()

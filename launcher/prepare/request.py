@@ -1,0 +1,136 @@
+"""What a job needs measured, where the results are cached, and doing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from launcher.job import Job
+from launcher.plan.facts import DataFacts, ModelFacts
+from launcher.prepare import sources
+from launcher.run_dir import write_atomic
+
+Progress = Callable[..., None]
+_FORMAT_VERSION = 1
+
+
+class Request(BaseModel):
+    """A job and the folder for what is measured and tokenised."""
+
+    job: Job
+    cache: Path
+
+
+class Prepared(BaseModel):
+    """The model and the data of a job, measured."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model: ModelFacts
+    data: DataFacts
+
+
+def cached(request: Request) -> Prepared | None:
+    """What was prepared before, found without importing anything heavy; None where something has changed or is new."""
+    model = cached_model(request)
+    if model is None:
+        return None
+    data = cached_data(request, Path(model.folder))
+    return Prepared(model=model, data=data) if data else None
+
+
+def carry_out(request: Request, progress: Progress) -> Prepared:
+    """Fetches, converts, measures and tokenises what is not cached yet. Raises RequestError."""
+    model = cached_model(request) or _measure_model(request, progress)
+    data = cached_data(request, Path(model.folder)) or _tokenise(request, Path(model.folder), progress)
+    return Prepared(model=model, data=data)
+
+
+def cached_model(request: Request) -> ModelFacts | None:
+    """Facts of a model measured before whose files are still as they were."""
+    try:
+        facts = ModelFacts.model_validate_json(_model_facts_file(request).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return facts if Path(facts.folder).is_dir() else None
+
+
+def cached_data(request: Request, model_folder: Path) -> DataFacts | None:
+    """Facts of data tokenised before from the same files, tokenizer and settings."""
+    from launcher.prepare.tokenise import read_data_facts
+
+    return read_data_facts(_data_folder(request, model_folder))
+
+
+def _measure_model(request: Request, progress: Progress) -> ModelFacts:
+    from launcher.prepare import model as models
+
+    section = request.job.model
+    folder = sources.find_model_folder(section.name_or_path, section.gguf_file)
+    if folder is None:
+        progress(message=f"fetching {section.name_or_path}")
+        folder = models.download(section.name_or_path, section.revision)
+    if section.gguf_file:
+        target = (
+            request.cache / "models" / f"gguf-{sources.fingerprint(sources.file_stamps([folder / section.gguf_file]))}"
+        )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.is_dir():
+            models.convert_gguf(folder, section.gguf_file, target, progress)
+        folder = target
+    progress(message="measuring the model")
+    facts = models.measure_model(folder.resolve(), section.trust_remote_code)
+    file = _model_facts_file(request)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, facts.model_dump_json(indent=2))
+    return facts
+
+
+def _tokenise(request: Request, model_folder: Path, progress: Progress) -> DataFacts:
+    from launcher.prepare.tokenise import TextRequest, tokenise
+
+    section, target = request.job.data, _data_folder(request, model_folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    text = TextRequest(
+        train=sources.find_data(section.train, "data.train"),
+        eval=_eval_source(section.eval),
+        format=section.format,
+        max_length=section.max_length,
+        split=section.split,
+        seed=request.job.train.seed,
+    )
+    return tokenise(text, model_folder, target, request.job.model.trust_remote_code, progress)
+
+
+def _eval_source(value: float | str | list[str] | None) -> sources.DataSource | float | None:
+    return value if value is None or isinstance(value, float) else sources.find_data(value, "data.eval")
+
+
+def _model_facts_file(request: Request) -> Path:
+    section = request.job.model
+    folder = sources.find_model_folder(section.name_or_path, section.gguf_file)
+    stamp = sources.model_stamp(folder) if folder else f"{section.name_or_path}@{section.revision}"
+    return request.cache / "models" / f"{sources.fingerprint([_FORMAT_VERSION, stamp, section.gguf_file])}.json"
+
+
+def _data_folder(request: Request, model_folder: Path) -> Path:
+    section = request.job.data
+    parts = [
+        _FORMAT_VERSION,
+        sources.tokenizer_fingerprint(model_folder),
+        _stamp(sources.find_data(section.train, "data.train")),
+        section.eval if isinstance(section.eval, float) else _stamp(_eval_source(section.eval)),
+        request.job.train.seed if isinstance(section.eval, float) else None,
+        section.format,
+        section.max_length,
+        section.split,
+    ]
+    return request.cache / "data" / sources.fingerprint(parts)
+
+
+def _stamp(source: sources.DataSource | float | None) -> object:
+    if not isinstance(source, sources.DataSource):
+        return source
+    return source.hub_name or sources.file_stamps(source.files)

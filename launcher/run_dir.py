@@ -1,0 +1,216 @@
+"""The run directory: the names of everything a run writes, and how it is written.
+
+Whatever is replaced is replaced atomically, and whatever grows grows by whole lines, so that a reader at any moment
+sees something complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+STATES = (
+    "planning",
+    "preparing",
+    "placing",
+    "starting",
+    "training",
+    "saving",
+    "exporting",
+    "finished",
+    "failed",
+    "stopped",
+)
+ENDED = ("finished", "failed", "stopped")
+_CHECKPOINT = re.compile(r"^update-(\d+)$")
+
+
+def utc_now() -> str:
+    """The time as every file of a run writes it: UTC, ISO 8601, milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replaces `path` in one step, safe on disk before the old one is gone. The folder must exist."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON, replaced atomically."""
+    write_atomic(path, json.dumps(value, indent=2) + "\n")
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Adds one JSON line in a single write."""
+    line = json.dumps(record, separators=(",", ":")) + "\n"
+    with path.open("ab", buffering=0) as file:
+        file.write(line.encode())
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole JSON lines of `path`; a half-written last line is left for later, a missing file is empty."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Names inside one run directory, and the writers of its state and events."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, output_dir: Path, name: str) -> RunDir:
+        """A new directory `<output_dir>/<name>-<date>-<time>[-n]`, made by exactly one caller."""
+        stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+        for attempt in range(1000):
+            path = output_dir / (stem if attempt == 0 else f"{stem}-{attempt}")
+            with contextlib.suppress(FileExistsError):
+                path.mkdir(parents=True)
+                run = cls(path.resolve())
+                run.checkpoints.mkdir()
+                run.logs.mkdir()
+                return run
+        raise FileExistsError(f"{output_dir / stem}: a thousand runs began in this second")
+
+    @property
+    def job_file(self) -> Path:
+        return self.path / "job.yaml"
+
+    @property
+    def plan_file(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def ds_config_file(self) -> Path:
+        return self.path / "ds_config.json"
+
+    @property
+    def state_file(self) -> Path:
+        return self.path / "state.json"
+
+    @property
+    def events_file(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations_file(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    def node_logs(self, node_rank: int, host: str) -> Path:
+        return self.logs / f"node-{node_rank}-{host}"
+
+    def checkpoint(self, update: int) -> Path:
+        return self.checkpoints / f"update-{update}"
+
+    def enter(self, state: str, **details: Any) -> None:
+        """Writes the state a run has come to, in state.json and as an event."""
+        if state not in STATES:
+            raise ValueError(f"{state!r} is not a state of a run: {', '.join(STATES)}")
+        record = {
+            "state": state,
+            "since": utc_now(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            **details,
+        }
+        write_json(self.state_file, record)
+        self.event("state", state=state, **details)
+
+    def event(self, kind: str, **details: Any) -> None:
+        """Adds what happened to events.jsonl."""
+        append_line(self.events_file, {"time": utc_now(), "event": kind, **details})
+
+    def state(self) -> dict[str, Any]:
+        """What state.json says; an empty mapping before the first state."""
+        try:
+            state: dict[str, Any] = json.loads(self.state_file.read_text())
+        except FileNotFoundError:
+            return {}
+        return state
+
+    def events(self) -> list[dict[str, Any]]:
+        return list(read_lines(self.events_file))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return list(read_lines(self.metrics_file))
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        return list(read_lines(self.evaluations_file))
+
+    def complete_checkpoints(self) -> list[int]:
+        """Updates with a checkpoint whose manifest is there and whose files have the sizes it names, oldest first."""
+        found = (_CHECKPOINT.match(path.name) for path in self.checkpoints.glob("update-*"))
+        updates = sorted(int(match[1]) for match in found if match)
+        return [update for update in updates if checkpoint_is_complete(self.checkpoint(update))]
+
+
+MANIFEST = "manifest.json"
+
+
+def write_manifest(checkpoint: Path, **facts: Any) -> None:
+    """Names every file of a finished checkpoint with its size: written last, it is what makes a checkpoint one."""
+    files = {str(p.relative_to(checkpoint)): p.stat().st_size for p in sorted(checkpoint.rglob("*")) if p.is_file()}
+    write_json(checkpoint / MANIFEST, {"time": utc_now(), **facts, "files": files})
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
+    """The manifest, or None where a checkpoint was never finished."""
+    try:
+        manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return manifest
+
+
+def checkpoint_is_complete(checkpoint: Path) -> bool:
+    """Is every file that the manifest names there, with its size?"""
+    manifest = read_manifest(checkpoint)
+    if manifest is None:
+        return False
+    files: dict[str, int] = manifest["files"]
+    return all((checkpoint / n).is_file() and (checkpoint / n).stat().st_size == s for n, s in files.items())
+
+
+def age_seconds(time_text: str) -> float:
+    """Seconds since a time that `utc_now` wrote."""
+    return time.time() - datetime.fromisoformat(time_text).timestamp()

@@ -1,0 +1,256 @@
+"""The learning rate of every update: schedules as data, and their maths.
+
+`update` counts optimizer updates from 0; `rate_at(schedule, update)` is the rate that this update is made
+with. Linear, cosine and constant schedules are DeepSpeed's own classes, described by the JSON that
+`deepspeed_blocks` gives; the others have no class in DeepSpeed and are built of segments.
+
+DeepSpeed spends two updates at the starting rate, because its first step leaves the rate where the
+constructor put it. A fresh run therefore calls `lr_scheduler.step()` once after `deepspeed.initialize`, and
+update u is made with `last_batch_iteration` = u.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from typing import Any
+
+from launcher.errors import Problem, RequestError, nearest
+from launcher.schedule.replica import Replica, replica
+from launcher.schedule.segments import SEGMENT_SHAPES, Segment, build_segments, share_at
+
+DEEPSPEED_TYPES = {"linear": "WarmupDecayLR", "cosine": "WarmupCosineLR", "constant": "WarmupLR"}
+SHAPES = (*DEEPSPEED_TYPES, *SEGMENT_SHAPES)
+DEFAULT_FLOORS = {"cosine": 0.1, "cosine_restarts": 0.1, "wsd": 0.0}
+"""The floor as a share of the peak where none is asked for; for linear it follows from the warm-up."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A learning-rate schedule, resolved to numbers.
+
+    Rates are absolute. `start_lr` is the rate of update 0 and `floor_lr` the rate at the end of the decay.
+    `segments` describe what follows the warm-up for shapes that DeepSpeed lacks. `extensions` holds
+    (update, warm-up from there on) for each time that the warm-up was lengthened on the way.
+    """
+
+    shape: str
+    peak_lr: float
+    warmup_updates: int
+    total_updates: int
+    floor_lr: float
+    start_lr: float
+    warmup_type: str = "linear"
+    segments: tuple[Segment, ...] = ()
+    extensions: tuple[tuple[int, int], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The schedule as JSON types; `from_dict` gives an equal one back."""
+        plain = asdict(self)
+        plain["segments"] = [asdict(segment) for segment in self.segments]
+        plain["extensions"] = [list(pair) for pair in self.extensions]
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Schedule:
+        """The schedule that `to_dict` wrote; raises RequestError where keys are unknown or missing."""
+        known = {field.name for field in fields(cls)}
+        if set(plain) != known:
+            odd = ", ".join(sorted(set(plain) ^ known))
+            raise RequestError(Problem(f"not a schedule: unknown or missing {odd}"))
+        data = dict(plain)
+        data["segments"] = tuple(Segment(**segment) for segment in plain["segments"])
+        data["extensions"] = tuple((update, warmup) for update, warmup in plain["extensions"])
+        return cls(**data)
+
+
+def make_schedule(
+    shape: str,
+    *,
+    peak_lr: float,
+    warmup_updates: int,
+    total_updates: int,
+    floor: float | None = None,
+    warmup_type: str = "linear",
+    **options: Any,
+) -> Schedule:
+    """The schedule of one run; raises RequestError, naming the key, for what makes no curve.
+
+    `floor` is a share of the peak: what the rate falls to at the end of the decay. WarmupDecayLR has one
+    minimum for both of its ends, so a linear schedule's floor is the rate of its first update, peak/(W+1),
+    and can only be raised. Without `floor`: 0.1 for cosine and cosine_restarts, 0 for wsd.
+
+    The ramp is peak·(u+1)/(W+1) up to update W, which runs at the peak; WarmupCosineLR is by then one update
+    into its decay, and with W = 0 stays at the peak for updates 0 and 1. A linear schedule with W = 1 has its
+    peak at updates 1 and 2. A warm-up longer than the run is left to `check_safety`.
+
+    Options, by shape; a position is an update (integer) or a share of the run (a float up to 1):
+    - step: decay_at (positions), decay_factor (0.1, or one a position);
+    - wsd: decay_start (0.8), decay ("linear" or "1-sqrt");
+    - cosine_restarts: cycles (2);
+    - compound: segments, each {"kind": linear | cosine | constant | 1-sqrt, "until": position, "to": share}.
+    """
+    _check_numbers(shape, peak_lr, warmup_updates, total_updates, floor, warmup_type)
+    start = peak_lr / (warmup_updates + 1)
+    if shape == "linear":
+        start = _linear_floor(peak_lr, warmup_updates, total_updates, floor)
+    if shape in DEEPSPEED_TYPES and options:
+        raise _unknown_option(shape, next(iter(options)))
+    share = DEFAULT_FLOORS.get(shape, 0.0) if floor is None else floor
+    segments: tuple[Segment, ...] = ()
+    if shape in SEGMENT_SHAPES:
+        segments = build_segments(shape, warmup_updates, total_updates, share, options)
+        share = segments[-1].to_share if segments else share
+    floor_lr = {"linear": start, "constant": peak_lr}.get(shape, peak_lr * share)
+    return Schedule(shape, peak_lr, warmup_updates, total_updates, floor_lr, start, warmup_type, segments=segments)
+
+
+def _problem(key: str, message: str, mend: str | None = None) -> RequestError:
+    return RequestError(Problem(message=message, key=f"schedule.{key}", mend=mend))
+
+
+def _unknown_option(shape: str, option: str) -> RequestError:
+    return _problem(option, f"a {shape} schedule has no {option}", "take it out, or take the shape it belongs to")
+
+
+def _check_numbers(shape: str, peak_lr: float, warmup: int, total: int, floor: float | None, warmup_type: str) -> None:
+    if shape not in SHAPES:
+        close = nearest(shape, SHAPES)
+        raise _problem("shape", f"no shape {shape!r}", f"did you mean {close}?" if close else " | ".join(SHAPES))
+    if not _is_number(peak_lr) or peak_lr <= 0:
+        raise _problem("peak_lr", f"the peak rate must be above 0, got {peak_lr!r}", "for example 1e-5")
+    if not _is_count(total, least=1):
+        raise _problem("total_updates", f"a run has 1 update or more, got {total!r}")
+    if not _is_count(warmup, least=0):
+        raise _problem("warmup", f"warm-up is a whole number of updates, 0 or more, got {warmup!r}")
+    if warmup_type not in ("linear", "log"):
+        raise _problem("warmup_type", f"no warm-up type {warmup_type!r}", "linear (gentle) or log (steep at first)")
+    if floor is not None and not (_is_number(floor) and 0 <= floor <= 1):
+        message = f"the floor is a share of the peak, from 0 to 1, got {floor!r}"
+        raise _problem("floor", message, "0.1 decays to a tenth of the peak")
+    if floor is not None and shape in ("constant", "step", "compound"):
+        raise _problem("floor", f"a {shape} schedule has no floor", "its end follows from its other settings")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _linear_floor(peak_lr: float, warmup: int, total: int, floor: float | None) -> float:
+    if warmup == 0 and total > 1:
+        message = "a linear decay without a warm-up would stay at its peak: WarmupDecayLR starts where it ends"
+        raise _problem("warmup", message, "warm up for 1 update or more, or take the shape cosine or wsd")
+    start = peak_lr / (warmup + 1)
+    if floor is None or math.isclose(floor * peak_lr, start):
+        return start
+    if floor * peak_lr < start:
+        message = (
+            f"a linear schedule cannot end at {floor:g} of the peak: WarmupDecayLR has one minimum for its "
+            f"start and its end, and after {warmup} updates of warm-up that is 1/{warmup + 1} of the peak"
+        )
+        raise _problem("floor", message, "leave the floor out, warm up longer, or take the shape cosine or wsd")
+    return floor * peak_lr
+
+
+def warmup_at(schedule: Schedule, update: int) -> int:
+    """The length of the warm-up, in updates, that is in force at this update."""
+    return next((w for since, w in reversed(schedule.extensions) if since <= update), schedule.warmup_updates)
+
+
+def rate_at(schedule: Schedule, update: int, base_lr: float | None = None) -> float:
+    """The rate that update number `update` (from 0) is made with.
+
+    `base_lr` is a parameter group's own rate in the optimizer. Only cosine keeps it (WarmupCosineLR scales
+    each group's rate); all other shapes set every group to the same rate. Past the run the rate stays where
+    the decay ended, as in DeepSpeed, whose engine steps the scheduler once more after the last update. Raises
+    RequestError for a negative update.
+    """
+    if update < 0:
+        raise _problem("total_updates", f"updates count from 0, and there is no update {update}")
+    warmup = warmup_at(schedule, update)
+    if schedule.shape in DEEPSPEED_TYPES:
+        return _deepspeed(schedule, warmup, base_lr).rate(update)
+    if update < warmup:
+        gamma = _ramp(schedule.warmup_type, warmup, update)
+        return schedule.start_lr + (schedule.peak_lr - schedule.start_lr) * gamma
+    return schedule.peak_lr * share_at(schedule.segments, update, warmup, schedule.total_updates)
+
+
+def rates(schedule: Schedule) -> list[float]:
+    """The rate of every update, in order."""
+    return [rate_at(schedule, update) for update in range(schedule.total_updates)]
+
+
+def _ramp(warmup_type: str, warmup: int, update: int) -> float:
+    return update / warmup if warmup_type == "linear" else math.log(update + 1) / math.log(max(2, warmup))
+
+
+@lru_cache(maxsize=64)
+def _deepspeed(schedule: Schedule, warmup: int, base_lr: float | None) -> Replica:
+    kind = DEEPSPEED_TYPES[schedule.shape]
+    optimizer_lr = schedule.peak_lr if base_lr is None else base_lr
+    return replica(kind, _params(schedule, warmup), optimizer_lr)
+
+
+def _params(schedule: Schedule, warmup: int) -> dict[str, Any]:
+    params: dict[str, Any] = _warmup_params(schedule, warmup)
+    if schedule.shape != "constant":
+        params = {"total_num_steps": schedule.total_updates, **params}
+    if schedule.shape == "cosine":
+        ratios = {"warmup_min_ratio": _share(schedule.start_lr, schedule)}
+        return {**params, **ratios, "cos_min_ratio": _share(schedule.floor_lr, schedule)}
+    return {**params, "warmup_min_lr": schedule.start_lr, "warmup_max_lr": schedule.peak_lr}
+
+
+def _warmup_params(schedule: Schedule, warmup: int) -> dict[str, Any]:
+    # DeepSpeed's shortest ramp has two updates. Its log ramp of two is start, peak: exactly a warm-up of one.
+    # No warm-up needs no ramp at all, since the start is then the peak.
+    kind = "log" if warmup == 1 else schedule.warmup_type
+    return {"warmup_num_steps": max(2, warmup), "warmup_type": kind}
+
+
+def _share(rate: float, schedule: Schedule) -> float:
+    # Fifteen digits drop the noise of the division: 0.1 is written as 0.1.
+    return float(f"{rate / schedule.peak_lr:.15g}")
+
+
+def deepspeed_blocks(schedule: Schedule, optimizer_type: str = "AdamW", *, update: int = 0) -> dict[str, Any]:
+    """The "optimizer" and "scheduler" blocks of a DeepSpeed JSON that carry this schedule.
+
+    The peak stands in both. "scheduler" is None for a shape that DeepSpeed has no class for. `update` chooses
+    the warm-up in force when the run starts there, after extensions.
+    """
+    optimizer = {"type": optimizer_type, "params": {"lr": schedule.peak_lr}}
+    if schedule.shape not in DEEPSPEED_TYPES:
+        return {"optimizer": optimizer, "scheduler": None}
+    params = _params(schedule, warmup_at(schedule, update))
+    return {"optimizer": optimizer, "scheduler": {"type": DEEPSPEED_TYPES[schedule.shape], "params": params}}
+
+
+def live_attributes(schedule: Schedule, update: int) -> dict[str, Any]:
+    """The attributes to set on a live DeepSpeed scheduler so that it follows this schedule from `update` on.
+
+    After setting them, `scheduler.step(update)` recomputes the rate without advancing.
+    """
+    params = _warmup_params(schedule, warmup_at(schedule, update))
+    return {**params, "inverse_log_warm_up": 1.0 / math.log(params["warmup_num_steps"])}
+
+
+def extend_warmup(schedule: Schedule, update: int) -> Schedule:
+    """The schedule with its warm-up lengthened at `update`: W' = 2·max(update, W), at most half the run.
+
+    About halves the rate at once and lets it climb again; `start_lr` and the end of the decay stay. Raises
+    RequestError where that would not lower the rate of this update, which is so late in the run.
+    """
+    warmup = min(2 * max(update, warmup_at(schedule, update)), schedule.total_updates // 2)
+    longer = replace(schedule, extensions=(*schedule.extensions, (update, warmup)))
+    if warmup <= warmup_at(schedule, update) or rate_at(longer, update) >= rate_at(schedule, update):
+        message = f"at update {update} of {schedule.total_updates} a longer warm-up would not lower the rate"
+        raise _problem("on_spike", message, "stop, and start again with a lower peak rate")
+    return longer

@@ -1,0 +1,113 @@
+"""Tokenised sequences on disk: flat memory-mapped arrays, written once and read by every rank without a copy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Tokens = npt.NDArray[np.int32]
+Learned = npt.NDArray[np.uint8]
+
+_TOKENS, _LEARNED, _OFFSETS, _TARGETS = "tokens.i32", "learned.u8", "offsets.i64", "targets.i32"
+
+
+class TokenStore:
+    """Sequences of token ids and which of them are learned; read-only.
+
+    A sequence's targets are its learned tokens without the first token of the sequence, which nothing predicts.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.offsets = np.fromfile(folder / _OFFSETS, dtype=np.int64)
+        self.targets = np.fromfile(folder / _TARGETS, dtype=np.int32)
+        total = int(self.offsets[-1])
+        self._tokens: Tokens = np.memmap(folder / _TOKENS, dtype=np.int32, mode="r", shape=(total,))
+        self._learned: Learned = np.memmap(folder / _LEARNED, dtype=np.uint8, mode="r", shape=(total,))
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tokens, Learned]:
+        """(token ids, 1 where a token is learned), each of shape [length]."""
+        start, stop = self.offsets[index], self.offsets[index + 1]
+        return self._tokens[start:stop], self._learned[start:stop]
+
+    def lengths(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Lengths in tokens of the sequences `indices`."""
+        at = np.asarray(indices)
+        lengths: npt.NDArray[np.int64] = self.offsets[at + 1] - self.offsets[at]
+        return lengths
+
+
+class TokenWriter:
+    """Appends sequences to a folder that appears, whole, under its name when the `with` block ends well."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+        self._offsets, self._targets = [0], []  # type: list[int], list[int]
+        self.longest = 0
+
+    def __enter__(self) -> TokenWriter:
+        self._temporary.mkdir(parents=True)
+        self._tokens = (self._temporary / _TOKENS).open("wb")
+        self._learned = (self._temporary / _LEARNED).open("wb")
+        return self
+
+    def add(self, tokens: Sequence[int], learned: Sequence[int]) -> None:
+        """One sequence. `learned` holds a 1 for each token whose prediction is learned, else 0."""
+        mask = np.asarray(learned, dtype=np.uint8)
+        self._tokens.write(np.asarray(tokens, dtype=np.int32).tobytes())
+        self._learned.write(mask.tobytes())
+        self._offsets.append(self._offsets[-1] + len(tokens))
+        self._targets.append(int(mask[1:].sum()))
+        self.longest = max(self.longest, len(tokens))
+
+    def facts(self) -> dict[str, int]:
+        """Counts of what was added."""
+        return {
+            "sequences": len(self._targets),
+            "tokens": self._offsets[-1],
+            "targets": sum(self._targets),
+            "longest": self.longest,
+        }
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tokens.close()
+        self._learned.close()
+        if kind is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            return
+        np.asarray(self._offsets, dtype=np.int64).tofile(self._temporary / _OFFSETS)
+        np.asarray(self._targets, dtype=np.int32).tofile(self._temporary / _TARGETS)
+        (self._temporary / "facts.json").write_text(json.dumps(self.facts()))
+        publish_folder(self._temporary, self.folder)
+
+
+def publish_folder(temporary: Path, folder: Path) -> None:
+    """Renames a finished folder to its name; where another process was first, that one stays and ours goes."""
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(temporary)
+
+
+def read_facts(folder: Path) -> dict[str, Any] | None:
+    """What `TokenWriter.facts` said of a finished folder; None where there is none."""
+    try:
+        facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
+    except FileNotFoundError:
+        return None
+    return facts

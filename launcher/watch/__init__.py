@@ -1,0 +1,1 @@
+"""Reading a run directory, live or long finished."""

@@ -1,0 +1,53 @@
+"""The process of one rank: `python -m launcher.worker`, with the environment that torchrun gives.
+
+The heavy imports come first, so that they overlap with whatever the agent still waits for.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+from launcher.worker.control import Control
+
+
+def main() -> int:
+    """0: finished or stopped as asked; 1: failed, with the traceback in the log and told to the agent."""
+    control = Control.from_environment()
+    try:
+        from launcher.worker import train
+
+        control.report("ready")
+        go = control.wait_for_go()
+        os.environ.update(go.get("env", {}))
+        run_dir = Path(os.environ["LAUNCHER_RUN_DIR"])
+        train.work(
+            run_dir,
+            Path(os.environ.get("LAUNCHER_PLAN", run_dir / "plan.json")),
+            go.get("checkpoint"),
+            control,
+        )
+    except BaseException as error:
+        text = traceback.format_exc()
+        print(text, file=sys.stderr, flush=True)
+        control.report(
+            "failed",
+            host=socket.gethostname(),
+            error=type(error).__name__,
+            message=str(error),
+            traceback=text,
+        )
+        return 1
+    control.report("done")
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A failed rank must not wait for peers in a collective while the interpreter shuts down.
+    os._exit(status)

@@ -1,0 +1,59 @@
+"""The line between a rank and its agent: orders come in on standard input, reports go out on a pipe of their own.
+
+Where the input closes, the agent is gone and the rank ends itself: nothing is left running on a node. A rank started
+without an agent (LAUNCHER_REPORT_FD unset) has a silent line and does not wait for orders.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from typing import Any
+
+AGENT_LOST = 113
+"""Exit status of a rank whose agent disappeared."""
+
+
+class Control:
+    """One rank's line to its agent."""
+
+    def __init__(self, report_fd: int | None) -> None:
+        self._report_fd = report_fd
+        self._lock = threading.Lock()
+        self._orders: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.stop = threading.Event()
+        if report_fd is not None:
+            threading.Thread(target=self._listen, name="agent-line", daemon=True).start()
+
+    @classmethod
+    def from_environment(cls) -> Control:
+        fd = os.environ.pop("LAUNCHER_REPORT_FD", None)
+        return cls(int(fd) if fd else None)
+
+    def wait_for_go(self) -> dict[str, Any]:
+        """The agent's order to begin; an empty one where there is no agent."""
+        if self._report_fd is None:
+            return {}
+        go: dict[str, Any] = self._orders.get()
+        return go
+
+    def report(self, kind: str, **details: Any) -> None:
+        """Tells the agent something: a phase, a heartbeat, a failure."""
+        if self._report_fd is None:
+            return
+        line = json.dumps({"report": kind, "time": time.time(), **details}) + "\n"
+        with self._lock:
+            os.write(self._report_fd, line.encode())
+
+    def _listen(self) -> None:
+        for line in sys.stdin:
+            order = json.loads(line)
+            if "go" in order:
+                self._orders.put(order["go"])
+            elif "stop" in order:
+                self.stop.set()
+        os._exit(AGENT_LOST)

@@ -1,0 +1,59 @@
+"""metrics.jsonl: one line an update, written by the first rank."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from typing import Any
+
+import torch
+
+from launcher.run_dir import RunDir, append_line, utc_now
+from launcher.worker.ranks import Ranks
+
+
+class Journal:
+    """Measures the updates and writes them down."""
+
+    def __init__(self, run: RunDir, ranks: Ranks) -> None:
+        self._run, self._ranks = run, ranks
+        self._since = time.perf_counter()
+
+    def restart_clock(self) -> None:
+        """Leaves what was done since the last update (an evaluation, a checkpoint) out of the next step's time."""
+        self._since = time.perf_counter()
+
+    def write(self, **update: Any) -> None:
+        """One line: update, samples, tokens, loss, lr, grad_norm as given, and step time, tokens/s and memory."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        if not self._ranks.first:
+            return
+        line = {
+            **{key: plain(value) for key, value in update.items()},
+            "step_seconds": round(seconds, 6),
+            "tokens_per_second": round(update["tokens"] / seconds, 1),
+            "peak_memory_bytes": peak_memory_bytes(self._ranks.device),
+            "time": utc_now(),
+        }
+        append_line(self._run.metrics_file, line)
+
+    def evaluated(self, **evaluation: Any) -> None:
+        """One line in evaluations.jsonl."""
+        if self._ranks.first:
+            line = {key: plain(value) for key, value in evaluation.items()}
+            append_line(self._run.evaluations_file, {**line, "time": utc_now()})
+        self.restart_clock()
+
+
+def plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they are written as text."""
+    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that was allocated on a GPU, or the process's largest resident size."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

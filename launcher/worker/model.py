@@ -1,0 +1,78 @@
+"""The pretrained model of a plan, and the DeepSpeed engine around it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations import HfDeepSpeedConfig
+
+from launcher.plan.model import Plan
+from launcher.worker.scheduler import client_scheduler
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_model(plan: Plan) -> Any:
+    """The pretrained model in the plan's precision; under ZeRO-3 each rank holds its part from the start."""
+    model_section = plan.job.model
+    options: dict[str, Any] = {}
+    if model_section.attn_implementation != "auto":
+        options["attn_implementation"] = model_section.attn_implementation
+    with _sharded_loading(plan):
+        model = AutoModelForCausalLM.from_pretrained(
+            plan.model.folder,
+            dtype=_DTYPES[plan.precision],
+            trust_remote_code=model_section.trust_remote_code,
+            **options,
+        )
+    if model_section.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    return model
+
+
+def load_tokenizer(plan: Plan) -> Any:
+    """The model's tokenizer."""
+    return AutoTokenizer.from_pretrained(plan.model.folder, trust_remote_code=plan.job.model.trust_remote_code)
+
+
+def make_engine(plan: Plan, model: Any) -> Any:
+    """The DeepSpeed engine, its scheduler standing at the rate of update 0 of a fresh run."""
+    scheduler = client_scheduler(plan)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=parameter_groups(model),
+        config=plan.ds_config,
+        lr_scheduler=scheduler,
+        dist_init_required=False,
+    )
+    return engine
+
+
+def parameter_groups(model: Any) -> list[dict[str, Any]]:
+    """Two groups: matrices and embeddings, which decay, and norms and biases, which do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [p for p in trained if _dimensions(p) >= 2]
+    vectors = [p for p in trained if _dimensions(p) < 2]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _dimensions(parameter: Any) -> int:
+    """A parameter under ZeRO-3 is a flat part of what `ds_shape` says."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@contextlib.contextmanager
+def _sharded_loading(plan: Plan) -> Iterator[None]:
+    """Under ZeRO-3 transformers loads into parts as long as its DeepSpeed config lives."""
+    config = HfDeepSpeedConfig(plan.ds_config) if plan.zero_stage == 3 else None
+    try:
+        yield
+    finally:
+        del config

@@ -1,0 +1,65 @@
+"""The engine's scheduler: DeepSpeed's own class where it has one, else an object that follows the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from launcher.plan.model import Plan
+from launcher.schedule.curve import DEEPSPEED_TYPES, Schedule, rate_at
+
+
+class PlannedLR:
+    """A scheduler object for shapes that DeepSpeed has no class for; the same life as DeepSpeed's own.
+
+    Update u is made with `last_batch_iteration` = u; the state is that number alone.
+    """
+
+    def __init__(self, optimizer: Any, schedule: Schedule) -> None:
+        self.optimizer, self.schedule = optimizer, schedule
+        self.last_batch_iteration = -1
+        self._apply(0)
+
+    def get_lr(self) -> list[float]:
+        rate = rate_at(self.schedule, max(0, self.last_batch_iteration))
+        return [rate] * len(self.optimizer.param_groups)
+
+    def get_last_lr(self) -> list[float]:
+        return self._last_lr
+
+    def step(self, last_batch_iteration: int | None = None) -> None:
+        """Moves on by one update, or to the one given."""
+        self.last_batch_iteration = (
+            self.last_batch_iteration + 1 if last_batch_iteration is None else last_batch_iteration
+        )
+        self._apply(self.last_batch_iteration)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"last_batch_iteration": self.last_batch_iteration}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.last_batch_iteration = state["last_batch_iteration"]
+
+    def _apply(self, update: int) -> None:
+        self._last_lr = [rate_at(self.schedule, update)] * len(self.optimizer.param_groups)
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+
+
+def client_scheduler(plan: Plan) -> Callable[[Any], PlannedLR] | None:
+    """What `deepspeed.initialize` is given as lr_scheduler; None where the JSON names DeepSpeed's own class."""
+    if plan.learning_rate.schedule is None or plan.learning_rate.shape in DEEPSPEED_TYPES:
+        return None
+    schedule = Schedule.from_dict(plan.learning_rate.schedule)
+    return lambda optimizer: PlannedLR(optimizer, schedule)
+
+
+def begin(engine: Any, plan: Plan) -> None:
+    """Brings a fresh engine's scheduler to update 0 of the plan: DeepSpeed would spend two updates at the start."""
+    for _ in range(plan.learning_rate.advance):
+        engine.lr_scheduler.step()
+
+
+def resume(engine: Any) -> None:
+    """Recomputes the rate after a checkpoint was loaded, which DeepSpeed leaves at the one saved."""
+    engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration)

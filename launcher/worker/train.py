@@ -1,0 +1,177 @@
+"""Fine-tuning, from the process group to the exported model: what every rank does."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+from transformers.utils import logging as transformers_logging
+
+from launcher.plan.model import Plan
+from launcher.run_dir import RunDir
+from launcher.token_store import TokenStore
+from launcher.worker import scheduler
+from launcher.worker.agreement import InStep, same_plan
+from launcher.worker.batches import MicroBatch, SampleOrder, Share, micro_batches
+from launcher.worker.checkpoint import Checkpoints, Progress
+from launcher.worker.control import Control
+from launcher.worker.evaluate import evaluate
+from launcher.worker.export import export_model
+from launcher.worker.journal import Journal
+from launcher.worker.loss import summed_loss
+from launcher.worker.model import load_model, make_engine
+from launcher.worker.ranks import Ranks, join_ranks
+
+
+def work(run_path: Path, plan_file: Path, checkpoint: str | None, control: Control) -> None:
+    """Carries out the plan on this rank. Raises whatever went wrong."""
+    run, plan = RunDir(run_path), Plan.from_json(plan_file.read_text())
+    transformers_logging.disable_progress_bar()
+    ranks = join_ranks(plan)
+    same_plan(ranks, plan)
+    set_seed(plan.job.train.seed)
+    control.report("phase", phase="loading")
+    engine = make_engine(plan, load_model(plan))
+    training = Training(run, plan, ranks, engine, control)
+    training.begin(checkpoint)
+    training.train()
+    training.finish()
+
+
+class Training:
+    """One rank's training: the state of the loop, and what happens around it."""
+
+    def __init__(self, run: RunDir, plan: Plan, ranks: Ranks, engine: Any, control: Control) -> None:
+        self.run, self.plan, self.ranks, self.engine, self.control = run, plan, ranks, engine, control
+        self.journal = Journal(run, ranks)
+        self.checkpoints = Checkpoints(run, plan, ranks)
+        self.in_step = InStep(ranks, plan)
+        self.train_store = TokenStore(Path(plan.data.train.folder))
+        self.eval_store = TokenStore(Path(plan.data.eval.folder)) if plan.data.eval else None
+        self.progress = Progress(update=0, samples=0)
+        self.stopped = False
+
+    def begin(self, checkpoint: str | None) -> None:
+        """Stands where the first update begins: of a fresh run, or after a checkpoint."""
+        if checkpoint is None:
+            scheduler.begin(self.engine, self.plan)
+            self.phase("training")
+            self.evaluate()
+        else:
+            self.progress = self.checkpoints.load(self.engine, Path(checkpoint))
+            scheduler.resume(self.engine)
+            self.phase("training")
+        self.journal.restart_clock()
+
+    def train(self) -> None:
+        """The updates of the plan that are still to be made, or those until a stop."""
+        summed = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        for batch in self.batches():
+            loss = summed_loss(self.engine, batch.input_ids, batch.attention_mask, batch.labels)
+            self.engine.backward(loss * self.loss_scale(batch))
+            summed += loss.detach()
+            if not batch.last_of_update:
+                self.engine.step()
+                continue
+            mean, stop = self.reduce(float(summed), batch)
+            rate = self.in_step.check(self.engine, batch.update)
+            grad_norm = gradient_norm(self.engine)
+            self.engine.step()
+            self.advance(batch, mean, rate, grad_norm)
+            summed.zero_()
+            if stop:
+                self.stopped = True
+                break
+
+    def batches(self) -> Any:
+        """This rank's micro-batches of the updates still to be made."""
+        plan = self.plan
+        share = Share(
+            self.ranks.rank,
+            self.ranks.world_size,
+            plan.train_micro_batch_size_per_gpu,
+            plan.gradient_accumulation_steps,
+        )
+        order = SampleOrder(len(self.train_store), plan.job.train.seed)
+        last = plan.length.total_updates
+        return micro_batches(self.train_store, order, share, self.progress.update, last, self.ranks.device)
+
+    def loss_scale(self, batch: MicroBatch) -> float:
+        """Turns a micro-batch's summed loss into its part of the update's mean over all learned tokens.
+
+        DeepSpeed divides by the accumulation steps and averages over the ranks: both are multiplied back.
+        """
+        return self.ranks.world_size * self.plan.gradient_accumulation_steps / max(1, batch.update_targets)
+
+    def reduce(self, summed: float, batch: MicroBatch) -> tuple[float, bool]:
+        """(the update's mean loss, whether any rank was asked to stop): the same on every rank."""
+        total, stops = self.ranks.sum([summed, float(self.control.stop.is_set())])
+        return total / max(1, batch.update_targets), stops > 0
+
+    def advance(self, batch: MicroBatch, loss: float, rate: float, grad_norm: float | None) -> None:
+        """After an update: write it down, and evaluate or save where it is time."""
+        samples = self.progress.samples + self.plan.train_batch_size
+        self.progress = Progress(update=batch.update + 1, samples=samples)
+        norm = grad_norm if grad_norm is not None else optional_float(self.engine.get_global_grad_norm())
+        self.journal.write(
+            update=batch.update,
+            samples=samples,
+            tokens=batch.update_tokens,
+            loss=loss,
+            lr=rate,
+            grad_norm=norm,
+        )
+        self.control.report("update", update=batch.update)
+        done, total = self.progress.update, self.plan.length.total_updates
+        every = self.plan.job.train.eval_every
+        if every is not None and done % every == 0 and done < total:
+            self.evaluate()
+        if self.checkpoints.due(done) and done < total:
+            self.save()
+
+    def evaluate(self) -> None:
+        """Evaluates on the held-out text, if there is any."""
+        if self.eval_store is not None:
+            found = evaluate(self.engine, self.eval_store, self.plan.train_micro_batch_size_per_gpu, self.ranks)
+            self.journal.evaluated(update=self.progress.update, **asdict(found))
+
+    def save(self) -> None:
+        """Saves a checkpoint of where the run stands."""
+        self.phase("saving")
+        self.checkpoints.save(self.engine, self.progress)
+        self.phase("training")
+        self.journal.restart_clock()
+
+    def finish(self) -> None:
+        """The end: evaluation, checkpoint and export; of a run that was stopped, the checkpoint alone."""
+        if self.stopped:
+            self.phase("saving")
+            self.checkpoints.save(self.engine, self.progress)
+            self.control.report("stopped", update=self.progress.update)
+            return
+        self.evaluate()
+        if self.plan.job.checkpoint.save_final:
+            self.phase("saving")
+            self.checkpoints.save(self.engine, self.progress)
+        if self.plan.job.export:
+            self.phase("exporting")
+            export_model(self.engine, self.plan, self.ranks, self.run.export)
+
+    def phase(self, name: str) -> None:
+        if self.ranks.first:
+            self.control.report("phase", phase=name, update=self.progress.update)
+
+
+def gradient_norm(engine: Any) -> float | None:
+    """The global norm before clipping where DeepSpeed keeps none: float32 without ZeRO. Else None."""
+    if hasattr(engine.optimizer, "_global_grad_norm"):
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def optional_float(value: Any) -> float | None:
+    return None if value is None else float(value)

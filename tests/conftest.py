@@ -1,0 +1,49 @@
+"""What all tests share: no hub, no GPU, one thread a rank, and tiny models made on the spot."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", RAY_USAGE_STATS_ENABLED="0")
+os.environ.pop("RAY_ADDRESS", None)
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import make_tiny_model, write_chats
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers with tied embeddings, with a tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
+    make_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty conversations, which a model can learn."""
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    write_chats(path, 40)
+    return path
+
+
+@pytest.fixture
+def job_dict(tiny_model: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """A small job on two CPU ranks; the cache is shared by the session's tests."""
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    return json.loads(
+        json.dumps(
+            {
+                "name": "tiny",
+                "model": {"name_or_path": str(tiny_model)},
+                "data": {"train": str(chats), "eval": 0.2, "max_length": 64, "cache_dir": str(cache)},
+                "train": {"max_steps": 4, "train_batch_size": 8, "train_micro_batch_size_per_gpu": 4},
+                "schedule": {"shape": "linear", "peak_lr": 1e-3, "warmup": 1},
+                "cluster": {"processes_per_node": 2, "gpus_per_node": 0},
+            }
+        )
+    )

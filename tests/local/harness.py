@@ -1,0 +1,109 @@
+"""Runs a plan's ranks on this machine through an agent, without Ray."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from launcher.fleet.agent import Agent, NodeTask
+from launcher.job import validate_job
+from launcher.plan.model import Plan
+from launcher.planning import make_plan
+from launcher.run_dir import RunDir, write_atomic, write_json
+
+WORKER = (sys.executable, "-m", "launcher.worker")
+
+
+def merged(job: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    """`job` with keys of its sections replaced."""
+    return {
+        **job,
+        **{k: {**job.get(k, {}), **v} if isinstance(v, dict) and k != "deepspeed" else v for k, v in sections.items()},
+    }
+
+
+def plan_of(job: dict[str, Any]) -> Plan:
+    return make_plan(validate_job(job), "test", lambda _: None)
+
+
+def run_directory(plan: Plan, folder: Path) -> RunDir:
+    """A run directory with the plan in it."""
+    run = RunDir.create(folder, plan.job.name)
+    write_atomic(run.plan_file, plan.to_json())
+    write_json(run.ds_config_file, plan.ds_config)
+    return run
+
+
+def run_ranks(
+    plan: Plan,
+    run: RunDir,
+    *,
+    checkpoint: Path | None = None,
+    stop_at: int | None = None,
+    environments: Mapping[int, Mapping[str, str]] | None = None,
+    command: tuple[str, ...] = WORKER,
+    timeout_seconds: float = 240.0,
+) -> list[dict[str, Any]]:
+    """Every event of the ranks, to the last exit. `environments` adds variables to single ranks."""
+    agent = _SingleRanks(environments or {})
+    task = NodeTask(
+        node_rank=0,
+        nodes=1,
+        first_rank=0,
+        processes=plan.world.size,
+        world_size=plan.world.size,
+        run_dir=str(run.path),
+        log_folder=str(run.node_logs(0, socket.gethostname())),
+        environment={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        command=command,
+    )
+    agent.start(task)
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.free_port())}
+    agent.order({"go": {"env": rendezvous, "checkpoint": str(checkpoint) if checkpoint else None}})
+    events: list[dict[str, Any]] = []
+    deadline = time.monotonic() + timeout_seconds
+    try:
+        while sum(event["report"] == "exit" for event in events) < plan.world.size:
+            assert time.monotonic() < deadline, f"ranks still run after {timeout_seconds} s: {events[-3:]}"
+            for event in agent.next_events(1.0):
+                events.append(event)
+                if event["report"] == "update" and event["update"] == stop_at:
+                    agent.order({"stop": True})
+    finally:
+        agent.end(1.0)
+    return events
+
+
+def logs(run: RunDir) -> str:
+    """All rank logs, for a failed assertion."""
+    return "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in sorted(run.logs.glob("*/rank-*.log")))
+
+
+def fine_tuned(plan: Plan, folder: Path, **options: Any) -> RunDir:
+    """The run directory of a plan carried out to its end."""
+    run = run_directory(plan, folder)
+    events = run_ranks(plan, run, **options)
+    assert [event["code"] for event in events if event["report"] == "exit"] == [0] * plan.world.size, logs(run)
+    return run
+
+
+class _SingleRanks(Agent):
+    """An agent that gives single ranks variables of their own."""
+
+    def __init__(self, environments: Mapping[int, Mapping[str, str]]) -> None:
+        super().__init__()
+        self._environments = environments
+
+    def start(self, task: NodeTask) -> list[int]:
+        given = self._environments
+
+        class Task(NodeTask):
+            def rank_environment(self, local_rank: int) -> dict[str, str]:
+                return {**super().rank_environment(local_rank), **given.get(local_rank, {})}
+
+        return super().start(Task(**vars(task)))

@@ -1,0 +1,155 @@
+"""`launcher run` as a user sees it, on a Ray of its own: its end, its interruption, its failure."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM
+
+from launcher.plan.model import Plan
+from launcher.run_dir import RunDir
+from tests.local.harness import merged
+from tests.local.processes import Command, run_folder, state_of, updates_made, write_job
+
+pytestmark = pytest.mark.local
+
+LONG = {"max_steps": 100_000}
+CHATTER = re.compile(r"\[(INFO|WARNING)\]|raylet|DeepSpeed|deepspeed|Started a local Ray|torch\.distributed|Token auth")
+
+
+def test_a_run_from_job_file_to_model(job_dict, tmp_path):
+    job = merged(job_dict, train={"max_steps": 6, "eval_every": 3}, checkpoint={"every": 2, "keep": 2})
+    command = Command("run", str(write_job(tmp_path, job)), "train.max_steps=5", folder=tmp_path)
+    assert command.wait() == 0, command.output
+    assert command.left_behind() == []
+
+    run = RunDir(run_folder(tmp_path))
+    plan = Plan.from_json(run.plan_file.read_text())
+    assert plan.length.total_updates == 5
+    assert json.loads(run.ds_config_file.read_text()) == plan.ds_config
+    assert run.job_file.read_text() == (tmp_path / "job.yaml").read_text()
+
+    states = [event["state"] for event in run.events() if event["event"] == "state"]
+    wanted = ["planning", "placing", "starting", "training", "saving", "exporting", "finished"]
+    assert [state for state in dict.fromkeys(states) if state != "preparing"] == wanted
+    assert run.state()["state"] == "finished"
+
+    lines = run.metrics()
+    assert [line["update"] for line in lines] == [0, 1, 2, 3, 4]
+    keys = {"samples", "tokens", "loss", "lr", "grad_norm", "step_seconds", "tokens_per_second", "peak_memory_bytes"}
+    assert all(keys < set(line) and line["grad_norm"] > 0 for line in lines)
+    assert [line["update"] for line in run.evaluations()] == [0, 3, 5]
+    assert run.complete_checkpoints() == [4, 5]
+    AutoModelForCausalLM.from_pretrained(run.export)
+
+    folder = run.node_logs(0, socket.gethostname())
+    assert sorted(path.name for path in folder.iterdir()) == ["agent.log", "rank-0.log", "rank-1.log"]
+    for rank in (0, 1):
+        text = (folder / f"rank-{rank}.log").read_text()
+        assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ", line) for line in text.splitlines())
+        assert f"[Rank {1 - rank}]" not in text
+
+    assert not CHATTER.search(command.output), command.output
+    for shown in ("finished", str(run.path), str(run.export), "before", "tokens/s"):
+        assert shown in command.output
+
+
+def test_ctrl_c_once_saves_and_the_resumed_run_equals_an_uninterrupted_one(job_dict, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    # Long enough that the signal comes in the middle, whatever the machine is doing.
+    job = merged(job_dict, train={"max_steps": 400})
+    command = Command("run", str(write_job(cut, job)), folder=cut)
+    command.wait_for(lambda: updates_made(cut) >= 3)
+    command.process.send_signal(signal.SIGINT)
+    assert command.wait() == 128 + signal.SIGINT, command.output
+    assert command.left_behind() == []
+    run = RunDir(run_folder(cut))
+    made = len(run.metrics())
+    assert 3 <= made < 400
+    assert run.state()["state"] == "stopped"
+    assert run.complete_checkpoints() == [made]
+    assert f"launcher resume {run.path}" in command.output
+
+    resumed = Command("resume", str(run.path), folder=cut)
+    assert resumed.wait() == 0, resumed.output
+    uninterrupted = Command("run", str(write_job(whole, job)), folder=whole)
+    assert uninterrupted.wait() == 0, uninterrupted.output
+    one, other = run.metrics(), RunDir(run_folder(whole)).metrics()
+    for key in ("update", "samples", "tokens", "lr"):
+        assert [line[key] for line in one] == [line[key] for line in other]
+    np.testing.assert_allclose([line["loss"] for line in one], [line["loss"] for line in other], rtol=1e-6)
+
+
+def test_ctrl_c_twice_stops_at_once_and_leaves_nothing(job_dict, tmp_path):
+    command = Command("run", str(write_job(tmp_path, merged(job_dict, train=LONG))), folder=tmp_path)
+    command.wait_for(lambda: updates_made(tmp_path) >= 2)
+    # A rank that cannot answer any more must not hold the second Ctrl-C up.
+    command.ranks()[1].suspend()
+    command.process.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    assert command.process.poll() is None
+    command.process.send_signal(signal.SIGINT)
+    assert command.wait(20) == 130, command.output
+    assert command.left_behind() == []
+    assert state_of(tmp_path)["state"] == "stopped"
+
+
+def test_ctrl_c_before_training_stops_at_once_and_leaves_nothing(job_dict, tmp_path):
+    command = Command("run", str(write_job(tmp_path, merged(job_dict, train=LONG))), folder=tmp_path)
+    command.wait_for(lambda: len(command.ranks()) == 2)
+    command.process.send_signal(signal.SIGINT)
+    assert command.wait(20) == 130, command.output
+    assert command.left_behind() == []
+    assert "Traceback" not in command.output
+
+
+def test_a_killed_rank_is_named_and_all_others_end(job_dict, tmp_path):
+    command = Command("run", str(write_job(tmp_path, merged(job_dict, train=LONG))), folder=tmp_path)
+    command.wait_for(lambda: updates_made(tmp_path) >= 2)
+    command.ranks()[1].kill()
+    assert command.wait(30) == 1, command.output
+    assert command.left_behind() == []
+    assert f"rank 1 on node 0 ({socket.gethostname()}) failed first, with signal SIGKILL" in command.output
+    assert "Traceback" not in command.output.split("the end of")[0]
+    assert state_of(tmp_path)["state"] == "failed"
+    failure = [event for event in RunDir(run_folder(tmp_path)).events() if event["event"] == "failure"]
+    assert [event["rank"] for event in failure] == [1]
+
+
+def test_ranks_end_with_their_agent(job_dict, tmp_path):
+    command = Command("run", str(write_job(tmp_path, merged(job_dict, train=LONG))), folder=tmp_path)
+    command.wait_for(lambda: updates_made(tmp_path) >= 2)
+    agent = command.ranks()[0].parent()
+    ranks = list(command.ranks().values())
+    agent.kill()
+    assert command.wait(60) == 1, command.output
+    assert "is lost" in command.output
+    assert not [rank for rank in ranks if rank.is_running()]
+    assert command.left_behind() == []
+
+
+def test_nothing_is_left_of_a_launcher_that_was_killed(job_dict, tmp_path):
+    command = Command("run", str(write_job(tmp_path, merged(job_dict, train=LONG))), folder=tmp_path)
+    command.wait_for(lambda: updates_made(tmp_path) >= 2)
+    command.process.kill()
+    command.process.wait()
+    assert command.left_behind(30) == []
+
+
+def test_a_bad_job_starts_nothing_and_leaves_no_directory(job_dict, tmp_path):
+    job = merged(job_dict, data={"max_length": 100_000})
+    command = Command("run", str(write_job(tmp_path, job)), folder=tmp_path)
+    assert command.wait() == 2
+    assert "max_length: 100000 is more than the 128 positions of this model" in command.output
+    assert run_folder(tmp_path) is None
+    assert command.left_behind() == []
+
+

@@ -1,0 +1,348 @@
+"""Completing a DeepSpeed JSON: what is filled, kept and refused, and that every change is told."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.ds_config import (
+    Decisions,
+    Offload,
+    batch_keys,
+    clipping_of,
+    compose,
+    from_mapping,
+    offload,
+    optimizer_of,
+    precision_of,
+    scheduler_of,
+    zero_stage,
+)
+from launcher.errors import RequestError
+
+SCHEDULER = {
+    "type": "WarmupDecayLR",
+    "params": {
+        "total_num_steps": 100,
+        "warmup_num_steps": 10,
+        "warmup_min_lr": 0.0,
+        "warmup_max_lr": 1e-5,
+        "warmup_type": "linear",
+    },
+}
+DECISIONS = Decisions(
+    train_batch_size=32,
+    train_micro_batch_size_per_gpu=2,
+    gradient_accumulation_steps=8,
+    precision="bf16",
+    device="cuda",
+    optimizer={
+        "type": "AdamW",
+        "params": {"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0},
+    },
+    scheduler=SCHEDULER,
+    gradient_clipping=1.0,
+    hidden_size=100,
+    total_num_steps=100,
+    warmup_num_steps=10,
+)
+
+
+def composed(data: dict[str, Any], *explicit: str, **changed: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config, and the changes by key path."""
+    decisions = dataclasses.replace(DECISIONS, explicit=frozenset(explicit), **changed)
+    result = compose(from_mapping(data, "ds.json"), decisions)
+    return result.config, {change.key_path: change for change in result.changes}
+
+
+def refused(data: dict[str, Any], *explicit: str, **changed: Any) -> str:
+    with pytest.raises(RequestError) as caught:
+        composed(data, *explicit, **changed)
+    return str(caught.value)
+
+
+def test_an_empty_json_is_completed_and_every_key_is_told() -> None:
+    config, changes = composed({})
+    assert config == {
+        "train_batch_size": 32,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 8,
+        "bf16": {"enabled": True},
+        "gradient_clipping": 1.0,
+        "optimizer": DECISIONS.optimizer,
+        "scheduler": SCHEDULER,
+    }
+    assert {path.split(".")[0] for path in changes} == set(config)
+
+
+def test_what_the_user_wrote_is_kept() -> None:
+    written = {
+        "train_micro_batch_size_per_gpu": 2,
+        "bf16": {"enabled": True, "immediate_grad_update": True},
+        "zero_optimization": {"stage": 2, "overlap_comm": True},
+        "wandb": {"enabled": True},
+        "my_own": [1, 2],
+    }
+    config, changes = composed(copy.deepcopy(written))
+    assert {key: config[key] for key in written} == written
+    assert not set(changes) & {"train_micro_batch_size_per_gpu", "bf16.enabled", "zero_optimization.stage"}
+
+
+def test_auto_is_filled_everywhere() -> None:
+    config, changes = composed(
+        {
+            "train_batch_size": "auto",
+            "gradient_clipping": "auto",
+            "fp16": {"enabled": "auto", "loss_scale": 0},
+            "bf16": {"enabled": "auto"},
+            "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "amsgrad": True}},
+            "scheduler": {"type": "WarmupDecayLR", "params": dict.fromkeys(SCHEDULER["params"], "auto")},
+        }
+    )
+    assert config["train_batch_size"] == 32
+    assert config["fp16"] == {"enabled": False, "loss_scale": 0}
+    assert config["bf16"] == {"enabled": True}
+    assert config["optimizer"]["params"]["lr"] == 1e-5
+    assert config["optimizer"]["params"]["amsgrad"] is True
+    assert config["scheduler"] == SCHEDULER
+    assert changes["train_batch_size"].before == "auto"
+
+
+def test_bucket_sizes_follow_the_hidden_size_as_in_transformers() -> None:
+    keys = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+    config, changes = composed({"zero_optimization": {"stage": 3, **dict.fromkeys(keys, "auto")}})
+    assert [config["zero_optimization"][key] for key in keys] == [10000, 9000, 1000]
+    assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+    assert changes["zero_optimization.reduce_bucket_size"].reason == "hidden size squared"
+
+
+def test_a_bucket_size_needs_a_hidden_size() -> None:
+    words = refused({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, hidden_size=None)
+    assert "zero_optimization.reduce_bucket_size" in words
+    assert "hidden size" in words
+
+
+def test_numbers_as_text_are_turned_into_numbers_and_told() -> None:
+    config, changes = composed(
+        {"train_micro_batch_size_per_gpu": "2", "optimizer": {"type": "AdamW", "params": {"lr": "1e-5"}}}
+    )
+    assert config["train_micro_batch_size_per_gpu"] == 2
+    assert config["optimizer"]["params"]["lr"] == 1e-5
+    assert changes["optimizer.params.lr"].before == "1e-5"
+
+
+FULL_SCHEDULER = {"type": "WarmupLR", "params": {"warmup_num_steps": 5, "warmup_type": "linear"}}
+
+
+def test_a_full_scheduler_is_kept() -> None:
+    config, changes = composed({"scheduler": FULL_SCHEDULER})
+    assert config["scheduler"] == FULL_SCHEDULER
+    assert not [path for path in changes if path.startswith("scheduler")]
+
+
+def test_a_full_scheduler_gives_way_where_the_job_asks_for_a_generated_one() -> None:
+    config, changes = composed({"scheduler": FULL_SCHEDULER}, "schedule.shape")
+    assert config["scheduler"] == SCHEDULER
+    assert changes["scheduler"].before == FULL_SCHEDULER
+    config, changes = composed({"scheduler": FULL_SCHEDULER}, "schedule.shape", scheduler=None)
+    assert "scheduler" not in config
+    assert changes["scheduler"].after is None
+
+
+def test_cpu_takes_the_adam_of_pytorch_and_says_why() -> None:
+    config, changes = composed({"zero_optimization": {"stage": 2}}, device="cpu")
+    assert config["optimizer"]["params"]["torch_adam"] is True
+    assert "CPU" in changes["optimizer.params.torch_adam"].reason
+    config, _ = composed({"optimizer": {"type": "AdamW", "params": {"torch_adam": False}}}, device="cpu")
+    assert config["optimizer"]["params"]["torch_adam"] is False
+
+
+def test_offload_is_left_alone_on_a_cpu() -> None:
+    block = {"stage": 3, "overlap_comm": True, "offload_param": {"device": "cpu", "pin_memory": True}}
+    config, _ = composed({"zero_optimization": dict(block)}, device="cpu")
+    assert {key: config["zero_optimization"][key] for key in block} == block
+
+
+def test_changes_hold_their_own_copies() -> None:
+    config, changes = composed({}, device="cpu")
+    assert "torch_adam" in config["optimizer"]["params"]
+    assert "torch_adam" not in changes["optimizer"].after["params"]
+
+
+def test_an_auto_that_nobody_fills_is_left_to_deepspeed() -> None:
+    config, changes = composed({"zero_optimization": {"stage": 2, "overlap_comm": "auto"}, "steps_per_print": "auto"})
+    assert config["zero_optimization"] == {"stage": 2}
+    assert "steps_per_print" not in config
+    assert changes["zero_optimization.overlap_comm"].after is None
+
+
+@pytest.mark.parametrize(
+    ("data", "explicit", "changed", "words"),
+    [
+        ({"train_batch_size": 64}, "train.train_batch_size", {}, ("train_batch_size", "64", "32")),
+        (
+            {"train_micro_batch_size_per_gpu": 4},
+            "train.train_micro_batch_size_per_gpu",
+            {},
+            ("train.train_micro_batch_size_per_gpu", "4", "2"),
+        ),
+        ({"train_batch_size": 64}, "", {}, ("64 is not micro-batch 2 x accumulation 8 x world size 2",)),
+        ({"fp16": {"enabled": True}}, "model.dtype", {}, ("fp16", "bf16", "model.dtype")),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "", {}, ("both on",)),
+        ({"fp16": {"enabled": True}}, "", {"device": "cpu"}, ("no fp16 on a CPU",)),
+        (
+            {"gradient_clipping": 0.5},
+            "train.gradient_clipping",
+            {},
+            ("0.5", "1.0", "train.gradient_clipping"),
+        ),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 3e-4}}},
+            "schedule.peak_lr",
+            {},
+            ("optimizer.params.lr", "0.0003", "schedule.peak_lr", "1e-05"),
+        ),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"weight_decay": 0.1}}},
+            "train.weight_decay",
+            {},
+            ("0.1", "train.weight_decay"),
+        ),
+        (
+            {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 500}}},
+            "train.max_steps",
+            {},
+            ("500", "train.max_steps", "100"),
+        ),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"betas": "auto", "x": "auto"}}},
+            "",
+            {},
+            ("optimizer.params.x",),
+        ),
+        ({"optimizer": {"type": "Lamb"}}, "", {"device": "cpu"}, ("Lamb has no CPU version",)),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+            "",
+            {"device": "cpu"},
+            ("no quantizer on a CPU",),
+        ),
+        ({"zero_optimization": {"stage": 4}}, "", {}, ("stage of 0, 1, 2 or 3", "4")),
+        ({"bf16": True}, "", {}, ("bf16", "a block")),
+    ],
+)
+def test_conflicts_name_both_places_and_both_values(
+    data: dict[str, Any], explicit: str, changed: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    told = refused(data, explicit, **changed)
+    assert all(word in told for word in words), told
+    assert "ds.json" in told
+
+
+def test_equal_values_on_both_sides_are_no_conflict() -> None:
+    data = {
+        "train_batch_size": 32,
+        "gradient_clipping": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
+        "scheduler": copy.deepcopy(SCHEDULER),
+    }
+    explicit = ("train.train_batch_size", "train.gradient_clipping", "schedule.peak_lr", "train.max_steps")
+    config, _ = composed(data, *explicit)
+    assert {key: config[key] for key in ("train_batch_size", "gradient_clipping", "scheduler")} == {
+        "train_batch_size": 32,
+        "gradient_clipping": 1,
+        "scheduler": SCHEDULER,
+    }
+
+
+def test_values_that_the_job_leaves_open_yield_to_the_json() -> None:
+    config, changes = composed({"gradient_clipping": 0.3, "optimizer": {"type": "Adam", "params": {"lr": 2e-6}}})
+    assert config["gradient_clipping"] == 0.3
+    assert config["optimizer"]["type"] == "Adam"
+    assert config["optimizer"]["params"]["lr"] == 2e-6
+    assert "optimizer.params.lr" not in changes
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    told = refused(
+        {"gradient_clipping": 2.0, "train_batch_size": 8}, "train.gradient_clipping", "train.train_batch_size"
+    )
+    assert "train.gradient_clipping" in told
+    assert "train.train_batch_size" in told
+
+
+plain = st.dictionaries(
+    st.sampled_from(["wandb", "flops_profiler", "aio", "custom", "zero_optimization"]),
+    st.fixed_dictionaries(
+        {},
+        optional={"stage": st.integers(0, 2), "enabled": st.booleans(), "note": st.sampled_from(["", "a"])},
+    ),
+)
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+@given(plain)
+def test_every_difference_has_a_change_line(data: dict[str, Any]) -> None:
+    config, changes = composed(copy.deepcopy(data))
+    before, after = _leaves(data), _leaves(config)
+    differing = {path for path in before | after if before.get(path) != after.get(path)}
+    assert all(any(path == told or path.startswith(f"{told}.") for told in changes) for path in differing)
+    assert compose(from_mapping(config, "ds.json"), DECISIONS).changes == ()
+
+
+def test_the_planner_reads_what_the_json_fixes() -> None:
+    config = from_mapping(
+        {
+            "train_batch_size": "16",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "bfloat16": {"enabled": True},
+            "optimizer": {"type": "AdamW", "params": {"lr": "2e-5", "eps": "auto"}},
+            "scheduler": {"type": "WarmupLR"},
+            "zero_optimization": {
+                "stage": "3",
+                "cpu_offload_param": True,
+                "offload_optimizer": {"device": "nvme"},
+            },
+        },
+        "ds.json",
+    )
+    assert batch_keys(config) == {"train_batch_size": 16}
+    assert optimizer_of(config) == {"type": "AdamW", "params": {"lr": 2e-5}}
+    assert scheduler_of(config) == {"type": "WarmupLR", "params": {}}
+    assert zero_stage(config) == 3
+    assert offload(config) == Offload("nvme", "cpu")
+    assert precision_of(config) == "bf16"
+    assert clipping_of(config) is None
+
+
+@pytest.mark.parametrize(("value", "size"), [(0, "0"), (2.5, "2.5"), ("many", "many"), (True, "True")])
+def test_a_batch_size_that_is_none_is_refused(value: Any, size: str) -> None:
+    with pytest.raises(RequestError, match=f"train_batch_size.*{size}"):
+        batch_keys(from_mapping({"train_batch_size": value}, "ds.json"))
+
+
+@pytest.mark.parametrize(
+    ("data", "precision"),
+    [
+        ({}, None),
+        ({"fp16": {"enabled": False}}, None),
+        ({"bf16": {"enabled": False}}, "fp32"),
+        ({"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, None),
+        ({"fp16": {"enabled": True}}, "fp16"),
+        ({"torch_autocast": {"enabled": True}}, "fp32"),
+    ],
+)
+def test_precision(data: dict[str, Any], precision: str | None) -> None:
+    assert precision_of(from_mapping(data, "ds.json")) == precision
