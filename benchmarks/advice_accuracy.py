@@ -100,9 +100,7 @@ def _fit_one(method: str, recipes: Sequence[Recipe]) -> Family:
     mine = [recipe for recipe in recipes if recipe.method == method]
     share = Counter(recipe.organisation for recipe in mine)
     weights = [1 / share[recipe.organisation] for recipe in mine]
-    points = [
-        math.log(recipe.peak_lr / family_rate(unit, recipe.parameters, recipe.tokens)) for recipe in mine
-    ]
+    points = [math.log(recipe.peak_lr / family_rate(unit, recipe.parameters, recipe.tokens)) for recipe in mine]
     return replace(unit, base_lr=math.exp(_centre(points, weights, math.log(BASELINE[method]))))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -32,11 +33,24 @@ def check_job(job: Job, job_file: str) -> tuple[DsConfig, MachineFacts]:
     """The job's DeepSpeed JSON and this machine. Raises RequestError for what can be told without model and data."""
     user, machine = load_ds_config(job, job_file), measure_machine()
     check_request(job, user, machine)
+    _check_folder(job.output_dir, "output_dir", job_file)
+    if job.data.cache_dir is not None:
+        _check_folder(job.data.cache_dir, "data.cache_dir", job_file)
     find_model_folder(job.model.name_or_path, job.model.gguf_file)
     find_data(job.data.train, "data.train")
     if isinstance(job.data.eval, str | list):
         find_data(job.data.eval, "data.eval")
     return user, machine
+
+
+def _check_folder(name: str, key: str, job_file: str) -> None:
+    """Can something be written at `name`, which need not be there yet?"""
+    path = Path(name).expanduser().absolute()
+    there = next(part for part in (path, *path.parents) if part.exists())
+    if not there.is_dir():
+        raise RequestError(Problem(f"{there} is a file; a folder is needed", file=job_file, key=key))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RequestError(Problem(f"{there} may not be written to", file=job_file, key=key))
 
 
 def load_ds_config(job: Job, job_file: str) -> DsConfig:
@@ -48,7 +62,7 @@ def load_ds_config(job: Job, job_file: str) -> DsConfig:
         return read_ds_config(path)
     if job.deepspeed in preset_names():
         return read_ds_config(shipped_folder("ds_configs") / f"{job.deepspeed}.json")
-    match = nearest(job.deepspeed, preset_names())
+    match = nearest(path.stem, preset_names())
     raise RequestError(
         Problem(
             f"there is no file {job.deepspeed} (looked from {Path.cwd()})",

@@ -64,6 +64,8 @@ def init(
         for path in sorted(shipped_folder(shipped).iterdir()):
             if path.is_file():
                 files[Path(shipped) / path.name] = path.read_bytes()
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(Problem("this is a file; a folder is needed", file=str(folder)))
     taken = [str(folder / path) for path in files if (folder / path).exists()]
     if taken:
         raise RequestError(
@@ -82,7 +84,11 @@ def init(
 
 def starter_job(name: str, model: str, data: str) -> str:
     """The text of a commented job file. Raises RequestError for values that no job file can hold."""
-    text = _STARTER.format(name=name, model=json.dumps(model), data=json.dumps(data))
+    text = _STARTER.format(name=name, model=_quoted(model), data=_quoted(data))
     values, lines = load_yaml(text, f"{name}.yaml")
     validate_job(values, lines, f"{name}.yaml")
     return text
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from launcher.job import read_job
+from launcher.job import placing, read_job
 from launcher.plan.model import Plan
 from launcher.planning import make_plan
 
@@ -24,7 +24,8 @@ def plan(
     """Show what a job comes to: ranks, batches, updates, learning rate, DeepSpeed JSON, memory. Starts nothing."""
     messages = Console(stderr=True, highlight=False)
     job = read_job(job_file, overrides or ())
-    made = make_plan(job, str(job_file), lambda progress: messages.print(f"{progress['message']} …", style="dim"))
+    with placing(job_file, overrides or ()):
+        made = make_plan(job, str(job_file), lambda progress: messages.print(f"{progress['message']} …", style="dim"))
     if as_json:
         typer.echo(made.to_json(), nl=False)
     else:

@@ -14,7 +14,7 @@ import typer
 
 from launcher.cli.console import RunConsole
 from launcher.errors import LauncherError, RequestError
-from launcher.job import Job, read_job
+from launcher.job import Job, placing, read_job
 from launcher.plan.model import Plan
 from launcher.planning import check_job, make_plan
 from launcher.run_dir import RunDir, write_atomic, write_json
@@ -29,10 +29,11 @@ def run(
 ) -> None:
     """Plan a job and carry it out: place the nodes, start the ranks, train, save, export."""
     job = read_job(job_file, overrides or ())
-    check_job(job, str(job_file))
+    with placing(job_file, overrides or ()):
+        check_job(job, str(job_file))
     directory = RunDir.create(Path(job.output_dir).expanduser(), job.name)
     console = RunConsole()
-    with console.closing():
+    with console.closing(), placing(job_file, overrides or ()):
         plan = _planned(job, job_file, overrides or [], directory, console)
         carry_out(plan, directory, console, checkpoint=None)
 

@@ -17,6 +17,7 @@ from launcher.ds_config.facts import (
     BATCH_KEYS,
     Precision,
     bf16_key,
+    offload,
     precision_of,
     zero_stage,
 )
@@ -24,8 +25,6 @@ from launcher.ds_config.read import DsConfig
 from launcher.errors import RequestError
 
 ADAM_TYPES = ("adam", "adamw")
-# Native to the GPU: DeepSpeed's CPU backend has no such op and initialize fails.
-NOT_ON_CPU = ("lamb", "lion")
 # Keys for which "auto" is a value of DeepSpeed's own.
 REAL_AUTO = (
     "data_types.keep_in_fp32_modules",
@@ -243,6 +242,9 @@ def _device_limits(draft: Draft, decisions: Decisions) -> None:
     """What DeepSpeed's CPU backend cannot do. Offload, pinned memory and overlap_comm work there."""
     if decisions.device != "cpu":
         return
+    kind = str(draft.get("optimizer.type"))
+    # Lion has a CPU version, which DeepSpeed takes for offloaded states only.
+    gpu_only = kind.lower() == "lamb" or (kind.lower() == "lion" and offload(draft.user).optimizer == "none")
     quantized = ("zero_optimization.zero_quantized_weights", "zero_optimization.zero_quantized_gradients")
     refusals = {
         path: (draft.get(path) is True, "DeepSpeed has no quantizer on a CPU", "Leave the key out on CPUs.")
@@ -255,8 +257,8 @@ def _device_limits(draft: Draft, decisions: Decisions) -> None:
             "Use bf16 or fp32.",
         ),
         "optimizer.type": (
-            str(draft.get("optimizer.type")).lower() in NOT_ON_CPU,
-            f"DeepSpeed's {draft.get('optimizer.type')} has no CPU version",
+            gpu_only,
+            f"DeepSpeed's {kind} has no CPU version",
             "Use AdamW on CPUs.",
         ),
     }

@@ -33,8 +33,9 @@ def first_failure(events: Iterable[dict[str, Any]]) -> Failure | None:
         known = failures.get(key)
         if known is None:
             failures[key] = found
-        elif known.error is not None and found.error is None:
-            failures[key] = Failure(known.rank, known.node_rank, known.time, found.how, known.error)
+        elif (known.error is None) != (found.error is None):
+            told, ended = (known, found) if found.error is None else (found, known)
+            failures[key] = Failure(told.rank, told.node_rank, told.time, ended.how, told.error)
     return min(failures.values(), key=lambda failure: failure.time, default=None)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from launcher.errors import RunFailed
@@ -16,6 +18,7 @@ from launcher.fleet.agent import Event, NodeTask
 
 Tell = Callable[[str], None]
 _POLL_SECONDS = 2.0
+_OBJECT_STORE_BYTES = 100 * 1024**2
 _FORWARDED = (
     "HF_",
     "HUGGINGFACE_",
@@ -66,31 +69,32 @@ class Nodes:
     def connect(self, address: str) -> None:
         """Joins the Ray at `address`, or starts one of our own for "local". Raises RunFailed."""
         _quiet_ray()
+        options = {"address": address} if address != "local" else self._own_ray()
+        # Only now: Ray reads its settings once, when it is imported.
         import ray
 
-        options: dict[str, Any] = {
-            "log_to_driver": False,
-            "logging_level": logging.ERROR,
-            "configure_logging": False,
-        }
-        if address == "local":
-            # Ray's sockets lie in here, and a socket's path may not be longer than 107 bytes.
-            self._temporary = tempfile.TemporaryDirectory(prefix="lr-", dir="/tmp", ignore_cleanup_errors=True)
-            options |= {
-                "address": "local",
-                "num_cpus": self._needs.cpus,
-                "num_gpus": self._needs.gpus,
-                "include_dashboard": False,
-                "_temp_dir": self._temporary.name,
-                "object_store_memory": 100 * 1024**2,
-            }
-        else:
-            options["address"] = address
         try:
-            ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+        except Exception as error:  # Ray has no common kind for what goes wrong here
             where = "a Ray on this machine could not be started" if address == "local" else f"no Ray at {address}"
             raise RunFailed(f"{where}: {str(error).strip().splitlines()[0]}") from None
+
+    def _own_ray(self) -> dict[str, Any]:
+        """Options for a Ray of our own: on this machine alone, with what the run needs and a secret of its own."""
+        # Ray's sockets lie in here, and a socket's path may not be longer than 107 bytes.
+        self._temporary = tempfile.TemporaryDirectory(prefix="lr-", dir="/tmp", ignore_cleanup_errors=True)
+        token = Path(self._temporary.name) / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+        return {
+            "address": "local",
+            "num_cpus": self._needs.cpus,
+            "num_gpus": self._needs.gpus,
+            "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "_temp_dir": self._temporary.name,
+        }
 
     def place(self, wait_seconds: float) -> list[Node]:
         """One agent a node, in a stable order. Raises RunFailed with what is missing."""
@@ -149,6 +153,8 @@ class Nodes:
 
     def end(self, grace_seconds: float) -> None:
         """Ends every rank on every node that still answers."""
+        if not self.nodes:
+            return
         import ray
 
         with contextlib.suppress(ray.exceptions.RayError):
@@ -240,6 +246,7 @@ def _address_key(address: str) -> tuple[bool, list[int], str]:
 
 
 def _quiet_ray() -> None:
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    """What Ray would otherwise say, or send home, from this process."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    # Ray announces that it will one day leave CUDA_VISIBLE_DEVICES alone for actors without GPUs.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

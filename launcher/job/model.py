@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 Auto = Literal["auto"]
 
@@ -12,19 +13,33 @@ Auto = Literal["auto"]
 def _whole_number(value: Any) -> Any:
     """YAML reads `1e4` as a string and `1e+4` as a float: both are the whole number meant."""
     if isinstance(value, bool):
-        raise ValueError(f"a number was expected, found {str(value).lower()}")
-    if isinstance(value, str):
-        try:
-            value = float(value.replace("_", ""))
-        except ValueError:
-            return value
+        raise PydanticCustomError("not_a_number", "must be a whole number")
+    value = _parsed(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _number(value: Any) -> Any:
     """Refuses YAML's yes/no/on/off where a number belongs."""
     if isinstance(value, bool):
-        raise ValueError(f"a number was expected, found {str(value).lower()}")
+        raise PydanticCustomError("not_a_number", "must be a number")
+    return value
+
+
+def _position(value: Any) -> Any:
+    """An update (100) or a share of the run (0.5): what is written with a point and at most 1 is a share."""
+    value = _parsed(_number(value))
+    return int(value) if isinstance(value, float) and value > 1 and value.is_integer() else value
+
+
+def _parsed(value: Any) -> Any:
+    """A number that YAML 1.1 reads as text, such as 2e-2, as that number; everything else as it is."""
+    if not isinstance(value, str):
+        return value
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
     return value
 
 
@@ -32,7 +47,11 @@ PositiveInt = Annotated[int, BeforeValidator(_whole_number), Field(gt=0)]
 WholeNumber = Annotated[int, BeforeValidator(_whole_number), Field(ge=0)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 PositiveNumber = Annotated[Number, Field(gt=0)]
-Name = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Position = Annotated[int | Annotated[float, Field(allow_inf_nan=False)], BeforeValidator(_position), Field(ge=0)]
+Seed = Annotated[WholeNumber, Field(lt=2**32)]
+NAME_PATTERN = r"^[^\x00-\x1f\x7f]*$"
+JOB_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+Name = Annotated[str, Field(min_length=1, pattern=NAME_PATTERN)]
 
 
 class Section(BaseModel):
@@ -59,7 +78,7 @@ class DataSection(Section):
     """The text to learn from."""
 
     train: Name | list[Name] = Field(description="File(s), glob(s) or a hub name: jsonl, json, parquet, csv or txt.")
-    eval: Annotated[Number, Field(gt=0, lt=1)] | Name | list[Name] | None = Field(
+    eval: Annotated[Annotated[Number, Field(gt=0, lt=1)] | Name | list[Name] | None, BeforeValidator(_parsed)] = Field(
         None, description="File(s) as for train, or a fraction of the training rows such as 0.02."
     )
     split: Name = Field("train", description="The split taken of a hub data set.")
@@ -87,7 +106,7 @@ class TrainSection(Section):
     eval_every: PositiveInt | None = Field(
         None, description="Evaluate every so many updates, besides before the first and after the last."
     )
-    seed: WholeNumber = Field(42, description="Orders the data and seeds every random number.")
+    seed: Seed = Field(42, description="Orders the data and seeds every random number.")
     weight_decay: Annotated[Number, Field(ge=0)] = Field(0.0, description="AdamW's decoupled weight decay.")
     betas: tuple[Number, Number] = Field((0.9, 0.999), description="Adam's beta1 and beta2.")
     eps: PositiveNumber = Field(1e-8, description="Adam's epsilon.")
@@ -108,9 +127,7 @@ class SegmentSection(Section):
     """One piece of a compound schedule, after the warm-up."""
 
     kind: Literal["linear", "cosine", "constant", "1-sqrt"] = Field(description="How the rate moves to `to`.")
-    until: WholeNumber | Annotated[Number, Field(gt=0, le=1)] = Field(
-        description="Where the piece ends: an update, or a share of the run up to 1."
-    )
+    until: Position = Field(description="Where the piece ends: an update, or a share of the run up to 1.")
     to: Annotated[Number, Field(ge=0, le=1)] = Field(description="Share of the peak at the end of the piece.")
 
 
@@ -131,13 +148,13 @@ class ScheduleSection(Section):
     task: Literal["similar", "divergent"] | None = Field(
         None, description="Is the task close to what the model was pretrained on, or far from it?"
     )
-    decay_at: list[WholeNumber | Number] | None = Field(
+    decay_at: list[Position] | None = Field(
         None, description="step: where the rate falls, in updates or in shares of the run."
     )
     decay_factor: Annotated[Number, Field(gt=0, lt=1)] | list[Number] | None = Field(
         None, description="step: what the rate is multiplied with at each of them. Default 0.1."
     )
-    decay_start: WholeNumber | Annotated[Number, Field(gt=0, lt=1)] | None = Field(
+    decay_start: Position | None = Field(
         None, description="wsd: where the last decay begins, an update or a share of the run. Default 0.8."
     )
     decay: Literal["linear", "1-sqrt"] | None = Field(None, description="wsd: how the last decay falls.")
@@ -180,7 +197,7 @@ class CheckpointSection(Section):
 class Job(Section):
     """A fine-tuning job: one YAML file."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
+    name: Annotated[str, Field(pattern=JOB_NAME_PATTERN)] = Field(
         "job", description="Letters, digits, '.', '_' and '-'. Default: the job file's name."
     )
     model: ModelSection

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,15 +13,17 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from launcher.errors import Problem, RequestError, nearest
-from launcher.job.model import Job
+from launcher.job.model import JOB_NAME_PATTERN, NAME_PATTERN, Job
 
 KeyPath = tuple[str, ...]
 Lines = dict[KeyPath, int]
+COMMAND_LINE = 0
+_SECTION_SHOWN = 6
 
 
 def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     """The validated job. Raises RequestError with every problem that was found, each with its line."""
-    data, lines = load_yaml(_read_text(path), str(path))
+    data, lines = load_yaml(read_text(path), str(path))
     if not isinstance(data, dict):
         raise RequestError(
             Problem(
@@ -31,8 +34,7 @@ def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
         )
     data.setdefault("name", _name_from(path))
     for override in overrides:
-        key = apply_override(data, override)
-        _forget(lines, key)
+        _move_to_command_line(lines, apply_override(data, override))
     return validate_job(data, lines, str(path))
 
 
@@ -51,57 +53,61 @@ def explicit_keys(job: Job) -> frozenset[str]:
 
 def load_yaml(text: str, origin: str) -> tuple[Any, Lines]:
     """Plain data (as yaml.safe_load) and the line of each key. Duplicate keys and broken YAML are RequestErrors."""
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None, {}
         lines = dict(_key_lines(node, (), origin))
         return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        raise RequestError(
-            Problem(
-                f"not valid YAML: {error.problem or error.context}",
-                file=origin,
-                line=mark.line + 1 if mark else None,
-                mend="check the indentation (spaces, not tabs) and the quotes of this line",
-            )
-        ) from None
-    except yaml.YAMLError as error:
-        raise RequestError(Problem(f"not valid YAML: {error}", file=origin)) from None
-    finally:
-        loader.dispose()
+        raise RequestError(_marked(error, origin)) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        message = f"the character U+{error.character:04X} may not stand in a YAML file"
+        raise RequestError(Problem(message, file=origin, line=line, mend="remove it")) from None
+    except RecursionError:
+        raise RequestError(Problem("not valid YAML: a value holds itself, or too many levels", file=origin)) from None
+    except ValueError as error:  # a date or a number that is none, such as 2026-13-45
+        mend = "put quotes around what is meant as text"
+        raise RequestError(Problem(f"a value cannot be read: {error}", file=origin, mend=mend)) from None
 
 
 def apply_override(data: dict[str, Any], override: str) -> KeyPath:
     """Sets `section.key=value` (the value read as YAML) in `data`; returns the key's path."""
-    name, equals, text = override.partition("=")
-    key = tuple(name.split("."))
-    if not equals or not all(key):
-        raise RequestError(
-            Problem(
-                f"an override reads section.key=value, found {override!r}",
-                mend="for example train.max_steps=20",
-            )
-        )
+    key = override_key(override)
+    name, _, text = override.partition("=")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RequestError(Problem(f"the value of the override {override!r} is not valid YAML")) from None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise RequestError(
+            Problem(f"the value of the override {override!r} is not valid YAML", mend="put quotes around it")
+        ) from None
     section = data
     for part in key[:-1]:
         inner = section.get(part)
         if inner is None:
             inner = section[part] = {}
         elif not isinstance(inner, dict):
-            raise RequestError(Problem(f"{part} is {inner!r} in the job file, so {name} cannot be set in it", key=name))
+            message = f"{part} is {_show(inner)} in the job file, so {name} cannot be set in it"
+            raise RequestError(Problem(message, key=name, mend=f"override {part} as a whole"))
         section = inner
     section[key[-1]] = value
     return key
 
 
-def _read_text(path: Path) -> str:
+def override_key(override: str) -> KeyPath:
+    """The key of `section.key=value`."""
+    name, equals, _ = override.partition("=")
+    key = tuple(name.split("."))
+    if not equals or not all(key):
+        message = f"an override reads section.key=value, found {override!r}"
+        raise RequestError(Problem(message, mend="for example train.max_steps=20"))
+    return key
+
+
+def read_text(path: Path) -> str:
+    """The text of a job file. Raises RequestError where there is none."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -143,10 +149,27 @@ def _key_lines(node: yaml.Node, at: KeyPath, origin: str) -> Iterator[tuple[KeyP
             yield from _key_lines(item, (*at, str(index)), origin)
 
 
-def _forget(lines: Lines, key: KeyPath) -> None:
+def _marked(error: yaml.MarkedYAMLError, origin: str) -> Problem:
+    told = ", ".join(part for part in (error.context, error.problem) if part)
+    return Problem(
+        f"not valid YAML: {told}",
+        file=origin,
+        line=error.problem_mark.line + 1 if error.problem_mark else None,
+        mend="check the indentation (spaces, not tabs), the colons and the quotes of this line and the one before",
+    )
+
+
+def _move_to_command_line(lines: Lines, key: KeyPath) -> None:
     """An overridden key no longer stands on a line of the file."""
     for path in [path for path in lines if path[: len(key)] == key]:
         del lines[path]
+    lines[key] = COMMAND_LINE
+
+
+def place_of(path: KeyPath, lines: Lines, origin: str) -> tuple[str, int | None]:
+    """The file and the line of a key, or of the section around it; an overridden one stands on the command line."""
+    line = next((lines[at] for at in (path, path[:-1]) if at in lines), None)
+    return ("command line", None) if line == COMMAND_LINE else (origin, line)
 
 
 def _problems(error: ValidationError, data: Any, lines: Lines, origin: str) -> list[Problem]:
@@ -173,15 +196,27 @@ def _path_in(data: Any, detail: ErrorDetails) -> KeyPath:
 
 
 def _problem(path: KeyPath, details: list[ErrorDetails], lines: Lines, origin: str) -> Problem:
-    key, detail = ".".join(path), details[0]
-    line = lines.get(path) or lines.get(path[:-1])
+    key, detail = ".".join(part if part.isprintable() else repr(part) for part in path), details[0]
+    file, line = place_of(path, lines, origin)
+    told = partial(Problem, file=file, line=line, key=key or None)
     if detail["type"] == "extra_forbidden":
-        return Problem("there is no such key", file=origin, line=line, key=key, mend=_mend_unknown(path))
+        return told("there is no such key", mend=_mend_unknown(path))
     if detail["type"] == "missing":
-        return Problem("this key is needed", file=origin, line=line, key=key, mend=_describe(path))
-    wanted = " or ".join(dict.fromkeys(_wanted(d) for d in details))
-    found = "" if detail["type"] == "value_error" else f", found {_show(detail['input'])}"
-    return Problem(f"{wanted}{found}", file=origin, line=line, key=key or None, mend=_describe(path))
+        short = isinstance(detail["loc"][-1], int)
+        return told("it has too few values" if short else "this key is needed", mend=_describe(path))
+    wanted = " or ".join(dict.fromkeys(_wanted(d) for d in details)).replace(" or must be ", " or ")
+    if detail["type"] == "value_error":
+        return told(wanted)
+    return told(f"{wanted}, found {_show(detail['input'])}", mend=_meant(details) or _describe(path))
+
+
+def _meant(details: list[ErrorDetails]) -> str | None:
+    """A misspelt choice's nearest."""
+    for detail in details:
+        if detail["type"] == "literal_error" and isinstance(detail["input"], str):
+            match = nearest(detail["input"], re.findall("'([^']*)'", detail["ctx"]["expected"]))
+            return f"did you mean {match}?" if match else None
+    return None
 
 
 def _wanted(detail: ErrorDetails) -> str:
@@ -190,16 +225,20 @@ def _wanted(detail: ErrorDetails) -> str:
         return f"must be {context['expected']}"
     if kind in ("int_type", "int_parsing", "int_from_float"):
         return "must be a whole number"
-    if kind in ("float_type", "float_parsing", "finite_number"):
+    if kind in ("float_type", "float_parsing"):
         return "must be a number"
-    if kind in ("string_type", "string_too_short"):
+    if kind == "string_type":
         return "must be text"
+    if kind == "string_too_short":
+        return "must not be empty"
     if kind == "string_pattern_mismatch":
-        return f"must match {context['pattern']}"
+        return _PATTERNS.get(context["pattern"], f"must match {context['pattern']}")
     if kind in ("bool_parsing", "bool_type"):
         return "must be true or false"
     if kind in ("model_type", "dict_type"):
         return "must be a mapping of keys"
+    if kind == "invalid_key":
+        return "a key must be text"
     if kind == "list_type":
         return "must be a list"
     if kind == "value_error":
@@ -207,24 +246,36 @@ def _wanted(detail: ErrorDetails) -> str:
     return detail["msg"].replace("Input should be", "must be")
 
 
+_PATTERNS = {
+    NAME_PATTERN: "must be text without line breaks and control characters",
+    JOB_NAME_PATTERN: "must be letters, digits, '.', '_' and '-', at most 64, the first a letter or digit",
+}
+
+
 def _mend_unknown(path: KeyPath) -> str:
     section = _section_at(path[:-1])
     if section is None:
         return "remove it"
     names = list(section.model_fields)
-    match = nearest(path[-1], names)
-    if match:
-        return f"did you mean {match}?"
     elsewhere = [f"{name}.{path[-1]}" for name, inner in _sections() if path[-1] in inner.model_fields]
     if elsewhere:
         return f"it belongs in {' or '.join(elsewhere)}"
+    head, dot, rest = path[-1].partition(".")
+    if dot and head in names:
+        return f"in the file, write {rest} under {head}; dots are for the command line"
+    match = nearest(path[-1], names)
+    if match:
+        return f"did you mean {match}?"
     return f"valid here: {', '.join(names)}"
 
 
 def _describe(path: KeyPath) -> str | None:
     section = _section_at(path[:-1])
     info = section.model_fields.get(path[-1]) if section and path else None
-    return info.description if info else None
+    if info is None or info.description:
+        return info.description if info else None
+    inner = _model_in(info.annotation)
+    return f"a section of its own: {', '.join(list(inner.model_fields)[:_SECTION_SHOWN])}, …" if inner else None
 
 
 def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
@@ -262,9 +313,12 @@ def _explicit(section: BaseModel, at: KeyPath) -> Iterator[str]:
 
 
 def _show(value: Any) -> str:
+    """`value` as YAML would have it."""
+    if value is None or isinstance(value, bool):
+        return {None: "nothing", True: "true", False: "false"}[value]
     text = repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= 80 else text[:77] + "…"
 
 
 def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
+    return "nothing" if value is None else {"str": "text", "list": "a list"}.get(type(value).__name__, _show(value))

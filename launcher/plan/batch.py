@@ -33,26 +33,34 @@ def resolve_batch(given: Mapping[str, int], world_size: int, fits: Callable[[int
         micro = micro or _largest(fits, None)
         accumulation = accumulation or max(1, round(TARGET_BATCH / (micro * world_size)))
         return BatchSizes(micro * accumulation * world_size, micro, accumulation)
+    if micro is not None and accumulation is not None:
+        return _all_three(batch, micro, accumulation, world_size)
     per_rank = _divide(batch, world_size, "the world size", world_size)
-    if micro is None and accumulation is None:
-        micro = _largest(fits, per_rank)
-        return BatchSizes(batch, micro, per_rank // micro)
-    if micro is None:
-        assert accumulation is not None
-        return BatchSizes(
-            batch, _divide(per_rank, accumulation, "gradient_accumulation_steps", world_size), accumulation
+    if accumulation is not None:
+        derived = _divide(per_rank, accumulation, "gradient_accumulation_steps", world_size)
+        return BatchSizes(batch, derived, accumulation)
+    if micro is not None:
+        return BatchSizes(batch, micro, _divide(per_rank, micro, "train_micro_batch_size_per_gpu", world_size))
+    micro = _largest(fits, per_rank)
+    return BatchSizes(batch, micro, per_rank // micro)
+
+
+def _all_three(batch: int, micro: int, accumulation: int, world_size: int) -> BatchSizes:
+    product = micro * accumulation * world_size
+    if batch == product:
+        return BatchSizes(batch, micro, accumulation)
+    derived, rest = divmod(batch, micro * world_size)
+    mend = f"make it {product}"
+    if not rest:
+        mend += f", or leave gradient_accumulation_steps out: it comes to {derived}"
+    raise RequestError(
+        Problem(
+            f"train_batch_size {batch} is not micro-batch {micro} x accumulation {accumulation} "
+            f"x world size {world_size} = {product}",
+            key="train.train_batch_size",
+            mend=mend,
         )
-    derived = _divide(per_rank, micro, "train_micro_batch_size_per_gpu", world_size)
-    if accumulation not in (None, derived):
-        raise RequestError(
-            Problem(
-                f"train_batch_size {batch} is not micro-batch {micro} x accumulation {accumulation} "
-                f"x world size {world_size} = {micro * (accumulation or 1) * world_size}",
-                key="train.train_batch_size",
-                mend=f"leave gradient_accumulation_steps out: it comes to {derived}",
-            )
-        )
-    return BatchSizes(batch, micro, derived)
+    )
 
 
 def _divide(amount: int, divisor: int, name: str, world_size: int) -> int:

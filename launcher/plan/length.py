@@ -56,7 +56,7 @@ def length_warnings(job: Job, data: DataFacts, batch: int, length: Length) -> li
         told.append(f"{data.train.dropped} of {data.train.rows} rows leave nothing to learn and are left out")
     if data.train.partly_learned:
         told.append(
-            f"in {data.train.partly_learned} conversations only the last assistant turn is learned: "
-            f"the chat template rewrites earlier turns"
+            f"in {data.train.partly_learned} conversations some assistant turns are not learned: "
+            f"the chat template rewrites them once other turns follow"
         )
     return told

@@ -112,12 +112,15 @@ class Plan(Part):
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """The plan that `to_json` wrote. Raises LauncherError where it does not have the hash that it names."""
-        document = json.loads(text)
-        plan = cls.model_validate(document["plan"])
-        if plan.sha256 != document["sha256"]:
-            raise LauncherError(
-                f"plan.json was altered: it names the hash {document['sha256'][:12]}… and has {plan.sha256[:12]}…"
-            )
+        try:
+            document = json.loads(text)
+            named = str(document["sha256"])
+            plan = cls.model_validate(document["plan"])
+        except (ValueError, KeyError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise LauncherError(f"plan.json is damaged, or of another version of the launcher: {reason}") from None
+        if plan.sha256 != named:
+            raise LauncherError(f"plan.json was altered: it names the hash {named[:12]}… and has {plan.sha256[:12]}…")
         return plan
 
 

@@ -124,11 +124,12 @@ def resolve_world(job: Job, machine: MachineFacts) -> World:
 
 
 def resolve_precision(job: Job, user: DsConfig, world: World, machine: MachineFacts) -> Precision:
-    """What the JSON fixes, else what the job asks for, else the best that the hardware has."""
-    if fixed := precision_of(user):
-        return fixed
+    """What the job asks for, else what the JSON fixes, else the best that the hardware has."""
+    fixed = precision_of(user)
     if job.model.dtype != "auto":
         return _PRECISIONS[job.model.dtype]
+    if fixed is not None:
+        return fixed
     if world.device == "cpu":
         return "fp32"
     return "bf16" if machine.bf16 or not machine.gpus else "fp16"

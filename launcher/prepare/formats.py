@@ -35,7 +35,7 @@ class Example:
 
     `complete`: the text carries its own special tokens (a chat template wrote it); otherwise the tokenizer adds the
     beginning-of-text token and an end-of-text token is appended and learned. `partly` tells that the chat template
-    let only the last assistant turn be found.
+    did not let every assistant turn be found.
     """
 
     text: str
@@ -121,13 +121,25 @@ def render_conversation(
     whole = render(messages, tools=tools)
     spans: list[Span] = []
     for i in wanted:
-        before = render(messages[:i], add_generation_prompt=True, tools=tools) if i else ""
+        before = render(messages[:i], add_generation_prompt=True, tools=tools) if i else _opening(whole, render, tools)
         through = render(messages[: i + 1], tools=tools)
-        if whole.startswith(through) and through.startswith(before):
+        if before is not None and whole.startswith(through) and through.startswith(before):
             spans.append((len(before), len(through)))
     if not spans:
         return None
     return Example(whole, tuple(spans), complete=True, partly=len(spans) < len(wanted))
+
+
+def _opening(whole: str, render: Render, tools: Any) -> str | None:
+    """What stands before the answer in a conversation that an assistant turn begins; None where that is not found.
+
+    Templates render no empty conversation, so the generation prompt is taken from one with a question.
+    """
+    question = [{"role": "user", "content": "?"}]
+    asked, prompted = render(question, tools=tools), render(question, add_generation_prompt=True, tools=tools)
+    prompt = prompted.removeprefix(asked)
+    head, found, _ = whole.partition(prompt)
+    return head + found if found and prompt != prompted else None
 
 
 def _message(turn: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from launcher.job import Job
 from launcher.plan.facts import DataFacts, ModelFacts
+from launcher.plan.resolve import check_model
 from launcher.prepare import sources
 from launcher.run_dir import write_atomic
 
@@ -44,6 +45,7 @@ def cached(request: Request) -> Prepared | None:
 def carry_out(request: Request, progress: Progress) -> Prepared:
     """Fetches, converts, measures and tokenises what is not cached yet. Raises RequestError."""
     model = cached_model(request) or _measure_model(request, progress)
+    check_model(request.job, model)
     data = cached_data(request, Path(model.folder)) or _tokenise(request, Path(model.folder), progress)
     return Prepared(model=model, data=data)
 

@@ -41,21 +41,34 @@ def find_data(value: str | Sequence[str], key: str) -> DataSource:
     files: list[Path] = []
     for name in names:
         found = _expand(name)
+        if not found and Path(name).expanduser().is_dir():
+            raise RequestError(
+                Problem(f"the folder {name} holds no data", key=key, mend=f"wanted: {', '.join(BUILDERS)}")
+            )
         if not found and len(names) == 1 and _is_hub_name(name):
             return DataSource(hub_name=name)
         if not found:
             raise RequestError(_missing(name, key))
         files += found
-    kinds = {BUILDERS.get(_kind_suffix(path)) for path in files}
-    if None in kinds or len(kinds) != 1:
-        raise RequestError(
-            Problem(
-                f"files of one kind are needed, found {', '.join(sorted({p.suffix or p.name for p in files}))}",
-                key=key,
-                mend=f"valid: {', '.join(BUILDERS)}",
-            )
-        )
-    return DataSource(files=tuple(files), builder=str(kinds.pop()))
+    return DataSource(files=tuple(files), builder=_builder(files, key))
+
+
+def hub_mend(name: str) -> str:
+    """What to do about a hub data set that cannot be had, which may have been meant as a file."""
+    return _neighbour(Path(name)) or "give local files, or fetch it first where there is internet"
+
+
+def _builder(files: Sequence[Path], key: str) -> str:
+    unknown = [path for path in files if _kind_suffix(path) not in BUILDERS]
+    if unknown:
+        message, mend = f"{unknown[0]} is of no kind that can be read", f"valid: {', '.join(BUILDERS)}"
+        raise RequestError(Problem(message, key=key, mend=mend))
+    kinds = {BUILDERS[_kind_suffix(path)] for path in files}
+    if len(kinds) > 1:
+        found = ", ".join(sorted({_kind_suffix(path) for path in files}))
+        message = f"files of one kind are needed, found {found}"
+        raise RequestError(Problem(message, key=key, mend="convert the others, or leave them out"))
+    return kinds.pop()
 
 
 def find_model_folder(name_or_path: str, gguf_file: str | None) -> Path | None:
@@ -83,7 +96,13 @@ def find_model_folder(name_or_path: str, gguf_file: str | None) -> Path | None:
             )
         )
     if not gguf_file and not (folder / "config.json").is_file():
-        raise RequestError(Problem(f"{folder} holds no config.json, so it is not a Hugging Face model", key=key))
+        raise RequestError(
+            Problem(
+                f"{folder} holds no config.json, so it is not a Hugging Face model",
+                key=key,
+                mend="for a GGUF give model.gguf_file" if any(folder.glob("*.gguf")) else None,
+            )
+        )
     return folder.resolve()
 
 

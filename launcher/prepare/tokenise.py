@@ -12,7 +12,7 @@ from typing import Any
 from launcher.errors import Problem, RequestError
 from launcher.plan.facts import DataFacts, SplitFacts
 from launcher.prepare.formats import BadRow, Example, detect_format, to_example
-from launcher.prepare.sources import DataSource
+from launcher.prepare.sources import DataSource, hub_mend
 from launcher.token_store import TokenWriter, publish_folder
 
 Progress = Callable[..., None]
@@ -35,16 +35,7 @@ def tokenise(
     request: TextRequest, model_folder: Path, target: Path, trust_remote_code: bool, progress: Progress
 ) -> DataFacts:
     """Tokenises train and eval into `target`, which appears whole. Raises RequestError."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=trust_remote_code)
-    if not tokenizer.is_fast:
-        raise RequestError(
-            Problem(
-                f"the tokenizer of {model_folder} has no fast version (tokenizer.json)",
-                key="model.name_or_path",
-            )
-        )
+    tokenizer = _tokenizer(model_folder, trust_remote_code)
     train, held_out = _load(request)
     kind = _format_of(request, train)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -59,6 +50,22 @@ def tokenise(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return facts
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # what is missing or broken decides the kind
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        message = f"the tokenizer of {folder} cannot be loaded: {reason}"
+        mend = "the folder needs the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights"
+        raise RequestError(Problem(message, key="model.name_or_path", mend=mend)) from None
+    if not tokenizer.is_fast:
+        message = f"the tokenizer of {folder} has no fast version (tokenizer.json)"
+        raise RequestError(Problem(message, key="model.name_or_path"))
+    return tokenizer
 
 
 def read_data_facts(target: Path) -> DataFacts | None:
@@ -104,7 +111,8 @@ def _open(source: DataSource, split: str, key: str) -> Any:
         cause = error.__cause__ or error
         reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         what = source.hub_name or ", ".join(str(path) for path in source.files[:3])
-        raise RequestError(Problem(f"{what} cannot be read: {reason}", key=key)) from None
+        mend = hub_mend(source.hub_name) if source.hub_name else None
+        raise RequestError(Problem(f"{what} cannot be read: {reason}", key=key, mend=mend)) from None
 
 
 def _format_of(request: TextRequest, rows: Any) -> str:

@@ -26,7 +26,7 @@ def rescale(
 
     Warm-up, total and decay points are converted by samples. Whole updates cannot hit the old rate exactly,
     so the warm-up within three updates of the exact one is taken that comes nearest to the rate of the next
-    update. That leaves a jump of less than 1% of the peak where the warm-up and every decaying part have 50
+    update. That leaves a jump of less than 1% of the peak where the warm-up and every decaying part have 100
     new updates or more (cosine_restarts: away from a restart, where the curve itself jumps). With fewer, one
     update is itself a change of more than 1%, and the arithmetic states the jump. Extensions of the warm-up
     are folded in. Raises RequestError where no samples are left.

@@ -4,7 +4,8 @@ After OLMo-core's skip-step rule (allenai/OLMo-core, optim/skip_step_optimizer.p
 deviations above a window of 128 is an outlier. Three things differ. OLMo-core waits for half a window; here
 guarding starts after 24 updates (8 to know a level, 16 deviations from it), so that short runs and the end of
 a warm-up are guarded. Deviations are taken from the mean of the 8 accepted values before, so that a falling
-loss does not hide a rise. Gradient norms are compared as logarithms, since their noise is a factor.
+loss does not hide a rise. Gradient norms are compared as logarithms, since their noise is a factor. A spike is
+three outliers in a row, or a climb of the level itself that was too slow for outliers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Any, Literal
 LEVEL = 8
 """How many accepted values make the level that the next one is compared with."""
 RISE_BASE = 16
-RISE_DEVIATIONS = 3.0
+"""A rise is the level against the mean of this many values before it."""
+RISE_DEVIATIONS = 4.5
+"""So many deviations of one value: at 3, noise that remembers (autocorrelation 0.7) raised alarms."""
 LEAST_SPREAD = 0.01
 """The least standard deviation, as a share of the level: a loss that hardly moves is no reason for alarm."""
 

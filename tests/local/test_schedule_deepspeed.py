@@ -66,9 +66,7 @@ steps = st.one_of(st.integers(1, 5), st.integers(1, 400))
 ramps = {"warmup_num_steps": steps, "warmup_type": st.sampled_from(["log", "linear", "cubic"])}
 start = {"last_batch_iteration": st.sampled_from([-1, -1, 0, 7])}
 PARAMS: dict[str, Any] = {
-    "WarmupLR": st.fixed_dictionaries(
-        {}, optional={"warmup_min_lr": lr, "warmup_max_lr": lr, **ramps, **start}
-    ),
+    "WarmupLR": st.fixed_dictionaries({}, optional={"warmup_min_lr": lr, "warmup_max_lr": lr, **ramps, **start}),
     "WarmupDecayLR": st.fixed_dictionaries(
         {"total_num_steps": steps}, optional={"warmup_min_lr": lr, "warmup_max_lr": lr, **ramps, **start}
     ),

@@ -38,10 +38,7 @@ def test_held_out_error_is_below_the_baselines(benchmark_module: ModuleType) -> 
 def test_a_prediction_is_not_fitted_on_its_own_organisation(benchmark_module: ModuleType) -> None:
     recipes = benchmark_module.read_recipes()
     own = [r for r in recipes if r.organisation == "ai2"]
-    changed = [
-        benchmark_module.replace(r, peak_lr=r.peak_lr * 100) if r.organisation == "ai2" else r
-        for r in recipes
-    ]
+    changed = [benchmark_module.replace(r, peak_lr=r.peak_lr * 100) if r.organisation == "ai2" else r for r in recipes]
     before, after = benchmark_module.held_out(recipes), benchmark_module.held_out(changed)
     assert all(before[r.name] == after[r.name] for r in own)
     assert any(before[r.name] != after[r.name] for r in recipes if r.organisation != "ai2")

@@ -168,6 +168,14 @@ def test_offload_is_left_alone_on_a_cpu() -> None:
     assert {key: config["zero_optimization"][key] for key in block} == block
 
 
+def test_lion_runs_on_a_cpu_only_where_it_is_offloaded() -> None:
+    lion = {"type": "Lion", "params": {"lr": 1e-5}}
+    assert "Lion has no CPU version" in refused({"optimizer": dict(lion)}, device="cpu")
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    config, _ = composed({"optimizer": copy.deepcopy(lion), "zero_optimization": zero}, device="cpu")
+    assert config["optimizer"] == lion
+
+
 def test_changes_hold_their_own_copies() -> None:
     config, changes = composed({}, device="cpu")
     assert "torch_adam" in config["optimizer"]["params"]

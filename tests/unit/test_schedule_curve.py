@@ -124,9 +124,7 @@ def test_the_json_always_says_its_warm_up_type_and_carries_the_peak_twice() -> N
 
 def test_step_drops_by_its_factors() -> None:
     schedule = a_schedule("step", decay_at=[300, 0.6], decay_factor=[0.5, 0.1])
-    assert [rate_at(schedule, u) / 2e-5 for u in (299, 300, 599, 600, 999)] == pytest.approx(
-        [1, 0.5, 0.5, 0.05, 0.05]
-    )
+    assert [rate_at(schedule, u) / 2e-5 for u in (299, 300, 599, 600, 999)] == pytest.approx([1, 0.5, 0.5, 0.05, 0.05])
     assert schedule.floor_lr == pytest.approx(1e-6)
 
 
@@ -239,9 +237,7 @@ def test_rates_lie_between_zero_and_the_peak(shape: str, total: int, data: Any) 
         return
     peak = data.draw(st.floats(1e-8, 1e-2))
     kind = data.draw(st.sampled_from(["linear", "log"]))
-    schedule = make_schedule(
-        shape, peak_lr=peak, warmup_updates=warmup, total_updates=total, warmup_type=kind
-    )
+    schedule = make_schedule(shape, peak_lr=peak, warmup_updates=warmup, total_updates=total, warmup_type=kind)
     curve = rates(schedule)
     assert all(0 < rate <= peak * (1 + 1e-12) for rate in curve)
     ramp = curve[: warmup + (shape != "cosine")]

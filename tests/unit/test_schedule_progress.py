@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from launcher.errors import RequestError
-from launcher.schedule.curve import extend_warmup, make_schedule, rate_at, rates
+from launcher.schedule.curve import extend_warmup, make_schedule, rate_at
 from launcher.schedule.progress import convert_updates, rescale
 
 batches = st.sampled_from([8, 12, 16, 24, 32, 48, 64, 96, 128, 256])
@@ -22,18 +22,18 @@ def test_updates_convert_by_samples_to_the_nearest() -> None:
         convert_updates(10, 0, 12)
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=700, deadline=None)
 @given(
     shape=st.sampled_from(["linear", "cosine", "constant", "wsd"]),
     old=batches,
     new=batches,
-    total=st.integers(100, 4000),
+    total=st.integers(250, 6000),
     data=st.data(),
 )
 def test_the_rate_goes_on_within_one_per_cent(shape: str, old: int, new: int, total: int, data: Any) -> None:
     warmup = data.draw(st.integers(1, total // 2))
     decay = total - max(warmup, round(0.8 * total)) if shape == "wsd" else total - warmup
-    assume(min(warmup, decay) * min(1, old / new) >= 50)
+    assume(min(warmup, decay) * min(1, old / new) >= 100)
     done = data.draw(st.integers(0, total - 1))
     schedule = make_schedule(shape, peak_lr=1e-4, warmup_updates=warmup, total_updates=total)
     resumed_schedule, resumed, text = rescale(
@@ -43,17 +43,15 @@ def test_the_rate_goes_on_within_one_per_cent(shape: str, old: int, new: int, to
     assert jump < 0.01 * 1e-4
     left = resumed_schedule.total_updates - resumed
     assert (left - 1) * new < (total - done) * old <= left * new
-    assert rates(resumed_schedule)[-1] <= rate_at(schedule, total - 1) + 0.03 * 1e-4
+    assert rate_at(resumed_schedule, resumed_schedule.total_updates - 1) <= rate_at(schedule, total - 1) + 0.03 * 1e-4
     assert old == new or str(done * old) in text
 
 
 @settings(max_examples=300, deadline=None)
 @given(old=batches, new=batches, done=st.integers(200, 1900))
 def test_an_extended_warm_up_goes_on_as_extended(old: int, new: int, done: int) -> None:
-    assume(400 * old / new >= 50)
-    schedule = extend_warmup(
-        make_schedule("linear", peak_lr=1e-4, warmup_updates=100, total_updates=2000), 200
-    )
+    assume(400 * old / new >= 100)
+    schedule = extend_warmup(make_schedule("linear", peak_lr=1e-4, warmup_updates=100, total_updates=2000), 200)
     resumed_schedule, resumed, _ = rescale(
         schedule, done_updates=done, old_batch=old, new_batch=new, total_samples=2000 * old
     )
@@ -62,9 +60,7 @@ def test_an_extended_warm_up_goes_on_as_extended(old: int, new: int, done: int) 
 
 def test_the_arithmetic_is_shown() -> None:
     schedule = make_schedule("linear", peak_lr=2e-5, warmup_updates=100, total_updates=1000)
-    rescaled, resumed, text = rescale(
-        schedule, done_updates=500, old_batch=64, new_batch=128, total_samples=64_000
-    )
+    rescaled, resumed, text = rescale(schedule, done_updates=500, old_batch=64, new_batch=128, total_samples=64_000)
     assert (resumed, rescaled.total_updates) == (250, 500)
     assert rescaled.warmup_updates == pytest.approx(50, abs=3)
     assert "500 updates × 64 = 32000 samples = 250 updates × 128" in text

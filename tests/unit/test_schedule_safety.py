@@ -12,9 +12,7 @@ from launcher.schedule.safety import LIMITS, check_safety, deepspeed_warnings
 
 def problems(peak: float, method: str, parameters: float, **changes: Any) -> list[str | None]:
     numbers = {"peak_lr": peak, "warmup_updates": 100, "total_updates": 1000, **changes}
-    return [
-        p.key for p in check_safety(make_schedule("cosine", **numbers), method=method, parameters=parameters)
-    ]
+    return [p.key for p in check_safety(make_schedule("cosine", **numbers), method=method, parameters=parameters)]
 
 
 @pytest.mark.parametrize(
@@ -32,9 +30,7 @@ def problems(peak: float, method: str, parameters: float, **changes: Any) -> lis
         (1e-3, "encoder", 3e8, True),
     ],
 )
-def test_a_peak_is_judged_by_method_and_size(
-    peak: float, method: str, parameters: float, unsafe: bool
-) -> None:
+def test_a_peak_is_judged_by_method_and_size(peak: float, method: str, parameters: float, unsafe: bool) -> None:
     assert problems(peak, method, parameters) == (["schedule.peak_lr"] if unsafe else [])
 
 
@@ -43,9 +39,7 @@ def test_a_warm_up_beyond_the_run_and_a_log_warm_up_need_the_users_word() -> Non
     assert problems(1e-5, "full", 7e9, warmup_updates=1000) == []
     assert problems(1e-5, "full", 7e9, warmup_type="log") == ["schedule.warmup_type"]
     assert problems(1e-5, "full", 7e9, warmup_type="log", warmup_updates=1) == []
-    schedule = make_schedule(
-        "linear", peak_lr=1e-5, warmup_updates=1000, total_updates=5000, warmup_type="log"
-    )
+    schedule = make_schedule("linear", peak_lr=1e-5, warmup_updates=1000, total_updates=5000, warmup_type="log")
     (problem,) = check_safety(schedule, method="full", parameters=7e9)
     assert "35% of the peak after 10 of 1000" in problem.message
     assert "allow_unsafe" in (problem.mend or "")
@@ -65,9 +59,7 @@ def test_an_inherited_peak_a_log_ramp_and_two_idle_updates_are_told() -> None:
     assert any("log ramp is the default" in line and "52% of the peak after 10" in line for line in told)
     assert any("default 0.001" in line and "2e-05" in line for line in told)
     assert any("2 of 1000 updates run at rate 0" in line for line in told)
-    rates = simulate_deepspeed(
-        "WarmupDecayLR", {"total_num_steps": 1000, "warmup_num_steps": 100}, 2e-5, 1000
-    )
+    rates = simulate_deepspeed("WarmupDecayLR", {"total_num_steps": 1000, "warmup_num_steps": 100}, 2e-5, 1000)
     assert rates[:2] == [0.0, 0.0]
     assert max(rates) == 1e-3
 

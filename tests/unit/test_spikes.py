@@ -75,7 +75,7 @@ def test_a_slow_climb_without_outliers_is_a_spike(seed: int) -> None:
     rng, detector = random.Random(seed), SpikeDetector()
     kinds = []
     for update in range(200):
-        climb = max(0, update - 120) * 0.04
+        climb = max(0, update - 120) * 0.06
         kinds.append(detector.watch(update, 2.0 + climb + rng.gauss(0, 0.1)).kind)
     assert "spike" not in kinds[:121]
     assert "spike" in kinds[121:160]

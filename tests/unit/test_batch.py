@@ -1,0 +1,83 @@
+"""Batch sizes: they multiply out, or the error names sizes that do."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.errors import RequestError
+from launcher.plan.batch import KEYS, TARGET_BATCH, BatchSizes, resolve_batch
+
+SIZES = st.one_of(st.none(), st.integers(1, 300))
+BATCH, MICRO, ACCUMULATION = KEYS
+
+
+def sizes(batch: int | None = None, micro: int | None = None, accumulation: int | None = None) -> dict[str, int]:
+    named = dict(zip(KEYS, (batch, micro, accumulation), strict=True))
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def fits_all(_micro: int) -> bool:
+    return True
+
+
+@given(batch=SIZES, micro=SIZES, accumulation=SIZES, world=st.integers(1, 64), room=st.integers(0, 20))
+def test_sizes_multiply_out_or_the_mend_is_right(
+    batch: int | None, micro: int | None, accumulation: int | None, world: int, room: int
+) -> None:
+    asked = sizes(batch, micro, accumulation)
+    try:
+        found = resolve_batch(asked, world, lambda size: size <= room)
+    except RequestError as error:
+        check_mend(asked, world, str(error.problems[0].mend))
+        return
+    product = found.train_micro_batch_size_per_gpu * found.gradient_accumulation_steps * world
+    assert found.train_batch_size == product
+    assert {name: getattr(found, name) for name in asked} == asked
+    if micro is None and accumulation is None:
+        assert found.train_micro_batch_size_per_gpu <= max(1, min(16, room))
+
+
+def check_mend(asked: dict[str, int], world: int, mend: str) -> None:
+    """Every batch size that the mend names is taken, and is a nearest one."""
+    batches = [int(number) for number in re.findall(r"\d+", mend.partition(", or leave")[0])]
+    unit = world * asked.get(MICRO, 1) * asked.get(ACCUMULATION, 1)
+    assert batches
+    for batch in batches:
+        assert resolve_batch({**asked, BATCH: batch}, world, fits_all).train_batch_size == batch
+        assert abs(batch - asked[BATCH]) < unit or (MICRO in asked and ACCUMULATION in asked)
+    if "leave gradient_accumulation_steps out" in mend:
+        left = {name: value for name, value in asked.items() if name != ACCUMULATION}
+        derived = resolve_batch(left, world, fits_all).gradient_accumulation_steps
+        assert mend.endswith(f"it comes to {derived}")
+
+
+@pytest.mark.parametrize(
+    ("asked", "world", "found"),
+    [
+        (sizes(64, 2), 8, BatchSizes(64, 2, 4)),
+        (sizes(64, None, 2), 8, BatchSizes(64, 4, 2)),
+        (sizes(None, 3, 5), 4, BatchSizes(60, 3, 5)),
+        (sizes(64, 2, 4), 8, BatchSizes(64, 2, 4)),
+        (sizes(64), 8, BatchSizes(64, 8, 1)),
+        (sizes(7), 1, BatchSizes(7, 7, 1)),
+        (sizes(34), 2, BatchSizes(34, 1, 17)),
+        (sizes(None, 4), 2, BatchSizes(32, 4, 4)),
+        (sizes(None, 64), 2, BatchSizes(128, 64, 1)),
+        (sizes(), 2, BatchSizes(TARGET_BATCH, 16, 1)),
+    ],
+)
+def test_known_sizes(asked: dict[str, int], world: int, found: BatchSizes) -> None:
+    assert resolve_batch(asked, world, fits_all) == found
+
+
+def test_the_largest_micro_batch_that_fits_and_divides_is_taken() -> None:
+    assert resolve_batch(sizes(48), 2, lambda size: size <= 7) == BatchSizes(48, 6, 4)
+    assert resolve_batch(sizes(48), 2, lambda size: size < 1) == BatchSizes(48, 1, 24)
+
+
+def test_a_micro_batch_that_the_user_gives_is_not_second_guessed() -> None:
+    assert resolve_batch(sizes(None, 8), 1, lambda _: False).train_micro_batch_size_per_gpu == 8

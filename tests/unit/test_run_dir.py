@@ -1,0 +1,163 @@
+"""The run directory: what is replaced is replaced whole, what grows is read by whole lines."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from launcher.run_dir import (
+    MANIFEST,
+    RunDir,
+    age_seconds,
+    append_line,
+    checkpoint_is_complete,
+    read_lines,
+    read_manifest,
+    utc_now,
+    write_atomic,
+    write_json,
+    write_manifest,
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir.create(tmp_path / "runs", "tiny")
+
+
+def saved(run: RunDir, update: int, **files: str) -> Path:
+    folder = run.checkpoint(update)
+    (folder / "states").mkdir(parents=True)
+    for name, content in (files or {"model": "abc", "optimizer": "defg"}).items():
+        (folder / "states" / name).write_text(content)
+    write_manifest(folder, update=update)
+    return folder
+
+
+def test_every_caller_gets_a_directory_of_its_own(tmp_path: Path) -> None:
+    found: list[Path] = []
+    threads = [threading.Thread(target=lambda: found.append(RunDir.create(tmp_path, "tiny").path)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 8
+    assert all(path.name.startswith("tiny-") and (path / "logs").is_dir() for path in found)
+    assert all(path.is_absolute() and (path / "checkpoints").is_dir() for path in found)
+
+
+def test_a_reader_sees_one_text_or_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    texts = {"a" * 200_000, "b" * 100_000}
+    write_atomic(path, "a" * 200_000)
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            for text in texts:
+                write_atomic(path, text)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = {path.read_text() for _ in range(300)}
+    stop.set()
+    writer.join()
+    assert seen <= texts
+    assert [child.name for child in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_a_write_that_fails_leaves_the_old_text_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    write_json(path, {"state": "training"})
+    with pytest.raises(TypeError):
+        write_json(path, {"state": object()})
+    path.unlink()
+    path.mkdir()  # a file cannot replace a folder
+    with pytest.raises(OSError):
+        write_atomic(path, "x")
+    assert [child.name for child in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_a_half_written_last_line_is_left_for_later(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert list(read_lines(path)) == []
+    append_line(path, {"update": 0})
+    with path.open("a") as file:
+        file.write('{"update": 1, "lo')
+    assert list(read_lines(path)) == [{"update": 0}]
+    with path.open("a") as file:
+        file.write('ss": 2.0}\n')
+    assert list(read_lines(path)) == [{"update": 0}, {"update": 1, "loss": 2.0}]
+
+
+def test_lines_of_many_writers_stay_whole(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+
+    def write(number: int) -> None:
+        for i in range(50):
+            append_line(path, {"writer": number, "i": i, "text": "x" * 500})
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    lines = list(read_lines(path))
+    assert len(lines) == 200
+    for number in range(4):
+        assert [line["i"] for line in lines if line["writer"] == number] == list(range(50))
+
+
+def test_states_are_entered_and_told(run: RunDir) -> None:
+    assert run.state() == {}
+    run.enter("planning")
+    run.enter("failed", reason="no room")
+    assert (run.state()["state"], run.state()["reason"]) == ("failed", "no room")
+    assert [(event["event"], event["state"]) for event in run.events()] == [("state", "planning"), ("state", "failed")]
+
+
+def test_a_state_that_is_none_is_refused(run: RunDir) -> None:
+    run.enter("training")
+    with pytest.raises(ValueError, match="'trianing' is not a state of a run"):
+        run.enter("trianing")
+    assert run.state()["state"] == "training"
+
+
+def test_complete_checkpoints_come_in_the_order_of_their_updates(run: RunDir) -> None:
+    for update in (100, 20, 3):
+        saved(run, update)
+    assert run.complete_checkpoints() == [3, 20, 100]
+
+
+@pytest.mark.parametrize("content", ["ab", "abcd", None])
+def test_a_file_cut_off_grown_or_missing_makes_a_checkpoint_incomplete(run: RunDir, content: str | None) -> None:
+    saved(run, 10)
+    file = saved(run, 20) / "states/model"
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    assert run.complete_checkpoints() == [10]
+
+
+def test_a_checkpoint_without_a_whole_manifest_is_none(run: RunDir) -> None:
+    unfinished, torn = saved(run, 1), saved(run, 2)
+    (unfinished / MANIFEST).unlink()
+    (torn / MANIFEST).write_text((torn / MANIFEST).read_text()[:-20])
+    (run.checkpoints / "update-x").mkdir()
+    (run.checkpoints / "latest").write_text("update-2")
+    assert read_manifest(torn) is None
+    assert run.complete_checkpoints() == []
+
+
+def test_a_manifest_names_every_file_but_itself(run: RunDir) -> None:
+    folder = saved(run, 5, model="abc", optimizer="")
+    assert json.loads((folder / MANIFEST).read_text())["files"] == {"states/model": 3, "states/optimizer": 0}
+    assert checkpoint_is_complete(folder)
+
+
+def test_times_are_utc_and_can_be_read_back() -> None:
+    assert utc_now().endswith("Z")
+    assert 0 <= age_seconds(utc_now()) < 5

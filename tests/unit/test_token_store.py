@@ -1,0 +1,93 @@
+"""Token stores: what was written comes back, and a folder appears whole or not at all."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from launcher.token_store import TokenStore, TokenWriter, publish_folder, read_facts
+
+SEQUENCES = st.lists(
+    st.lists(st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 1)), min_size=1, max_size=20), min_size=1, max_size=20
+)
+
+
+def write(folder: Path, sequences: list[list[tuple[int, int]]]) -> dict[str, int]:
+    with TokenWriter(folder) as writer:
+        for sequence in sequences:
+            writer.add([token for token, _ in sequence], [learned for _, learned in sequence])
+        return writer.facts()
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(sequences=SEQUENCES)
+def test_what_was_written_comes_back(sequences: list[list[tuple[int, int]]], tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("store") / "train"
+    facts = write(folder, sequences)
+    store = TokenStore(folder)
+
+    assert len(store) == len(sequences) == facts["sequences"]
+    for index, sequence in enumerate(sequences):
+        tokens, learned = store[index]
+        assert list(zip(tokens.tolist(), learned.tolist(), strict=True)) == sequence
+        assert store.targets[index] == sum(bit for _, bit in sequence[1:])
+    assert store.lengths(range(len(sequences))).tolist() == [len(sequence) for sequence in sequences]
+    assert facts["tokens"] == sum(map(len, sequences))
+    assert facts["targets"] == int(store.targets.sum())
+    assert facts["longest"] == max(map(len, sequences))
+    assert read_facts(folder) == facts
+
+
+def test_a_store_cannot_be_written_to(tmp_path: Path) -> None:
+    write(tmp_path / "train", [[(1, 1)]])
+    tokens, _ = TokenStore(tmp_path / "train")[0]
+    with pytest.raises(ValueError, match="read-only"):
+        tokens[0] = 2
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), TokenWriter(tmp_path / "train") as writer:
+        writer.add([1], [1])
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    assert read_facts(tmp_path / "train") is None
+
+
+def test_nothing_is_seen_under_the_name_before_the_end(tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    with TokenWriter(folder) as writer:
+        writer.add([1, 2], [0, 1])
+        assert not folder.exists()
+    assert len(TokenStore(folder)) == 1
+
+
+def test_of_two_writers_the_first_stays(tmp_path: Path) -> None:
+    folder, both = tmp_path / "train", threading.Barrier(2)
+
+    def race(token: int) -> None:
+        with TokenWriter(folder) as writer:
+            writer.add([token] * 3, [1] * 3)
+            both.wait()
+
+    threads = [threading.Thread(target=race, args=(token,)) for token in (7, 8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+    tokens, learned = TokenStore(folder)[0]
+    assert tokens.tolist() in ([7] * 3, [8] * 3)
+    assert np.all(learned == 1)
+
+
+def test_a_file_in_the_way_is_told(tmp_path: Path) -> None:
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "train").write_text("a file")
+    with pytest.raises(OSError):
+        publish_folder(tmp_path / "temporary", tmp_path / "train")
+    assert (tmp_path / "train").read_text() == "a file"
