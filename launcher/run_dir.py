@@ -33,6 +33,7 @@ STATES = (
 )
 ENDED = ("finished", "failed", "stopped")
 _CHECKPOINT = re.compile(r"^update-(\d+)$")
+_REVISION = re.compile(r"^plan\.revision-(\d+)\.json$")
 
 
 def utc_now() -> str:
@@ -136,6 +137,15 @@ class RunDir:
     def export(self) -> Path:
         return self.path / "export"
 
+    def next_plan_revision(self) -> Path:
+        """The name for plan.json as it is changed on the way once more: plan.revision-<k>.json, k from 1."""
+        return self.path / f"plan.revision-{len(self.plan_revisions()) + 1}.json"
+
+    def plan_revisions(self) -> list[Path]:
+        """The revisions that there are, in order."""
+        found = [(int(match[1]), path) for path in self.path.iterdir() if (match := _REVISION.match(path.name))]
+        return [path for _, path in sorted(found)]
+
     def node_logs(self, node_rank: int, host: str) -> Path:
         return self.logs / f"node-{node_rank}-{host}"
 
@@ -191,6 +201,11 @@ def write_manifest(checkpoint: Path, **facts: Any) -> None:
     """Names every file of a finished checkpoint with its size: written last, it is what makes a checkpoint one."""
     files = {str(p.relative_to(checkpoint)): p.stat().st_size for p in sorted(checkpoint.rglob("*")) if p.is_file()}
     write_json(checkpoint / MANIFEST, {"time": utc_now(), **facts, "files": files})
+
+
+def universal_folder(checkpoint: Path) -> Path:
+    """Where a checkpoint lies once it is converted for any world size."""
+    return checkpoint.with_name(f"{checkpoint.name}-universal")
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from launcher import __version__
-from launcher.cli import init, plan, resume, run, schema
+from launcher.cli import init, lint, lr, plan, resume, run, schema
 from launcher.errors import LauncherError, Problem, RequestError
 
 app = typer.Typer(
@@ -23,6 +23,8 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("resume")(resume.resume)
 app.command("plan")(plan.plan)
+app.command("lr")(lr.lr)
+app.command("lint")(lint.lint)
 app.command("init")(init.init)
 app.command("schema")(schema.schema)
 

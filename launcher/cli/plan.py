@@ -7,11 +7,14 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from launcher.job import placing, read_job
 from launcher.plan.model import Plan
 from launcher.planning import make_plan
+from launcher.watch.curves import rate_lines
 
 _GIB = 1024**3
 
@@ -77,14 +80,10 @@ def _facts(made: Plan) -> list[tuple[str, str]]:
 
 
 def _show_rate(made: Plan, console: Console) -> None:
-    rate = made.learning_rate
-    console.print(
-        f"\n[bold]learning rate[/]  {rate.shape}: up to {rate.peak_lr:.3g} in {rate.warmup_updates} updates, "
-        f"down to {rate.floor_lr:.3g} at update {made.length.total_updates}"
-    )
-    for reason in rate.reasons:
-        label = " [dim](heuristic)[/]" if reason.heuristic else ""
-        console.print(f"  {reason.choice} {_short(reason.value)}: {reason.reason}{label}")
+    first, *others = rate_lines(made)
+    console.print(Text.assemble("\n", ("learning rate", "bold"), f"  {first}"))
+    for line in others:
+        console.print(Padding(Text(line), (0, 0, 0, 2)))
 
 
 def _show_memory(made: Plan, console: Console) -> None:

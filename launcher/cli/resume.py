@@ -3,30 +3,116 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from launcher.cli.console import RunConsole
+from launcher.cli.run import carry_out
 from launcher.errors import Problem, RequestError
+from launcher.job import Job, validate_job
+from launcher.job.read import apply_override
+from launcher.plan.batch import KEYS
 from launcher.plan.model import Plan
-from launcher.run_dir import RunDir
+from launcher.plan.resume import Start, continued
+from launcher.planning import make_plan
+from launcher.run_dir import RunDir, read_manifest, universal_folder, write_atomic
+
+_SETTLED = ("name", "model.", "data.", "output_dir", "train.seed")
+_LENGTH = ("schedule.", "train.max_steps", "train.num_train_epochs")
 
 
-def resume(run: Path = typer.Argument(..., metavar="RUN", help="A run directory.")) -> None:
-    """Go on with a stopped or failed run from its last complete checkpoint."""
-    from launcher.cli.run import carry_out
+def resume(
+    run: Path = typer.Argument(..., metavar="RUN", help="A run directory."),
+    overrides: list[str] = typer.Argument(
+        None, metavar="[SECTION.KEY=VALUE]...", help="What is to be other from here on."
+    ),
+) -> None:
+    """Go on with a stopped or failed run from its last complete checkpoint, on other ranks or batches if need be.
 
+    A changed batch or number of ranks keeps the learning rate where it was for the samples seen; a changed schedule
+    begins at the update where the run stands.
+    """
     directory = RunDir(run.resolve())
+    console = RunConsole()
+    plan, plan_file, start = _where_to_go_on(directory)
+    with console.closing():
+        if overrides:
+            plan, start = _changed(plan, start, overrides, console)
+            plan_file = directory.next_plan_revision()
+            write_atomic(plan_file, plan.to_json())
+        if start.convert:
+            _convert(Path(start.checkpoint), directory, console)
+        console.note(f"going on after update {start.update} of {plan.length.total_updates}")
+        if plan.resumed:
+            console.note(f"  {plan.resumed.arithmetic}")
+        directory.event("resume", update=start.update, samples=start.samples, overrides=overrides or [])
+        carry_out(plan, plan_file, directory, console, start)
+
+
+def _where_to_go_on(directory: RunDir) -> tuple[Plan, Path, Start]:
+    """The plan in force at the last complete checkpoint, its file, and the start. Raises RequestError."""
     if not directory.plan_file.is_file():
-        raise RequestError(Problem("there is no plan.json here, so this is not a run directory", file=str(run)))
-    plan = Plan.from_json(directory.plan_file.read_text())
+        raise RequestError(
+            Problem("there is no plan.json here, so this is not a run directory", file=str(directory.path))
+        )
     saved = directory.complete_checkpoints()
     if not saved:
         raise RequestError(Problem("there is no complete checkpoint to go on from", file=str(directory.checkpoints)))
-    if saved[-1] >= plan.length.total_updates:
-        raise RequestError(Problem(f"all {saved[-1]} updates are made already", file=str(run)))
-    console = RunConsole()
-    console.note(f"going on after update {saved[-1]} of {plan.length.total_updates}")
-    directory.event("resume", update=saved[-1])
-    with console.closing():
-        carry_out(plan, directory, console, directory.checkpoint(saved[-1]))
+    checkpoint = directory.checkpoint(saved[-1])
+    manifest = read_manifest(checkpoint) or {}
+    for file in (directory.plan_file, *directory.plan_revisions()):
+        plan = Plan.from_json(file.read_text())
+        if plan.sha256 == manifest["plan_sha256"]:
+            start = Start(checkpoint=str(checkpoint), update=manifest["update"], samples=manifest["samples"])
+            return plan, file, start
+    raise RequestError(
+        Problem(
+            f"the plan {manifest['plan_sha256'][:12]}… that made {checkpoint.name} is gone", file=str(directory.path)
+        )
+    )
+
+
+def _changed(old: Plan, start: Start, overrides: list[str], console: RunConsole) -> tuple[Plan, Start]:
+    """The plan for the rest of the run under the overrides, and where it starts."""
+    job, keys = _job_with(old, overrides)
+    new = make_plan(job, "the resumed job", console.prepare)
+    new_schedule = any(key.startswith(_LENGTH) for key in keys)
+    plan = continued(old, new, start.update, start.samples, new_schedule=new_schedule)
+    assert plan.resumed is not None
+    manifest = read_manifest(Path(start.checkpoint)) or {}
+    convert = manifest["world_size"] != plan.world.size
+    return plan, start.model_copy(update={"update": plan.resumed.update, "convert": convert})
+
+
+def _job_with(old: Plan, overrides: list[str]) -> tuple[Job, list[str]]:
+    """The job with its overrides, and their keys. The batch stays as it was unless they name it."""
+    data: dict[str, Any] = old.job.model_dump(mode="json", exclude_unset=True)
+    keys = [".".join(apply_override(data, override)) for override in overrides]
+    for key in keys:
+        if key.startswith(_SETTLED):
+            raise RequestError(
+                Problem(
+                    "a run goes on with the model and the data that it began with",
+                    key=key,
+                    mend="launcher run starts anew",
+                )
+            )
+    train = data.setdefault("train", {})
+    if "train.train_batch_size" not in keys:
+        train["train_batch_size"] = old.train_batch_size
+    for key in KEYS[1:]:
+        if f"train.{key}" not in keys and key in train:
+            train[key] = "auto"
+    return validate_job(data, origin="the resumed job"), keys
+
+
+def _convert(checkpoint: Path, directory: RunDir, console: RunConsole) -> None:
+    """Makes a checkpoint loadable by any number of ranks, once."""
+    from launcher.prepare.universal import make_universal
+
+    target = universal_folder(checkpoint)
+    if not target.is_dir():
+        console.note("          converting the checkpoint for another number of ranks")
+        with (directory.logs / "convert.log").open("ab") as log:
+            make_universal(checkpoint, target, log)

@@ -16,6 +16,7 @@ from launcher.cli.console import RunConsole
 from launcher.errors import LauncherError, RequestError
 from launcher.job import Job, placing, read_job
 from launcher.plan.model import Plan
+from launcher.plan.resume import Start
 from launcher.planning import check_job, make_plan
 from launcher.run_dir import RunDir, write_atomic, write_json
 
@@ -35,18 +36,18 @@ def run(
     console = RunConsole()
     with console.closing(), placing(job_file, overrides or ()):
         plan = _planned(job, job_file, overrides or [], directory, console)
-        carry_out(plan, directory, console, checkpoint=None)
+        carry_out(plan, directory.plan_file, directory, console, start=None)
 
 
-def carry_out(plan: Plan, directory: RunDir, console: RunConsole, checkpoint: Path | None) -> None:
-    """Runs a plan in its run directory and shows how it ends. Raises what went wrong."""
+def carry_out(plan: Plan, plan_file: Path, directory: RunDir, console: RunConsole, start: Start | None) -> None:
+    """Runs the plan that stands in `plan_file` and shows how it ends. Raises what went wrong."""
     from launcher.fleet.supervisor import Supervisor
 
     console.total = plan.length.total_updates
-    supervisor = Supervisor(plan, directory, console)
+    supervisor = Supervisor(plan, plan_file, directory, console)
     try:
         with _interrupts(supervisor, console):
-            outcome = supervisor.run(checkpoint)
+            outcome = supervisor.run(start)
     except KeyboardInterrupt:
         directory.enter("stopped", reason="interrupted")
         console.note(f"stopped at once. {_how_to_go_on(directory)}")
@@ -57,11 +58,11 @@ def carry_out(plan: Plan, directory: RunDir, console: RunConsole, checkpoint: Pa
     except BaseException as error:
         directory.enter("failed", reason=repr(error))
         raise
-    directory.enter(outcome.state, update=outcome.updates)
+    directory.enter(outcome.state, update=outcome.updates, reason=outcome.reason)
     _summarise(plan, directory, console, outcome)
     if outcome.state == "stopped":
         # As a shell says it of a command that a signal ended: what waits for a finished run must not go on.
-        raise typer.Exit(128 + supervisor.stop_signal)
+        raise typer.Exit(1 if outcome.reason else 128 + supervisor.stop_signal)
 
 
 def _planned(job: Job, job_file: Path, overrides: list[str], directory: RunDir, console: RunConsole) -> Plan:
@@ -129,6 +130,8 @@ def _summarise(plan: Plan, directory: RunDir, console: RunConsole, outcome: Outc
     console.note("")
     if outcome.state == "stopped":
         console.note(f"[bold yellow]stopped[/] after update {outcome.updates} of {plan.length.total_updates}, saved")
+        if outcome.reason:
+            console.note(f"  because of       {outcome.reason}")
     else:
         console.note(f"[bold green]finished[/] after {outcome.updates} updates")
     if len(evaluations) > 1:

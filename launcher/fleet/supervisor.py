@@ -15,6 +15,7 @@ from launcher.fleet.agent import Event, NodeTask
 from launcher.fleet.failure import Failure, first_failure
 from launcher.fleet.nodes import Needs, Node, Nodes, address_of, forwarded_environment
 from launcher.plan.model import Plan
+from launcher.plan.resume import Start
 from launcher.run_dir import RunDir
 from launcher.watch.tail import Tail, last_lines
 
@@ -38,16 +39,18 @@ class Console(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: "finished", or "stopped" after `updates` updates."""
+    """How a run ended: "finished", or "stopped" after `updates` updates; of its own accord where there is a reason."""
 
     state: str
     updates: int
+    reason: str | None = None
 
 
 class Supervisor:
     """Carries out one plan in one run directory."""
 
-    def __init__(self, plan: Plan, run: RunDir, console: Console) -> None:
+    def __init__(self, plan: Plan, plan_file: Path, run: RunDir, console: Console) -> None:
+        self.plan_file = plan_file
         self.plan, self.run_dir, self.console = plan, run, console
         world = plan.world
         cpus = world.processes_per_node if world.device == "cpu" else max(1, world.processes_per_node)
@@ -58,14 +61,14 @@ class Supervisor:
         self._training = False
         self._metrics, self._evaluations = Tail(run.metrics_file), Tail(run.evaluations_file)
 
-    def run(self, checkpoint: Path | None = None) -> Outcome:
+    def run(self, start: Start | None = None) -> Outcome:
         """Places, starts and follows the ranks until all have ended well. Raises RunFailed where one has not.
 
         Whatever way it ends, nothing of the run is left behind.
         """
         try:
             self.place()
-            self.start(checkpoint)
+            self.start(start)
             return self.follow()
         finally:
             self.console.note("")
@@ -78,11 +81,12 @@ class Supervisor:
         for rank, node in enumerate(self.nodes.place(self.plan.job.cluster.wait_seconds)):
             self.run_dir.event("node", node_rank=rank, host=node.host, address=node.address, gpus=list(node.gpus))
 
-    def start(self, checkpoint: Path | None) -> None:
+    def start(self, start: Start | None) -> None:
         self.enter("starting")
         self.nodes.start([self._task(rank, node) for rank, node in enumerate(self.nodes.nodes)])
         rendezvous = {"MASTER_ADDR": self._master(), "MASTER_PORT": str(self.nodes.free_port(0))}
-        self.nodes.order(go={"env": rendezvous, "checkpoint": str(checkpoint) if checkpoint else None})
+        rendezvous["LAUNCHER_PLAN"] = str(self.plan_file)
+        self.nodes.order(go={"env": rendezvous, "start": start.model_dump() if start else None})
 
     def follow(self) -> Outcome:
         """Hears the ranks until the last has ended."""
@@ -96,9 +100,9 @@ class Supervisor:
                 self._fail()
             if len(ended) == self.plan.world.size:
                 break
-        stops = [event["update"] for event in self.events if event["report"] == "stopped"]
+        stops = [event for event in self.events if event["report"] == "stopped"]
         if stops:
-            return Outcome("stopped", stops[0])
+            return Outcome("stopped", stops[0]["update"], stops[0]["reason"])
         return Outcome("finished", self.plan.length.total_updates)
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -26,21 +25,21 @@ def resolve_batch(given: Mapping[str, int], world_size: int, fits: Callable[[int
     """The three sizes from those of them that are `given`.
 
     `fits(micro)` says whether a micro-batch fits the memory; where the micro-batch is free, the largest that fits and
-    divides is taken (at most 16). Raises RequestError where the sizes cannot multiply out.
+    divides is taken (at most 16, and within TARGET_BATCH where the batch is free too). Raises RequestError where the
+    sizes cannot multiply out.
     """
     batch, micro, accumulation = (given.get(key) for key in KEYS)
     if batch is None:
-        micro = micro or _largest(fits, None)
+        micro = micro or _within_target(world_size * (accumulation or 1), fits)
         accumulation = accumulation or max(1, round(TARGET_BATCH / (micro * world_size)))
         return BatchSizes(micro * accumulation * world_size, micro, accumulation)
     if micro is not None and accumulation is not None:
         return _all_three(batch, micro, accumulation, world_size)
-    per_rank = _divide(batch, world_size, "the world size", world_size)
     if accumulation is not None:
-        derived = _divide(per_rank, accumulation, "gradient_accumulation_steps", world_size)
-        return BatchSizes(batch, derived, accumulation)
+        return BatchSizes(batch, _divide(batch, world_size, KEYS[2], accumulation), accumulation)
     if micro is not None:
-        return BatchSizes(batch, micro, _divide(per_rank, micro, "train_micro_batch_size_per_gpu", world_size))
+        return BatchSizes(batch, micro, _divide(batch, world_size, KEYS[1], micro))
+    per_rank = _divide(batch, world_size)
     micro = _largest(fits, per_rank)
     return BatchSizes(batch, micro, per_rank // micro)
 
@@ -63,28 +62,30 @@ def _all_three(batch: int, micro: int, accumulation: int, world_size: int) -> Ba
     )
 
 
-def _divide(amount: int, divisor: int, name: str, world_size: int) -> int:
-    if amount % divisor == 0:
-        return amount // divisor
-    unit = divisor * world_size if name != "the world size" else world_size
-    total = amount * world_size if name != "the world size" else amount
-    below, above = total // unit * unit, math.ceil(total / unit) * unit
-    choices = f"{below} or {above}" if below else f"{above}"
-    what = f"world size {world_size}" + (f" x {name} {divisor} = {unit}" if unit != world_size else "")
+def _divide(batch: int, world_size: int, name: str = "", factor: int = 1) -> int:
+    """`batch` by the world size and the `factor` called `name`."""
+    unit = world_size * factor
+    if batch % unit == 0:
+        return batch // unit
+    below = batch // unit * unit
+    choices = f"{below} or {below + unit}" if below else f"{unit}"
+    what = f"world size {world_size}" + (f" x {name} {factor} = {unit}" if name else "")
     raise RequestError(
         Problem(
-            f"train_batch_size {total} does not divide by {what}",
+            f"train_batch_size {batch} does not divide by {what}",
             key="train.train_batch_size",
             mend=f"the nearest that does: {choices}",
         )
     )
 
 
-def _largest(fits: Callable[[int], bool], per_rank: int | None) -> int:
-    """The largest micro-batch up to 16 that fits, and divides `per_rank` where that is given; at least 1."""
-    sizes = [size for size in (16, 8, 4, 2) if fits(size)] if per_rank is None else _divisors(per_rank, fits)
-    return sizes[0] if sizes else 1
+def _within_target(sequences_per_micro: int, fits: Callable[[int], bool]) -> int:
+    """The largest micro-batch of 16, 8, 4 and 2 that fits and keeps the batch within TARGET_BATCH; else 1."""
+    sizes = (size for size in (16, 8, 4, 2) if size * sequences_per_micro <= TARGET_BATCH and fits(size))
+    return next(sizes, 1)
 
 
-def _divisors(per_rank: int, fits: Callable[[int], bool]) -> list[int]:
-    return [size for size in range(min(16, per_rank), 0, -1) if per_rank % size == 0 and fits(size)]
+def _largest(fits: Callable[[int], bool], per_rank: int) -> int:
+    """The largest micro-batch up to 16 that fits and divides `per_rank`; at least 1."""
+    sizes = (size for size in range(min(16, per_rank), 0, -1) if per_rank % size == 0 and fits(size))
+    return next(sizes, 1)

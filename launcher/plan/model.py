@@ -79,6 +79,14 @@ class Change(Part):
     reason: str
 
 
+class Resumed(Part):
+    """Where a plan goes on with a run: after how many updates (in its own count) and samples, and how that was got."""
+
+    update: int
+    samples: int
+    arithmetic: str
+
+
 class Plan(Part):
     """A resolved job. Equal plans have equal hashes."""
 
@@ -99,6 +107,7 @@ class Plan(Part):
     ds_config_changes: tuple[Change, ...]
     memory: dict[str, int]
     warnings: tuple[str, ...]
+    resumed: Resumed | None = None
 
     @property
     def sha256(self) -> str:

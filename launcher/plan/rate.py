@@ -11,6 +11,7 @@ from launcher.errors import RequestError
 from launcher.job import Job, explicit_keys
 from launcher.plan.facts import DataFacts, ModelFacts
 from launcher.plan.model import LearningRate, Length, Plan, Reason
+from launcher.plan.revise import schedule_of
 from launcher.schedule.advice import Choice, Situation, advise, parse_warmup
 from launcher.schedule.curve import Schedule, deepspeed_blocks, make_schedule, rate_at
 from launcher.schedule.replica import replica
@@ -82,7 +83,7 @@ def planned_rates(plan: Plan) -> Callable[[int], float]:
     if plan.learning_rate.schedule is None:
         scheduler, optimizer = plan.ds_config["scheduler"], plan.ds_config["optimizer"]
         return replica(scheduler["type"], scheduler["params"], optimizer["params"]["lr"]).after
-    schedule = Schedule.from_dict(plan.learning_rate.schedule)
+    schedule = schedule_of(plan)
     return lambda update: rate_at(schedule, update)
 
 

@@ -11,6 +11,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from launcher.plan.resume import Start
 from launcher.worker.control import Control
 
 
@@ -24,12 +25,8 @@ def main() -> int:
         go = control.wait_for_go()
         os.environ.update(go.get("env", {}))
         run_dir = Path(os.environ["LAUNCHER_RUN_DIR"])
-        train.work(
-            run_dir,
-            Path(os.environ.get("LAUNCHER_PLAN", run_dir / "plan.json")),
-            go.get("checkpoint"),
-            control,
-        )
+        start = Start.model_validate(go["start"]) if go.get("start") else None
+        train.work(run_dir, Path(os.environ.get("LAUNCHER_PLAN", run_dir / "plan.json")), start, control)
     except BaseException as error:
         text = traceback.format_exc()
         print(text, file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from launcher.errors import RunFailed
@@ -10,34 +11,77 @@ from launcher.plan.model import Plan
 from launcher.plan.rate import planned_rates
 from launcher.worker.ranks import Ranks
 
+_WORDS = 3
+"""What each rank tells of itself: its update, its rate, its skipped updates."""
+
 
 class OutOfStep(RunFailed):
     """A rank does not do what the plan says."""
 
 
-def same_plan(ranks: Ranks, plan: Plan) -> None:
-    """Raises OutOfStep on every rank, naming each whose plan is not that of the most."""
+def same_plan(ranks: Ranks, plan: Plan) -> list[str]:
+    """The host of every rank. Raises OutOfStep on every rank, naming each whose plan is not that of the most."""
     found: list[tuple[str, str]] = ranks.gather((plan.sha256, ranks.host))
     agreed, _ = Counter(sha for sha, _ in found).most_common(1)[0]
     others = [f"rank {r} on {host} has {sha[:12]}…" for r, (sha, host) in enumerate(found) if sha != agreed]
     if others:
         raise OutOfStep(f"the plan differs between ranks: {'; '.join(others)}; the others have {agreed[:12]}…")
+    return [host for _, host in found]
 
 
 class InStep:
-    """Holds every update against the plan, before it is made."""
+    """Holds every update against the plan, and the ranks against each other, before the update is made."""
 
-    def __init__(self, ranks: Ranks, plan: Plan) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: Ranks, plan: Plan, hosts: Sequence[str]) -> None:
+        self._ranks, self._hosts = ranks, hosts
+        self._every = plan.job.schedule.check_every
+        self._planned = planned_rates(plan)
+
+    def follow(self, plan: Plan) -> None:
+        """Goes on under a revision of the plan."""
         self._planned = planned_rates(plan)
 
     def check(self, engine: Any, update: int) -> float:
         """The rate of `update`, with which every parameter group is about to be stepped. Raises OutOfStep."""
         expected = self._planned(engine.global_steps - engine.skipped_steps)
-        found = [float(group["lr"]) for group in engine.optimizer.param_groups]
+        found = _rates(engine)
         if engine.global_steps != update or any(rate != expected for rate in found):
             raise OutOfStep(
                 f"rank {self._ranks.rank} on {self._ranks.host} would make update {update} "
                 f"(its engine counts {engine.global_steps}) at a rate of {found[0]!r}; the plan says {expected!r}"
             )
         return expected
+
+    def words(self, engine: Any, update: int) -> list[float]:
+        """What this rank adds to the loss's reduction where a comparison is due: zeros, and its own three numbers.
+
+        Summed over the ranks that is a table of all ranks, [world size · 3]; at other updates it is empty.
+        """
+        if update % self._every:
+            return []
+        table = [0.0] * (_WORDS * self._ranks.world_size)
+        start = _WORDS * self._ranks.rank
+        table[start : start + _WORDS] = [float(engine.global_steps), _rates(engine)[0], float(engine.skipped_steps)]
+        return table
+
+    def compare(self, table: Sequence[float], update: int) -> None:
+        """Raises OutOfStep on every rank, naming each that is not where the plan has the ranks at this update."""
+        rows = [tuple(table[i : i + _WORDS]) for i in range(0, len(table), _WORDS)]
+        if not rows:
+            return
+        agreed, _ = Counter(rows).most_common(1)[0]
+        others = [
+            f"rank {rank} on {self._hosts[rank]} is at update {row[0]:.0f} with a rate of {row[1]!r} "
+            f"and {row[2]:.0f} skipped updates"
+            for rank, row in enumerate(rows)
+            if row != agreed
+        ]
+        if others:
+            raise OutOfStep(
+                f"before update {update} the ranks differ: {'; '.join(others)}; the others are at update "
+                f"{agreed[0]:.0f} with {agreed[1]!r} and {agreed[2]:.0f}"
+            )
+
+
+def _rates(engine: Any) -> list[float]:
+    return [float(group["lr"]) for group in engine.optimizer.param_groups]

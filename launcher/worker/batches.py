@@ -1,7 +1,7 @@
 """Which samples an update takes, and their tensors.
 
-The order is a pure function of the seed and the epoch, and epochs follow each other without a gap: update u takes the
-samples u·B to (u+1)·B of one endless sequence, however many ranks share them.
+The order is a pure function of the seed and the epoch, and epochs follow each other without a gap: each update takes
+the next B samples of one endless sequence, however many ranks share them.
 """
 
 from __future__ import annotations
@@ -77,11 +77,12 @@ class SampleOrder:
 
 
 def micro_batches(
-    store: TokenStore, order: SampleOrder, share: Share, first_update: int, updates: int, device: torch.device
+    store: TokenStore, order: SampleOrder, share: Share, updates: range, first_sample: int, device: torch.device
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches of updates first_update to updates − 1."""
-    for update in range(first_update, updates):
-        samples = order.take(update * share.batch, (update + 1) * share.batch)
+    """This rank's micro-batches of `updates`, the first of which begins at the position `first_sample`."""
+    for update in updates:
+        start = first_sample + (update - updates.start) * share.batch
+        samples = order.take(start, start + share.batch)
         targets, tokens = int(store.targets[samples].sum()), int(store.lengths(samples).sum())
         for step in range(share.accumulation):
             tensors = collate(store, samples[share.samples(step)], device)

@@ -11,7 +11,8 @@ import torch
 
 from launcher.errors import RunFailed
 from launcher.plan.model import Plan
-from launcher.run_dir import RunDir, read_manifest, write_manifest
+from launcher.plan.resume import Start
+from launcher.run_dir import RunDir, read_manifest, universal_folder, write_manifest
 from launcher.worker.ranks import Ranks
 
 
@@ -35,13 +36,17 @@ class Checkpoints:
         every = self._plan.job.checkpoint.every
         return every is not None and update % every == 0
 
-    def save(self, engine: Any, progress: Progress) -> Path:
-        """Writes a checkpoint unless this update's is there already; then removes those beyond `keep`."""
+    def save(self, engine: Any, progress: Progress, plan_sha256: str, guard: dict[str, Any]) -> Path:
+        """Writes a checkpoint unless this update's is there already; then removes those beyond `keep`.
+
+        `plan_sha256` names the plan, or its revision, that is in force; `guard` is what the spike guard remembers.
+        """
         folder = self._run.checkpoint(progress.update)
         if self._saved == progress.update:
             return folder
-        state = {**asdict(progress), "plan_sha256": self._plan.sha256}
-        engine.save_checkpoint(self._run.checkpoints, tag=folder.name, client_state=state, save_latest=False)
+        state = {**asdict(progress), "plan_sha256": plan_sha256}
+        client_state = {**state, "guard": guard, "universal_checkpoint_info": {}}
+        engine.save_checkpoint(self._run.checkpoints, tag=folder.name, client_state=client_state, save_latest=False)
         torch.save(_random_states(self._ranks.device), folder / f"random-{self._ranks.rank}.pt")
         self._ranks.barrier()
         if self._ranks.first:
@@ -52,21 +57,25 @@ class Checkpoints:
         self._saved = progress.update
         return folder
 
-    def load(self, engine: Any, folder: Path) -> Progress:
-        """Brings a fresh engine to where the checkpoint was saved. Raises RunFailed where it cannot be used."""
+    def load(self, engine: Any, start: Start) -> tuple[Progress, dict[str, Any]]:
+        """Brings a fresh engine to the start of what is left; returns that, and what the guard remembered.
+
+        A converted checkpoint is one of another world size. Raises RunFailed where it cannot be used.
+        """
+        folder = Path(start.checkpoint)
         manifest = read_manifest(folder)
         if manifest is None:
             raise RunFailed(f"{folder} has no manifest: the checkpoint was never finished")
-        if manifest["world_size"] != self._ranks.world_size:
-            raise RunFailed(
-                f"{folder} was saved by {manifest['world_size']} ranks and there are {self._ranks.world_size}"
-            )
-        path, state = engine.load_checkpoint(folder.parent, tag=folder.name)
+        tag = universal_folder(folder).name if start.convert else folder.name
+        path, state = engine.load_checkpoint(folder.parent, tag=tag)
         if path is None:
-            raise RunFailed(f"DeepSpeed found nothing to load in {folder}")
-        _restore_random_states(folder / f"random-{self._ranks.rank}.pt", self._ranks.device)
-        self._saved = state["update"]
-        return Progress(update=state["update"], samples=state["samples"])
+            raise RunFailed(f"DeepSpeed found nothing to load in {folder.parent / tag}")
+        if start.update != state["update"]:
+            _recount(engine, start.update)
+        if manifest["world_size"] == self._ranks.world_size:
+            _restore_random_states(folder / f"random-{self._ranks.rank}.pt", self._ranks.device)
+            self._saved = state["update"] if start.update == state["update"] else None
+        return Progress(update=start.update, samples=start.samples), state["guard"]
 
     def _prune(self) -> None:
         for update in self._run.complete_checkpoints()[: -self._plan.job.checkpoint.keep]:
@@ -74,6 +83,13 @@ class Checkpoints:
             # Without its manifest a half-removed folder is no checkpoint.
             (folder / "manifest.json").unlink()
             shutil.rmtree(folder)
+            shutil.rmtree(universal_folder(folder), ignore_errors=True)
+
+
+def _recount(engine: Any, update: int) -> None:
+    """Has the engine and its scheduler count updates of another batch size: `update` of them are made."""
+    engine.global_steps, engine.skipped_steps = update, 0
+    engine.lr_scheduler.last_batch_iteration = update
 
 
 def _random_states(device: torch.device) -> dict[str, torch.Tensor]:

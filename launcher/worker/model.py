@@ -41,13 +41,14 @@ def load_tokenizer(plan: Plan) -> Any:
     return AutoTokenizer.from_pretrained(plan.model.folder, trust_remote_code=plan.job.model.trust_remote_code)
 
 
-def make_engine(plan: Plan, model: Any) -> Any:
-    """The DeepSpeed engine, its scheduler standing at the rate of update 0 of a fresh run."""
+def make_engine(plan: Plan, model: Any, *, universal: bool = False) -> Any:
+    """The DeepSpeed engine, as `deepspeed.initialize` leaves it; `universal` has it load a converted checkpoint."""
+    config = {**plan.ds_config, "checkpoint": {"load_universal": True}} if universal else plan.ds_config
     scheduler = client_scheduler(plan)
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model),
-        config=plan.ds_config,
+        config=config,
         lr_scheduler=scheduler,
         dist_init_required=False,
     )

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from launcher.plan.model import Plan
-from launcher.schedule.curve import DEEPSPEED_TYPES, Schedule, rate_at
+from launcher.plan.revise import schedule_of
+from launcher.schedule.curve import DEEPSPEED_TYPES, Schedule, live_attributes, rate_at
 
 
 class PlannedLR:
@@ -50,7 +51,7 @@ def client_scheduler(plan: Plan) -> Callable[[Any], PlannedLR] | None:
     """What `deepspeed.initialize` is given as lr_scheduler; None where the JSON names DeepSpeed's own class."""
     if plan.learning_rate.schedule is None or plan.learning_rate.shape in DEEPSPEED_TYPES:
         return None
-    schedule = Schedule.from_dict(plan.learning_rate.schedule)
+    schedule = schedule_of(plan)
     return lambda optimizer: PlannedLR(optimizer, schedule)
 
 
@@ -58,6 +59,17 @@ def begin(engine: Any, plan: Plan) -> None:
     """Brings a fresh engine's scheduler to update 0 of the plan: DeepSpeed would spend two updates at the start."""
     for _ in range(plan.learning_rate.advance):
         engine.lr_scheduler.step()
+
+
+def follow(engine: Any, plan: Plan, update: int) -> None:
+    """Has the live scheduler go on under the plan's schedule, which was changed at `update`, without advancing it."""
+    schedule, live = schedule_of(plan), engine.lr_scheduler
+    if isinstance(live, PlannedLR):
+        live.schedule = schedule
+    else:
+        for name, value in live_attributes(schedule, update).items():
+            setattr(live, name, value)
+    live.step(live.last_batch_iteration)
 
 
 def resume(engine: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from launcher.plan.model import Plan
+from launcher.plan.resume import Start
 from launcher.run_dir import RunDir
 from launcher.token_store import TokenStore
 from launcher.worker import scheduler
@@ -20,23 +22,24 @@ from launcher.worker.checkpoint import Checkpoints, Progress
 from launcher.worker.control import Control
 from launcher.worker.evaluate import evaluate
 from launcher.worker.export import export_model
+from launcher.worker.guard import Guard
 from launcher.worker.journal import Journal
 from launcher.worker.loss import summed_loss
 from launcher.worker.model import load_model, make_engine
 from launcher.worker.ranks import Ranks, join_ranks
 
 
-def work(run_path: Path, plan_file: Path, checkpoint: str | None, control: Control) -> None:
+def work(run_path: Path, plan_file: Path, start: Start | None, control: Control) -> None:
     """Carries out the plan on this rank. Raises whatever went wrong."""
     run, plan = RunDir(run_path), Plan.from_json(plan_file.read_text())
     transformers_logging.disable_progress_bar()
     ranks = join_ranks(plan)
-    same_plan(ranks, plan)
+    hosts = same_plan(ranks, plan)
     set_seed(plan.job.train.seed)
     control.report("phase", phase="loading")
-    engine = make_engine(plan, load_model(plan))
-    training = Training(run, plan, ranks, engine, control)
-    training.begin(checkpoint)
+    engine = make_engine(plan, load_model(plan), universal=start is not None and start.convert)
+    training = Training(run, plan, ranks, engine, control, hosts)
+    training.begin(start)
     training.train()
     training.finish()
 
@@ -44,24 +47,28 @@ def work(run_path: Path, plan_file: Path, checkpoint: str | None, control: Contr
 class Training:
     """One rank's training: the state of the loop, and what happens around it."""
 
-    def __init__(self, run: RunDir, plan: Plan, ranks: Ranks, engine: Any, control: Control) -> None:
+    def __init__(
+        self, run: RunDir, plan: Plan, ranks: Ranks, engine: Any, control: Control, hosts: Sequence[str]
+    ) -> None:
         self.run, self.plan, self.ranks, self.engine, self.control = run, plan, ranks, engine, control
         self.journal = Journal(run, ranks)
         self.checkpoints = Checkpoints(run, plan, ranks)
-        self.in_step = InStep(ranks, plan)
+        self.in_step = InStep(ranks, plan, hosts)
+        self.guard = Guard(run, plan, ranks, engine, self.in_step)
         self.train_store = TokenStore(Path(plan.data.train.folder))
         self.eval_store = TokenStore(Path(plan.data.eval.folder)) if plan.data.eval else None
         self.progress = Progress(update=0, samples=0)
         self.stopped = False
 
-    def begin(self, checkpoint: str | None) -> None:
+    def begin(self, start: Start | None) -> None:
         """Stands where the first update begins: of a fresh run, or after a checkpoint."""
-        if checkpoint is None:
+        if start is None:
             scheduler.begin(self.engine, self.plan)
             self.phase("training")
             self.evaluate()
         else:
-            self.progress = self.checkpoints.load(self.engine, Path(checkpoint))
+            self.progress, guard_state = self.checkpoints.load(self.engine, start)
+            self.guard.load_state_dict(guard_state)
             scheduler.resume(self.engine)
             self.phase("training")
         self.journal.restart_clock()
@@ -78,11 +85,14 @@ class Training:
                 continue
             mean, stop = self.reduce(float(summed), batch)
             rate = self.in_step.check(self.engine, batch.update)
+            if self.guard.refuses(batch.update, mean):
+                self.stopped = True
+                break
             grad_norm = gradient_norm(self.engine)
             self.engine.step()
             self.advance(batch, mean, rate, grad_norm)
             summed.zero_()
-            if stop:
+            if stop or self.guard.stop_reason:
                 self.stopped = True
                 break
 
@@ -96,8 +106,8 @@ class Training:
             plan.gradient_accumulation_steps,
         )
         order = SampleOrder(len(self.train_store), plan.job.train.seed)
-        last = plan.length.total_updates
-        return micro_batches(self.train_store, order, share, self.progress.update, last, self.ranks.device)
+        updates = range(self.progress.update, plan.length.total_updates)
+        return micro_batches(self.train_store, order, share, updates, self.progress.samples, self.ranks.device)
 
     def loss_scale(self, batch: MicroBatch) -> float:
         """Turns a micro-batch's summed loss into its part of the update's mean over all learned tokens.
@@ -108,7 +118,9 @@ class Training:
 
     def reduce(self, summed: float, batch: MicroBatch) -> tuple[float, bool]:
         """(the update's mean loss, whether any rank was asked to stop): the same on every rank."""
-        total, stops = self.ranks.sum([summed, float(self.control.stop.is_set())])
+        words = self.in_step.words(self.engine, batch.update)
+        total, stops, *table = self.ranks.sum([summed, float(self.control.stop.is_set()), *words])
+        self.in_step.compare(table, batch.update)
         return total / max(1, batch.update_targets), stops > 0
 
     def advance(self, batch: MicroBatch, loss: float, rate: float, grad_norm: float | None) -> None:
@@ -125,6 +137,7 @@ class Training:
             grad_norm=norm,
         )
         self.control.report("update", update=batch.update)
+        self.guard.watch(batch.update, loss, norm, skipped=not self.engine.was_step_applied())
         done, total = self.progress.update, self.plan.length.total_updates
         every = self.plan.job.train.eval_every
         if every is not None and done % every == 0 and done < total:
@@ -141,21 +154,24 @@ class Training:
     def save(self) -> None:
         """Saves a checkpoint of where the run stands."""
         self.phase("saving")
-        self.checkpoints.save(self.engine, self.progress)
+        self.save_state()
         self.phase("training")
         self.journal.restart_clock()
+
+    def save_state(self) -> None:
+        self.checkpoints.save(self.engine, self.progress, self.guard.plan.sha256, self.guard.state_dict())
 
     def finish(self) -> None:
         """The end: evaluation, checkpoint and export; of a run that was stopped, the checkpoint alone."""
         if self.stopped:
             self.phase("saving")
-            self.checkpoints.save(self.engine, self.progress)
-            self.control.report("stopped", update=self.progress.update)
+            self.save_state()
+            self.control.report("stopped", update=self.progress.update, reason=self.guard.stop_reason)
             return
         self.evaluate()
         if self.plan.job.checkpoint.save_final:
             self.phase("saving")
-            self.checkpoints.save(self.engine, self.progress)
+            self.save_state()
         if self.plan.job.export:
             self.phase("exporting")
             export_model(self.engine, self.plan, self.ranks, self.run.export)

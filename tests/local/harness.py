@@ -13,6 +13,7 @@ from typing import Any
 from launcher.fleet.agent import Agent, NodeTask
 from launcher.job import validate_job
 from launcher.plan.model import Plan
+from launcher.plan.resume import Start
 from launcher.planning import make_plan
 from launcher.run_dir import RunDir, write_atomic, write_json
 
@@ -43,7 +44,7 @@ def run_ranks(
     plan: Plan,
     run: RunDir,
     *,
-    checkpoint: Path | None = None,
+    start: Start | None = None,
     stop_at: int | None = None,
     environments: Mapping[int, Mapping[str, str]] | None = None,
     command: tuple[str, ...] = WORKER,
@@ -64,7 +65,7 @@ def run_ranks(
     )
     agent.start(task)
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.free_port())}
-    agent.order({"go": {"env": rendezvous, "checkpoint": str(checkpoint) if checkpoint else None}})
+    agent.order({"go": {"env": rendezvous, "start": start.model_dump() if start else None}})
     events: list[dict[str, Any]] = []
     deadline = time.monotonic() + timeout_seconds
     try:

@@ -418,9 +418,12 @@ def test_the_job_that_the_table_spoils_is_good(folder: Path) -> None:
     assert ended.status == 0, ended.err
 
 
-@pytest.mark.parametrize("verb", ["run", "plan"])
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.id)
-def test_a_bad_job_is_told_before_anything_starts(row: Bad, verb: str, folder: Path) -> None:
+RUNS = [pytest.param("run", row, id=row.id) for row in TABLE]
+PLANS = [pytest.param("plan", row, id=f"{row.id}, planned") for row in NUMBERS]
+
+
+@pytest.mark.parametrize(("verb", "row"), RUNS + PLANS)
+def test_a_bad_job_is_told_before_anything_starts(verb: str, row: Bad, folder: Path) -> None:
     for name, content in row.files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)

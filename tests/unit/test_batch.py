@@ -68,6 +68,10 @@ def check_mend(asked: dict[str, int], world: int, mend: str) -> None:
         (sizes(None, 4), 2, BatchSizes(32, 4, 4)),
         (sizes(None, 64), 2, BatchSizes(128, 64, 1)),
         (sizes(), 2, BatchSizes(TARGET_BATCH, 16, 1)),
+        (sizes(), 8, BatchSizes(TARGET_BATCH, 4, 1)),
+        (sizes(), 3, BatchSizes(24, 8, 1)),
+        (sizes(), 64, BatchSizes(64, 1, 1)),
+        (sizes(None, None, 4), 2, BatchSizes(TARGET_BATCH, 4, 4)),
     ],
 )
 def test_known_sizes(asked: dict[str, int], world: int, found: BatchSizes) -> None:

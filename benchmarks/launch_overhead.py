@@ -1,0 +1,317 @@
+"""Time to the first update, and time of an update, of `launcher run` against torchrun and the `deepspeed` launcher.
+
+The others run plain_script.py, which makes the same updates from the same plan; that the losses are equal is checked.
+All take turns within a round, on two CPU ranks with one thread each. Ratios are those of one round, so that a busy
+machine weighs on both sides. The launcher plans within its time; the tokenised data is there before for everyone.
+
+    python benchmarks/launch_overhead.py [--rounds 5] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import yaml
+
+BIN = Path(sys.executable).parent
+PLAIN_SCRIPT = Path(__file__).with_name("plain_script.py")
+RANKS, WARM_UPDATES = 2, 20
+FRESH, JOINED, TORCHRUN, DEEPSPEED = "launcher, fresh Ray", "launcher, running Ray", "torchrun", "deepspeed"
+AIMS = (
+    ("update", FRESH, TORCHRUN, 1.01),
+    ("update", JOINED, TORCHRUN, 1.01),
+    ("first", JOINED, DEEPSPEED, 1.15),
+    ("first", FRESH, DEEPSPEED, 1.50),
+)
+Environment = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one run: seconds from its start until its first update was made, and of an update once it is warm."""
+
+    first: float
+    update: float
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to start the ranks. `command` is given the file or folder that the metrics are to go to."""
+
+    name: str
+    command: Callable[[Path], list[str]]
+    environment: Environment
+
+
+def base_environment() -> dict[str, str]:
+    """The variables that all runs share. Bytecode is written, as it is for what pip installed."""
+    dropped = ("RAY_", "PYTHONDONTWRITEBYTECODE", "LAUNCHER_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
+    settings = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    return {**kept, **settings, "RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false", "PATH": path}
+
+
+def make_model(folder: Path) -> None:
+    """A Llama whose update takes some 50 ms on a core, with a tokenizer of bytes."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        eos_token_id=0,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def write_job(folder: Path, updates: int) -> Path:
+    """The job of all runs, its model and its data, in `folder`. Nothing is evaluated, saved or exported."""
+    make_model(folder / "model")
+    rows = ({"text": " ".join(f"{n * k % 97} times {k}" for k in range(20))} for n in range(256))
+    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = {
+        "name": "overhead",
+        "model": {"name_or_path": str(folder / "model")},
+        "data": {"train": str(folder / "text.jsonl"), "max_length": 128, "cache_dir": str(folder / "cache")},
+        "train": {"max_steps": updates, "train_batch_size": 8, "train_micro_batch_size_per_gpu": 4},
+        "schedule": {"shape": "linear", "peak_lr": 1e-4, "warmup": 10, "allow_unsafe": True},
+        "deepspeed": "zero2",
+        "cluster": {"processes_per_node": RANKS, "gpus_per_node": 0},
+        "checkpoint": {"save_final": False},
+        "export": False,
+        "output_dir": str(folder / "runs"),
+    }
+    file = folder / "job.yaml"
+    file.write_text(yaml.safe_dump(job))
+    return file
+
+
+def contenders(job: Path, plan: Path, running_ray: Environment) -> list[Contender]:
+    environment, launcher = base_environment(), str(BIN / "launcher")
+
+    def plain(*launch: str) -> Callable[[Path], list[str]]:
+        return lambda out: [*launch, f"--master_port={free_port()}", str(PLAIN_SCRIPT), str(plan), str(out / "plain.jsonl")]
+
+    def ours(out: Path) -> list[str]:
+        return [launcher, "run", str(job), f"output_dir={out}"]
+
+    return [
+        Contender(TORCHRUN, plain(str(BIN / "torchrun"), f"--nproc_per_node={RANKS}"), environment),
+        Contender(DEEPSPEED, plain(str(BIN / "deepspeed"), f"--num_gpus={RANKS}"), environment),
+        Contender(FRESH, ours, environment),
+        Contender(JOINED, ours, {**environment, **running_ray}),
+    ]
+
+
+def measure(contender: Contender, folder: Path) -> Measured:
+    """One run of the contender in `folder`."""
+    folder.mkdir(parents=True)
+    log = folder / "output.txt"
+    with log.open("wb") as output:
+        began = time.time()
+        status = subprocess.run(
+            contender.command(folder),
+            env=dict(contender.environment),
+            cwd=folder,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+        ).returncode
+    if status:
+        raise SystemExit(f"{contender.name} ended with {status}:\n{log.read_text()[-3000:]}")
+    (file,) = [*folder.glob("plain.jsonl"), *folder.glob("*/metrics.jsonl")]
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return Measured(
+        first=_seconds(lines[0]["time"]) - began,
+        update=median(line["step_seconds"] for line in lines[WARM_UPDATES:]),
+        losses=tuple(line["loss"] for line in lines),
+    )
+
+
+def _seconds(moment: str | float) -> float:
+    return moment if isinstance(moment, float) else datetime.fromisoformat(moment).timestamp()
+
+
+def check_same_updates(found: Mapping[str, Measured]) -> None:
+    """Raises SystemExit unless all contenders made the same updates."""
+    expected = found[TORCHRUN].losses
+    for name, measured in found.items():
+        off = max(abs(a - b) / b for a, b in zip(measured.losses, expected, strict=True))
+        if off > 1e-4:
+            raise SystemExit(f"{name} does not make the updates of {TORCHRUN}: losses differ by {off:.1e}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def ray_already_up() -> Iterator[Environment]:
+    """A Ray of our own on this machine, as the variables with which one joins it; ended by process id."""
+    with tempfile.TemporaryDirectory(prefix="lo-", dir="/tmp", ignore_cleanup_errors=True) as temporary:
+        token = Path(temporary) / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        port = free_port()
+        ports = [f"--{name}={free_port()}" for name in ("ray-client-server-port", "dashboard-agent-listen-port")]
+        command = [str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
+        options = [f"--temp-dir={temporary}", f"--num-cpus={RANKS}", "--include-dashboard=false"]
+        with (Path(temporary) / "head.log").open("wb") as log:
+            head = subprocess.Popen(
+                [*command, *ports, *options],
+                env={**base_environment(), **auth},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            _wait_until_up(head, Path(temporary) / "head.log")
+            yield {**auth, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+        finally:
+            _end_tree(head)
+
+
+def _wait_until_up(head: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while "Ray runtime started" not in log.read_text():
+        if head.poll() is not None or time.monotonic() > deadline:
+            raise SystemExit(f"Ray did not start:\n{log.read_text()[-3000:]}")
+        time.sleep(0.2)
+
+
+def _end_tree(head: subprocess.Popen[bytes]) -> None:
+    """Ends a process and all below it."""
+    started = psutil.Process(head.pid).children(recursive=True)
+    head.send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs([psutil.Process(head.pid), *started], timeout=15)
+    for process in alive:
+        process.kill()
+    head.wait()
+
+
+def time_command(*command: str) -> float:
+    began = time.perf_counter()
+    subprocess.run(command, env=base_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - began
+
+
+def ratio(rounds: Sequence[Mapping[str, Measured]], what: str, name: str, other: str) -> list[float]:
+    """Of each round, how many times the other's seconds `name` took."""
+    return [getattr(found[name], what) / getattr(found[other], what) for found in rounds]
+
+
+def report(rounds: Sequence[Mapping[str, Measured]], commands: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Every figure: medians with the least and the most, in seconds or as ratios."""
+    seconds = {
+        what: {name: _spread([getattr(found[name], what) for found in rounds]) for name in rounds[0]}
+        for what in ("first", "update")
+    }
+    ratios = [
+        {"of": what, "name": name, "against": other, **_spread(ratio(rounds, what, name, other))}
+        for what in ("first", "update")
+        for name in (FRESH, JOINED)
+        for other in (TORCHRUN, DEEPSPEED)
+    ]
+    aims = {(what, name, other): most for what, name, other, most in AIMS}
+    for row in ratios:
+        row["aim"] = aims.get((row["of"], row["name"], row["against"]))
+    return {
+        "rounds": len(rounds),
+        "seconds": seconds,
+        "ratios": ratios,
+        "commands": {name: _spread(times) for name, times in commands.items()},
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def show(figures: Mapping[str, Any]) -> None:
+    titles = {"first": "seconds to the first update", "update": "seconds an update"}
+    for what, title in titles.items():
+        print(f"\n{title}, median of {figures['rounds']} (min-max)")
+        for name, row in figures["seconds"][what].items():
+            print(f"  {name:<24} {row['median']:8.4f}  ({row['min']:.4f}-{row['max']:.4f})")
+        for row in figures["ratios"]:
+            if row["of"] == what:
+                aim = f"   aim {row['aim']:.2f}" if row["aim"] else ""
+                spread = f"{row['median']:6.3f}  ({row['min']:.3f}-{row['max']:.3f})"
+                print(f"  {row['name']:<24} / {row['against']:<10} {spread}{aim}")
+    print("\nseconds of a command that starts nothing")
+    for name, row in figures["commands"].items():
+        print(f"  {name:<24} {row['median']:8.4f}  ({row['min']:.4f}-{row['max']:.4f})")
+
+
+def run_rounds(folder: Path, count: int, updates: int) -> dict[str, Any]:
+    job = write_job(folder, updates)
+    launcher, plan = str(BIN / "launcher"), folder / "plan.json"
+    subprocess.run([launcher, "plan", str(job)], env=base_environment(), stdout=subprocess.DEVNULL, check=True)
+    text = subprocess.check_output([launcher, "plan", str(job), "--json"], env=base_environment())
+    plan.write_bytes(text)
+    rounds: list[dict[str, Measured]] = []
+    commands: dict[str, list[float]] = {"launcher --help": [], "launcher plan": []}
+    with ray_already_up() as running_ray:
+        for number in range(count):
+            found: dict[str, Measured] = {}
+            for contender in contenders(job, plan, running_ray):
+                found[contender.name] = measure(contender, folder / f"round-{number}" / contender.name.split()[-2 if "Ray" in contender.name else 0])
+                print(f"round {number + 1}  {contender.name:<24} {found[contender.name].first:7.3f} s", file=sys.stderr)
+            check_same_updates(found)
+            rounds.append(found)
+            commands["launcher --help"].append(time_command(launcher, "--help"))
+            commands["launcher plan"].append(time_command(launcher, "plan", str(job)))
+    return report(rounds, commands)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time to the first update and of an update, against other launchers")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured (default 5)")
+    parser.add_argument("--updates", type=int, default=150, help=f"updates a run, more than {WARM_UPDATES}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="overhead-", ignore_cleanup_errors=True) as folder:
+        figures = run_rounds(Path(folder), asked.rounds, asked.updates)
+    show(figures)
+    if asked.json:
+        asked.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""What an existing DeepSpeed JSON does to the learning rate, and what we would write in its place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launcher.ds_config import DsConfig, read_ds_config
+from launcher.ds_config.facts import as_number
+from launcher.errors import Problem, RequestError, nearest
+from launcher.schedule.curve import Schedule, deepspeed_blocks, make_schedule, rates
+from launcher.schedule.replica import DEFAULTS, settled, simulate_deepspeed
+from launcher.schedule.safety import deepspeed_warnings
+from launcher.watch.curves import Curve, compared
+from launcher.watch.plot_report import Report, late_notes
+
+SHAPES_OF = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+DEFAULT_OPTIMIZER_LR = 1e-3
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The scheduler of a DeepSpeed JSON with every "auto" told: None as type where there is none."""
+
+    kind: str | None
+    params: dict[str, Any]
+    optimizer_lr: float
+    updates: int
+    notes: tuple[str, ...]
+
+
+def deepspeed_report(path: Path, settings: Sequence[str], updates: int | None, shapes: Sequence[str]) -> Report:
+    """What the JSON at `path` does as the engine applies it, with warnings, and the block we would write.
+
+    `settings` are key=value pairs set over the JSON's; `updates` is the length of the run, its total_num_steps where
+    None. Raises RequestError for a JSON that gives no curve.
+    """
+    config = _with_settings(read_ds_config(path), settings)
+    with _placed(config):
+        written = _written(config, updates)
+        if written.kind is None:
+            return _without_scheduler(path, written, shapes)
+        case = (written.kind, written.params, written.optimizer_lr, written.updates)
+        own = Curve.of("as written", simulate_deepspeed(*case))
+        warnings = deepspeed_warnings(*case)
+    schedule, notes = _mended(written)
+    curves = [own, *_mended_curves(schedule, shapes)]
+    return Report(
+        title=f"{path}: {written.kind}, {written.updates:,} updates, as the engine applies it",
+        curves=tuple(curves),
+        marks=_first_steps(written),
+        notes=written.notes,
+        warnings=tuple(warnings),
+        blocks=_mended_blocks(config, schedule),
+        blocks_notes=notes,
+    )
+
+
+def _with_settings(config: DsConfig, settings: Sequence[str]) -> DsConfig:
+    """The JSON with values set from the command line, such as scheduler.params.warmup_num_steps=100."""
+    data = copy.deepcopy(config.data)
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            message = f"{setting!r} is no setting, and with --deepspeed there is no job file"
+            raise RequestError(Problem(message, mend="scheduler.params.warmup_num_steps=100, for example"))
+        *parents, name = key.split(".")
+        node = data
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise RequestError(config.problem(key, f"{parent} is no block"))
+        node[name] = as_number(value)
+    return replace(config, data=data)
+
+
+@contextmanager
+def _placed(config: DsConfig) -> Iterator[None]:
+    """Gives every problem from inside its file and line."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(
+            *(p if p.file else config.problem(p.key or "scheduler", p.message, p.mend) for p in error.problems)
+        ) from None
+
+
+def _written(config: DsConfig, updates: int | None) -> _Written:
+    """The scheduler as DeepSpeed will be given it. Raises RequestError for what nothing here tells."""
+    block = config.get("scheduler")
+    if block is None:
+        return _Written(None, {}, _needed_lr(config), _needed_updates(updates), ())
+    kind, params = _type_and_params(config, block)
+    lr = _optimizer_lr(config)
+    notes: list[str] = []
+    if params.get("total_num_steps") == "auto":
+        params["total_num_steps"] = _needed_updates(updates)
+        notes.append(_auto("total_num_steps", "the updates of the run", params["total_num_steps"]))
+    if params.get("warmup_min_lr") == "auto":
+        params["warmup_min_lr"] = 0
+        notes.append(_auto("warmup_min_lr", "0", 0))
+    if params.get("warmup_max_lr") == "auto":
+        params["warmup_max_lr"] = _needed_lr(config)
+        notes.append(_auto("warmup_max_lr", "its learning_rate", params["warmup_max_lr"]))
+    _refuse_auto(config, params)
+    if any(isinstance(value, list) for value in params.values()):
+        notes.append("A list has one rate for each parameter group: shown is the first group.")
+    if lr is None:
+        # Where the scheduler has its own peak, the optimizer's rate is never used.
+        peak = params.get("warmup_max_lr") if kind != "WarmupCosineLR" else None
+        own_peak = kind in ("OneCycle", "LRRangeTest", "WarmupDecayLR") or peak is not None
+        lr = _first(peak, DEFAULT_OPTIMIZER_LR) if own_peak else _needed_lr(config)
+    total = params.get("total_num_steps")
+    length = updates or (total if isinstance(total, int) and total > 0 else _needed_updates(None))
+    return _Written(kind, params, lr, length, tuple(notes))
+
+
+def _type_and_params(config: DsConfig, block: Any) -> tuple[str, dict[str, Any]]:
+    if not isinstance(block, dict) or not isinstance(block.get("type"), str):
+        message = 'a block {"type": …, "params": {…}} was expected'
+        raise RequestError(config.problem("scheduler", message, f"types: {', '.join(DEFAULTS)}"))
+    kind, params = block["type"], block.get("params", {})
+    if kind not in DEFAULTS:
+        close = nearest(kind, DEFAULTS)
+        mend = f"did you mean {close}?" if close else f"DeepSpeed's own are {', '.join(DEFAULTS)}"
+        raise RequestError(config.problem("scheduler.type", f"{kind!r} is not one of DeepSpeed's schedulers", mend))
+    if not isinstance(params, dict):
+        raise RequestError(config.problem("scheduler.params", f"a block was expected, found {params!r}"))
+    return kind, dict(params)
+
+
+def _auto(key: str, source: str, value: Any) -> str:
+    return f'{key} is "auto": DeepSpeed leaves that alone, transformers fills in {source}; shown with {value}.'
+
+
+def _refuse_auto(config: DsConfig, params: dict[str, Any]) -> None:
+    open_keys = [key for key, value in params.items() if value == "auto"]
+    if open_keys:
+        message = '"auto" is filled in by transformers from its own arguments, which are unknown here'
+        raise RequestError(
+            *(
+                config.problem(f"scheduler.params.{key}", message, f"set it: scheduler.params.{key}=VALUE")
+                for key in open_keys
+            )
+        )
+
+
+def _needed_updates(updates: int | None) -> int:
+    if updates is None:
+        raise RequestError(Problem("nothing here says how many updates the run has", mend="add --updates N"))
+    return updates
+
+
+def _optimizer_lr(config: DsConfig) -> float | None:
+    """The optimizer's rate: DeepSpeed's default where the block names none; None without a block, and for "auto"."""
+    if config.get("optimizer") is None or config.get("optimizer.params.lr") == "auto":
+        return None
+    lr = config.get("optimizer.params.lr", DEFAULT_OPTIMIZER_LR)
+    if isinstance(lr, bool) or not isinstance(lr, int | float) or not lr >= 0:
+        raise RequestError(config.problem("optimizer.params.lr", f"a rate of 0 or more was expected, found {lr!r}"))
+    return float(lr)
+
+
+def _needed_lr(config: DsConfig) -> float:
+    lr = _optimizer_lr(config)
+    if lr is None:
+        what = 'is "auto"' if config.get("optimizer") is not None else "is not in this JSON"
+        what += ", and no scheduler names a rate" if config.get("scheduler") is None else ""
+        mend = "set it: optimizer.params.lr=1e-5; or let a job file's schedule decide it: launcher lr job.yaml"
+        raise RequestError(config.problem("optimizer.params.lr", f"the optimizer's rate {what}", mend))
+    return lr
+
+
+def _first(value: Any, default: float) -> float:
+    value = value[0] if isinstance(value, list) and value else value
+    return float(value) if isinstance(value, int | float) else default
+
+
+def _first_steps(written: _Written) -> dict[int, str]:
+    """What the engine did to the scheduler before each of the first updates."""
+    last = written.params.get("last_batch_iteration", -1)
+    words = ["set by the constructor", *(f"after step {u}: i = {last + u}" for u in (1, 2, 3))]
+    return {update: word for update, word in enumerate(words) if update < written.updates}
+
+
+def _without_scheduler(path: Path, written: _Written, shapes: Sequence[str]) -> Report:
+    if shapes:
+        raise RequestError(Problem("without a scheduler there is no warm-up to compare with", key="--compare"))
+    warning = (
+        f"There is no scheduler block: every update runs at {written.optimizer_lr:g} from the first on, without "
+        "a warm-up, unless the script gives deepspeed.initialize a scheduler of its own."
+    )
+    return Report(
+        title=f"{path}: no scheduler, {written.updates:,} updates",
+        curves=(Curve.of("as written", [written.optimizer_lr] * written.updates),),
+        warnings=(warning,),
+        blocks_notes=("A schedule with a warm-up comes from a job file: launcher lr job.yaml.",),
+    )
+
+
+def _mended(written: _Written) -> tuple[Schedule | None, tuple[str, ...]]:
+    """The schedule that was probably meant, and what to say of it."""
+    kind = written.kind or ""
+    full = settled(kind, written.params)
+    if kind not in SHAPES_OF:
+        return None, (f"{kind} has no warm-up schedule in its place; a job file gives one: launcher lr job.yaml.",)
+    warmup, total = full["warmup_num_steps"], written.updates
+    if warmup >= total:
+        shorter = f"scheduler.params.warmup_num_steps={max(1, total // 5)}"
+        return None, (f"A warm-up of {warmup} updates leaves nothing of a run of {total}; try {shorter}.",)
+    peak = _first(written.params.get("warmup_max_lr"), written.optimizer_lr)
+    floors = {"WarmupCosineLR": full.get("cos_min_ratio"), "WarmupDecayLR": full.get("warmup_min_lr", 0) / peak}
+    floor = floors.get(kind)
+    if kind == "WarmupDecayLR" and floor is not None and floor <= 1 / (warmup + 1):
+        floor = None
+    shape = SHAPES_OF[kind]
+    try:
+        schedule = make_schedule(shape, peak_lr=peak, warmup_updates=warmup, total_updates=total, floor=floor)
+    except RequestError as error:
+        return None, (f"No block is proposed in its place: {error.problems[0].message}.",)
+    notes = (f"What we would write for {warmup} updates of warm-up to {peak:g}, the curve `mended` above:",)
+    return schedule, (*notes, *late_notes(deepspeed_blocks(schedule)["scheduler"], peak))
+
+
+def _mended_curves(schedule: Schedule | None, shapes: Sequence[str]) -> list[Curve]:
+    if schedule is None:
+        if shapes:
+            raise RequestError(Problem("there is no peak and warm-up here to compare with", key="--compare"))
+        return []
+    own = Curve.of("mended", rates(schedule))
+    return compared(own, shapes, schedule.peak_lr, schedule.warmup_updates, schedule.total_updates)
+
+
+def _mended_blocks(config: DsConfig, schedule: Schedule | None) -> dict[str, Any] | None:
+    """The optimizer block as written with the peak in it, and the scheduler block."""
+    if schedule is None:
+        return None
+    blocks = deepspeed_blocks(schedule)
+    written = config.get("optimizer")
+    if isinstance(written, dict):
+        params = {**(written.get("params") or {}), "lr": schedule.peak_lr}
+        blocks["optimizer"] = {**written, "params": params}
+    return blocks

@@ -1,0 +1,32 @@
+"""Checkpoints for another world size, by DeepSpeed's own converter."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import IO
+
+from launcher.errors import LauncherError
+from launcher.token_store import publish_folder
+from launcher.watch.tail import last_lines
+
+
+def make_universal(checkpoint: Path, target: Path, log: IO[bytes]) -> None:
+    """Writes DeepSpeed's universal form of a checkpoint to `target`, which appears whole. Raises LauncherError."""
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    folders = ["--input_folder", str(checkpoint), "--output_folder", str(temporary)]
+    # The conversion is work for the processor alone, wherever the ranks run.
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    try:
+        status = subprocess.run([*command, *folders, "--inject_missing_state"], stdout=log, stderr=log, env=environment)
+        if status.returncode != 0:
+            tail = "\n".join(last_lines(Path(log.name), 10))
+            raise LauncherError(f"{checkpoint} could not be converted for another number of ranks:\n{tail}")
+        publish_folder(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,60 @@
+"""A rank with a fault put into it, named by the variable FAULT; otherwise the real worker."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from launcher.worker import __main__ as worker
+from launcher.worker import train
+
+
+def scheduler_runs_ahead(at_update: int) -> None:
+    """The rank's scheduler is moved on by five in the middle of the run."""
+    advance = train.Training.advance
+
+    def with_fault(self, batch, *rest):
+        advance(self, batch, *rest)
+        if batch.update == at_update:
+            self.engine.lr_scheduler.step(self.engine.lr_scheduler.last_batch_iteration + 5)
+
+    train.Training.advance = with_fault
+
+
+def blind_scheduler_runs_ahead(at_update: int) -> None:
+    """The same, on a rank that no longer looks at its own rate."""
+    scheduler_runs_ahead(at_update)
+    train.InStep.check = lambda self, engine, update: engine.optimizer.param_groups[0]["lr"]
+
+
+def raises(at_update: int) -> None:
+    """An exception in the middle of the run."""
+    advance = train.Training.advance
+
+    def with_fault(self, batch, *rest):
+        if batch.update == at_update:
+            raise RuntimeError("the disk of this node is on fire")
+        advance(self, batch, *rest)
+
+    train.Training.advance = with_fault
+
+
+def losses_jump(at_update: int) -> None:
+    """From an update on, the losses that the ranks see are those of a run that goes wrong."""
+    reduce = train.Training.reduce
+
+    def with_fault(self, summed, batch):
+        mean, stop = reduce(self, summed, batch)
+        return mean + (5.0 if at_update <= batch.update < at_update + 3 else 0.0), stop
+
+    train.Training.reduce = with_fault
+
+
+if __name__ == "__main__":
+    name, _, update = os.environ.get("FAULT", "").partition(":")
+    if name:
+        globals()[name](int(update))
+    status = worker.main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

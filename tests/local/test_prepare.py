@@ -1,0 +1,351 @@
+"""Real tokenising: every kind of file, what is learned decoded back to text, and the cache."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from launcher.errors import RequestError
+from launcher.job import Job, validate_job
+from launcher.plan.facts import DataFacts
+from launcher.prepare import Prepared, prepare
+from launcher.prepare.request import Request, cached, carry_out
+from launcher.prepare.sources import DataSource
+from launcher.prepare.tokenise import TextRequest, tokenise
+from launcher.token_store import TokenStore
+from tests.tiny import make_tiny_tokenizer
+
+pytestmark = pytest.mark.local
+
+Rows = list[dict[str, Any]]
+
+CHATS: Rows = [
+    {"messages": [{"role": "user", "content": "alpha beta"}, {"role": "assistant", "content": "beta alpha"}]},
+    {
+        "messages": [
+            {"role": "system", "content": "reverse"},
+            {"role": "user", "content": "mu kappa"},
+            {"role": "assistant", "content": "kappa, mu!"},
+            {"role": "user", "content": "eta"},
+            {"role": "assistant", "content": "é — 漢字 \U0001f600"},
+        ]
+    },
+    {"messages": [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "bye"}]},
+]
+PAIRS: Rows = [
+    {"prompt": "alpha beta ->", "completion": " beta alpha"},
+    {"prompt": "gamma ->", "completion": " gamma\nend"},
+]
+TEXTS: Rows = [{"text": "alpha beta gamma"}, {"text": "delta\nepsilon"}]
+
+
+def as_jsonl(path: Path, rows: Rows) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def as_json(path: Path, rows: Rows) -> None:
+    path.write_text(json.dumps(rows))
+
+
+def as_csv(path: Path, rows: Rows) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def as_parquet(path: Path, rows: Rows) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+WRITERS: dict[str, Callable[[Path, Rows], None]] = {
+    ".jsonl": as_jsonl,
+    ".json": as_json,
+    ".csv": as_csv,
+    ".parquet": as_parquet,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tokenised(
+    tokenizer_folder: Path, file: Path, *, kind: str = "auto", max_length: int = 1000, eval: float | None = None
+) -> DataFacts:
+    builder = {".jsonl": "json", ".json": "json", ".txt": "text"}.get(file.suffix, file.suffix[1:])
+    request = TextRequest(DataSource((file,), builder), eval, kind, max_length, "train", seed=3)
+    target = file.parent / f"tokens-{file.name}"
+    return tokenise(request, tokenizer_folder, target, False, lambda **_: None)
+
+
+def sequences(facts: DataFacts, tokenizer_folder: Path) -> list[tuple[str, list[str]]]:
+    """For each sequence its whole text, and the text of each run of learned tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    store = TokenStore(Path(facts.train.folder))
+    return [(tokenizer.decode(store[i][0]), _runs(tokenizer, *store[i])) for i in range(len(store))]
+
+
+def _runs(tokenizer: Any, tokens: Any, learned: Any) -> list[str]:
+    runs: list[list[int]] = []
+    for i, (token, bit) in enumerate(zip(tokens.tolist(), learned.tolist(), strict=True)):
+        if bit and (i == 0 or not learned[i - 1]):
+            runs.append([])
+        if bit:
+            runs[-1].append(token)
+    return [tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_assistant_turns_are_learned_exactly(suffix: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / f"chats{suffix}"
+    WRITERS[suffix](file, CHATS)
+    facts = tokenised(tokenizer_folder, file)
+    assert (facts.format, facts.train.rows, facts.train.dropped) == ("messages", 3, 0)
+    assert sequences(facts, tokenizer_folder) == [
+        ("<|user|>alpha beta<|end|><|assistant|>beta alpha<|end|>", ["beta alpha<|end|>"]),
+        (
+            "<|system|>reverse<|end|><|user|>mu kappa<|end|><|assistant|>kappa, mu!<|end|>"
+            "<|user|>eta<|end|><|assistant|>é — 漢字 \U0001f600<|end|>",
+            ["kappa, mu!<|end|>", "é — 漢字 \U0001f600<|end|>"],
+        ),
+        ("<|assistant|>hello<|end|><|user|>bye<|end|>", ["hello<|end|>"]),
+    ]
+
+
+@pytest.mark.parametrize("suffix", list(WRITERS))
+def test_completions_are_learned_with_an_end(suffix: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / f"pairs{suffix}"
+    WRITERS[suffix](file, PAIRS)
+    facts = tokenised(tokenizer_folder, file)
+    assert facts.format == "prompt-completion"
+    assert sequences(facts, tokenizer_folder) == [
+        ("alpha beta -> beta alpha<|end|>", [" beta alpha<|end|>"]),
+        ("gamma -> gamma\nend<|end|>", [" gamma\nend<|end|>"]),
+    ]
+
+
+@pytest.mark.parametrize("suffix", list(WRITERS))
+def test_text_is_learned_whole(suffix: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / f"texts{suffix}"
+    WRITERS[suffix](file, TEXTS)
+    facts = tokenised(tokenizer_folder, file)
+    whole = [row["text"] + "<|end|>" for row in TEXTS]
+    assert sequences(facts, tokenizer_folder) == [(text, [text]) for text in whole]
+    assert facts.train.targets == facts.train.tokens - facts.train.sequences
+
+
+def test_a_text_file_is_one_document(tokenizer_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "book.txt"
+    file.write_text("alpha beta\n\ngamma delta\n")
+    facts = tokenised(tokenizer_folder, file)
+    assert [text for text, _ in sequences(facts, tokenizer_folder)] == ["alpha beta\n\ngamma delta\n<|end|>"]
+
+
+def test_long_text_is_divided_and_nothing_is_lost(tokenizer_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "book.txt"
+    file.write_text("alpha beta gamma delta " * 40)
+    facts = tokenised(tokenizer_folder, file, max_length=16)
+    assert "".join(text for text, _ in sequences(facts, tokenizer_folder)) == file.read_text() + "<|end|>"
+    assert facts.train.sequences > 5
+    assert (facts.train.longest, facts.train.cut) == (16, 0)
+
+
+def test_long_rows_are_cut_and_counted_and_empty_ones_dropped(tokenizer_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": "alpha", "completion": " beta"},
+        {"prompt": "alpha", "completion": " beta" * 30},
+        {"prompt": "gamma " * 30, "completion": " beta"},
+        {"prompt": "alpha", "completion": ""},
+    ]
+    as_jsonl(file, rows)
+    facts = tokenised(tokenizer_folder, file, max_length=8)
+    assert (facts.train.rows, facts.train.sequences) == (4, 2)
+    assert (facts.train.cut, facts.train.dropped) == (2, 2)
+    found = sequences(facts, tokenizer_folder)
+    assert found[0] == ("alpha beta<|end|>", [" beta<|end|>"])
+    assert found[1][1] == [found[1][0].removeprefix("alpha")]
+    assert facts.train.longest == 8
+
+
+def test_a_share_is_held_out_the_same_each_time_and_apart(tokenizer_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "texts.jsonl"
+    as_jsonl(file, [{"text": f"alpha {number}"} for number in range(50)])
+
+    def parts() -> list[list[str]]:
+        facts = tokenised(tokenizer_folder, file, eval=0.1)
+        halves = (facts, facts.model_copy(update={"train": facts.eval}))
+        return [[text for text, _ in sequences(half, tokenizer_folder)] for half in halves]
+
+    train, held_out = parts()
+    assert (len(train), len(held_out)) == (45, 5)
+    assert not set(train) & set(held_out)
+    shutil.rmtree(tmp_path / f"tokens-{file.name}")
+    assert parts() == [train, held_out]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("broken.jsonl", '{"text": "a"}\n{"text": \n', "cannot be read"),
+        ("broken.parquet", "this is no parquet", "cannot be read"),
+        ("empty.jsonl", "", "cannot be read|there are no rows"),
+        ("strange.jsonl", '{"question": "a", "answer": "b"}\n', "columns answer, question fit no format"),
+        ("bad.jsonl", '{"messages": [{"role": "user"}]}\n', "row 1: a message needs role and content"),
+        ("blank.jsonl", '{"text": " "}\n', "leaves anything to learn"),
+        ("short.csv", "prompt,completion\na,\n", "leaves anything to learn"),
+    ],
+)
+def test_data_that_cannot_be_used_is_told(
+    name: str, content: str, says: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / name
+    file.write_text(content)
+    with pytest.raises(RequestError, match=says) as caught:
+        tokenised(tokenizer_folder, file)
+    assert all((problem.key or "").startswith("data.") for problem in caught.value.problems)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_messages_need_a_chat_template(tmp_path: Path) -> None:
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    as_jsonl(tmp_path / "chats.jsonl", CHATS)
+    with pytest.raises(RequestError, match="row 1: the tokenizer has no chat template"):
+        tokenised(tmp_path / "tokenizer", tmp_path / "chats.jsonl")
+
+
+def test_a_model_without_a_tokenizer_is_told(tmp_path: Path) -> None:
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/config.json").write_text('{"model_type": "llama"}')
+    as_jsonl(tmp_path / "texts.jsonl", TEXTS)
+    with pytest.raises(RequestError, match=r"the tokenizer of .*bare cannot be loaded"):
+        tokenised(tmp_path / "bare", tmp_path / "texts.jsonl")
+
+
+@pytest.fixture
+def job(tiny_model: Path, tmp_path: Path) -> Job:
+    as_jsonl(tmp_path / "chats.jsonl", CHATS)
+    data = {"train": str(tmp_path / "chats.jsonl"), "max_length": 64, "cache_dir": str(tmp_path / "cache")}
+    return validate_job({"model": {"name_or_path": str(tiny_model)}, "data": data})
+
+
+def with_data(job: Job, **changes: Any) -> Job:
+    return job.model_copy(update={"data": job.data.model_copy(update=changes)})
+
+
+def is_cached(job: Job) -> bool:
+    assert job.data.cache_dir is not None
+    return cached(Request(job=job, cache=Path(job.data.cache_dir))) is not None
+
+
+def carried_out(job: Job) -> Prepared:
+    assert job.data.cache_dir is not None
+    return carry_out(Request(job=job, cache=Path(job.data.cache_dir)), lambda **_: None)
+
+
+def test_what_is_cached_starts_no_process(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, object]] = []
+    first = prepare(job, told.append)
+    assert [progress["message"] for progress in told] == ["measuring the model", "tokenising data.train"]
+
+    def trip(*_: object, **__: object) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", trip)
+    assert prepare(job, told.append) == first
+    assert len(told) == 2
+
+
+def test_what_has_changed_is_not_taken_from_the_cache(job: Job, tiny_model: Path, tmp_path: Path) -> None:
+    carried_out(job)
+    assert is_cached(job)
+    assert not is_cached(with_data(job, max_length=32))
+    assert not is_cached(with_data(job, eval=0.5))
+    assert not is_cached(with_data(job, format="messages"))
+    assert is_cached(job.model_copy(update={"train": job.train.model_copy(update={"seed": 7})}))
+
+    file = Path(str(job.data.train))
+    before = file.read_text()
+    file.write_text(before + json.dumps(CHATS[0]) + "\n")
+    assert not is_cached(job)
+    assert carried_out(job).data.train.rows == 4
+
+    copied = tmp_path / "model"
+    shutil.copytree(tiny_model, copied)
+    moved = job.model_copy(update={"model": job.model.model_copy(update={"name_or_path": str(copied)})})
+    data = carried_out(moved).data
+    template = copied / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|end|>", "<|end|>\n"))
+    assert not is_cached(moved)
+    assert carried_out(moved).data.fingerprint != data.fingerprint
+
+
+def test_the_measured_model_is_the_real_one(job: Job, tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    facts = carried_out(job).model
+    assert facts.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert facts.embedding_parameters == model.get_input_embeddings().weight.numel()
+    assert (facts.layers, facts.hidden_size, facts.max_positions) == (2, 32, 128)
+    assert (facts.tied_embeddings, facts.has_chat_template, facts.supports_gradient_checkpointing) == (True,) * 3
+
+
+def test_a_contradiction_with_the_model_is_told_before_tokenising(job: Job, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="4096 is more than the 128 positions") as caught:
+        prepare(with_data(job, max_length=4096), lambda _: None)
+    assert caught.value.problems[0].mend == "at most 128"
+    assert not (tmp_path / "cache/data").exists()
+
+
+def test_a_request_error_crosses_from_the_process(job: Job) -> None:
+    Path(str(job.data.train)).write_text('{"messages": [{"role": "user"}]}\n')
+    with pytest.raises(RequestError, match="row 1: a message needs role and content") as caught:
+        prepare(job, lambda _: None)
+    assert caught.value.problems[0].key == "data.train"
+
+
+ONE = "import sys; from launcher.prepare.__main__ import main; sys.exit(main())"
+
+
+def test_two_processes_at_once_leave_one_good_cache(job: Job, tmp_path: Path) -> None:
+    request = Request(job=job, cache=tmp_path / "cache")
+    processes = [
+        subprocess.Popen([sys.executable, "-c", ONE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(request.model_dump_json())
+        process.stdin.close()
+    answers = []
+    for process in processes:
+        assert process.stdout is not None
+        answers.append(json.loads(process.stdout.read().splitlines()[-1])["prepared"])
+        process.stdout.close()
+        assert process.wait(120) == 0
+    assert answers[0] == answers[1]
+
+    left = sorted(path.relative_to(tmp_path / "cache").parts for path in (tmp_path / "cache").glob("*/*"))
+    assert [part[0] for part in left] == ["data", "models"]
+    found = prepare(job, lambda _: None)
+    assert found.model_dump() == answers[0]
+    assert len(TokenStore(Path(found.data.train.folder))) == 3
