@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -34,12 +34,12 @@ BIN = Path(sys.executable).parent
 PLAIN_SCRIPT = Path(__file__).with_name("plain_script.py")
 RANKS, WARM_UPDATES = 2, 20
 FRESH, JOINED, TORCHRUN, DEEPSPEED = "launcher, fresh Ray", "launcher, running Ray", "torchrun", "deepspeed"
-AIMS = (
-    ("update", FRESH, TORCHRUN, 1.01),
-    ("update", JOINED, TORCHRUN, 1.01),
-    ("first", JOINED, DEEPSPEED, 1.15),
-    ("first", FRESH, DEEPSPEED, 1.50),
-)
+AIMS = {
+    ("update", FRESH, TORCHRUN): 1.01,
+    ("update", JOINED, TORCHRUN): 1.01,
+    ("first", JOINED, DEEPSPEED): 1.15,
+    ("first", FRESH, DEEPSPEED): 1.50,
+}
 Environment = Mapping[str, str]
 
 
@@ -54,11 +54,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to start the ranks. `command` is given the file or folder that the metrics are to go to."""
+    """A way to start the ranks. `command` is given the folder for its metrics; `around` yields variables of its own."""
 
     name: str
     command: Callable[[Path], list[str]]
-    environment: Environment
+    around: Callable[[], AbstractContextManager[Environment]]
 
 
 def base_environment() -> dict[str, str]:
@@ -119,20 +119,22 @@ def write_job(folder: Path, updates: int) -> Path:
     return file
 
 
-def contenders(job: Path, plan: Path, running_ray: Environment) -> list[Contender]:
-    environment, launcher = base_environment(), str(BIN / "launcher")
-
+def contenders(job: Path, plan: Path) -> list[Contender]:
     def plain(*launch: str) -> Callable[[Path], list[str]]:
-        return lambda out: [*launch, f"--master_port={free_port()}", str(PLAIN_SCRIPT), str(plan), str(out / "plain.jsonl")]
+        def command(out: Path) -> list[str]:
+            return [*launch, f"--master_port={free_port()}", str(PLAIN_SCRIPT), str(plan), str(out / "plain.jsonl")]
+
+        return command
 
     def ours(out: Path) -> list[str]:
-        return [launcher, "run", str(job), f"output_dir={out}"]
+        return [str(BIN / "launcher"), "run", str(job), f"output_dir={out}"]
 
+    alone = nullcontext[Environment]({})
     return [
-        Contender(TORCHRUN, plain(str(BIN / "torchrun"), f"--nproc_per_node={RANKS}"), environment),
-        Contender(DEEPSPEED, plain(str(BIN / "deepspeed"), f"--num_gpus={RANKS}"), environment),
-        Contender(FRESH, ours, environment),
-        Contender(JOINED, ours, {**environment, **running_ray}),
+        Contender(TORCHRUN, plain(str(BIN / "torchrun"), f"--nproc_per_node={RANKS}"), lambda: alone),
+        Contender(DEEPSPEED, plain(str(BIN / "deepspeed"), f"--num_gpus={RANKS}"), lambda: alone),
+        Contender(FRESH, ours, lambda: alone),
+        Contender(JOINED, ours, ray_already_up),
     ]
 
 
@@ -140,11 +142,11 @@ def measure(contender: Contender, folder: Path) -> Measured:
     """One run of the contender in `folder`."""
     folder.mkdir(parents=True)
     log = folder / "output.txt"
-    with log.open("wb") as output:
+    with contender.around() as variables, log.open("wb") as output:
         began = time.time()
         status = subprocess.run(
             contender.command(folder),
-            env=dict(contender.environment),
+            env={**base_environment(), **variables},
             cwd=folder,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -202,6 +204,7 @@ def ray_already_up() -> Iterator[Environment]:
             )
         try:
             _wait_until_up(head, Path(temporary) / "head.log")
+            _wait_until_idle(head)
             yield {**auth, "RAY_ADDRESS": f"127.0.0.1:{port}"}
         finally:
             _end_tree(head)
@@ -213,6 +216,24 @@ def _wait_until_up(head: subprocess.Popen[bytes], log: Path) -> None:
         if head.poll() is not None or time.monotonic() > deadline:
             raise SystemExit(f"Ray did not start:\n{log.read_text()[-3000:]}")
         time.sleep(0.2)
+
+
+def _wait_until_idle(head: subprocess.Popen[bytes]) -> None:
+    """Waits until what Ray starts in advance is there."""
+    before, now = -1.0, 0.0
+    while now - before > 0.15:
+        time.sleep(1.0)
+        before, now = now, _processor_seconds(head.pid)
+
+
+def _processor_seconds(pid: int) -> float:
+    """What the processes below `pid` have taken so far."""
+    spent = 0.0
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            spent += times.user + times.system
+    return spent
 
 
 def _end_tree(head: subprocess.Popen[bytes]) -> None:
@@ -243,14 +264,17 @@ def report(rounds: Sequence[Mapping[str, Measured]], commands: Mapping[str, Sequ
         for what in ("first", "update")
     }
     ratios = [
-        {"of": what, "name": name, "against": other, **_spread(ratio(rounds, what, name, other))}
+        {
+            "of": what,
+            "name": name,
+            "against": other,
+            "aim": AIMS.get((what, name, other)),
+            **_spread(ratio(rounds, what, name, other)),
+        }
         for what in ("first", "update")
         for name in (FRESH, JOINED)
         for other in (TORCHRUN, DEEPSPEED)
     ]
-    aims = {(what, name, other): most for what, name, other, most in AIMS}
-    for row in ratios:
-        row["aim"] = aims.get((row["of"], row["name"], row["against"]))
     return {
         "rounds": len(rounds),
         "seconds": seconds,
@@ -287,16 +311,16 @@ def run_rounds(folder: Path, count: int, updates: int) -> dict[str, Any]:
     plan.write_bytes(text)
     rounds: list[dict[str, Measured]] = []
     commands: dict[str, list[float]] = {"launcher --help": [], "launcher plan": []}
-    with ray_already_up() as running_ray:
-        for number in range(count):
-            found: dict[str, Measured] = {}
-            for contender in contenders(job, plan, running_ray):
-                found[contender.name] = measure(contender, folder / f"round-{number}" / contender.name.split()[-2 if "Ray" in contender.name else 0])
-                print(f"round {number + 1}  {contender.name:<24} {found[contender.name].first:7.3f} s", file=sys.stderr)
-            check_same_updates(found)
-            rounds.append(found)
-            commands["launcher --help"].append(time_command(launcher, "--help"))
-            commands["launcher plan"].append(time_command(launcher, "plan", str(job)))
+    for number in range(count):
+        found: dict[str, Measured] = {}
+        for contender in contenders(job, plan):
+            place = folder / f"round-{number}" / contender.name.replace(", ", "-").replace(" ", "-")
+            found[contender.name] = measure(contender, place)
+            print(f"round {number + 1}  {contender.name:<24} {found[contender.name].first:7.3f} s", file=sys.stderr)
+        check_same_updates(found)
+        rounds.append(found)
+        commands["launcher --help"].append(time_command(launcher, "--help"))
+        commands["launcher plan"].append(time_command(launcher, "plan", str(job)))
     return report(rounds, commands)
 
 

@@ -1,4 +1,4 @@
-"""A plain DeepSpeed fine-tuning script, as one writes it for torchrun or `deepspeed`: the other side of launch_overhead.
+"""A plain DeepSpeed script, as one writes it for torchrun or `deepspeed`: the other side of launch_overhead.
 
 It does the work of a run's plan.json (model folder, tokenised data, DeepSpeed JSON, batches and their order, the loss
 averaged over all learned tokens) and writes the same kind of metrics.jsonl, without anything of the launcher.
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM
 
 IGNORED = -100
 
@@ -60,7 +60,9 @@ class Data:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def micro_batches(data: Data, plan: dict[str, Any], rank: int, world: int) -> Iterator[tuple[int, list[int], list[int]]]:
+def micro_batches(
+    data: Data, plan: dict[str, Any], rank: int, world: int
+) -> Iterator[tuple[int, list[int], list[int]]]:
     """(update, this rank's samples, the whole update's samples) of every micro-batch."""
     micro, accumulation = plan["train_micro_batch_size_per_gpu"], plan["gradient_accumulation_steps"]
     whole = world * micro * accumulation
@@ -130,7 +132,7 @@ def main() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     seed = plan["job"]["train"]["seed"]
-    set_seed(seed)
+    torch.manual_seed(seed)
     train(make_engine(plan), Data(Path(plan["data"]["train"]["folder"]), seed), plan, asked.metrics)
     dist.destroy_process_group()
 

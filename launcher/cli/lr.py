@@ -143,7 +143,7 @@ def _of_run(path: Path, shapes: Sequence[str]) -> Report:
 
 
 def _of_plan(plan: Plan, title: str, curves: Sequence[Curve]) -> Report:
-    from launcher.watch.curves import plan_floor, plan_marks
+    from launcher.watch.curves import plan_marks
     from launcher.watch.plot_report import Report
 
     names: tuple[str, ...] = ("optimizer", "scheduler")
@@ -152,7 +152,6 @@ def _of_plan(plan: Plan, title: str, curves: Sequence[Curve]) -> Report:
         title=title,
         curves=tuple(curves),
         peak_lr=plan.learning_rate.peak_lr,
-        floor_lr=plan_floor(plan),
         marks=plan_marks(plan),
         reasons=plan.learning_rate.reasons,
         blocks=blocks,
@@ -162,6 +161,7 @@ def _of_plan(plan: Plan, title: str, curves: Sequence[Curve]) -> Report:
 
 def _pasted(plan: Plan, blocks: dict[str, Any]) -> tuple[str, ...]:
     """What differs where the blocks are pasted into a DeepSpeed script of one's own."""
+    from launcher.plan.revise import extensions
     from launcher.watch.plot_report import late_notes
 
     if plan.learning_rate.schedule is None:
@@ -172,6 +172,8 @@ def _pasted(plan: Plan, blocks: dict[str, Any]) -> tuple[str, ...]:
             f"DeepSpeed has no scheduler class for the shape {shape}: the launcher gives deepspeed.initialize "
             "a scheduler object, and there is no block to paste.",
         )
+    if extensions(plan):
+        return ("The blocks hold the warm-up in force now; the curve before it was lengthened is not in them.",)
     return late_notes(blocks["scheduler"], blocks["optimizer"]["params"]["lr"])
 
 

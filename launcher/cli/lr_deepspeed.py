@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launcher.ds_config import DsConfig, read_ds_config
-from launcher.ds_config.facts import as_number
+from launcher.ds_config.facts import AUTO, as_number
 from launcher.errors import Problem, RequestError, nearest
-from launcher.schedule.curve import Schedule, deepspeed_blocks, make_schedule, rates
+from launcher.schedule.curve import Schedule, deepspeed_blocks, make_schedule
 from launcher.schedule.replica import DEFAULTS, settled, simulate_deepspeed
 from launcher.schedule.safety import deepspeed_warnings
-from launcher.watch.curves import Curve, compared
+from launcher.watch.curves import Curve, compared, schedule_curve
 from launcher.watch.plot_report import Report, late_notes
 
 SHAPES_OF = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
@@ -39,6 +39,8 @@ def deepspeed_report(path: Path, settings: Sequence[str], updates: int | None, s
     `settings` are key=value pairs set over the JSON's; `updates` is the length of the run, its total_num_steps where
     None. Raises RequestError for a JSON that gives no curve.
     """
+    if not path.is_file():
+        raise RequestError(Problem("there is no such file", file=str(path), key="--deepspeed"))
     config = _with_settings(read_ds_config(path), settings)
     with _placed(config):
         written = _written(config, updates)
@@ -95,28 +97,46 @@ def _written(config: DsConfig, updates: int | None) -> _Written:
     if block is None:
         return _Written(None, {}, _needed_lr(config), _needed_updates(updates), ())
     kind, params = _type_and_params(config, block)
-    lr = _optimizer_lr(config)
-    notes: list[str] = []
-    if params.get("total_num_steps") == "auto":
-        params["total_num_steps"] = _needed_updates(updates)
-        notes.append(_auto("total_num_steps", "the updates of the run", params["total_num_steps"]))
-    if params.get("warmup_min_lr") == "auto":
-        params["warmup_min_lr"] = 0
-        notes.append(_auto("warmup_min_lr", "0", 0))
-    if params.get("warmup_max_lr") == "auto":
-        params["warmup_max_lr"] = _needed_lr(config)
-        notes.append(_auto("warmup_max_lr", "its learning_rate", params["warmup_max_lr"]))
-    _refuse_auto(config, params)
+    notes = _fill_auto(config, params, updates)
     if any(isinstance(value, list) for value in params.values()):
         notes.append("A list has one rate for each parameter group: shown is the first group.")
-    if lr is None:
-        # Where the scheduler has its own peak, the optimizer's rate is never used.
-        peak = params.get("warmup_max_lr") if kind != "WarmupCosineLR" else None
-        own_peak = kind in ("OneCycle", "LRRangeTest", "WarmupDecayLR") or peak is not None
-        lr = _first(peak, DEFAULT_OPTIMIZER_LR) if own_peak else _needed_lr(config)
-    total = params.get("total_num_steps")
-    length = updates or (total if isinstance(total, int) and total > 0 else _needed_updates(None))
-    return _Written(kind, params, lr, length, tuple(notes))
+    total = settled(kind, params).get("total_num_steps", 0)
+    length = updates or (int(total) if total >= 1 else _needed_updates(None))
+    return _Written(kind, params, _rate_before(config, kind, params), length, tuple(notes))
+
+
+def _fill_auto(config: DsConfig, params: dict[str, Any], updates: int | None) -> list[str]:
+    """Fills in what transformers would for "auto", where that is known here, and says so; refuses the rest."""
+    known: dict[str, tuple[str, Callable[[], float]]] = {
+        "total_num_steps": ("the updates of the run", lambda: _needed_updates(updates)),
+        "warmup_min_lr": ("0", lambda: 0),
+        "warmup_max_lr": ("its learning_rate", lambda: _needed_lr(config)),
+    }
+    notes = []
+    for key in [key for key in known if params.get(key) == AUTO]:
+        source, value = known[key]
+        params[key] = value()
+        told = f"transformers fills in {source}; shown with {params[key]}"
+        notes.append(f'{key} is "auto": DeepSpeed leaves that alone, {told}.')
+    message = '"auto" is filled in by transformers from its own arguments, which are unknown here'
+    problems = [
+        config.problem(f"scheduler.params.{key}", message, f"set it: scheduler.params.{key}=VALUE")
+        for key, value in params.items()
+        if value == AUTO
+    ]
+    if problems:
+        raise RequestError(*problems)
+    return notes
+
+
+def _rate_before(config: DsConfig, kind: str, params: dict[str, Any]) -> float:
+    """The optimizer's rate; where the JSON names none, the scheduler's own peak, which then rules in any case."""
+    lr = _optimizer_lr(config)
+    if lr is not None:
+        return lr
+    if kind == "WarmupCosineLR" or (kind == "WarmupLR" and params.get("warmup_max_lr") is None):
+        return _needed_lr(config)
+    return _first(params.get("warmup_max_lr"), DEFAULT_OPTIMIZER_LR)
 
 
 def _type_and_params(config: DsConfig, block: Any) -> tuple[str, dict[str, Any]]:
@@ -133,22 +153,6 @@ def _type_and_params(config: DsConfig, block: Any) -> tuple[str, dict[str, Any]]
     return kind, dict(params)
 
 
-def _auto(key: str, source: str, value: Any) -> str:
-    return f'{key} is "auto": DeepSpeed leaves that alone, transformers fills in {source}; shown with {value}.'
-
-
-def _refuse_auto(config: DsConfig, params: dict[str, Any]) -> None:
-    open_keys = [key for key, value in params.items() if value == "auto"]
-    if open_keys:
-        message = '"auto" is filled in by transformers from its own arguments, which are unknown here'
-        raise RequestError(
-            *(
-                config.problem(f"scheduler.params.{key}", message, f"set it: scheduler.params.{key}=VALUE")
-                for key in open_keys
-            )
-        )
-
-
 def _needed_updates(updates: int | None) -> int:
     if updates is None:
         raise RequestError(Problem("nothing here says how many updates the run has", mend="add --updates N"))
@@ -157,7 +161,7 @@ def _needed_updates(updates: int | None) -> int:
 
 def _optimizer_lr(config: DsConfig) -> float | None:
     """The optimizer's rate: DeepSpeed's default where the block names none; None without a block, and for "auto"."""
-    if config.get("optimizer") is None or config.get("optimizer.params.lr") == "auto":
+    if config.get("optimizer") is None or config.get("optimizer.params.lr") == AUTO:
         return None
     lr = config.get("optimizer.params.lr", DEFAULT_OPTIMIZER_LR)
     if isinstance(lr, bool) or not isinstance(lr, int | float) or not lr >= 0:
@@ -213,16 +217,17 @@ def _mended(written: _Written) -> tuple[Schedule | None, tuple[str, ...]]:
         shorter = f"scheduler.params.warmup_num_steps={max(1, total // 5)}"
         return None, (f"A warm-up of {warmup} updates leaves nothing of a run of {total}; try {shorter}.",)
     peak = _first(written.params.get("warmup_max_lr"), written.optimizer_lr)
-    floors = {"WarmupCosineLR": full.get("cos_min_ratio"), "WarmupDecayLR": full.get("warmup_min_lr", 0) / peak}
-    floor = floors.get(kind)
-    if kind == "WarmupDecayLR" and floor is not None and floor <= 1 / (warmup + 1):
-        floor = None
+    floor = full.get("cos_min_ratio")
+    if kind == "WarmupDecayLR" and full["warmup_min_lr"] > peak / (warmup + 1):
+        floor = full["warmup_min_lr"] / peak
     shape = SHAPES_OF[kind]
     try:
         schedule = make_schedule(shape, peak_lr=peak, warmup_updates=warmup, total_updates=total, floor=floor)
     except RequestError as error:
         return None, (f"No block is proposed in its place: {error.problems[0].message}.",)
-    notes = (f"What we would write for {warmup} updates of warm-up to {peak:g}, the curve `mended` above:",)
+    notes = (
+        f"What we would write for {warmup} updates of warm-up to {peak:g}: the curve `mended`, with the block below.",
+    )
     return schedule, (*notes, *late_notes(deepspeed_blocks(schedule)["scheduler"], peak))
 
 
@@ -231,7 +236,7 @@ def _mended_curves(schedule: Schedule | None, shapes: Sequence[str]) -> list[Cur
         if shapes:
             raise RequestError(Problem("there is no peak and warm-up here to compare with", key="--compare"))
         return []
-    own = Curve.of("mended", rates(schedule))
+    own = schedule_curve(schedule, "mended")
     return compared(own, shapes, schedule.peak_lr, schedule.warmup_updates, schedule.total_updates)
 
 

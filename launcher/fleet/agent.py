@@ -84,10 +84,18 @@ class Agent:
         for process in self._processes:
             process.order(**order)
 
-    def next_events(self, timeout_seconds: float) -> list[Event]:
-        """What the ranks reported since the last call, waiting for the first of it."""
+    def next_events(self, timeout_seconds: float, patient: bool = False) -> list[Event]:
+        """What the ranks reported since the last call, waiting for the first of it.
+
+        Where the caller is patient, updates wait for other news or for the end of the time: there are many of them, and
+        each answer would take processor time from the ranks.
+        """
+
+        def news() -> bool:
+            return self._closing or any(not patient or event["report"] != "update" for event in self._events)
+
         with self._news:
-            self._news.wait_for(lambda: self._events or self._closing, timeout_seconds)
+            self._news.wait_for(news, timeout_seconds)
             events, self._events = self._events, []
             return events
 

@@ -9,7 +9,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +69,18 @@ class Nodes:
     def connect(self, address: str) -> None:
         """Joins the Ray at `address`, or starts one of our own for "local". Raises RunFailed."""
         _quiet_ray()
-        options = {"address": address} if address != "local" else self._own_ray()
+        own = address == "local"
+        if own:
+            # Ray starts a process in advance for every processor it is given, and the agent is the only one here.
+            self._needs = replace(self._needs, cpus=1)
+        options = self._own_ray() if own else {"address": address}
         # Only now: Ray reads its settings once, when it is imported.
         import ray
 
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
         except Exception as error:  # Ray has no common kind for what goes wrong here
-            where = "a Ray on this machine could not be started" if address == "local" else f"no Ray at {address}"
+            where = "a Ray on this machine could not be started" if own else f"no Ray at {address}"
             raise RunFailed(f"{where}: {str(error).strip().splitlines()[0]}") from None
 
     def _own_ray(self) -> dict[str, Any]:
@@ -139,7 +143,7 @@ class Nodes:
 
         for index, node in enumerate(self.nodes):
             if index not in self._pending.values():
-                self._pending[node.agent.next_events.remote(_POLL_SECONDS)] = index
+                self._pending[node.agent.next_events.remote(_POLL_SECONDS, patient=True)] = index
         ready, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=timeout_seconds)
         found: list[Event] = []
         for reference in ready:

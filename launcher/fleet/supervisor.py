@@ -127,7 +127,8 @@ class Supervisor:
         told_to_stop = False
         while True:
             for event in self.nodes.events(timeout_seconds=0.5):
-                self.events.append(event)
+                if event["report"] != "update":  # metrics.jsonl holds them, and a long run has millions
+                    self.events.append(event)
                 yield event
             self._show_progress()
             if self.stopping and not told_to_stop:

@@ -19,16 +19,20 @@ BARS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True)
 class Curve:
-    """The rates that updates are made with: one for every number in `updates`, which rise."""
+    """The rates that updates are made with: one for every number in `updates`, which rise.
+
+    `floor_lr` is what the rate decays to, where that is known.
+    """
 
     name: str
     rates: tuple[float, ...]
     updates: tuple[int, ...]
+    floor_lr: float | None = None
 
     @classmethod
-    def of(cls, name: str, rates: Sequence[float]) -> Curve:
+    def of(cls, name: str, rates: Sequence[float], floor_lr: float | None = None) -> Curve:
         """The curve of a whole run, from update 0."""
-        return cls(name, tuple(rates), tuple(range(len(rates))))
+        return cls(name, tuple(rates), tuple(range(len(rates))), floor_lr)
 
     def at(self, update: int) -> float | None:
         """The rate of an update; None where the curve has none."""
@@ -54,9 +58,9 @@ class Figures:
     area_updates: float
 
 
-def figures(curve: Curve, floor_lr: float | None = None) -> Figures:
-    """The figures of a curve with one update or more; without `floor_lr` its lowest rate is the floor."""
-    highest, floor = max(curve.rates), min(curve.rates) if floor_lr is None else floor_lr
+def figures(curve: Curve) -> Figures:
+    """The figures of a curve with one update or more; without a floor of its own its lowest rate counts as that."""
+    highest, floor = max(curve.rates), min(curve.rates) if curve.floor_lr is None else curve.floor_lr
     area = math.fsum(curve.rates)
     return Figures(
         highest_lr=highest,
@@ -74,7 +78,7 @@ def interesting(curve: Curve, marks: Mapping[int, str] | None = None) -> dict[in
     """The updates worth showing, in order, each with what it is. `marks` are further updates with their words."""
     found = figures(curve)
     total, after = len(curve.rates), curve.updates.index(found.highest_update)
-    named = [(curve.updates[0], "first update"), (found.half_update, "half of the peak reached")]
+    named = [(curve.updates[0], "first update"), (found.half_update, "half of the peak")]
     named.append((found.highest_update, "peak"))
     last_at_peak = curve.updates[max(i for i, rate in enumerate(curve.rates) if rate == found.highest_lr)]
     if last_at_peak > found.highest_update + 1:
@@ -107,15 +111,11 @@ def plan_marks(plan: Plan) -> dict[int, str]:
 
 def plan_curve(plan: Plan, name: str | None = None) -> Curve:
     """The rate that the plan gives every update."""
+    name = name or plan.learning_rate.shape
+    if plan.learning_rate.schedule is not None:
+        return schedule_curve(schedule_of(plan), name)
     rate_of = planned_rates(plan)
-    rates = [rate_of(update) for update in range(plan.length.total_updates)]
-    return Curve.of(name or plan.learning_rate.shape, rates)
-
-
-def plan_floor(plan: Plan) -> float | None:
-    """What the rate decays to; None for a schedule that does not decay, and for the user's own."""
-    rate = plan.learning_rate
-    return rate.floor_lr if rate.schedule is not None and rate.floor_lr < rate.peak_lr else None
+    return Curve.of(name, [rate_of(update) for update in range(plan.length.total_updates)])
 
 
 def compared(own: Curve, shapes: Sequence[str], peak_lr: float, warmup: int, total: int) -> list[Curve]:
@@ -125,7 +125,13 @@ def compared(own: Curve, shapes: Sequence[str], peak_lr: float, warmup: int, tot
         for shape in shapes
         if shape != own.name
     ]
-    return [own, *(Curve.of(schedule.shape, rates(schedule)) for schedule in others)]
+    return [own, *(schedule_curve(schedule) for schedule in others)]
+
+
+def schedule_curve(schedule: Schedule, name: str | None = None) -> Curve:
+    """The rate that the schedule gives every update."""
+    floor = schedule.floor_lr if schedule.floor_lr < schedule.peak_lr else None
+    return Curve.of(name or schedule.shape, rates(schedule), floor)
 
 
 def sparkline(rates: Sequence[float], width: int = 60) -> str:
@@ -140,7 +146,7 @@ def sparkline(rates: Sequence[float], width: int = 60) -> str:
 def rate_lines(plan: Plan) -> list[str]:
     """The learning rate of a plan in a few lines: what it does, a small plot, the figures, and a reason each."""
     rate, curve = plan.learning_rate, plan_curve(plan)
-    found = figures(curve, plan_floor(plan))
+    found = figures(curve)
     total = plan.length.total_updates
     return [
         f"{rate.shape}: up to {rate.peak_lr:.3g} in {rate.warmup_updates} updates of warm-up, "

@@ -67,15 +67,13 @@ def _rule(figure: Any, curves: Sequence[Curve]) -> None:
     figure.ruler("y").lim(0, top)
     rates = [top * share / 4 for share in range(5)]
     figure.ruler("y").ticks(rates, [f"{rate:.2e}" if rate else "0" for rate in rates])
-    figure.ruler("x").lim(0, max(1, last))
-    ticks = round_ticks(last)
+    figure.ruler("x").lim(0, last + 1)
+    ticks = round_ticks(last + 1)
     figure.ruler("x").ticks(ticks, [f"{tick:,}" for tick in ticks])
 
 
 def round_ticks(last: int, most: int = 8) -> list[int]:
     """Whole numbers from 0 to `last` in steps of 1, 2 or 5 times a power of ten."""
-    if last < 1:
-        return [0]
     power = 10 ** math.floor(math.log10(max(1, last / most)))
     step = next(factor * power for factor in (1, 2, 5, 10, 20) if last / (factor * power) <= most)
     return list(range(0, last + 1, step))

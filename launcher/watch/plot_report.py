@@ -28,14 +28,13 @@ STEP_ONCE = (
 class Report:
     """What there is to say about some curves. The first curve is the one that the table is about.
 
-    `floor_lr` is that curve's, `peak_lr` the rate that was asked for; `marks` are updates to show besides the
-    usual ones. `blocks` are the DeepSpeed blocks to paste, told by `blocks_notes`.
+    `peak_lr` is the rate that was asked for; `marks` are updates to show besides the usual ones. `blocks` are
+    the DeepSpeed blocks to paste, told by `blocks_notes`.
     """
 
     title: str
     curves: tuple[Curve, ...]
     peak_lr: float | None = None
-    floor_lr: float | None = None
     marks: dict[int, str] = field(default_factory=dict)
     reasons: tuple[Reason, ...] = ()
     notes: tuple[str, ...] = ()
@@ -46,11 +45,11 @@ class Report:
 
 def report_json(report: Report) -> str:
     """The whole report as JSON; rates with all their digits."""
-    first, *others = report.curves
+    first = report.curves[0]
     document = {
         "title": report.title,
         "peak_lr": report.peak_lr,
-        "curves": [_curve_json(first, report.floor_lr), *(_curve_json(curve) for curve in others)],
+        "curves": [_curve_json(curve) for curve in report.curves],
         "points": [
             {"update": update, "lr": first.at(update), "what": what}
             for update, what in interesting(first, report.marks).items()
@@ -64,10 +63,10 @@ def report_json(report: Report) -> str:
     return json.dumps(document, indent=2)
 
 
-def _curve_json(curve: Curve, floor_lr: float | None = None) -> dict[str, Any]:
+def _curve_json(curve: Curve) -> dict[str, Any]:
     return {
         "name": curve.name,
-        **asdict(figures(curve, floor_lr)),
+        **asdict(figures(curve)),
         "updates": list(curve.updates),
         "rates": list(curve.rates),
     }
@@ -112,7 +111,7 @@ def _rate(rate: float | None) -> str:
 
 
 def _figures(report: Report) -> Table:
-    found = [figures(curve, report.floor_lr if number == 0 else None) for number, curve in enumerate(report.curves)]
+    found = [figures(curve) for curve in report.curves]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for curve in report.curves:
@@ -141,11 +140,10 @@ def _peak_line(report: Report, console: Console) -> None:
 def late_notes(scheduler: dict[str, Any], optimizer_lr: float) -> tuple[str, ...]:
     """What differs where a generated scheduler block is pasted into a DeepSpeed script of one's own."""
     first, second = simulate_deepspeed(scheduler["type"], scheduler["params"], optimizer_lr, 2)
-    return (
-        f"Pasted into a DeepSpeed script of your own, every rate comes one update later: update 0 runs at "
-        f"{first:.4g} and update 1 at {second:.4g}, the rate shown here for update 0.",
-        STEP_ONCE,
-    )
+    start = f"update 0 runs at {first:.4g}, and update 1 at {second:.4g}, shown here for update 0"
+    if first == second:
+        start = f"updates 0 and 1 both run at {first:.4g}, shown here for update 0 alone"
+    return (f"Pasted into a DeepSpeed script of your own, every rate comes one update later: {start}.", STEP_ONCE)
 
 
 def _reason(reason: Reason) -> str:
@@ -161,9 +159,7 @@ def _paragraphs(title: str, lines: Iterable[str], console: Console, style: str =
 
 
 def _blocks(report: Report, console: Console) -> None:
-    if report.blocks is not None or report.blocks_notes:
-        console.print(Text("\nDeepSpeed JSON", style="bold"))
+    """The notes first: what is to be pasted then stands alone at the end."""
+    _paragraphs("DeepSpeed JSON", report.blocks_notes, console)
     if report.blocks is not None:
         console.print(Text(json.dumps(report.blocks, indent=2)), soft_wrap=True)
-    for note in report.blocks_notes:
-        console.print(Padding(Text(note), (0, 0, 0, 2), expand=False))

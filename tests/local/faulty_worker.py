@@ -50,6 +50,17 @@ def losses_jump(at_update: int) -> None:
     train.Training.reduce = with_fault
 
 
+def loss_is_nan(at_update: int) -> None:
+    """The ranks see a loss that is no number."""
+    reduce = train.Training.reduce
+
+    def with_fault(self, summed, batch):
+        mean, stop = reduce(self, summed, batch)
+        return float("nan") if batch.update == at_update else mean, stop
+
+    train.Training.reduce = with_fault
+
+
 if __name__ == "__main__":
     name, _, update = os.environ.get("FAULT", "").partition(":")
     if name:

@@ -45,10 +45,11 @@ def check_mend(asked: dict[str, int], world: int, mend: str) -> None:
     """Every batch size that the mend names is taken, and is a nearest one."""
     batches = [int(number) for number in re.findall(r"\d+", mend.partition(", or leave")[0])]
     unit = world * asked.get(MICRO, 1) * asked.get(ACCUMULATION, 1)
-    assert batches
+    all_three = MICRO in asked and ACCUMULATION in asked
+    assert len(set(batches)) == (2 if asked[BATCH] > unit and not all_three else 1)
     for batch in batches:
         assert resolve_batch({**asked, BATCH: batch}, world, fits_all).train_batch_size == batch
-        assert abs(batch - asked[BATCH]) < unit or (MICRO in asked and ACCUMULATION in asked)
+        assert abs(batch - asked[BATCH]) < unit or all_three
     if "leave gradient_accumulation_steps out" in mend:
         left = {name: value for name, value in asked.items() if name != ACCUMULATION}
         derived = resolve_batch(left, world, fits_all).gradient_accumulation_steps

@@ -1,0 +1,100 @@
+"""`launcher resume` under another batch, another number of ranks, another schedule."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from launcher.plan.model import Plan
+from launcher.plan.rate import planned_rates
+from launcher.run_dir import RunDir
+from tests.local.harness import fine_tuned, merged, plan_of, run_directory, run_ranks
+from tests.local.processes import Command
+from tests.local.test_losses import zero_config
+
+pytestmark = pytest.mark.local
+
+UPDATES = 24
+
+
+def half_done(plan: Plan, folder) -> RunDir:
+    """A run of the plan that was stopped somewhere after update 9."""
+    run = run_directory(plan, folder)
+    run_ranks(plan, run, stop_at=9)
+    assert 10 <= len(run.metrics()) < UPDATES
+    return run
+
+
+def resumed_plan(run: RunDir) -> Plan:
+    return Plan.from_json(run.plan_revisions()[-1].read_text())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_another_number_of_ranks_goes_on_as_if_nothing_had_happened(job_dict, tmp_path, stage):
+    """Two ranks, then one: the batch is kept by accumulation, and losses and rates are those of one whole run."""
+    schedule = {"warmup": 6, "peak_lr": 1e-3}
+    job = merged(job_dict, train={"max_steps": UPDATES}, schedule=schedule, deepspeed=zero_config(stage))
+    plan = plan_of(job)
+    whole = fine_tuned(plan, tmp_path / "whole")
+    run = half_done(plan, tmp_path / "cut")
+    command = Command("resume", str(run.path), "cluster.processes_per_node=1", folder=tmp_path)
+    assert command.wait() == 0, command.output
+    assert "2 → 1 ranks: train_batch_size stays 8, with accumulation 1 → 2." in command.output
+    assert resumed_plan(run).world.size == 1
+    one, other = run.metrics(), whole.metrics()
+    for key in ("update", "samples", "tokens", "lr"):
+        assert [line[key] for line in one] == [line[key] for line in other]
+    np.testing.assert_allclose([line["loss"] for line in one], [line["loss"] for line in other], rtol=5e-5)
+    assert run.evaluations()[-1]["loss"] == pytest.approx(whole.evaluations()[-1]["loss"], rel=5e-5)
+
+
+def test_another_batch_keeps_the_rate_where_it_was_for_the_samples_seen(job_dict, tmp_path):
+    updates = 400
+    train = {"max_steps": updates, "train_batch_size": 8}
+    plan = plan_of(merged(job_dict, train=train, schedule={"warmup": 100, "peak_lr": 5e-4}))
+    run = run_directory(plan, tmp_path)
+    run_ranks(plan, run, stop_at=150)
+    made = len(run.metrics())
+    command = Command("resume", str(run.path), "train.train_batch_size=4", "export=false", folder=tmp_path)
+    assert command.wait() == 0, command.output
+    new = resumed_plan(run)
+    lines = run.metrics()
+    first = lines[made]
+    assert f"{made} updates × 8 = {made * 8} samples" in new.resumed.arithmetic
+    assert new.resumed.arithmetic in command.output.replace("\n", "")
+    assert first["update"] == 2 * made
+    assert first["samples"] == made * 8 + 4
+    assert abs(first["lr"] - planned_rates(plan)(made)) < 0.01 * plan.learning_rate.peak_lr
+    assert lines[-1]["samples"] == updates * 8
+    assert lines[-1]["update"] == 2 * updates - 1
+    planned = planned_rates(new)
+    assert [line["lr"] for line in lines[made:]] == [planned(line["update"]) for line in lines[made:]]
+
+
+def test_another_schedule_takes_over_where_the_run_stands(job_dict, tmp_path):
+    plan = plan_of(merged(job_dict, train={"max_steps": UPDATES}, schedule={"warmup": 6, "peak_lr": 1e-3}))
+    run = half_done(plan, tmp_path)
+    made = len(run.metrics())
+    command = Command("resume", str(run.path), "schedule.peak_lr=2e-4", folder=tmp_path)
+    assert command.wait() == 0, command.output
+    planned = planned_rates(resumed_plan(run))
+    lines = run.metrics()
+    assert [line["update"] for line in lines] == list(range(UPDATES))
+    assert [line["lr"] for line in lines[made:]] == [planned(u) for u in range(made, UPDATES)]
+    assert max(line["lr"] for line in lines[made:]) <= 2e-4
+
+
+def test_what_cannot_be_gone_on_with_is_told(job_dict, tmp_path):
+    plan = plan_of(merged(job_dict, train={"max_steps": UPDATES}))
+    run = half_done(plan, tmp_path)
+    for override, words in {
+        "train.seed=1": "goes on with the model and the data that it began with",
+        "cluster.processes_per_node=3": "train_batch_size 8 does not divide by world size 3",
+        "train.max_step=3": "did you mean max_steps?",
+    }.items():
+        command = Command("resume", str(run.path), override, folder=tmp_path)
+        assert command.wait() == 2
+        assert words in command.output
+    nothing = Command("resume", str(tmp_path), folder=tmp_path)
+    assert nothing.wait() == 2
+    assert "not a run directory" in nothing.output
