@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
+import psutil
 import typer
 
 from launcher.cli.console import RunConsole
@@ -14,9 +16,11 @@ from launcher.job import Job, validate_job
 from launcher.job.read import apply_override
 from launcher.plan.batch import KEYS
 from launcher.plan.model import Plan
+from launcher.plan.resolve import resolve_world
 from launcher.plan.resume import Start, continued
 from launcher.planning import make_plan
-from launcher.run_dir import RunDir, read_manifest, universal_folder, write_atomic
+from launcher.prepare.machine import measure_machine
+from launcher.run_dir import ENDED, RunDir, read_manifest, universal_folder, write_atomic
 
 _SETTLED = ("name", "model.", "data.", "output_dir", "train.seed")
 _LENGTH = ("schedule.", "train.max_steps", "train.num_train_epochs")
@@ -36,6 +40,7 @@ def resume(
     directory = RunDir(run.resolve())
     console = RunConsole()
     plan, plan_file, start = _where_to_go_on(directory)
+    _refuse_running(directory)
     with console.closing():
         if overrides:
             plan, start = _changed(plan, start, overrides, console)
@@ -73,6 +78,21 @@ def _where_to_go_on(directory: RunDir) -> tuple[Plan, Path, Start]:
     )
 
 
+def _refuse_running(directory: RunDir) -> None:
+    """Two launchers in one run directory would undo each other. Raises RequestError where one is at work here."""
+    state = directory.state()
+    if state.get("state") in ENDED or state.get("host") != socket.gethostname():
+        return
+    if psutil.pid_exists(int(state["pid"])):
+        raise RequestError(
+            Problem(
+                f"this run is still {state['state']}, by process {state['pid']} on this machine",
+                file=str(directory.path),
+                mend="wait for its end, or stop it with Ctrl-C or SIGTERM",
+            )
+        )
+
+
 def _changed(old: Plan, start: Start, overrides: list[str], console: RunConsole) -> tuple[Plan, Start]:
     """The plan for the rest of the run under the overrides, and where it starts."""
     job, keys = _job_with(old, overrides)
@@ -101,10 +121,16 @@ def _job_with(old: Plan, overrides: list[str]) -> tuple[Job, list[str]]:
     train = data.setdefault("train", {})
     if "train.train_batch_size" not in keys:
         train["train_batch_size"] = old.train_batch_size
-    for key in KEYS[1:]:
-        if f"train.{key}" not in keys and key in train:
-            train[key] = "auto"
-    return validate_job(data, origin="the resumed job"), keys
+    micro, accumulation = KEYS[1:]
+    if f"train.{accumulation}" not in keys:
+        train.pop(accumulation, None)
+    job = validate_job(data, origin="the resumed job")
+    batch = job.train.train_batch_size
+    if f"train.{micro}" not in keys and batch != "auto":
+        kept = old.train_micro_batch_size_per_gpu
+        divides = batch % (kept * resolve_world(job, measure_machine()).size) == 0
+        job = validate_job({**data, "train": {**train, micro: kept if divides else "auto"}}, origin="the resumed job")
+    return job, keys
 
 
 def _convert(checkpoint: Path, directory: RunDir, console: RunConsole) -> None:

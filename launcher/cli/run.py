@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from launcher.cli.console import RunConsole
-from launcher.errors import LauncherError, RequestError
+from launcher.errors import LauncherError, Problem, RequestError
 from launcher.job import Job, placing, read_job
+from launcher.plan.facts import MachineFacts
 from launcher.plan.model import Plan
 from launcher.plan.resume import Start
 from launcher.planning import check_job, make_plan
@@ -31,12 +32,30 @@ def run(
     """Plan a job and carry it out: place the nodes, start the ranks, train, save, export."""
     job = read_job(job_file, overrides or ())
     with placing(job_file, overrides or ()):
-        check_job(job, str(job_file))
+        _, machine = check_job(job, str(job_file))
+        check_reach(job, machine)
     directory = RunDir.create(Path(job.output_dir).expanduser(), job.name)
     console = RunConsole()
     with console.closing(), placing(job_file, overrides or ()):
         plan = _planned(job, job_file, overrides or [], directory, console)
         carry_out(plan, directory.plan_file, directory, console, start=None)
+
+
+def check_reach(job: Job, machine: MachineFacts) -> None:
+    """A Ray of our own is this one machine. Raises RequestError where the job asks for more than it has."""
+    from launcher.fleet.nodes import address_of
+
+    cluster = job.cluster
+    if address_of(cluster.address) != "local":
+        return
+    mend = "give the address of a Ray cluster in cluster.address or RAY_ADDRESS"
+    if cluster.nodes > 1:
+        raise RequestError(
+            Problem(f"{cluster.nodes} nodes, and there is this machine alone", key="cluster.nodes", mend=mend)
+        )
+    if cluster.gpus_per_node != "auto" and cluster.gpus_per_node > machine.gpus:
+        found = f"{cluster.gpus_per_node} GPUs a node, and this machine has {machine.gpus}"
+        raise RequestError(Problem(found, key="cluster.gpus_per_node", mend=mend))
 
 
 def carry_out(plan: Plan, plan_file: Path, directory: RunDir, console: RunConsole, start: Start | None) -> None:

@@ -17,7 +17,7 @@ from launcher.fleet.nodes import Needs, Node, Nodes, address_of, forwarded_envir
 from launcher.plan.model import Plan
 from launcher.plan.resume import Start
 from launcher.run_dir import RunDir
-from launcher.watch.tail import Tail, last_lines
+from launcher.tail import Tail, last_lines
 
 _GRACE_SECONDS = 5.0
 _SETTLE_SECONDS = 1.0

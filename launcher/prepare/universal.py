@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import IO
 
 from launcher.errors import LauncherError
+from launcher.tail import last_lines
 from launcher.token_store import publish_folder
-from launcher.watch.tail import last_lines
 
 
 def make_universal(checkpoint: Path, target: Path, log: IO[bytes]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations import HfDeepSpeedConfig
 
 from launcher.plan.model import Plan
 from launcher.worker.scheduler import client_scheduler
@@ -71,13 +72,7 @@ def _dimensions(parameter: Any) -> int:
 @contextlib.contextmanager
 def _sharded_loading(plan: Plan) -> Iterator[None]:
     """Under ZeRO-3 transformers loads into parts as long as its DeepSpeed config lives."""
-    if plan.zero_stage != 3:
-        yield
-        return
-    # Importing it brings accelerate along, which takes about half a second.
-    from transformers.integrations import HfDeepSpeedConfig
-
-    config = HfDeepSpeedConfig(plan.ds_config)
+    config = HfDeepSpeedConfig(plan.ds_config) if plan.zero_stage == 3 else None
     try:
         yield
     finally:

@@ -24,7 +24,11 @@ def scheduler_runs_ahead(at_update: int) -> None:
 def blind_scheduler_runs_ahead(at_update: int) -> None:
     """The same, on a rank that no longer looks at its own rate."""
     scheduler_runs_ahead(at_update)
-    train.InStep.check = lambda self, engine, update: engine.optimizer.param_groups[0]["lr"]
+
+    def blind(_self, engine, _update):
+        return engine.optimizer.param_groups[0]["lr"]
+
+    train.InStep.check = blind
 
 
 def raises(at_update: int) -> None:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,7 +150,9 @@ def test_nothing_is_left_of_a_launcher_that_was_killed(job_dict, tmp_path):
     command.process.kill()
     command.process.wait()
     # Ray's own two agents try for a minute to tell a head that is gone; they end by themselves then.
-    left = [line for line in command.left_behind(20) if "ray::RuntimeEnvAgent" not in line and "ray::Dashboard" not in line]
+    left = [
+        line for line in command.left_behind(20) if "ray::RuntimeEnvAgent" not in line and "ray::Dashboard" not in line
+    ]
     assert left == []
 
 
@@ -157,3 +165,42 @@ def test_a_bad_job_starts_nothing_and_leaves_no_directory(job_dict, tmp_path):
     assert command.left_behind() == []
 
 
+@pytest.fixture
+def existing_ray():
+    """A Ray that somebody else started on this machine, with three processors; its environment variables."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    token = folder / "token"
+    token.write_text("0" * 64)
+    token.chmod(0o600)
+    keeper = (
+        "import ray, sys; print(ray.init(address='local', num_cpus=3, include_dashboard=False, _temp_dir=sys.argv[1])"
+    )
+    keeper += ".address_info['gcs_address'], flush=True); sys.stdin.read()"
+    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    with subprocess.Popen(
+        [sys.executable, "-c", keeper, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, **variables},
+    ) as process:
+        yield {**variables, "RAY_ADDRESS": process.stdout.readline().strip()}
+        process.stdin.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_ray_that_exists_is_joined_and_left_as_it_was(job_dict, tmp_path, existing_ray):
+    first, second, third = tmp_path / "first", tmp_path / "second", tmp_path / "third"
+    for folder in (first, second, third):
+        folder.mkdir()
+    command = Command("run", str(write_job(first, job_dict)), folder=first, **existing_ray)
+    assert command.wait() == 0, command.output
+    # The processors were given back: a second run finds them, and a run that asks for a second node does not.
+    again = Command("run", str(write_job(second, job_dict)), folder=second, **existing_ray)
+    assert again.wait() == 0, again.output
+    two = merged(job_dict, train={"train_micro_batch_size_per_gpu": 2}, cluster={"nodes": 2, "wait_seconds": 2})
+    beyond = Command("run", str(write_job(third, two)), folder=third, **existing_ray)
+    assert beyond.wait() == 1
+    assert "asked for 2 nodes with 2 CPU each; of 1 nodes 1 are that large" in beyond.output
+    assert "Traceback" not in beyond.output

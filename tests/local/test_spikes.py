@@ -20,9 +20,7 @@ UPDATES = 120
 
 def spiking(job_dict, tmp_path, stop_at=None, **schedule):
     """A run whose losses jump at update 40; every rank sees the same."""
-    plan = plan_of(
-        merged(job_dict, train={"max_steps": UPDATES}, schedule={"warmup": 20, "peak_lr": 3e-4, **schedule})
-    )
+    plan = plan_of(merged(job_dict, train={"max_steps": UPDATES}, schedule={"warmup": 20, "peak_lr": 3e-4, **schedule}))
     run = run_directory(plan, tmp_path)
     fault = {"FAULT": "losses_jump:40"}
     events = run_ranks(plan, run, command=FAULTY, stop_at=stop_at, environments={0: fault, 1: fault})
@@ -55,7 +53,7 @@ def test_a_spike_lengthens_the_warm_up_once_and_halves_the_rate(job_dict, tmp_pa
 
 
 def test_an_extension_survives_a_resume(job_dict, tmp_path):
-    plan, run, events = spiking(job_dict, tmp_path, stop_at=60)
+    _, run, events = spiking(job_dict, tmp_path, stop_at=60)
     made = len(run.metrics())
     assert 60 < made < UPDATES
     (revision_file,) = run.plan_revisions()

@@ -26,17 +26,15 @@ MAY_IMPORT = {
     "schedule": {"errors"},
     "ds_config": {"errors", "schedule"},
     "plan": {"errors", "job", "schedule", "ds_config"},
-    "watch": {"errors", "run_dir", "schedule"},
-    "prepare": {"errors", "job", "plan", "run_dir", "token_store"},
+    "tail": set(),
+    "watch": {"errors", "run_dir", "schedule", "plan"},
+    "prepare": {"errors", "job", "plan", "run_dir", "tail", "token_store"},
     "planning": {"errors", "job", "ds_config", "plan", "prepare", "presets"},
     "worker": {"errors", "plan", "schedule", "run_dir", "token_store"},
-    "fleet": {"errors", "plan", "run_dir"},
+    "fleet": {"errors", "plan", "run_dir", "tail"},
     "submit": {"errors", "job", "plan", "run_dir", "fleet"},
 }
 """For each room the rooms below it. cli/ stands on all of them but worker/, which runs in processes of its own."""
-
-BESIDES = {"fleet/supervisor.py": {"watch"}}
-"""What single modules take from elsewhere: the supervisor follows its ranks' files with watch/tail.py."""
 
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"worker"}
 
@@ -46,7 +44,14 @@ HEAVY_PLACES = {
     "transformers": ("worker/", "prepare/model.py", "prepare/tokenise.py"),
     "datasets": ("worker/", "prepare/tokenise.py"),
     "ray": ("fleet/", "submit/"),
-    "subprocess": ("submit/", "fleet/process.py", "prepare/__init__.py", "planning.py", "ds_config/catalogue.py"),
+    "subprocess": (
+        "submit/",
+        "fleet/process.py",
+        "prepare/__init__.py",
+        "prepare/universal.py",
+        "planning.py",
+        "ds_config/catalogue.py",
+    ),
 }
 """Where a package may be imported. The catalogue's builder runs as a process of its own."""
 
@@ -107,7 +112,7 @@ def test_a_room_imports_only_what_stands_below_it(module: Path) -> None:
         assert own_rooms(module) == set()
         return
     assert room(module) in MAY_IMPORT, f"{place(module)} is a new room: say in MAY_IMPORT what stands below it"
-    assert own_rooms(module) - {room(module)} <= MAY_IMPORT[room(module)] | BESIDES.get(place(module), set())
+    assert own_rooms(module) - {room(module)} <= MAY_IMPORT[room(module)]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=place)
@@ -173,9 +178,20 @@ def test_a_command_that_trains_nothing_is_light(arguments: list[str], shown: tup
 
 
 def test_modules_that_plan_and_watch_are_light(tmp_path: Path) -> None:
-    rooms = ("job", "plan", "schedule", "ds_config", "watch", "prepare", "run_dir.py", "planning.py", "token_store.py")
+    rooms = (
+        "job",
+        "plan",
+        "tail.py",
+        "schedule",
+        "ds_config",
+        "watch",
+        "prepare",
+        "run_dir.py",
+        "planning.py",
+        "token_store.py",
+    )
     light = [m for m in MODULES if place(m).startswith(rooms) and m.stem not in ("__main__", "build_catalogue")]
     names = [".".join(("launcher", *m.relative_to(PACKAGE).with_suffix("").parts)) for m in light]
-    assert {"launcher.plan.resolve", "launcher.schedule.curve", "launcher.watch.tail", "launcher.run_dir"} <= set(names)
+    assert {"launcher.plan.resolve", "launcher.schedule.curve", "launcher.tail", "launcher.run_dir"} <= set(names)
     body = f"import importlib; found = [importlib.import_module(name) for name in {names}]; print(len(found))"
     assert fresh(body, tmp_path) == f"{len(names)}\n"
