@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 import sys
 import threading
@@ -10,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.errors import RunFailed
 from launcher.fleet.process import RankProcess, stop_all
 from launcher.run_dir import utc_now
 
 Event = dict[str, Any]
+_LOWEST_PORT, _PORT_TRIES = 12000, 100
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,14 @@ class NodeTask:
         }
 
 
+def _lowest_outgoing_port() -> int:
+    """Where the kernel's range for outgoing connections begins; Linux's default where it cannot be read."""
+    try:
+        return max(_LOWEST_PORT + 1000, int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0]))
+    except OSError:
+        return 32768
+
+
 class Agent:
     """Lives on a node for one run. Its methods may be called from several threads."""
 
@@ -59,11 +71,17 @@ class Agent:
         return {"host": socket.gethostname(), "pid": os.getpid(), "python": sys.executable, "gpus": devices}
 
     def free_port(self) -> int:
-        """A TCP port that nothing listens on at this moment."""
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("", 0))
-            return int(probe.getsockname()[1])
+        """A TCP port that nothing listens on, outside the range from which the kernel serves outgoing connections.
+
+        It is bound seconds later, when the first rank has loaded its libraries; until then a port of that range could
+        go to any connection of any process.
+        """
+        for _ in range(_PORT_TRIES):
+            port = random.randrange(_LOWEST_PORT, _lowest_outgoing_port())
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("", port))
+                return port
+        raise RunFailed(f"no free TCP port was found on {socket.gethostname()} in {_PORT_TRIES} tries")
 
     def start(self, task: NodeTask) -> list[int]:
         """Starts the node's ranks, which load their libraries and wait for `go`. Returns their process ids."""
