@@ -41,11 +41,8 @@ class RunConsole:
             self._start_bar()
 
     def note(self, text: str) -> None:
-        """A line for the user; an empty one ends the progress bar."""
-        if not text:
-            self._stop_bar()
-        else:
-            self._print(text)
+        """A line for the user."""
+        self._print(text)
 
     def prepare(self, progress: dict[str, Any]) -> None:
         """How far measuring and tokenising are."""
@@ -84,7 +81,8 @@ class RunConsole:
         self._task = self._progress.add_task("training", total=self.total, shown="")
         self._progress.start()
 
-    def _stop_bar(self) -> None:
+    def end_progress(self) -> None:
+        """Takes the progress bar down, as it is."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -105,7 +103,7 @@ class RunConsole:
         try:
             yield
         finally:
-            self._stop_bar()
+            self.end_progress()
 
 
 def _number(value: float | str) -> str:

@@ -146,7 +146,7 @@ def _interrupts(supervisor: Supervisor, console: RunConsole) -> Iterator[None]:
 
 def _summarise(plan: Plan, directory: RunDir, console: RunConsole, outcome: Outcome) -> None:
     evaluations = directory.evaluations()
-    console.note("")
+    console.end_progress()
     if outcome.state == "stopped":
         console.note(f"[bold yellow]stopped[/] after update {outcome.updates} of {plan.length.total_updates}, saved")
         if outcome.reason:

@@ -53,9 +53,9 @@ class Supervisor:
         self.plan_file = plan_file
         self.plan, self.run_dir, self.console = plan, run, console
         world = plan.world
-        cpus = world.processes_per_node if world.device == "cpu" else max(1, world.processes_per_node)
-        gpus = world.processes_per_node if world.device == "cuda" else 0
-        self.nodes = Nodes(Needs(world.nodes, cpus, gpus), console.note)
+        processes = world.processes_per_node
+        needs = Needs(world.nodes, cpus=processes, gpus=processes if world.device == "cuda" else 0)
+        self.nodes = Nodes(needs, console.note)
         self.events: list[Event] = []
         self.stop_signal = 0
         self._training = False
@@ -71,7 +71,6 @@ class Supervisor:
             self.start(start)
             return self.follow()
         finally:
-            self.console.note("")
             self.nodes.end(_GRACE_SECONDS if not self.stopping else _STOP_GRACE_SECONDS)
             self.nodes.close()
 

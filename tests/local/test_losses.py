@@ -9,8 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from launcher.plan.model import Plan
 from launcher.token_store import TokenStore
 from tests.local.harness import fine_tuned, merged, plan_of
+from tests.tiny import make_tiny_model
 
 pytestmark = pytest.mark.local
 
@@ -103,3 +105,30 @@ def test_zero_stages_make_the_updates_of_a_plain_loop(stage, accumulation, job_d
     np.testing.assert_allclose(evaluated(exported, held_out), evaluations[-1], rtol=1e-5)
     assert list(run.export.glob("*.safetensors"))
     assert AutoTokenizer.from_pretrained(run.export).chat_template
+
+
+def losses_of(job_dict, tmp_path, **sections) -> tuple[list[float], object]:
+    train = {"max_steps": UPDATES, "train_batch_size": BATCH, "train_micro_batch_size_per_gpu": BATCH // 2}
+    schedule = {"peak_lr": PEAK, "warmup": WARMUP, "allow_unsafe": True}
+    run = fine_tuned(plan_of(merged(job_dict, train=train, schedule=schedule, **sections)), tmp_path)
+    return [line["loss"] for line in run.metrics()], run
+
+
+def test_bfloat16_checkpointed_activations_and_untied_weights(job_dict, tmp_path):
+    """What changes memory or precision and not the task: losses stay those of plain float32."""
+    plain, _ = losses_of(job_dict, tmp_path / "plain", deepspeed=zero_config(2))
+    checkpointed, _ = losses_of(
+        job_dict, tmp_path / "checkpointed", model={"gradient_checkpointing": True}, deepspeed=zero_config(2)
+    )
+    np.testing.assert_allclose(checkpointed, plain, rtol=1e-6)
+    half, run = losses_of(job_dict, tmp_path / "half", model={"dtype": "bfloat16"}, deepspeed=zero_config(3))
+    np.testing.assert_allclose(half, plain, rtol=2e-2)
+    assert AutoModelForCausalLM.from_pretrained(run.export, dtype="auto").dtype == torch.bfloat16
+
+    untied = tmp_path / "untied-model"
+    make_tiny_model(untied, tied=False)
+    _, run = losses_of(job_dict, tmp_path / "untied", model={"name_or_path": str(untied)}, deepspeed=zero_config(3))
+    exported = AutoModelForCausalLM.from_pretrained(run.export)
+    assert not torch.equal(exported.lm_head.weight, exported.model.embed_tokens.weight)
+    held_out = TokenStore(Path(Plan.from_json(run.plan_file.read_text()).data.eval.folder))
+    np.testing.assert_allclose(evaluated(exported, held_out), run.evaluations()[-1]["loss"], rtol=1e-5)
