@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.ds_config import DsConfig, optimizer_of, scheduler_of
-from launcher.errors import RequestError
+from launcher.errors import Problem, RequestError
 from launcher.job import Job, explicit_keys
 from launcher.plan.facts import DataFacts, ModelFacts
 from launcher.plan.model import LearningRate, Length, Plan, Reason
@@ -15,7 +15,7 @@ from launcher.plan.revise import schedule_of
 from launcher.schedule.advice import Choice, Situation, advise, parse_warmup
 from launcher.schedule.curve import Schedule, deepspeed_blocks, make_schedule, rate_at
 from launcher.schedule.replica import replica
-from launcher.schedule.safety import check_safety
+from launcher.schedule.safety import check_safety, deepspeed_warnings, log_ramp, unsafe_scheduler
 
 _OPTIONS = ("decay_at", "decay_factor", "decay_start", "decay", "cycles", "segments")
 
@@ -36,7 +36,7 @@ def decide_rate(job: Job, model: ModelFacts, data: DataFacts, length: Length, us
     """
     written = scheduler_of(user)
     if written is not None and "schedule.shape" not in explicit_keys(job):
-        return _written(written, user, length)
+        return _written(job, written, user, model, length)
     situation = Situation(
         parameters=model.parameters,
         method="full",
@@ -75,6 +75,8 @@ def generate(job: Job, situation: Situation, written_lr: float | None = None) ->
     problems = check_safety(schedule, method=situation.method, parameters=situation.parameters)
     if problems and not asked.allow_unsafe:
         raise RequestError(*problems)
+    if ramp := log_ramp(schedule):
+        chosen["warmup_type"] = _said("log", ramp)
     return Decided(_described(schedule, chosen), deepspeed_blocks(schedule)["scheduler"], schedule.peak_lr)
 
 
@@ -143,20 +145,43 @@ def _described(schedule: Schedule, chosen: dict[str, Choice]) -> LearningRate:
     )
 
 
-def _written(scheduler: dict[str, Any], user: DsConfig, length: Length) -> Decided:
-    """The user's own scheduler, as DeepSpeed will drive it."""
-    lr = float((optimizer_of(user) or {}).get("params", {}).get("lr", 1e-3))
-    curve = replica(scheduler["type"], scheduler["params"], lr)
-    rates = [curve.after(update) for update in range(length.total_updates)]
+def _written(job: Job, scheduler: dict[str, Any], user: DsConfig, model: ModelFacts, length: Length) -> Decided:
+    """The user's own scheduler, as DeepSpeed will drive it. Raises RequestError where it needs the user's word."""
+    kind, params = scheduler["type"], scheduler["params"]
+    lr = _written_lr(job, scheduler, user)
+    curve = replica(kind, params, lr)
+    updates = length.total_updates
+    problems = unsafe_scheduler(kind, params, lr, updates, method="full", parameters=model.parameters)
+    if problems and not job.schedule.allow_unsafe:
+        raise RequestError(*(replace(problem, file=problem.file or user.origin) for problem in problems))
+    rates = [curve.after(update) for update in range(updates)]
     peak = max(rates)
-    reason = f"The DeepSpeed JSON has a whole {scheduler['type']}, and the job asks for no other shape."
+    kept = f"The DeepSpeed JSON has a whole {kind}, and the job asks for no other shape."
+    told = [kept, *deepspeed_warnings(kind, params, lr, updates)]
     described = LearningRate(
         schedule=None,
         advance=0,
-        shape=scheduler["type"],
+        shape=kind,
         peak_lr=peak,
         floor_lr=rates[-1],
         warmup_updates=rates.index(peak),
-        reasons=(Reason(choice="shape", value=scheduler["type"], reason=reason),),
+        reasons=tuple(Reason(choice="shape", value=kind, reason=sentence) for sentence in told),
     )
     return Decided(described, scheduler, lr)
+
+
+def _written_lr(job: Job, scheduler: dict[str, Any], user: DsConfig) -> float:
+    """The optimizer's rate beside a scheduler of the user's own. Raises RequestError where nothing says it."""
+    in_json = (optimizer_of(user) or {}).get("params", {}).get("lr")
+    in_job = None if job.schedule.peak_lr == "auto" else job.schedule.peak_lr
+    for value in (in_json, in_job, scheduler["params"].get("warmup_max_lr")):
+        if isinstance(value, int | float):
+            return float(value)
+    raise RequestError(
+        Problem(
+            f"the scheduler {scheduler['type']} follows the optimizer's rate, and none is given",
+            file=user.origin,
+            key="optimizer.params.lr",
+            mend="write it there, or set schedule.peak_lr in the job",
+        )
+    )

@@ -46,7 +46,7 @@ def peak_limit(method: str, parameters: float) -> Limit | None:
 
 def check_safety(schedule: Schedule, *, method: str, parameters: float) -> list[Problem]:
     """Everything about the schedule that needs the user's explicit word, as problems with their mends."""
-    checks = (_too_long, _log, lambda s: _too_high(s, method, parameters))
+    checks = (_too_long, lambda s: _too_high(s.peak_lr, method, parameters))
     return [problem for check in checks if (problem := check(schedule)) is not None]
 
 
@@ -61,11 +61,11 @@ def _too_long(schedule: Schedule) -> Problem | None:
     return Problem(message=message, key="schedule.warmup", mend=mend)
 
 
-def _log(schedule: Schedule) -> Problem | None:
+def log_ramp(schedule: Schedule) -> str | None:
+    """What a log warm-up, which the user asked for, does at first; None where the warm-up is linear."""
     if schedule.warmup_type != "log" or schedule.warmup_updates < 2:
         return None
-    message = f"a log warm-up is steep at first: it {_log_ramp(schedule.warmup_updates)}"
-    return Problem(message=message, key="schedule.warmup_type", mend=f"take linear; {ALLOW}")
+    return f"A log warm-up is steep at first: it {_log_ramp(schedule.warmup_updates)}."
 
 
 def _log_ramp(warmup: int) -> str:
@@ -74,13 +74,12 @@ def _log_ramp(warmup: int) -> str:
     return f"reaches {ratio:.0%} of the peak after {after} of {warmup} updates"
 
 
-def _too_high(schedule: Schedule, method: str, parameters: float) -> Problem | None:
+def _too_high(peak_lr: float, method: str, parameters: float) -> Problem | None:
     limit = peak_limit(method, parameters)
-    if limit is None or schedule.peak_lr <= limit.peak_lr:
+    if limit is None or peak_lr <= limit.peak_lr:
         return None
     message = (
-        f"a peak of {schedule.peak_lr:g} is high for {method} training of {parameters / 1e9:.3g}B "
-        f"parameters: {limit.reason}"
+        f"a peak of {peak_lr:g} is high for {method} training of {parameters / 1e9:.3g}B parameters: {limit.reason}"
     )
     return Problem(message=message, key="schedule.peak_lr", mend=f"at most {limit.peak_lr:g}; {ALLOW}")
 
@@ -97,6 +96,26 @@ class _Case:
 
     def first_rates(self, count: int) -> list[float]:
         return simulate_deepspeed(self.kind, self.written, self.optimizer_lr, count)
+
+
+def unsafe_scheduler(
+    scheduler_type: str, params: Params, optimizer_lr: float, updates: int, *, method: str, parameters: float
+) -> list[Problem]:
+    """What of a user's own scheduler needs the user's explicit word: what DeepSpeed put in unasked, and what is unsafe.
+
+    Raises RequestError for parameters that DeepSpeed refuses.
+    """
+    case = _Case(scheduler_type, params, settled(scheduler_type, params), optimizer_lr, updates)
+    unasked_log = None if case.written.get("warmup_type") == "log" else _log_ramp_sentence(case)
+    told = {
+        "warmup_type": unasked_log,
+        "warmup_max_lr": _inherited_peak(case),
+        "warmup_num_steps": _beyond_the_run(case),
+        "total_num_steps": _beyond_the_total(case),
+    }
+    problems = [Problem(text, key=f"scheduler.params.{key}", mend=ALLOW) for key, text in told.items() if text]
+    high = _too_high(max(simulate_deepspeed(scheduler_type, params, optimizer_lr, updates)), method, parameters)
+    return [*problems, high] if high else problems
 
 
 def deepspeed_warnings(scheduler_type: str, params: Params, optimizer_lr: float, updates: int) -> list[str]:

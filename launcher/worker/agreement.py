@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 from launcher.errors import RunFailed
@@ -20,13 +21,21 @@ class OutOfStep(RunFailed):
 
 
 def same_plan(ranks: Ranks, plan: Plan) -> list[str]:
-    """The host of every rank. Raises OutOfStep on every rank, naming each whose plan is not that of the most."""
-    found: list[tuple[str, str]] = ranks.gather((plan.sha256, ranks.host))
-    agreed, _ = Counter(sha for sha, _ in found).most_common(1)[0]
-    others = [f"rank {r} on {host} has {sha[:12]}…" for r, (sha, host) in enumerate(found) if sha != agreed]
+    """The host of every rank. Raises OutOfStep on every rank, naming each that has another plan or DeepSpeed.
+
+    The plan that counts is that of the most ranks; the DeepSpeed is the plan's, whose schedulers its curve is.
+    """
+    found: list[tuple[str, str, str]] = ranks.gather((plan.sha256, version("deepspeed"), ranks.host))
+    hosts = [host for _, _, host in found]
+    agreed, _ = Counter(sha for sha, _, _ in found).most_common(1)[0]
+    others = [f"rank {r} on {hosts[r]} has {sha[:12]}…" for r, (sha, _, _) in enumerate(found) if sha != agreed]
     if others:
         raise OutOfStep(f"the plan differs between ranks: {'; '.join(others)}; the others have {agreed[:12]}…")
-    return [host for _, host in found]
+    wanted = plan.machine.versions["deepspeed"]
+    others = [f"rank {r} on {hosts[r]} has {theirs}" for r, (_, theirs, _) in enumerate(found) if theirs != wanted]
+    if others:
+        raise OutOfStep(f"the plan was made with DeepSpeed {wanted}: {'; '.join(others)}")
+    return hosts
 
 
 class InStep:

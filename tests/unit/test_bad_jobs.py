@@ -344,9 +344,16 @@ CONTRADICTIONS = [
         text="train: {max_steps: 20}\nschedule: {warmup: 500}\n",
     ),
     Contradiction(
-        "log warm-up",
-        ("schedule.warmup_type: a log warm-up is steep", "take linear"),
-        text="schedule: {warmup: 10, warmup_type: log}\n",
+        "log warm-up by default",
+        ("scheduler.params.warmup_type: The log ramp is the default", "schedule.allow_unsafe: true"),
+        text="train: {max_steps: 20}\ndeepspeed: {optimizer: {type: AdamW, params: {lr: 1e-5}}, scheduler: {type: "
+        "WarmupDecayLR, params: {total_num_steps: 20, warmup_num_steps: 10, warmup_max_lr: 1e-5}}}\n",
+    ),
+    Contradiction(
+        "DeepSpeed's inherited 1e-3",
+        ("scheduler.params.warmup_max_lr: warmup_max_lr is missing", "DeepSpeed's default 0.001"),
+        text="train: {max_steps: 20}\ndeepspeed: {optimizer: {type: AdamW, params: {lr: 1e-5}}, scheduler: {type: "
+        "WarmupDecayLR, params: {total_num_steps: 20, warmup_num_steps: 10, warmup_type: linear}}}\n",
     ),
     Contradiction("warm-up of no kind", ("schedule.warmup", "'soon'"), text="schedule: {warmup: soon}\n"),
     Contradiction(

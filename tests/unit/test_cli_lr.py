@@ -150,7 +150,7 @@ def test_a_missing_matplotlib_is_told_with_its_mend(known: Path, folder: Path, m
 def test_a_scheduler_of_ones_own_is_shown_as_deepspeed_drives_it(known: Path, folder: Path) -> None:
     params = {"total_num_steps": 40, "warmup_num_steps": 4}
     name = decay_json(folder / "ds.json", **params)
-    found = as_json(str(known), "train.max_steps=40", f"deepspeed={name}")
+    found = as_json(str(known), "train.max_steps=40", f"deepspeed={name}", "schedule.allow_unsafe=true")
     assert found["curves"][0]["rates"] == simulate_deepspeed("WarmupDecayLR", params, 2e-5, 40)
     assert any("Updates 0 and 1 both run at 0" in warning for warning in found["warnings"])
     assert found["blocks_notes"] == ["The scheduler is your own: DeepSpeed starts and steps it, here as in any script."]

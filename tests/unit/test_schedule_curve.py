@@ -241,7 +241,8 @@ def test_rates_lie_between_zero_and_the_peak(shape: str, total: int, data: Any) 
     curve = rates(schedule)
     assert all(0 < rate <= peak * (1 + 1e-12) for rate in curve)
     ramp = curve[: warmup + (shape != "cosine")]
-    assert ramp == sorted(ramp)
+    # A log ramp is at the peak one update early, give or take the last bit.
+    assert all(before <= after * (1 + 1e-12) for before, after in pairwise(ramp))
 
 
 def test_the_room_imports_the_standard_library_only() -> None:

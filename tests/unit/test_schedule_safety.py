@@ -7,7 +7,7 @@ import pytest
 from launcher.errors import RequestError
 from launcher.schedule.curve import make_schedule
 from launcher.schedule.replica import simulate_deepspeed
-from launcher.schedule.safety import LIMITS, check_safety, deepspeed_warnings
+from launcher.schedule.safety import LIMITS, check_safety, deepspeed_warnings, log_ramp, unsafe_scheduler
 
 
 def problems(peak: float, method: str, parameters: float, **changes: Any) -> list[str | None]:
@@ -34,15 +34,29 @@ def test_a_peak_is_judged_by_method_and_size(peak: float, method: str, parameter
     assert problems(peak, method, parameters) == (["schedule.peak_lr"] if unsafe else [])
 
 
-def test_a_warm_up_beyond_the_run_and_a_log_warm_up_need_the_users_word() -> None:
+def test_a_warm_up_beyond_the_run_needs_the_users_word_and_a_log_one_has_it() -> None:
     assert problems(1e-5, "full", 7e9, warmup_updates=1001) == ["schedule.warmup"]
     assert problems(1e-5, "full", 7e9, warmup_updates=1000) == []
-    assert problems(1e-5, "full", 7e9, warmup_type="log") == ["schedule.warmup_type"]
-    assert problems(1e-5, "full", 7e9, warmup_type="log", warmup_updates=1) == []
+    assert problems(1e-5, "full", 7e9, warmup_type="log") == []
     schedule = make_schedule("linear", peak_lr=1e-5, warmup_updates=1000, total_updates=5000, warmup_type="log")
-    (problem,) = check_safety(schedule, method="full", parameters=7e9)
-    assert "35% of the peak after 10 of 1000" in problem.message
-    assert "allow_unsafe" in (problem.mend or "")
+    assert "35% of the peak after 10 of 1000" in (log_ramp(schedule) or "")
+    assert log_ramp(make_schedule("linear", peak_lr=1e-5, warmup_updates=1000, total_updates=5000)) is None
+
+
+def test_a_scheduler_of_ones_own_needs_the_users_word_for_what_deepspeed_put_in() -> None:
+    def keys(kind: str = "WarmupDecayLR", **params: object) -> list[str | None]:
+        found = unsafe_scheduler(kind, params, 1e-5, 1000, method="full", parameters=7e9)
+        return [problem.key for problem in found]
+
+    safe = {"total_num_steps": 1000, "warmup_num_steps": 100, "warmup_max_lr": 1e-5, "warmup_type": "linear"}
+    assert keys(**safe) == []
+    assert keys(**{**safe, "warmup_type": "log"}) == []
+    assert keys(**{k: v for k, v in safe.items() if k != "warmup_type"}) == ["scheduler.params.warmup_type"]
+    missing_peak = keys(**{k: v for k, v in safe.items() if k != "warmup_max_lr"})
+    assert missing_peak == ["scheduler.params.warmup_max_lr", "schedule.peak_lr"]
+    assert keys(**{**safe, "warmup_num_steps": 1500, "total_num_steps": 2000}) == ["scheduler.params.warmup_num_steps"]
+    assert keys(**{**safe, "total_num_steps": 50}) == ["scheduler.params.total_num_steps"]
+    assert keys(**{**safe, "warmup_max_lr": 1e-4}) == ["schedule.peak_lr"]
 
 
 def test_limits_fall_with_size_within_a_method() -> None:

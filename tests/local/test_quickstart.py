@@ -1,0 +1,37 @@
+"""The quick start's own job file: a real pretrained model on real text, for a few updates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from launcher.run_dir import RunDir
+from tests.local.processes import Command, run_folder
+
+pytestmark = pytest.mark.local
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "examples/.data/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.mark.skipif(not MODEL.exists(), reason="`make test` fetches the model with examples/fetch_quickstart.py")
+def test_the_quick_start_lowers_the_loss_and_its_model_still_speaks(tmp_path):
+    # The command runs where the test may write; the job's own paths are relative to the checkout.
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    overrides = ["train.max_steps=4", "train.train_batch_size=4", "data.max_length=48", "schedule.warmup=1"]
+    command = Command("run", str(ROOT / "examples/quickstart.yaml"), *overrides, folder=tmp_path)
+    assert command.wait(400) == 0, command.output
+    run = RunDir(run_folder(tmp_path))
+    before, after = run.evaluations()
+    assert after["loss"] < before["loss"] < 4.5
+    assert "finished after 4 updates" in command.output
+
+    tokenizer = AutoTokenizer.from_pretrained(run.export)
+    model = AutoModelForCausalLM.from_pretrained(run.export, dtype=torch.float32)
+    asked = [{"role": "user", "content": "What is the capital of France?"}]
+    tokens = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**tokens, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0, tokens["input_ids"].shape[1] :])
