@@ -1,8 +1,11 @@
 """Time to the first update, and time of an update, of `launcher run` against torchrun and the `deepspeed` launcher.
 
 The others run plain_script.py, which makes the same updates from the same plan; that the losses are equal is checked.
-All take turns within a round, on two CPU ranks with one thread each. Ratios are those of one round, so that a busy
-machine weighs on both sides. The launcher plans within its time; the tokenised data is there before for everyone.
+All take turns within a round, on two CPU ranks with one thread each, and ratios are those of one round. The launcher
+plans within its time; the tokenised data is there before for everyone.
+
+Only a machine that does nothing else gives figures to go by: Linux shares busy processors out by session (autogroup),
+and launchers differ in how many sessions they make. How busy it was before each run is measured and told.
 
     python benchmarks/launch_overhead.py [--rounds 5] [--json FILE]
 """
@@ -33,6 +36,7 @@ import yaml
 BIN = Path(sys.executable).parent
 PLAIN_SCRIPT = Path(__file__).with_name("plain_script.py")
 RANKS, WARM_UPDATES = 2, 20
+BUSY_PERCENT = 5.0
 FRESH, JOINED, TORCHRUN, DEEPSPEED = "launcher, fresh Ray", "launcher, running Ray", "torchrun", "deepspeed"
 AIMS = {
     ("update", FRESH, TORCHRUN): 1.01,
@@ -52,12 +56,13 @@ Environment = Mapping[str, str]
 class Measured:
     """Of one run: seconds from its start until its first update was made, and of its updates once they are warm.
 
-    `update` is the median and `quick` the 10th percentile, which others on the same machine disturb less.
+    `update` is the median and `quick` the 10th percentile. `busy_percent` of the processors was taken before it began.
     """
 
     first: float
     update: float
     quick: float
+    busy_percent: float
     losses: tuple[float, ...]
 
 
@@ -152,6 +157,7 @@ def measure(contender: Contender, folder: Path) -> Measured:
     folder.mkdir(parents=True)
     log = folder / "output.txt"
     with contender.around() as variables, log.open("wb") as output:
+        busy = psutil.cpu_percent(interval=2.0)
         began = time.time()
         status = subprocess.run(
             contender.command(folder),
@@ -170,6 +176,7 @@ def measure(contender: Contender, folder: Path) -> Measured:
         first=_seconds(lines[0]["time"]) - began,
         update=median(steps),
         quick=quantiles(steps, n=10)[0],
+        busy_percent=busy,
         losses=tuple(line["loss"] for line in lines),
     )
 
@@ -287,6 +294,7 @@ def report(rounds: Sequence[Mapping[str, Measured]], commands: Mapping[str, Sequ
     ]
     return {
         "rounds": len(rounds),
+        "busy_percent": _spread([measured.busy_percent for found in rounds for measured in found.values()]),
         "seconds": seconds,
         "ratios": ratios,
         "commands": {name: _spread(times) for name, times in commands.items()},
@@ -298,6 +306,9 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def show(figures: Mapping[str, Any]) -> None:
+    busy = figures["busy_percent"]
+    if busy["max"] > BUSY_PERCENT:
+        print(f"NOT TO GO BY: others took {busy['median']:.0f}% of the processors (up to {busy['max']:.0f}%)")
     for what, title in TITLES.items():
         print(f"\n{title}, median of {figures['rounds']} (min-max)")
         for name, row in figures["seconds"][what].items():
@@ -322,7 +333,10 @@ def run_rounds(folder: Path, count: int, updates: int) -> dict[str, Any]:
     commands: dict[str, list[float]] = {"launcher --help": [], "launcher plan": []}
     for number in range(count):
         found: dict[str, Measured] = {}
-        for contender in contenders(job, plan):
+        turns = contenders(job, plan)
+        # Each round begins with another contender, so that no place in the order is always the same one's.
+        first = number % len(turns)
+        for contender in turns[first:] + turns[:first]:
             place = folder / f"round-{number}" / contender.name.replace(", ", "-").replace(" ", "-")
             found[contender.name] = measure(contender, place)
             print(f"round {number + 1}  {contender.name:<24} {found[contender.name].first:7.3f} s", file=sys.stderr)

@@ -45,6 +45,12 @@ class RunFailed(LauncherError):
     """A run that was started and did not finish."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def nearest(name: str, valid: Iterable[str]) -> str | None:
     """The valid name that `name` most likely meant, or None where nothing is close."""
     matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)

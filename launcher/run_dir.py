@@ -7,11 +7,11 @@ sees something complete.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
 import socket
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -188,10 +188,39 @@ class RunDir:
         return list(read_lines(self.evaluations_file))
 
     def complete_checkpoints(self) -> list[int]:
-        """Updates with a checkpoint whose manifest is there and whose files have the sizes it names, oldest first."""
-        found = (_CHECKPOINT.match(path.name) for path in self.checkpoints.glob("update-*"))
-        updates = sorted(int(match[1]) for match in found if match)
-        return [update for update in updates if checkpoint_is_complete(self.checkpoint(update))]
+        """Updates with a checkpoint whose manifest is there and whose files have the sizes it names, oldest first.
+
+        Oldest by samples: the count of updates begins anew where the batch size is changed on a resume.
+        """
+        found = [match[0] for path in self.checkpoints.glob("update-*") if (match := _CHECKPOINT.match(path.name))]
+        manifests = {name: read_manifest(self.checkpoints / name) for name in found}
+        order = sorted((m["samples"], m["update"], n) for n, m in manifests.items() if m)
+        return [update for _, update, name in order if checkpoint_is_complete(self.checkpoints / name)]
+
+    def rewind(self, samples: int, update: int) -> None:
+        """Sets the lines of updates beyond a checkpoint aside, in files named *.undone-<k>: they are made again."""
+        self._set_aside(self.metrics_file, "samples", samples)
+        self._set_aside(self.evaluations_file, "update", update)
+
+    def _set_aside(self, path: Path, key: str, last: int) -> None:
+        lines = list(read_lines(path))
+        kept = [line for line in lines if line[key] <= last]
+        if len(kept) == len(lines):
+            return
+        number = len(list(self.path.glob(f"{path.stem}.undone-*"))) + 1
+        path.rename(path.with_name(f"{path.stem}.undone-{number}.jsonl"))
+        write_atomic(path, "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in kept))
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[bool]:
+        """Holds the run directory for one launcher; yields False where another one holds it."""
+        with (self.path / "launcher.lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
 
 
 MANIFEST = "manifest.json"
@@ -224,8 +253,3 @@ def checkpoint_is_complete(checkpoint: Path) -> bool:
         return False
     files: dict[str, int] = manifest["files"]
     return all((checkpoint / n).is_file() and (checkpoint / n).stat().st_size == s for n, s in files.items())
-
-
-def age_seconds(time_text: str) -> float:
-    """Seconds since a time that `utc_now` wrote."""
-    return time.time() - datetime.fromisoformat(time_text).timestamp()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
-import psutil
 import typer
 
 from launcher.cli.console import RunConsole
-from launcher.cli.run import carry_out
+from launcher.cli.run import alone_in, carry_out, check_reach, interruptible
 from launcher.errors import Problem, RequestError
 from launcher.job import Job, validate_job
 from launcher.job.read import apply_override
@@ -20,10 +18,10 @@ from launcher.plan.resolve import resolve_world
 from launcher.plan.resume import Start, continued
 from launcher.planning import make_plan
 from launcher.prepare.machine import measure_machine
-from launcher.run_dir import ENDED, RunDir, read_manifest, universal_folder, write_atomic
+from launcher.run_dir import RunDir, read_manifest, universal_folder, write_atomic
 
 _SETTLED = ("name", "model.", "data.", "output_dir", "train.seed")
-_LENGTH = ("schedule.", "train.max_steps", "train.num_train_epochs")
+_NOT_THE_CURVE = ("schedule.on_spike", "schedule.max_extensions", "schedule.check_every", "schedule.allow_unsafe")
 
 
 def resume(
@@ -38,29 +36,32 @@ def resume(
     begins at the update where the run stands.
     """
     directory = RunDir(run.resolve())
-    console = RunConsole()
+    if not directory.plan_file.is_file():
+        raise RequestError(Problem("there is no plan.json here, so this is not a run directory", file=str(run)))
+    with alone_in(directory):
+        _go_on(directory, overrides or [], RunConsole())
+
+
+def _go_on(directory: RunDir, overrides: list[str], console: RunConsole) -> None:
     plan, plan_file, start = _where_to_go_on(directory)
-    _refuse_running(directory)
-    with console.closing():
+    with console.closing(), interruptible(console) as interrupts:
         if overrides:
             plan, start = _changed(plan, start, overrides, console)
             plan_file = directory.next_plan_revision()
             write_atomic(plan_file, plan.to_json())
+        check_reach(plan.job, measure_machine())
         if start.convert:
             _convert(Path(start.checkpoint), directory, console)
         console.note(f"going on after update {start.update} of {plan.length.total_updates}")
         if plan.resumed:
             console.note(f"  {plan.resumed.arithmetic}")
-        directory.event("resume", update=start.update, samples=start.samples, overrides=overrides or [])
-        carry_out(plan, plan_file, directory, console, start)
+        directory.rewind(start.samples, start.update)
+        directory.event("resume", update=start.update, samples=start.samples, overrides=overrides)
+        carry_out(plan, plan_file, directory, console, start, interrupts)
 
 
 def _where_to_go_on(directory: RunDir) -> tuple[Plan, Path, Start]:
     """The plan in force at the last complete checkpoint, its file, and the start. Raises RequestError."""
-    if not directory.plan_file.is_file():
-        raise RequestError(
-            Problem("there is no plan.json here, so this is not a run directory", file=str(directory.path))
-        )
     saved = directory.complete_checkpoints()
     if not saved:
         raise RequestError(Problem("there is no complete checkpoint to go on from", file=str(directory.checkpoints)))
@@ -78,31 +79,25 @@ def _where_to_go_on(directory: RunDir) -> tuple[Plan, Path, Start]:
     )
 
 
-def _refuse_running(directory: RunDir) -> None:
-    """Two launchers in one run directory would undo each other. Raises RequestError where one is at work here."""
-    state = directory.state()
-    if state.get("state") in ENDED or state.get("host") != socket.gethostname():
-        return
-    if psutil.pid_exists(int(state["pid"])):
-        raise RequestError(
-            Problem(
-                f"this run is still {state['state']}, by process {state['pid']} on this machine",
-                file=str(directory.path),
-                mend="wait for its end, or stop it with Ctrl-C or SIGTERM",
-            )
-        )
-
-
 def _changed(old: Plan, start: Start, overrides: list[str], console: RunConsole) -> tuple[Plan, Start]:
     """The plan for the rest of the run under the overrides, and where it starts."""
     job, keys = _job_with(old, overrides)
     new = make_plan(job, "the resumed job", console.prepare)
-    new_schedule = any(key.startswith(_LENGTH) for key in keys)
+    new_schedule = any(_changes_curve(key) for key in keys)
     plan = continued(old, new, start.update, start.samples, new_schedule=new_schedule)
     assert plan.resumed is not None
     manifest = read_manifest(Path(start.checkpoint)) or {}
-    convert = manifest["world_size"] != plan.world.size
+    # Without ZeRO every rank has the whole state, and any number of ranks can load it.
+    whole = plan.zero_stage == 0 and plan.precision == "fp32"
+    convert = manifest["world_size"] != plan.world.size and not whole
     return plan, start.model_copy(update={"update": plan.resumed.update, "convert": convert})
+
+
+def _changes_curve(key: str) -> bool:
+    """Whether an override asks for another learning rate, or another length of the run."""
+    if key in ("train.max_steps", "train.num_train_epochs"):
+        return True
+    return key.startswith("schedule.") and key not in _NOT_THE_CURVE
 
 
 def _job_with(old: Plan, overrides: list[str]) -> tuple[Job, list[str]]:

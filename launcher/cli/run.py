@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from launcher.cli.console import RunConsole
-from launcher.errors import LauncherError, Problem, RequestError
+from launcher.errors import Problem, RequestError, first_line
 from launcher.job import Job, placing, read_job
+from launcher.job.model import ClusterSection
 from launcher.plan.facts import MachineFacts
 from launcher.plan.model import Plan
 from launcher.plan.resume import Start
@@ -36,46 +37,88 @@ def run(
         check_reach(job, machine)
     directory = RunDir.create(Path(job.output_dir).expanduser(), job.name)
     console = RunConsole()
-    with console.closing(), placing(job_file, overrides or ()):
+    with (
+        alone_in(directory),
+        console.closing(),
+        placing(job_file, overrides or ()),
+        interruptible(console) as interrupts,
+    ):
         plan = _planned(job, job_file, overrides or [], directory, console)
-        carry_out(plan, directory.plan_file, directory, console, start=None)
+        carry_out(plan, directory.plan_file, directory, console, None, interrupts)
+
+
+@contextmanager
+def alone_in(directory: RunDir) -> Iterator[None]:
+    """Holds a run directory: two launchers in one would undo each other. Raises RequestError where one is at work."""
+    with directory.held() as held:
+        if not held:
+            state = directory.state()
+            who = f"process {state.get('pid')} on {state.get('host')}"
+            found = f"another launcher holds this run: {state.get('state')}, {who}"
+            mend = "wait for its end, or stop it with Ctrl-C or SIGTERM"
+            raise RequestError(Problem(found, file=str(directory.path), mend=mend))
+        yield
 
 
 def check_reach(job: Job, machine: MachineFacts) -> None:
-    """A Ray of our own is this one machine. Raises RequestError where the job asks for more than it has."""
+    """Can the nodes that the job asks for be had from here? Raises RequestError."""
     from launcher.fleet.nodes import address_of
 
-    cluster = job.cluster
-    if address_of(cluster.address) != "local":
-        return
+    cluster, address = job.cluster, address_of(job.cluster.address)
+    if address == "local":
+        _check_this_machine(cluster, machine)
+    elif address.startswith(("http://", "https://")):
+        raise RequestError(
+            Problem(
+                f"{address} is the address of Ray's dashboard",
+                key="cluster.address",
+                mend="give that of its head, host:6379, or unset RAY_ADDRESS",
+            )
+        )
+    elif cluster.gpus_per_node == "auto" and not machine.gpus:
+        raise RequestError(
+            Problem(
+                f"the nodes of the Ray at {address} are not seen from here, and this machine has no GPU to go by",
+                key="cluster.gpus_per_node",
+                mend="say how many GPUs a node has; 0 trains on processors",
+            )
+        )
+    if "runtime_resources/working_dir" in str(Path.cwd()) and not Path(job.output_dir).expanduser().is_absolute():
+        raise RequestError(
+            Problem(
+                f"{job.output_dir} would lie in the working directory of a Ray job, which Ray removes at its end",
+                key="output_dir",
+                mend="give an absolute path on storage that all nodes see",
+            )
+        )
+
+
+def _check_this_machine(cluster: ClusterSection, machine: MachineFacts) -> None:
     mend = "give the address of a Ray cluster in cluster.address or RAY_ADDRESS"
     if cluster.nodes > 1:
-        raise RequestError(
-            Problem(f"{cluster.nodes} nodes, and there is this machine alone", key="cluster.nodes", mend=mend)
-        )
+        found = f"{cluster.nodes} nodes, and there is this machine alone"
+        raise RequestError(Problem(found, key="cluster.nodes", mend=mend))
     if cluster.gpus_per_node != "auto" and cluster.gpus_per_node > machine.gpus:
         found = f"{cluster.gpus_per_node} GPUs a node, and this machine has {machine.gpus}"
         raise RequestError(Problem(found, key="cluster.gpus_per_node", mend=mend))
 
 
-def carry_out(plan: Plan, plan_file: Path, directory: RunDir, console: RunConsole, start: Start | None) -> None:
+def carry_out(
+    plan: Plan, plan_file: Path, directory: RunDir, console: RunConsole, start: Start | None, interrupts: Interrupts
+) -> None:
     """Runs the plan that stands in `plan_file` and shows how it ends. Raises what went wrong."""
     from launcher.fleet.supervisor import Supervisor
 
     console.total = plan.length.total_updates
-    supervisor = Supervisor(plan, plan_file, directory, console)
+    supervisor = interrupts.supervisor = Supervisor(plan, plan_file, directory, console)
     try:
-        with _interrupts(supervisor, console):
-            outcome = supervisor.run(start)
+        outcome = supervisor.run(start)
     except KeyboardInterrupt:
         directory.enter("stopped", reason="interrupted")
         console.note(f"stopped at once. {_how_to_go_on(directory)}")
         raise
-    except LauncherError as error:
-        directory.enter("failed", reason=str(error).splitlines()[0])
-        raise
     except BaseException as error:
-        directory.enter("failed", reason=repr(error))
+        directory.enter("failed", reason=first_line(error))
         raise
     directory.enter(outcome.state, update=outcome.updates, reason=outcome.reason)
     _summarise(plan, directory, console, outcome)
@@ -99,7 +142,7 @@ def _planned(job: Job, job_file: Path, overrides: list[str], directory: RunDir, 
         shutil.rmtree(directory.path)
         raise
     except BaseException as error:
-        directory.enter("failed", reason=str(error).splitlines()[0] if str(error) else repr(error))
+        directory.enter("failed", reason=first_line(error))
         raise
     for warning in plan.warnings:
         console.note(f"          [yellow]note:[/] {warning}")
@@ -127,18 +170,33 @@ class _Preparing:
         self._console.prepare(progress)
 
 
-@contextmanager
-def _interrupts(supervisor: Supervisor, console: RunConsole) -> Iterator[None]:
-    """Ctrl-C or SIGTERM once: stop after the update and save. Again, or before training: stop now."""
+class Interrupts:
+    """Ctrl-C or SIGTERM: the first stops a run after its update and saves; a second, or an early one, stops it now."""
 
-    def handle(number: int, _frame: FrameType | None) -> None:
-        if supervisor.stopping or not supervisor.request_stop(number):
+    def __init__(self, console: RunConsole) -> None:
+        self._console = console
+        self.supervisor: Supervisor | None = None
+        self.signal = 0
+
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        self.signal = number
+        if self.supervisor is None or self.supervisor.stopping or not self.supervisor.request_stop(number):
             raise KeyboardInterrupt
-        console.note(f"{signal.Signals(number).name}: stopping after this update, then saving (once more: stop now)")
+        ending = self.supervisor.phase == "exporting"
+        what = "the run is at its end" if ending else "stopping after this update, then saving"
+        self._console.note(f"{signal.Signals(number).name}: {what} (once more: stop now)")
 
-    before: dict[int, Any] = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+@contextmanager
+def interruptible(console: RunConsole) -> Iterator[Interrupts]:
+    """Handles the signals inside the block; a run stopped at once exits with 128 + the signal's number."""
+    interrupts = Interrupts(console)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before: dict[int, Any] = {number: signal.signal(number, interrupts.handle) for number in numbers}
     try:
-        yield
+        yield interrupts
+    except KeyboardInterrupt:
+        raise typer.Exit(128 + (interrupts.signal or signal.SIGINT)) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -158,7 +216,8 @@ def _summarise(plan: Plan, directory: RunDir, console: RunConsole, outcome: Outc
         console.note(f"  evaluation loss  {first['loss']:.4f} before, {last['loss']:.4f} after")
     console.note(f"  run directory    {directory.path}")
     if outcome.state == "stopped":
-        console.note(f"  {_how_to_go_on(directory)}")
+        lower = f" schedule.peak_lr={plan.learning_rate.peak_lr / 2:g}" if outcome.reason else ""
+        console.note(f"  {_how_to_go_on(directory)}{lower}")
     elif plan.job.export:
         console.note(f"  exported model   {directory.export}")
         console.note("  load it with     AutoModelForCausalLM.from_pretrained(<exported model>)")

@@ -17,22 +17,25 @@ from launcher.fleet.process import RankProcess, stop_all
 from launcher.run_dir import utc_now
 
 Event = dict[str, Any]
-_LOWEST_PORT, _PORT_TRIES = 12000, 100
+# Ray gives its workers ports from 10002 to 19999.
+_LOWEST_PORT, _PORT_TRIES = 20000, 100
 
 
 @dataclass(frozen=True)
 class NodeTask:
-    """What an agent does for a run: its node's place among the nodes, and its ranks."""
+    """What an agent does for a run: its node's place among the nodes, and its ranks.
+
+    `arguments` follow the node's own Python.
+    """
 
     node_rank: int
-    nodes: int
     first_rank: int
     processes: int
     world_size: int
     run_dir: str
     log_folder: str
     environment: dict[str, str]
-    command: tuple[str, ...]
+    arguments: tuple[str, ...]
 
     def rank_environment(self, local_rank: int) -> dict[str, str]:
         """torchrun's variables for one rank; the master's address follows with the order to go."""
@@ -66,9 +69,13 @@ class Agent:
         self._closing = False
 
     def describe(self) -> dict[str, Any]:
-        """The node: host name, an address, its processors and the GPUs that the agent holds."""
+        """The node's host name, and the GPUs that the agent holds."""
         devices = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
-        return {"host": socket.gethostname(), "pid": os.getpid(), "python": sys.executable, "gpus": devices}
+        return {"host": socket.gethostname(), "gpus": devices}
+
+    def missing(self, paths: list[str]) -> list[str]:
+        """Those of the paths that this node does not see."""
+        return [path for path in paths if not Path(path).exists()]
 
     def free_port(self) -> int:
         """A TCP port that nothing listens on, outside the range from which the kernel serves outgoing connections.
@@ -93,7 +100,7 @@ class Agent:
             rank = task.first_rank + local_rank
             environment = {**inherited, **task.environment, **task.rank_environment(local_rank)}
             log = folder / f"rank-{rank}.log"
-            self._processes.append(RankProcess(rank, task.command, environment, log, self._hear))
+            self._processes.append(RankProcess(rank, (sys.executable, *task.arguments), environment, log, self._hear))
             self._note(f"rank {rank} started, process {self._processes[-1].pid}")
         return [process.pid for process in self._processes]
 

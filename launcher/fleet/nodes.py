@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import RunFailed
+from launcher.errors import RunFailed, first_line
 from launcher.fleet.agent import Event, NodeTask
 
 Tell = Callable[[str], None]
 _POLL_SECONDS = 2.0
+_ANSWER_SECONDS = 120.0
 _OBJECT_STORE_BYTES = 100 * 1024**2
 _FORWARDED = (
     "HF_",
@@ -81,7 +82,7 @@ class Nodes:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
         except Exception as error:  # Ray has no common kind for what goes wrong here
             where = "a Ray on this machine could not be started" if own else f"no Ray at {address}"
-            raise RunFailed(f"{where}: {str(error).strip().splitlines()[0]}") from None
+            raise RunFailed(f"{where}: {first_line(error)}") from None
 
     def _own_ray(self) -> dict[str, Any]:
         """Options for a Ray of our own: on this machine alone, with what the run needs and a secret of its own."""
@@ -108,9 +109,9 @@ class Nodes:
         self._group = placement_group([self._needs.bundle()] * self._needs.nodes, strategy="STRICT_SPREAD")
         self._wait_for_group(wait_seconds)
         agents = [self._agent(index) for index in range(self._needs.nodes)]
-        found = ray.get([agent.describe.remote() for agent in agents])
+        found = _answers([agent.describe.remote() for agent in agents])
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-        ids = ray.get([agent.ray_node_id.remote() for agent in agents])
+        ids = _answers([agent.ray_node_id.remote() for agent in agents])
         nodes = [
             Node(agent, facts["host"], addresses[node_id], tuple(facts["gpus"]))
             for agent, facts, node_id in zip(agents, found, ids, strict=True)
@@ -118,24 +119,29 @@ class Nodes:
         self.nodes = sorted(nodes, key=lambda node: _address_key(node.address))
         return self.nodes
 
+    def check_sees(self, paths: list[str]) -> None:
+        """Raises RunFailed, naming the nodes, where one does not see a path that all need."""
+        found = _answers([node.agent.missing.remote(paths) for node in self.nodes], self.nodes)
+        blind = [
+            f"node {rank} ({node.host}) does not see {', '.join(missing)}"
+            for rank, (node, missing) in enumerate(zip(self.nodes, found, strict=True))
+            if missing
+        ]
+        if blind:
+            raise RunFailed(f"{'; '.join(blind)}: it must lie on storage that all nodes share")
+
     def start(self, tasks: list[NodeTask]) -> None:
         """Starts the ranks of every node: the task at index k is that of node rank k."""
-        import ray
-
-        ray.get([node.agent.start.remote(task) for node, task in zip(self.nodes, tasks, strict=True)])
+        _answers([node.agent.start.remote(task) for node, task in zip(self.nodes, tasks, strict=True)], self.nodes)
 
     def free_port(self, node_rank: int) -> int:
         """A TCP port that is free on a node at this moment."""
-        import ray
-
-        port: int = ray.get(self.nodes[node_rank].agent.free_port.remote())
+        port: int = _answers([self.nodes[node_rank].agent.free_port.remote()], [self.nodes[node_rank]])[0]
         return port
 
     def order(self, **order: Any) -> None:
         """Gives an order to every rank."""
-        import ray
-
-        ray.get([node.agent.order.remote(order) for node in self.nodes])
+        _answers([node.agent.order.remote(order) for node in self.nodes], self.nodes)
 
     def events(self, timeout_seconds: float) -> list[Event]:
         """What ranks reported, each event with its `node_rank`; a node that is gone reports "node-lost"."""
@@ -151,7 +157,7 @@ class Nodes:
             try:
                 found += [{**event, "node_rank": index} for event in ray.get(reference)]
             except ray.exceptions.RayActorError as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
                 found.append({"report": "node-lost", "node_rank": index, "time": time.time(), "message": reason})
         return found
 
@@ -198,9 +204,8 @@ class Nodes:
         alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         large = [r for r in alive if all(r.get(key, 0) >= value for key, value in wanted.items())]
         each = " and ".join(f"{value:g} {key}" for key, value in wanted.items())
-        text = (
-            f"asked for {self._needs.nodes} nodes with {each} each; of {len(alive)} nodes {len(large)} are that large"
-        )
+        asked = f"asked for {self._needs.nodes} nodes with {each} each"
+        text = f"{asked}; of {len(alive)} in this Ray {len(large)} have that much"
         free = ray.available_resources()
         return text + "; free in all: " + ", ".join(f"{free.get(key, 0):g} {key}" for key in wanted)
 
@@ -216,6 +221,21 @@ class Nodes:
             scheduling_strategy=strategy,
             max_concurrency=4,
         ).remote()
+
+
+def _answers(references: list[Any], nodes: list[Node] | None = None) -> list[Any]:
+    """What the agents answer, in order. Raises RunFailed, naming the node where it is known, for one that does not."""
+    import ray
+
+    found = []
+    for index, reference in enumerate(references):
+        try:
+            found.append(ray.get(reference, timeout=_ANSWER_SECONDS))
+        except ray.exceptions.RayError as error:
+            name = f"node {index} ({nodes[index].host})" if nodes else f"agent {index}"
+            mend = "the same launcher must be installed on every node, in the Python that Ray runs there"
+            raise RunFailed(f"{name} does not answer: {first_line(error)}\n  {mend}") from None
+    return found
 
 
 def _agent_class() -> type:
@@ -234,7 +254,9 @@ def _agent_class() -> type:
 
 def forwarded_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Those of the user's variables that ranks on other nodes need as well."""
-    return {key: value for key, value in environment.items() if key.startswith(_FORWARDED)}
+    chosen = {key: value for key, value in environment.items() if key.startswith(_FORWARDED)}
+    # Ranks work offline: a secret would travel for nothing.
+    return {key: value for key, value in chosen.items() if not key.endswith(("TOKEN", "KEY", "SECRET", "PASSWORD"))}
 
 
 def address_of(setting: str) -> str:

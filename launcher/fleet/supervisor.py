@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +21,13 @@ from launcher.tail import Tail, last_lines
 _GRACE_SECONDS = 5.0
 _SETTLE_SECONDS = 1.0
 _STOP_GRACE_SECONDS = 0.0
-WORKER_COMMAND = (sys.executable, "-m", "launcher.worker")
+_TOLD = {
+    "outlier": "one odd update",
+    "spike": "a spike",
+    "warmup_extended": "the warm-up is longer from here on",
+    "not_extended": "the warm-up stays",
+}
+WORKER = ("-m", "launcher.worker")
 
 
 class Console(Protocol):
@@ -58,7 +63,7 @@ class Supervisor:
         self.nodes = Nodes(needs, console.note)
         self.events: list[Event] = []
         self.stop_signal = 0
-        self._training = False
+        self.phase: str | None = None
         self._metrics, self._evaluations = Tail(run.metrics_file), Tail(run.evaluations_file)
 
     def run(self, start: Start | None = None) -> Outcome:
@@ -66,6 +71,9 @@ class Supervisor:
 
         Whatever way it ends, nothing of the run is left behind.
         """
+        if start is not None:
+            self._metrics.skip()
+            self._evaluations.skip()
         try:
             self.place()
             self.start(start)
@@ -82,9 +90,10 @@ class Supervisor:
 
     def start(self, start: Start | None) -> None:
         self.enter("starting")
+        self.nodes.check_sees(self._needed())
         self.nodes.start([self._task(rank, node) for rank, node in enumerate(self.nodes.nodes)])
         rendezvous = {"MASTER_ADDR": self._master(), "MASTER_PORT": str(self.nodes.free_port(0))}
-        rendezvous["LAUNCHER_PLAN"] = str(self.plan_file)
+        rendezvous |= {"LAUNCHER_PLAN": str(self.plan_file), "LAUNCHER_PLAN_SHA256": self.plan.sha256}
         self.nodes.order(go={"env": rendezvous, "start": start.model_dump() if start else None})
 
     def follow(self) -> Outcome:
@@ -93,12 +102,15 @@ class Supervisor:
         for event in self._heard():
             if event["report"] == "phase":
                 self._phase(event)
+            elif event["report"] == "event":
+                self._write_down(event)
             elif event["report"] == "exit":
                 ended[event["rank"]] = event["code"]
             if first_failure([event]):
                 self._fail()
             if len(ended) == self.plan.world.size:
                 break
+        self._show_progress()
         stops = [event for event in self.events if event["report"] == "stopped"]
         if stops:
             return Outcome("stopped", stops[0]["update"], stops[0]["reason"])
@@ -111,7 +123,7 @@ class Supervisor:
 
     def request_stop(self, signal_number: int) -> bool:
         """Has the ranks stop after the update they are at, because of a signal. False where they do not train yet."""
-        if not self._training:
+        if self.phase is None:
             return False
         self.stop_signal = signal_number
         return True
@@ -143,9 +155,22 @@ class Supervisor:
     def _phase(self, event: Event) -> None:
         if event["phase"] == "loading":
             return
-        self._training = True
+        self.phase = event["phase"]
         self._show_progress()
         self.enter(event["phase"], update=event["update"])
+
+    def _write_down(self, event: Event) -> None:
+        """What the first rank has to tell; one writer keeps the lines of events.jsonl whole on every file system."""
+        kind, details = event["event"], event["details"]
+        self.run_dir.event(kind, **details)
+        if kind in _TOLD:
+            self.console.note(f"          {_TOLD[kind]}: {details.get('reason', details)}")
+
+    def _needed(self) -> list[str]:
+        """What every node must see."""
+        data = self.plan.data
+        splits = [data.train.folder, *([data.eval.folder] if data.eval else [])]
+        return [str(self.plan_file), self.plan.model.folder, *splits]
 
     def _fail(self) -> None:
         """Ends all ranks and raises RunFailed, which names the first that failed, once late news has settled."""
@@ -181,14 +206,13 @@ class Supervisor:
         world = self.plan.world
         return NodeTask(
             node_rank=node_rank,
-            nodes=world.nodes,
             first_rank=node_rank * world.processes_per_node,
             processes=world.processes_per_node,
             world_size=world.size,
             run_dir=str(self.run_dir.path),
             log_folder=str(self._log_folder(node_rank, node)),
             environment=self._environment(),
-            command=WORKER_COMMAND,
+            arguments=WORKER,
         )
 
     def _environment(self) -> dict[str, str]:

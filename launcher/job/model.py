@@ -160,10 +160,11 @@ class ScheduleSection(Section):
     decay: Literal["linear", "1-sqrt"] | None = Field(None, description="wsd: how the last decay falls.")
     cycles: PositiveInt | None = Field(None, description="cosine_restarts: the number of cosine cycles. Default 2.")
     segments: list[SegmentSection] | None = Field(None, description="compound: the pieces after the warm-up.")
-    on_spike: Literal["warn", "extend_warmup", "stop"] = Field(
-        "extend_warmup", description="What a loss spike leads to."
+    on_spike: Literal["warn", "extend_warmup", "lower_peak", "stop"] = Field(
+        "extend_warmup",
+        description="What a loss spike leads to. lower_peak lengthens the warm-up too, and halves the peak.",
     )
-    max_extensions: WholeNumber = Field(2, description="How often a spike may lengthen the warm-up.")
+    max_extensions: WholeNumber = Field(2, description="How often a spike may lengthen the warm-up or lower the peak.")
     check_every: PositiveInt = Field(
         50, description="All ranks compare update, rate and skipped updates every so many updates."
     )

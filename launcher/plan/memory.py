@@ -1,8 +1,10 @@
 """Memory of one rank under ZeRO, estimated from the sizes of a model.
 
-States follow the ZeRO paper (arXiv 1910.02054): mixed precision with Adam holds 2 + 2 + 12 bytes a parameter, float32
-4 + 4 + 8; stage 1 divides the optimizer states by the world size, stage 2 the gradients too, stage 3 the parameters
-too. Activations follow Korthikanti et al. (arXiv 2205.05198) with the attention matrix never written out.
+States follow DeepSpeed's own estimators (estimate_zero2_model_states_mem_needs): mixed precision with Adam holds 2
+bytes of weights, 2 of gradients and 16 of float32 weights, moments and gradients a parameter, float32 holds 4, 4 and 8.
+Stage 1 divides the optimizer states by the world size, stage 2 the gradients too, stage 3 the weights too (arXiv
+1910.02054).
+Activations follow Korthikanti et al. (arXiv 2205.05198) with the attention matrix never written out.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from launcher.ds_config import Offload
 from launcher.plan.facts import ModelFacts
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_OPTIMIZER_BYTES = {"fp32": 8, "bf16": 12, "fp16": 12}
+_OPTIMIZER_BYTES = {"fp32": 8, "bf16": 16, "fp16": 16}
 _LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's stage3_max_live_parameters: what ZeRO-3 may hold gathered at once."""
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from launcher.errors import LauncherError
+from launcher.errors import LauncherError, first_line
 from launcher.job import Job
 from launcher.plan.facts import DataFacts, MachineFacts, ModelFacts
 
@@ -126,7 +126,7 @@ class Plan(Part):
             named = str(document["sha256"])
             plan = cls.model_validate(document["plan"])
         except (ValueError, KeyError, TypeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise LauncherError(f"plan.json is damaged, or of another version of the launcher: {reason}") from None
         if plan.sha256 != named:
             raise LauncherError(f"plan.json was altered: it names the hash {named[:12]}… and has {plan.sha256[:12]}…")

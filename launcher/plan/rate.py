@@ -148,6 +148,7 @@ def _described(schedule: Schedule, chosen: dict[str, Choice]) -> LearningRate:
 def _written(job: Job, scheduler: dict[str, Any], user: DsConfig, model: ModelFacts, length: Length) -> Decided:
     """The user's own scheduler, as DeepSpeed will drive it. Raises RequestError where it needs the user's word."""
     kind, params = scheduler["type"], scheduler["params"]
+    _refuse_unused(job, kind, params, user)
     lr = _written_lr(job, scheduler, user)
     curve = replica(kind, params, lr)
     updates = length.total_updates
@@ -168,6 +169,28 @@ def _written(job: Job, scheduler: dict[str, Any], user: DsConfig, model: ModelFa
         reasons=tuple(Reason(choice="shape", value=kind, reason=sentence) for sentence in told),
     )
     return Decided(described, scheduler, lr)
+
+
+def _refuse_unused(job: Job, kind: str, params: dict[str, Any], user: DsConfig) -> None:
+    """Raises RequestError for what the job says of a schedule that the JSON's own scheduler decides otherwise."""
+    used = {"schedule.peak_lr", "schedule.on_spike", "schedule.max_extensions", "schedule.check_every"}
+    used |= {"schedule.allow_unsafe", "schedule.task"}
+    mend = "name a schedule.shape, and a schedule is generated; or leave it to the JSON"
+    problems = [
+        Problem(f"{user.origin} has a {kind} of its own, which does not use it", key=key, mend=mend)
+        for key in sorted(explicit_keys(job))
+        if key.startswith("schedule.") and key not in used
+    ]
+    peak, highest = job.schedule.peak_lr, params.get("warmup_max_lr")
+    if peak != "auto" and highest is not None and peak != highest:
+        found = f"{peak:g} in the job, and warmup_max_lr {highest:g} in {user.origin}"
+        problems.append(Problem(found, key="schedule.peak_lr", mend=mend))
+    total = params.get("total_num_steps")
+    if job.train.max_steps is not None and total is not None and total != job.train.max_steps:
+        found = f"{job.train.max_steps} in the job, and total_num_steps {total} in {user.origin}"
+        problems.append(Problem(found, key="train.max_steps", mend="make them equal"))
+    if problems:
+        raise RequestError(*problems)
 
 
 def _written_lr(job: Job, scheduler: dict[str, Any], user: DsConfig) -> float:

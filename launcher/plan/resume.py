@@ -34,6 +34,14 @@ def continued(old: Plan, new: Plan, update: int, samples: int, *, new_schedule: 
                 mend="name a shape, and a schedule is generated",
             )
         )
+    if old.learning_rate.schedule is not None and new.learning_rate.schedule is None:
+        raise RequestError(
+            Problem(
+                "the run has a generated schedule, and the DeepSpeed JSON brings one of its own",
+                key="deepspeed",
+                mend="take the scheduler out of the JSON, or name a schedule.shape",
+            )
+        )
     if new_schedule or old.learning_rate.schedule is None:
         return _under_its_own(old, new, update, samples)
     left = old.length.samples - samples

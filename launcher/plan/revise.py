@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.plan.model import Plan
-from launcher.schedule.curve import Schedule, deepspeed_blocks, extend_warmup
+from launcher.schedule.curve import Schedule, deepspeed_blocks, extend_warmup, lower_peak
 
 
 def with_longer_warmup(plan: Plan, update: int) -> Plan:
@@ -14,6 +14,14 @@ def with_longer_warmup(plan: Plan, update: int) -> Plan:
     Raises RequestError where that would not lower the rate, or where the plan keeps the user's own scheduler.
     """
     return with_schedule(plan, extend_warmup(schedule_of(plan), update), update)
+
+
+def with_lower_peak(plan: Plan, update: int) -> Plan:
+    """The plan whose warm-up is lengthened at `update`, and whose rates are half from there on.
+
+    Raises ValueError where the plan keeps the user's own scheduler.
+    """
+    return with_schedule(plan, lower_peak(schedule_of(plan), update), update)
 
 
 def schedule_of(plan: Plan) -> Schedule:
@@ -29,11 +37,15 @@ def extensions(plan: Plan) -> int:
 
 
 def with_schedule(plan: Plan, schedule: Schedule, update: int) -> Plan:
-    """The plan under another schedule, whose warm-up in force at `update` stands in the DeepSpeed JSON."""
-    config: dict[str, Any] = dict(plan.ds_config)
-    scheduler = deepspeed_blocks(schedule, update=update)["scheduler"]
-    if scheduler is not None:
-        config["scheduler"] = scheduler
+    """The plan under another schedule, whose warm-up and peak in force at `update` stand in the DeepSpeed JSON."""
+    blocks = deepspeed_blocks(schedule, update=update)
+    optimizer = plan.ds_config["optimizer"]
+    config: dict[str, Any] = {
+        **plan.ds_config,
+        "optimizer": {**optimizer, "params": {**optimizer["params"], **blocks["optimizer"]["params"]}},
+    }
+    if blocks["scheduler"] is not None:
+        config["scheduler"] = blocks["scheduler"]
     rate = plan.learning_rate.model_copy(
         update={
             "schedule": schedule.to_dict(),

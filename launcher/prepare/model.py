@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import Problem, RequestError
+from launcher.errors import Problem, RequestError, first_line
 from launcher.plan.facts import ModelFacts
 from launcher.token_store import publish_folder
 
@@ -26,7 +26,7 @@ def download(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         mend = "give a local folder, or download it first where there is internet (`hf download`)"
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise RequestError(
             Problem(
                 f"{name} is no folder here and cannot be had from the hub: {reason}",
@@ -48,7 +48,7 @@ def convert_gguf(folder: Path, gguf_file: str, target: Path, progress: Progress)
     except ImportError as error:
         raise RequestError(
             Problem(
-                str(error).splitlines()[0],
+                first_line(error),
                 key="model.gguf_file",
                 mend="pip install 'ray-deepspeed-launcher[gguf]'",
             )
@@ -79,7 +79,7 @@ def measure_model(folder: Path, trust_remote_code: bool) -> ModelFacts:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         model = _empty_model(config, trust_remote_code)
     except (ValueError, KeyError, OSError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise RequestError(
             Problem(
                 f"no causal language model can be made from {folder}: {reason}",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import Problem, RequestError
+from launcher.errors import Problem, RequestError, first_line
 from launcher.plan.facts import DataFacts, SplitFacts
 from launcher.prepare.formats import BadRow, Example, detect_format, to_example
 from launcher.prepare.sources import DataSource, hub_mend
@@ -109,7 +109,7 @@ def _open(source: DataSource, split: str, key: str) -> Any:
         return datasets.load_dataset(source.builder, data_files=files, split="train", **options)
     except Exception as error:  # each builder raises its own kinds for a broken file
         cause = error.__cause__ or error
-        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        reason = first_line(cause)
         what = source.hub_name or ", ".join(str(path) for path in source.files[:3])
         mend = hub_mend(source.hub_name) if source.hub_name else None
         raise RequestError(Problem(f"{what} cannot be read: {reason}", key=key, mend=mend)) from None

@@ -33,7 +33,8 @@ class Schedule:
 
     Rates are absolute. `start_lr` is the rate of update 0 and `floor_lr` the rate at the end of the decay.
     `segments` describe what follows the warm-up for shapes that DeepSpeed lacks. `extensions` holds
-    (update, warm-up from there on) for each time that the warm-up was lengthened on the way.
+    (update, warm-up from there on) for each time that the warm-up was lengthened on the way, and `halvings` the
+    updates from each of which on all rates are half of what they were.
     """
 
     shape: str
@@ -45,12 +46,14 @@ class Schedule:
     warmup_type: str = "linear"
     segments: tuple[Segment, ...] = ()
     extensions: tuple[tuple[int, int], ...] = ()
+    halvings: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The schedule as JSON types; `from_dict` gives an equal one back."""
         plain = asdict(self)
         plain["segments"] = [asdict(segment) for segment in self.segments]
         plain["extensions"] = [list(pair) for pair in self.extensions]
+        plain["halvings"] = list(self.halvings)
         return plain
 
     @classmethod
@@ -63,6 +66,7 @@ class Schedule:
         data = dict(plain)
         data["segments"] = tuple(Segment(**segment) for segment in plain["segments"])
         data["extensions"] = tuple((update, warmup) for update, warmup in plain["extensions"])
+        data["halvings"] = tuple(plain["halvings"])
         return cls(**data)
 
 
@@ -163,6 +167,26 @@ def warmup_at(schedule: Schedule, update: int) -> int:
     return next((w for since, w in reversed(schedule.extensions) if since <= update), schedule.warmup_updates)
 
 
+def share_left(schedule: Schedule, update: int) -> float:
+    """What the halvings up to this update leave of every rate: 1, ½, ¼, …"""
+    # Halving is exact in binary: DeepSpeed with halved parameters gives halved rates, to the last bit.
+    return float(0.5 ** sum(since <= update for since in schedule.halvings))
+
+
+def in_force(schedule: Schedule, update: int) -> Schedule:
+    """The schedule without a past: warm-up and rates in force at this update as its own from the start."""
+    share = share_left(schedule, update)
+    return replace(
+        schedule,
+        peak_lr=schedule.peak_lr * share,
+        start_lr=schedule.start_lr * share,
+        floor_lr=schedule.floor_lr * share,
+        warmup_updates=warmup_at(schedule, update),
+        extensions=(),
+        halvings=(),
+    )
+
+
 def rate_at(schedule: Schedule, update: int, base_lr: float | None = None) -> float:
     """The rate that update number `update` (from 0) is made with.
 
@@ -173,6 +197,11 @@ def rate_at(schedule: Schedule, update: int, base_lr: float | None = None) -> fl
     """
     if update < 0:
         raise _problem("total_updates", f"updates count from 0, and there is no update {update}")
+    return share_left(schedule, update) * _whole_rate(schedule, update, base_lr)
+
+
+def _whole_rate(schedule: Schedule, update: int, base_lr: float | None) -> float:
+    """The rate without the halvings."""
     warmup = warmup_at(schedule, update)
     if schedule.shape in DEEPSPEED_TYPES:
         return _deepspeed(schedule, warmup, base_lr).rate(update)
@@ -224,22 +253,32 @@ def deepspeed_blocks(schedule: Schedule, optimizer_type: str = "AdamW", *, updat
     """The "optimizer" and "scheduler" blocks of a DeepSpeed JSON that carry this schedule.
 
     The peak stands in both. "scheduler" is None for a shape that DeepSpeed has no class for. `update` chooses
-    the warm-up in force when the run starts there, after extensions.
+    the warm-up and the peak in force when the run starts there, after extensions and halvings.
     """
+    schedule = in_force(schedule, update)
     optimizer = {"type": optimizer_type, "params": {"lr": schedule.peak_lr}}
     if schedule.shape not in DEEPSPEED_TYPES:
         return {"optimizer": optimizer, "scheduler": None}
-    params = _params(schedule, warmup_at(schedule, update))
+    params = _params(schedule, schedule.warmup_updates)
     return {"optimizer": optimizer, "scheduler": {"type": DEEPSPEED_TYPES[schedule.shape], "params": params}}
 
 
-def live_attributes(schedule: Schedule, update: int) -> dict[str, Any]:
+def live_attributes(schedule: Schedule, update: int, groups: int = 1) -> dict[str, Any]:
     """The attributes to set on a live DeepSpeed scheduler so that it follows this schedule from `update` on.
 
-    After setting them, `scheduler.step(update)` recomputes the rate without advancing.
+    `groups` is the number of the optimizer's parameter groups; where rates were halved, all have the same one. After
+    setting them, `scheduler.step(update)` recomputes the rate without advancing.
     """
     params = _warmup_params(schedule, warmup_at(schedule, update))
-    return {**params, "inverse_log_warm_up": 1.0 / math.log(params["warmup_num_steps"])}
+    rates = _live_rates(in_force(schedule, update), groups) if schedule.halvings else {}
+    return {**params, **rates, "inverse_log_warm_up": 1.0 / math.log(params["warmup_num_steps"])}
+
+
+def _live_rates(schedule: Schedule, groups: int) -> dict[str, list[float]]:
+    if schedule.shape == "cosine":
+        return {"org_lrs": [schedule.peak_lr] * groups}
+    low, high = schedule.start_lr, schedule.peak_lr
+    return {"min_lrs": [low] * groups, "max_lrs": [high] * groups, "delta_lrs": [high - low] * groups}
 
 
 def extend_warmup(schedule: Schedule, update: int) -> Schedule:
@@ -254,3 +293,16 @@ def extend_warmup(schedule: Schedule, update: int) -> Schedule:
         message = f"at update {update} of {schedule.total_updates} a longer warm-up would not lower the rate"
         raise _problem("on_spike", message, "stop, and start again with a lower peak rate")
     return longer
+
+
+def lower_peak(schedule: Schedule, update: int) -> Schedule:
+    """The schedule with a longer warm-up, as `extend_warmup` has it, and all rates halved from `update` on.
+
+    The ramp then leads to half the peak, not to the peak that was too high. Too late in the run for a longer warm-up
+    the rates are halved alone.
+    """
+    try:
+        longer = extend_warmup(schedule, update)
+    except RequestError:
+        longer = replace(schedule, extensions=(*schedule.extensions, (update, warmup_at(schedule, update))))
+    return replace(longer, halvings=(*schedule.halvings, update))

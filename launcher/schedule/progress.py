@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import product
 
 from launcher.errors import Problem, RequestError
-from launcher.schedule.curve import Schedule, rate_at, warmup_at
+from launcher.schedule.curve import Schedule, in_force, rate_at, warmup_at
 from launcher.schedule.segments import Segment
 
 
@@ -29,7 +29,7 @@ def rescale(
     update. That leaves a jump of less than 1% of the peak where the warm-up and every decaying part have 100
     new updates or more (cosine_restarts: away from a restart, where the curve itself jumps). With fewer, one
     update is itself a change of more than 1%, and the arithmetic states the jump. Extensions of the warm-up
-    are folded in. Raises RequestError where no samples are left.
+    and halvings are folded in. Raises RequestError where no samples are left.
     """
     done = done_updates * old_batch
     left = total_samples - done
@@ -53,12 +53,13 @@ def _candidates(schedule: Schedule, done: int, ratio: float, total: int) -> Iter
     warmup = warmup_at(schedule, done)
     exact = round(warmup * ratio)
     segments = _converted(schedule.segments, ratio, total)
+    now = in_force(schedule, done)
     for distance, sign in product(range(4), (1, -1)):
         length = exact + sign * distance
         if warmup == 0 and length != 0:
             continue
         if length >= min(1, warmup):
-            yield replace(schedule, warmup_updates=length, total_updates=total, segments=segments, extensions=())
+            yield replace(now, warmup_updates=length, total_updates=total, segments=segments)
 
 
 def _converted(segments: tuple[Segment, ...], ratio: float, total: int) -> tuple[Segment, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -23,14 +24,15 @@ class OutOfStep(RunFailed):
 def same_plan(ranks: Ranks, plan: Plan) -> list[str]:
     """The host of every rank. Raises OutOfStep on every rank, naming each that has another plan or DeepSpeed.
 
-    The plan that counts is that of the most ranks; the DeepSpeed is the plan's, whose schedulers its curve is.
+    The plan that counts is the supervisor's, whose hash came with the order to go (that of the most ranks where there
+    is no supervisor); the DeepSpeed is the plan's, whose schedulers its curve is.
     """
     found: list[tuple[str, str, str]] = ranks.gather((plan.sha256, version("deepspeed"), ranks.host))
     hosts = [host for _, _, host in found]
-    agreed, _ = Counter(sha for sha, _, _ in found).most_common(1)[0]
+    agreed = os.environ.get("LAUNCHER_PLAN_SHA256") or Counter(sha for sha, _, _ in found).most_common(1)[0][0]
     others = [f"rank {r} on {hosts[r]} has {sha[:12]}…" for r, (sha, _, _) in enumerate(found) if sha != agreed]
     if others:
-        raise OutOfStep(f"the plan differs between ranks: {'; '.join(others)}; the others have {agreed[:12]}…")
+        raise OutOfStep(f"the plan differs between ranks: {'; '.join(others)}; the run's is {agreed[:12]}…")
     wanted = plan.machine.versions["deepspeed"]
     others = [f"rank {r} on {hosts[r]} has {theirs}" for r, (_, theirs, _) in enumerate(found) if theirs != wanted]
     if others:

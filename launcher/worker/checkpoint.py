@@ -12,7 +12,8 @@ import torch
 from launcher.errors import RunFailed
 from launcher.plan.model import Plan
 from launcher.plan.resume import Start
-from launcher.run_dir import RunDir, read_manifest, universal_folder, write_manifest
+from launcher.run_dir import MANIFEST, RunDir, read_manifest, universal_folder, write_manifest
+from launcher.worker.control import Tell
 from launcher.worker.ranks import Ranks
 
 
@@ -27,8 +28,8 @@ class Progress:
 class Checkpoints:
     """Saves and prunes the checkpoints of one run."""
 
-    def __init__(self, run: RunDir, plan: Plan, ranks: Ranks) -> None:
-        self._run, self._plan, self._ranks = run, plan, ranks
+    def __init__(self, run: RunDir, plan: Plan, ranks: Ranks, tell: Tell) -> None:
+        self._run, self._plan, self._ranks, self._tell = run, plan, ranks, tell
         self._saved: int | None = None
 
     def due(self, update: int) -> bool:
@@ -44,6 +45,9 @@ class Checkpoints:
         folder = self._run.checkpoint(progress.update)
         if self._saved == progress.update:
             return folder
+        if self._ranks.first:
+            _remove(folder)
+        self._ranks.barrier()
         state = {**asdict(progress), "plan_sha256": plan_sha256}
         client_state = {**state, "guard": guard, "universal_checkpoint_info": {}}
         engine.save_checkpoint(self._run.checkpoints, tag=folder.name, client_state=client_state, save_latest=False)
@@ -51,7 +55,7 @@ class Checkpoints:
         self._ranks.barrier()
         if self._ranks.first:
             write_manifest(folder, world_size=self._ranks.world_size, **state)
-            self._run.event("checkpoint", update=progress.update)
+            self._tell("checkpoint", update=progress.update, samples=progress.samples)
             self._prune()
         self._ranks.barrier()
         self._saved = progress.update
@@ -67,11 +71,17 @@ class Checkpoints:
         if manifest is None:
             raise RunFailed(f"{folder} has no manifest: the checkpoint was never finished")
         tag = universal_folder(folder).name if start.convert else folder.name
+        settings = _group_settings(engine)
         path, state = engine.load_checkpoint(folder.parent, tag=tag)
+        if start.convert:
+            _mend_converted(engine, settings)
         if path is None:
             raise RunFailed(f"DeepSpeed found nothing to load in {folder.parent / tag}")
         if start.update != state["update"]:
-            _recount(engine, start.update)
+            engine.global_steps, engine.skipped_steps = start.update, 0
+        # The plan may have another batch or scheduler than the one that saved this.
+        made = engine.global_steps - engine.skipped_steps
+        engine.lr_scheduler.last_batch_iteration = made - 1 + self._plan.learning_rate.advance
         if manifest["world_size"] == self._ranks.world_size:
             _restore_random_states(folder / f"random-{self._ranks.rank}.pt", self._ranks.device)
             self._saved = state["update"] if start.update == state["update"] else None
@@ -79,17 +89,31 @@ class Checkpoints:
 
     def _prune(self) -> None:
         for update in self._run.complete_checkpoints()[: -self._plan.job.checkpoint.keep]:
-            folder = self._run.checkpoint(update)
-            # Without its manifest a half-removed folder is no checkpoint.
-            (folder / "manifest.json").unlink()
-            shutil.rmtree(folder)
-            shutil.rmtree(universal_folder(folder), ignore_errors=True)
+            _remove(self._run.checkpoint(update))
 
 
-def _recount(engine: Any, update: int) -> None:
-    """Has the engine and its scheduler count updates of another batch size: `update` of them are made."""
-    engine.global_steps, engine.skipped_steps = update, 0
-    engine.lr_scheduler.last_batch_iteration = update
+def _remove(folder: Path) -> None:
+    """Removes a checkpoint and its converted form. Without its manifest a half-removed folder is no checkpoint."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for path in (folder, universal_folder(folder)):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _group_settings(engine: Any) -> list[dict[str, Any]]:
+    return [{key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups]
+
+
+def _mend_converted(engine: Any, settings: list[dict[str, Any]]) -> None:
+    """Sets right what DeepSpeed's stage 3 gets wrong when it loads a converted checkpoint.
+
+    It gives every parameter group the first one's settings, weight decay included, and all parameters one and the same
+    step counter, which Adam then advances once for each of them (stage3.py of 0.19.8).
+    """
+    for group, its in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(its)
+    for state in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
 
 
 def _random_states(device: torch.device) -> dict[str, torch.Tensor]:

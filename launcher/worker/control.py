@@ -12,8 +12,10 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
+Tell = Callable[..., None]
 AGENT_LOST = 113
 """Exit status of a rank whose agent disappeared."""
 
@@ -48,6 +50,10 @@ class Control:
         line = json.dumps({"report": kind, "time": time.time(), **details}) + "\n"
         with self._lock:
             os.write(self._report_fd, line.encode())
+
+    def tell(self, kind: str, **details: Any) -> None:
+        """An event for events.jsonl, which the supervisor writes."""
+        self.report("event", event=kind, details=details)
 
     def _listen(self) -> None:
         for line in sys.stdin:

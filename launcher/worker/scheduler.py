@@ -67,7 +67,7 @@ def follow(engine: Any, plan: Plan, update: int) -> None:
     if isinstance(live, PlannedLR):
         live.schedule = schedule
     else:
-        for name, value in live_attributes(schedule, update).items():
+        for name, value in live_attributes(schedule, update, len(live.get_last_lr())).items():
             setattr(live, name, value)
     live.step(live.last_batch_iteration)
 

@@ -52,9 +52,9 @@ class Training:
     ) -> None:
         self.run, self.plan, self.ranks, self.engine, self.control = run, plan, ranks, engine, control
         self.journal = Journal(run, ranks)
-        self.checkpoints = Checkpoints(run, plan, ranks)
+        self.checkpoints = Checkpoints(run, plan, ranks, control.tell)
         self.in_step = InStep(ranks, plan, hosts)
-        self.guard = Guard(run, plan, ranks, engine, self.in_step)
+        self.guard = Guard(run, plan, ranks, engine, self.in_step, control.tell)
         self.train_store = TokenStore(Path(plan.data.train.folder))
         self.eval_store = TokenStore(Path(plan.data.eval.folder)) if plan.data.eval else None
         self.progress = Progress(update=0, samples=0)
@@ -85,10 +85,10 @@ class Training:
                 continue
             mean, stop = self.reduce(float(summed), batch)
             rate = self.in_step.check(self.engine, batch.update)
-            if self.guard.refuses(batch.update, mean):
+            grad_norm = gradient_norm(self.engine)
+            if self.guard.refuses(batch.update, mean, grad_norm):
                 self.stopped = True
                 break
-            grad_norm = gradient_norm(self.engine)
             self.engine.step()
             self.advance(batch, mean, rate, grad_norm)
             summed.zero_()
@@ -128,6 +128,7 @@ class Training:
         samples = self.progress.samples + self.plan.train_batch_size
         self.progress = Progress(update=batch.update + 1, samples=samples)
         norm = grad_norm if grad_norm is not None else optional_float(self.engine.get_global_grad_norm())
+        skipped = not self.engine.was_step_applied()
         self.journal.write(
             update=batch.update,
             samples=samples,
@@ -135,9 +136,10 @@ class Training:
             loss=loss,
             lr=rate,
             grad_norm=norm,
+            skipped=skipped,
         )
         self.control.report("update", update=batch.update)
-        self.guard.watch(batch.update, loss, norm, skipped=not self.engine.was_step_applied())
+        self.guard.watch(batch.update, loss, norm, skipped=skipped)
         done, total = self.progress.update, self.plan.length.total_updates
         every = self.plan.job.train.eval_every
         if every is not None and done % every == 0 and done < total:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from launcher.plan.resume import Start
 from launcher.planning import make_plan
 from launcher.run_dir import RunDir, write_atomic, write_json
 
-WORKER = (sys.executable, "-m", "launcher.worker")
+WORKER = ("-m", "launcher.worker")
 
 
 def merged(job: dict[str, Any], **sections: Any) -> dict[str, Any]:
@@ -54,14 +53,13 @@ def run_ranks(
     agent = _SingleRanks(environments or {})
     task = NodeTask(
         node_rank=0,
-        nodes=1,
         first_rank=0,
         processes=plan.world.size,
         world_size=plan.world.size,
         run_dir=str(run.path),
         log_folder=str(run.node_logs(0, socket.gethostname())),
         environment={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        command=command,
+        arguments=command,
     )
     agent.start(task)
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.free_port())}
@@ -73,6 +71,8 @@ def run_ranks(
             assert time.monotonic() < deadline, f"ranks still run after {timeout_seconds} s: {events[-3:]}"
             for event in agent.next_events(1.0):
                 events.append(event)
+                if event["report"] == "event":
+                    run.event(event["event"], **event["details"])
                 if event["report"] == "update" and event["update"] == stop_at:
                     agent.order({"stop": True})
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -36,6 +37,10 @@ class Command:
     @property
     def output(self) -> str:
         return self.output_file.read_text()
+
+    def interrupt(self, number: int = signal.SIGINT) -> None:
+        """Signals the whole group, as a terminal does with Ctrl-C."""
+        os.killpg(self.process.pid, number)
 
     def look(self) -> None:
         """Remembers every process below the command's."""

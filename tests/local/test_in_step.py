@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import sys
 
 import pytest
 
@@ -14,7 +13,7 @@ from tests.local.harness import fine_tuned, logs, merged, plan_of, run_directory
 
 pytestmark = pytest.mark.local
 
-FAULTY = (sys.executable, "-m", "tests.local.faulty_worker")
+FAULTY = ("-m", "tests.local.faulty_worker")
 HOST = socket.gethostname()
 
 
@@ -73,11 +72,11 @@ def test_the_first_rank_that_raises_is_the_one_named(job_dict, tmp_path):
     assert (failure.rank, failure.error) == (1, "RuntimeError: the disk of this node is on fire")
 
 
-@pytest.mark.parametrize("shape", ["cosine", "constant", "wsd", "step", "cosine_restarts", "compound"])
-def test_every_shape_runs_at_its_planned_rates(job_dict, tmp_path, shape):
+@pytest.mark.parametrize("shape", ["cosine", "constant", "wsd", "compound"])
+def test_other_shapes_run_at_its_planned_rates(job_dict, tmp_path, shape):
     segments = [{"kind": "linear", "until": 0.5, "to": 0.5}, {"kind": "cosine", "until": 1.0, "to": 0.1}]
-    options = {"step": {"decay_at": [0.5]}, "compound": {"segments": segments}}
-    schedule = {"shape": shape, "warmup": 3, "peak_lr": 1e-3, **options.get(shape, {})}
+    options = {"segments": segments} if shape == "compound" else {}
+    schedule = {"shape": shape, "warmup": 3, "peak_lr": 1e-3, **options}
     plan = plan_of(merged(job_dict, train={"max_steps": 12}, schedule=schedule))
     run = fine_tuned(plan, tmp_path)
     planned = planned_rates(plan)

@@ -21,7 +21,12 @@ MODEL = ROOT / "examples/.data/SmolLM2-135M-Instruct.Q4_1.gguf"
 def test_the_quick_start_lowers_the_loss_and_its_model_still_speaks(tmp_path):
     # The command runs where the test may write; the job's own paths are relative to the checkout.
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    overrides = ["train.max_steps=4", "train.train_batch_size=4", "data.max_length=48", "schedule.warmup=1"]
+    overrides = [
+        "train.max_steps=4",
+        "train.train_micro_batch_size_per_gpu=2",
+        "data.max_length=48",
+        "schedule.warmup=1",
+    ]
     command = Command("run", str(ROOT / "examples/quickstart.yaml"), *overrides, folder=tmp_path)
     assert command.wait(400) == 0, command.output
     run = RunDir(run_folder(tmp_path))

@@ -29,13 +29,21 @@ def resumed_plan(run: RunDir) -> Plan:
     return Plan.from_json(run.plan_revisions()[-1].read_text())
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_another_number_of_ranks_goes_on_as_if_nothing_had_happened(job_dict, tmp_path, stage):
+@pytest.fixture(scope="module")
+def whole_runs():
+    """Whole runs by their schedule: what they lose does not depend on the ZeRO stage."""
+    return {}
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_another_number_of_ranks_goes_on_as_if_nothing_had_happened(job_dict, tmp_path, whole_runs, stage):
     """Two ranks, then one: the batch is kept by accumulation, and losses and rates are those of one whole run."""
     schedule = {"warmup": 6, "peak_lr": 1e-3}
     job = merged(job_dict, train={"max_steps": UPDATES}, schedule=schedule, deepspeed=zero_config(stage))
     plan = plan_of(job)
-    whole = fine_tuned(plan, tmp_path / "whole")
+    if "whole" not in whole_runs:
+        whole_runs["whole"] = fine_tuned(plan, tmp_path / "whole")
+    whole = whole_runs["whole"]
     run = half_done(plan, tmp_path / "cut")
     command = Command("resume", str(run.path), "cluster.processes_per_node=1", folder=tmp_path)
     assert command.wait() == 0, command.output
@@ -48,27 +56,31 @@ def test_another_number_of_ranks_goes_on_as_if_nothing_had_happened(job_dict, tm
     assert run.evaluations()[-1]["loss"] == pytest.approx(whole.evaluations()[-1]["loss"], rel=5e-5)
 
 
-def test_another_batch_keeps_the_rate_where_it_was_for_the_samples_seen(job_dict, tmp_path):
+@pytest.mark.parametrize("batch", [4, 16])
+def test_another_batch_keeps_the_rate_where_it_was_for_the_samples_seen(job_dict, tmp_path, batch):
     updates = 400
     train = {"max_steps": updates, "train_batch_size": 8}
     plan = plan_of(merged(job_dict, train=train, schedule={"warmup": 100, "peak_lr": 5e-4}))
     run = run_directory(plan, tmp_path)
     run_ranks(plan, run, stop_at=150)
     made = len(run.metrics())
-    command = Command("resume", str(run.path), "train.train_batch_size=4", "export=false", folder=tmp_path)
+    overrides = [f"train.train_batch_size={batch}", "export=false", "checkpoint.keep=1", "checkpoint.every=100"]
+    command = Command("resume", str(run.path), *overrides, folder=tmp_path)
     assert command.wait() == 0, command.output
     new = resumed_plan(run)
     lines = run.metrics()
     first = lines[made]
     assert f"{made} updates × 8 = {made * 8} samples" in new.resumed.arithmetic
     assert new.resumed.arithmetic in command.output.replace("\n", "")
-    assert first["update"] == 2 * made
-    assert first["samples"] == made * 8 + 4
+    assert first["update"] == new.resumed.update
+    assert abs(first["update"] - made * 8 / batch) <= 0.5
+    assert first["samples"] == made * 8 + batch
     assert abs(first["lr"] - planned_rates(plan)(made)) < 0.01 * plan.learning_rate.peak_lr
-    assert lines[-1]["samples"] == updates * 8
-    assert lines[-1]["update"] == 2 * updates - 1
+    assert updates * 8 <= lines[-1]["samples"] < updates * 8 + batch
     planned = planned_rates(new)
     assert [line["lr"] for line in lines[made:]] == [planned(line["update"]) for line in lines[made:]]
+    # Updates count anew under a larger batch: the newest checkpoint is the one with the most samples.
+    assert run.complete_checkpoints() == [lines[-1]["update"] + 1]
 
 
 def test_another_schedule_takes_over_where_the_run_stands(job_dict, tmp_path):

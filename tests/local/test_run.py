@@ -74,7 +74,7 @@ def test_ctrl_c_once_saves_and_the_resumed_run_equals_an_uninterrupted_one(job_d
     job = merged(job_dict, train={"max_steps": 400})
     command = Command("run", str(write_job(cut, job)), folder=cut)
     command.wait_for(lambda: updates_made(cut) >= 3)
-    command.process.send_signal(signal.SIGINT)
+    command.interrupt()
     assert command.wait() == 128 + signal.SIGINT, command.output
     assert command.left_behind() == []
     run = RunDir(run_folder(cut))
@@ -99,10 +99,10 @@ def test_ctrl_c_twice_stops_at_once_and_leaves_nothing(job_dict, tmp_path):
     command.wait_for(lambda: updates_made(tmp_path) >= 2)
     # A rank that cannot answer any more must not hold the second Ctrl-C up.
     command.ranks()[1].suspend()
-    command.process.send_signal(signal.SIGINT)
+    command.interrupt()
     time.sleep(1.0)
     assert command.process.poll() is None
-    command.process.send_signal(signal.SIGINT)
+    command.interrupt()
     assert command.wait(20) == 130, command.output
     assert command.left_behind() == []
     assert state_of(tmp_path)["state"] == "stopped"
@@ -111,7 +111,7 @@ def test_ctrl_c_twice_stops_at_once_and_leaves_nothing(job_dict, tmp_path):
 def test_ctrl_c_before_training_stops_at_once_and_leaves_nothing(job_dict, tmp_path):
     command = Command("run", str(write_job(tmp_path, merged(job_dict, train=LONG))), folder=tmp_path)
     command.wait_for(lambda: len(command.ranks()) == 2)
-    command.process.send_signal(signal.SIGINT)
+    command.interrupt()
     assert command.wait(20) == 130, command.output
     assert command.left_behind() == []
     assert "Traceback" not in command.output

@@ -18,6 +18,7 @@ from launcher.schedule.curve import (
     deepspeed_blocks,
     extend_warmup,
     live_attributes,
+    lower_peak,
     make_schedule,
     rate_at,
     rates,
@@ -190,6 +191,31 @@ def test_an_extended_warm_up_equals_the_live_class_changed_on_the_way(schedule: 
         later["type"], later["params"], schedule.peak_lr, schedule.total_updates, extra_steps=1
     )
     assert resumed[first:] == seen[first:]
+
+
+@settings(max_examples=1000, deadline=None)
+@given(schedule=schedules(), groups=st.integers(1, 3), data=st.data())
+def test_lowered_peaks_equal_the_live_class_changed_on_the_way(schedule: Schedule, groups: int, data: Any) -> None:
+    last = schedule.total_updates - 1
+    changes = sorted({data.draw(st.integers(0, last)), data.draw(st.integers(0, last))})
+    block = deepspeed_blocks(schedule)["scheduler"]
+    optimizer = an_optimizer([schedule.peak_lr] * groups)
+    scheduler = getattr(lr_schedules, block["type"])(optimizer, **block["params"])
+    lowered, seen = schedule, []
+    for update in range(schedule.total_updates):
+        scheduler.step()
+        if update in changes:
+            lowered = lower_peak(lowered, update)
+            for name, value in live_attributes(lowered, update, groups).items():
+                setattr(scheduler, name, value)
+            scheduler.step(update)
+        seen.append([group["lr"] for group in optimizer.param_groups])
+    assert seen == [[rate] * groups for rate in rates(lowered)]
+    later = deepspeed_blocks(lowered, update=changes[-1])
+    lr = later["optimizer"]["params"]["lr"]
+    kind, params = later["scheduler"]["type"], later["scheduler"]["params"]
+    resumed = simulate_deepspeed(kind, params, lr, schedule.total_updates, extra_steps=1)
+    assert resumed[changes[-1] :] == [row[0] for row in seen[changes[-1] :]]
 
 
 REFUSED: list[tuple[str, dict[str, Any]]] = [

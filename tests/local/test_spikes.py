@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 
 from launcher.plan.model import Plan
@@ -14,7 +12,7 @@ from tests.local.harness import WORKER, logs, merged, plan_of, run_directory, ru
 
 pytestmark = pytest.mark.local
 
-FAULTY = (sys.executable, "-m", "tests.local.faulty_worker")
+FAULTY = ("-m", "tests.local.faulty_worker")
 UPDATES = 120
 
 
@@ -52,8 +50,25 @@ def test_a_spike_lengthens_the_warm_up_once_and_halves_the_rate(job_dict, tmp_pa
     assert revision.sha256 == extended["plan_sha256"] != plan.sha256
 
 
-def test_an_extension_survives_a_resume(job_dict, tmp_path):
-    _, run, events = spiking(job_dict, tmp_path, stop_at=60)
+@pytest.mark.parametrize("shape", ["linear", "cosine", "wsd"])
+def test_a_spike_lowers_the_peak_where_asked(job_dict, tmp_path, shape):
+    plan, run, _ = spiking(job_dict, tmp_path, shape=shape, on_spike="lower_peak")
+    (extended,) = of_kind(run, "warmup_extended")
+    assert (extended["update"], extended["warmup_updates"], extended["peak_lr"]) == (43, 60, 1.5e-4)
+    (revision_file,) = run.plan_revisions()
+    before, after = planned_rates(plan), planned_rates(Plan.from_json(revision_file.read_text()))
+    made = [line["lr"] for line in run.metrics()]
+    assert made == [before(u) if u < 43 else after(u) for u in range(UPDATES)]
+    assert made[43] < 0.55 * before(43)
+    assert 1.4e-4 < max(made[43:]) <= 1.5e-4
+
+
+CHANGED = [("linear", "extend_warmup"), ("linear", "lower_peak"), ("cosine", "lower_peak")]
+
+
+@pytest.mark.parametrize(("shape", "remedy"), CHANGED)
+def test_a_changed_schedule_survives_a_resume(job_dict, tmp_path, shape, remedy):
+    _, run, events = spiking(job_dict, tmp_path, stop_at=60, shape=shape, on_spike=remedy)
     made = len(run.metrics())
     assert 60 < made < UPDATES
     (revision_file,) = run.plan_revisions()

@@ -29,10 +29,10 @@ def estimate(**changes: Any) -> MemoryEstimate:
 
 @pytest.mark.parametrize(
     ("stage", "parameters", "gradients", "states"),
-    [(0, 2.0, 2.0, 12.0), (1, 2.0, 2.0, 3.0), (2, 2.0, 0.5, 3.0), (3, 2.0 + 0.5, 0.5, 3.0)],
+    [(0, 2.0, 2.0, 16.0), (1, 2.0, 2.0, 4.0), (2, 2.0, 0.5, 4.0), (3, 2.0 + 0.5, 0.5, 4.0)],
 )
 def test_bytes_a_parameter_in_mixed_precision(stage: int, parameters: float, gradients: float, states: float) -> None:
-    """The ZeRO paper's 2 + 2 + 12, divided by four ranks; stage 3 also holds what it has gathered."""
+    """DeepSpeed's 2 + 2 + 16, divided by four ranks; stage 3 also holds what it has gathered."""
     found = estimate(stage=stage)
     assert found.parameters == parameters * PARAMETERS
     assert found.gradients == gradients * PARAMETERS

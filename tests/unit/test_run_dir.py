@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
+import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,6 @@ import pytest
 from launcher.run_dir import (
     MANIFEST,
     RunDir,
-    age_seconds,
     append_line,
     checkpoint_is_complete,
     read_lines,
@@ -33,7 +34,7 @@ def saved(run: RunDir, update: int, **files: str) -> Path:
     (folder / "states").mkdir(parents=True)
     for name, content in (files or {"model": "abc", "optimizer": "defg"}).items():
         (folder / "states" / name).write_text(content)
-    write_manifest(folder, update=update)
+    write_manifest(folder, update=update, samples=8 * update)
     return folder
 
 
@@ -160,4 +161,33 @@ def test_a_manifest_names_every_file_but_itself(run: RunDir) -> None:
 
 def test_times_are_utc_and_can_be_read_back() -> None:
     assert utc_now().endswith("Z")
-    assert 0 <= age_seconds(utc_now()) < 5
+    assert 0 <= time.time() - datetime.fromisoformat(utc_now()).timestamp() < 5
+
+
+def test_checkpoints_are_ordered_by_samples_since_updates_count_anew(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "x")
+    for update, samples in ((900, 7200), (1000, 8000), (600, 9600)):
+        run.checkpoint(update).mkdir()
+        write_manifest(run.checkpoint(update), update=update, samples=samples)
+    assert run.complete_checkpoints() == [900, 1000, 600]
+
+
+def test_a_rewind_sets_the_lines_beyond_a_checkpoint_aside(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "x")
+    for update in range(5):
+        append_line(run.metrics_file, {"update": update, "samples": 8 * (update + 1)})
+    append_line(run.evaluations_file, {"update": 0})
+    run.rewind(samples=24, update=3)
+    assert [line["update"] for line in run.metrics()] == [0, 1, 2]
+    assert len((run.path / "metrics.undone-1.jsonl").read_text().splitlines()) == 5
+    assert run.evaluations() == [{"update": 0}]
+    run.rewind(samples=24, update=3)
+    assert len(list(run.path.glob("*.undone-*"))) == 1
+
+
+def test_one_launcher_holds_a_run_directory(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "x")
+    with run.held() as first, run.held() as second:
+        assert (first, second) == (True, False)
+    with run.held() as again:
+        assert again

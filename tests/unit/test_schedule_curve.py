@@ -19,6 +19,7 @@ from launcher.schedule.curve import (
     deepspeed_blocks,
     extend_warmup,
     live_attributes,
+    lower_peak,
     make_schedule,
     rate_at,
     rates,
@@ -209,6 +210,23 @@ def test_a_second_extension_builds_on_the_first_and_half_the_run_is_the_most() -
     twice = extend_warmup(extend_warmup(a_schedule("linear"), 120), 200)
     assert twice.extensions == ((120, 240), (200, 480))
     assert extend_warmup(a_schedule("linear"), 260).extensions == ((260, 500),)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_lowered_peak_halves_the_lengthened_curve_from_there_on(shape: str) -> None:
+    schedule = a_schedule(shape)
+    longer, lowered = extend_warmup(schedule, 120), lower_peak(schedule, 120)
+    assert rates(lowered) == [*rates(schedule)[:120], *(rate / 2 for rate in rates(longer)[120:])]
+    assert Schedule.from_dict(lowered.to_dict()) == lowered
+    assert deepspeed_blocks(lowered, update=120)["optimizer"]["params"]["lr"] == schedule.peak_lr / 2
+    assert deepspeed_blocks(lowered, update=119)["optimizer"]["params"]["lr"] == schedule.peak_lr
+
+
+def test_late_in_the_run_the_rates_are_halved_alone() -> None:
+    schedule = a_schedule("cosine")
+    lowered = lower_peak(lower_peak(schedule, 600), 700)
+    assert [rate_at(lowered, u) / rate_at(schedule, u) for u in (599, 600, 699, 700, 999)] == [1, 0.5, 0.5, 0.25, 0.25]
+    assert warmup_at(lowered, 999) == 100
 
 
 @pytest.mark.parametrize("update", [450, 600, 999])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from launcher.errors import RequestError
-from launcher.schedule.curve import extend_warmup, make_schedule, rate_at
+from launcher.schedule.curve import Schedule, extend_warmup, lower_peak, make_schedule, rate_at
 from launcher.schedule.progress import convert_updates, rescale
 
 batches = st.sampled_from([8, 12, 16, 24, 32, 48, 64, 96, 128, 256])
@@ -48,10 +49,12 @@ def test_the_rate_goes_on_within_one_per_cent(shape: str, old: int, new: int, to
 
 
 @settings(max_examples=300, deadline=None)
-@given(old=batches, new=batches, done=st.integers(200, 1900))
-def test_an_extended_warm_up_goes_on_as_extended(old: int, new: int, done: int) -> None:
+@given(change=st.sampled_from([extend_warmup, lower_peak]), old=batches, new=batches, done=st.integers(200, 1900))
+def test_a_changed_schedule_goes_on_as_changed(
+    change: Callable[[Schedule, int], Schedule], old: int, new: int, done: int
+) -> None:
     assume(400 * old / new >= 100)
-    schedule = extend_warmup(make_schedule("linear", peak_lr=1e-4, warmup_updates=100, total_updates=2000), 200)
+    schedule = change(make_schedule("linear", peak_lr=1e-4, warmup_updates=100, total_updates=2000), 200)
     resumed_schedule, resumed, _ = rescale(
         schedule, done_updates=done, old_batch=old, new_batch=new, total_samples=2000 * old
     )

@@ -4,6 +4,8 @@ import json
 import math
 import random
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,6 +81,26 @@ def test_a_slow_climb_without_outliers_is_a_spike(seed: int) -> None:
         kinds.append(detector.watch(update, 2.0 + climb + rng.gauss(0, 0.1)).kind)
     assert "spike" not in kinds[:121]
     assert "spike" in kinds[121:160]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_small_step_in_loud_noise_is_a_spike(seed: int) -> None:
+    rng, detector = random.Random(seed), SpikeDetector()
+    kinds = [detector.watch(u, rng.gauss(2.65 if u < 70 else 3.3, 0.12)).kind for u in range(110)]
+    assert "spike" not in kinds[:70]
+    assert "spike" in kinds[70:]
+
+
+RECORDED = json.loads((Path(__file__).parents[2] / "benchmarks" / "spike_guard.json").read_text())["runs"]
+
+
+@pytest.mark.parametrize("run", [run for run in RECORDED if run["remedy"] == "warn"], ids=lambda r: str(r["peak"]))
+def test_runs_that_broke_are_told_and_no_others(run: dict[str, Any]) -> None:
+    detector = SpikeDetector()
+    series = enumerate(zip(run["losses"], run["norms"], strict=True))
+    spikes = [update for update, (loss, norm) in series if detector.watch(update, loss, norm).kind == "spike"]
+    assert spikes == run["spikes"]
+    assert bool(spikes) == (run["final"] > run["first"])
 
 
 def test_an_early_rise_is_seen_while_the_loss_still_falls() -> None:
