@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart check test test-fast format lock bench clean
+.PHONY: help install quickstart check test format lock bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -30,7 +30,7 @@ check: install ## format, lint, types and fast tests, in under a minute
 
 test: install ## install what the tests need, and run them all
 	$(BIN)/python examples/fetch_quickstart.py
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 format: install ## format the code and mend what the linter can
 	$(BIN)/ruff format .
@@ -42,6 +42,7 @@ lock: install ## write the installed versions to constraints.txt
 
 bench: install ## run the benchmarks, each against its alternative
 	$(BIN)/python benchmarks/advice_accuracy.py
+	$(BIN)/python benchmarks/spike_guard.py --quick
 	$(BIN)/python benchmarks/launch_overhead.py
 
 clean: ## remove what was built, not the runs
