@@ -24,7 +24,7 @@ _STOP_GRACE_SECONDS = 0.0
 _TOLD = {
     "outlier": "one odd update",
     "spike": "a spike",
-    "warmup_extended": "the warm-up is longer from here on",
+    "warmup_extended": "the learning rate yields",
     "not_extended": "the warm-up stays",
 }
 WORKER = ("-m", "launcher.worker")

@@ -161,8 +161,9 @@ class ScheduleSection(Section):
     cycles: PositiveInt | None = Field(None, description="cosine_restarts: the number of cosine cycles. Default 2.")
     segments: list[SegmentSection] | None = Field(None, description="compound: the pieces after the warm-up.")
     on_spike: Literal["warn", "extend_warmup", "lower_peak", "stop"] = Field(
-        "extend_warmup",
-        description="What a loss spike leads to. lower_peak lengthens the warm-up too, and halves the peak.",
+        "lower_peak",
+        description="What a loss spike leads to. extend_warmup: the warm-up is lengthened from there on. lower_peak: "
+        "that, and the peak is halved; in benchmarks/spike_guard only this helped.",
     )
     max_extensions: WholeNumber = Field(2, description="How often a spike may lengthen the warm-up or lower the peak.")
     check_every: PositiveInt = Field(

@@ -70,7 +70,8 @@ def applied_curve(run: RunDir) -> Curve:
 
 def _extension_notes(run: RunDir) -> list[str]:
     return [
-        f"At update {event['update']} the warm-up was lengthened to {event['warmup_updates']} updates."
+        f"At update {event['update']} the warm-up was lengthened to {event['warmup_updates']} updates, "
+        f"to a peak of {event['peak_lr']:g}."
         for event in run.events()
         if event["event"] == "warmup_extended"
     ]

@@ -32,7 +32,7 @@ def of_kind(run: RunDir, kind: str) -> list[dict]:
 
 @pytest.mark.parametrize("shape", ["linear", "cosine", "wsd"])
 def test_a_spike_lengthens_the_warm_up_once_and_halves_the_rate(job_dict, tmp_path, shape):
-    plan, run, _ = spiking(job_dict, tmp_path, shape=shape)
+    plan, run, _ = spiking(job_dict, tmp_path, shape=shape, on_spike="extend_warmup")
     assert [event["update"] for event in of_kind(run, "outlier")] == [40, 41]
     assert [event["update"] for event in of_kind(run, "spike")] == [42]
     (extended,) = of_kind(run, "warmup_extended")
