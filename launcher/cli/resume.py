@@ -49,6 +49,10 @@ def _go_on(directory: RunDir, overrides: list[str], console: RunConsole) -> None
             plan, start = _changed(plan, start, overrides, console)
             plan_file = directory.next_plan_revision()
             write_atomic(plan_file, plan.to_json())
+        if start.update >= plan.length.total_updates:
+            found = f"all {plan.length.total_updates} updates are made already"
+            mend = f"train.max_steps={2 * plan.length.total_updates} would train on"
+            raise RequestError(Problem(found, file=str(directory.path), mend=mend))
         check_reach(plan.job, measure_machine())
         if start.convert:
             _convert(Path(start.checkpoint), directory, console)

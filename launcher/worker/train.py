@@ -92,7 +92,7 @@ class Training:
             self.engine.step()
             self.advance(batch, mean, rate, grad_norm)
             summed.zero_()
-            if stop or self.guard.stop_reason:
+            if (stop or self.guard.stop_reason) and self.progress.update < self.plan.length.total_updates:
                 self.stopped = True
                 break
 

@@ -107,6 +107,10 @@ def test_what_cannot_be_gone_on_with_is_told(job_dict, tmp_path):
         command = Command("resume", str(run.path), override, folder=tmp_path)
         assert command.wait() == 2
         assert words in command.output
+    finished = fine_tuned(plan_of(merged(job_dict, train={"max_steps": 2})), tmp_path / "finished")
+    again = Command("resume", str(finished.path), folder=tmp_path)
+    assert again.wait() == 2
+    assert "all 2 updates are made already" in again.output
     nothing = Command("resume", str(tmp_path), folder=tmp_path)
     assert nothing.wait() == 2
     assert "not a run directory" in nothing.output
