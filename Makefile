@@ -30,7 +30,7 @@ check: install ## format, lint, types and fast tests, in under a minute
 
 test: install compiler ## install what the tests need, and run them all
 	$(BIN)/python examples/fetch_quickstart.py
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15
 
 # DeepSpeed compiles its CPU Adam when a test offloads the optimizer.
 .PHONY: compiler

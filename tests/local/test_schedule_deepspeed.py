@@ -260,19 +260,28 @@ def an_engine(schedule: Schedule, accumulation: int, precision: dict[str, Any]) 
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
 
 
-@pytest.fixture(scope="module")
-def _one_process(tmp_path_factory: pytest.TempPathFactory) -> Any:
+ONE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+
+
+@pytest.fixture(scope="session")
+def _process_group(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One for the whole session: DeepSpeed keeps hold of the first that it sees."""
     deepspeed = pytest.importorskip("deepspeed")
     store = tmp_path_factory.mktemp("store") / "store"
-    environment = pytest.MonkeyPatch()
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-        environment.setenv(name, value)
-    deepspeed.init_distributed(
-        dist_backend="gloo", auto_mpi_discovery=False, init_method=f"file://{store}", rank=0, world_size=1
-    )
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in ONE_PROCESS.items():
+            environment.setenv(name, value)
+        deepspeed.init_distributed(
+            dist_backend="gloo", auto_mpi_discovery=False, init_method=f"file://{store}", rank=0, world_size=1
+        )
     yield
     torch.distributed.destroy_process_group()
-    environment.undo()
+
+
+@pytest.fixture
+def _one_process(_process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in ONE_PROCESS.items():
+        monkeypatch.setenv(name, value)
 
 
 def micro_batch(engine: Any, scale: float) -> None:
