@@ -185,7 +185,10 @@ class ClusterSection(Section):
         description="A Ray to join (host:port). auto: RAY_ADDRESS where set, or else a Ray of our own. local: our own.",
     )
     wait_seconds: PositiveNumber = Field(600.0, description="How long to wait for nodes on a Ray that exists.")
-    env: dict[Name, Name] = Field(default_factory=dict, description="Environment variables for every rank.")
+    env: dict[Name, Name] = Field(
+        default_factory=dict,
+        description="Environment variables for every rank; no secrets, they are written to plan.json.",
+    )
 
 
 class CheckpointSection(Section):
