@@ -87,17 +87,13 @@ def base_environment() -> dict[str, str]:
 def make_model(folder: Path) -> None:
     """A Llama whose update takes some 50 ms on a core, with a tokenizer of bytes."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from byte_tokenizer import save_byte_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    vocabulary = {token: i for i, token in enumerate(["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
+    vocabulary_size = save_byte_tokenizer(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=vocabulary_size,
         hidden_size=192,
         intermediate_size=512,
         num_hidden_layers=4,

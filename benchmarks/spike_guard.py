@@ -102,17 +102,13 @@ def pieces(text: str, count: int) -> Iterable[str]:
 def make_model(folder: Path) -> None:
     """The untrained model, with a tokenizer of bytes."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+    from byte_tokenizer import save_byte_tokenizer
+    from transformers import OPTConfig, OPTForCausalLM
 
-    vocabulary = {token: i for i, token in enumerate(["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
+    vocabulary_size = save_byte_tokenizer(folder)
     torch.manual_seed(0)
     config = OPTConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=vocabulary_size,
         hidden_size=48,
         word_embed_proj_dim=48,
         ffn_dim=144,

@@ -47,13 +47,15 @@ def _go_on(directory: RunDir, overrides: list[str], console: RunConsole) -> None
     with console.closing(), interruptible(console) as interrupts:
         if overrides:
             plan, start = _changed(plan, start, overrides, console)
-            plan_file = directory.next_plan_revision()
-            write_atomic(plan_file, plan.to_json())
         if start.update >= plan.length.total_updates:
             found = f"all {plan.length.total_updates} updates are made already"
             mend = f"train.max_steps={2 * plan.length.total_updates} would train on"
             raise RequestError(Problem(found, file=str(directory.path), mend=mend))
         check_reach(plan.job, measure_machine())
+        if overrides:
+            # Only now: a request that is refused leaves no revision behind.
+            plan_file = directory.next_plan_revision()
+            write_atomic(plan_file, plan.to_json())
         if start.convert:
             _convert(Path(start.checkpoint), directory, console)
         console.note(f"going on after update {start.update} of {plan.length.total_updates}")

@@ -26,7 +26,7 @@ def resolve(job: Job, user: DsConfig, model: ModelFacts, data: DataFacts, machin
     precision = resolve_precision(job, user, world, machine)
     batch = _batch(job, user, world, model, machine, precision, _longest(data))
     length = resolve_length(job, data, batch.train_batch_size)
-    _check_rhythm(job, data, length)
+    _check_eval_every(job, length.total_updates)
     rate = decide_rate(job, model, data, length, user)
     composed = compose(
         user,
@@ -88,16 +88,7 @@ def check_request(job: Job, user: DsConfig, machine: MachineFacts) -> None:
     resolve_precision(job, user, world, machine)
     zero_stage(user)
     resolve_batch(_given_batch(job, user), world.size, lambda _: True)
-    if job.train.max_steps is not None:
-        _check_eval_every(job, job.train.max_steps)
-    if job.train.eval_every is not None and job.data.eval is None:
-        raise RequestError(
-            Problem(
-                "there is nothing to evaluate on",
-                key="train.eval_every",
-                mend="give data.eval, or leave it out",
-            )
-        )
+    _check_eval_every(job, job.train.max_steps)
 
 
 def resolve_world(job: Job, machine: MachineFacts) -> World:
@@ -228,21 +219,20 @@ def _longest(data: DataFacts) -> int:
     return max(data.train.longest, data.eval.longest if data.eval else 0)
 
 
-def _check_rhythm(job: Job, data: DataFacts, length: Length) -> None:
-    _check_eval_every(job, length.total_updates)
-    if job.train.eval_every is not None and data.eval is None:
-        raise RequestError(Problem("there is nothing to evaluate on", key="train.eval_every", mend="give data.eval"))
-
-
-def _check_eval_every(job: Job, total_updates: int) -> None:
+def _check_eval_every(job: Job, total_updates: int | None) -> None:
+    """Raises RequestError where there is nothing to evaluate on, or never a time for it in a run that long."""
     every = job.train.eval_every
-    if every is not None and every > total_updates:
+    if every is not None and total_updates is not None and every > total_updates:
         raise RequestError(
             Problem(
                 f"{every} is beyond the run, which has {total_updates} updates",
                 key="train.eval_every",
                 mend=f"at most {total_updates}, or leave it out: the start and the end are always evaluated",
             )
+        )
+    if every is not None and job.data.eval is None:
+        raise RequestError(
+            Problem("there is nothing to evaluate on", key="train.eval_every", mend="give data.eval, or leave it out")
         )
 
 
