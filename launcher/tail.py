@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,28 @@ def last_lines(path: Path, count: int, most_bytes: int = 64 * 1024) -> list[str]
     except FileNotFoundError:
         return []
     return lines[-count:]
+
+
+def lines_backwards(path: Path, end: int | None = None, block_bytes: int = 64 * 1024) -> Iterator[bytes]:
+    """The lines of a file from the last to the first, without their ends; only what is asked for is read.
+
+    `end` is where to begin in bytes, the file's end where it is None. A missing file has no lines.
+    """
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        position = file.seek(0, os.SEEK_END) if end is None else end
+        rest, last = b"", True
+        while position > 0:
+            start = max(0, position - block_bytes)
+            file.seek(start)
+            rest, *lines = (file.read(position - start) + rest).split(b"\n")
+            position = start
+            if last and lines:
+                # A newline ends the last line, and no empty one follows it.
+                lines, last = lines if lines[-1] else lines[:-1], False
+            yield from reversed(lines)
+        if rest or not last:
+            yield rest

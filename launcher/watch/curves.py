@@ -112,7 +112,7 @@ def plan_marks(plan: Plan) -> dict[int, str]:
 def plan_curve(plan: Plan, name: str | None = None) -> Curve:
     """The rate that the plan gives every update."""
     name = name or plan.learning_rate.shape
-    if plan.learning_rate.schedule is not None:
+    if plan.learning_rate.schedule is not None and plan.learning_rate.advance:
         return schedule_curve(schedule_of(plan), name)
     rate_of = planned_rates(plan)
     return Curve.of(name, [rate_of(update) for update in range(plan.length.total_updates)])

@@ -61,6 +61,8 @@ def applied_curve(run: RunDir) -> Curve:
     """
     rates: dict[int, float] = {}
     for line in run.metrics():
+        if "lr" not in line:  # a script of one's own tells what it likes
+            continue
         update = int(line["update"])
         if rates and update <= max(rates):
             rates = {done: rate for done, rate in rates.items() if done < update}

@@ -1,0 +1,113 @@
+"""How far `launcher logs -f` lags behind a live run, and how much of a core it takes.
+
+A process of its own writes so many lines a second to each of so many rank logs, one write a line, as agents do. The
+real command follows them into a pipe, where each line's arrival is compared with the time that it carries. Its
+processor time is the kernel's count over the same span. Lines are held for half a second, so that those of slower files
+fall in order: that is the least a line can lag.
+
+    python benchmarks/log_following.py [--files 64] [--rate 10] [--seconds 20]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+
+import psutil
+
+from launcher.run_dir import RunDir, utc_now
+
+RANKS_A_NODE = 8
+_START_SECONDS = 4.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Lags in seconds, in their order; `misplaced` lines were older than the one before them."""
+
+    lags: tuple[float, ...]
+    written: int
+    misplaced: int
+    core: float
+
+    def lag(self, share: float) -> float:
+        return self.lags[min(len(self.lags) - 1, int(share * len(self.lags)))]
+
+
+def write_lines(folder: Path, files: int, rate: float, seconds: float) -> None:
+    """Writes to every file at its rate, the files in turn. Runs in a process of its own."""
+    logs = []
+    for rank in range(files):
+        path = folder / f"logs/node-{rank // RANKS_A_NODE}-h{rank // RANKS_A_NODE}/rank-{rank}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        logs.append(path.open("ab", buffering=0))
+    began, pause = time.monotonic(), 1 / (files * rate)
+    for number in range(int(seconds * rate * files)):
+        wait = began + number * pause - time.monotonic()
+        if wait > 0:
+            time.sleep(wait)
+        logs[number % files].write(f"{utc_now()} line {number} of a rank that says this much\n".encode())
+
+
+def measure(files: int, rate: float, seconds: float) -> Measured:
+    """Follows a run while it is written to."""
+    with tempfile.TemporaryDirectory() as name:
+        run = RunDir(Path(name))
+        run.logs.mkdir()
+        run.enter("training")
+        writer = subprocess.Popen([sys.executable, __file__, "--write", name, *map(str, (files, rate, seconds))])
+        command = [str(Path(sys.executable).with_name("launcher")), "logs", name, "-f", "--tail", "0"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as follower:
+            arrivals: list[tuple[float, float]] = []
+            reader = threading.Thread(target=_read, args=(follower, arrivals))
+            reader.start()
+            time.sleep(_START_SECONDS)
+            process, began = psutil.Process(follower.pid), time.monotonic()
+            before = sum(process.cpu_times()[:2])
+            writer.wait()
+            busy = sum(process.cpu_times()[:2]) - before
+            core = busy / (time.monotonic() - began)
+            run.enter("finished")
+            reader.join()
+    settled = [(written, arrived) for written, arrived in arrivals if written >= arrivals[0][1]]
+    lags = tuple(sorted(arrived - written for written, arrived in settled))
+    misplaced = sum(b[0] < a[0] for a, b in pairwise(settled))
+    return Measured(lags, len(settled), misplaced, core)
+
+
+def _read(follower: subprocess.Popen[bytes], arrivals: list[tuple[float, float]]) -> None:
+    """Notes (when a line was written, when it came) for every line."""
+    assert follower.stdout is not None
+    for line in follower.stdout:
+        now = time.time()
+        arrivals.append((datetime.fromisoformat(line.split(None, 2)[1].decode()).timestamp(), now))
+
+
+def main(arguments: Sequence[str]) -> None:
+    if arguments[:1] == ["--write"]:
+        write_lines(Path(arguments[1]), int(arguments[2]), float(arguments[3]), float(arguments[4]))
+        return
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--files", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=10.0, help="lines a second in each file")
+    parser.add_argument("--seconds", type=float, default=20.0)
+    given = parser.parse_args(arguments)
+    found = measure(given.files, given.rate, given.seconds)
+    print(f"{given.files} files at {given.rate:g} lines/s each, {os.cpu_count()} cores: {found.written} lines followed")
+    print(f"  lag      median {found.lag(0.5):.2f} s, 99% {found.lag(0.99):.2f} s, longest {found.lags[-1]:.2f} s")
+    print(f"  order    {found.misplaced} lines came after a younger one")
+    print(f"  core     {found.core:.1%} of one")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,151 @@
+"""A row a node: what the nodes' agents last wrote of themselves and their ranks."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launcher.run_dir import RunDir
+from launcher.watch.session import Record, Session, read_json, seconds_of
+
+STALE_SECONDS = 30.0
+STRAGGLER_RATIO = 1.25
+"""A node whose time is beyond this many times the median of all nodes is marked."""
+_LEAST_SECONDS = 0.01
+_FOLDER = re.compile(r"^node-(\d+)-(.+)$")
+
+
+@dataclass(frozen=True)
+class NodeStatus:
+    """One node. None stands for what is not known: a node that has written nothing yet has its name alone.
+
+    `updates` are those that all its ranks have done. `step_seconds` is the median over its ranks of the time of an
+    update, `own_seconds` the longest of its ranks' own work in it; `ratio` is the one that is compared against the
+    median of all nodes. `heartbeat_seconds` is the age of what it wrote last; beyond 30 it is `stale`.
+    """
+
+    node_rank: int
+    host: str
+    ranks: tuple[int, ...] = ()
+    ranks_alive: int | None = None
+    exit_codes: tuple[int, ...] = ()
+    phase: str | None = None
+    updates: int | None = None
+    step_seconds: float | None = None
+    own_seconds: float | None = None
+    ratio: float | None = None
+    straggler: bool = False
+    cpus: int | None = None
+    cpu_percent: float | None = None
+    memory_used_bytes: int | None = None
+    memory_bytes: int | None = None
+    gpus: int | None = None
+    gpu_percent: float | None = None
+    gpu_memory_used_bytes: int | None = None
+    gpu_memory_bytes: int | None = None
+    heartbeat_seconds: float | None = None
+    stale: bool = False
+    ended: bool | None = None
+
+
+def node_statuses(run: RunDir, session: Session, now: float) -> list[NodeStatus]:
+    """The nodes that the run has now, by node rank; those whose folders there are where no event names any."""
+    rows = []
+    for (node_rank, host), offset in sorted(_named(run, session).items()):
+        record = read_json(run.node_logs(node_rank, host) / "node.json")
+        if record is not None and _is_older(record, session, offset):
+            record = None
+        bare = NodeStatus(node_rank, host)
+        rows.append(bare if record is None else _row(bare, record, offset, now))
+    return rows
+
+
+def _named(run: RunDir, session: Session) -> dict[tuple[int, str], float]:
+    """The nodes with the offsets of their clocks."""
+    keys = session.nodes or [(int(m[1]), m[2]) for path in _folders(run.logs) if (m := _FOLDER.match(path.name))]
+    return {key: session.offsets.get(run.node_logs(*key).name, 0.0) for key in keys}
+
+
+def _folders(logs: Path) -> list[Path]:
+    try:
+        return list(logs.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _is_older(record: Record, session: Session, offset: float) -> bool:
+    """Whether a node's file was left by an earlier session of the run."""
+    time = seconds_of(record.get("time"))
+    return time is not None and session.placed is not None and time - offset < session.placed - STALE_SECONDS
+
+
+def _row(bare: NodeStatus, record: Record, offset: float, now: float) -> NodeStatus:
+    ranks: list[Record] = record.get("ranks") or []
+    time = seconds_of(record.get("time"))
+    age = None if time is None else max(0.0, now - (time - offset))
+    ended = bool(record.get("ended"))
+    return replace(
+        bare,
+        ranks=tuple(rank["rank"] for rank in ranks),
+        ranks_alive=sum(bool(rank.get("alive")) for rank in ranks),
+        exit_codes=tuple(sorted({rank["exit_code"] for rank in ranks if rank.get("exit_code")})),
+        phase=_common(rank.get("phase") for rank in ranks),
+        updates=min((rank["updates"] for rank in ranks if rank.get("updates") is not None), default=None),
+        step_seconds=_of(statistics.median, ranks, "step_seconds"),
+        own_seconds=_of(max, ranks, "own_seconds"),
+        cpus=record.get("cpus"),
+        cpu_percent=record.get("cpu_percent"),
+        memory_used_bytes=record.get("memory_used_bytes"),
+        memory_bytes=record.get("memory_bytes"),
+        **_gpus(record.get("gpus") or []),
+        heartbeat_seconds=age,
+        stale=not ended and age is not None and age > STALE_SECONDS,
+        ended=ended,
+    )
+
+
+def _gpus(gpus: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many GPUs a node has, the mean of their use, and their memory together."""
+    return {
+        "gpus": len(gpus),
+        "gpu_percent": _of(statistics.fmean, gpus, "utilization_percent"),
+        "gpu_memory_used_bytes": _of(sum, gpus, "memory_used_bytes"),
+        "gpu_memory_bytes": _of(sum, gpus, "memory_bytes"),
+    }
+
+
+def _of(combine: Any, items: Iterable[Mapping[str, Any]], key: str) -> Any:
+    values = [item[key] for item in items if item.get(key) is not None]
+    return combine(values) if values else None
+
+
+def _common(values: Iterable[Any]) -> str | None:
+    """The one value that all have; several are named together."""
+    found = sorted({str(value) for value in values if value is not None})
+    return "/".join(found) or None
+
+
+def straggling(nodes: Sequence[NodeStatus]) -> tuple[str | None, list[NodeStatus]]:
+    """(the time that was compared, the nodes with their ratio to the median, stragglers marked).
+
+    Ranks wait for each other in an update's collectives, so that its time is the same on all of them: where the time of
+    their own work is known, that is compared. Of an even number of nodes the lower median counts, so that the slow one
+    of two is not half of its own measure.
+    """
+    for key in ("own_seconds", "step_seconds"):
+        values = [value for node in nodes if (value := getattr(node, key))]
+        if len(values) >= 2:
+            middle = statistics.median_low(values)
+            return key, [_against(node, getattr(node, key), middle) for node in nodes]
+    return None, list(nodes)
+
+
+def _against(node: NodeStatus, value: float | None, middle: float) -> NodeStatus:
+    if value is None:
+        return node
+    slow = value > STRAGGLER_RATIO * middle and value - middle > _LEAST_SECONDS
+    return replace(node, ratio=value / middle, straggler=slow)

@@ -1,0 +1,115 @@
+"""What a run directory says of its run at this moment: the state, the nodes it has now, and how it failed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from launcher.run_dir import ENDED, RunDir
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Session:
+    """The state as state.json has it, and what events.jsonl tells of the time since the run was last placed.
+
+    `nodes` are the "node" events by (node rank, host). `offsets` has for each log folder ever named how many seconds
+    that node's clock is ahead of the supervisor's. `began` is the time of the run's first event. `failure` is the last
+    "failure" event of this time, None without one. `last_phase` is the last state before the run ended.
+    """
+
+    state: Record
+    began: float | None = None
+    placed: float | None = None
+    heard: float | None = None
+    nodes: dict[tuple[int, str], Record] = field(default_factory=dict)
+    offsets: dict[str, float] = field(default_factory=dict)
+    failure: Record | None = None
+    last_phase: str = "planning"
+
+    @property
+    def name(self) -> str:
+        """The state's name; "unknown" where there is no state.json."""
+        return str(self.state.get("state", "unknown"))
+
+    @property
+    def ended(self) -> bool:
+        return self.name in ENDED
+
+
+def read_session(run: RunDir) -> Session:
+    """The session of a run; whatever is missing or damaged is left out."""
+    began, placed, heard = None, None, None
+    nodes: dict[tuple[int, str], Record] = {}
+    offsets: dict[str, float] = {}
+    failure: Record | None = None
+    phase = "planning"
+    for event in records(run.events_file):
+        heard = seconds_of(event.get("time")) or heard
+        began = began or heard
+        kind = event.get("event")
+        if kind == "resume" or (kind == "state" and event.get("state") == "placing"):
+            nodes, failure, placed = {}, None, heard
+        elif kind == "node":
+            key = (int(event["node_rank"]), str(event["host"]))
+            nodes[key] = event
+            offsets[run.node_logs(*key).name] = float(event.get("clock_offset_seconds") or 0.0)
+        elif kind == "failure":
+            failure = event
+        if kind == "state" and event.get("state") not in ENDED:
+            phase = str(event.get("state"))
+    return Session(read_json(run.state_file) or {}, began, placed, heard, nodes, offsets, failure, phase)
+
+
+def records(path: Path) -> Iterator[Record]:
+    """The JSON lines of a file; damaged ones, a half-written last one and a missing file are passed over."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        yield from parsed(file)
+
+
+def parsed(lines: Iterator[bytes] | Any) -> Iterator[Record]:
+    """Those of the lines that are JSON objects."""
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                yield record
+
+
+def read_json(path: Path) -> Record | None:
+    """A JSON object; None where the file is missing or damaged."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def seconds_of(time: Any) -> float | None:
+    """Seconds since the epoch of a time as the run's files write it; None where it is none."""
+    try:
+        return datetime.fromisoformat(time).timestamp()
+    except (TypeError, ValueError):
+        return None
+
+
+def is_held(run: RunDir) -> bool | None:
+    """Whether a launcher works in the run directory; None where that cannot be told from here."""
+    try:
+        with (run.path / "launcher.lock").open("rb") as lock:
+            # A shared lock can be asked for without the right to write.
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False

@@ -1,0 +1,166 @@
+"""Where a run stands, read from its directory alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any
+
+from launcher.run_dir import RunDir
+from launcher.tail import lines_backwards
+from launcher.watch.nodes import NodeStatus, node_statuses, straggling
+from launcher.watch.session import Record, Session, is_held, parsed, read_json, read_session, seconds_of
+
+LOST = "lost"
+LOST_SECONDS = 60.0
+_RECENT_UPDATES = 20
+_TIMED_UPDATES = 200
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """Where a run stands. Times are seconds; None stands for what is not known.
+
+    `state` is that of state.json, "unknown" without one, or "lost": state.json (`written_state`) says that the run is
+    alive, but nothing was heard of it for a minute and no launcher holds its directory. `updates` are done, of
+    `total_updates`; `loss` and `lr` are the last one's, `tokens_per_second` and `step_seconds` medians of the last 20.
+    `compared` names the time in which nodes are compared, "own_seconds" or "step_seconds".
+    """
+
+    name: str
+    path: str
+    state: str
+    written_state: str
+    state_seconds: float | None
+    reason: str | None
+    began: str | None
+    host: str | None
+    pid: int | None
+    slurm_job_id: str | None
+    ray_job_id: str | None
+    updates: int
+    total_updates: int | None
+    left_seconds: float | None
+    loss: float | str | None
+    lr: float | None
+    tokens_per_second: float | None
+    step_seconds: float | None
+    silent_seconds: float | None
+    compared: str | None = None
+    nodes: tuple[NodeStatus, ...] = ()
+
+    @property
+    def live(self) -> bool:
+        """Whether the run goes on."""
+        return self.state == self.written_state and self.state not in ("finished", "failed", "stopped", "unknown")
+
+
+def read_status(run: RunDir, now: float) -> RunStatus:
+    """The status at `now` (seconds since the epoch), with a row a node."""
+    session = read_session(run)
+    nodes = node_statuses(run, session, now)
+    status = _status(run, session, nodes, now)
+    compared, nodes = straggling(nodes if status.live else [replace(node, stale=False) for node in nodes])
+    return replace(status, compared=compared, nodes=tuple(nodes))
+
+
+def read_brief(run: RunDir, now: float) -> RunStatus:
+    """The status without its nodes; those of a run that has ended are not even read."""
+    session = read_session(run)
+    return _status(run, session, [] if session.ended else node_statuses(run, session, now), now)
+
+
+def _status(run: RunDir, session: Session, nodes: Sequence[NodeStatus], now: float) -> RunStatus:
+    recent = recent_metrics(run)
+    last = recent[-1] if recent else {}
+    updates, total = _updates(last, nodes), total_updates(run)
+    since = seconds_of(session.state.get("since"))
+    heard = _heard(session, last, nodes, now)
+    lost = _is_lost(run, session, heard, now)
+    return RunStatus(
+        name=run.path.name,
+        path=str(run.path),
+        state=LOST if lost else session.name,
+        written_state=session.name,
+        state_seconds=_age(heard if lost else since, now),
+        reason=session.state.get("reason"),
+        began=None if session.began is None else _iso(session.began),
+        host=session.state.get("host"),
+        pid=session.state.get("pid"),
+        slurm_job_id=_text(session.state.get("slurm_job_id")),
+        ray_job_id=_text(session.state.get("ray_job_id")),
+        updates=updates,
+        total_updates=total,
+        left_seconds=None if lost or session.ended else _left(recent, session.placed, updates, total),
+        loss=last.get("loss"),
+        lr=last.get("lr"),
+        tokens_per_second=_median(recent[-_RECENT_UPDATES:], "tokens_per_second"),
+        step_seconds=_median(recent[-_RECENT_UPDATES:], "step_seconds"),
+        silent_seconds=_age(heard, now),
+    )
+
+
+def _updates(last: Record, nodes: Sequence[NodeStatus]) -> int:
+    """Updates done: what metrics.jsonl says, or the nodes where a script of the user's own writes none."""
+    if isinstance(last.get("update"), int):
+        return int(last["update"]) + 1
+    return min((node.updates for node in nodes if node.updates is not None), default=0)
+
+
+def recent_metrics(run: RunDir) -> list[Record]:
+    """The last lines of metrics.jsonl, in their order."""
+    return list(parsed(islice(lines_backwards(run.metrics_file), _TIMED_UPDATES)))[::-1]
+
+
+def total_updates(run: RunDir) -> int | None:
+    """How many updates the newest plan has."""
+    for file in (*reversed(run.plan_revisions()), run.plan_file):
+        document = read_json(file)
+        if document is not None:
+            try:
+                return int(document["plan"]["length"]["total_updates"])
+            except (KeyError, TypeError, ValueError):
+                continue
+    return None
+
+
+def _left(recent: Sequence[Record], placed: float | None, updates: int, total: int | None) -> float | None:
+    """Time left at the pace since the run was last placed, with what it spent on evaluations and checkpoints."""
+    times = [time for line in recent if (time := seconds_of(line.get("time"))) and time >= (placed or 0.0)]
+    if total is None or len(times) < 2:
+        return None
+    return max(0, total - updates) * (times[-1] - times[0]) / (len(times) - 1)
+
+
+def _heard(session: Session, last: Record, nodes: Sequence[NodeStatus], now: float) -> float | None:
+    """When anything of the run was last heard."""
+    beats = [now - node.heartbeat_seconds for node in nodes if node.heartbeat_seconds is not None]
+    told = (session.heard, seconds_of(session.state.get("since")), seconds_of(last.get("time")))
+    return max([*beats, *(time for time in told if time is not None)], default=None)
+
+
+def _is_lost(run: RunDir, session: Session, heard: float | None, now: float) -> bool:
+    """Did the supervisor vanish? While data is prepared nothing is written, and the lock alone tells."""
+    if session.ended or not session.state or heard is None or now - heard < LOST_SECONDS:
+        return False
+    return is_held(run) is False
+
+
+def _age(time: float | None, now: float) -> float | None:
+    return None if time is None else max(0.0, now - time)
+
+
+def _median(lines: Sequence[Record], key: str) -> float | None:
+    values = [line[key] for line in lines if isinstance(line.get(key), int | float)]
+    return statistics.median(values) if values else None
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _iso(time: float) -> str:
+    return datetime.fromtimestamp(time, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

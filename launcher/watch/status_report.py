@@ -1,0 +1,218 @@
+"""The status of runs, for people and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from launcher.watch.nodes import STALE_SECONDS, STRAGGLER_RATIO, NodeStatus
+from launcher.watch.plain import plain
+from launcher.watch.status import LOST, LOST_SECONDS, RunStatus
+from launcher.watch.words import duration, memory, number
+
+_STYLES = {"finished": "green", "failed": "bold red", LOST: "bold red", "stopped": "yellow", "unknown": "dim"}
+_COMPARED = {"own_seconds": "the time of its own work in an update", "step_seconds": "the time of an update"}
+PIPE_WIDTH = 200
+
+
+def status_console() -> Console:
+    """A console whose tables are not cut where no terminal says how wide it is."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
+
+
+def status_json(status: RunStatus | Sequence[RunStatus]) -> str:
+    """One status as an object, several as a list of them without their nodes."""
+    if isinstance(status, RunStatus):
+        return json.dumps(asdict(status), indent=2)
+    return json.dumps([{k: v for k, v in asdict(one).items() if k not in ("nodes", "compared")} for one in status])
+
+
+def status_view(status: RunStatus, most_nodes: int | None = None) -> Group:
+    """A run with a row a node; of more than `most_nodes` those that stand out come first, and the others are counted.
+
+    Nodes are in the order of their ranks otherwise.
+    """
+    parts: list[Text | Table] = [summary(status)]
+    if status.nodes:
+        shown, left = _chosen(status.nodes, most_nodes)
+        parts += [Text(), _node_table(shown)]
+        if left:
+            parts.append(Text(f"… and {left} more nodes", style="dim"))
+        parts += [Text(line, style="dim") for line in _legend(status)]
+    return Group(*parts)
+
+
+def summary(status: RunStatus) -> Text:
+    """The run in a few lines."""
+    lines = [_state_line(status), _progress_line(status)]
+    numbers = _numbers(status)
+    if numbers:
+        lines.append(Text(f"  {numbers}"))
+    lines.append(Text(f"  {_who(status)}", style="dim"))
+    lines.append(Text(f"  {status.path}", style="dim"))
+    return Text("\n").join(lines)
+
+
+def one_line(status: RunStatus) -> str:
+    """The run in one line, for where there is no terminal."""
+    total = "?" if status.total_updates is None else status.total_updates
+    left = "" if status.left_seconds is None else f"  {duration(status.left_seconds)} left"
+    numbers = _numbers(status)
+    return f"{plain(status.state)}  update {status.updates}/{total}{left}" + (f"  {numbers}" if numbers else "")
+
+
+def _state_line(status: RunStatus) -> Text:
+    line = Text.assemble((status.name, "bold"), "  ", (status.state, _STYLES.get(status.state, "cyan")))
+    if status.state == LOST:
+        line.append(
+            f": state.json says {status.written_state}, but nothing was heard of the run for "
+            f"{duration(status.silent_seconds)}, and no launcher holds its directory"
+        )
+        return line
+    if status.state_seconds is not None:
+        since = duration(status.state_seconds)
+        line.append(f" for {since}" if status.live else f" {since} ago")
+    if status.reason:
+        line.append(f": {plain(str(status.reason).splitlines()[0])}")
+    return line
+
+
+def _progress_line(status: RunStatus) -> Text:
+    total = status.total_updates
+    if total is None:
+        return Text(f"  update {status.updates}, of how many is not known")
+    share = f" ({status.updates / total:.0%})" if total else ""
+    left = f", about {duration(status.left_seconds)} left" if status.left_seconds is not None else ""
+    return Text(f"  update {status.updates} of {total}{share}{left}")
+
+
+def _numbers(status: RunStatus) -> str:
+    parts = []
+    if status.loss is not None:
+        parts.append(f"loss {number(status.loss)}")
+    if status.lr is not None:
+        parts.append(f"rate {number(status.lr, '.2e')}")
+    if status.tokens_per_second is not None:
+        parts.append(f"{status.tokens_per_second:,.0f} tokens/s")
+    if status.step_seconds is not None:
+        parts.append(f"{status.step_seconds:.3g} s an update")
+    return "  ".join(parts)
+
+
+def _who(status: RunStatus) -> str:
+    parts = [f"{name} job {plain(job)}" for name, job in _jobs(status) if job]
+    if status.host is not None:
+        parts.append(f"process {status.pid} on {plain(str(status.host))}")
+    if status.live and status.silent_seconds is not None:
+        parts.append(f"last heard of {duration(status.silent_seconds)} ago")
+    return ", ".join(parts) or "no launcher has written its name"
+
+
+def _jobs(status: RunStatus) -> tuple[tuple[str, str | None], ...]:
+    return ("Slurm", status.slurm_job_id), ("Ray", status.ray_job_id)
+
+
+def _chosen(nodes: Sequence[NodeStatus], most: int | None) -> tuple[list[NodeStatus], int]:
+    if most is None or len(nodes) <= most:
+        return list(nodes), 0
+    return sorted(nodes, key=lambda node: (not _stands_out(node), node.node_rank))[:most], len(nodes) - most
+
+
+def _stands_out(node: NodeStatus) -> bool:
+    return node.straggler or node.stale or bool(node.exit_codes)
+
+
+def _node_table(nodes: Sequence[NodeStatus]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    gpus = any(node.gpus for node in nodes)
+    shown = {name: cell for name, cell in _COLUMNS.items() if gpus or not name.startswith("GPU")}
+    for name in shown:
+        table.add_column(name, justify="left" if name in _LEFT else "right", no_wrap=True)
+    for node in nodes:
+        table.add_row(*(Text(cell(node)) for cell in shown.values()), style=_node_style(node))
+    return table
+
+
+def _node_style(node: NodeStatus) -> str:
+    if node.stale or node.exit_codes:
+        return "red"
+    return "bold yellow" if node.straggler else ""
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g} s"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}%"
+
+
+def _marks(node: NodeStatus) -> str:
+    marks = ["slow"] if node.straggler else []
+    marks += ["stale"] if node.stale else []
+    marks += [f"exit {', '.join(map(str, node.exit_codes))}"] if node.exit_codes else []
+    return " ".join(marks)
+
+
+def rank_range(ranks: Sequence[int]) -> str:
+    """0-3 for ranks that follow each other."""
+    if len(ranks) > 1 and list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
+        return f"{ranks[0]}-{ranks[-1]}"
+    return ",".join(map(str, ranks)) or "-"
+
+
+_LEFT = ("host", "ranks", "phase", "")
+_COLUMNS: dict[str, Callable[[NodeStatus], str]] = {
+    "node": lambda node: str(node.node_rank),
+    "host": lambda node: plain(node.host),
+    "ranks": lambda node: rank_range(node.ranks),
+    "phase": lambda node: plain(node.phase or "-"),
+    "update": lambda node: number(node.updates, "d"),
+    "step": lambda node: _seconds(node.step_seconds),
+    "own": lambda node: _seconds(node.own_seconds),
+    "to median": lambda node: "-" if node.ratio is None else f"{node.ratio:.2f}x",
+    "CPU": lambda node: _percent(node.cpu_percent),
+    "memory GiB": lambda node: memory(node.memory_used_bytes, node.memory_bytes),
+    "GPU": lambda node: _percent(node.gpu_percent),
+    "GPU memory GiB": lambda node: memory(node.gpu_memory_used_bytes, node.gpu_memory_bytes),
+    "heartbeat": lambda node: "-" if node.heartbeat_seconds is None else f"{duration(node.heartbeat_seconds)} ago",
+    "": _marks,
+}
+"""What a node's row shows, by the names of the columns."""
+
+
+def _legend(status: RunStatus) -> list[str]:
+    lines = []
+    if any(node.straggler for node in status.nodes) and status.compared:
+        lines.append(f"slow: {_COMPARED[status.compared]} is beyond {STRAGGLER_RATIO:g}x the median of the nodes")
+    if any(node.stale for node in status.nodes):
+        lines.append(f"stale: its agent has written nothing for more than {STALE_SECONDS:.0f} s")
+    return lines
+
+
+def runs_view(runs: Sequence[RunStatus]) -> Group:
+    """All runs, a line each."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("run", "state", "since", "update", "loss", "began (UTC)"):
+        table.add_column(name, justify="right" if name in ("update", "loss", "since") else "left", no_wrap=True)
+    for run in runs:
+        total = "?" if run.total_updates is None else run.total_updates
+        table.add_row(
+            Text(run.name),
+            Text(run.state, style=_STYLES.get(run.state, "cyan")),
+            Text(f"{duration(run.state_seconds)} ago"),
+            Text(f"{run.updates}/{total}"),
+            Text(number(run.loss)),
+            Text("-" if run.began is None else run.began[:19].replace("T", " ")),
+        )
+    parts: list[Table | Text] = [table]
+    if any(run.state == LOST for run in runs):
+        note = f"lost: nothing was heard for more than {LOST_SECONDS:.0f} s, and no launcher holds the directory"
+        parts.append(Text(note, style="dim"))
+    return Group(*parts)

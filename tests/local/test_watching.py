@@ -1,0 +1,105 @@
+"""logs, status, watch and why on a real run of which a rank raises: while it lives, at its end, and on a copy of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.run_dir import RunDir
+from tests.local import processes
+from tests.local.harness import merged
+from tests.local.processes import Command, run_folder, updates_made, write_job
+from tests.unit.given import command
+
+pytestmark = pytest.mark.local
+
+REPOSITORY = Path(__file__).parents[2]
+RAISING = (
+    "import launcher.fleet.supervisor as s; s.WORKER = ('-m', 'tests.local.raising_worker'); "
+    "from launcher.cli import main; main()"
+)
+HOST = socket.gethostname()
+
+
+def launcher(*arguments: str, folder: Path) -> subprocess.Popen[str]:
+    """The real command, started."""
+    return subprocess.Popen(
+        [str(Path(sys.executable).with_name("launcher")), *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def said(*arguments: str) -> str:
+    """What a command prints, in this process, that ends well."""
+    ended = command(*arguments)
+    assert (ended.status, ended.err) == (0, "")
+    return ended.out
+
+
+def parts(line: str) -> tuple[str, ...]:
+    """The name of a line's file, its time, and its text."""
+    return tuple(line.split(None, 2))
+
+
+def test_a_rank_that_raises_is_watched_and_explained(job_dict, tmp_path, monkeypatch):
+    job = write_job(tmp_path, merged(job_dict, train={"max_steps": 100_000}))
+    monkeypatch.setattr(processes, "LAUNCHER", [sys.executable, "-c", RAISING])
+    signal = tmp_path / "raise"
+    variables = {"PYTHONPATH": str(REPOSITORY), "RAISE_WHEN": str(signal)}
+    running = Command("run", str(job), folder=tmp_path, **variables)
+    running.wait_for(lambda: run_folder(tmp_path) is not None)
+    run = RunDir(run_folder(tmp_path))
+    # Both follow from before there is a log, and end by themselves.
+    following = launcher("logs", str(run.path), "-f", folder=tmp_path)
+    watching = launcher("watch", run.path.name, folder=tmp_path)
+    running.wait_for(lambda: updates_made(tmp_path) >= 5)
+    live = json.loads(said("status", str(run.path), "--json"))
+    signal.touch()
+    assert running.wait(120) == 1, running.output
+    followed, errors = following.communicate(timeout=30)
+    assert (following.returncode, errors) == (0, "")
+    watched, errors = watching.communicate(timeout=30)
+    assert (watching.returncode, errors) == (0, "")
+
+    assert (live["state"], live["written_state"]) == ("training", "training")
+    assert live["total_updates"] == 100_000 and live["updates"] >= 5
+    assert [node["host"] for node in live["nodes"]] == [HOST]
+
+    ended = json.loads(said("status", run.path.name, "--output-dir", str(tmp_path / "runs"), "--json"))
+    assert ended["state"] == "failed" and ended["updates"] >= live["updates"]
+    assert ended["nodes"][0]["ranks"] == [0, 1]
+    assert 1 in ended["nodes"][0]["exit_codes"]
+
+    # What was followed is what the files hold, each line once and under its file's name.
+    lines = [
+        parts(f"{path.parent.name}/{path.stem} {line}")
+        for path in run.logs.glob("*/*.log")
+        for line in path.read_text().splitlines()
+    ]
+    assert sorted(map(parts, followed.splitlines())) == sorted(lines)
+    past = said("logs", str(run.path))
+    assert sorted(map(parts, past.splitlines())) == sorted(lines)
+    only = said("logs", str(run.path), "--rank", "1", "--grep", "on fire", "--tail", "1")
+    assert only.startswith(f"node-0-{HOST}/rank-1 ") and "RuntimeError: the disk of this node is on fire" in only
+
+    why = said("why", str(run.path))
+    head = f"rank 1 on node 0 ({HOST}) failed first, with exit code 1: RuntimeError: the disk of this node is on fire"
+    assert why.startswith(f"{head}\n")
+    assert str(run.node_logs(0, HOST) / "rank-1.log") in why
+    # The other rank waited for it in a collective.
+    assert f"1 other rank fell in a collective only afterwards: rank 0 on node 0 ({HOST})" in why
+    # The run said the same by itself, and so does a copy of its directory, and watch at its end.
+    assert f"error: {why.rstrip()}" in running.output
+    assert head in watched and watched.startswith(("planning", "preparing", "placing"))
+    copy = shutil.copytree(run.path, tmp_path / "copied")
+    assert said("why", str(copy)).startswith(f"{head}\n")
+    assert running.left_behind() == []

@@ -1,0 +1,461 @@
+"""What went wrong: the first that failed, who only followed, and what is known of the cause."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.watch.causes import CAUSES, find_cause
+from launcher.watch.failures import Failed, last_traceback, normalised, where
+from launcher.watch.why import Explanation, explain, failed_message, why_view
+from tests.unit.built import GIB, START, Built, rank, stamp
+from tests.unit.given import command
+
+TEXTS = {
+    "out of GPU memory": (
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 22.00 MiB. GPU 0 has a total capacity of 23.65 "
+        "GiB of which 11.06 MiB is free. Including non-PyTorch memory, this process has 23.60 GiB memory in use.",
+        "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ),
+    "out of memory on the node": (
+        "RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+        "tried to allocate 4000000000000000 bytes. Error code 12 (Cannot allocate memory)",
+        "slurmstepd: error: Detected 1 oom_kill event in StepId=11300781.0. Some of the step tasks have been OOM "
+        "Killed.",
+        "MemoryError",
+        "RuntimeError: DataLoader worker (pid 1234) is killed by signal: Killed.",
+    ),
+    "the shared memory of the node is full": (
+        "RuntimeError: unable to write to file </torch_1234_5678_0>: No space left on device (28)",
+        "ERROR: Unexpected bus error encountered in worker. This might be caused by insufficient shared memory (shm).",
+        "Error while creating shared memory segment /dev/shm/nccl-hXq3yb (size 9637888)",
+    ),
+    "the disk is full": (
+        "OSError: [Errno 28] No space left on device",
+        "RuntimeError: [enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598",
+        "OSError: [Errno 122] Disk quota exceeded: '/home/u/.cache/torch'",
+    ),
+    "a network address is in use": (
+        "torch.distributed.DistNetworkError: The server socket has failed to listen on any local network address. "
+        "port: "
+        "23456, useIpv6: false, code: -98, name: EADDRINUSE, message: address already in use",
+    ),
+    "a collective timed out (NCCL)": (
+        "[rank0]:[E321 02:07:08.408271257 ProcessGroupNCCL.cpp:607] [Rank 0] Watchdog caught collective operation "
+        "timeout: WorkNCCL(SeqNum=1580, OpType=ALLREDUCE, NumelIn=466119168, NumelOut=466119168, "
+        "Timeout(ms)=600000) ran "
+        "for 600060 milliseconds before timing out.",
+    ),
+    "a collective timed out (gloo)": (
+        "RuntimeError: [/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out "
+        "waiting "
+        "4000ms for recv operation to complete",
+    ),
+    "the GPU driver does not fit this torch": (
+        "RuntimeError: The NVIDIA driver on your system is too old (found version 11040). Please update your GPU "
+        "driver",
+        "Failed to initialize NVML: Driver/library version mismatch",
+    ),
+    "no code for this kind of GPU": (
+        "RuntimeError: CUDA error: no kernel image is available for execution on the device",
+    ),
+    "a GPU is broken": ("RuntimeError: CUDA error: uncorrectable ECC error encountered",),
+    "a GPU kernel was given wrong indices or addresses": (
+        "RuntimeError: CUDA error: device-side assert triggered",
+        "torch.AcceleratorError: CUDA error: an illegal memory access was encountered",
+    ),
+    "this torch knows no GPU": (
+        "AssertionError: Torch not compiled with CUDA enabled",
+        "RuntimeError: Distributed package doesn't have NCCL built in",
+        "RuntimeError: No CUDA GPUs are available",
+    ),
+    "the network interface is not there": (
+        "RuntimeError: [enforce fail at /__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/device.cc:84] ifa != "
+        "nullptr. Unable to find address for: eth9",
+        "NCCL WARN Bootstrap : no socket interface found",
+    ),
+    "versions differ": (
+        "OutOfStep: the plan was made with DeepSpeed 0.19.8: rank 2 on h1 has 0.19.7",
+        "node 1 (h1): deepspeed 0.17.0, and 0.19.8 where the run was planned: install the same there",
+    ),
+    "an installed package does not fit the others": (
+        "ImportError: /opt/venv/lib/flash_attn_2_cuda.cpython-311-x86_64-linux-gnu.so: undefined symbol: "
+        "_ZN3c105ErrorC2ENS_14SourceLocationESs",
+        "ImportError: /lib/x86_64-linux-gnu/libstdc++.so.6: version `GLIBCXX_3.4.32' not found (required by x.so)",
+        "ImportError: libcudart.so.12: cannot open shared object file: No such file or directory",
+    ),
+    "a Python package is missing": ("ModuleNotFoundError: No module named 'flash_attn'",),
+    "DeepSpeed cannot compile its kernels": (
+        "deepspeed.ops.op_builder.builder.MissingCUDAException: CUDA_HOME does not exist, unable to compile CUDA op(s)",
+        "RuntimeError: Ninja is required to load C++ extensions (pip install ninja to get it)",
+        "RuntimeError: Error building extension 'cpu_adam'",
+    ),
+    "a model or data set is not on this machine, and the internet was not asked": (
+        "OSError: We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them in the "
+        "cached files.",
+        "huggingface_hub.errors.LocalEntryNotFoundError: Cannot find the requested files in the disk cache and "
+        "outgoing "
+        "traffic has been disabled. To enable hf.co look-ups and downloads online, set 'local_files_only' to False.",
+    ),
+    "the hub refuses the model or data set": (
+        "huggingface_hub.errors.GatedRepoError: 403 Client Error. Cannot access gated repo for url https://hf.co/a/b",
+    ),
+    "a file is damaged": (
+        "safetensors._safetensors_rust.SafetensorError: Error while deserializing header: header too large",
+        "RuntimeError: PytorchStreamReader failed reading zip archive: failed finding central directory",
+    ),
+    "permission was denied": (
+        "PermissionError: [Errno 13] Permission denied: '/data/train.jsonl'",
+        "OSError: [Errno 30] Read-only file system: '/runs/a'",
+    ),
+    "a file or folder is missing": (
+        "FileNotFoundError: [Errno 2] No such file or directory: '/nope/x.jsonl'",
+        "node 1 (h1) does not see /models/llama: it must lie on storage that all nodes share",
+    ),
+    "the first rank was not reached": (
+        "torch.distributed.DistNetworkError: The client socket has timed out after 2000ms while trying to connect to "
+        "(127.0.0.1, 23457).",
+    ),
+    "the loss is no number": (
+        "the loss of update 17 is nan; the weights are those before it",
+        "DeepSpeed skipped update 17, whose gradient is no number",
+        "Exception: Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.",
+    ),
+    "the loss spiked": ("a spike, as schedule.on_spike asks. the loss rose by 5.1 over its median",),
+    "weights do not fit the model": (
+        "RuntimeError: Error(s) in loading state_dict for Linear:\n\tsize mismatch for weight: copying a param with "
+        "shape torch.Size([3, 3]) from checkpoint, the shape in current model is torch.Size([2, 2]).",
+    ),
+    "Slurm ended the job at its time limit": (
+        "slurmstepd: error: *** JOB 3495064 ON gpu-01 CANCELLED AT 2021-10-27T19:35:36 DUE TO TIME LIMIT ***",
+    ),
+    "Slurm gave the nodes to another job": (
+        "slurmstepd: error: *** JOB 77 ON gpu-01 CANCELLED AT 2026-03-01T12:00:00 DUE TO PREEMPTION ***",
+    ),
+    "a node broke down": (
+        "slurmstepd: error: *** STEP 77.0 ON gpu-01 CANCELLED AT 2026-03-01T12:00:00 DUE TO NODE FAILURE, SEE "
+        "SLURMCTLD "
+        "LOG FOR DETAILS ***",
+        "the node's agent is gone: The actor died unexpectedly before finishing this task.",
+    ),
+    "there are not enough nodes": (
+        "after 2 s there are not enough free nodes: asked for 2 nodes with 2 CPU each; of 1 in this Ray 1 have "
+        "that much",
+    ),
+    "another rank went away in the middle of a collective": (
+        "RuntimeError: [/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error "
+        "[127.0.0.1]:63681: Connection reset by peer. This is typically caused by a remote worker hanging or bugs",
+        "torch.distributed.DistBackendError: NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, "
+        "remote process exited or there was a network error, NCCL version 2.21.5\nncclRemoteError: A call failed "
+        "possibly due to a network error or a remote process exiting prematurely.",
+    ),
+    "NCCL failed in the network or the driver": (
+        "torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:2501, unhandled system error "
+        "(run with "
+        "NCCL_DEBUG=INFO for details), NCCL version 2.25.1\nncclSystemError: System call (e.g. socket, malloc) or "
+        "external library call failed or device error.",
+    ),
+}
+"""What torch, gloo, NCCL, Slurm, Hugging Face and the launcher itself really say."""
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in TEXTS.items() for text in texts])
+def test_a_known_text_has_its_cause(name: str, text: str) -> None:
+    found = find_cause(f"some line before\n{text}\n  and one after")
+    assert found is not None and found.name == name
+
+
+def test_every_cause_has_a_text() -> None:
+    assert set(TEXTS) == {cause.name for cause in CAUSES}
+    assert find_cause("ValueError: this is new", None, "") is None
+
+
+GLOO = "RuntimeError: [pair.cc:537] Read error [10.0.0.1]:63681: Connection reset by peer."
+
+
+def traceback(rank_number: int, error: str, line: int = 12) -> str:
+    return (
+        "Traceback (most recent call last):\n"
+        f'  File "/opt/venv/lib/python3.11/train.py", line {line}, in work\n'
+        f"    step(rank={rank_number}, at=0x7f{rank_number:010x})\n"
+        f"{error}\n"
+    )
+
+
+def failed(number: int, node: int, error: str | None, how: str = "exit code 1", **changes: Any) -> dict[str, Any]:
+    told = None if error is None else traceback(number, error)
+    return {
+        "rank": number,
+        "node_rank": node,
+        "host": f"h{node}",
+        "how": how,
+        "error": error,
+        "traceback": told,
+        **changes,
+    }
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Built:
+    built = Built(tmp_path / "runs")
+    built.nodes(["h0", "h1"])
+    built.state("training", 5.0)
+    for number in range(4):
+        built.log(
+            number // 2, f"h{number // 2}", f"rank-{number}", *((i, f"rank {number} line {i}") for i in range(30))
+        )
+    return built
+
+
+def why(built: Built, *failures: dict[str, Any], reason: str = "failed") -> tuple[Explanation, str]:
+    """The explanation of a run that ended with these failures, and its text."""
+    if failures:
+        built.failure(40.0, *failures)
+    built.state("failed", 41.0, reason=reason)
+    found = explain(built.run)
+    text = command("why", str(built.run.path))
+    assert (text.status, text.err) == (0, "")
+    assert text.out == why_view(found).plain + "\n"
+    return found, text.out
+
+
+def test_the_first_rank_its_host_and_the_end_of_its_log(built: Built) -> None:
+    found, text = why(built, failed(3, 1, "ValueError: odd rows"), failed(0, 0, GLOO), failed(1, 0, GLOO))
+    head, *rest = text.splitlines()
+    assert head == "rank 3 on node 1 (h1) failed first, with exit code 1: ValueError: odd rows"
+    log = built.run.node_logs(1, "h1") / "rank-3.log"
+    assert rest[0] == f"  the end of {log}:"
+    assert rest[1:21] == [f"    {stamp(i)} rank 3 line {i}" for i in range(10, 30)]
+    assert rest[21] == "  2 other ranks fell in a collective only afterwards: ranks 0-1 on node 0 (h0)"
+    assert found.cause is None
+
+
+def test_identical_tracebacks_are_counted_and_not_repeated(built: Built) -> None:
+    missing = "FileNotFoundError: [Errno 2] No such file or directory: '/local/rank{}/data'"
+    found, text = why(built, *(failed(number, number // 2, missing.format(number)) for number in (2, 0, 1, 3)))
+    assert "3 other ranks failed with the same traceback: ranks 0-1 on node 0 (h0), rank 3 on node 1 (h1)" in text
+    assert text.count("FileNotFoundError") == 1
+    assert found.cause is not None and found.cause.name == "a file or folder is missing"
+    assert "so far 2 of 2 nodes told of it" in text
+    assert "what to do:   it must lie on storage that all nodes see" in text
+
+
+def test_a_file_that_one_node_misses(built: Built) -> None:
+    missing = "FileNotFoundError: [Errno 2] No such file or directory: '/local/data'"
+    _, text = why(built, failed(2, 1, missing), failed(3, 1, missing), failed(0, 0, GLOO))
+    assert "so far 1 of 2 nodes told of it: ranks 2-3 on node 1 (h1)" in text
+
+
+def test_other_failures_are_named(built: Built) -> None:
+    _, text = why(
+        built,
+        failed(0, 0, "ValueError: one thing"),
+        failed(1, 0, "KeyError: 'another'"),
+        failed(2, 1, None, how="signal SIGTERM"),
+        failed(3, 1, None, how="exit code 113"),
+    )
+    assert "rank 1 on node 0 (h0) failed as well, with KeyError: 'another'" in text
+    assert "2 other ranks only ended with the run: ranks 2-3 on node 1 (h1)" in text
+
+
+def test_another_line_of_the_same_file_is_another_failure(built: Built) -> None:
+    other = failed(1, 0, "ValueError: a") | {"traceback": traceback(1, "ValueError: a", line=99)}
+    _, text = why(built, failed(0, 0, "ValueError: a"), other)
+    assert "same traceback" not in text
+    assert "rank 1 on node 0 (h0) failed as well, with ValueError: a" in text
+
+
+def test_one_that_only_lost_its_peer_is_not_the_first(built: Built) -> None:
+    """A killed rank's exit may be seen a moment after its peers have noticed."""
+    found, text = why(built, failed(0, 0, GLOO), failed(1, 0, GLOO), failed(3, 1, None, how="signal SIGKILL"))
+    assert text.startswith("rank 3 on node 1 (h1) failed first, with signal SIGKILL\n")
+    assert "2 other ranks fell in a collective only afterwards: ranks 0-1 on node 0 (h0)" in text
+    assert found.cause is not None and "killed from outside" in found.cause.name
+
+
+def test_the_grace_time_s_kill_is_no_cause(built: Built) -> None:
+    late = failed(1, 0, None, how="signal SIGKILL", time=START + 46.0)
+    found, text = why(built, failed(0, 0, GLOO), late)
+    assert text.startswith("rank 0 on node 0 (h0) failed first, with exit code 1: RuntimeError: [pair.cc:537]")
+    assert found.cause is not None
+    assert found.cause.name == "another rank went away in the middle of a collective"
+
+
+def test_a_full_memory_speaks_for_a_killed_rank(built: Built) -> None:
+    built.node_json(1, "h1", 38.0, [rank(3)], memory_used_bytes=63 * GIB)
+    found, text = why(built, failed(3, 1, None, how="signal SIGKILL"))
+    assert "the memory of h1 was 98% used when it last told of itself, which is as good as full" in text
+    assert found.cause is not None and "slurm.mem" in found.cause.mend
+
+
+def test_a_script_s_exception_is_taken_from_its_log(built: Built) -> None:
+    for number in (2, 3):
+        lines = traceback(number, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.").splitlines()
+        built.log(1, "h1", f"rank-{number}", *((39.0, line) for line in lines), (39.5, "wandb: done"))
+    found, text = why(built, *(failed(number, 1, None) for number in (2, 3)))
+    assert text.startswith("rank 2 on node 1 (h1) failed first, with exit code 1: torch.OutOfMemoryError: CUDA out of")
+    assert "1 other rank failed with the same traceback: rank 3 on node 1 (h1)" in text
+    assert found.cause is not None and found.cause.name == "out of GPU memory"
+
+
+def test_an_abort_is_explained_by_the_end_of_the_log(built: Built) -> None:
+    (watchdog,) = TEXTS["a collective timed out (NCCL)"]
+    built.log(0, "h0", "rank-0", (39.0, watchdog))
+    found, _ = why(built, failed(0, 0, None, how="signal SIGABRT"))
+    assert found.cause is not None and found.cause.name == "a collective timed out (NCCL)"
+
+
+def test_a_warning_in_the_log_is_no_cause_of_an_error_that_was_told(built: Built) -> None:
+    built.log(0, "h0", "rank-0", (39.0, "triton: cache: Permission denied, going on without it"))
+    found, _ = why(built, failed(0, 0, "ValueError: odd rows"))
+    assert found.cause is None
+
+
+def test_a_lost_node(built: Built) -> None:
+    built.log(1, "h1", "agent", (1.0, "rank 2 started"))
+    lost = {"rank": None, "node_rank": 1, "host": "h1", "how": "the node's agent is gone: it died"}
+    found, text = why(built, lost)
+    assert text.startswith("node 1 (h1) is lost: the node's agent is gone: it died\n")
+    assert "rank 2 started" in text
+    assert found.cause is not None and found.cause.name == "a node broke down"
+
+
+def test_an_event_without_a_list_tells_of_one_failure(built: Built) -> None:
+    built.event(40.0, "failure", rank=1, node_rank=0, host="h0", how="signal SIGSEGV", error=None)
+    found, text = why(built)
+    assert text.startswith("rank 1 on node 0 (h0) failed first, with signal SIGSEGV\n")
+    assert found.cause is not None and found.cause.name == "a crash in compiled code"
+
+
+def test_without_logs_the_told_traceback_is_shown(built: Built) -> None:
+    shutil.rmtree(built.run.logs)
+    _, text = why(built, failed(3, 1, "ValueError: odd rows"))
+    assert "rank-3.log (not here; as told):" in text
+    assert 'train.py", line 12, in work' in text
+
+
+def test_a_failure_before_any_rank(tmp_path: Path) -> None:
+    preparing = Built(tmp_path / "runs", "b")
+    preparing.state("preparing", 1.0)
+    (preparing.run.logs / "prepare.log").write_text("Traceback …\nOSError: [Errno 28] No space left on device\n")
+    found, text = why(preparing, reason="the process that prepares the data failed")
+    assert text.startswith("it failed while preparing: the process that prepares the data failed\n")
+    assert "No space left on device" in text
+    assert found.cause is not None and found.cause.name == "the disk is full"
+    placing = Built(tmp_path / "runs", "c")
+    placing.state("placing", 1.0)
+    found, text = why(placing, reason="after 2 s there are not enough free nodes: asked for 2")
+    assert text.startswith("it failed while placing: after 2 s there are not enough free nodes")
+    assert found.cause is not None and found.cause.name == "there are not enough nodes"
+
+
+def test_a_failure_of_an_earlier_session_does_not_count(built: Built) -> None:
+    built.failure(40.0, failed(3, 1, "ValueError: the first time"))
+    built.state("failed", 41.0)
+    built.event(90.0, "resume", update=5)
+    built.nodes(["h0"], at=91.0)
+    found, text = why(built, reason="a node does not answer")
+    assert found.failures is None
+    assert "the first time" not in text
+
+
+@pytest.mark.parametrize(
+    ("state", "details", "words", "well"),
+    [
+        ("finished", {}, "nothing went wrong: it finished after 20 updates", True),
+        ("stopped", {"reason": None}, "nothing failed: it was stopped after 20 updates", True),
+        ("stopped", {"reason": "cancelled by u@h"}, "it was stopped after 20 updates: cancelled by u@h", True),
+        (
+            "stopped",
+            {"reason": "the loss of update 20 is nan; the weights are those before it"},
+            "stopped itself",
+            False,
+        ),
+    ],
+)
+def test_runs_that_did_not_fail(built: Built, state: str, details: dict[str, Any], words: str, well: bool) -> None:
+    built.metrics(range(20))
+    built.state(state, 60.0, **details)
+    found = explain(built.run)
+    assert words in command("why", str(built.run.path)).out
+    assert found.well == well
+    assert (found.cause is None) == well
+
+
+def test_a_run_that_still_runs_says_so(built: Built) -> None:
+    built.plan(50)
+    built.metrics(range(20))
+    built.event(time.time() - START, "checkpoint")
+    assert explain(built.run).headline.startswith("it still runs: training, update 20 of 50, last heard of 0 s ago")
+
+
+def test_a_run_whose_supervisor_vanished(built: Built) -> None:
+    built.state("training", 5.0, slurm_job_id="77")
+    (limit,) = TEXTS["Slurm ended the job at its time limit"]
+    built.log(0, "h0", "node", (39.0, limit))
+    built.node_json(1, "h1", 38.0, [rank(2, alive=False, exit_code=-9)])
+    found, text = explain(built.run), command("why", str(built.run.path)).out
+    assert text.startswith("the run is lost: its supervisor, process 4711 on h0, vanished while training; nothing was")
+    assert "ranks on node 1 (h1) ended with -9" in text
+    assert "the output of job 77 may say more" in text
+    assert found.cause is not None and found.cause.name == "Slurm ended the job at its time limit"
+
+
+def test_a_copied_run_directory_tells_the_same(built: Built, tmp_path: Path) -> None:
+    _, text = why(built, failed(3, 1, "ValueError: odd rows"), failed(0, 0, GLOO))
+    copy = Path(shutil.copytree(built.run.path, tmp_path / "elsewhere/copy"))
+    moved = command("why", "copy", "--output-dir", str(copy.parent)).out
+    assert moved == text.replace(str(built.run.path), str(copy))
+
+
+def test_nothing_in_a_log_is_markup_or_a_control_sequence(built: Built) -> None:
+    built.log(1, "h1", "rank-3", (39.0, "[red]x[/] \x1b[2J\x1b]0;title\x07[/nonsense]"))
+    _, text = why(built, failed(3, 1, "ValueError: [bold]\x1b[5mrows"))
+    assert "[red]x[/] [/nonsense]" in text
+    assert "ValueError: [bold]rows" in text
+    assert "\x1b" not in text
+
+
+def test_what_a_failing_run_says_at_its_end(built: Built) -> None:
+    assert failed_message(built.run, "node 1 (h1) does not answer") == "node 1 (h1) does not answer"
+    told = failed_message(built.run, "node 1 (h1) does not see /models: it must lie on shared storage")
+    assert told.startswith("node 1 (h1) does not see /models: it must lie on shared storage\n  what to do:   ")
+    _, text = why(built, failed(3, 1, "ValueError: odd rows"))
+    assert failed_message(built.run, "a message") == text.rstrip("\n")
+    shutil.rmtree(built.run.path)
+    assert failed_message(built.run, "a message") == "a message"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("rank 3 at 0x7fa1 on h1:63681", "rank 12 at 0x7ffff00 on h2:5", True),
+        ("[rank0]: cuda:0 took 1.25 s", "[rank7]: cuda:7 took 12.5 s", True),
+        ("id 5f0c9a1be2d34f60", "id 00ac9a1be2d34f61", True),
+        ("connect to 10.0.0.1:29500", "connect to 10.0.0.12:29501", True),
+        ("/nodes/h1/data", "/nodes/h2/data", True),
+        ('File "a.py", line 3, in x', 'File "a.py", line 4, in x', False),
+        ("KeyError: 'a'", "KeyError: 'b'", False),
+        ("faces and decades", "faced and decades", False),
+    ],
+)
+def test_what_differs_between_ranks_alone_is_left_out(one: str, other: str, same: bool) -> None:
+    assert (normalised(one, ["h1", "h2"]) == normalised(other, ["h1", "h2"])) == same
+
+
+def test_where_ranks_are() -> None:
+    ranks = [Failed(number, number // 4, f"h{number // 4}", None, "x") for number in (0, 1, 2, 5, 7, 8)]
+    assert where(ranks) == "ranks 0-2 on node 0 (h0), ranks 5, 7 on node 1 (h1), rank 8 on node 2 (h2)"
+    many = [Failed(number, number, f"h{number}", None, "x") for number in range(9)]
+    assert where(many, most=2) == "rank 0 on node 0 (h0), rank 1 on node 1 (h1) and on 7 more nodes"
+
+
+def test_the_last_traceback() -> None:
+    log = [*traceback(0, "OSError: a").splitlines(), "noise", *traceback(0, "package.MyError: b").splitlines(), "end"]
+    found = last_traceback(log)
+    assert found is not None and found.splitlines()[-1] == "package.MyError: b"
+    assert last_traceback(["nothing", "here"]) is None
