@@ -20,6 +20,7 @@ model:
   name_or_path: {model}      # hub name or folder
   dtype: auto                # bfloat16 where the hardware has it
   gradient_checkpointing: false
+  # lora: {{r: 16}}            # train low-rank adapters instead of all weights: alpha, dropout, target_modules, merge
 
 data:
   train: {data}              # file(s), a glob or a hub name: jsonl, json, parquet, csv, txt

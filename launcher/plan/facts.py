@@ -12,16 +12,26 @@ class Facts(BaseModel):
 
 
 class ModelFacts(Facts):
-    """A pretrained model, as its config and weights say."""
+    """A pretrained model, as its config and weights say, and what of it the job trains.
+
+    `parameters` are the pretrained ones. `trainable_parameters` are those that get gradients and optimizer states: all
+    of them; fewer where model.freeze holds some; under model.lora the adapters' alone, which are not in `parameters`.
+    `adapted_modules` are the last names of the modules that adapters stand on; empty without model.lora.
+    `whole_attention`: every layer attends to all that came before, through transformers' exchangeable attention.
+    """
 
     folder: str
     model_type: str
     parameters: int
+    trainable_parameters: int
+    adapted_modules: tuple[str, ...] = ()
     embedding_parameters: int
     hidden_size: int
     intermediate_size: int
     layers: int
     attention_heads: int
+    key_value_heads: int | None = None
+    whole_attention: bool = False
     vocab_size: int
     max_positions: int | None
     tied_embeddings: bool
@@ -54,7 +64,7 @@ class DataFacts(Facts):
 
 
 class MachineFacts(Facts):
-    """One node, all nodes being alike."""
+    """One node, all nodes being alike. `compiler` is the C++ compiler that torch.compile takes, if there is one."""
 
     device: Literal["cpu", "cuda"]
     device_name: str
@@ -64,3 +74,4 @@ class MachineFacts(Facts):
     cpus: int
     memory_bytes: int
     versions: dict[str, str]
+    compiler: str | None = None

@@ -6,18 +6,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from launcher.ds_config import DsConfig, optimizer_of, scheduler_of
+from launcher.ds_config import DsConfig, open_scheduler, optimizer_of, scheduler_of
 from launcher.errors import Problem, RequestError
 from launcher.job import Job, explicit_keys
 from launcher.plan.facts import DataFacts, ModelFacts
 from launcher.plan.model import LearningRate, Length, Plan, Reason
 from launcher.plan.revise import schedule_of
 from launcher.schedule.advice import Choice, Situation, advise, parse_warmup
-from launcher.schedule.curve import Schedule, deepspeed_blocks, make_schedule, rate_at
+from launcher.schedule.curve import DEEPSPEED_TYPES, Schedule, deepspeed_blocks, make_schedule, rate_at
 from launcher.schedule.replica import replica
 from launcher.schedule.safety import check_safety, deepspeed_warnings, log_ramp, unsafe_scheduler
 
 _OPTIONS = ("decay_at", "decay_factor", "decay_start", "decay", "cycles", "segments")
+
+
+_SHAPES = {kind: shape for shape, kind in DEEPSPEED_TYPES.items()}
+
+NO_METHOD = "unknown"
+"""Of which the safety rules know no highest peak."""
 
 
 @dataclass(frozen=True)
@@ -34,28 +40,70 @@ def decide_rate(job: Job, model: ModelFacts, data: DataFacts, length: Length, us
 
     Raises RequestError for a schedule that makes no curve, or that is not safe without the user's word.
     """
-    written = scheduler_of(user)
-    if written is not None and "schedule.shape" not in explicit_keys(job):
-        return _written(job, written, user, model, length)
     situation = Situation(
         parameters=model.parameters,
-        method="full",
+        method=method_of(job),
         tokens_per_update=length.tokens_per_update,
         total_updates=length.total_updates,
         dataset_samples=data.train.sequences,
         beta2=job.train.betas[1],
         task=job.schedule.task,
     )
-    return generate(job, situation, (optimizer_of(user) or {}).get("params", {}).get("lr"))
+    return kept_or_generated(job, situation, user)
 
 
-def generate(job: Job, situation: Situation, written_lr: float | None = None) -> Decided:
+def method_of(job: Job) -> str:
+    """How the job trains, as the advice and the safety rules call it."""
+    return "full" if job.model.lora is None else "lora"
+
+
+def kept_or_generated(job: Job, situation: Situation, user: DsConfig, *, limited: bool = True) -> Decided:
+    """The whole scheduler of the user's JSON, or a generated one where it has none or the job names a shape.
+
+    A scheduler that leaves all its params to "auto" is generated, in the shape of its type; a few are filled in.
+    `limited`: whether the peak is held to what is published for the situation's method and size. Raises RequestError.
+    """
+    written, lr = scheduler_of(user), (optimizer_of(user) or {}).get("params", {}).get("lr")
+    if written is None or "schedule.shape" in explicit_keys(job):
+        return generate(job, situation, lr, limited=limited)
+    if shape := _SHAPES.get(open_scheduler(user) or ""):
+        return generate(job, situation, lr, shape, limited=limited)
+    return _written(job, _filled(job, written, user, situation, lr), user, situation, limited)
+
+
+def _filled(
+    job: Job, written: dict[str, Any], user: DsConfig, situation: Situation, lr: float | None
+) -> dict[str, Any]:
+    """The user's scheduler with a value for each "auto" that the plan can fill."""
+    raw = user.get("scheduler.params")
+    autos = [name for name, value in (raw if isinstance(raw, dict) else {}).items() if value == "auto"]
+    if not autos:
+        return written
+    chosen = _choose(job, situation, lr)
+    known = {
+        "total_num_steps": situation.total_updates,
+        "warmup_num_steps": chosen["warmup"].value,
+        "warmup_min_lr": 0.0,
+        "warmup_max_lr": chosen["peak_lr"].value,
+    }
+    return {**written, "params": {**written["params"], **{name: known[name] for name in autos if name in known}}}
+
+
+def generate(
+    job: Job,
+    situation: Situation,
+    written_lr: float | None = None,
+    written_shape: str | None = None,
+    *,
+    limited: bool = True,
+) -> Decided:
     """The generated schedule of `job`: what it says, and advice for the rest.
 
-    `written_lr` is the optimizer's rate in the user's JSON, taken as the peak where the job names none.
+    `written_lr` is the optimizer's rate in the user's JSON, taken as the peak where the job names none; `written_shape`
+    likewise the shape of the JSON's scheduler.
     """
     asked = job.schedule
-    chosen = _choose(job, situation, written_lr)
+    chosen = _choose(job, situation, written_lr, written_shape)
     options = {
         name: [segment.model_dump() for segment in value] if name == "segments" else value
         for name in _OPTIONS
@@ -72,9 +120,13 @@ def generate(job: Job, situation: Situation, written_lr: float | None = None) ->
         warmup_type=asked.warmup_type,
         **options,
     )
-    problems = check_safety(schedule, method=situation.method, parameters=situation.parameters)
+    method = situation.method if limited else NO_METHOD
+    problems = check_safety(schedule, method=method, parameters=situation.parameters)
     if problems and not asked.allow_unsafe:
         raise RequestError(*problems)
+    if situation.method != "full":
+        reason = "Adapters are trained, so rates are advised, and held to be safe, as published for them."
+        chosen = {"method": _said(situation.method, reason), **chosen}
     if ramp := log_ramp(schedule):
         chosen["warmup_type"] = _said("log", ramp)
     return Decided(_described(schedule, chosen), deepspeed_blocks(schedule)["scheduler"], schedule.peak_lr)
@@ -82,14 +134,16 @@ def generate(job: Job, situation: Situation, written_lr: float | None = None) ->
 
 def planned_rates(plan: Plan) -> Callable[[int], float]:
     """The rate that the plan gives the update of each number (from 0; skipped ones do not count)."""
-    if plan.learning_rate.schedule is None:
+    if plan.learning_rate.schedule is None or not plan.learning_rate.advance:
         scheduler, optimizer = plan.ds_config["scheduler"], plan.ds_config["optimizer"]
         return replica(scheduler["type"], scheduler["params"], optimizer["params"]["lr"]).after
     schedule = schedule_of(plan)
     return lambda update: rate_at(schedule, update)
 
 
-def _choose(job: Job, situation: Situation, written_lr: float | None) -> dict[str, Choice]:
+def _choose(
+    job: Job, situation: Situation, written_lr: float | None, written_shape: str | None = None
+) -> dict[str, Choice]:
     """The user's word where there is one, else the advice that follows from it, by name."""
     asked = job.schedule
     said: dict[str, Choice] = {}
@@ -102,6 +156,9 @@ def _choose(job: Job, situation: Situation, written_lr: float | None) -> dict[st
         said["warmup"] = _said(updates, f"schedule.warmup in the job is {asked.warmup}.")
     if asked.shape != "auto":
         said["shape"] = _said(asked.shape, f"schedule.shape in the job is {asked.shape}.")
+    elif written_shape is not None:
+        kind = DEEPSPEED_TYPES[written_shape]
+        said["shape"] = _said(written_shape, f"The DeepSpeed JSON's scheduler is a {kind}, and leaves the rest open.")
     if asked.floor != "auto":
         said["floor"] = _said(asked.floor, f"schedule.floor in the job is {asked.floor:g} of the peak.")
     advice = advise(
@@ -145,14 +202,14 @@ def _described(schedule: Schedule, chosen: dict[str, Choice]) -> LearningRate:
     )
 
 
-def _written(job: Job, scheduler: dict[str, Any], user: DsConfig, model: ModelFacts, length: Length) -> Decided:
+def _written(job: Job, scheduler: dict[str, Any], user: DsConfig, situation: Situation, limited: bool) -> Decided:
     """The user's own scheduler, as DeepSpeed will drive it. Raises RequestError where it needs the user's word."""
     kind, params = scheduler["type"], scheduler["params"]
-    _refuse_unused(job, kind, params, user)
+    refuse_unused(job, kind, params, user)
     lr = _written_lr(job, scheduler, user)
     curve = replica(kind, params, lr)
-    updates = length.total_updates
-    problems = unsafe_scheduler(kind, params, lr, updates, method="full", parameters=model.parameters)
+    updates, method = situation.total_updates, situation.method if limited else NO_METHOD
+    problems = unsafe_scheduler(kind, params, lr, updates, method=method, parameters=situation.parameters)
     if problems and not job.schedule.allow_unsafe:
         raise RequestError(*(replace(problem, file=problem.file or user.origin) for problem in problems))
     rates = [curve.after(update) for update in range(updates)]
@@ -171,10 +228,11 @@ def _written(job: Job, scheduler: dict[str, Any], user: DsConfig, model: ModelFa
     return Decided(described, scheduler, lr)
 
 
-def _refuse_unused(job: Job, kind: str, params: dict[str, Any], user: DsConfig) -> None:
+def refuse_unused(job: Job, kind: str, params: dict[str, Any], user: DsConfig) -> None:
     """Raises RequestError for what the job says of a schedule that the JSON's own scheduler decides otherwise."""
     used = {"schedule.peak_lr", "schedule.on_spike", "schedule.max_extensions", "schedule.check_every"}
     used |= {"schedule.allow_unsafe", "schedule.task"}
+    used |= {"schedule.warmup"} if user.get("scheduler.params.warmup_num_steps") == "auto" else set()
     mend = "name a schedule.shape, and a schedule is generated; or leave it to the JSON"
     problems = [
         Problem(f"{user.origin} has a {kind} of its own, which does not use it", key=key, mend=mend)

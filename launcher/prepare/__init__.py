@@ -9,11 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from pydantic import BaseModel
+
 from launcher.errors import LauncherError, Problem, RequestError
 from launcher.job import Job
-from launcher.prepare.request import Prepared, Request, cached
+from launcher.job.model import ModelSection
+from launcher.plan.facts import ModelFacts
+from launcher.prepare.request import ModelRequest, Prepared, Request, cached, cached_model
 
-__all__ = ["Prepared", "cache_folder", "prepare"]
+OnProgress = Callable[[dict[str, object]], None]
+__all__ = ["Prepared", "cache_folder", "prepare", "prepare_model"]
 
 
 def cache_folder(job: Job) -> Path:
@@ -21,17 +26,26 @@ def cache_folder(job: Job) -> Path:
     return Path(job.data.cache_dir or Path(job.output_dir) / ".cache").expanduser().resolve()
 
 
-def prepare(
-    job: Job, on_progress: Callable[[dict[str, object]], None], log: IO[bytes] | int = subprocess.DEVNULL
-) -> Prepared:
+def prepare(job: Job, on_progress: OnProgress, log: IO[bytes] | int = subprocess.DEVNULL) -> Prepared:
     """The job's model and data, measured: from the cache in milliseconds, else in a process of its own.
 
     `on_progress` is called with {"message": …, "done": …, "total": …}; libraries' chatter goes to `log`.
     Raises RequestError, or LauncherError where measuring itself failed.
     """
     request = Request(job=job, cache=cache_folder(job))
-    if found := cached(request):
-        return found
+    return cached(request) or Prepared.model_validate(_ask(request, on_progress, log))
+
+
+def prepare_model(
+    section: ModelSection, cache: Path, on_progress: OnProgress, log: IO[bytes] | int = subprocess.DEVNULL
+) -> ModelFacts:
+    """A model alone, measured; otherwise as `prepare`."""
+    request = ModelRequest(model=section, cache=cache)
+    return cached_model(request) or ModelFacts.model_validate(_ask(request, on_progress, log))
+
+
+def _ask(request: BaseModel, on_progress: OnProgress, log: IO[bytes] | int) -> object:
+    """What the measuring process answers."""
     command = [sys.executable, "-m", "launcher.prepare"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log) as process:
         assert process.stdin is not None and process.stdout is not None
@@ -47,7 +61,7 @@ def prepare(
     raise LauncherError(f"the measuring process ended with status {process.returncode} and no answer")
 
 
-def _answer(message: dict[str, object], on_progress: Callable[[dict[str, object]], None]) -> Prepared | None:
+def _answer(message: dict[str, object], on_progress: OnProgress) -> object | None:
     if "progress" in message:
         on_progress(message["progress"])  # type: ignore[arg-type]
         return None
@@ -55,4 +69,4 @@ def _answer(message: dict[str, object], on_progress: Callable[[dict[str, object]
         raise RequestError(*(Problem(**problem) for problem in message["problems"]))  # type: ignore[attr-defined]
     if "fault" in message:
         raise LauncherError(f"measuring failed:\n{message['fault']}")
-    return Prepared.model_validate(message["prepared"])
+    return message["prepared"]

@@ -10,10 +10,13 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
+from pydantic import BaseModel
+
 from launcher.errors import RequestError
-from launcher.prepare.request import Prepared, Request, carry_out
+from launcher.prepare.request import ModelRequest, Request, carry_out, measured
 
 
 def main() -> int:
@@ -24,9 +27,9 @@ def main() -> int:
     def tell(**message: Any) -> None:
         answers.write(json.dumps(message) + "\n")
 
-    request = Request.model_validate_json(sys.stdin.read())
+    asked = json.loads(sys.stdin.read())
     try:
-        prepared: Prepared = carry_out(request, lambda **progress: tell(progress=progress))
+        prepared = _prepared(asked, lambda **progress: tell(progress=progress))
     except RequestError as error:
         tell(problems=[vars(problem) for problem in error.problems])
         return 2
@@ -35,6 +38,12 @@ def main() -> int:
         return 1
     tell(prepared=prepared.model_dump())
     return 0
+
+
+def _prepared(asked: dict[str, Any], progress: Callable[..., None]) -> BaseModel:
+    if "job" in asked:
+        return carry_out(Request.model_validate(asked), progress)
+    return measured(ModelRequest.model_validate(asked), progress)
 
 
 if __name__ == "__main__":

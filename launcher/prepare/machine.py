@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 
 import psutil
@@ -10,7 +11,7 @@ import psutil
 from launcher import __version__
 from launcher.plan.facts import MachineFacts
 
-_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "ray")
+_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "ray", "peft", "liger-kernel", "triton")
 
 
 def measure_machine() -> MachineFacts:
@@ -26,6 +27,7 @@ def measure_machine() -> MachineFacts:
         cpus=len(os.sched_getaffinity(0)),
         memory_bytes=psutil.virtual_memory().total,
         versions=installed_versions(),
+        compiler=next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), None),
     )
 
 

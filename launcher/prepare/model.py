@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import Problem, RequestError, first_line
+from launcher.job.model import ModelSection
+from launcher.methods import adapted_modules, choose_trained
 from launcher.plan.facts import ModelFacts
 from launcher.token_store import publish_folder
 
@@ -69,10 +71,14 @@ def convert_gguf(folder: Path, gguf_file: str, target: Path, progress: Progress)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def measure_model(folder: Path, trust_remote_code: bool) -> ModelFacts:
-    """Sizes of the model in `folder`, counted on a model without memory. Raises RequestError."""
+def measure_model(folder: Path, section: ModelSection) -> ModelFacts:
+    """Sizes of the model in `folder`, and of what `section` trains of it, counted on a model without memory.
+
+    Raises RequestError.
+    """
     from transformers import AutoConfig
 
+    trust_remote_code = section.trust_remote_code
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
         raise RequestError(Problem(f"{folder} holds no weights (*.safetensors)", key="model.name_or_path"))
     try:
@@ -87,7 +93,30 @@ def measure_model(folder: Path, trust_remote_code: bool) -> ModelFacts:
                 mend="a newer transformers may know it; model.trust_remote_code: true runs code that comes with it",
             )
         ) from None
-    return _facts(folder, config, model)
+    if section.liger:
+        check_liger(str(config.model_type))
+    facts = _facts(folder, config, model)
+    if section.lora is None and not section.freeze:
+        return facts
+    model = choose_trained(model, section)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return facts.model_copy(update={"trainable_parameters": trained, "adapted_modules": adapted_modules(model)})
+
+
+def check_liger(model_type: str) -> None:
+    """Has liger-kernel kernels for this kind of model? Raises RequestError."""
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
+    except (ImportError, RuntimeError) as error:
+        found = f"liger-kernel cannot be loaded: {first_line(error)}"
+        raise RequestError(
+            Problem(found, key="model.liger", mend="mend the installation, or set it to false")
+        ) from None
+    if model_type not in known:
+        match = f"it knows {', '.join(sorted(known))}"
+        raise RequestError(
+            Problem(f"liger-kernel has no kernels for {model_type}: {match}", key="model.liger", mend="set it to false")
+        )
 
 
 def _empty_model(config: Any, trust_remote_code: bool) -> Any:
@@ -103,15 +132,19 @@ def _facts(folder: Path, config: Any, model: Any) -> ModelFacts:
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
     embedding = {id(e.weight): e.weight.numel() for e in embeddings if e is not None}
     hidden = int(text.hidden_size)
+    parameters = sum(p.numel() for p in model.parameters())
     return ModelFacts(
         folder=str(folder),
         model_type=str(config.model_type),
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters,
+        trainable_parameters=parameters,
         embedding_parameters=sum(embedding.values()),
         hidden_size=hidden,
         intermediate_size=int(getattr(text, "intermediate_size", None) or 4 * hidden),
         layers=int(text.num_hidden_layers),
         attention_heads=int(text.num_attention_heads),
+        key_value_heads=getattr(text, "num_key_value_heads", None),
+        whole_attention=_whole_attention(text, model),
         vocab_size=int(text.vocab_size),
         max_positions=getattr(text, "max_position_embeddings", None),
         tied_embeddings=len(embedding) == 1,
@@ -119,6 +152,13 @@ def _facts(folder: Path, config: Any, model: Any) -> ModelFacts:
         supports_gradient_checkpointing=bool(model.supports_gradient_checkpointing),
         has_chat_template=_has_chat_template(folder),
     )
+
+
+def _whole_attention(text: Any, model: Any) -> bool:
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    exchangeable = bool(getattr(model, "_supports_attention_backend", False))
+    return exchangeable and kinds == {"full_attention"} and window is None
 
 
 def _has_chat_template(folder: Path) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from launcher.job import Job
+from launcher.job.model import ModelSection
 from launcher.plan.facts import DataFacts, ModelFacts
 from launcher.plan.resolve import check_model
 from launcher.prepare import sources
@@ -17,11 +18,24 @@ Progress = Callable[..., None]
 _FORMAT_VERSION = 1
 
 
+class ModelRequest(BaseModel):
+    """A model and the folder for what is measured of it."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model: ModelSection
+    cache: Path
+
+
 class Request(BaseModel):
     """A job and the folder for what is measured and tokenised."""
 
     job: Job
     cache: Path
+
+    @property
+    def model(self) -> ModelSection:
+        return self.job.model
 
 
 class Prepared(BaseModel):
@@ -44,13 +58,18 @@ def cached(request: Request) -> Prepared | None:
 
 def carry_out(request: Request, progress: Progress) -> Prepared:
     """Fetches, converts, measures and tokenises what is not cached yet. Raises RequestError."""
-    model = cached_model(request) or _measure_model(request, progress)
+    model = measured(request, progress)
     check_model(request.job, model)
     data = cached_data(request, Path(model.folder)) or _tokenise(request, Path(model.folder), progress)
     return Prepared(model=model, data=data)
 
 
-def cached_model(request: Request) -> ModelFacts | None:
+def measured(request: Request | ModelRequest, progress: Progress) -> ModelFacts:
+    """The model's facts, from the cache or measured now. Raises RequestError."""
+    return cached_model(request) or _measure_model(request, progress)
+
+
+def cached_model(request: Request | ModelRequest) -> ModelFacts | None:
     """Facts of a model measured before whose files are still as they were."""
     try:
         facts = ModelFacts.model_validate_json(_model_facts_file(request).read_text())
@@ -66,10 +85,10 @@ def cached_data(request: Request, model_folder: Path) -> DataFacts | None:
     return read_data_facts(_data_folder(request, model_folder))
 
 
-def _measure_model(request: Request, progress: Progress) -> ModelFacts:
+def _measure_model(request: Request | ModelRequest, progress: Progress) -> ModelFacts:
     from launcher.prepare import model as models
 
-    section = request.job.model
+    section = request.model
     folder = sources.find_model_folder(section.name_or_path, section.gguf_file)
     if folder is None:
         progress(message=f"fetching {section.name_or_path}")
@@ -83,7 +102,7 @@ def _measure_model(request: Request, progress: Progress) -> ModelFacts:
             models.convert_gguf(folder, section.gguf_file, target, progress)
         folder = target
     progress(message="measuring the model")
-    facts = models.measure_model(folder.resolve(), section.trust_remote_code)
+    facts = models.measure_model(folder.resolve(), section)
     file = _model_facts_file(request)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, facts.model_dump_json(indent=2))
@@ -110,11 +129,18 @@ def _eval_source(value: float | str | list[str] | None) -> sources.DataSource | 
     return value if value is None or isinstance(value, float) else sources.find_data(value, "data.eval")
 
 
-def _model_facts_file(request: Request) -> Path:
-    section = request.job.model
+def _model_facts_file(request: Request | ModelRequest) -> Path:
+    section = request.model
     folder = sources.find_model_folder(section.name_or_path, section.gguf_file)
     stamp = sources.model_stamp(folder) if folder else f"{section.name_or_path}@{section.revision}"
-    return request.cache / "models" / f"{sources.fingerprint([_FORMAT_VERSION, stamp, section.gguf_file])}.json"
+    parts = [_FORMAT_VERSION, stamp, section.gguf_file, _method(section)]
+    return request.cache / "models" / f"{sources.fingerprint(parts)}.json"
+
+
+def _method(section: ModelSection) -> dict[str, object]:
+    """What of the job decides which parameters are trained, and what is looked at with the model."""
+    lora = {"r", "target_modules", "merge"}
+    return section.model_dump(mode="json", include={"lora": lora, "freeze": True, "liger": True})
 
 
 def _data_folder(request: Request, model_folder: Path) -> Path:

@@ -50,7 +50,15 @@ class Checkpoints:
         self._ranks.barrier()
         state = {**asdict(progress), "plan_sha256": plan_sha256}
         client_state = {**state, "guard": guard, "universal_checkpoint_info": {}}
-        engine.save_checkpoint(self._run.checkpoints, tag=folder.name, client_state=client_state, save_latest=False)
+        engine.save_checkpoint(
+            self._run.checkpoints,
+            tag=folder.name,
+            client_state=client_state,
+            save_latest=False,
+            # Frozen weights are those of the pretrained folder, from which every start loads them. (DeepSpeed leaves
+            # out a tied weight under one of its names only; the other is written, and does no harm.)
+            exclude_frozen_parameters=True,
+        )
         torch.save(_random_states(self._ranks.device), folder / f"random-{self._ranks.rank}.pt")
         self._ranks.barrier()
         if self._ranks.first:
@@ -72,7 +80,7 @@ class Checkpoints:
             raise RunFailed(f"{folder} has no manifest: the checkpoint was never finished")
         tag = universal_folder(folder).name if start.convert else folder.name
         settings = _group_settings(engine)
-        path, state = engine.load_checkpoint(folder.parent, tag=tag)
+        path, state = engine.load_checkpoint(folder.parent, tag=tag, custom_load_fn=_load_trained)
         if start.convert:
             _mend_converted(engine, settings)
         if path is None:
@@ -97,6 +105,14 @@ def _remove(folder: Path) -> None:
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in (folder, universal_folder(folder)):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _load_trained(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
+    """Loads a saved module, in which frozen parameters are not. Raises RunFailed where anything else differs."""
+    missing, unexpected = dst.load_state_dict(src, strict=False)
+    frozen = {name for name, p in dst.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    if differing := [*(name for name in missing if name not in frozen), *unexpected]:
+        raise RunFailed(f"the checkpoint is of another model: it differs in {', '.join(differing[:5])}")
 
 
 def _group_settings(engine: Any) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from launcher.token_store import TokenStore
 from launcher.worker.batches import IGNORED, collate
 from launcher.worker.loss import summed_loss
 from launcher.worker.ranks import Ranks
+from launcher.worker.sequence import WHOLE, Part
 
 
 @dataclass(frozen=True)
@@ -25,20 +26,20 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(engine: Any, store: TokenStore, micro_batch: int, ranks: Ranks) -> Evaluation:
+def evaluate(engine: Any, store: TokenStore, micro_batch: int, ranks: Ranks, part: Part = WHOLE) -> Evaluation:
     """The token-weighted mean loss over all ranks; each sequence counts once, whatever the number of ranks.
 
     All ranks put the same number of micro-batches through the model, as ZeRO-3 needs; the last may repeat a sequence
     without counting it.
     """
     engine.eval()
-    stride = ranks.world_size * micro_batch
+    stride = ranks.world_size // part.size * micro_batch
     total = 0.0
     for start in range(0, len(store), stride):
-        positions = np.arange(micro_batch) + start + ranks.rank * micro_batch
+        positions = np.arange(micro_batch) + start + ranks.rank // part.size * micro_batch
         ids, mask, labels = collate(store, np.minimum(positions, len(store) - 1), ranks.device)
         labels[torch.from_numpy(positions >= len(store)).to(labels.device)] = IGNORED
-        total += float(summed_loss(engine, ids, mask, labels))
+        total += float(summed_loss(engine, ids, mask, labels, part=part))
     engine.train()
     summed, targets = ranks.sum([total])[0], int(store.targets.sum())
     loss = summed / targets

@@ -1,4 +1,4 @@
-"""The fine-tuned model as a Hugging Face folder."""
+"""What was trained, as a Hugging Face folder: the whole model, or peft's adapters."""
 
 from __future__ import annotations
 
@@ -8,32 +8,85 @@ from typing import Any
 
 import deepspeed
 import torch
+from transformers import AutoModelForCausalLM
 
 from launcher.plan.model import Plan
-from launcher.worker.model import load_tokenizer
+from launcher.worker.model import DTYPES, load_tokenizer
 from launcher.worker.ranks import Ranks
 
 
 def export_model(engine: Any, plan: Plan, ranks: Ranks, folder: Path) -> None:
-    """Writes config, tokenizer and safetensors to `folder`, which appears whole; all ranks must call it."""
-    weights = _gathered(engine.module, ranks) if plan.zero_stage == 3 else engine.module.state_dict()
+    """Writes config, tokenizer and safetensors to `folder`, which appears whole; all ranks must call it.
+
+    Under model.lora these are the adapters alone; where they are to be merged, the whole model with them in it, and the
+    adapters in `folder`/adapter.
+    """
+    weights = _weights(engine.module, plan, ranks)
     if ranks.first:
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        engine.module.save_pretrained(temporary, state_dict=weights)
+        if plan.job.model.lora is None:
+            engine.module.save_pretrained(temporary, state_dict=weights)
+        else:
+            _save_adapters(engine.module, weights, plan, temporary)
         load_tokenizer(plan).save_pretrained(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     ranks.barrier()
 
 
-def _gathered(module: Any, ranks: Ranks) -> dict[str, torch.Tensor]:
+def _weights(module: Any, plan: Plan, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """What is to be written: all weights, or the adapters'."""
+    only_trained = plan.job.model.lora is not None
+    if plan.zero_stage == 3:
+        return _gathered(module, ranks, only_trained=only_trained)
+    if only_trained:
+        return {name: p.detach().cpu() for name, p in module.named_parameters() if p.requires_grad}
+    weights: dict[str, torch.Tensor] = module.state_dict()
+    return weights
+
+
+def _gathered(module: Any, ranks: Ranks, *, only_trained: bool) -> dict[str, torch.Tensor]:
     """Whole weights in the first rank's host memory, one parameter at a time; tied ones once, as they are stored."""
     weights = {}
     for name, parameter in module.named_parameters():
+        if only_trained and not parameter.requires_grad:
+            continue
         with deepspeed.zero.GatheredParameters([parameter]):
             if ranks.first:
                 weights[name] = parameter.detach().cpu().clone()
+    if only_trained:
+        return weights
     kept = set(module.state_dict()) if ranks.first else set()
     buffers = {name: buffer.detach().cpu() for name, buffer in module.named_buffers() if name in kept}
     return {**weights, **buffers}
+
+
+def _save_adapters(model: Any, weights: dict[str, torch.Tensor], plan: Plan, folder: Path) -> None:
+    lora = plan.job.model.lora
+    assert lora is not None
+    adapters = folder / "adapter" if lora.merge else folder
+    config = model.peft_config["default"]
+    config.base_model_name_or_path, config.revision = _base_name(plan)
+    # Embeddings are frozen here; left to itself, peft would ask the hub whether they have grown.
+    model.save_pretrained(adapters, state_dict=weights, save_embedding_layers=False)
+    if lora.merge:
+        _merged(plan, adapters).save_pretrained(folder)
+
+
+def _base_name(plan: Plan) -> tuple[str, str | None]:
+    """The pretrained model's hub name and revision, or its folder where it came from one."""
+    section, folder = plan.job.model, Path(plan.model.folder)
+    if f"models--{section.name_or_path.replace('/', '--')}" in folder.parts:
+        return section.name_or_path, section.revision
+    return str(folder), None
+
+
+def _merged(plan: Plan, adapters: Path) -> Any:
+    """The pretrained model, read anew into host memory, with the adapters of `adapters` merged in."""
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(
+        plan.model.folder, dtype=DTYPES[plan.precision], trust_remote_code=plan.job.model.trust_remote_code
+    )
+    return PeftModel.from_pretrained(base, adapters, torch_device="cpu").merge_and_unload(safe_merge=True)

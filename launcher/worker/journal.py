@@ -19,6 +19,13 @@ class Journal:
     def __init__(self, run: RunDir, ranks: Ranks) -> None:
         self._run, self._ranks = run, ranks
         self._since = time.perf_counter()
+        self._seconds = 0.0
+
+    def pulse(self) -> dict[str, Any]:
+        """What the node's agent is told of this rank's last update."""
+        cuda = self._ranks.device.type == "cuda"
+        memory = int(torch.cuda.memory_reserved(self._ranks.device)) if cuda else None
+        return {"step_seconds": round(self._seconds, 6), "gpu_memory_bytes": memory}
 
     def restart_clock(self) -> None:
         """Leaves what was done since the last update (an evaluation, a checkpoint) out of the next step's time."""
@@ -28,6 +35,7 @@ class Journal:
         """One line: update, samples, tokens, loss, lr, grad_norm as given, and step time, tokens/s and memory."""
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
+        self._seconds = seconds
         if not self._ranks.first:
             return
         line = {

@@ -8,17 +8,23 @@ from typing import Any
 
 import deepspeed
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.liger import apply_liger_kernel
 
+from launcher.methods import choose_trained
 from launcher.plan.model import Plan
 from launcher.worker.scheduler import client_scheduler
+from launcher.worker.sequence import exchange_attention
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_model(plan: Plan) -> Any:
-    """The pretrained model in the plan's precision; under ZeRO-3 each rank holds its part from the start."""
+    """The pretrained model in the plan's precision, with what the job trains of it chosen.
+
+    Under ZeRO-3 each rank holds its part of the pretrained weights from the start.
+    """
     model_section = plan.job.model
     options: dict[str, Any] = {}
     if model_section.attn_implementation != "auto":
@@ -26,12 +32,17 @@ def load_model(plan: Plan) -> Any:
     with _sharded_loading(plan):
         model = AutoModelForCausalLM.from_pretrained(
             plan.model.folder,
-            dtype=_DTYPES[plan.precision],
+            dtype=DTYPES[plan.precision],
             trust_remote_code=model_section.trust_remote_code,
             **options,
         )
     if model_section.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if model_section.liger:
+        apply_liger_kernel(model, None)
+    # Adapters begin at random: at the same random on every rank and under every ZeRO stage.
+    set_seed(plan.job.train.seed)
+    model = choose_trained(model, model_section)
     model.train()
     return model
 
@@ -50,8 +61,11 @@ def make_engine(plan: Plan, model: Any, *, universal: bool = False) -> Any:
         model_parameters=parameter_groups(model),
         config=config,
         lr_scheduler=scheduler,
+        mpu=exchange_attention(plan, model),
         dist_init_required=False,
     )
+    if plan.job.model.torch_compile:
+        engine.compile()
     return engine
 
 

@@ -26,7 +26,9 @@ from launcher.worker.guard import Guard
 from launcher.worker.journal import Journal
 from launcher.worker.loss import summed_loss
 from launcher.worker.model import load_model, make_engine
+from launcher.worker.own_time import OwnTime
 from launcher.worker.ranks import Ranks, join_ranks
+from launcher.worker.sequence import averaged_over, part_of
 
 
 def work(run_path: Path, plan_file: Path, start: Start | None, control: Control) -> None:
@@ -51,7 +53,9 @@ class Training:
         self, run: RunDir, plan: Plan, ranks: Ranks, engine: Any, control: Control, hosts: Sequence[str]
     ) -> None:
         self.run, self.plan, self.ranks, self.engine, self.control = run, plan, ranks, engine, control
+        self.part = part_of(plan.world, ranks)
         self.journal = Journal(run, ranks)
+        self.own_time = OwnTime(ranks.device)
         self.checkpoints = Checkpoints(run, plan, ranks, control.tell)
         self.in_step = InStep(ranks, plan, hosts)
         self.guard = Guard(run, plan, ranks, engine, self.in_step, control.tell)
@@ -76,8 +80,11 @@ class Training:
     def train(self) -> None:
         """The updates of the plan that are still to be made, or those until a stop."""
         summed = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        fused = self.plan.job.model.liger
         for batch in self.batches():
-            loss = summed_loss(self.engine, batch.input_ids, batch.attention_mask, batch.labels)
+            with self.own_time:
+                tensors = (batch.input_ids, batch.attention_mask, batch.labels)
+                loss = summed_loss(self.engine, *tensors, fused=fused, part=self.part)
             self.engine.backward(loss * self.loss_scale(batch))
             summed += loss.detach()
             if not batch.last_of_update:
@@ -100,8 +107,8 @@ class Training:
         """This rank's micro-batches of the updates still to be made."""
         plan = self.plan
         share = Share(
-            self.ranks.rank,
-            self.ranks.world_size,
+            self.ranks.rank // self.part.size,
+            self.ranks.world_size // self.part.size,
             plan.train_micro_batch_size_per_gpu,
             plan.gradient_accumulation_steps,
         )
@@ -114,7 +121,7 @@ class Training:
 
         DeepSpeed divides by the accumulation steps and averages over the ranks: both are multiplied back.
         """
-        return self.ranks.world_size * self.plan.gradient_accumulation_steps / max(1, batch.update_targets)
+        return averaged_over(self.plan) * self.plan.gradient_accumulation_steps / max(1, batch.update_targets)
 
     def reduce(self, summed: float, batch: MicroBatch) -> tuple[float, bool]:
         """(the update's mean loss, whether any rank was asked to stop): the same on every rank."""
@@ -138,7 +145,7 @@ class Training:
             grad_norm=norm,
             skipped=skipped,
         )
-        self.control.report("update", update=batch.update)
+        self.control.report("update", update=batch.update, **self.journal.pulse(), own_seconds=self.own_time.take())
         self.guard.watch(batch.update, loss, norm, skipped=skipped)
         done, total = self.progress.update, self.plan.length.total_updates
         every = self.plan.job.train.eval_every
@@ -150,7 +157,9 @@ class Training:
     def evaluate(self) -> None:
         """Evaluates on the held-out text, if there is any."""
         if self.eval_store is not None:
-            found = evaluate(self.engine, self.eval_store, self.plan.train_micro_batch_size_per_gpu, self.ranks)
+            found = evaluate(
+                self.engine, self.eval_store, self.plan.train_micro_batch_size_per_gpu, self.ranks, self.part
+            )
             self.journal.evaluated(update=self.progress.update, **asdict(found))
 
     def save(self) -> None:

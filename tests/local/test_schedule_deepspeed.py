@@ -260,36 +260,12 @@ def an_engine(schedule: Schedule, accumulation: int, precision: dict[str, Any]) 
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
 
 
-ONE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-
-
-@pytest.fixture(scope="session")
-def _process_group(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One for the whole session: DeepSpeed keeps hold of the first that it sees."""
-    deepspeed = pytest.importorskip("deepspeed")
-    store = tmp_path_factory.mktemp("store") / "store"
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in ONE_PROCESS.items():
-            environment.setenv(name, value)
-        deepspeed.init_distributed(
-            dist_backend="gloo", auto_mpi_discovery=False, init_method=f"file://{store}", rank=0, world_size=1
-        )
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture
-def _one_process(_process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in ONE_PROCESS.items():
-        monkeypatch.setenv(name, value)
-
-
 def micro_batch(engine: Any, scale: float) -> None:
     rows = torch.randn(2, 4, dtype=next(engine.module.parameters()).dtype) * scale
     engine.backward(engine(rows).float().pow(2).mean())
 
 
-@pytest.mark.usefixtures("_one_process")
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("shape", list(DEEPSPEED_TYPES))
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_a_real_engine_makes_every_update_with_the_planned_rate(shape: str, accumulation: int) -> None:
@@ -306,7 +282,7 @@ def test_a_real_engine_makes_every_update_with_the_planned_rate(shape: str, accu
     assert seen == rates(schedule)
 
 
-@pytest.mark.usefixtures("_one_process")
+@pytest.mark.usefixtures("one_process")
 def test_a_skipped_update_spends_none_of_the_schedule() -> None:
     schedule = make_schedule("linear", peak_lr=2e-3, warmup_updates=4, total_updates=12)
     # Many CPUs have no fp16; bf16 with this check skips an update with gradients that are not finite too.

@@ -1,0 +1,34 @@
+"""What tests of a single engine in this process share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+ONE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+
+
+@pytest.fixture(scope="session")
+def _process_group(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One for the whole session: DeepSpeed keeps hold of the first that it sees."""
+    deepspeed = pytest.importorskip("deepspeed")
+    import torch
+
+    store = tmp_path_factory.mktemp("store") / "store"
+    # Only inference uses this kernel, and building it takes long.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in ONE_PROCESS.items():
+            environment.setenv(name, value)
+        deepspeed.init_distributed(
+            dist_backend="gloo", auto_mpi_discovery=False, init_method=f"file://{store}", rank=0, world_size=1
+        )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def one_process(_process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in ONE_PROCESS.items():
+        monkeypatch.setenv(name, value)
