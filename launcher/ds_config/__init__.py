@@ -7,12 +7,13 @@ from launcher.ds_config.facts import (
     batch_keys,
     clipping_of,
     offload,
+    open_scheduler,
     optimizer_of,
     precision_of,
     scheduler_of,
     zero_stage,
 )
-from launcher.ds_config.read import DsConfig, Place, from_mapping, parse_ds_config, read_ds_config
+from launcher.ds_config.read import DsConfig, Place, from_job, from_mapping, parse_ds_config, read_ds_config
 
 __all__ = [
     "Change",
@@ -24,8 +25,10 @@ __all__ = [
     "batch_keys",
     "clipping_of",
     "compose",
+    "from_job",
     "from_mapping",
     "offload",
+    "open_scheduler",
     "optimizer_of",
     "parse_ds_config",
     "precision_of",

@@ -18,6 +18,7 @@ from launcher.ds_config.facts import (
     Precision,
     bf16_key,
     offload,
+    open_scheduler,
     precision_of,
     zero_stage,
 )
@@ -58,6 +59,7 @@ class Decisions:
     explicit: frozenset[str] = frozenset()
     total_num_steps: int | None = None
     warmup_num_steps: int | None = None
+    sequence_parallel_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def compose(user: DsConfig, decisions: Decisions) -> Composed:
     draft = Draft(user)
     for step in (
         _batches,
+        _sequence_parallel,
         _precision,
         _clipping,
         _optimizer,
@@ -105,6 +108,13 @@ def _batches(draft: Draft, decisions: Decisions) -> None:
         message = f"{batch} is not micro-batch {micro} x accumulation {accumulation} x world size {world}"
         mend = 'Write "auto" for one of the three, which is then derived.'
         draft.problems.append(draft.user.problem("train_batch_size", message, mend))
+
+
+def _sequence_parallel(draft: Draft, decisions: Decisions) -> None:
+    """Without this key DeepSpeed counts every rank as one of data parallelism when it loads under ZeRO-3."""
+    key, size = "sequence_parallel_size", decisions.sequence_parallel_size
+    if size is not None and (size > 1 or draft.get(key) is not None):
+        draft.settle(key, size, f"model.{key}", True, f"{size} ranks share each sequence")
 
 
 def _precision(draft: Draft, decisions: Decisions) -> None:
@@ -189,6 +199,9 @@ def _complete_scheduler(draft: Draft, decisions: Decisions) -> None:
     known = _schedule_values(draft, decisions)
     if draft.get("scheduler.type") in (None, AUTO) and decisions.scheduler:
         draft.put("scheduler.type", decisions.scheduler["type"], "the generated schedule's class")
+    if decisions.scheduler and open_scheduler(draft.user):
+        for name, value in decisions.scheduler["params"].items():
+            draft.put(f"scheduler.params.{name}", value, "the generated schedule, which the JSON leaves open")
     for name, value in list((draft.get("scheduler.params") or {}).items()):
         path = f"scheduler.params.{name}"
         if value == AUTO and known.get(name) is not None:
@@ -223,7 +236,7 @@ def _zero(draft: Draft, decisions: Decisions) -> None:
     gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
     old_name = "zero_optimization.stage3_gather_fp16_weights_on_model_save"
     if stage == 3 and draft.get(gather) in (None, AUTO) and draft.get(old_name) is None:
-        draft.put(gather, True, "the export needs whole weights")
+        draft.put(gather, True, "for save_16bit_model in scripts; the launcher's own export gathers without it")
 
 
 def _bucket_sizes(draft: Draft, hidden: int | None) -> None:

@@ -58,6 +58,13 @@ def scheduler_of(user: DsConfig) -> dict[str, Any] | None:
     return _block(user, "scheduler")
 
 
+def open_scheduler(user: DsConfig) -> str | None:
+    """The type of a scheduler that leaves all its params to "auto", as transformers' templates do; else None."""
+    kind, params = user.get("scheduler.type"), user.get("scheduler.params")
+    left_open = isinstance(params, dict) and params and all(value == AUTO for value in params.values())
+    return kind if left_open and isinstance(kind, str) else None
+
+
 def zero_stage(user: DsConfig) -> int:
     """The ZeRO stage, 0 where none is set.
 

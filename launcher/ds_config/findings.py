@@ -26,7 +26,7 @@ class Finding:
     """One thing to mend. Lines and columns count from 1; 0 where the text is not known (an inline mapping).
 
     error: DeepSpeed fails, or trains something else than was asked for. warning: it runs, and probably hurts.
-    note: worth knowing.
+    note: worth knowing. `unsafe`: it runs as written, and schedule.allow_unsafe in a job takes it.
     """
 
     line: int
@@ -36,15 +36,23 @@ class Finding:
     message: str
     mend: str
     fix: Fix | None = None
+    unsafe: bool = False
 
 
 def finding(
-    config: DsConfig, severity: Severity, path: str, message: str, mend: str, fix: Fix | None = None
+    config: DsConfig,
+    severity: Severity,
+    path: str,
+    message: str,
+    mend: str,
+    fix: Fix | None = None,
+    *,
+    unsafe: bool = False,
 ) -> Finding:
     """A finding at the place of `path` in `config`."""
     place = config.place(path)
     line, column = (place.line, place.column) if place else (0 if config.text is None else 1,) * 2
-    return Finding(line, column, severity, path, message, mend, fix)
+    return Finding(line, column, severity, path, message, mend, fix, unsafe)
 
 
 def rename(config: DsConfig, path: str, name: str) -> Fix | None:

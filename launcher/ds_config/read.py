@@ -7,8 +7,9 @@ hjson keeps no positions; this reader walks the text with hjson's own scanners a
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,15 @@ class DsConfig:
     """A DeepSpeed JSON as written: nothing is filled in and nothing is checked.
 
     `places` is keyed by the dotted path ("zero_optimization.stage"). `origin` is the file's name as messages
-    print it; `text` is None for a mapping that came out of a job file.
+    print it. A mapping that came out of a job file has no `text`; its problems stand in `file`, at keys `under` one.
     """
 
     data: dict[str, Any]
     origin: str
     places: Mapping[str, Place] = field(default_factory=dict)
     text: str | None = None
+    file: str | None = None
+    under: str | None = None
 
     def get(self, path: str, default: Any = None) -> Any:
         """The value at a dotted path, or `default` where the JSON does not have it."""
@@ -63,7 +66,8 @@ class DsConfig:
     def problem(self, path: str, message: str, mend: str | None = None) -> Problem:
         """A `Problem` at the place of `path`."""
         place = self.place(path)
-        return Problem(message, file=self.origin, line=place.line if place else None, key=path, mend=mend)
+        key = f"{self.under}.{path}" if self.under else path
+        return Problem(message, file=self.file or self.origin, line=place.line if place else None, key=key, mend=mend)
 
 
 def read_ds_config(path: str | Path) -> DsConfig:
@@ -103,6 +107,26 @@ def from_mapping(data: Mapping[str, Any], origin: str, lines: Mapping[str, int] 
     """An inline mapping of a job file. `lines` gives the line of dotted key paths, where they are known."""
     places = {path: Place(line, 1) for path, line in (lines or {}).items()}
     return DsConfig(copy.deepcopy(dict(data)), origin, places)
+
+
+def from_job(data: Mapping[str, Any], job_file: str, key: str, lines: Mapping[str, int] | None = None) -> DsConfig:
+    """The mapping under `key` of a job file. YAML 1.1 takes 5e8 for text: here it is the number that was meant."""
+    config = from_mapping(_with_numbers(data), f"{job_file}: {key}", lines)
+    return replace(config, file=job_file, under=key)
+
+
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+def _with_numbers(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {key: _with_numbers(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_with_numbers(value) for value in node]
+    if isinstance(node, str) and _EXPONENT.fullmatch(node):
+        number = float(node)
+        return int(number) if number.is_integer() else number
+    return node
 
 
 _MEND_SYNTAX = "Look for a missing comma, quote or bracket here or just before."

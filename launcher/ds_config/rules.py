@@ -232,6 +232,15 @@ def _many_nodes(case: Case) -> Iterator[Finding]:
         yield case.found("error", path, message, "Set it to the number of GPUs of one node.")
 
 
+def _gathering(case: Case) -> Iterator[Finding]:
+    path = f"{ZERO}.stage3_gather_16bit_weights_on_model_save"
+    if case.stage == 3 and case.config.get(path) is False:
+        message = "save_16bit_model, and with it transformers' Trainer, then saves no weights"
+        yield case.found(
+            "note", path, message, "Write true where a script saves; the launcher's own export needs neither."
+        )
+
+
 RULES: tuple[Callable[[Case], Iterator[Finding]], ...] = (
     _precision,
     _batches,
@@ -242,4 +251,5 @@ RULES: tuple[Callable[[Case], Iterator[Finding]], ...] = (
     _scale_of_sums,
     _clipping,
     _many_nodes,
+    _gathering,
 )

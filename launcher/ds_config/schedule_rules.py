@@ -79,7 +79,7 @@ def _too_long(config: DsConfig, updates: Any, total: Any, by_default: bool) -> F
     message = f"the warm-up of {updates} updates{default} is not shorter than the run of {total}"
     path = "scheduler.params" if by_default else "scheduler.params.warmup_num_steps"
     mend = "Write warmup_num_steps well below total_num_steps: the rate else falls to its floor at once."
-    return finding(config, "error", path, message, mend)
+    return finding(config, "error", path, message, mend, unsafe=True)
 
 
 def _warmup_type(config: DsConfig, params: dict[str, Any], kind: str) -> Iterator[Finding]:
@@ -105,7 +105,8 @@ def _rates(config: DsConfig, kind: str) -> Iterator[Finding]:
     path = "scheduler.params.warmup_max_lr"
     if kind == "WarmupDecayLR" and config.get(path) is None:
         message = "no warmup_max_lr: WarmupDecayLR then peaks at 1e-3, whatever the optimizer's lr is"
-        yield finding(config, "error", "scheduler.params", message, 'Add "warmup_max_lr", or "warmup_max_lr": "auto".')
+        mend = 'Add "warmup_max_lr", or "warmup_max_lr": "auto".'
+        yield finding(config, "error", "scheduler.params", message, mend, unsafe=True)
     if high is not None and peak is not None and high != peak:
         message = f"peaks at {high:g}, while optimizer.params.lr is {peak:g}, which {kind} overrides"
         yield finding(config, "warning", path, message, "Write the same rate in both.")

@@ -351,7 +351,7 @@ CONTRADICTIONS = [
     ),
     Contradiction(
         "DeepSpeed's inherited 1e-3",
-        ("scheduler.params.warmup_max_lr: warmup_max_lr is missing", "DeepSpeed's default 0.001"),
+        ("job.yaml:5: deepspeed.scheduler.params: no warmup_max_lr", "peaks at 1e-3"),
         text="train: {max_steps: 20}\ndeepspeed: {optimizer: {type: AdamW, params: {lr: 1e-5}}, scheduler: {type: "
         "WarmupDecayLR, params: {total_num_steps: 20, warmup_num_steps: 10, warmup_type: linear}}}\n",
     ),
@@ -363,7 +363,7 @@ CONTRADICTIONS = [
     ),
     Contradiction(
         "rates of job and JSON",
-        ("optimizer.params.lr", "schedule.peak_lr in the job is 1e-05", "'2e-5' here"),
+        ("optimizer.params.lr", "schedule.peak_lr in the job is 1e-05", "2e-05 here"),
         text="schedule: {peak_lr: 1e-5}\ndeepspeed: {optimizer: {type: AdamW, params: {lr: 2e-5}}}\n",
     ),
     Contradiction(

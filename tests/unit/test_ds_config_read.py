@@ -7,7 +7,7 @@ from pathlib import Path
 
 import hjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.ds_config import from_mapping, parse_ds_config, read_ds_config
@@ -41,6 +41,7 @@ def test_comments_and_free_form_are_read_as_hjson_reads_them() -> None:
     assert config.get("zero_optimization.reduce_bucket_size") == 500000000
 
 
+@settings(deadline=None)
 @given(st.dictionaries(TEXTS, values, max_size=5), st.sampled_from([None, 2]))
 def test_any_json_is_read_as_hjson_reads_it(data: dict[str, object], indent: int | None) -> None:
     text = json.dumps(data, indent=indent)

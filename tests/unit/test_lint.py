@@ -167,6 +167,12 @@ BAD = [
         "zero_optimization.offload_optimizer",
         "DeepSpeedCPUAdam",
     ),
+    (
+        zero(stage=3, stage3_gather_16bit_weights_on_model_save=False),
+        "note",
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+        "Trainer",
+    ),
     (zero(stage=3, compute_grad_norm=False), "error", "zero_optimization.compute_grad_norm", "stage 3"),
     (
         '{"gradient_allreduce_op": "sum", "zero_optimization": {"stage": 3}}',

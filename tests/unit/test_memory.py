@@ -1,82 +1,173 @@
-"""Memory of a rank at points that can be worked out by hand."""
+"""Memory of a rank: at points that can be worked out by hand, and against what ranks took when it was measured."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from statistics import fmean
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from launcher.ds_config import Offload
-from launcher.plan.memory import MemoryEstimate, estimate_memory
+from launcher.ds_config import Offload, from_mapping
+from launcher.ds_config.sizes import ZeroSizes, zero_sizes
+from launcher.plan.memory import FRAGMENTATION, PROCESS_BYTES, MemoryEstimate, Work, estimate_memory, host_bytes
 from tests.unit.given import model_facts
 
-PARAMETERS = 1_000_000
-MODEL = model_facts(parameters=PARAMETERS, hidden_size=8, intermediate_size=16, layers=3, vocab_size=100)
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory.py"
+MILLION = 1_000_000
+MODEL = model_facts(parameters=MILLION, hidden_size=8, intermediate_size=16, layers=3, vocab_size=100)
+WORK = Work(micro_batch=2, sequence_length=10)
+TOKENS = 2 * 16
+SMALL = {"reduce_bucket_size": 1000, "prefetch_bucket_size": 0, "max_reuse_distance": 0, "persistence_threshold": 0}
+LARGEST = 800
+"""The embeddings of the model above, of 100 words."""
 
 
-def estimate(**changes: Any) -> MemoryEstimate:
-    ordinary: dict[str, Any] = {
-        "stage": 0,
-        "offload": Offload(),
-        "precision": "bf16",
-        "world_size": 4,
-        "micro_batch": 2,
-        "sequence_length": 10,
-        "gradient_checkpointing": False,
-    }
-    return estimate_memory(MODEL, **{**ordinary, **changes})
+def estimate(stage: int = 0, work: Work = WORK, model: Any = MODEL, **changes: Any) -> MemoryEstimate:
+    """On four GPUs in bfloat16 where nothing else is said."""
+    machine = {"precision": "bf16", "device": "cuda", "world_size": 4}
+    machine |= {name: changes.pop(name) for name in machine.keys() & changes.keys()}
+    return estimate_memory(model, ZeroSizes(stage=stage, **{**SMALL, **changes}), work, **machine)
 
 
 @pytest.mark.parametrize(
     ("stage", "parameters", "gradients", "states"),
-    [(0, 2.0, 2.0, 16.0), (1, 2.0, 2.0, 4.0), (2, 2.0, 0.5, 4.0), (3, 2.0 + 0.5, 0.5, 4.0)],
+    [(0, 2.0, 2.0, 12.0), (1, 2.0, 2.0, 3.0), (2, 2.0, 0.5, 3.0), (3, 0.5, 0.5, 3.0)],
 )
 def test_bytes_a_parameter_in_mixed_precision(stage: int, parameters: float, gradients: float, states: float) -> None:
-    """DeepSpeed's 2 + 2 + 16, divided by four ranks; stage 3 also holds what it has gathered."""
-    found = estimate(stage=stage)
-    assert found.parameters == parameters * PARAMETERS
-    assert found.gradients == gradients * PARAMETERS
-    assert found.optimizer_states == states * PARAMETERS
+    """2 + 2 + 12, divided by four ranks stage by stage."""
+    found = estimate(stage)
+    assert found.parameters == parameters * MILLION
+    assert found.gradients == gradients * MILLION
+    assert found.optimizer_states == states * MILLION
 
 
 def test_bytes_a_parameter_in_float32() -> None:
-    found = estimate(precision="fp32")
-    assert (found.parameters, found.gradients, found.optimizer_states) == tuple(n * PARAMETERS for n in (4, 4, 8))
+    """ZeRO keeps a float32 copy of float32 weights too."""
+    whole, split = estimate(precision="fp32"), estimate(2, precision="fp32")
+    assert (whole.parameters, whole.gradients, whole.optimizer_states) == (4 * MILLION, 4 * MILLION, 8 * MILLION)
+    assert (split.parameters, split.gradients, split.optimizer_states) == (4 * MILLION, MILLION, 3 * MILLION)
 
 
-def test_the_largest_model_holds_a_billion_live_parameters() -> None:
-    large = model_facts(parameters=70_000_000_000)
-    options = {"offload": Offload(), "precision": "bf16", "micro_batch": 1, "sequence_length": 1}
-    found = estimate_memory(large, stage=3, world_size=1000, gradient_checkpointing=False, **options)  # type: ignore[arg-type]
-    assert found.parameters == 2 * 70_000_000 + 2 * 1_000_000_000
+def test_what_is_frozen_has_neither_gradients_nor_states() -> None:
+    frozen = estimate(1, model=MODEL.model_copy(update={"trainable_parameters": 1000}))
+    assert (frozen.parameters, frozen.gradients, frozen.optimizer_states) == (2 * MILLION, 2000, 12 * 250)
+    adapted = MODEL.model_copy(update={"trainable_parameters": 1000, "adapted_modules": ("q_proj",)})
+    assert estimate(1, model=adapted).parameters == 2 * (MILLION + 1000)
 
 
 def test_activations_and_logits() -> None:
+    """Norms keep a float32 copy, a half and its product; attention four vectors, the MLP four of its width."""
     found = estimate()
-    layer = 20 * 2 * (10 * 8 + 4 * 16)
-    assert found.activations == 3 * layer
-    assert found.logits == 20 * 100 * (2 + 8)
-    assert estimate(gradient_checkpointing=True).activations == layer + 3 * 20 * 2 * 8
-    assert estimate(micro_batch=6).activations == 3 * found.activations
-    assert estimate(sequence_length=30).logits == 3 * found.logits
+    layer = TOKENS * (2 * (4 + 2 * 2) * 8 + 4 * 2 * 8 + 4 * 2 * 16)
+    assert (found.activations, found.logits) == (3 * layer, TOKENS * 100 * 12)
+    assert estimate(work=Work(6, 10)).activations == 3 * found.activations
+    assert estimate(work=Work(2, 16)).logits == found.logits
+    assert estimate(work=Work(2, 17)).logits == found.logits * 24 // 16
+    assert estimate(work=Work(2, 10, fused_loss=True)).logits == 0
+    eager = estimate(work=Work(2, 10, eager_attention=True))
+    assert eager.activations == found.activations + 3 * TOKENS * 32 * 16 * (4 + 2)
 
 
-def test_offload_moves_bytes_and_loses_none() -> None:
-    here, there = estimate(stage=2), estimate(stage=2, offload=Offload(optimizer="cpu"))
+def test_checkpointing_keeps_a_boundary_a_layer_and_meets_the_logits_or_one_layer() -> None:
+    found = estimate(work=Work(2, 10, gradient_checkpointing=True))
+    assert found.activations == 3 * TOKENS * 2 * 8
+    narrow = MODEL.model_copy(update={"vocab_size": 1})
+    one_layer = TOKENS * (2 * 8 * 8 + 4 * 2 * 8 + 4 * 2 * 16 + 3 * 2 * 16)
+    found = estimate(work=Work(2, 10, gradient_checkpointing=True), model=narrow)
+    assert found.activations + found.logits == 3 * TOKENS * 2 * 8 + one_layer
+
+
+def test_a_gpu_holds_its_buckets_in_full_and_a_cpu_what_is_written() -> None:
+    sizes = {"reduce_bucket_size": 5 * MILLION}
+    assert estimate(2, **sizes).buffers == 2 * 5 * MILLION
+    assert estimate(2, overlap_comm=True, **sizes).buffers == 2 * 2 * 5 * MILLION
+    on_cpu = estimate(2, device="cpu", **sizes)
+    assert on_cpu.buffers == 0
+    reducing = 2 * (MILLION + MILLION)
+    assert on_cpu.update == reducing - on_cpu.activations - on_cpu.logits
+    overflowing = estimate(2, reduce_bucket_size=1000)
+    assert overflowing.buffers == 2 * (1000 + 1000)
+
+
+def test_what_zero_3_holds_gathered_follows_the_json() -> None:
+    def buffers(**sizes: int) -> int:
+        return estimate(3, **sizes).buffers - estimate(3).buffers
+
+    assert buffers(max_reuse_distance=200_000) == 2 * 100_000
+    assert buffers(max_reuse_distance=10**9) == 2 * (MILLION - LARGEST)
+    assert buffers(prefetch_bucket_size=50_000) == 2 * 50_000
+    assert buffers(prefetch_bucket_size=50_000, max_live_parameters=20_000) == 2 * 20_000
+    vectors = 2 * (2 * 3 + 1) * 8
+    assert estimate(3, persistence_threshold=8).parameters - estimate(3).parameters == vectors
+    assert estimate(3, persistence_threshold=64).parameters - estimate(3).parameters == vectors + 2 * 12 * 64
+
+
+def test_offload_moves_states_to_pinned_host_memory() -> None:
+    """Masters, float32 gradients and two working vectors are page-locked and rounded up; Adam's moments are not."""
+    part = MILLION // 4
+    there = estimate(2, offload=Offload(optimizer="cpu"))
     assert (there.gradients, there.optimizer_states) == (0, 0)
-    assert there.offloaded == here.gradients + here.optimizer_states
-    assert there.device_total + there.offloaded == here.device_total
-
-    here, there = estimate(stage=3), estimate(stage=3, offload=Offload(optimizer="nvme", parameters="cpu"))
-    assert there.parameters == 2 * PARAMETERS
-    assert there.device_total + there.offloaded == here.device_total
-
-
-def test_parameters_stay_below_stage_3() -> None:
-    assert estimate(stage=2, offload=Offload(parameters="cpu")).parameters == 2 * PARAMETERS
+    assert there.offloaded == 8 * part + 1.5 * (4 + 4 + 2 + 2) * part
+    assert estimate(2, offload=Offload(optimizer="cpu"), pinned=False).offloaded == (8 + 12) * part
+    both = estimate(3, offload=Offload("cpu", "cpu"), pinned=False)
+    assert (both.parameters, both.offloaded) == (0, (12 + 4 + 2 + 2) * part)
+    disk = estimate(3, offload=Offload("nvme", "nvme"), nvme_parameter_elements=10, pinned=False)
+    assert disk.on_nvme == (12 + 4 + 2) * part
+    assert disk.offloaded == 2 * part + 4 * 4 * part + 2 * 10
 
 
 def test_the_total_is_what_lies_on_the_device() -> None:
-    found = estimate(stage=2, offload=Offload(optimizer="cpu")).to_dict()
-    parts = ("parameters", "gradients", "optimizer_states", "activations", "logits")
-    assert found["device_total"] == sum(found[name] for name in parts)
+    found = estimate(2, offload=Offload(optimizer="cpu"))
+    parts = {name: value for name, value in found.to_dict().items() if name not in ("offloaded", "on_nvme")}
+    assert parts.pop("device_total") == sum(parts.values())
+    held = sum(parts.values()) - found.fragmentation
+    assert found.fragmentation == int(held * FRAGMENTATION["cuda"])
+    assert host_bytes(found, 4, "cuda", exported=7) == 4 * (PROCESS_BYTES + found.offloaded) + 7
+    on_cpu = estimate(2, device="cpu")
+    assert on_cpu.base == PROCESS_BYTES
+    assert host_bytes(on_cpu, 4, "cpu", exported=0) == 4 * on_cpu.device_total
+
+
+def test_sizes_are_read_as_deepspeed_is_given_them() -> None:
+    block = {
+        "stage": 3,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "1e4",
+        "stage3_max_live_parameters": 1e7,
+        "offload_optimizer": {"device": "cpu", "pin_memory": False},
+    }
+    found = zero_sizes(from_mapping({"zero_optimization": block}, "ds.json"), hidden_size=100)
+    assert (found.stage, found.reduce_bucket_size, found.prefetch_bucket_size) == (3, 10_000, 9_000)
+    assert (found.persistence_threshold, found.max_live_parameters) == (10_000, 10_000_000)
+    assert (found.overlap_comm, found.pinned, found.offload) == (True, False, Offload("cpu", "none"))
+    assert zero_sizes(from_mapping({}, "ds.json"), 100) == ZeroSizes()
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("memory_benchmark", BENCHMARK)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_estimate_is_what_ranks_took(benchmark: ModuleType, tmp_path: Path) -> None:
+    """Bytes in use of models of 5M to 100M parameters under all stages, as benchmarks/memory.py found them."""
+    measured = {row["row"]: row for row in json.loads(BENCHMARK.with_suffix(".json").read_text())}
+    assert list(measured) == [row.name for row in benchmark.ROWS]
+    errors = []
+    for row in benchmark.ROWS:
+        found = {**measured[row.name], "memory": benchmark.plan_for(row, tmp_path).memory}
+        errors.append(benchmark.errors_of(found)[0])
+        assert abs(errors[-1]) < 0.15, found
+    assert len(errors) > 20
+    assert abs(fmean(errors)) < 0.02
+    assert fmean(map(abs, errors)) < 0.05

@@ -1,0 +1,64 @@
+"""The sizes in a DeepSpeed JSON that decide about memory, with DeepSpeed's defaults where it says nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher.ds_config.compose import BUCKET_SIZES
+from launcher.ds_config.facts import AUTO, Offload, as_number, offload, zero_stage
+from launcher.ds_config.read import DsConfig
+
+
+@dataclass(frozen=True)
+class ZeroSizes:
+    """The ZeRO block as the memory estimate needs it: sizes are elements, defaults those of DeepSpeed 0.19."""
+
+    stage: int = 0
+    offload: Offload = field(default_factory=Offload)
+    reduce_bucket_size: int = 500_000_000
+    overlap_comm: bool = False
+    prefetch_bucket_size: int = 50_000_000
+    persistence_threshold: int = 100_000
+    max_live_parameters: int = 1_000_000_000
+    max_reuse_distance: int = 1_000_000_000
+    sub_group_size: int = 1_000_000_000
+    pinned: bool = True
+    nvme_optimizer_buffers: int = 4
+    nvme_parameter_elements: int = 5 * 100_000_000
+    """Buffers for parameters on NVMe: their number times their size."""
+
+
+def zero_sizes(user: DsConfig, hidden_size: int) -> ZeroSizes:
+    """The sizes of `user` as `compose` completes it. Raises RequestError where the stage is none."""
+    stage = zero_stage(user)
+    size = _Reader(user, hidden_size)
+    overlap = user.get("zero_optimization.overlap_comm")
+    return ZeroSizes(
+        stage=stage,
+        offload=offload(user),
+        reduce_bucket_size=size("reduce_bucket_size", 500_000_000),
+        overlap_comm=overlap if isinstance(overlap, bool) else stage == 3,
+        prefetch_bucket_size=size("stage3_prefetch_bucket_size", 50_000_000),
+        persistence_threshold=size("stage3_param_persistence_threshold", 100_000),
+        max_live_parameters=size("stage3_max_live_parameters", 1_000_000_000),
+        max_reuse_distance=size("stage3_max_reuse_distance", 1_000_000_000),
+        sub_group_size=size("sub_group_size", 1_000_000_000),
+        pinned=user.get("zero_optimization.offload_optimizer.pin_memory") is not False,
+        nvme_optimizer_buffers=size("offload_optimizer.buffer_count", 4),
+        nvme_parameter_elements=size("offload_param.buffer_count", 5) * size("offload_param.buffer_size", 100_000_000),
+    )
+
+
+class _Reader:
+    """Reads numbers of the ZeRO block: "auto" by the hidden size, and the default for what is missing or no number."""
+
+    def __init__(self, user: DsConfig, hidden_size: int) -> None:
+        self._user, self._hidden = user, hidden_size
+
+    def __call__(self, key: str, default: int) -> int:
+        value: Any = self._user.get(f"zero_optimization.{key}")
+        if value == AUTO and key in BUCKET_SIZES:
+            return BUCKET_SIZES[key][1](self._hidden)
+        number = as_number(value)
+        return int(number) if isinstance(number, int | float) and not isinstance(number, bool) else default

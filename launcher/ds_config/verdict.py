@@ -1,0 +1,44 @@
+"""What lint finds in a JSON that is about to be used: errors refuse it, warnings are told."""
+
+from __future__ import annotations
+
+from launcher.ds_config.catalogue import Catalogue
+from launcher.ds_config.facts import BATCH_KEYS, as_number
+from launcher.ds_config.findings import Finding
+from launcher.ds_config.lint import lint
+from launcher.ds_config.read import DsConfig
+from launcher.errors import Problem, RequestError
+
+_CONVERTED = (*BATCH_KEYS, "gradient_clipping", "optimizer.params.", "scheduler.params.")
+"""Where `compose` turns numbers in quotes into numbers, and says so."""
+
+
+def approve(
+    config: DsConfig,
+    *,
+    world_size: int,
+    keys: Catalogue,
+    replaced: tuple[str, ...] = (),
+    allow_unsafe: bool = False,
+) -> tuple[str, ...]:
+    """The warnings about `config`, each with its line and mend, where nothing in it is wrong.
+
+    `replaced` are blocks that the launcher writes anew, so that what stands in them does not count; `allow_unsafe` is
+    the user's word for what runs and is not safe. Raises RequestError with every error.
+    """
+    found = [one for one in lint(config, world_size=world_size, keys=keys) if not one.key_path.startswith(replaced)]
+    taken = [one for one in found if _converted(config, one) or (one.unsafe and allow_unsafe)]
+    errors = [one for one in found if one.severity == "error" and one not in taken]
+    if errors:
+        raise RequestError(*(_problem(config, one) for one in errors))
+    told = [one for one in found if one.severity == "warning" or (one.unsafe and allow_unsafe)]
+    return tuple(str(_problem(config, one)) for one in told)
+
+
+def _converted(config: DsConfig, found: Finding) -> bool:
+    value = config.get(found.key_path)
+    return found.key_path.startswith(_CONVERTED) and isinstance(value, str) and not isinstance(as_number(value), str)
+
+
+def _problem(config: DsConfig, found: Finding) -> Problem:
+    return config.problem(found.key_path, found.message, found.mend)

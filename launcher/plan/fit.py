@@ -1,0 +1,96 @@
+"""Whether what a rank needs is there: the memory estimate against the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.ds_config import DsConfig
+from launcher.ds_config.sizes import zero_sizes
+from launcher.job import Job
+from launcher.plan.facts import MachineFacts, ModelFacts
+from launcher.plan.memory import MemoryEstimate, Work, estimate_memory, export_bytes, host_bytes
+from launcher.plan.model import World
+
+_USABLE = 0.9
+"""The share of a memory that a plan counts on: the rest is for the system, CUDA's context and NCCL."""
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What decides about the memory of a job's ranks, but for the micro-batch. `longest` is in tokens."""
+
+    job: Job
+    user: DsConfig
+    model: ModelFacts
+    world: World
+    precision: str
+    longest: int
+
+    def estimate(self, micro_batch: int) -> MemoryEstimate:
+        """The bytes of one rank."""
+        section = self.job.model
+        work = Work(
+            micro_batch=micro_batch,
+            sequence_length=-(-self.longest // self.world.sequence_parallel_size),
+            gradient_checkpointing=section.gradient_checkpointing,
+            eager_attention=section.attn_implementation == "eager",
+            fused_loss=section.liger,
+        )
+        sizes = zero_sizes(self.user, self.model.hidden_size)
+        world = self.world
+        return estimate_memory(
+            self.model, sizes, work, precision=self.precision, device=world.device, world_size=world.size
+        )
+
+    def host_bytes(self, micro_batch: int) -> int:
+        """The bytes of a node's host memory."""
+        stage = zero_sizes(self.user, self.model.hidden_size).stage
+        exported = export_bytes(self.model, stage, self.precision) if self.job.export else 0
+        return host_bytes(self.estimate(micro_batch), self.world.processes_per_node, self.world.device, exported)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that a plan may use: of a rank's GPU (None where none is seen), and of a node's host memory.
+
+    On CPUs the ranks share the host's, and `device` is the part of one.
+    """
+
+    device: int | None
+    host: int
+
+    def holds(self, needs: Needs, micro_batch: int) -> bool:
+        """Whether what is needed fits, as far as the memory is seen from here."""
+        on_device = needs.estimate(micro_batch).device_total
+        fits = self.device is None or on_device <= self.device
+        return fits and needs.host_bytes(micro_batch) <= self.host
+
+
+def room_of(world: World, machine: MachineFacts) -> Room:
+    """What a node alike the `machine` can give to the ranks of `world`."""
+    host = int(machine.memory_bytes * _USABLE)
+    if world.device == "cpu":
+        return Room(host // world.processes_per_node, host)
+    return Room(int(machine.gpu_memory_bytes * _USABLE) if machine.gpu_memory_bytes else None, host)
+
+
+def memory_warnings(needs: Needs, micro_batch: int, machine: MachineFacts) -> list[str]:
+    """What is too little, with its numbers, and what to turn."""
+    world, room, estimate = needs.world, room_of(needs.world, machine), needs.estimate(micro_batch)
+    told = []
+    if room.device is None:
+        told.append("no GPU is seen from here: whether the model fits its memory is not checked")
+    elif world.device == "cuda" and estimate.device_total > room.device:
+        told.append(_too_much("a rank needs", estimate.device_total, "a GPU", room.device))
+    host = needs.host_bytes(micro_batch)
+    if host > room.host and (world.device == "cpu" or machine.gpu_memory_bytes):
+        told.append(_too_much("the ranks of a node need", host, "its host memory", room.host))
+    return told
+
+
+def _too_much(who: str, needed: int, where: str, room: int) -> str:
+    return (
+        f"{who} about {needed / GIB:.1f} GiB and {where} has {room / GIB:.1f} GiB to use: take a smaller "
+        f"micro-batch, gradient checkpointing, a shorter data.max_length, a higher ZeRO stage or offload"
+    )
