@@ -1,0 +1,97 @@
+"""`launcher exec`: run a training script of one's own on a job's nodes."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from launcher.cli.plan import show_plan
+from launcher.cli.run import alone_in, check_reach, plan_and_carry_out
+from launcher.errors import Problem, RequestError
+from launcher.job import ScriptJob, placing, read_script_job
+from launcher.plan.model import Script
+from launcher.plan.script import filled_arguments
+from launcher.planning import check_script_job, make_script_plan
+from launcher.run_dir import RunDir
+
+_USAGE = "launcher exec job.yaml [section.key=value]... -- train.py arguments..."
+CONTEXT = {"allow_interspersed_args": False}
+"""So that the "--" before the script, and the script's own options, come through as they are."""
+
+
+def exec_script(
+    job_file: Path = typer.Argument(..., metavar="JOB.YAML", help="The job file; model and data may be missing."),
+    rest: list[str] = typer.Argument(
+        None, metavar="[SECTION.KEY=VALUE]... -- SCRIPT [ARGUMENT]...", help="Overrides; the script, or -m MODULE."
+    ),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Show the plan and what a rank would run; start nothing."),
+) -> None:
+    """Run a script that torchrun or deepspeed would run, unmodified, on the job's nodes.
+
+    Every rank runs it in this folder with torchrun's environment variables. LAUNCHER_DS_CONFIG, and {ds_config} in the
+    arguments, name the completed DeepSpeed JSON. {trainer_args} becomes all the options that a transformers Trainer
+    compares with it; {learning_rate}, {max_steps} and so on one number each; {run_dir} the run directory; {rank} and
+    {local_rank} the rank's own. Options of this command stand before the job file.
+    """
+    overrides, arguments = split(rest or [])
+    if not arguments:
+        raise RequestError(Problem("no script is named", mend=_USAGE))
+    job = read_script_job(job_file, overrides)
+    script = script_here(arguments)
+    with placing(job_file, overrides):
+        _, machine = check_script_job(job, str(job_file))
+        check_script(script)
+        if dry_run:
+            _show(job, script, job_file)
+            return
+        check_reach(job, machine)
+    directory = RunDir.create(Path(job.output_dir).expanduser(), job.name)
+    with alone_in(directory):
+        make = partial(make_script_plan, job, script, str(job_file))
+        plan_and_carry_out(make, job_file, overrides, directory)
+
+
+def split(rest: list[str]) -> tuple[list[str], list[str]]:
+    """(overrides, the script and its arguments; none of them where there is no "--"). Raises RequestError."""
+    if "--" not in rest:
+        return rest, []
+    place = rest.index("--")
+    overrides, arguments = rest[:place], rest[place + 1 :]
+    if not arguments or arguments == ["-m"]:
+        raise RequestError(Problem("no script is named after --", mend=_USAGE))
+    if options := [override for override in overrides if override.startswith("-")]:
+        raise RequestError(Problem(f"{options[0]}: options stand before the job file", mend=_USAGE))
+    return overrides, arguments
+
+
+def script_here(arguments: list[str]) -> Script:
+    """A script that is run in this folder."""
+    return Script(arguments=tuple(arguments), folder=str(Path.cwd()))
+
+
+def check_script(script: Script) -> None:
+    """Is the script there? Modules are Python's to find. Raises RequestError."""
+    first = script.arguments[0]
+    if first == "-m":
+        return
+    if first.startswith("-"):
+        raise RequestError(Problem(f"after -- stands a Python script or -m MODULE, found {first}", mend=_USAGE))
+    if not Path(first).is_file():
+        mend = "its path from this folder, in which it is run"
+        raise RequestError(Problem(f"there is no script {first} (looked from {script.folder})", mend=mend))
+
+
+def _show(job: ScriptJob, script: Script, job_file: Path) -> None:
+    """Prints what would be done."""
+    messages = Console(stderr=True, highlight=False)
+    plan = make_script_plan(
+        job, script, str(job_file), lambda told: messages.print(f"{told['message']} …", style="dim")
+    )
+    console = Console(highlight=False)
+    show_plan(plan, console)
+    arguments = filled_arguments(plan, {"ds_config": "RUN/ds_config.json", "run_dir": "RUN"})
+    console.print(Text.assemble("\n", ("every rank runs", "bold"), f"  python {' '.join(arguments)}"), soft_wrap=True)

@@ -1,0 +1,308 @@
+"""The plan of a script of the user's own: its world, batch, length, learning rate and DeepSpeed JSON. Pure."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from launcher import __version__
+from launcher.ds_config import Change, Composed, Decisions, DsConfig, compose, optimizer_of, scheduler_of, zero_stage
+from launcher.ds_config.compose import BUCKET_SIZES
+from launcher.ds_config.facts import Precision
+from launcher.errors import Problem, RequestError
+from launcher.job import ScriptJob, explicit_keys
+from launcher.plan import model as plans
+from launcher.plan.batch import KEYS, BatchSizes, resolve_batch
+from launcher.plan.facts import MachineFacts, ModelFacts
+from launcher.plan.model import LearningRate, Length, Reason, Script, ScriptPlan, World
+from launcher.plan.rate import Decided, kept_or_generated
+from launcher.plan.resolve import given_batch, precision_without_model, resolve_precision, resolve_world
+from launcher.schedule.advice import Situation
+from launcher.schedule.curve import DEEPSPEED_TYPES
+from launcher.schedule.replica import replica
+from launcher.schedule.safety import deepspeed_warnings
+
+_UNUSED = (
+    *("data.", "checkpoint.", "export", "train.eval_every", "train.seed"),
+    *("schedule.on_spike", "schedule.max_extensions", "schedule.check_every"),
+    *("model.attn_implementation", "model.freeze", "model.gradient_checkpointing", "model.liger"),
+    *("model.sequence_parallel_size", "model.torch_compile"),
+)
+"""Keys, and beginnings of keys, that decide nothing in a script."""
+_NEAR_THE_PEAK = 0.9
+
+
+def resolve_script(
+    job: ScriptJob, user: DsConfig, model: ModelFacts | None, machine: MachineFacts, script: Script
+) -> ScriptPlan:
+    """The plan of `script`. `model` are the facts of the model that the job names. Raises RequestError."""
+    user, shape = _with_open_scheduler(user)
+    world = resolve_world(job, machine)
+    precision = _precision(job, user, world, machine)
+    batch = _batch(job, user, world)
+    length = _length(job, batch.train_batch_size)
+    rate = _rate(job, user, model, length, shape)
+    composed = _composed(job, user, model, world, precision, batch, length, rate)
+    return ScriptPlan(
+        launcher=__version__,
+        job=job,
+        model=model,
+        machine=machine,
+        world=world,
+        precision=precision,
+        zero_stage=zero_stage(user),
+        train_batch_size=batch.train_batch_size,
+        train_micro_batch_size_per_gpu=batch.train_micro_batch_size_per_gpu,
+        gradient_accumulation_steps=batch.gradient_accumulation_steps,
+        length=length,
+        learning_rate=_as_driven(rate.learning_rate, composed.config, length.total_updates),
+        ds_config=composed.config,
+        ds_config_changes=tuple(
+            plans.Change(key=change.key_path, before=change.before, after=change.after, reason=change.reason)
+            for change in composed.changes
+        ),
+        memory={},
+        warnings=tuple(_warnings(job, rate.learning_rate, composed.config, length)),
+        script=script,
+    )
+
+
+def check_script_request(job: ScriptJob, user: DsConfig, machine: MachineFacts) -> None:
+    """What can be told before the model is measured. Raises RequestError."""
+    user, shape = _with_open_scheduler(user)
+    world = resolve_world(job, machine)
+    _precision(job, user, world, machine)
+    zero_stage(user)
+    length = _length(job, _batch(job, user, world).train_batch_size)
+    if job.model is None:
+        _rate(job, user, None, length, shape)
+
+
+def pairing(plan: ScriptPlan) -> dict[str, str]:
+    """The plan's numbers under the names that transformers' TrainingArguments have for them, as text.
+
+    These are what a Trainer compares with its DeepSpeed JSON, and refuses where they differ; with `max_steps`.
+    """
+    config = plan.ds_config
+    optimizer, scheduler = (config.get(name, {}).get("params", {}) for name in ("optimizer", "scheduler"))
+    beta1, beta2 = optimizer.get("betas", (None, None))
+    values: dict[str, Any] = {
+        "learning_rate": optimizer.get("lr"),
+        "max_steps": plan.length.total_updates,
+        "warmup_steps": scheduler.get("warmup_num_steps"),
+        "per_device_train_batch_size": plan.train_micro_batch_size_per_gpu,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "max_grad_norm": config.get("gradient_clipping"),
+        "weight_decay": optimizer.get("weight_decay"),
+        "adam_beta1": beta1,
+        "adam_beta2": beta2,
+        "adam_epsilon": optimizer.get("eps"),
+        **{name: True for name in ("bf16", "fp16") if plan.precision == name},
+        # Without it accelerate does not see the other ranks.
+        "use_cpu": True if plan.world.device == "cpu" else None,
+    }
+    return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def filled_arguments(plan: ScriptPlan, places: Mapping[str, str]) -> list[str]:
+    """The script's arguments with the plan's numbers and `places` (name: path) in them.
+
+    {trainer_args} by itself becomes all of `pairing` as options, and {learning_rate} and so on one number each. What
+    else stands in braces is the script's own.
+    """
+    numbers, found = pairing(plan), []
+    for argument in plan.script.arguments:
+        if argument == "{trainer_args}":
+            found += [text for name, value in numbers.items() for text in (f"--{name}", value)]
+        else:
+            found.append(filled(argument, {**numbers, **places}))
+    return found
+
+
+def filled(text: str, values: Mapping[str, str]) -> str:
+    """`text` with each value in the place of its {name}."""
+    for name, value in values.items():
+        text = text.replace(f"{{{name}}}", value)
+    return text
+
+
+def _precision(job: ScriptJob, user: DsConfig, world: World, machine: MachineFacts) -> Precision:
+    if job.model is None:
+        return precision_without_model(user, world, machine)
+    return resolve_precision(job, user, world, machine)
+
+
+def _batch(job: ScriptJob, user: DsConfig, world: World) -> BatchSizes:
+    """The three sizes. Raises RequestError where the micro-batch, which is the script's, is not said."""
+    given, (batch, micro, accumulation) = given_batch(job, user), KEYS
+    if micro not in given:
+        raise RequestError(
+            Problem(
+                "the micro-batch is what the script's own data loader yields, so it must be said here",
+                key=f"train.{micro}",
+                mend="for example 4; in the script's arguments {per_device_train_batch_size} passes it on",
+            )
+        )
+    if batch not in given:
+        given = {accumulation: 1, **given}
+    return resolve_batch(given, world.size, lambda _: True)
+
+
+def _length(job: ScriptJob, batch: int) -> Length:
+    train = job.train
+    if train.max_steps is None and train.total_samples is None:
+        found = "epochs of a script's own data are not known" if train.num_train_epochs else "it must be said"
+        mend = "train.max_steps (updates) or train.total_samples, which is divided by the batch"
+        key = "train.num_train_epochs" if train.num_train_epochs else "train"
+        raise RequestError(Problem(f"how long the script trains: {found}", key=key, mend=mend))
+    updates = train.max_steps or math.ceil((train.total_samples or 0) / batch)
+    samples = updates * batch
+    return Length(
+        total_updates=updates,
+        updates_per_epoch=0.0,
+        samples=samples,
+        tokens_per_update=0.0,
+        refilled_samples=samples - (train.total_samples or samples),
+    )
+
+
+def _with_open_scheduler(user: DsConfig) -> tuple[DsConfig, str | None]:
+    """A scheduler whose parameters are all "auto" is left to the plan, but for its shape; None where there is none.
+
+    That is how transformers' examples are written, for a Trainer to fill in.
+    """
+    block = user.get("scheduler")
+    params = block.get("params") if isinstance(block, dict) else None
+    if not isinstance(params, dict) or set(map(str, params.values())) != {"auto"}:
+        return user, None
+    shape = next((shape for shape, kind in DEEPSPEED_TYPES.items() if kind == block["type"]), None)
+    return replace(user, data={**user.data, "scheduler": "auto"}), shape
+
+
+def _rate(job: ScriptJob, user: DsConfig, model: ModelFacts | None, length: Length, shape: str | None) -> Decided:
+    """The rate under the script's JSON, which may name the `shape`.
+
+    Raises RequestError for what only an object of the launcher's could do.
+    """
+    _check_shape(job)
+    if shape is not None and job.schedule.shape == "auto":
+        job = job.model_copy(update={"schedule": job.schedule.model_copy(update={"shape": shape})})
+    if model is None:
+        _check_peak(job, user)
+    lora = job.model is not None and job.model.lora is not None
+    situation = Situation(
+        # Where the model is not known the peak is the user's, and the warm-up that of a small model.
+        parameters=model.parameters if model else 1,
+        method="lora" if lora else "full",
+        tokens_per_update=None,
+        total_updates=length.total_updates,
+        dataset_samples=None,
+        beta2=job.train.betas[1],
+        task=job.schedule.task,
+    )
+    return kept_or_generated(job, situation, user, limited=model is not None)
+
+
+def _check_shape(job: ScriptJob) -> None:
+    shape = job.schedule.shape
+    if shape != "auto" and shape not in DEEPSPEED_TYPES:
+        raise RequestError(
+            Problem(
+                f"DeepSpeed has no class for {shape}, and a script has its schedule from the DeepSpeed JSON",
+                key="schedule.shape",
+                mend=f"one of {', '.join(DEEPSPEED_TYPES)}",
+            )
+        )
+
+
+def _check_peak(job: ScriptJob, user: DsConfig) -> None:
+    written = (optimizer_of(user) or {}).get("params", {}).get("lr")
+    if job.schedule.peak_lr == "auto" and written is None and scheduler_of(user) is None:
+        raise RequestError(
+            Problem(
+                "the rate is advised from the model's size, and the job names no model",
+                key="schedule.peak_lr",
+                mend="give the rate, or model.name_or_path, which is measured and not trained",
+            )
+        )
+
+
+def _composed(
+    job: ScriptJob,
+    user: DsConfig,
+    model: ModelFacts | None,
+    world: World,
+    precision: Precision,
+    batch: BatchSizes,
+    length: Length,
+    rate: Decided,
+) -> Composed:
+    user, dropped = (user, ()) if model else _without_sizes(user)
+    train = job.train
+    params = {"lr": rate.optimizer_lr, "betas": list(train.betas), "eps": train.eps, "weight_decay": train.weight_decay}
+    composed = compose(
+        user,
+        Decisions(
+            train_batch_size=batch.train_batch_size,
+            train_micro_batch_size_per_gpu=batch.train_micro_batch_size_per_gpu,
+            gradient_accumulation_steps=batch.gradient_accumulation_steps,
+            precision=precision,
+            device=world.device,
+            optimizer={"type": "AdamW", "params": params},
+            scheduler=rate.scheduler,
+            gradient_clipping=train.gradient_clipping,
+            hidden_size=model.hidden_size if model else None,
+            explicit=explicit_keys(job),
+            total_num_steps=length.total_updates,
+            warmup_num_steps=rate.learning_rate.warmup_updates,
+        ),
+    )
+    return replace(composed, changes=(*dropped, *composed.changes))
+
+
+def _without_sizes(user: DsConfig) -> tuple[DsConfig, Sequence[Change]]:
+    """The JSON without the "auto" that only a model's hidden size could fill."""
+    data = copy.deepcopy(user.data)
+    block = data.get("zero_optimization")
+    block = block if isinstance(block, dict) else {}
+    names = [name for name in BUCKET_SIZES if block.get(name) == "auto"]
+    for name in names:
+        del block[name]
+    reason = "left to DeepSpeed's default: the job names no model whose hidden size would fill it"
+    changes = [Change(f"zero_optimization.{name}", "auto", None, reason) for name in names]
+    return replace(user, data=data), changes
+
+
+def _as_driven(rate: LearningRate, config: Mapping[str, Any], updates: int) -> LearningRate:
+    """The rate as a script's engine drives it, which does not skip the update that DeepSpeed spends at the start."""
+    if rate.schedule is None:
+        return rate
+    scheduler, lr = config["scheduler"], config["optimizer"]["params"]["lr"]
+    told = deepspeed_warnings(scheduler["type"], scheduler["params"], lr, updates)
+    reasons = tuple(Reason(choice="scheduler", value=scheduler["type"], reason=sentence) for sentence in told)
+    return rate.model_copy(update={"advance": 0, "reasons": (*rate.reasons, *reasons)})
+
+
+def _warnings(job: ScriptJob, rate: LearningRate, config: Mapping[str, Any], length: Length) -> list[str]:
+    told = []
+    if unused := _unused(job):
+        told.append(f"not used, since the script does it its own way: {', '.join(unused)}")
+    if length.refilled_samples:
+        told.append(f"the last update is made whole with {length.refilled_samples} samples beyond train.total_samples")
+    scheduler = config.get("scheduler")
+    if scheduler is not None:
+        curve = replica(scheduler["type"], scheduler["params"], config["optimizer"]["params"]["lr"])
+        highest = max(curve.after(update) for update in range(length.total_updates))
+        if highest < _NEAR_THE_PEAK * rate.peak_lr:
+            told.append(
+                f"the peak of {rate.peak_lr:g} is not reached in {length.total_updates} updates: {highest:g} is"
+            )
+    return told
+
+
+def _unused(job: ScriptJob) -> list[str]:
+    """The keys that the user set and that a script does not heed."""
+    return sorted(key for key in explicit_keys(job) if key.startswith(_UNUSED))

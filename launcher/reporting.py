@@ -1,0 +1,93 @@
+"""`launcher.report`: what a script of one's own may tell the launcher while it trains.
+
+Standard library alone, so that `import launcher` costs a script nothing. Outside a run of the launcher it does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from launcher.run_dir import RunDir, append_line, utc_now
+
+_last: tuple[int, float] | None = None
+"""The update reported last, and when on the monotonic clock."""
+
+
+def report(*, step: int, loss: Any = None, lr: Any = None, **more: Any) -> None:
+    """Tells of one update (optimizer step) that was made: once an update, or once every few, on every rank.
+
+    `step` is the update's number, from 0. `loss`, `lr` (the rate that the update was made with) and `more` are numbers,
+    or tensors of one element, and are written down as the first rank has them: a line of metrics.jsonl, with the
+    samples so far, the seconds an update and the memory. With `tokens`, the update's own, comes tokens_per_second.
+
+    Raises ValueError for a step below 0 and TypeError for what is no number.
+    """
+    fd, folder = os.environ.get("LAUNCHER_REPORT_FD"), os.environ.get("LAUNCHER_RUN_DIR")
+    if fd is None or folder is None:
+        return
+    step = int(step)
+    if step < 0:
+        raise ValueError(f"step counts from 0, got {step}")
+    seconds = _step_seconds(step)
+    _tell_agent(int(fd), step, seconds)
+    if os.environ.get("RANK", "0") == "0":
+        values = {"loss": loss, "lr": lr, **more}
+        append_line(RunDir(Path(folder)).metrics_file, _line(step, seconds, values))
+
+
+def _step_seconds(step: int) -> float | None:
+    """Seconds an update since the last report; None at the first, and where the count went back."""
+    global _last
+    now, before = time.perf_counter(), _last
+    _last = (step, now)
+    return None if before is None or step <= before[0] else (now - before[1]) / (step - before[0])
+
+
+def _tell_agent(fd: int, step: int, seconds: float | None) -> None:
+    told = {"report": "update", "time": time.time(), "update": step, "step_seconds": seconds}
+    gpu = _gpu_memory_bytes()
+    line = json.dumps(told if gpu is None else {**told, "gpu_memory_bytes": gpu}) + "\n"
+    # A process that the script started does not have the pipe, and an agent that is gone does not hear.
+    with contextlib.suppress(OSError):
+        os.write(fd, line.encode())
+
+
+def _line(step: int, seconds: float | None, values: dict[str, Any]) -> dict[str, Any]:
+    """One line of metrics.jsonl, without what is not known."""
+    batch = os.environ.get("LAUNCHER_TRAIN_BATCH_SIZE")
+    given = {key: _plain(value) for key, value in values.items() if value is not None}
+    line: dict[str, Any] = {"update": step}
+    if batch is not None:
+        line["samples"] = (step + 1) * int(batch)
+    line |= given
+    if seconds is not None:
+        line["step_seconds"] = round(seconds, 6)
+        if "tokens" in given:
+            line["tokens_per_second"] = round(given["tokens"] / seconds, 1)
+    gpu = _gpu_memory_bytes()
+    line["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if gpu is None else gpu
+    return {**line, "time": utc_now()}
+
+
+def _gpu_memory_bytes() -> int | None:
+    """The most that PyTorch allocated on this rank's GPU; None where the script does not use one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return int(torch.cuda.max_memory_allocated())
+
+
+def _plain(value: Any) -> Any:
+    """A value for JSON, which has no NaN and no infinity: they are written as text."""
+    if isinstance(value, bool | int | str):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else str(number)

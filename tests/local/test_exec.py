@@ -1,0 +1,187 @@
+"""`launcher exec` with scripts that follow public practice, on a Ray that exists: two ranks each."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+import signal
+import socket
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from launcher.plan.model import Plan, ScriptPlan
+from launcher.plan.rate import planned_rates
+from launcher.run_dir import RunDir
+from tests.local.processes import Command, a_ray, run_folder, state_of
+from tests.unit import given
+
+pytestmark = pytest.mark.local
+
+SCRIPTS = Path(__file__).parent / "scripts"
+EXAMPLE = Path(__file__).parents[2] / "examples/exec"
+UPDATES = 12
+
+
+@pytest.fixture(scope="module")
+def shared_ray():
+    with a_ray(cpus=4) as variables:
+        yield variables
+
+
+@pytest.fixture
+def execute(tmp_path, shared_ray):
+    """Starts a script on two ranks, in a folder of its own; gives the command back."""
+
+    def start(script: str, *arguments: str, env: dict[str, str] | None = None) -> Command:
+        job = {
+            "name": "mine",
+            "train": {"max_steps": UPDATES, "train_micro_batch_size_per_gpu": 2},
+            "schedule": {"shape": "linear", "peak_lr": 1e-3, "warmup": 3},
+            "cluster": {"gpus_per_node": 0, "processes_per_node": 2, "env": env or {}},
+        }
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+        shutil.copy(SCRIPTS / script, tmp_path)
+        named = ["-m", Path(script).stem] if script == "plain_ddp.py" else [script]
+        return Command("exec", "job.yaml", "--", *named, *arguments, folder=tmp_path, **shared_ray)
+
+    return start
+
+
+def finished(command: Command, tmp_path: Path) -> tuple[RunDir, ScriptPlan]:
+    """The run of a command that ended well, and its plan."""
+    assert command.wait() == 0, command.output
+    run = RunDir(run_folder(tmp_path))
+    assert run.state()["state"] == "finished"
+    assert "Traceback" not in command.output
+    plan = Plan.from_json(run.plan_file.read_text())
+    assert isinstance(plan, ScriptPlan)
+    assert json.loads(run.ds_config_file.read_text()) == plan.ds_config
+    return run, plan
+
+
+def rank_log(run: RunDir, rank: int) -> str:
+    return (run.node_logs(0, socket.gethostname()) / f"rank-{rank}.log").read_text()
+
+
+def processes_in(folder: Path) -> list[str]:
+    """The processes that work in a folder, as the ranks of its scripts do."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()) == folder and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def test_the_rates_that_a_trainer_logs_are_the_plans(execute, tmp_path):
+    command = execute(
+        *("hf_trainer.py", "--output_dir", "{run_dir}/out", "--deepspeed", "{ds_config}", "{trainer_args}"),
+        *("--logging_steps", "1", "--report_to", "none", "--save_strategy", "no"),
+    )
+    run, plan = finished(command, tmp_path)
+    state = json.loads((run.path / "out/trainer_state.json").read_text())
+    logged = {line["step"]: line["learning_rate"] for line in state["log_history"] if "learning_rate" in line}
+    rate = planned_rates(plan)
+    # What a Trainer logs after step n is the rate of the update that comes next, whose number from 0 is n.
+    assert logged == {step: rate(step) for step in range(1, UPDATES + 1)}
+    assert max(logged.values()) == 1e-3
+    assert state["global_step"] == UPDATES
+    events = [event["state"] for event in run.events() if event["event"] == "state"]
+    assert events == ["planning", "placing", "starting", "training", "finished"]
+
+
+def test_an_accelerate_script_takes_optimizer_and_schedule_from_the_json(execute, tmp_path):
+    env = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "{ds_config}"}
+    command = execute(
+        *("accelerate_loop.py", "--learning_rate", "{learning_rate}", "--max_train_steps", "{max_steps}"),
+        *("--per_device_train_batch_size", "{per_device_train_batch_size}"),
+        env=env,
+    )
+    run, plan = finished(command, tmp_path)
+    log, rate = rank_log(run, 0), planned_rates(plan)
+    assert "prepared: DEEPSPEED, 2 processes" in log
+    made = [float(found) for found in re.findall(r" lr (\S+) loss ", log)]
+    assert made == [rate(update) for update in range(UPDATES)]
+
+
+def test_the_example_a_plain_deepspeed_script_reports_the_planned_rates(shared_ray, tmp_path):
+    for file in EXAMPLE.iterdir():
+        shutil.copy(file, tmp_path)
+    command = Command(
+        *("exec", "job.yaml", "--", "train.py", "--deepspeed", "--deepspeed_config", "{ds_config}"),
+        *("--steps", "{max_steps}", "--local_rank", "{local_rank}"),
+        folder=tmp_path,
+        **shared_ray,
+    )
+    run, plan = finished(command, tmp_path)
+    updates = plan.length.total_updates
+    assert f"finished after {updates} updates" in command.output
+    rate, lines = planned_rates(plan), run.metrics()
+    assert [(line["update"], line["lr"]) for line in lines] == [(update, rate(update)) for update in range(updates)]
+    assert [line["samples"] for line in lines] == [8 * (update + 1) for update in range(updates)]
+    losses = [line["loss"] for line in lines]
+    assert all(line["grad_norm"] > 0 for line in lines) and sum(losses[-5:]) < sum(losses[:5])
+    assert "other_rate" not in {event["event"] for event in run.events()}
+    for rank in (0, 1):
+        assert f"local rank {rank} of 2, micro-batch 4" in rank_log(run, rank)
+    node = json.loads((run.node_logs(0, socket.gethostname()) / "node.json").read_text())
+    assert [(rank["updates"], rank["exit_code"]) for rank in node["ranks"]] == [(updates, 0), (updates, 0)]
+    shown = given.command("lr", str(run.path)).out
+    assert f"{updates} of {updates} updates were made, every one at exactly the planned rate" in " ".join(shown.split())
+
+
+def test_a_module_under_plain_pytorch_has_torchruns_variables_and_its_other_rate_is_told(execute, tmp_path):
+    run, _ = finished(execute("plain_ddp.py", "--report"), tmp_path)
+    for rank in (0, 1):
+        log = rank_log(run, rank)
+        assert "the ranks agree" in log
+        environment = ast.literal_eval(log[log.index("{") : log.index("}") + 1])
+        assert environment.pop("MASTER_ADDR") == "127.0.0.1" and int(environment.pop("MASTER_PORT")) > 1024
+        assert environment == {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "GROUP_RANK": "0",
+            "NODE_RANK": "0",
+            "LAUNCHER_DS_CONFIG": str(run.ds_config_file),
+        }
+    told = [event for event in run.events() if event["event"] == "other_rate"]
+    assert [(event["update"], event["lr"]) for event in told] == [(0, 0.05)]
+
+
+def test_the_rank_that_raises_is_named(execute, tmp_path):
+    command = execute("plain_ddp.py", "--raise-on-rank", "1")
+    assert command.wait() == 1
+    assert "rank 1 on node 0" in command.output and "a worn-out example" in command.output
+    run = RunDir(run_folder(tmp_path))
+    assert run.state()["state"] == "failed"
+    (failure,) = [event for event in run.events() if event["event"] == "failure"]
+    assert (failure["rank"], failure["how"]) == (1, "exit code 1")
+    assert processes_in(tmp_path) == []
+
+
+def test_ctrl_c_is_a_sigterm_for_the_script(execute, tmp_path):
+    command = execute("sleeper.py")
+
+    def at_work() -> bool:
+        folder = run_folder(tmp_path)
+        logs = list(folder.glob("logs/node-0-*/rank-*.log")) if folder else []
+        return len(logs) == 2 and all("at work" in log.read_text() for log in logs)
+
+    command.wait_for(at_work)
+    command.interrupt()
+    assert command.wait() == 128 + signal.SIGINT, command.output
+    assert "SIGTERM for the script" in command.output and "stopped" in command.output
+    assert state_of(tmp_path)["state"] == "stopped"
+    agent = (RunDir(run_folder(tmp_path)).node_logs(0, socket.gethostname()) / "agent.log").read_text()
+    for rank in (0, 1):
+        assert f"rank {rank} ended with -{int(signal.SIGTERM)}" in agent
+    assert processes_in(tmp_path) == []

@@ -1,0 +1,262 @@
+"""A script on its leash: a process like any other to its agent, which never outlives it."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from launcher.fleet.leash import companions, filled
+from launcher.fleet.process import RankProcess, stop_all
+from launcher.run_dir import RunDir
+
+RANK = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1"}
+LEASH = ("-m", "launcher.fleet.leash")
+Start = Callable[..., RankProcess]
+
+
+class Heard:
+    """What an agent hears of one rank."""
+
+    def __init__(self) -> None:
+        self._events: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.put = self._events.put
+
+    def wait_for(self, report: str) -> dict[str, Any]:
+        while True:
+            event = self._events.get(timeout=30)
+            if event["report"] == report:
+                return event
+
+
+@pytest.fixture
+def heard() -> Heard:
+    return Heard()
+
+
+@pytest.fixture
+def start(tmp_path: Path, heard: Heard) -> Iterator[Start]:
+    """Starts a script as an agent does; it is written to the run directory's folder."""
+    started: list[RankProcess] = []
+
+    def begin(script: str, *arguments: str, leash: Sequence[str] = LEASH, **variables: str) -> RankProcess:
+        (tmp_path / "train.py").write_text(script)
+        environment = {**os.environ, **RANK, "PYTHONUNBUFFERED": "1", **variables}
+        command = [sys.executable, *leash, str(tmp_path), "train.py", *arguments]
+        started.append(RankProcess(5, command, environment, tmp_path / "rank.log", heard.put))
+        return started[-1]
+
+    yield begin
+    stop_all(started, 0.0)
+
+
+def wait_for_line(tmp_path: Path, word: str) -> str:
+    """The first line of the log that has the word."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        lines = (tmp_path / "rank.log").read_text().splitlines() if (tmp_path / "rank.log").exists() else []
+        if found := [line for line in lines if word in line]:
+            return found[0].split(" ", 1)[1]
+        time.sleep(0.02)
+    raise AssertionError(f"no line with {word}")
+
+
+def group_of(pid: int) -> list[int]:
+    """The processes of a process group that are alive."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == pid and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except (psutil.Error, ProcessLookupError):
+            continue
+    return found
+
+
+def wait_until_gone(pid: int) -> None:
+    deadline = time.monotonic() + 20
+    while group_of(pid):
+        assert time.monotonic() < deadline, f"still there: {group_of(pid)}"
+        time.sleep(0.02)
+
+
+def test_the_script_is_the_process_that_the_agent_started(start: Start, heard: Heard, tmp_path: Path) -> None:
+    script = """
+import json, os, sys
+try:
+    os.wait()
+    children = True
+except ChildProcessError:
+    children = False
+seen = {name: os.environ[name] for name in ("RANK", "ROLE_RANK", "GROUP_WORLD_SIZE", "LOCAL_SIZE")}
+print(json.dumps([os.getpid(), os.getcwd(), sys.argv[1:], sys.path[0], sys.stdin.read(), children, seen]))
+print("torchelastic" if "TORCHELASTIC_RUN_ID" in os.environ else "no torchelastic")
+sys.exit(7)
+"""
+    process = start(script, "--local_rank={local_rank}", "{rank}", "{other}")
+    assert heard.wait_for("exit")["code"] == 7
+    seen = {"RANK": "5", "ROLE_RANK": "5", "GROUP_WORLD_SIZE": "2", "LOCAL_SIZE": "4"}
+    folder = str(tmp_path)
+    wanted = [process.pid, folder, ["--local_rank=1", "5", "{other}"], folder, "", False, seen]
+    assert json.loads(wait_for_line(tmp_path, "[")) == wanted
+    assert wait_for_line(tmp_path, "torchelastic") == "no torchelastic"
+    wait_until_gone(process.pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGTERM])
+def test_a_signal_is_told_as_that_signal(start: Start, heard: Heard, number: signal.Signals) -> None:
+    start(f"import os; os.kill(os.getpid(), {int(number)})")
+    assert heard.wait_for("exit")["code"] == -number
+
+
+def test_a_module_is_run_as_python_runs_it(heard: Heard, tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/train.py").write_text("import sys; print(sys.argv[1:], __package__); sys.exit(3)")
+    command = [sys.executable, *LEASH, str(tmp_path), "-m", "package.train", "--steps", "2"]
+    RankProcess(5, command, {**os.environ, **RANK}, tmp_path / "rank.log", heard.put)
+    assert heard.wait_for("exit")["code"] == 3
+    assert wait_for_line(tmp_path, "steps") == "['--steps', '2'] package"
+
+
+STUBBORN = """
+import signal, time
+told = []
+signal.signal(signal.SIGTERM, lambda *_: (told.append(1), print(f"SIGTERM {len(told)}")))
+print("ready")
+while True:
+    time.sleep(0.05)
+"""
+
+
+def test_the_order_to_stop_is_one_sigterm_and_what_does_not_end_is_killed(
+    start: Start, heard: Heard, tmp_path: Path
+) -> None:
+    quick = "import sys, launcher.fleet.leash as leash; leash.STOP_GRACE_SECONDS = 1; leash.main()"
+    process = start(STUBBORN, leash=("-c", quick))
+    wait_for_line(tmp_path, "ready")
+    process.order(go={"env": {}})
+    process.order(stop=True)
+    process.order(stop=True)
+    assert heard.wait_for("exit")["code"] == -signal.SIGKILL
+    assert (tmp_path / "rank.log").read_text().count("SIGTERM") == 1
+    wait_until_gone(process.pid)
+
+
+def test_a_script_may_save_and_leave_at_the_order_to_stop(start: Start, heard: Heard, tmp_path: Path) -> None:
+    saving = """
+import signal, sys, time
+def leave(*_):
+    time.sleep(0.2); print("saved"); sys.exit(0)
+signal.signal(signal.SIGTERM, leave)
+print("ready")
+time.sleep(60)
+"""
+    process = start(saving)
+    wait_for_line(tmp_path, "ready")
+    process.order(stop=True)
+    assert heard.wait_for("exit")["code"] == 0
+    wait_for_line(tmp_path, "saved")
+
+
+AGENT = """
+import os, sys, time
+from pathlib import Path
+from launcher.fleet.process import RankProcess
+process = RankProcess(5, sys.argv[1:], dict(os.environ), Path("rank.log"), lambda event: None)
+print(process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_script_whose_agent_is_gone_ends_with_its_own_processes(tmp_path: Path) -> None:
+    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    (tmp_path / "train.py").write_text(f"""
+import subprocess, sys
+{STUBBORN.replace('print("ready")', f"subprocess.Popen([sys.executable, '-c', {child!r}]); print('ready')")}
+""")
+    command = [sys.executable, *LEASH, str(tmp_path), "train.py"]
+    environment = {**os.environ, **RANK, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", AGENT, *command], stdout=subprocess.PIPE, env=environment, cwd=tmp_path
+    ) as agent:
+        assert agent.stdout is not None
+        pid = int(agent.stdout.readline())
+        wait_for_line(tmp_path, "ready")
+        assert len(group_of(pid)) == 3  # the script, its own process, and the watcher
+        agent.kill()
+    wait_until_gone(pid)
+
+
+def test_the_agent_ends_a_script_at_once_where_it_must(start: Start, heard: Heard, tmp_path: Path) -> None:
+    process = start(STUBBORN)
+    wait_for_line(tmp_path, "ready")
+    stop_all([process], grace_seconds=0.5)
+    assert heard.wait_for("exit")["code"] == -signal.SIGKILL
+    assert (tmp_path / "rank.log").read_text().count("SIGTERM") == 1
+    wait_until_gone(process.pid)
+
+
+def test_a_script_reports_to_its_agent_and_writes_the_metrics_on_rank_0(
+    start: Start, heard: Heard, tmp_path: Path
+) -> None:
+    script = """
+import launcher
+launcher.report(step=0, loss=2.5, lr=1e-3)
+launcher.report(step=4, loss=float("nan"), lr=2e-3, tokens=100, accuracy=0.5)
+"""
+    start(script, LAUNCHER_RUN_DIR=str(tmp_path), LAUNCHER_TRAIN_BATCH_SIZE="8", RANK="0")
+    first, second = heard.wait_for("update"), heard.wait_for("update")
+    assert heard.wait_for("exit")["code"] == 0
+    assert (first["update"], first["step_seconds"], second["update"]) == (0, None, 4)
+    lines = RunDir(tmp_path).metrics()
+    told = {"time", "peak_memory_bytes"}
+    assert [{k: v for k, v in line.items() if k not in told} for line in lines] == [
+        {"update": 0, "samples": 8, "loss": 2.5, "lr": 1e-3},
+        {
+            "update": 4,
+            "samples": 40,
+            "loss": "nan",
+            "lr": 2e-3,
+            "tokens": 100,
+            "accuracy": 0.5,
+            "step_seconds": lines[1]["step_seconds"],
+            "tokens_per_second": lines[1]["tokens_per_second"],
+        },
+    ]
+    assert lines[1]["step_seconds"] == pytest.approx(second["step_seconds"], abs=1e-6)
+    assert lines[1]["tokens_per_second"] == pytest.approx(100 / second["step_seconds"], abs=0.1)
+
+
+def test_other_ranks_report_and_do_not_write(start: Start, heard: Heard, tmp_path: Path) -> None:
+    start("import launcher; launcher.report(step=3, loss=1.0)", LAUNCHER_RUN_DIR=str(tmp_path))
+    assert heard.wait_for("update")["update"] == 3
+    assert heard.wait_for("exit")["code"] == 0
+    assert RunDir(tmp_path).metrics() == []
+
+
+def test_companions_are_torchruns_and_deepspeeds() -> None:
+    found = companions({**RANK, "RANK": "7"})
+    assert found == {
+        "ROLE_RANK": "7",
+        "ROLE_WORLD_SIZE": "8",
+        "ROLE_NAME": "default",
+        "GROUP_WORLD_SIZE": "2",
+        "LOCAL_SIZE": "4",
+        "CROSS_RANK": "1",
+        "CROSS_SIZE": "2",
+    }
+
+
+def test_braces_of_the_scripts_own_stay() -> None:
+    given = ['{"a": {rank}}', "{local_rank}{rank}", "{}", "{RANK}"]
+    assert filled(given, RANK) == ['{"a": 5}', "15", "{}", "{RANK}"]
