@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart check test format lock bench clean
+.PHONY: help install quickstart check lint test format lock bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -15,28 +15,35 @@ install: $(VENV)/.installed ## make .venv with everything at its locked version
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf,plot,test,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf,lora,plot,test,dev]'
 	touch $@
 
 quickstart: install ## fine-tune a real model on real text, in a few minutes on two CPU cores
 	$(BIN)/python examples/fetch_quickstart.py
 	$(BIN)/launcher run examples/quickstart.yaml
 
-check: install ## format, lint, types and fast tests, in under a minute
+check: lint ## format, lint, types and fast tests, in about a minute
+	$(BIN)/python -m pytest -q -n 2 tests/unit
+
+lint: install ## format, lint and types alone
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n 2 tests/unit
 
-test: install compiler ## install what the tests need, and run them all
+test: install packages ## install what the tests need, and run them all
 	$(BIN)/python examples/fetch_quickstart.py
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15
 
-# DeepSpeed compiles its CPU Adam when a test offloads the optimizer.
-.PHONY: compiler
-compiler:
-	@command -v g++ >/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq g++; } \
-	  || { echo 'g++ is missing, and the tests of offloading need it: apt-get install g++'; exit 1; }
+# DeepSpeed compiles its CPU Adam when a test offloads the optimizer; tests/cluster runs Slurm and sshd on hosts that it
+# makes. Without them, and outside CI, those tests skip and say why.
+PACKAGES := g++ slurm-wlm munge openssh-server openssh-client rsync iproute2
+.PHONY: packages
+packages:
+	@PATH="$$PATH:/usr/sbin:/sbin"; missing=; \
+	  for command in g++ sbatch munged sshd ssh rsync ip; do command -v $$command >/dev/null || missing=1; done; \
+	  test -z "$$missing" || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(PACKAGES) >/dev/null; } \
+	  || echo 'missing, and some tests need them: $(PACKAGES)'
 
 format: install ## format the code and mend what the linter can
 	$(BIN)/ruff format .
@@ -50,6 +57,9 @@ bench: install ## run the benchmarks, each against its alternative
 	$(BIN)/python benchmarks/advice_accuracy.py
 	$(BIN)/python benchmarks/spike_guard.py --quick
 	$(BIN)/python benchmarks/launch_overhead.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/log_following.py
+	$(BIN)/python benchmarks/scale.py
 
 clean: ## remove what was built, not the runs
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -4,35 +4,59 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, TypeVar
 
-from launcher.ds_config import DsConfig, from_mapping, read_ds_config
+from launcher.ds_config import DsConfig, from_job, open_scheduler, read_ds_config
+from launcher.ds_config.catalogue import load_catalogue
+from launcher.ds_config.verdict import approve
 from launcher.errors import Problem, RequestError, nearest
-from launcher.job import Job
+from launcher.job import Job, ScriptJob, explicit_keys, is_for_a_script, placing, read_job, read_script_job
+from launcher.job.read import load_yaml, read_text
+from launcher.plan.choose import IN_ORDER, recommend
 from launcher.plan.facts import MachineFacts
-from launcher.plan.model import Plan
-from launcher.plan.resolve import check_request, resolve
-from launcher.prepare import prepare
+from launcher.plan.model import Plan, Script, ScriptPlan
+from launcher.plan.resolve import check_request, resolve, resolve_world
+from launcher.plan.script import check_script_request, resolve_script
+from launcher.prepare import prepare, prepare_model
 from launcher.prepare.machine import measure_machine
 from launcher.prepare.sources import find_data, find_model_folder
 from launcher.presets import preset_names, shipped_folder
 
 OnProgress = Callable[[dict[str, object]], None]
+P = TypeVar("P", bound=Plan)
+AUTO = "auto"
 
 
-def make_plan(job: Job, job_file: str, on_progress: OnProgress, log: IO[bytes] | int = subprocess.DEVNULL) -> Plan:
-    """The plan of `job`. Raises RequestError; what needs neither model nor data is told at once."""
+def make_plan(
+    job: Job,
+    job_file: str,
+    on_progress: OnProgress,
+    log: IO[bytes] | int = subprocess.DEVNULL,
+    *,
+    preset: str | None = None,
+) -> Plan:
+    """The plan of `job`. Raises RequestError; what needs neither model nor data is told at once.
+
+    `preset` is what `deepspeed: auto` came to before, where a run goes on that began with it.
+    """
     user, machine = check_job(job, job_file)
     prepared = prepare(job, on_progress, log)
-    return resolve(job, user, prepared.model, prepared.data, machine)
+    if job.deepspeed != AUTO:
+        return _with_notes(resolve(job, user, prepared.model, prepared.data, machine), user)
+    presets = {name: _preset(name) for name in IN_ORDER}
+    chosen = recommend(job, presets, prepared.model, prepared.data, machine, kept=preset)
+    plan = resolve(job, presets[chosen.preset], prepared.model, prepared.data, machine)
+    told = f"deepspeed: auto takes {chosen.preset}: {chosen.reason}"
+    return plan.model_copy(update={"recommendation": chosen, "warnings": (told, *plan.warnings)})
 
 
 def check_job(job: Job, job_file: str) -> tuple[DsConfig, MachineFacts]:
     """The job's DeepSpeed JSON and this machine. Raises RequestError for what can be told without model and data."""
     user, machine = load_ds_config(job, job_file), measure_machine()
     check_request(job, user, machine)
+    lint_ds_config(job, user, machine)
     _check_folder(job.output_dir, "output_dir", job_file)
     if job.data.cache_dir is not None:
         _check_folder(job.data.cache_dir, "data.cache_dir", job_file)
@@ -40,6 +64,44 @@ def check_job(job: Job, job_file: str) -> tuple[DsConfig, MachineFacts]:
     find_data(job.data.train, "data.train")
     if isinstance(job.data.eval, str | list):
         find_data(job.data.eval, "data.eval")
+    return user, machine
+
+
+def plan_job_file(job_file: Path, overrides: Sequence[str], on_progress: OnProgress) -> Plan:
+    """The plan of a job file, which may be one for a script that is not named yet. Raises RequestError."""
+    if is_for_a_script(job_file, overrides):
+        script_job = read_script_job(job_file, overrides)
+        with placing(job_file, overrides):
+            return make_script_plan(script_job, Script(arguments=(), folder=""), str(job_file), on_progress)
+    job = read_job(job_file, overrides)
+    with placing(job_file, overrides):
+        return make_plan(job, str(job_file), on_progress)
+
+
+def make_script_plan(
+    job: ScriptJob, script: Script, job_file: str, on_progress: OnProgress, log: IO[bytes] | int = subprocess.DEVNULL
+) -> ScriptPlan:
+    """The plan of a script of the user's own. Raises RequestError; what needs no model is told at once."""
+    user, machine = check_script_job(job, job_file)
+    model = None
+    if job.model is not None:
+        cache = Path(job.output_dir).expanduser().resolve() / ".cache"
+        model = prepare_model(job.model, cache, on_progress, log)
+    return _with_notes(resolve_script(job, user, model, machine, script), user)
+
+
+def check_script_job(job: ScriptJob, job_file: str) -> tuple[DsConfig, MachineFacts]:
+    """The script's DeepSpeed JSON and this machine. Raises RequestError for what can be told without a model."""
+    if job.deepspeed == AUTO:
+        found = "a preset is chosen by the memory that model and data take, and those are the script's own"
+        mend = f"name one: {', '.join(preset_names())}"
+        raise RequestError(Problem(found, key="deepspeed", mend=mend))
+    user, machine = load_ds_config(job, job_file), measure_machine()
+    check_script_request(job, user, machine)
+    lint_ds_config(job, user, machine)
+    _check_folder(job.output_dir, "output_dir", job_file)
+    if job.model is not None:
+        find_model_folder(job.model.name_or_path, job.model.gguf_file)
     return user, machine
 
 
@@ -54,14 +116,16 @@ def _check_folder(name: str, key: str, job_file: str) -> None:
 
 
 def load_ds_config(job: Job, job_file: str) -> DsConfig:
-    """The DeepSpeed JSON that the job names or holds. Raises RequestError."""
+    """The DeepSpeed JSON that the job names or holds; for `auto` a preset that stands for them all. RequestErrors."""
     if isinstance(job.deepspeed, dict):
-        return from_mapping(job.deepspeed, f"{job_file}: deepspeed")
+        return _inline(job.deepspeed, job_file)
     path = Path(job.deepspeed).expanduser()
     if path.is_file():
         return read_ds_config(path)
+    if job.deepspeed == AUTO:
+        return _preset(IN_ORDER[0])
     if job.deepspeed in preset_names():
-        return read_ds_config(shipped_folder("ds_configs") / f"{job.deepspeed}.json")
+        return _preset(job.deepspeed)
     match = nearest(path.stem, preset_names())
     raise RequestError(
         Problem(
@@ -71,3 +135,39 @@ def load_ds_config(job: Job, job_file: str) -> DsConfig:
             mend=f"did you mean the preset {match}?" if match else f"presets: {', '.join(preset_names())}",
         )
     )
+
+
+def lint_ds_config(job: Job, user: DsConfig, machine: MachineFacts) -> tuple[str, ...]:
+    """The warnings of lint about the job's own JSON. Raises RequestError for what it calls an error."""
+    generated = "schedule.shape" in explicit_keys(job) or open_scheduler(user) is not None
+    replaced = ("scheduler",) if generated else ()
+    world_size = resolve_world(job, machine).data_parallel_size
+    unsafe = job.schedule.allow_unsafe
+    return approve(user, world_size=world_size, keys=load_catalogue(), replaced=replaced, allow_unsafe=unsafe)
+
+
+def _with_notes(plan: P, user: DsConfig) -> P:
+    """The plan with what lint warns of, and with folders that are missing here."""
+    told = (*lint_ds_config(plan.job, user, plan.machine), *_missing_folders(user))
+    return plan.model_copy(update={"warnings": (*told, *plan.warnings)})
+
+
+def _missing_folders(user: DsConfig) -> Iterator[str]:
+    for block in ("offload_optimizer", "offload_param"):
+        key = f"zero_optimization.{block}.nvme_path"
+        if isinstance(path := user.get(key), str) and not Path(path).is_dir():
+            mend = "Make sure that every node has it on a disk of its own."
+            yield str(user.problem(key, f"there is no folder {path} on this machine", mend))
+
+
+def _preset(name: str) -> DsConfig:
+    return read_ds_config(shipped_folder("ds_configs") / f"{name}.json")
+
+
+def _inline(data: dict[str, Any], job_file: str) -> DsConfig:
+    """The mapping in a job file, with the lines that its keys stand on."""
+    lines: dict[str, int] = {}
+    if Path(job_file).is_file():
+        _, found = load_yaml(read_text(Path(job_file)), job_file)
+        lines = {".".join(path[1:]): line for path, line in found.items() if path[0] == "deepspeed" and path[1:]}
+    return from_job(data, job_file, "deepspeed", lines)

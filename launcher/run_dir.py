@@ -84,9 +84,9 @@ class RunDir:
     path: Path
 
     @classmethod
-    def create(cls, output_dir: Path, name: str) -> RunDir:
-        """A new directory `<output_dir>/<name>-<date>-<time>[-n]`, made by exactly one caller."""
-        stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    def create(cls, output_dir: Path, name: str, stamp: str | None = None) -> RunDir:
+        """A new directory `<output_dir>/<name>-<stamp>[-n]`, made by exactly one caller. The stamp: date and time."""
+        stem = f"{name}-{stamp or f'{datetime.now():%Y%m%d-%H%M%S}'}"
         for attempt in range(1000):
             path = output_dir / (stem if attempt == 0 else f"{stem}-{attempt}")
             with contextlib.suppress(FileExistsError):
@@ -130,6 +130,21 @@ class RunDir:
         return self.path / "logs"
 
     @property
+    def marks(self) -> Path:
+        """Where nodes leave small files for each other, to see that they share this directory."""
+        return self.path / ".marks"
+
+    @property
+    def cluster(self) -> Path:
+        """What the nodes of an allocation need to find each other; there as long as their Ray is."""
+        return self.path / ".cluster"
+
+    @property
+    def stop_file(self) -> Path:
+        """A request to end the run, written by `launcher cancel` and read by the supervisor."""
+        return self.path / "stop.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -161,6 +176,7 @@ class RunDir:
             "since": utc_now(),
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            **_allocation(),
             **details,
         }
         write_json(self.state_file, record)
@@ -169,6 +185,19 @@ class RunDir:
     def event(self, kind: str, **details: Any) -> None:
         """Adds what happened to events.jsonl."""
         append_line(self.events_file, {"time": utc_now(), "event": kind, **details})
+
+    def request_stop(self, *, now: bool) -> None:
+        """Asks the run's supervisor, wherever it is, to end the run: after this update and a checkpoint, or at once."""
+        by = f"{os.environ.get('USER', os.getuid())}@{socket.gethostname()}"
+        write_json(self.stop_file, {"time": utc_now(), "now": now, "by": by})
+
+    def stop_request(self) -> dict[str, Any] | None:
+        """What was asked for, None where nothing was."""
+        try:
+            request: dict[str, Any] = json.loads(self.stop_file.read_text())
+        except FileNotFoundError:
+            return None
+        return request
 
     def state(self) -> dict[str, Any]:
         """What state.json says; an empty mapping before the first state."""
@@ -221,6 +250,17 @@ class RunDir:
                 yield False
             else:
                 yield True
+
+
+def _allocation() -> dict[str, str]:
+    """The Slurm job or the Ray job that this process runs in, by which the run can be found from elsewhere."""
+    # Ray gives a submitted job no shorter variable than this one, which holds its runtime environment as well.
+    ray_job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    found = {
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "ray_job_id": ray_job.get("metadata", {}).get("job_submission_id"),
+    }
+    return {key: value for key, value in found.items() if value}
 
 
 MANIFEST = "manifest.json"

@@ -9,7 +9,24 @@ from rich.console import Console
 from rich.text import Text
 
 from launcher import __version__
-from launcher.cli import init, lint, lr, plan, resume, run, schema
+from launcher.cli import (
+    cancel,
+    doctor,
+    exec,
+    init,
+    lint,
+    logs,
+    lr,
+    node,
+    plan,
+    resume,
+    run,
+    schema,
+    status,
+    submit,
+    watch,
+    why,
+)
 from launcher.errors import LauncherError, Problem, RequestError
 
 app = typer.Typer(
@@ -21,7 +38,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run")(run.run)
+app.command("exec", context_settings=exec.CONTEXT)(exec.exec_script)
 app.command("resume")(resume.resume)
+app.command("submit")(submit.submit)
+app.command("node", context_settings=node.CONTEXT)(node.node)
+app.command("cancel")(cancel.cancel)
+app.command("status")(status.status)
+app.command("logs")(logs.logs)
+app.command("watch")(watch.watch)
+app.command("why")(why.why)
+app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
 app.command("lr")(lr.lr)
 app.command("lint")(lint.lint)

@@ -5,12 +5,20 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from launcher.fleet.preflight import NodeCheck
 
 _PLAIN_EVERY_SECONDS = 10.0
+_LOG_WIDTH = 200
 _SHOWN = {
     "planning": "planning",
     "preparing": "preparing the data",
@@ -49,11 +57,19 @@ class RunConsole:
         done = f" {progress['done']}/{progress['total']} rows" if progress.get("total") else ""
         self._print(f"          {progress['message']}{done}")
 
+    def preflight(self, checks: list[NodeCheck]) -> None:
+        """What was found on the nodes: a table where there are several, and what is odd about each."""
+        if len(checks) > 1:
+            print_whole(self.console, Padding(preflight_table(checks), (0, 0, 0, 10)))
+        for check in checks:
+            for note in check.notes:
+                self._print(
+                    f"          [yellow]note:[/] {escape(f'node {check.node_rank} ({check.node.host}): {note}')}"
+                )
+
     def update(self, metrics: dict[str, Any]) -> None:
         """One update was made."""
-        text = (
-            f"loss {_number(metrics['loss'])}  rate {metrics['lr']:.2e}  {metrics['tokens_per_second']:,.0f} tokens/s"
-        )
+        text = "  ".join(_update_words(metrics))
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=metrics["update"] + 1, shown=text)
         elif self._due() or metrics["update"] + 1 == self.total:
@@ -104,6 +120,44 @@ class RunConsole:
             yield
         finally:
             self.end_progress()
+
+
+def preflight_table(checks: list[NodeCheck]) -> Table:
+    """A row a node: where it is, how it is reached, what it has, and whether it will do."""
+    table = Table(
+        "node", "host", "address", "interface", "clock", "GPUs", "free", "torch", "", box=None, pad_edge=False
+    )
+    for check in checks:
+        node, facts = check.node, check.facts
+        table.add_row(
+            str(check.node_rank),
+            Text(node.host),
+            node.address,
+            Text(node.interface or "-"),
+            f"{node.clock_offset_seconds:+.3f} s",
+            f"{facts.gpus} {facts.gpu_name}" if facts.gpus else "0",
+            f"{facts.free_bytes / 1024**3:.0f} GiB",
+            facts.versions.get("torch", "missing"),
+            "[red]will not do[/]" if check.problems else "[green]good[/]",
+        )
+    return table
+
+
+def _update_words(metrics: dict[str, Any]) -> Iterator[str]:
+    """What is known of an update: a script of one's own tells what it likes."""
+    if "loss" in metrics:
+        yield f"loss {_number(metrics['loss'])}"
+    if "lr" in metrics:
+        yield f"rate {metrics['lr']:.2e}" if isinstance(metrics["lr"], float | int) else f"rate {metrics['lr']}"
+    if "tokens_per_second" in metrics:
+        yield f"{metrics['tokens_per_second']:,.0f} tokens/s"
+
+
+def print_whole(console: Console, table: RenderableType) -> None:
+    """Prints a table as wide as it is where there is no terminal: a log has no edge."""
+    if not console.is_terminal:
+        console = Console(file=console.file, width=_LOG_WIDTH, highlight=False)
+    console.print(table)
 
 
 def _number(value: float | str) -> str:

@@ -109,13 +109,10 @@ def _shapes(compare: str | None) -> list[str]:
 
 
 def _of_job(path: Path, overrides: list[str], shapes: Sequence[str]) -> Report:
-    from launcher.job import placing, read_job
-    from launcher.planning import make_plan
+    from launcher.planning import plan_job_file
     from launcher.watch.curves import compared, plan_curve
 
-    job = read_job(path, overrides)
-    with placing(path, overrides):
-        plan = make_plan(job, str(path), lambda progress: typer.echo(f"{progress['message']} …", err=True))
+    plan = plan_job_file(path, overrides, lambda progress: typer.echo(f"{progress['message']} …", err=True))
     rate, total = plan.learning_rate, plan.length.total_updates
     curves = compared(plan_curve(plan), shapes, rate.peak_lr, rate.warmup_updates, total)
     title = f"{plan.job.name}: {rate.shape}, {total:,} updates, {rate.warmup_updates:,} of warm-up"
@@ -166,6 +163,8 @@ def _pasted(plan: Plan, blocks: dict[str, Any]) -> tuple[str, ...]:
 
     if plan.learning_rate.schedule is None:
         return ("The scheduler is your own: DeepSpeed starts and steps it, here as in any script.",)
+    if not plan.learning_rate.advance:
+        return ("The curve is that of a script: DeepSpeed starts and steps the scheduler, as it does with the blocks.",)
     if "scheduler" not in blocks:
         shape = plan.learning_rate.shape
         return (

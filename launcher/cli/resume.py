@@ -13,7 +13,7 @@ from launcher.errors import Problem, RequestError
 from launcher.job import Job, validate_job
 from launcher.job.read import apply_override
 from launcher.plan.batch import KEYS
-from launcher.plan.model import Plan
+from launcher.plan.model import Plan, ScriptPlan
 from launcher.plan.resolve import resolve_world
 from launcher.plan.resume import Start, continued
 from launcher.planning import make_plan
@@ -39,12 +39,13 @@ def resume(
     if not directory.plan_file.is_file():
         raise RequestError(Problem("there is no plan.json here, so this is not a run directory", file=str(run)))
     with alone_in(directory):
-        _go_on(directory, overrides or [], RunConsole())
+        go_on(directory, overrides or [], RunConsole())
 
 
-def _go_on(directory: RunDir, overrides: list[str], console: RunConsole) -> None:
+def go_on(directory: RunDir, overrides: list[str], console: RunConsole) -> None:
+    _refuse_script(directory)
     plan, plan_file, start = _where_to_go_on(directory)
-    with console.closing(), interruptible(console) as interrupts:
+    with console.closing(), interruptible(console, directory) as interrupts:
         if overrides:
             plan, start = _changed(plan, start, overrides, console)
         if start.update >= plan.length.total_updates:
@@ -64,6 +65,19 @@ def _go_on(directory: RunDir, overrides: list[str], console: RunConsole) -> None
         directory.rewind(start.samples, start.update)
         directory.event("resume", update=start.update, samples=start.samples, overrides=overrides)
         carry_out(plan, plan_file, directory, console, start, interrupts)
+
+
+def _refuse_script(directory: RunDir) -> None:
+    """Raises RequestError where the run is that of a script of the user's own."""
+    plan = Plan.from_json(directory.plan_file.read_text())
+    if isinstance(plan, ScriptPlan):
+        raise RequestError(
+            Problem(
+                f"this is a run of the script {' '.join(plan.script.arguments[:2])}, which keeps its own checkpoints",
+                file=str(directory.path),
+                mend="start it again with launcher exec, with the option by which the script goes on from them",
+            )
+        )
 
 
 def _where_to_go_on(directory: RunDir) -> tuple[Plan, Path, Start]:
@@ -88,7 +102,8 @@ def _where_to_go_on(directory: RunDir) -> tuple[Plan, Path, Start]:
 def _changed(old: Plan, start: Start, overrides: list[str], console: RunConsole) -> tuple[Plan, Start]:
     """The plan for the rest of the run under the overrides, and where it starts."""
     job, keys = _job_with(old, overrides)
-    new = make_plan(job, "the resumed job", console.prepare)
+    kept = old.recommendation.preset if old.recommendation and job.deepspeed == "auto" else None
+    new = make_plan(job, "the resumed job", console.prepare, preset=kept)
     new_schedule = any(_changes_curve(key) for key in keys)
     plan = continued(old, new, start.update, start.samples, new_schedule=new_schedule)
     assert plan.resumed is not None
@@ -101,7 +116,7 @@ def _changed(old: Plan, start: Start, overrides: list[str], console: RunConsole)
 
 def _changes_curve(key: str) -> bool:
     """Whether an override asks for another learning rate, or another length of the run."""
-    if key in ("train.max_steps", "train.num_train_epochs"):
+    if key in ("train.max_steps", "train.num_train_epochs", "train.total_samples"):
         return True
     return key.startswith("schedule.") and key not in _NOT_THE_CURVE
 
@@ -129,7 +144,7 @@ def _job_with(old: Plan, overrides: list[str]) -> tuple[Job, list[str]]:
     batch = job.train.train_batch_size
     if f"train.{micro}" not in keys and batch != "auto":
         kept = old.train_micro_batch_size_per_gpu
-        divides = batch % (kept * resolve_world(job, measure_machine()).size) == 0
+        divides = batch % (kept * resolve_world(job, measure_machine()).data_parallel_size) == 0
         job = validate_job({**data, "train": {**train, micro: kept if divides else "auto"}}, origin="the resumed job")
     return job, keys
 

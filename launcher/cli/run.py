@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import typer
+from rich.markup import escape
 
 from launcher.cli.console import RunConsole
-from launcher.errors import Problem, RequestError, first_line
+from launcher.errors import Problem, RequestError, RunFailed, first_line
 from launcher.job import Job, placing, read_job
 from launcher.job.model import ClusterSection
 from launcher.plan.facts import MachineFacts
-from launcher.plan.model import Plan
+from launcher.plan.model import Plan, ScriptPlan
 from launcher.plan.resume import Start
-from launcher.planning import check_job, make_plan
+from launcher.planning import OnProgress, check_job, make_plan
 from launcher.run_dir import RunDir, write_atomic, write_json
 
 if TYPE_CHECKING:
     from launcher.fleet.supervisor import Outcome, Supervisor
+
+MakePlan = Callable[[OnProgress, IO[bytes]], Plan]
+_REQUEST_SECONDS = 1.0
 
 
 def run(
@@ -36,14 +43,24 @@ def run(
         _, machine = check_job(job, str(job_file))
         check_reach(job, machine)
     directory = RunDir.create(Path(job.output_dir).expanduser(), job.name)
+    with alone_in(directory):
+        new_run(job, job_file, overrides or [], directory)
+
+
+def new_run(job: Job, job_file: Path, overrides: list[str], directory: RunDir) -> None:
+    """Plans a job and carries it out in a new run directory, which the caller holds. Raises what went wrong."""
+    plan_and_carry_out(partial(make_plan, job, str(job_file)), job_file, overrides, directory)
+
+
+def plan_and_carry_out(make: MakePlan, job_file: Path, overrides: list[str], directory: RunDir) -> None:
+    """Carries out the plan that `make` makes, as `new_run` does."""
     console = RunConsole()
     with (
-        alone_in(directory),
         console.closing(),
-        placing(job_file, overrides or ()),
-        interruptible(console) as interrupts,
+        placing(job_file, overrides),
+        interruptible(console, directory) as interrupts,
     ):
-        plan = _planned(job, job_file, overrides or [], directory, console)
+        plan = _planned(make, job_file, overrides, directory, console)
         carry_out(plan, directory.plan_file, directory, console, None, interrupts)
 
 
@@ -107,18 +124,21 @@ def carry_out(
     plan: Plan, plan_file: Path, directory: RunDir, console: RunConsole, start: Start | None, interrupts: Interrupts
 ) -> None:
     """Runs the plan that stands in `plan_file` and shows how it ends. Raises what went wrong."""
-    from launcher.fleet.supervisor import Supervisor
-
     console.total = plan.length.total_updates
-    supervisor = interrupts.supervisor = Supervisor(plan, plan_file, directory, console)
+    supervisor = interrupts.supervisor = _supervisor(plan, plan_file, directory, console)
     try:
         outcome = supervisor.run(start)
     except KeyboardInterrupt:
-        directory.enter("stopped", reason="interrupted")
-        console.note(f"stopped at once. {_how_to_go_on(directory)}")
+        directory.enter("stopped", reason=interrupts.reason)
+        console.note(f"stopped at once. {_how_to_go_on(plan, directory)}")
         raise
+    except RunFailed as error:
+        from launcher.watch.why import failed_message
+
+        directory.enter("failed", reason=first_line(error), message=str(error))
+        raise RunFailed(failed_message(directory, str(error))) from None
     except BaseException as error:
-        directory.enter("failed", reason=first_line(error))
+        directory.enter("failed", reason=first_line(error), message=str(error))
         raise
     directory.enter(outcome.state, update=outcome.updates, reason=outcome.reason)
     _summarise(plan, directory, console, outcome)
@@ -127,7 +147,17 @@ def carry_out(
         raise typer.Exit(1 if outcome.reason else 128 + supervisor.stop_signal)
 
 
-def _planned(job: Job, job_file: Path, overrides: list[str], directory: RunDir, console: RunConsole) -> Plan:
+def _supervisor(plan: Plan, plan_file: Path, directory: RunDir, console: RunConsole) -> Supervisor:
+    if isinstance(plan, ScriptPlan):
+        from launcher.fleet.script import ScriptSupervisor
+
+        return ScriptSupervisor(plan, plan_file, directory, console)
+    from launcher.fleet.supervisor import Supervisor
+
+    return Supervisor(plan, plan_file, directory, console)
+
+
+def _planned(make: MakePlan, job_file: Path, overrides: list[str], directory: RunDir, console: RunConsole) -> Plan:
     """The plan, written to the run directory; a job that turns out bad leaves no directory behind."""
     try:
         directory.enter("planning")
@@ -136,16 +166,16 @@ def _planned(job: Job, job_file: Path, overrides: list[str], directory: RunDir, 
             directory.event("overrides", values=overrides)
         write_atomic(directory.job_file, job_file.read_bytes())
         with (directory.logs / "prepare.log").open("wb") as log:
-            plan = make_plan(job, str(job_file), _Preparing(directory, console), log)
+            plan = make(_Preparing(directory, console), log)
         write_plan(plan, directory)
     except (RequestError, KeyboardInterrupt):
         shutil.rmtree(directory.path)
         raise
     except BaseException as error:
-        directory.enter("failed", reason=first_line(error))
+        directory.enter("failed", reason=first_line(error), message=str(error))
         raise
     for warning in plan.warnings:
-        console.note(f"          [yellow]note:[/] {warning}")
+        console.note(f"          [yellow]note:[/] {escape(warning)}")
     return plan
 
 
@@ -177,20 +207,36 @@ class Interrupts:
         self._console = console
         self.supervisor: Supervisor | None = None
         self.signal = 0
+        self.reason = "interrupted"
+        self._at_once = False
+
+    def cancel(self, request: dict[str, Any]) -> None:
+        """Takes a request of `launcher cancel`, from another thread: a SIGTERM from elsewhere."""
+        self.reason = f"cancelled by {request['by']}"
+        self._at_once = request["now"]
+        self._console.note(f"          {escape(self.reason)}{', at once' if request['now'] else ''}")
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
-        if self.supervisor is None or self.supervisor.stopping or not self.supervisor.request_stop(number):
+        supervisor = self.supervisor
+        if self._at_once or supervisor is None or supervisor.stopping or not supervisor.request_stop(number):
             raise KeyboardInterrupt
-        ending = self.supervisor.phase == "exporting"
-        what = "the run is at its end" if ending else "stopping after this update, then saving"
+        ending = supervisor.phase == "exporting"
+        what = "the run is at its end" if ending else supervisor.stops_by
         self._console.note(f"{signal.Signals(number).name}: {what} (once more: stop now)")
 
 
 @contextmanager
-def interruptible(console: RunConsole) -> Iterator[Interrupts]:
-    """Handles the signals inside the block; a run stopped at once exits with 128 + the signal's number."""
+def interruptible(console: RunConsole, directory: RunDir) -> Iterator[Interrupts]:
+    """Handles signals, and requests to stop, inside the block.
+
+    A run stopped at once exits with 128 + the signal's number.
+    """
     interrupts = Interrupts(console)
+    left = threading.Event()
+    directory.stop_file.unlink(missing_ok=True)
+    threading.Thread(target=_await_request, args=(directory, interrupts, left), daemon=True).start()
     numbers = (signal.SIGINT, signal.SIGTERM)
     before: dict[int, Any] = {number: signal.signal(number, interrupts.handle) for number in numbers}
     try:
@@ -198,32 +244,56 @@ def interruptible(console: RunConsole) -> Iterator[Interrupts]:
     except KeyboardInterrupt:
         raise typer.Exit(128 + (interrupts.signal or signal.SIGINT)) from None
     finally:
+        left.set()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _await_request(directory: RunDir, interrupts: Interrupts, left: threading.Event) -> None:
+    """Passes on what `launcher cancel` asks for, until the run is left. A second request may be for the end at once."""
+    heard: dict[str, Any] | None = None
+    while not left.wait(_REQUEST_SECONDS):
+        request = directory.stop_request()
+        if request and request != heard:
+            heard = request
+            directory.event("stop_requested", **{key: request[key] for key in ("now", "by")})
+            interrupts.cancel(request)
 
 
 def _summarise(plan: Plan, directory: RunDir, console: RunConsole, outcome: Outcome) -> None:
     evaluations = directory.evaluations()
     console.end_progress()
     if outcome.state == "stopped":
-        console.note(f"[bold yellow]stopped[/] after update {outcome.updates} of {plan.length.total_updates}, saved")
+        console.note(f"[bold yellow]stopped[/]{_how_far(plan, outcome)}")
         if outcome.reason:
             console.note(f"  because of       {outcome.reason}")
     else:
-        console.note(f"[bold green]finished[/] after {outcome.updates} updates")
+        console.note(f"[bold green]finished[/]{_how_far(plan, outcome)}")
     if len(evaluations) > 1:
         first, last = evaluations[0], evaluations[-1]
         console.note(f"  evaluation loss  {first['loss']:.4f} before, {last['loss']:.4f} after")
     console.note(f"  run directory    {directory.path}")
     if outcome.state == "stopped":
         lower = f" schedule.peak_lr={plan.learning_rate.peak_lr / 2:g}" if outcome.reason else ""
-        console.note(f"  {_how_to_go_on(directory)}{lower}")
-    elif plan.job.export:
+        console.note(f"  {_how_to_go_on(plan, directory)}{lower}")
+    elif plan.job.export and not isinstance(plan, ScriptPlan):
         console.note(f"  exported model   {directory.export}")
         console.note("  load it with     AutoModelForCausalLM.from_pretrained(<exported model>)")
 
 
-def _how_to_go_on(directory: RunDir) -> str:
+def _how_far(plan: Plan, outcome: Outcome) -> str:
+    """How many updates were made, as far as that is known."""
+    if outcome.updates is None:
+        return ""
+    if outcome.state == "finished":
+        return f" after {outcome.updates} updates"
+    saved = "" if isinstance(plan, ScriptPlan) else ", saved"
+    return f" after update {outcome.updates} of {plan.length.total_updates}{saved}"
+
+
+def _how_to_go_on(plan: Plan, directory: RunDir) -> str:
+    if isinstance(plan, ScriptPlan):
+        return "a script's own checkpoints are where it writes them; start it again with launcher exec"
     if directory.complete_checkpoints():
         return f"go on with: launcher resume {directory.path}"
     return "no checkpoint was saved, so the run begins anew with launcher run"

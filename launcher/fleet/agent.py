@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
+import secrets
 import socket
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import RunFailed
+from launcher.fleet import examine
+from launcher.fleet.heartbeat import Heartbeat
+from launcher.fleet.network import Doorbell, Reached, free_ports, interface_of, reach
 from launcher.fleet.process import RankProcess, stop_all
+from launcher.fleet.provide import provide
+from launcher.plan.model import Plan
 from launcher.run_dir import utc_now
 
 Event = dict[str, Any]
-# Ray gives its workers ports from 10002 to 19999.
-_LOWEST_PORT, _PORT_TRIES = 20000, 100
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class NodeTask:
     log_folder: str
     environment: dict[str, str]
     arguments: tuple[str, ...]
+    address: str | None = None
+    interface: str | None = None
 
     def rank_environment(self, local_rank: int) -> dict[str, str]:
         """torchrun's variables for one rank; the master's address follows with the order to go."""
@@ -50,23 +54,22 @@ class NodeTask:
         }
 
 
-def _lowest_outgoing_port() -> int:
-    """Where the kernel's range for outgoing connections begins; Linux's default where it cannot be read."""
-    try:
-        return max(_LOWEST_PORT + 1000, int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0]))
-    except OSError:
-        return 32768
-
-
 class Agent:
-    """Lives on a node for one run. Its methods may be called from several threads."""
+    """Lives on a node for one run. Its methods may be called from several threads.
 
-    def __init__(self) -> None:
+    Updates are for the heartbeat. They are told to whoever asks for events only where `tell_updates` is set: there are
+    many of them, and metrics.jsonl has them.
+    """
+
+    def __init__(self, tell_updates: bool = True) -> None:
+        self._tell_updates = tell_updates
         self._processes: list[RankProcess] = []
         self._events: list[Event] = []
         self._news = threading.Condition()
         self._log: Path | None = None
         self._closing = False
+        self._doorbell: Doorbell | None = None
+        self._heartbeat: Heartbeat | None = None
 
     def describe(self) -> dict[str, Any]:
         """The node's host name, and the GPUs that the agent holds."""
@@ -77,31 +80,71 @@ class Agent:
         """Those of the paths that this node does not see."""
         return [path for path in paths if not Path(path).exists()]
 
+    def provide(self, plan: str, working_directory: str) -> str | None:
+        """Tokenises the data of a plan (as JSON) on this node. None, or what went wrong."""
+        return provide(Plan.from_json(plan), working_directory)
+
+    def clock(self) -> float:
+        """The node's time, in seconds since the epoch."""
+        return time.time()
+
+    def interface_of(self, address: str) -> str | None:
+        """The name of the interface that has one of the node's addresses."""
+        return interface_of(address)
+
+    def open_doorbell(self) -> int:
+        """Lets other nodes connect, to show that they can. Returns the port."""
+        self.close_doorbell()
+        self._doorbell = Doorbell()
+        return self._doorbell.port
+
+    def close_doorbell(self) -> None:
+        if self._doorbell is not None:
+            self._doorbell.close()
+            self._doorbell = None
+
+    def reach(self, address: str, port: int, timeout_seconds: float) -> Reached | str:
+        """How this node gets to another one's doorbell, or why it does not."""
+        try:
+            return reach(address, port, timeout_seconds)
+        except OSError as error:
+            return f"{type(error).__name__}: {error.strerror or error}"
+
+    def look(self, run_dir: str, mark: str) -> examine.NodeFacts:
+        """What the node has; leaves a mark in the run directory."""
+        return examine.look(run_dir, mark)
+
+    def unseen(self, run_dir: str, marks: list[str]) -> list[str]:
+        """The other nodes' marks that this node does not see."""
+        return examine.unseen(run_dir, marks)
+
+    def rehearse(self, environment: dict[str, str], timeout_seconds: float) -> str | None:
+        """Takes part in one small all-reduce of the nodes. None, or what went wrong."""
+        return examine.rehearse({**self._inherited(), **environment}, timeout_seconds)
+
     def free_port(self) -> int:
         """A TCP port that nothing listens on, outside the range from which the kernel serves outgoing connections.
 
         It is bound seconds later, when the first rank has loaded its libraries; until then a port of that range could
         go to any connection of any process.
         """
-        for _ in range(_PORT_TRIES):
-            port = random.randrange(_LOWEST_PORT, _lowest_outgoing_port())
-            with socket.socket() as probe, contextlib.suppress(OSError):
-                probe.bind(("", port))
-                return port
-        raise RunFailed(f"no free TCP port was found on {socket.gethostname()} in {_PORT_TRIES} tries")
+        return next(free_ports(secrets.token_hex(8)))
 
     def start(self, task: NodeTask) -> list[int]:
         """Starts the node's ranks, which load their libraries and wait for `go`. Returns their process ids."""
         folder = Path(task.log_folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / "agent.log"
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        identity = {"node_rank": task.node_rank, "host": socket.gethostname()}
+        self._heartbeat = Heartbeat(folder, {**identity, "address": task.address, "interface": task.interface})
+        inherited = self._inherited()
         for local_rank in range(task.processes):
             rank = task.first_rank + local_rank
             environment = {**inherited, **task.environment, **task.rank_environment(local_rank)}
             log = folder / f"rank-{rank}.log"
             self._processes.append(RankProcess(rank, (sys.executable, *task.arguments), environment, log, self._hear))
             self._note(f"rank {rank} started, process {self._processes[-1].pid}")
+        self._heartbeat.begin(self._processes)
         return [process.pid for process in self._processes]
 
     def order(self, order: dict[str, Any]) -> None:
@@ -109,18 +152,10 @@ class Agent:
         for process in self._processes:
             process.order(**order)
 
-    def next_events(self, timeout_seconds: float, patient: bool = False) -> list[Event]:
-        """What the ranks reported since the last call, waiting for the first of it.
-
-        Where the caller is patient, updates wait for other news or for the end of the time: there are many of them, and
-        each answer would take processor time from the ranks.
-        """
-
-        def news() -> bool:
-            return self._closing or any(not patient or event["report"] != "update" for event in self._events)
-
+    def next_events(self, timeout_seconds: float) -> list[Event]:
+        """What the ranks reported since the last call, waiting for the first of it."""
         with self._news:
-            self._news.wait_for(news, timeout_seconds)
+            self._news.wait_for(lambda: self._closing or bool(self._events), timeout_seconds)
             events, self._events = self._events, []
             return events
 
@@ -130,6 +165,9 @@ class Agent:
         if running:
             self._note(f"ending ranks {', '.join(str(process.rank) for process in running)}")
         stop_all(running, grace_seconds)
+        if self._heartbeat is not None:
+            self._heartbeat.end()
+        self.close_doorbell()
         with self._news:
             self._closing = True
             self._news.notify_all()
@@ -137,9 +175,18 @@ class Agent:
     def _hear(self, event: Event) -> None:
         if event["report"] == "exit":
             self._note(f"rank {event['rank']} ended with {event['code']}")
+        if self._heartbeat is not None:
+            self._heartbeat.hear(event)
+        if event["report"] == "update" and not self._tell_updates:
+            return
         with self._news:
             self._events.append(event)
             self._news.notify_all()
+
+    @staticmethod
+    def _inherited() -> dict[str, str]:
+        """What ranks get of the agent's environment: nothing of Ray's."""
+        return {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
 
     def _note(self, text: str) -> None:
         if self._log is not None:

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+
+from launcher.aftermath import first_of
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The rank that failed first (None where a node was lost whole), and how."""
+    """A rank that failed (None where a node was lost whole), and how. `time` is in seconds since the epoch."""
 
     rank: int | None
     node_rank: int
     time: float
     how: str
     error: str | None = None
+    traceback: str | None = None
 
 
 def first_failure(events: Iterable[dict[str, Any]]) -> Failure | None:
-    """The earliest failure among the events; those that only fell after it are not the cause.
+    """The failure that began it; those that only fell after it are not the cause."""
+    return next(iter(all_failures(events)), None)
+
+
+def all_failures(events: Iterable[dict[str, Any]], clock_offsets: Sequence[float] = ()) -> list[Failure]:
+    """Every rank's failure: that which began it, then the others in order of time.
+
+    Times are corrected by how far the clock of each node is ahead.
 
     A rank tells an exception before it lets go of its peers, so the time of that report counts rather than its exit's.
     """
@@ -29,14 +39,17 @@ def first_failure(events: Iterable[dict[str, Any]]) -> Failure | None:
         found = _failure(event)
         if found is None:
             continue
+        if clock_offsets and found.rank is not None:
+            found = replace(found, time=round(found.time - clock_offsets[found.node_rank], 3))
         key = ("node", found.node_rank) if found.rank is None else found.rank
         known = failures.get(key)
         if known is None:
             failures[key] = found
         elif (known.error is None) != (found.error is None):
             told, ended = (known, found) if found.error is None else (found, known)
-            failures[key] = Failure(told.rank, told.node_rank, told.time, ended.how, told.error)
-    return min(failures.values(), key=lambda failure: failure.time, default=None)
+            failures[key] = replace(told, how=ended.how)
+    ordered = sorted(failures.values(), key=lambda failure: failure.time)
+    return sorted(ordered, key=lambda failure: failure is not first_of(ordered))
 
 
 def describe_exit(code: int) -> str:
@@ -53,7 +66,7 @@ def _failure(event: dict[str, Any]) -> Failure | None:
     kind, node = event["report"], event.get("node_rank", 0)
     if kind == "failed":
         text = f"{event['error']}: {event['message']}"
-        return Failure(event["rank"], node, event["time"], "an exception", text)
+        return Failure(event["rank"], node, event["time"], "an exception", text, event.get("traceback"))
     if kind == "exit" and event["code"] != 0:
         return Failure(event["rank"], node, event["time"], describe_exit(event["code"]))
     if kind == "node-lost":

@@ -6,33 +6,27 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import RunFailed, first_line
 from launcher.fleet.agent import Event, NodeTask
+from launcher.plan.model import Plan, World
 
 Tell = Callable[[str], None]
 _POLL_SECONDS = 2.0
 _ANSWER_SECONDS = 120.0
 _OBJECT_STORE_BYTES = 100 * 1024**2
-_FORWARDED = (
-    "HF_",
-    "HUGGINGFACE_",
-    "TRANSFORMERS_",
-    "TOKENIZERS_",
-    "DS_",
-    "NCCL_",
-    "GLOO_",
-    "TORCH",
-    "PYTORCH_",
-    "OMP_",
-    "LAUNCHER_",
-)
+_REACH_SECONDS = 10.0
+_PROVIDE_SECONDS = 12 * 3600.0
+_CLOCK_ROUNDS = 3
+NODE_LABEL = "launcher-node"
+"""The label that holds a node's number in a Ray started by `launcher node`."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +36,12 @@ class Needs:
     nodes: int
     cpus: int
     gpus: int
+
+    @classmethod
+    def of(cls, world: World) -> Needs:
+        """A processor a rank, and its GPU."""
+        processes = world.processes_per_node
+        return cls(world.nodes, cpus=processes, gpus=processes if world.device == "cuda" else 0)
 
     def bundle(self) -> dict[str, float]:
         return {"CPU": self.cpus, "GPU": self.gpus} if self.gpus else {"CPU": self.cpus}
@@ -55,6 +55,8 @@ class Node:
     host: str
     address: str
     gpus: tuple[str, ...]
+    interface: str | None = None
+    clock_offset_seconds: float = 0.0
 
 
 class Nodes:
@@ -78,8 +80,11 @@ class Nodes:
         # Only now: Ray reads its settings once, when it is imported.
         import ray
 
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+            # Ray takes the signal for itself and exits at once, where a run would save first.
+            signal.signal(signal.SIGTERM, handler)
         except Exception as error:  # Ray has no common kind for what goes wrong here
             where = "a Ray on this machine could not be started" if own else f"no Ray at {address}"
             raise RunFailed(f"{where}: {first_line(error)}") from None
@@ -110,21 +115,72 @@ class Nodes:
         self._wait_for_group(wait_seconds)
         agents = [self._agent(index) for index in range(self._needs.nodes)]
         found = _answers([agent.describe.remote() for agent in agents])
-        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         ids = _answers([agent.ray_node_id.remote() for agent in agents])
-        nodes = [
-            Node(agent, facts["host"], addresses[node_id], tuple(facts["gpus"]))
+        known = {node["NodeID"]: node for node in ray.nodes()}
+        placed = [
+            (known[node_id], Node(agent, facts["host"], known[node_id]["NodeManagerAddress"], tuple(facts["gpus"])))
             for agent, facts, node_id in zip(agents, found, ids, strict=True)
         ]
-        self.nodes = sorted(nodes, key=lambda node: _address_key(node.address))
+        self.nodes = [node for _, node in sorted(placed, key=_order)]
+        if len(self.nodes) > 1:
+            self._find_interfaces()
+            self._compare_clocks()
         return self.nodes
+
+    def ask(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """What every node's agent answers to `method`, called with its own arguments; in the order of nodes."""
+        return self._ask_some(self.nodes, method, arguments)
+
+    def provide(self, plan: Plan, paths: list[str]) -> None:
+        """Has each node that does not see all of the paths tokenise the plan's data for itself. Raises RunFailed."""
+        poor = [node for node, missing in zip(self.nodes, self.missing(paths), strict=True) if missing]
+        if not poor:
+            return
+        self._tell(f"          tokenising on {', '.join(node.host for node in poor)} too: data is not shared")
+        order = (plan.to_json(), str(Path.cwd()))
+        answers = self._ask_some(poor, "provide", [order] * len(poor), _PROVIDE_SECONDS)
+        wrong = [f"{node.host}: {answer}" for node, answer in zip(poor, answers, strict=True) if answer]
+        if wrong:
+            raise RunFailed(f"the data could not be tokenised on every node: {'; '.join(wrong)}")
+
+    @staticmethod
+    def _ask_some(
+        nodes: list[Node], method: str, arguments: Sequence[tuple[Any, ...]], seconds: float = _ANSWER_SECONDS
+    ) -> list[Any]:
+        calls = [getattr(node.agent, method).remote(*given) for node, given in zip(nodes, arguments, strict=True)]
+        return _answers(calls, nodes, seconds)
+
+    def _find_interfaces(self) -> None:
+        """Has every node connect to the first, which shows the interface that it takes. Raises RunFailed."""
+        first, others = self.nodes[0], self.nodes[1:]
+        port, interface = _answers([first.agent.open_doorbell.remote(), first.agent.interface_of.remote(first.address)])
+        calls = [node.agent.reach.remote(first.address, port, _REACH_SECONDS) for node in others]
+        found = _answers(calls, others)
+        _answers([first.agent.close_doorbell.remote()])
+        cut_off = [
+            f"node {rank} ({node.host}) does not reach node 0 ({first.host}) at {first.address}: {reached}"
+            for rank, (node, reached) in enumerate(zip(others, found, strict=True), start=1)
+            if isinstance(reached, str)
+        ]
+        if cut_off:
+            mend = "every node must reach every other over TCP at the address by which Ray knows it"
+            raise RunFailed(f"{'; '.join(cut_off)}\n  {mend}")
+        rest = [replace(node, interface=reached.interface) for node, reached in zip(others, found, strict=True)]
+        self.nodes = [replace(first, interface=interface), *rest]
+
+    def _compare_clocks(self) -> None:
+        """How far every node's clock is ahead of this one's: the quickest of a few answers, halved."""
+        self.nodes = [replace(node, clock_offset_seconds=_clock_offset(node)) for node in self.nodes]
+
+    def missing(self, paths: list[str]) -> list[list[str]]:
+        """Of every node those of the paths that it does not see."""
+        return self.ask("missing", [(paths,)] * len(self.nodes))
 
     def check_sees(self, paths: list[str]) -> None:
         """Raises RunFailed, naming the nodes, where one does not see a path that all need."""
-        found = _answers([node.agent.missing.remote(paths) for node in self.nodes], self.nodes)
         blind = [
             f"node {rank} ({node.host}) does not see {', '.join(missing)}"
-            for rank, (node, missing) in enumerate(zip(self.nodes, found, strict=True))
+            for rank, (node, missing) in enumerate(zip(self.nodes, self.missing(paths), strict=True))
             if missing
         ]
         if blind:
@@ -149,7 +205,7 @@ class Nodes:
 
         for index, node in enumerate(self.nodes):
             if index not in self._pending.values():
-                self._pending[node.agent.next_events.remote(_POLL_SECONDS, patient=True)] = index
+                self._pending[node.agent.next_events.remote(_POLL_SECONDS)] = index
         ready, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=timeout_seconds)
         found: list[Event] = []
         for reference in ready:
@@ -220,17 +276,27 @@ class Nodes:
             num_gpus=self._needs.gpus,
             scheduling_strategy=strategy,
             max_concurrency=4,
-        ).remote()
+        ).remote(tell_updates=False)
 
 
-def _answers(references: list[Any], nodes: list[Node] | None = None) -> list[Any]:
+def _clock_offset(node: Node) -> float:
+    answers = []
+    for _ in range(_CLOCK_ROUNDS):
+        asked = time.time()
+        theirs: float = _answers([node.agent.clock.remote()])[0]
+        answered = time.time()
+        answers.append((answered - asked, theirs - (asked + answered) / 2))
+    return round(min(answers)[1], 3)
+
+
+def _answers(references: list[Any], nodes: list[Node] | None = None, seconds: float = _ANSWER_SECONDS) -> list[Any]:
     """What the agents answer, in order. Raises RunFailed, naming the node where it is known, for one that does not."""
     import ray
 
     found = []
     for index, reference in enumerate(references):
         try:
-            found.append(ray.get(reference, timeout=_ANSWER_SECONDS))
+            found.append(ray.get(reference, timeout=seconds))
         except ray.exceptions.RayError as error:
             name = f"node {index} ({nodes[index].host})" if nodes else f"agent {index}"
             mend = "the same launcher must be installed on every node, in the Python that Ray runs there"
@@ -252,23 +318,21 @@ def _agent_class() -> type:
     return RayAgent
 
 
-def forwarded_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Those of the user's variables that ranks on other nodes need as well."""
-    chosen = {key: value for key, value in environment.items() if key.startswith(_FORWARDED)}
-    # Ranks work offline: a secret would travel for nothing.
-    return {key: value for key, value in chosen.items() if not key.endswith(("TOKEN", "KEY", "SECRET", "PASSWORD"))}
-
-
 def address_of(setting: str) -> str:
     """The Ray address that a job's `cluster.address` means."""
     return os.environ.get("RAY_ADDRESS", "local") if setting == "auto" else setting
 
 
-def _address_key(address: str) -> tuple[bool, list[int], str]:
-    """Sorts IPv4 addresses by number, and others after them by text."""
-    parts = address.split(".")
+def _order(placed: tuple[dict[str, Any], Node]) -> tuple[int, bool, list[int], str]:
+    """Nodes that were numbered when their Ray was started stand in that order, others in the order of addresses.
+
+    IPv4 addresses are sorted by number, and others after them by text.
+    """
+    facts, node = placed
+    parts = node.address.split(".")
     numeric = all(part.isdigit() for part in parts)
-    return (not numeric, [int(part) for part in parts] if numeric else [], address)
+    number = int(facts.get("Labels", {}).get(NODE_LABEL, 0))
+    return (number, not numeric, [int(part) for part in parts] if numeric else [], node.address)
 
 
 def _quiet_ray() -> None:

@@ -93,6 +93,23 @@ class RankProcess:
         self._on_event({"report": "exit", "rank": self.rank, "code": code, "time": ended})
 
 
+def finished(command: Sequence[str], environment: Mapping[str, str], timeout_seconds: float) -> tuple[int | str, str]:
+    """The exit status of a short command, or that it did not end in time, and what it printed."""
+    try:
+        done = subprocess.run(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            timeout=timeout_seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {timeout_seconds:.0f} s", ""
+    return done.returncode, done.stdout.decode(errors="replace")
+
+
 def stop_all(processes: Sequence[RankProcess], grace_seconds: float) -> None:
     """Ends the processes: SIGTERM, and SIGKILL for those that are still there after the grace time."""
     for process in processes:

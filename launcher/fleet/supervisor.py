@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from launcher.errors import RunFailed
 from launcher.fleet.agent import Event, NodeTask
-from launcher.fleet.failure import Failure, first_failure
-from launcher.fleet.nodes import Needs, Node, Nodes, address_of, forwarded_environment
+from launcher.fleet.environment import rank_environment
+from launcher.fleet.failure import Failure, all_failures, first_failure
+from launcher.fleet.nodes import Needs, Node, Nodes, address_of
+from launcher.fleet.preflight import NodeCheck, Wanted, preflight, refuse, room_bytes
 from launcher.plan.model import Plan
 from launcher.plan.resume import Start
 from launcher.run_dir import RunDir
@@ -37,6 +39,8 @@ class Console(Protocol):
 
     def note(self, text: str) -> None: ...
 
+    def preflight(self, checks: list[NodeCheck]) -> None: ...
+
     def update(self, metrics: dict[str, Any]) -> None: ...
 
     def evaluation(self, evaluation: dict[str, Any]) -> None: ...
@@ -44,23 +48,25 @@ class Console(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: "finished", or "stopped" after `updates` updates; of its own accord where there is a reason."""
+    """How a run ended: "finished", or "stopped" after `updates` updates; of its own accord where there is a reason.
+
+    `updates` is None where a script did not report any.
+    """
 
     state: str
-    updates: int
+    updates: int | None
     reason: str | None = None
 
 
 class Supervisor:
     """Carries out one plan in one run directory."""
 
+    stops_by = "stopping after this update, then saving"
+
     def __init__(self, plan: Plan, plan_file: Path, run: RunDir, console: Console) -> None:
         self.plan_file = plan_file
         self.plan, self.run_dir, self.console = plan, run, console
-        world = plan.world
-        processes = world.processes_per_node
-        needs = Needs(world.nodes, cpus=processes, gpus=processes if world.device == "cuda" else 0)
-        self.nodes = Nodes(needs, console.note)
+        self.nodes = Nodes(Needs.of(plan.world), console.note)
         self.events: list[Event] = []
         self.stop_signal = 0
         self.phase: str | None = None
@@ -86,15 +92,32 @@ class Supervisor:
         self.enter("placing")
         self.nodes.connect(address_of(self.plan.job.cluster.address))
         for rank, node in enumerate(self.nodes.place(self.plan.job.cluster.wait_seconds)):
-            self.run_dir.event("node", node_rank=rank, host=node.host, address=node.address, gpus=list(node.gpus))
+            self.run_dir.event(
+                "node",
+                node_rank=rank,
+                host=node.host,
+                address=node.address,
+                interface=node.interface,
+                gpus=list(node.gpus),
+                clock_offset_seconds=node.clock_offset_seconds,
+            )
 
     def start(self, start: Start | None) -> None:
         self.enter("starting")
-        self.nodes.check_sees(self._needed())
+        self.check_nodes()
+        self.provide_data()
         self.nodes.start([self._task(rank, node) for rank, node in enumerate(self.nodes.nodes)])
         rendezvous = {"MASTER_ADDR": self._master(), "MASTER_PORT": str(self.nodes.free_port(0))}
         rendezvous |= {"LAUNCHER_PLAN": str(self.plan_file), "LAUNCHER_PLAN_SHA256": self.plan.sha256}
         self.nodes.order(go={"env": rendezvous, "start": start.model_dump() if start else None})
+
+    def check_nodes(self) -> None:
+        """Looks at the nodes before anything is started on them. Raises RunFailed, naming each that will not do."""
+        versions = self.plan.machine.versions
+        wanted = Wanted(self.plan.world, versions, self._room_bytes(), os.environ, self.plan.job.cluster.env)
+        checks = preflight(self.nodes, wanted, self.run_dir)
+        self.console.preflight(checks)
+        refuse(checks)
 
     def follow(self) -> Outcome:
         """Hears the ranks until the last has ended."""
@@ -150,7 +173,10 @@ class Supervisor:
         for line in self._evaluations.new():
             self.console.evaluation(line)
         for line in self._metrics.new():
-            self.console.update(line)
+            self._show_update(line)
+
+    def _show_update(self, line: dict[str, Any]) -> None:
+        self.console.update(line)
 
     def _phase(self, event: Event) -> None:
         if event["phase"] == "loading":
@@ -166,11 +192,16 @@ class Supervisor:
         if kind in _TOLD:
             self.console.note(f"          {_TOLD[kind]}: {details.get('reason', details)}")
 
-    def _needed(self) -> list[str]:
-        """What every node must see."""
+    def _room_bytes(self) -> int:
+        return room_bytes(self.plan)
+
+    def provide_data(self) -> None:
+        """Sees to it that every node has the plan, the model and the data. Raises RunFailed."""
         data = self.plan.data
-        splits = [data.train.folder, *([data.eval.folder] if data.eval else [])]
-        return [str(self.plan_file), self.plan.model.folder, *splits]
+        prepared = [self.plan.model.folder, data.train.folder, *([data.eval.folder] if data.eval else [])]
+        self.nodes.check_sees([str(self.plan_file)])
+        self.nodes.provide(self.plan, prepared)
+        self.nodes.check_sees(prepared)
 
     def _fail(self) -> None:
         """Ends all ranks and raises RunFailed, which names the first that failed, once late news has settled."""
@@ -178,20 +209,20 @@ class Supervisor:
         while (left := deadline - time.monotonic()) > 0:
             self.events += self.nodes.events(left)
         self._show_progress()
-        failure = first_failure(self.events)
-        assert failure is not None
+        nodes = self.nodes.nodes
+        failures = all_failures(self.events, [node.clock_offset_seconds for node in nodes])
         self.nodes.end(_GRACE_SECONDS)
-        self.events += self.nodes.events(1.0)
-        node = self.nodes.nodes[failure.node_rank]
+        failure = failures[0]
         self.run_dir.event(
             "failure",
             rank=failure.rank,
             node_rank=failure.node_rank,
-            host=node.host,
+            host=nodes[failure.node_rank].host,
             how=failure.how,
             error=failure.error,
+            failures=[{**asdict(each), "host": nodes[each.node_rank].host} for each in failures],
         )
-        raise RunFailed(self._tell(failure, node))
+        raise RunFailed(self._tell(failure, nodes[failure.node_rank]))
 
     def _tell(self, failure: Failure, node: Node) -> str:
         where = f"on node {failure.node_rank} ({node.host})"
@@ -211,24 +242,14 @@ class Supervisor:
             world_size=world.size,
             run_dir=str(self.run_dir.path),
             log_folder=str(self._log_folder(node_rank, node)),
-            environment=self._environment(),
+            environment=self._environment(node),
+            address=node.address,
+            interface=node.interface,
             arguments=WORKER,
         )
 
-    def _environment(self) -> dict[str, str]:
-        world = self.plan.world
-        settings = {
-            "OMP_NUM_THREADS": str(world.threads_per_process),
-            "PYTHONUNBUFFERED": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            # Everything is there by now; nothing a rank does may wait for the internet.
-            "HF_HUB_OFFLINE": "1",
-        }
-        if world.device == "cpu":
-            settings["DS_ACCELERATOR"] = "cpu"
-        if world.nodes == 1 and world.backend == "gloo":
-            settings["GLOO_SOCKET_IFNAME"] = "lo"
-        return {**settings, **forwarded_environment(os.environ), **self.plan.job.cluster.env}
+    def _environment(self, node: Node) -> dict[str, str]:
+        return rank_environment(self.plan.world, node.interface, os.environ, self.plan.job.cluster.env)
 
     def _master(self) -> str:
         return "127.0.0.1" if self.plan.world.nodes == 1 else self.nodes.nodes[0].address

@@ -3,5 +3,15 @@
 from launcher.job.model import Job
 from launcher.job.place import placing
 from launcher.job.read import explicit_keys, read_job, validate_job
+from launcher.job.script import ScriptJob, is_for_a_script, read_script_job
 
-__all__ = ["Job", "explicit_keys", "placing", "read_job", "validate_job"]
+__all__ = [
+    "Job",
+    "ScriptJob",
+    "explicit_keys",
+    "is_for_a_script",
+    "placing",
+    "read_job",
+    "read_script_job",
+    "validate_job",
+]

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from launcher.job import slurm
+
 Auto = Literal["auto"]
 
 
@@ -58,6 +60,24 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+class LoraSection(Section):
+    """Low-rank adapters (peft): the pretrained weights are frozen, and small matrices beside them are trained."""
+
+    r: PositiveInt = Field(16, description="The rank of the adapters' matrices.")
+    alpha: PositiveNumber | Auto = Field("auto", description="Adapters count alpha / r times. auto: twice r.")
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = Field(0.0, description="Dropout in front of the adapters.")
+    target_modules: Auto | Name | list[Name] = Field(
+        "auto",
+        description="Which modules get adapters, by the ends of their names (q_proj). auto: all linear layers but the "
+        "head.",
+    )
+    merge: bool = Field(
+        False,
+        description="false: export/ holds the adapters alone, for peft. true: it holds the whole model with the "
+        "adapters merged in, and export/adapter the adapters.",
+    )
+
+
 class ModelSection(Section):
     """The pretrained model."""
 
@@ -72,6 +92,31 @@ class ModelSection(Section):
         False, description="Recompute activations in the backward pass: less memory, about a third more time."
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Off by default.")
+    lora: LoraSection | None = Field(
+        None, description="Train low-rank adapters instead of all weights; {} takes the defaults."
+    )
+    freeze: list[Name] = Field(
+        default_factory=list,
+        description="Weights that are not trained: names of parameters or of modules, * and [0-9] standing for parts "
+        "of a name, such as model.embed_tokens or model.layers.[0-7].",
+    )
+    torch_compile: bool = Field(
+        False, description="Compile the model with torch.compile: slow first updates, faster ones after."
+    )
+    sequence_parallel_size: PositiveInt = Field(
+        1,
+        description="How many ranks share each sequence (DeepSpeed's Ulysses), for sequences too long for one. They "
+        "count as one rank in the batch size.",
+    )
+    liger: bool = Field(
+        False, description="Use liger-kernel's fused Triton kernels; needs GPUs and a model that it knows."
+    )
+
+    @model_validator(mode="after")
+    def _one_method(self) -> ModelSection:
+        if self.lora is not None and self.freeze:
+            raise ValueError("lora freezes all pretrained weights already: leave freeze out, or lora")
+        return self
 
 
 class DataSection(Section):
@@ -91,11 +136,17 @@ class DataSection(Section):
     )
 
 
+_LENGTHS = ("num_train_epochs", "max_steps", "total_samples")
+
+
 class TrainSection(Section):
-    """How much to train and in what batches. One of num_train_epochs and max_steps."""
+    """How much to train and in what batches. One of num_train_epochs, max_steps and total_samples."""
 
     num_train_epochs: PositiveNumber | None = Field(None, description="Passes over the training data.")
     max_steps: PositiveInt | None = Field(None, description="Updates (optimizer steps) in all.")
+    total_samples: PositiveInt | None = Field(
+        None, description="Sequences in all, whatever the batch; the last update is made whole."
+    )
     train_batch_size: PositiveInt | Auto = Field(
         "auto", description="Sequences an update: micro x accumulation x world size."
     )
@@ -116,8 +167,10 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
-        if self.num_train_epochs is not None and self.max_steps is not None:
-            raise ValueError("num_train_epochs and max_steps are both given: keep the one that you mean")
+        lengths = [name for name in _LENGTHS if getattr(self, name) is not None]
+        if len(lengths) > 1:
+            both = "both" if len(lengths) == 2 else "all"
+            raise ValueError(f"{' and '.join(lengths)} are {both} given: keep the one that you mean")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), found {list(self.betas)}")
         return self
@@ -191,6 +244,70 @@ class ClusterSection(Section):
     )
 
 
+class SlurmSection(Section):
+    """What Slurm is asked for, besides cluster.nodes and cluster.gpus_per_node. For `launcher submit` alone."""
+
+    partition: slurm.Words | None = Field(None, description="Partition, or several divided by commas.")
+    account: slurm.Word | None = Field(None, description="The account that is charged.")
+    qos: slurm.Word | None = Field(None, description="Quality of service.")
+    time: slurm.Time | None = Field(
+        None, description="Time limit: 90 (minutes), 24:00:00, 2-12:30:00 (days-hours:minutes:seconds)."
+    )
+    gres: slurm.Resources | None = Field(
+        None, description="Generic resources of a node, such as gpu:h100:8. GPUs without a type come from cluster."
+    )
+    cpus_per_task: PositiveInt | None = Field(
+        None, description="Processors of a node. Default: processes_per_node on CPUs, with GPUs what the site gives."
+    )
+    mem: slurm.Memory | None = Field(None, description="Memory of a node such as 256G; 0 is all of it.")
+    constraint: slurm.Features | None = Field(None, description="Features that nodes must have, such as a100&nvlink.")
+    reservation: slurm.Words | None = Field(None, description="A reservation to run in.")
+    nodelist: slurm.Hosts | None = Field(None, description="Nodes that must be among those given, such as gpu[01-04].")
+    exclude: slurm.Hosts | None = Field(None, description="Nodes to stay away from.")
+    exclusive: bool = Field(False, description="Share nodes with no other job.")
+    dependency: slurm.Dependency | None = Field(None, description="Jobs to wait for, such as afterok:123.")
+    array: slurm.Array | None = Field(None, description="Indices of a job array, such as 0-3 or 0-15%4: a run each.")
+    array_key: slurm.JobKey | None = Field(
+        None, description="The job's key that is set to the array's index, such as train.seed."
+    )
+    signal_seconds: Annotated[PositiveInt, Field(le=65535)] = Field(
+        300, description="So long before the time limit the run is asked to save and stop."
+    )
+    requeue: bool = Field(True, description="Queue the job again after a node failed or it was preempted.")
+    mail_user: slurm.Address | None = Field(None, description="Who gets mail.")
+    mail_type: list[slurm.Mail] = Field(default_factory=list, description="When: BEGIN, END, FAIL, TIME_LIMIT_90, …")
+    comment: slurm.Plain | None = Field(None, description="A comment that Slurm keeps with the job.")
+    modules: list[slurm.Module] = Field(default_factory=list, description="Environment modules to load.")
+    activate: slurm.Plain | None = Field(
+        None, description="A virtual environment's folder, or a script, to source. Default: where `submit` is called."
+    )
+    container: slurm.Image | None = Field(None, description="An image in which the launcher is found.")
+    container_mounts: list[slurm.Mount] = Field(
+        default_factory=list, description="What the container sees: /outside, /outside:/inside or /outside:/inside:ro."
+    )
+    container_runtime: Literal["pyxis", "apptainer"] = Field(
+        "pyxis", description="pyxis: srun --container-image. apptainer: apptainer exec."
+    )
+    template: slurm.Plain | None = Field(
+        None, description="A jinja2 template of one's own for the script; slurm/README.md says what it is given."
+    )
+    extra: list[slurm.ExtraOption] = Field(
+        default_factory=list, description="More options of sbatch, such as --licenses=matlab:1."
+    )
+
+    @model_validator(mode="after")
+    def _agreeing(self) -> SlurmSection:
+        limit = slurm.time_seconds(self.time) if self.time else None
+        if limit is not None and limit <= self.signal_seconds:
+            found = f"signal_seconds is {self.signal_seconds}, and the time limit {self.time} has {limit} seconds"
+            raise ValueError(f"{found}: the run would be stopped as it starts; give a smaller signal_seconds")
+        if self.array_key is not None and self.array is None:
+            raise ValueError(f"array_key is {self.array_key}, and there is no array: give array: 0-3, or leave it out")
+        if self.container_mounts and self.container is None:
+            raise ValueError("container_mounts is given, and there is no container")
+        return self
+
+
 class CheckpointSection(Section):
     """Checkpoints to go on from."""
 
@@ -211,9 +328,11 @@ class Job(Section):
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     deepspeed: Name | dict[str, Any] = Field(
         "zero2",
-        description="A DeepSpeed JSON's path, a preset's name (zero1, zero2, zero3, …) or the mapping itself.",
+        description="A DeepSpeed JSON's path, a preset's name (zero1, zero2, zero3, …), the mapping itself, or auto: "
+        "the first preset that fits, by the memory estimate.",
     )
     cluster: ClusterSection = Field(default_factory=ClusterSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    slurm: SlurmSection = Field(default_factory=SlurmSection)
     export: bool = Field(True, description="Write a Hugging Face folder (safetensors) at the end.")
     output_dir: Name = Field("runs", description="Run directories are made in here, on storage that all nodes see.")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -19,10 +19,27 @@ KeyPath = tuple[str, ...]
 Lines = dict[KeyPath, int]
 COMMAND_LINE = 0
 _SECTION_SHOWN = 6
+_TEXT = "tag:yaml.org,2002:str"
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+AnyJob = TypeVar("AnyJob", bound=Job)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 without its numbers to the base 60: a time of 24:00:00 stays what was written."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+        return _TEXT if tag in _NUMBERS and ":" in value else tag
 
 
 def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     """The validated job. Raises RequestError with every problem that was found, each with its line."""
+    data, lines = load_job(path, overrides)
+    return validate_job(data, lines, str(path))
+
+
+def load_job(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Lines]:
+    """What the job file says, with the overrides, and where. Raises RequestError where that is no mapping."""
     data, lines = load_yaml(read_text(path), str(path))
     if not isinstance(data, dict):
         raise RequestError(
@@ -35,13 +52,18 @@ def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     data.setdefault("name", _name_from(path))
     for override in overrides:
         _move_to_command_line(lines, apply_override(data, override))
-    return validate_job(data, lines, str(path))
+    return data, lines
 
 
 def validate_job(data: dict[str, Any], lines: Lines | None = None, origin: str = "the job") -> Job:
     """`data` as a Job. Raises RequestError with one Problem a fault."""
+    return validate_as(Job, data, lines, origin)
+
+
+def validate_as(kind: type[AnyJob], data: dict[str, Any], lines: Lines | None, origin: str) -> AnyJob:
+    """`data` as a job of one kind. Raises RequestError as `validate_job` does."""
     try:
-        return Job.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
         raise RequestError(*_problems(error, data, lines or {}, origin)) from None
 
@@ -54,7 +76,7 @@ def explicit_keys(job: Job) -> frozenset[str]:
 def load_yaml(text: str, origin: str) -> tuple[Any, Lines]:
     """Plain data (as yaml.safe_load) and the line of each key. Duplicate keys and broken YAML are RequestErrors."""
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None, {}
@@ -78,7 +100,7 @@ def apply_override(data: dict[str, Any], override: str) -> KeyPath:
     key = override_key(override)
     name, _, text = override.partition("=")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise RequestError(
             Problem(f"the value of the override {override!r} is not valid YAML", mend="put quotes around it")

@@ -13,20 +13,20 @@ from launcher.plan.model import Length
 def resolve_length(job: Job, data: DataFacts, batch: int) -> Length:
     """Updates in all. Epochs follow each other without a gap; only the run's last update may need filling up.
 
-    Raises RequestError where the epochs hold not even one batch.
+    Raises RequestError where epochs or samples hold not even one batch.
     """
     sequences = data.train.sequences
     epochs = job.train.num_train_epochs
     if job.train.max_steps is not None:
         updates, refilled = job.train.max_steps, 0
     else:
-        wanted = max(1, round(sequences * (epochs or 1.0)))
+        wanted = job.train.total_samples or max(1, round(sequences * (epochs or 1.0)))
         if wanted < batch:
             raise RequestError(
                 Problem(
                     f"{wanted} sequences in all are less than one batch of {batch}",
                     key="train.train_batch_size",
-                    mend=f"at most {wanted}, or more epochs",
+                    mend=f"at most {wanted}, or more {'samples' if job.train.total_samples else 'epochs'}",
                 )
             )
         updates = math.ceil(wanted / batch)
@@ -45,8 +45,12 @@ def length_warnings(job: Job, data: DataFacts, batch: int, length: Length) -> li
     told = []
     if length.refilled_samples:
         told.append(
-            f"the last update is filled up with {length.refilled_samples} samples of a further epoch, "
-            f"so that none is dropped"
+            f"the last update is filled up with {length.refilled_samples} samples"
+            + (
+                " beyond train.total_samples"
+                if job.train.total_samples
+                else " of a further epoch, so that none is dropped"
+            )
         )
     if batch > data.train.sequences:
         told.append(f"a batch of {batch} takes some of the {data.train.sequences} training sequences more than once")

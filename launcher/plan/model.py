@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from launcher.errors import LauncherError, first_line
-from launcher.job import Job
+from launcher.job import Job, ScriptJob
 from launcher.plan.facts import DataFacts, MachineFacts, ModelFacts
 
 
@@ -18,21 +18,32 @@ class Part(BaseModel):
 
 
 class World(Part):
-    """Ranks, contiguous per node: node k has ranks k·P to (k+1)·P − 1."""
+    """Ranks, contiguous per node: node k has ranks k·P to (k+1)·P − 1.
+
+    Each `sequence_parallel_size` ranks in a row share their sequences; there are `data_parallel_size` such groups.
+    """
 
     nodes: int
     processes_per_node: int
     device: Literal["cpu", "cuda"]
     backend: Literal["gloo", "nccl"]
     threads_per_process: int
+    sequence_parallel_size: int = 1
 
     @property
     def size(self) -> int:
         return self.nodes * self.processes_per_node
 
+    @property
+    def data_parallel_size(self) -> int:
+        return self.size // self.sequence_parallel_size
+
 
 class Length(Part):
-    """How long the run is. `refilled_samples` of a next epoch make the last update a whole one."""
+    """How long the run is. `refilled_samples` of a next epoch make the last update a whole one.
+
+    What is not known of a script's data, `updates_per_epoch` and `tokens_per_update`, is 0.
+    """
 
     total_updates: int
     updates_per_epoch: float
@@ -57,8 +68,9 @@ class LearningRate(Part):
     """The rate of every update.
 
     `schedule` is a generated schedule (launcher.schedule.curve) and `advance` the steps its DeepSpeed scheduler is
-    moved on a fresh start; a scheduler of the user's own JSON has no `schedule`, is driven as DeepSpeed drives it, and
-    stands in the plan's ds_config.
+    moved on a fresh start: none in a script of the user's, where DeepSpeed spends two updates at the starting rate. A
+    scheduler of the user's own JSON has no `schedule`, is driven as DeepSpeed drives it, and stands in the plan's
+    ds_config.
     """
 
     schedule: dict[str, Any] | None
@@ -77,6 +89,32 @@ class Change(Part):
     before: Any
     after: Any
     reason: str
+
+
+class Candidate(Part):
+    """A preset that `deepspeed: auto` weighed: the bytes that a rank needs with that micro-batch, and whether it fits.
+
+    `host_bytes` are of a node; on a CPU they are those of all its ranks.
+    """
+
+    preset: str
+    micro_batch: int
+    device_bytes: int
+    host_bytes: int
+    fits: bool
+
+
+class Recommendation(Part):
+    """What `deepspeed: auto` came to, why, and the candidates in the order in which they were weighed.
+
+    `device_room` and `host_room` are the bytes that a rank's device and a node may give; None where they are not seen.
+    """
+
+    preset: str
+    reason: str
+    device_room: int | None
+    host_room: int
+    candidates: tuple[Candidate, ...]
 
 
 class Resumed(Part):
@@ -107,6 +145,7 @@ class Plan(Part):
     ds_config_changes: tuple[Change, ...]
     memory: dict[str, int]
     warnings: tuple[str, ...]
+    recommendation: Recommendation | None = None
     resumed: Resumed | None = None
 
     @property
@@ -124,13 +163,34 @@ class Plan(Part):
         try:
             document = json.loads(text)
             named = str(document["sha256"])
-            plan = cls.model_validate(document["plan"])
+            kind = ScriptPlan if "script" in document["plan"] else cls
+            plan = kind.model_validate(document["plan"])
         except (ValueError, KeyError, TypeError) as error:
             reason = first_line(error)
             raise LauncherError(f"plan.json is damaged, or of another version of the launcher: {reason}") from None
         if plan.sha256 != named:
             raise LauncherError(f"plan.json was altered: it names the hash {named[:12]}… and has {plan.sha256[:12]}…")
         return plan
+
+
+class Script(Part):
+    """What every rank runs: Python with these arguments, in a folder that all nodes see.
+
+    The arguments are as the user wrote them, with names in braces where the plan's numbers go.
+    """
+
+    arguments: tuple[str, ...]
+    folder: str
+
+
+class ScriptPlan(Plan):
+    """The plan of a script of the user's own, which brings model and data: of the data nothing is known."""
+
+    job: ScriptJob
+    # What carries a plan out itself asks for a Plan, in which both are there.
+    model: ModelFacts | None  # type: ignore[assignment]
+    data: None = None  # type: ignore[assignment]
+    script: Script
 
 
 def _canonical(value: Any) -> str:

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from launcher import __version__
-from launcher.ds_config import Decisions, DsConfig, batch_keys, compose, offload, precision_of, zero_stage
+from launcher.ds_config import Decisions, DsConfig, batch_keys, compose, precision_of, zero_stage
 from launcher.ds_config.facts import Precision
 from launcher.errors import Problem, RequestError
 from launcher.job import Job, explicit_keys
 from launcher.plan.batch import KEYS, BatchSizes, resolve_batch
+from launcher.plan.conflicts import check_conflicts
 from launcher.plan.facts import DataFacts, MachineFacts, ModelFacts
+from launcher.plan.fit import Needs, memory_warnings, room_of
 from launcher.plan.length import length_warnings, resolve_length
-from launcher.plan.memory import MemoryEstimate, estimate_memory
 from launcher.plan.model import Change, Length, Plan, World
 from launcher.plan.rate import decide_rate
+from launcher.plan.switches import check_switches, sequence_parallel_problems
 
 _PRECISIONS: dict[str, Precision] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-_USABLE_MEMORY = 0.9
-_GIB = 1024**3
 
 
 def resolve(job: Job, user: DsConfig, model: ModelFacts, data: DataFacts, machine: MachineFacts) -> Plan:
     """The plan of `job`, whose DeepSpeed JSON is `user`. Raises RequestError for every contradiction."""
     world = resolve_world(job, machine)
+    check_switches(job, user, world, machine)
     check_model(job, model)
     precision = resolve_precision(job, user, world, machine)
-    batch = _batch(job, user, world, model, machine, precision, _longest(data))
+    batch = _batch(job, user, world, model, machine, precision, longest_sequence(data))
     length = resolve_length(job, data, batch.train_batch_size)
     _check_eval_every(job, length.total_updates)
     rate = decide_rate(job, model, data, length, user)
@@ -48,12 +49,13 @@ def resolve(job: Job, user: DsConfig, model: ModelFacts, data: DataFacts, machin
             scheduler=rate.scheduler,
             gradient_clipping=job.train.gradient_clipping,
             hidden_size=model.hidden_size,
+            sequence_parallel_size=world.sequence_parallel_size,
             explicit=explicit_keys(job),
             total_num_steps=length.total_updates,
             warmup_num_steps=rate.learning_rate.warmup_updates,
         ),
     )
-    memory = _memory(job, user, world, model, precision, batch.train_micro_batch_size_per_gpu, _longest(data))
+    needs = Needs(job, user, model, world, precision, longest_sequence(data))
     return Plan(
         launcher=__version__,
         job=job,
@@ -73,10 +75,10 @@ def resolve(job: Job, user: DsConfig, model: ModelFacts, data: DataFacts, machin
             Change(key=change.key_path, before=change.before, after=change.after, reason=change.reason)
             for change in composed.changes
         ),
-        memory=memory.to_dict(),
+        memory=needs.estimate(batch.train_micro_batch_size_per_gpu).to_dict(),
         warnings=(
             *length_warnings(job, data, batch.train_batch_size, length),
-            *_memory_warnings(memory, world, machine),
+            *memory_warnings(needs, batch.train_micro_batch_size_per_gpu, machine),
             *_rhythm_warnings(job, length),
         ),
     )
@@ -85,9 +87,11 @@ def resolve(job: Job, user: DsConfig, model: ModelFacts, data: DataFacts, machin
 def check_request(job: Job, user: DsConfig, machine: MachineFacts) -> None:
     """The contradictions that need neither model nor data: told before any time is spent. Raises RequestError."""
     world = resolve_world(job, machine)
-    resolve_precision(job, user, world, machine)
+    check_switches(job, user, world, machine)
+    precision = resolve_precision(job, user, world, machine)
     zero_stage(user)
-    resolve_batch(_given_batch(job, user), world.size, lambda _: True)
+    batch = resolve_batch(given_batch(job, user), world.data_parallel_size, lambda _: True)
+    check_conflicts(job, user, world, precision, batch)
     _check_eval_every(job, job.train.max_steps)
 
 
@@ -105,20 +109,35 @@ def resolve_world(job: Job, machine: MachineFacts) -> World:
             )
         )
     processes = gpus or (1 if asked == "auto" else asked)
+    shared = job.model.sequence_parallel_size if job.model else 1
+    if cluster.nodes * processes % shared:
+        raise RequestError(
+            Problem(
+                f"{cluster.nodes * processes} ranks cannot be divided into groups of {shared}",
+                key="model.sequence_parallel_size",
+                mend="a divisor of the number of ranks",
+            )
+        )
     return World(
         nodes=cluster.nodes,
         processes_per_node=processes,
         device="cuda" if gpus else "cpu",
         backend="nccl" if gpus else "gloo",
         threads_per_process=min(max(1, machine.cpus // processes), 8 if gpus else machine.cpus),
+        sequence_parallel_size=shared,
     )
 
 
 def resolve_precision(job: Job, user: DsConfig, world: World, machine: MachineFacts) -> Precision:
     """What the job asks for, else what the JSON fixes, else the best that the hardware has."""
-    fixed = precision_of(user)
     if job.model.dtype != "auto":
         return _PRECISIONS[job.model.dtype]
+    return precision_without_model(user, world, machine)
+
+
+def precision_without_model(user: DsConfig, world: World, machine: MachineFacts) -> Precision:
+    """What the JSON fixes, else the best that the hardware has."""
+    fixed = precision_of(user)
     if fixed is not None:
         return fixed
     if world.device == "cpu":
@@ -145,6 +164,7 @@ def check_model(job: Job, model: ModelFacts) -> None:
                 mend="set it to false",
             )
         )
+    problems += sequence_parallel_problems(job, model)
     if job.data.format == "messages" and not model.has_chat_template:
         problems.append(
             Problem(
@@ -157,7 +177,7 @@ def check_model(job: Job, model: ModelFacts) -> None:
         raise RequestError(*problems)
 
 
-def _given_batch(job: Job, user: DsConfig) -> dict[str, int]:
+def given_batch(job: Job, user: DsConfig) -> dict[str, int]:
     asked = {key: getattr(job.train, key) for key in KEYS if getattr(job.train, key) != "auto"}
     return {**batch_keys(user), **asked}
 
@@ -171,51 +191,13 @@ def _batch(
     precision: Precision,
     longest: int,
 ) -> BatchSizes:
-    room = _room(world, machine)
-
-    def fits(micro: int) -> bool:
-        estimate = _memory(job, user, world, model, precision, micro, longest)
-        return room is None or estimate.device_total <= room
-
-    return resolve_batch(_given_batch(job, user), world.size, fits)
+    needs = Needs(job, user, model, world, precision, longest)
+    room = room_of(world, machine)
+    return resolve_batch(given_batch(job, user), world.data_parallel_size, lambda micro: room.holds(needs, micro))
 
 
-def _room(world: World, machine: MachineFacts) -> float | None:
-    """Bytes that one rank may take; None where the machine's GPUs are not seen from here."""
-    if world.device == "cpu":
-        return machine.memory_bytes * _USABLE_MEMORY / world.processes_per_node
-    return machine.gpu_memory_bytes * _USABLE_MEMORY if machine.gpu_memory_bytes else None
-
-
-def _memory(
-    job: Job, user: DsConfig, world: World, model: ModelFacts, precision: Precision, micro: int, longest: int
-) -> MemoryEstimate:
-    return estimate_memory(
-        model,
-        stage=zero_stage(user),
-        offload=offload(user),
-        precision=precision,
-        world_size=world.size,
-        micro_batch=micro,
-        sequence_length=longest,
-        gradient_checkpointing=job.model.gradient_checkpointing,
-    )
-
-
-def _memory_warnings(memory: MemoryEstimate, world: World, machine: MachineFacts) -> list[str]:
-    room = _room(world, machine)
-    if room is None:
-        return ["no GPU is seen from here: whether the model fits its memory is not checked"]
-    if memory.device_total <= room:
-        return []
-    place = "a GPU" if world.device == "cuda" else "a process's share of the memory"
-    return [
-        f"a rank needs about {memory.device_total / _GIB:.1f} GiB and {place} has {room / _GIB:.1f} GiB to use: "
-        f"take a higher ZeRO stage, offload, gradient checkpointing, or a smaller micro-batch"
-    ]
-
-
-def _longest(data: DataFacts) -> int:
+def longest_sequence(data: DataFacts) -> int:
+    """Tokens of the longest sequence, learned from or evaluated on."""
     return max(data.train.longest, data.eval.longest if data.eval else 0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -48,6 +49,8 @@ def join_ranks(plan: Plan) -> Ranks:
     """Makes the process group from torchrun's environment variables."""
     import deepspeed
 
+    # DeepSpeed calls these on every gather, and each call would be a line in the log.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     cuda, local_rank = plan.world.device == "cuda", int(os.environ["LOCAL_RANK"])
     if cuda:
         torch.cuda.set_device(local_rank)

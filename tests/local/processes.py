@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -112,3 +115,29 @@ def state_of(folder: Path) -> dict:
     run = run_folder(folder)
     assert run is not None
     return json.loads((run / "state.json").read_text())
+
+
+@contextmanager
+def a_ray(cpus: int) -> Iterator[dict[str, str]]:
+    """A Ray that somebody else started on this machine; its environment variables."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    token = folder / "token"
+    token.write_text("0" * 64)
+    token.chmod(0o600)
+    keeper = (
+        "import ray, sys; print(ray.init(address='local', num_cpus=int(sys.argv[2]), include_dashboard=False, "
+        "_temp_dir=sys.argv[1]).address_info['gcs_address'], flush=True); sys.stdin.read()"
+    )
+    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    with subprocess.Popen(
+        [sys.executable, "-c", keeper, str(folder), str(cpus)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, **variables},
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        yield {**variables, "RAY_ADDRESS": process.stdout.readline().strip()}
+        process.stdin.close()
+    shutil.rmtree(folder, ignore_errors=True)

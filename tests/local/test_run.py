@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from launcher.plan.model import Plan
 from launcher.run_dir import RunDir
 from tests.local.harness import merged
-from tests.local.processes import Command, run_folder, state_of, updates_made, write_job
+from tests.local.processes import Command, a_ray, run_folder, state_of, updates_made, write_job
 
 pytestmark = pytest.mark.local
 
@@ -55,7 +49,12 @@ def test_a_run_from_job_file_to_model(job_dict, tmp_path):
     AutoModelForCausalLM.from_pretrained(run.export)
 
     folder = run.node_logs(0, socket.gethostname())
-    assert sorted(path.name for path in folder.iterdir()) == ["agent.log", "rank-0.log", "rank-1.log"]
+    assert sorted(path.name for path in folder.iterdir()) == ["agent.log", "node.json", "rank-0.log", "rank-1.log"]
+    pulse = json.loads((folder / "node.json").read_text())
+    assert pulse["ended"] and pulse["memory_bytes"] > pulse["memory_used_bytes"] > 0
+    for number, rank in enumerate(pulse["ranks"]):
+        assert (rank["rank"], rank["updates"], rank["exit_code"], rank["alive"]) == (number, 5, 0, False)
+        assert 0 < rank["own_seconds"] < rank["step_seconds"]
     for rank in (0, 1):
         text = (folder / f"rank-{rank}.log").read_text()
         assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ", line) for line in text.splitlines())
@@ -168,26 +167,8 @@ def test_a_bad_job_starts_nothing_and_leaves_no_directory(job_dict, tmp_path):
 @pytest.fixture
 def existing_ray():
     """A Ray that somebody else started on this machine, with three processors; its environment variables."""
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-    token = folder / "token"
-    token.write_text("0" * 64)
-    token.chmod(0o600)
-    keeper = (
-        "import ray, sys; print(ray.init(address='local', num_cpus=3, include_dashboard=False, _temp_dir=sys.argv[1])"
-    )
-    keeper += ".address_info['gcs_address'], flush=True); sys.stdin.read()"
-    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    with subprocess.Popen(
-        [sys.executable, "-c", keeper, str(folder)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, **variables},
-    ) as process:
-        yield {**variables, "RAY_ADDRESS": process.stdout.readline().strip()}
-        process.stdin.close()
-    shutil.rmtree(folder, ignore_errors=True)
+    with a_ray(cpus=3) as variables:
+        yield variables
 
 
 def test_a_ray_that_exists_is_joined_and_left_as_it_was(job_dict, tmp_path, existing_ray):

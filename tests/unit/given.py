@@ -43,7 +43,8 @@ def model_facts(**changes: Any) -> ModelFacts:
         "supports_gradient_checkpointing": True,
         "has_chat_template": True,
     }
-    return ModelFacts(**{**facts, **changes})
+    facts = {**facts, **changes}
+    return ModelFacts(**{"trainable_parameters": facts["parameters"], **facts})
 
 
 def split_facts(sequences: int = 1000, **changes: Any) -> SplitFacts:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.fleet.failure import Failure, describe_exit, first_failure
+from launcher.fleet.failure import Failure, all_failures, describe_exit, first_failure
 
 
 def failed(rank: int, time: float, message: str = "boom") -> dict[str, Any]:
@@ -63,3 +63,17 @@ def test_a_lost_node_is_not_one_of_its_ranks() -> None:
 )
 def test_exits_in_words(code: int, words: str) -> None:
     assert describe_exit(code) == words
+
+
+def test_a_peer_that_says_it_lost_the_killed_one_a_little_earlier_is_not_the_first() -> None:
+    lost = failed(0, 10.0, "[gloo] Connection closed by peer [127.0.0.1]:4242")
+    found = all_failures([lost, ended(1, 10.05, -9), ended(0, 10.4, 1)])
+    assert [(failure.rank, failure.how) for failure in found] == [(1, "signal SIGKILL"), (0, "exit code 1")]
+    # Much later, it is a failure of its own.
+    assert [failure.rank for failure in all_failures([lost, ended(1, 19.0, -9)])] == [0, 1]
+
+
+def test_times_are_corrected_by_the_nodes_clocks() -> None:
+    # Node 1's clock is five seconds ahead.
+    found = all_failures([failed(0, 101.0), failed(2, 105.5)], [0.0, 5.0])
+    assert [(failure.rank, failure.time) for failure in found] == [(2, 100.5), (0, 101.0)]

@@ -178,3 +178,11 @@ def test_a_problem_that_has_a_place_keeps_it(tmp_path: Path) -> None:
     with pytest.raises(RequestError) as caught:
         late()
     assert caught.value.problems == (problem,)
+
+
+def test_a_time_is_no_number_to_the_base_60(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("model: {name_or_path: m}\ndata: {train: d}\nslurm: {time: 24:00:00}\n")
+    assert read_job(path).slurm.time == "24:00:00"
+    assert read_job(path, ["slurm.time=1:30:00"]).slurm.time == "1:30:00"
+    assert read_job(path, ["slurm.time=90"]).slurm.time == "90"

@@ -1,0 +1,60 @@
+"""`launcher doctor`: look at the nodes that a job would run on."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.padding import Padding
+
+from launcher.cli.console import RunConsole, preflight_table, print_whole
+from launcher.cli.run import check_reach
+from launcher.job import placing, read_job
+from launcher.job.model import Job
+from launcher.plan.model import World
+from launcher.plan.resolve import resolve_world
+from launcher.planning import check_job
+from launcher.run_dir import RunDir
+
+
+def doctor(
+    job_file: Path = typer.Argument(..., metavar="JOB.YAML", help="The job file."),
+    overrides: list[str] = typer.Argument(None, metavar="[SECTION.KEY=VALUE]...", help="Values set over the file's."),
+) -> None:
+    """Place a job's nodes and check them as a run does before its ranks start. Trains nothing.
+
+    Versions, clocks, the run directory's storage, free space, GPUs, and a small all-reduce over the network.
+    Exit status 1 where a node will not do.
+    """
+    job = read_job(job_file, overrides or ())
+    with placing(job_file, overrides or ()):
+        _, machine = check_job(job, str(job_file))
+        check_reach(job, machine)
+        world = resolve_world(job, machine)
+    examine(job, world, machine.versions)
+
+
+def examine(job: Job, world: World, versions: dict[str, str]) -> None:
+    """Shows the nodes as they are found. Raises RunFailed where one will not do."""
+    from launcher.fleet.nodes import Needs, Nodes, address_of
+    from launcher.fleet.preflight import Wanted, preflight, refuse
+
+    console, shown = RunConsole(), Console(highlight=False, soft_wrap=True)
+    output_dir = Path(job.output_dir).expanduser()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    nodes = Nodes(Needs.of(world), console.note)
+    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=output_dir) as folder:
+        try:
+            nodes.connect(address_of(job.cluster.address))
+            nodes.place(job.cluster.wait_seconds)
+            wanted = Wanted(world, versions, 0, os.environ, job.cluster.env)
+            checks = preflight(nodes, wanted, RunDir(Path(folder).resolve()))
+        finally:
+            nodes.end(0.0)
+            nodes.close()
+    print_whole(shown, Padding(preflight_table(checks), (0, 0, 1, 0)))
+    refuse(checks)
+    console.note("[bold green]every node will do[/]")

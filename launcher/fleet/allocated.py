@@ -1,0 +1,139 @@
+"""An allocation's own Ray, brought up from its first node: the nodes meet, and each starts its part."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from launcher.errors import LauncherError, RunFailed
+from launcher.fleet.allocation import Allocation
+from launcher.fleet.meeting import Guest, Line, Meeting, attend, common_address
+from launcher.fleet.network import own_addresses
+from launcher.fleet.own_ray import OwnRay
+from launcher.run_dir import RunDir
+from launcher.tail import last_lines
+
+_STARTED_SECONDS = 300.0
+_LOG_LINES = 20
+
+
+@contextmanager
+def first_node(allocation: Allocation, run: RunDir, wait_seconds: float) -> Iterator[None]:
+    """Has a Ray over all nodes inside the block, joined by whoever asks for the environment's. Raises RunFailed.
+
+    At the end, however it comes, the other nodes are told, and everything that was started here is ended.
+    """
+    folder = run.cluster
+    folder.mkdir(exist_ok=True)
+    key_file = _write_key(folder)
+    meeting = Meeting(_meeting_file(run, allocation), key_file.read_text(), allocation.nodes - 1)
+    ray: OwnRay | None = None
+    guests: list[Guest] = []
+    # Closed last of all: Ray writes to it until its end.
+    with node_log(run, allocation).open("ab") as log:
+        try:
+            meeting.publish()
+            guests = meeting.wait(wait_seconds)
+            _check_all_came(allocation, run, guests, wait_seconds)
+            address = common_address(guests) if guests else own_addresses()[0]
+            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(key_file))
+            ray = OwnRay(allocation, address, None, log)
+            ray.start()
+            _start_others(run, guests, address, ray.address)
+            os.environ["RAY_ADDRESS"] = ray.address
+            yield
+        finally:
+            for guest in guests:
+                guest.line.close()
+            meeting.close()
+            if ray is not None:
+                ray.end()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def other_node(allocation: Allocation, run: RunDir, wait_seconds: float) -> None:
+    """Starts this node's part of the Ray and holds it until the first node lets go. Raises RunFailed."""
+    key_file = _key_file(run.cluster)
+    line = attend(_meeting_file(run, allocation), key_file.read_text, allocation.node, wait_seconds)
+    order = line.receive(None)
+    if order is None:
+        return
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(key_file))
+    with node_log(run, allocation).open("ab") as log:
+        ray = OwnRay(allocation, order["own"], order["ray"], log)
+        try:
+            _start_own(ray, line)
+            line.receive(None)
+        finally:
+            ray.end()
+
+
+def node_log(run: RunDir, allocation: Allocation) -> Path:
+    """Where a node's Ray writes what it has to say."""
+    folder = run.node_logs(allocation.node, socket.gethostname())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / "node.log"
+
+
+def _start_own(ray: OwnRay, line: Line) -> None:
+    try:
+        ray.start()
+    except LauncherError as error:
+        line.send(failed=str(error))
+        raise
+    line.send(up=True)
+
+
+def _start_others(run: RunDir, guests: list[Guest], address: str, ray_address: str) -> None:
+    """Has every other node start its part, all at once. Raises RunFailed, naming the first that does not."""
+    for guest in guests:
+        guest.line.send(ray=ray_address, own=guest.reached[address])
+    for guest in guests:
+        try:
+            answer = guest.line.receive(_STARTED_SECONDS)
+        except TimeoutError:
+            answer = {"failed": f"no answer within {_STARTED_SECONDS:.0f} s"}
+        if not (answer or {}).get("up"):
+            reason = (answer or {"failed": "its task ended"})["failed"]
+            raise RunFailed(_log_end(run, guest.node, guest.host, reason))
+
+
+def _check_all_came(allocation: Allocation, run: RunDir, guests: list[Guest], wait_seconds: float) -> None:
+    came = {0, *(guest.node for guest in guests)}
+    missing = [(node, host) for node, host in enumerate(allocation.hosts) if node not in came]
+    if missing:
+        reason = f"it did not answer within {wait_seconds:.0f} s"
+        raise RunFailed("\n".join(_log_end(run, node, host, reason) for node, host in missing))
+
+
+def _log_end(run: RunDir, node: int, host: str, reason: str) -> str:
+    """A node that did not come up, with what it has written."""
+    head = f"node {node} ({host}) did not come up: {reason}"
+    logs = sorted(run.logs.glob(f"node-{node}-*/node.log"))
+    if not logs:
+        return f"{head}\n  it left no log in {run.logs}: see the batch job's own output"
+    tail = "\n".join(f"    {line}" for line in last_lines(logs[0], _LOG_LINES))
+    return f"{head}\n  the end of {logs[0]}:\n{tail}"
+
+
+def _write_key(folder: Path) -> Path:
+    """A new secret for this Ray, readable by its user alone."""
+    file = _key_file(folder)
+    file.unlink(missing_ok=True)
+    file.touch(mode=0o600)
+    file.write_text(secrets.token_hex(32))
+    return file
+
+
+def _key_file(folder: Path) -> Path:
+    return folder / "key"
+
+
+def _meeting_file(run: RunDir, allocation: Allocation) -> Path:
+    """Of this start of the job: what an earlier one left behind must not be taken for it."""
+    return run.cluster / f"meeting-{allocation.restart}.json"

@@ -1,0 +1,94 @@
+"""What Slurm gave this task: its job, its place among the nodes, and the node's processors and GPUs."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from launcher.errors import Problem, RequestError
+
+_BRACKETS = re.compile(r"^(?P<head>[^\[\]]*)\[(?P<ranges>[^\[\]]+)\](?P<tail>.*)$")
+_NOT_IN_BRACKETS = re.compile(r",(?![^\[]*\])")
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One task a node of a Slurm job. `restart` counts how often the job was requeued."""
+
+    job_id: str
+    restart: int
+    node: int
+    hosts: tuple[str, ...]
+    cpus: int
+    gpus: int
+
+    @property
+    def nodes(self) -> int:
+        return len(self.hosts)
+
+    @property
+    def stamp(self) -> str:
+        """What tells this job's run directory from those of others."""
+        return f"slurm-{self.job_id}"
+
+
+def run_stamp(environment: Mapping[str, str]) -> str:
+    """The stamp of the job whose batch script or task this is. Raises RequestError outside of Slurm."""
+    return f"slurm-{_job_id(environment)}"
+
+
+def read_allocation(environment: Mapping[str, str]) -> Allocation:
+    """The task's allocation, from Slurm's variables. Raises RequestError where srun did not start it one a node."""
+    job_id = _job_id(environment)
+    if "SLURM_NODEID" not in environment:
+        raise _problem("this is not a task of srun", "start it with: srun launcher node JOB.yaml")
+    hosts = expand_hosts(environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"])
+    if int(environment.get("SLURM_NTASKS", len(hosts))) != len(hosts) or environment.get("SLURM_LOCALID", "0") != "0":
+        found = f"srun started {environment.get('SLURM_NTASKS')} tasks on {len(hosts)} nodes"
+        raise _problem(found, "one task a node is needed: --ntasks-per-node=1, and --nodes for their number")
+    return Allocation(
+        job_id=job_id,
+        restart=int(environment.get("SLURM_RESTART_COUNT", 0)),
+        node=int(environment["SLURM_NODEID"]),
+        hosts=hosts,
+        cpus=int(environment.get("SLURM_CPUS_PER_TASK") or environment.get("SLURM_CPUS_ON_NODE") or 1),
+        gpus=int(environment.get("SLURM_GPUS_ON_NODE") or 0),
+    )
+
+
+def expand_hosts(listed: str) -> tuple[str, ...]:
+    """The hosts of Slurm's short form, in its order: "gpu[01-03,7],login" is gpu01, gpu02, gpu03, gpu7 and login."""
+    found: list[str] = []
+    for part in _NOT_IN_BRACKETS.split(listed):
+        found += _expand(part)
+    return tuple(found)
+
+
+def _expand(part: str) -> list[str]:
+    match = _BRACKETS.match(part)
+    if match is None:
+        return [part]
+    numbers = [number for piece in match["ranges"].split(",") for number in _numbers(piece)]
+    return [match["head"] + number + tail for number in numbers for tail in _expand(match["tail"])]
+
+
+def _numbers(piece: str) -> list[str]:
+    first, _, last = piece.partition("-")
+    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last or first) + 1)]
+
+
+def _job_id(environment: Mapping[str, str]) -> str:
+    if array := environment.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array}_{environment['SLURM_ARRAY_TASK_ID']}"
+    if job := environment.get("SLURM_JOB_ID"):
+        return job
+    raise _problem(
+        f"{socket.gethostname()} is not inside a Slurm job: SLURM_JOB_ID is not set",
+        "submit it with: launcher submit JOB.yaml, or sbatch slurm/finetune.sbatch JOB.yaml",
+    )
+
+
+def _problem(found: str, mend: str) -> RequestError:
+    return RequestError(Problem(found, mend=mend))

@@ -1,0 +1,58 @@
+"""The environment variables of ranks: the user's, the plan's, and those of the node they run on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from launcher.plan.model import World
+
+_FORWARDED = (
+    "HF_",
+    "HUGGINGFACE_",
+    "TRANSFORMERS_",
+    "TOKENIZERS_",
+    "DS_",
+    "NCCL_",
+    "GLOO_",
+    "TORCH",
+    "PYTORCH_",
+    "OMP_",
+    "LAUNCHER_",
+)
+_SECRET_ENDINGS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+
+
+def forwarded_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Those of the user's variables that ranks on other nodes need as well."""
+    chosen = {key: value for key, value in environment.items() if key.startswith(_FORWARDED)}
+    # Ranks work offline: a secret would travel for nothing.
+    return {key: value for key, value in chosen.items() if not key.endswith(_SECRET_ENDINGS)}
+
+
+def rank_environment(
+    world: World, interface: str | None, own: Mapping[str, str], users: Mapping[str, str]
+) -> dict[str, str]:
+    """What every rank of a node is given besides torchrun's variables.
+
+    `interface` is the one that reaches the other nodes, `own` the launcher's environment, `users` the job's
+    cluster.env: later ones win.
+    """
+    settings = {
+        "OMP_NUM_THREADS": str(world.threads_per_process),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Everything is there by now; nothing a rank does may wait for the internet.
+        "HF_HUB_OFFLINE": "1",
+    }
+    if world.device == "cpu":
+        settings["DS_ACCELERATOR"] = "cpu"
+    return {**settings, **_interfaces(world, interface), **forwarded_environment(own), **users}
+
+
+def _interfaces(world: World, interface: str | None) -> dict[str, str]:
+    """Over which interface gloo and NCCL talk. To NCCL a name is the beginning of one unless "=" stands before it."""
+    if world.nodes == 1:
+        return {"GLOO_SOCKET_IFNAME": "lo"} if world.backend == "gloo" else {}
+    if interface is None:
+        return {}
+    return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}

@@ -1,0 +1,192 @@
+"""node.json: how a node and its ranks are, written every few seconds for whoever watches."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from launcher.fleet.process import RankProcess
+from launcher.run_dir import utc_now
+
+_EVERY_SECONDS = 5.0
+_RECENT_UPDATES = 20
+FILE = "node.json"
+
+
+@dataclass
+class RankPulse:
+    """What one rank has told of itself."""
+
+    process: RankProcess
+    local_rank: int
+    phase: str | None = None
+    updates: int | None = None
+    exit_code: int | None = None
+    gpu_memory_bytes: int | None = None
+    told: float | None = None
+    step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_UPDATES))
+    own_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_UPDATES))
+
+    def hear(self, event: dict[str, Any]) -> None:
+        """Takes a report of the rank in."""
+        self.told = event["time"]
+        if event["report"] == "phase":
+            self.phase = event["phase"]
+        elif event["report"] == "exit":
+            self.exit_code = event["code"]
+        elif event["report"] == "update":
+            self.updates = event["update"] + 1
+            self.gpu_memory_bytes = event.get("gpu_memory_bytes", self.gpu_memory_bytes)
+            for seconds, key in ((self.step_seconds, "step_seconds"), (self.own_seconds, "own_seconds")):
+                if event.get(key) is not None:
+                    seconds.append(event[key])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "rank": self.process.rank,
+            "local_rank": self.local_rank,
+            "pid": self.process.pid,
+            "alive": self.exit_code is None,
+            "exit_code": self.exit_code,
+            "phase": self.phase,
+            "updates": self.updates,
+            "step_seconds": _median(self.step_seconds),
+            "own_seconds": _median(self.own_seconds),
+            "memory_bytes": _resident_bytes(self.process.pid),
+            "gpu_memory_bytes": self.gpu_memory_bytes,
+            "time": None if self.told is None else _iso(self.told),
+        }
+
+
+class Heartbeat:
+    """Writes node.json of one node until it is ended."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self._file, self._identity = folder / FILE, identity
+        self._pulses: dict[int, RankPulse] = {}
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._gpus = _Gpus()
+        psutil.cpu_percent()  # what it says counts from its last call
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def begin(self, processes: Sequence[RankProcess]) -> None:
+        """Begins with the node's ranks, in the order of their local ranks."""
+        with self._lock:
+            self._pulses = {process.rank: RankPulse(process, local) for local, process in enumerate(processes)}
+        self._thread.start()
+
+    def hear(self, event: dict[str, Any]) -> None:
+        """Takes a rank's report in."""
+        with self._lock:
+            if (pulse := self._pulses.get(event["rank"])) is not None:
+                pulse.hear(event)
+
+    def end(self) -> None:
+        """Writes the file for the last time."""
+        if not self._ended.is_set():
+            self._ended.set()
+            self._thread.join(_EVERY_SECONDS)
+            self._write()
+
+    def _beat(self) -> None:
+        while True:
+            self._write()
+            if self._ended.wait(_EVERY_SECONDS):
+                return
+
+    def _write(self) -> None:
+        memory = psutil.virtual_memory()
+        with self._lock:
+            ranks = [pulse.to_dict() for pulse in self._pulses.values()]
+        record = {
+            "time": utc_now(),
+            **self._identity,
+            "cpus": len(os.sched_getaffinity(0)),
+            "cpu_percent": psutil.cpu_percent(),
+            "memory_used_bytes": memory.total - memory.available,
+            "memory_bytes": memory.total,
+            "gpus": self._gpus.read(),
+            "ended": self._ended.is_set(),
+            "ranks": ranks,
+        }
+        # A full disk or a lost mount is the ranks' to report; a watcher's file must not end their agent.
+        with contextlib.suppress(OSError):
+            _replace(self._file, json.dumps(record))
+
+
+class _Gpus:
+    """The GPUs that this process was given, by NVML; none where there is no driver."""
+
+    def __init__(self) -> None:
+        import pynvml
+
+        self._handles: list[tuple[int, Any]] = []
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlInit()
+            self._handles = [(index, self._handle(name)) for index, name in enumerate(_given_gpus())]
+
+    def read(self) -> list[dict[str, Any]]:
+        """Name, memory and use of each."""
+        import pynvml
+
+        with contextlib.suppress(pynvml.NVMLError):
+            return [self._read(index, handle) for index, handle in self._handles]
+        return []
+
+    @staticmethod
+    def _handle(name: str) -> Any:
+        from pynvml import nvmlDeviceGetHandleByIndex, nvmlDeviceGetHandleByUUID
+
+        return nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else nvmlDeviceGetHandleByUUID(name)
+
+    @staticmethod
+    def _read(index: int, handle: Any) -> dict[str, Any]:
+        import pynvml
+
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        return {
+            "index": index,
+            "name": str(pynvml.nvmlDeviceGetName(handle)),
+            "memory_used_bytes": int(memory.used),
+            "memory_bytes": int(memory.total),
+            "utilization_percent": int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu),
+        }
+
+
+def _given_gpus() -> list[str]:
+    return [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+
+
+def _resident_bytes(pid: int) -> int | None:
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return None
+
+
+def _median(values: deque[float]) -> float | None:
+    return round(statistics.median(values), 6) if values else None
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Replaces a file for readers in one step; unlike the run's own files it need not outlast a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{int(time.monotonic() * 1000)}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

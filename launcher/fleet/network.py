@@ -1,0 +1,105 @@
+"""A node's network: which interface reaches the others, found by connecting and not guessed from names; free ports."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from launcher.errors import RunFailed
+
+_HELLO = b"launcher\n"
+_LOWEST_PORT, _PORT_TRIES = 20000, 1000
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A connection that was made: the address it left from, and the interface that has this address."""
+
+    address: str
+    interface: str | None
+
+
+class Doorbell:
+    """A listening port on all interfaces that answers whoever connects: proof that this node can be reached."""
+
+    def __init__(self) -> None:
+        self._socket = socket.create_server(("", 0), backlog=1024)
+        self.port: int = self._socket.getsockname()[1]
+        threading.Thread(target=self._answer, name="doorbell", daemon=True).start()
+
+    def close(self) -> None:
+        # Closing alone does not wake a thread that waits in accept().
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _answer(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(_HELLO)
+
+
+def reach(address: str, port: int, timeout_seconds: float) -> Reached:
+    """Connects to another node's doorbell. Raises OSError where there is no way to it."""
+    with socket.create_connection((address, port), timeout_seconds) as connection:
+        if connection.recv(len(_HELLO)) != _HELLO:
+            raise OSError(f"something else listens at {address}:{port}")
+        own: str = connection.getsockname()[0]
+    return Reached(own, interface_of(own))
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the interface of this machine that has `address`; None where none has it."""
+    for name, found in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == address for entry in found):
+            return name
+    return None
+
+
+def own_addresses() -> list[str]:
+    """Every IPv4 address at which another machine might reach this one; loopback where there is no other."""
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    found = [
+        entry.address
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if name in up and entry.family == socket.AF_INET
+    ]
+    return [address for address in found if not address.startswith("127.")] or found
+
+
+def free_ports(seed: str) -> Iterator[int]:
+    """TCP ports on which nothing listens, in an order that belongs to the seed, each once. Raises RunFailed.
+
+    They lie outside the range from which the kernel serves outgoing connections, where a port could go to any process
+    in the seconds before it is bound, and outside the ports that Ray gives its workers (10002 to 19999).
+    """
+    chance = random.Random(seed)
+    candidates = range(_LOWEST_PORT, _lowest_outgoing_port())
+    for port in chance.sample(candidates, min(_PORT_TRIES, len(candidates))):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+        yield port
+    raise RunFailed(f"no free TCP port was found on {socket.gethostname()} in {_PORT_TRIES} tries")
+
+
+def _lowest_outgoing_port() -> int:
+    """Where the kernel's range for outgoing connections begins; Linux's default where it cannot be read."""
+    try:
+        return max(_LOWEST_PORT + 1000, int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0]))
+    except OSError:
+        return 32768

@@ -1,0 +1,145 @@
+"""A Ray of one's own on a node of an allocation: started with ports of its own, ended by process id."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from launcher.errors import RunFailed
+from launcher.fleet.allocation import Allocation
+from launcher.fleet.network import free_ports
+from launcher.fleet.nodes import NODE_LABEL
+
+_TRIES = 3
+_UP_SECONDS = 90.0
+_END_SECONDS = 10.0
+_LOG_SECONDS = 3.0
+_OBJECT_STORE_BYTES = 100 * 1024**2
+_UP = "Ray runtime started"
+_PORT_OPTIONS = (
+    "--node-manager-port",
+    "--object-manager-port",
+    "--dashboard-agent-listen-port",
+    "--dashboard-agent-grpc-port",
+    "--runtime-env-agent-port",
+    "--metrics-export-port",
+)
+_HEAD_PORT_OPTIONS = ("--port", "--ray-client-server-port", "--dashboard-port")
+
+
+class OwnRay:
+    """The Ray processes of one node. `address` is that of the whole Ray."""
+
+    def __init__(self, allocation: Allocation, node_address: str, head_address: str | None, log: IO[bytes]) -> None:
+        self._allocation, self._log = allocation, log
+        self._node_address, self._head_address = node_address, head_address
+        # Ray's sockets lie in here, and a socket's path may not be longer than 107 bytes.
+        self._folder = Path(tempfile.mkdtemp(prefix="lr-", dir="/tmp"))
+        self._process: subprocess.Popen[bytes] | None = None
+        self.address = head_address or ""
+
+    def start(self) -> None:
+        """Starts the node's part. A port that was taken meanwhile leads to another try. Raises RunFailed."""
+        for attempt in range(_TRIES):
+            ports = free_ports(f"{self._allocation.job_id}-{self._allocation.node}-{attempt}")
+            if self._up(ports):
+                return
+            self._stop()
+        raise RunFailed(f"Ray did not start on {socket.gethostname()} in {_TRIES} tries")
+
+    def end(self) -> None:
+        """Ends every process that this started, and removes their files."""
+        self._stop()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _up(self, ports: Iterator[int]) -> bool:
+        command, head_port = self._command(ports)
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "false"},
+            start_new_session=True,
+        )
+        up = threading.Event()
+        self._copier = threading.Thread(target=self._copy, args=(self._process.stdout, up), daemon=True)
+        self._copier.start()
+        deadline = time.monotonic() + _UP_SECONDS
+        while not up.wait(0.1):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                return False
+        if self._head_address is None:
+            self.address = f"{self._node_address}:{head_port}"
+        return True
+
+    def _command(self, ports: Iterator[int]) -> tuple[list[str], int]:
+        """`ray start` for this node, and the port that is the head's."""
+        options = {name: str(next(ports)) for name in _PORT_OPTIONS}
+        port = next(ports)
+        if self._head_address is None:
+            options |= {name: str(next(ports)) for name in _HEAD_PORT_OPTIONS[1:]} | {"--port": str(port)}
+            options |= {"--include-dashboard": "false", "--dashboard-host": "127.0.0.1"}
+        else:
+            options["--address"] = self._head_address
+        options |= {
+            "--node-ip-address": self._node_address,
+            "--num-cpus": str(self._allocation.cpus),
+            "--num-gpus": str(self._allocation.gpus),
+            "--labels": f"{NODE_LABEL}={self._allocation.node}",
+            "--object-store-memory": str(_OBJECT_STORE_BYTES),
+            "--temp-dir": str(self._folder),
+            # 0: whatever is free. Ray's own range is the same for every Ray on a node.
+            "--min-worker-port": "0",
+            "--max-worker-port": "0",
+        }
+        head = ["--head"] if self._head_address is None else []
+        given = [f"{name}={value}" for name, value in options.items()]
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+        return [*ray, "--log-color=false", *head, *given], port
+
+    def _copy(self, source: IO[bytes] | None, up: threading.Event) -> None:
+        assert source is not None
+        with source:
+            for line in source:
+                self._log.write(line)
+                self._log.flush()
+                if _UP.encode() in line:
+                    up.set()
+
+    def _stop(self) -> None:
+        """Ends what was started, by process id: Ray's own way first, then whatever is left."""
+        if self._process is None:
+            return
+        started = _below(self._process.pid)
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_SECONDS)
+        _, left = psutil.wait_procs(started, timeout=1.0)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.kill()
+        self._process.wait()
+        # The log is closed by whoever opened it, once everything is in it.
+        self._copier.join(_LOG_SECONDS)
+        self._process = None
+
+
+def _below(pid: int) -> list[psutil.Process]:
+    try:
+        return list(psutil.Process(pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []

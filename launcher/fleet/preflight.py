@@ -1,0 +1,161 @@
+"""The check of all nodes before ranks are started: a few seconds that save an allocation."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from launcher.errors import RunFailed
+from launcher.fleet.environment import rank_environment
+from launcher.fleet.examine import NodeFacts, unseen
+from launcher.fleet.nodes import Node, Nodes
+from launcher.plan.model import Plan, World
+from launcher.run_dir import RunDir
+
+_SAME_VERSIONS = ("launcher", "torch", "deepspeed", "transformers")
+_CLOCK_SECONDS = 1.0
+_REHEARSAL_SECONDS = 60.0
+_GIB = 1024**3
+
+
+@dataclass
+class NodeCheck:
+    """A node as it was found: `problems` forbid a run, `notes` do not. Each is a sentence with its mend."""
+
+    node_rank: int
+    node: Node
+    facts: NodeFacts
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the nodes are held against. `room_bytes` is what a run writes; 0 where that is not known."""
+
+    world: World
+    versions: Mapping[str, str]
+    room_bytes: int
+    environment: Mapping[str, str]
+    users: Mapping[str, str]
+
+
+def preflight(nodes: Nodes, wanted: Wanted, run: RunDir) -> list[NodeCheck]:
+    """Looks at every node, and has all of them reduce a tensor if there is nothing wrong so far. Starts no rank."""
+    checks = look(nodes, wanted, run)
+    if len(checks) > 1 and not any(check.problems for check in checks):
+        _rehearse(nodes, wanted, checks)
+    return checks
+
+
+def look(nodes: Nodes, wanted: Wanted, run: RunDir) -> list[NodeCheck]:
+    """What every node has and sees."""
+    mark = secrets.token_hex(4)
+    run.marks.mkdir(exist_ok=True)
+    (run.marks / mark).write_text(mark)
+    try:
+        names = [f"{mark}-{rank}" for rank in range(len(nodes.nodes))]
+        facts = nodes.ask("look", [(str(run.path), name) for name in names])
+        # Who sees the launcher's mark, and whose mark the launcher sees, has the same directory as all the others.
+        blind = nodes.ask("unseen", [(str(run.path), [mark])] * len(names))
+        lost = set(unseen(str(run.path), names))
+    finally:
+        shutil.rmtree(run.marks, ignore_errors=True)
+    checks = [NodeCheck(rank, node, found) for rank, (node, found) in enumerate(zip(nodes.nodes, facts, strict=True))]
+    for check, name, missing in zip(checks, names, blind, strict=True):
+        check.problems += _file_problems(check.facts, bool(missing) or name in lost, run)
+        check.problems += machine_problems(check.facts, wanted, check.node)
+        check.notes += machine_notes(check.facts, wanted, check.node)
+    return checks
+
+
+def refuse(checks: Sequence[NodeCheck]) -> None:
+    """Raises RunFailed with every problem of every node, if there is one."""
+    found = [f"node {c.node_rank} ({c.node.host}): {problem}" for c in checks for problem in c.problems]
+    if found:
+        raise RunFailed("\n".join(found))
+
+
+def room_bytes(plan: Plan) -> int:
+    """What a run writes: its checkpoints, with one more while it is saved, and the exported model.
+
+    A checkpoint has float32 weights and Adam's two moments (12 bytes) of what is trained and the weights themselves.
+    """
+    width = 4 if plan.precision == "fp32" else 2
+    weights = plan.model.parameters * width
+    checkpoint = weights + 12 * plan.model.trainable_parameters
+    kept = plan.job.checkpoint.keep + 1 if plan.job.checkpoint.every else int(plan.job.checkpoint.save_final)
+    return kept * checkpoint + (weights if plan.job.export else 0)
+
+
+def machine_problems(facts: NodeFacts, wanted: Wanted, node: Node) -> list[str]:
+    """What forbids a run on a node with these facts."""
+    found = []
+    for package in _SAME_VERSIONS:
+        have, want = facts.versions.get(package, "missing"), wanted.versions[package]
+        if have != want:
+            found.append(f"{package} {have}, and {want} where the run was planned: install the same there")
+    given = wanted.world.processes_per_node
+    if wanted.world.device == "cuda" and facts.gpus < given:
+        found.append(
+            f"{facts.gpus} GPUs seen of the {given} that were given ({', '.join(node.gpus)}): "
+            "see nvidia-smi there, and whether its torch is a CUDA build"
+        )
+    if wanted.world.nodes > 1 and node.interface is None and not _named_by_user(wanted):
+        found.append(
+            f"no interface has the address {node.address}, at which the others reach it: "
+            "name it in cluster.env as GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+        )
+    return found
+
+
+def machine_notes(facts: NodeFacts, wanted: Wanted, node: Node) -> list[str]:
+    """What is odd and no reason to stop."""
+    found = []
+    if abs(node.clock_offset_seconds) > _CLOCK_SECONDS:
+        found.append(
+            f"its clock is {node.clock_offset_seconds:+.1f} s off: times in its logs are shifted by as much; run chrony"
+        )
+    if not facts.unwritable and facts.free_bytes < wanted.room_bytes:
+        found.append(
+            f"{facts.free_bytes / _GIB:.1f} GiB free for the run directory, which may need "
+            f"{wanted.room_bytes / _GIB:.1f} GiB: make room, or keep fewer checkpoints (checkpoint.keep)"
+        )
+    return found
+
+
+def _named_by_user(wanted: Wanted) -> bool:
+    given = {**wanted.environment, **wanted.users}
+    return "GLOO_SOCKET_IFNAME" in given or "NCCL_SOCKET_IFNAME" in given
+
+
+def _file_problems(facts: NodeFacts, apart: bool, run: RunDir) -> list[str]:
+    """Whether the run directory is one and the same for all."""
+    mend = "output_dir must be storage that all nodes share"
+    if facts.unwritable:
+        return [f"it cannot write to {run.path} ({facts.unwritable}): {mend}"]
+    return (
+        [f"its {run.path} is not the launcher's: one does not see what the other wrote there; {mend}"] if apart else []
+    )
+
+
+def _rehearse(nodes: Nodes, wanted: Wanted, checks: list[NodeCheck]) -> None:
+    """One all-reduce, a process a node, over the interfaces that were found."""
+    shared = {
+        "MASTER_ADDR": nodes.nodes[0].address,
+        "MASTER_PORT": str(nodes.free_port(0)),
+        "WORLD_SIZE": str(len(checks)),
+        "LAUNCHER_BACKEND": wanted.world.backend,
+    }
+    orders = []
+    for check in checks:
+        own = rank_environment(wanted.world, check.node.interface, wanted.environment, wanted.users)
+        orders.append(({**own, **shared, "RANK": str(check.node_rank), "LOCAL_RANK": "0"}, _REHEARSAL_SECONDS))
+    for check, wrong in zip(checks, nodes.ask("rehearse", orders), strict=True):
+        if wrong:
+            check.problems.append(
+                f"a small all-reduce over {check.node.interface} with {wanted.world.backend} failed: {wrong}: "
+                "open TCP between the nodes, or name the interface in cluster.env"
+            )

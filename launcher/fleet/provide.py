@@ -1,0 +1,48 @@
+"""Tokenised data on a node that does not see what was tokenised for the others."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from launcher.errors import LauncherError, first_line
+from launcher.plan.facts import SplitFacts
+from launcher.plan.model import Plan
+from launcher.prepare import prepare
+
+_SAME = ("rows", "sequences", "tokens", "targets")
+
+
+def provide(plan: Plan, working_directory: str) -> str | None:
+    """Tokenises the plan's data once more, on this node, and puts it where the plan has it. None, or what went wrong.
+
+    Paths of the job are read as in the folder that the run was started from.
+    """
+    try:
+        with contextlib.chdir(working_directory):
+            prepared = prepare(plan.job, lambda _progress: None)
+        _put(prepared.model.folder, plan.model.folder)
+        for name, there, here in (
+            ("data.train", plan.data.train, prepared.data.train),
+            ("data.eval", plan.data.eval, prepared.data.eval),
+        ):
+            if there and here:
+                _check_same(name, there, here)
+                _put(here.folder, there.folder)
+    except (LauncherError, OSError) as error:
+        return first_line(error)
+    return None
+
+
+def _check_same(name: str, there: SplitFacts, here: SplitFacts) -> None:
+    for key in _SAME:
+        planned, found = getattr(there, key), getattr(here, key)
+        if planned != found:
+            raise LauncherError(f"{name} has {found} {key} on this node and {planned} where the run was planned")
+
+
+def _put(here: str, wanted: str) -> None:
+    """Makes what lies at `here` be found at `wanted` too: names hold the files' times, which differ between nodes."""
+    if not Path(wanted).exists():
+        Path(wanted).parent.mkdir(parents=True, exist_ok=True)
+        Path(wanted).symlink_to(here)

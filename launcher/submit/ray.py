@@ -1,0 +1,191 @@
+"""Submission to a Ray cluster that exists, as `ray job submit` does it, through the address of its dashboard."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from launcher.errors import Problem, RequestError, RunFailed, first_line
+from launcher.job import Job
+
+Tell = Callable[[str], None]
+ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(API|ACCESS|PRIVATE)_?KEY)(_|$)", re.IGNORECASE)
+_CHATTY = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
+_WILD = re.compile(r"([\\*?\[\]!#])")
+
+
+@dataclass(frozen=True)
+class RayRequest:
+    """A job as it is submitted: all that Ray is told, and to which address."""
+
+    address: str
+    entrypoint: str
+    working_dir: str
+    excludes: tuple[str, ...]
+    env_vars: Mapping[str, str]
+    metadata: Mapping[str, str]
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `JobSubmissionClient.submit_job`."""
+        environment = {
+            "working_dir": self.working_dir,
+            "excludes": list(self.excludes),
+            "env_vars": dict(self.env_vars),
+        }
+        return {"entrypoint": self.entrypoint, "runtime_env": environment, "metadata": dict(self.metadata)}
+
+    def to_yaml(self) -> str:
+        """The request for people to read."""
+        text: str = yaml.safe_dump({"address": self.address, **self.arguments()}, sort_keys=False, allow_unicode=True)
+        return text
+
+
+def ray_request(job: Job, job_file: Path, overrides: Sequence[str], address: str, working_dir: Path) -> RayRequest:
+    """The request for a job file that lies under `working_dir`, which is uploaded; both paths are absolute.
+
+    Raises RequestError for what would go wrong on the cluster, or stand where others can read it.
+    """
+    problems = [*_address_problems(address), *_job_problems(job), *_file_problems(job_file, working_dir)]
+    if problems:
+        raise RequestError(*problems)
+    return RayRequest(
+        address=address.rstrip("/"),
+        entrypoint=shlex.join(["launcher", "run", str(job_file.relative_to(working_dir)), *overrides]),
+        working_dir=str(working_dir),
+        excludes=tuple(_excludes(job, working_dir)),
+        env_vars=dict(job.cluster.env),
+        metadata={"launcher_job": job.name, "launcher_output_dir": job.output_dir},
+    )
+
+
+def dashboard_address(given: str | None, environment: Mapping[str, str]) -> str:
+    """The address of Ray's dashboard: what was given, or one that the environment holds. Raises RequestError."""
+    for address in (given, *(environment.get(name) for name in ADDRESS_VARIABLES)):
+        if address:
+            return address
+    mend = f"give --address http://HEAD:8265, or set {ADDRESS_VARIABLES[0]}"
+    raise RequestError(Problem("to which Ray? There is no address of its dashboard", key="--address", mend=mend))
+
+
+def submit_to_ray(request: RayRequest, tell: Tell, *, dry_run: bool, parsable: bool, follow: bool) -> int:
+    """Submits the request, or shows it; returns the exit status. Raises RunFailed where Ray does not take it."""
+    if dry_run:
+        tell(request.to_yaml().rstrip())
+        return 0
+    client = _client(request.address)
+    submission_id = _submitted(client, request)
+    tell(submission_id if parsable else _told(request, submission_id))
+    return _followed(client, request, submission_id, tell) if follow else 0
+
+
+def _address_problems(address: str) -> list[Problem]:
+    parts = urlsplit(address)
+    mend = "the address of Ray's dashboard: http://HEAD:8265"
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return [Problem(f"{address!r} is no address that jobs are submitted to", key="--address", mend=mend)]
+    if parts.username or parts.password:
+        mend = "Ray's own variables hold its secret: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+        return [Problem("a user or password may not stand in an address", key="--address", mend=mend)]
+    return []
+
+
+def _job_problems(job: Job) -> list[Problem]:
+    problems = []
+    if job.cluster.address == "local" or "://" in job.cluster.address:
+        found = f"{job.cluster.address} is not where a run joins the cluster that it was submitted to"
+        mend = "leave it out, and give the dashboard's address with --address"
+        problems.append(Problem(found, key="cluster.address", mend=mend))
+    if not Path(job.output_dir).expanduser().is_absolute():
+        found = f"{job.output_dir} would lie in the job's working directory, which Ray removes at its end"
+        mend = "give an absolute path on storage that all nodes see"
+        problems.append(Problem(found, key="output_dir", mend=mend))
+    for name in job.cluster.env:
+        if _SECRET.search(name):
+            found = "looks like a secret, and Ray shows the environment of jobs to all who see its dashboard"
+            mend = "set it on the nodes themselves"
+            problems.append(Problem(found, key=f"cluster.env.{name}", mend=mend))
+    return problems
+
+
+def _file_problems(job_file: Path, working_dir: Path) -> list[Problem]:
+    if job_file.is_relative_to(working_dir):
+        return []
+    found = f"does not lie under {working_dir}, the folder that is uploaded"
+    return [Problem(found, file=str(job_file), mend="submit from a folder that holds the job file")]
+
+
+def _excludes(job: Job, working_dir: Path) -> list[str]:
+    """What runs write is not uploaded, where it lies among the rest. Patterns are those of a .gitignore."""
+    folders = [Path(name) for name in (job.output_dir, job.data.cache_dir) if name]
+    within = [folder.relative_to(working_dir) for folder in folders if folder.is_relative_to(working_dir)]
+    return ["/" + _WILD.sub(r"\\\1", str(folder)) + "/" for folder in within if folder.parts]
+
+
+def _client(address: str) -> Any:
+    from ray.job_submission import JobSubmissionClient
+
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        return JobSubmissionClient(address)
+    except Exception as error:  # Ray has no common kind for what goes wrong here
+        raise RunFailed(f"no Ray answers at {address}: {first_line(error)}{_hint(error)}") from None
+
+
+def _submitted(client: Any, request: RayRequest) -> str:
+    try:
+        submission_id: str = client.submit_job(**request.arguments())
+    except Exception as error:  # Ray has no common kind for what goes wrong here
+        raise RunFailed(
+            f"the Ray at {request.address} did not take the job: {first_line(error)}{_hint(error)}"
+        ) from None
+    return submission_id
+
+
+def _hint(error: Exception) -> str:
+    if type(error).__name__ != "AuthenticationError":
+        return ""
+    return "\n  set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
+
+
+def _told(request: RayRequest, submission_id: str) -> str:
+    address = f"--address {shlex.quote(request.address)}"
+    return "\n".join(
+        [
+            f"submitted {submission_id}",
+            f"  follow it with   ray job logs --follow {address} {submission_id}",
+            f"  run directory    under {request.metadata['launcher_output_dir']}",
+        ]
+    )
+
+
+def _followed(client: Any, request: RayRequest, submission_id: str, tell: Tell) -> int:
+    """Passes the job's output on to its end; the exit status is its own."""
+
+    async def listen() -> None:
+        async for text in client.tail_job_logs(submission_id):
+            tell(text.rstrip("\n"))
+
+    try:
+        asyncio.run(listen())
+        info = client.get_job_info(submission_id)
+    except Exception as error:  # Ray has no common kind for what goes wrong here
+        found = f"lost sight of {submission_id}, which may well run on: {first_line(error)}"
+        raise RunFailed(f"{found}\n  ray job status --address {request.address} {submission_id}") from None
+    status = str(info.status.value)
+    tell(f"{submission_id}: {status.lower()}")
+    return 0 if status == "SUCCEEDED" else info.driver_exit_code or 1

@@ -1,0 +1,164 @@
+"""What sbatch is told about a job: its options in order, and the environment variables that would override them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.errors import Problem, RequestError
+from launcher.job import Job, explicit_keys
+from launcher.job.slurm import gres_gpus
+
+_BARE = re.compile(r"[A-Za-z0-9_.,:=@%+*?&|!~/()\[\]-]*")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of sbatch. `asked`: the job file names it, so that no template may leave it out."""
+
+    name: str
+    value: str | None = None
+    asked: bool = True
+
+    def argument(self) -> str:
+        """The option as one argument of a command."""
+        return f"--{self.name}" if self.value is None else f"--{self.name}={self.value}"
+
+    def directive(self) -> str:
+        """The option as a line of a script, with the quotes that sbatch reads there."""
+        if self.value is None or _BARE.fullmatch(self.value):
+            return f"#SBATCH {self.argument()}"
+        escaped = self.value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'#SBATCH --{self.name}="{escaped}"'
+
+
+def sbatch_options(job: Job, folder: Path) -> tuple[Option, ...]:
+    """Every option of the job, whose run directories are made in `folder`. Raises RequestError for contradictions."""
+    slurm, asked = job.slurm, explicit_keys(job)
+    options = [
+        Option("job-name", job.name, asked=False),
+        Option("partition", slurm.partition),
+        Option("account", slurm.account),
+        Option("qos", slurm.qos),
+        Option("time", slurm.time),
+        Option("nodes", str(job.cluster.nodes), "cluster.nodes" in asked),
+        Option("ntasks-per-node", "1", asked=False),
+        Option("cpus-per-task", _cpus(job)),
+        Option("gres", _gres(job)),
+        Option("mem", slurm.mem),
+        Option("constraint", slurm.constraint),
+        Option("reservation", slurm.reservation),
+        Option("nodelist", slurm.nodelist),
+        Option("exclude", slurm.exclude),
+        Option("dependency", slurm.dependency),
+        Option("array", slurm.array),
+        Option("mail-user", slurm.mail_user),
+        Option("mail-type", ",".join(slurm.mail_type) or None),
+        Option("comment", slurm.comment),
+        Option("output", _escaped(log_file(job, folder)), asked=False),
+        Option("open-mode", "append", asked=False),
+        Option("signal", f"B:USR1@{slurm.signal_seconds}", "slurm.signal_seconds" in asked),
+    ]
+    flags = [Option("exclusive")] if slurm.exclusive else []
+    flags.append(Option("requeue" if slurm.requeue else "no-requeue", asked="slurm.requeue" in asked))
+    return (*(option for option in options if option.value is not None), *flags, *map(_extra, slurm.extra))
+
+
+def gpus_per_node(job: Job) -> int:
+    """GPUs that Slurm is asked for on a node. Raises RequestError where nobody says how many."""
+    named = gres_gpus(job.slurm.gres) if job.slurm.gres else None
+    asked = job.cluster.gpus_per_node
+    if asked == "auto" and named is None:
+        raise RequestError(
+            Problem(
+                "auto, and Slurm gives a job no GPUs that it does not ask for",
+                key="cluster.gpus_per_node",
+                mend="say how many a node has, or name them in slurm.gres (gpu:h100:8); 0 trains on processors",
+            )
+        )
+    if named is not None and asked not in ("auto", named):
+        raise RequestError(
+            Problem(
+                f"{asked}, and slurm.gres asks for {named} ({job.slurm.gres})",
+                key="cluster.gpus_per_node",
+                mend="let both say the same, or leave cluster.gpus_per_node out",
+            )
+        )
+    return named if asked == "auto" and named is not None else int(asked)
+
+
+def log_file(job: Job, folder: Path) -> str:
+    """Where Slurm writes what the job prints, with Slurm's %j, or %A and %a, for the job's id."""
+    return f"{folder}/{job.name}-slurm-{'%A_%a' if job.slurm.array else '%j'}.log"
+
+
+def overriding_variables(options: Iterable[Option], environment: Iterable[str]) -> tuple[str, ...]:
+    """Names in `environment` that sbatch would take over the options, or that belong to a job around this one.
+
+    Source: sbatch(1), input environment variables: they win over the options of a script.
+    """
+    overriding = {name for option in options for name in _VARIABLES.get(option.name, ())}
+    return tuple(sorted(name for name in environment if name in overriding or _of_a_job(name)))
+
+
+def _of_a_job(name: str) -> bool:
+    return name.startswith(("SLURM_", "SLURMD_", "SRUN_")) and name not in _SETTINGS
+
+
+def _cpus(job: Job) -> str | None:
+    """Processors of a node: as many as ranks where there are no GPUs; with GPUs the site's own share of a GPU."""
+    gpus, processes, cpus = gpus_per_node(job), job.cluster.processes_per_node, job.slurm.cpus_per_task
+    ranks = gpus or (1 if processes == "auto" else processes)
+    if cpus is not None and cpus < ranks:
+        found = f"{cpus} processors, and {ranks} ranks a node"
+        raise RequestError(Problem(found, key="slurm.cpus_per_task", mend=f"at least {ranks}"))
+    if cpus is None and not gpus and processes != "auto":
+        cpus = ranks
+    return None if cpus is None else str(cpus)
+
+
+def _gres(job: Job) -> str | None:
+    gres, gpus = job.slurm.gres, gpus_per_node(job)
+    if gpus == 0 or (gres and gres_gpus(gres) is not None):
+        return gres
+    return ",".join(filter(None, (f"gpu:{gpus}", gres)))
+
+
+def _escaped(log: str) -> str:
+    """In a file's name Slurm reads %x as a job's name and so on: a percent sign of the folder's own is doubled."""
+    folder, _, name = log.rpartition("/")
+    if "\\" in folder:
+        found = f"{folder} holds a backslash, with which Slurm does not write the job's id into the log's name"
+        raise RequestError(Problem(found, key="output_dir", mend="take a folder without one"))
+    return f"{folder.replace('%', '%%')}/{name}"
+
+
+def _extra(text: str) -> Option:
+    name, equals, value = text.removeprefix("--").partition("=")
+    return Option(name, value if equals else None)
+
+
+_SETTINGS = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_DEBUG_FLAGS", "SLURM_EXIT_ERROR", "SLURM_UMASK", "SLURM_JWT"}
+"""Variables that tell Slurm's commands how to work, and belong to no job."""
+
+_VARIABLES = {
+    "account": ("SBATCH_ACCOUNT",),
+    "array": ("SBATCH_ARRAY_INX",),
+    "constraint": ("SBATCH_CONSTRAINT",),
+    "exclusive": ("SBATCH_EXCLUSIVE",),
+    "gres": ("SBATCH_GRES", "SBATCH_GPUS", "SBATCH_GPUS_PER_NODE", "SBATCH_GPUS_PER_TASK"),
+    "job-name": ("SBATCH_JOB_NAME",),
+    "mem": ("SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU"),
+    "no-requeue": ("SBATCH_REQUEUE",),
+    "open-mode": ("SBATCH_OPEN_MODE",),
+    "output": ("SBATCH_OUTPUT", "SBATCH_ERROR"),
+    "partition": ("SBATCH_PARTITION",),
+    "qos": ("SBATCH_QOS",),
+    "requeue": ("SBATCH_NO_REQUEUE",),
+    "reservation": ("SBATCH_RESERVATION",),
+    "signal": ("SBATCH_SIGNAL",),
+    "time": ("SBATCH_TIMELIMIT",),
+}
+"""Variables that sbatch takes over the options of a script: option → variables."""

@@ -1,0 +1,49 @@
+"""Hosts of their own for the tests of this folder, on which real Slurm and real Ray run. They need root.
+
+Where tests run side by side each worker has hosts of its own, which do not clash.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import hosts as several
+from tests.cluster import slurm as over_hosts
+from tests.cluster.hosts import Hosts
+from tests.cluster.slurm import Slurm
+
+
+def need(reason: str | None) -> None:
+    """Skips the test for the reason, if there is one; in CI, where nothing may be missing, the test fails."""
+    if reason and os.environ.get("CI"):
+        pytest.fail(f"CI must run this test, and cannot: {reason}")
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def hosts() -> Iterator[Hosts]:
+    """Three hosts, h1 to h3. What a test starts on them it ends; what it cuts off or powers off it brings back."""
+    need(several.missing())
+    with several.several_hosts(3) as hosts:
+        yield hosts
+
+
+@pytest.fixture(scope="session")
+def slurm(hosts: Hosts) -> Slurm:
+    """Slurm over the three hosts; `slurm.hosts` are they."""
+    need(over_hosts.missing())
+    return Slurm(hosts).start()
+
+
+@pytest.fixture
+def shared(hosts: Hosts) -> Path:
+    """A folder of the test's own that all hosts see. They do not see tmp_path, which lies in /tmp."""
+    folder = hosts.shared / uuid.uuid4().hex[:8]
+    folder.mkdir()
+    return folder

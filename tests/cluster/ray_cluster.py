@@ -1,0 +1,50 @@
+"""A Ray cluster over the hosts of a testbed, with a token, as somebody would start it by hand."""
+
+from __future__ import annotations
+
+import secrets
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tests.cluster.hosts import HostProcess, Hosts
+
+BIN = Path(sys.executable).parent
+_SHARED_MEMORY = 100 * 1024**2
+
+
+class RayCluster:
+    """Ray on every host, the first its head, whose dashboard the other hosts reach. It ends with the hosts."""
+
+    def __init__(self, hosts: Hosts, cpus: int) -> None:
+        self.hosts, self.cpus = hosts, cpus
+        self.head = hosts.names[0]
+        self.address = f"http://{hosts.address(self.head)}:8265"
+        token = hosts.shared / "ray-token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        self.secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+
+    def start(self) -> RayCluster:
+        """Returns once every host has joined."""
+        dashboard = f"--dashboard-host={self.hosts.address(self.head)}"
+        self._start(self.head, "--head", "--port=6379", "--include-dashboard=true", dashboard)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda host: self._start(host, f"--address={self.head}:6379"), self.hosts.names[1:]))
+        return self
+
+    def run(self, host: str, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """A command of the environment on a host that knows the token."""
+        return self.hosts.run(host, [str(BIN / argv[0]), *argv[1:]], **{**self.secret, **options})
+
+    def popen(self, host: str, *argv: str, **options: Any) -> HostProcess:
+        return self.hosts.popen(host, [str(BIN / argv[0]), *argv[1:]], **{**self.secret, **options})
+
+    def _start(self, host: str, *options: str) -> None:
+        limits = (f"--num-cpus={self.cpus}", "--num-gpus=0", f"--object-store-memory={_SHARED_MEMORY}")
+        own = f"--node-ip-address={self.hosts.address(host)}"
+        # Jobs look for the launcher and its Python where Ray looks.
+        path = f"{BIN}:{self.hosts.environment['PATH']}"
+        self.run(host, "ray", "start", own, *limits, *options, "--disable-usage-stats", PATH=path)

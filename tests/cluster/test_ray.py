@@ -1,0 +1,140 @@
+"""Runs on a Ray cluster over three hosts: how they are submitted, share it, wait for it, and what they learn there."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launcher.run_dir import RunDir
+from tests.cluster.conftest import need
+from tests.cluster.hosts import missing, several_hosts
+from tests.cluster.jobs import PATIENT, hosts_of_ranks, losses, runs_of, write_tiny_job
+from tests.cluster.ray_cluster import RayCluster
+
+pytestmark = pytest.mark.cluster
+
+CPUS = 2
+"""Of each host: two runs of one rank a host fill it."""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    """Ray over hosts of its own, which other tests may not power off."""
+    need(missing())
+    with several_hosts(3) as hosts:
+        hosts.environment.update(PATIENT)
+        yield RayCluster(hosts, CPUS).start()
+
+
+def only_run(folder: Path, name: str) -> RunDir:
+    [run] = runs_of(folder, name)
+    return run
+
+
+def span(run: RunDir) -> tuple[str, str]:
+    """When a run had its nodes: from starting ranks to its end."""
+    times = {event["state"]: event["time"] for event in run.events() if event["event"] == "state"}
+    return times["starting"], times["finished"]
+
+
+def test_runs_share_a_cluster_wait_for_room_and_make_the_updates_of_one_node(cluster: RayCluster) -> None:
+    """Two, three and one host, at once; they need seven processors of six, so that one of them waits."""
+    folder = cluster.hosts.shared
+    jobs = folder / "jobs"
+    jobs.mkdir()
+    runs = {"output_dir": str(folder / "runs"), "export": False}
+    write_tiny_job(jobs, "two", cluster={"nodes": 2}, **runs)
+    write_tiny_job(jobs, "three", cluster={"nodes": 3}, **runs)
+    write_tiny_job(jobs, "one", cluster={"nodes": 1, "processes_per_node": 2}, **runs)
+    write_tiny_job(jobs, "four", cluster={"nodes": 4, "wait_seconds": 2}, train={"train_batch_size": 16}, **runs)
+
+    to_ray = ("--to", "ray", "--address", cluster.address)
+    plainly = ("ray", "job", "submit", "--address", cluster.address, "--working-dir", ".", "--")
+    two = cluster.popen("ctl", *plainly, "launcher", "run", "two.yaml", "train.seed=7", cwd=jobs)
+    three = cluster.run(
+        "ctl", "launcher", "submit", *to_ray, "--parsable", "jobs/three.yaml", "train.seed=7", cwd=folder
+    )
+    one = cluster.popen("ctl", "launcher", "submit", *to_ray, "--follow", "one.yaml", "train.seed=7", cwd=jobs)
+    four = cluster.popen("ctl", "launcher", "submit", *to_ray, "--follow", "four.yaml", cwd=jobs)
+
+    assert four.wait(300) == 1, four.output
+    asked = "asked for 4 nodes with 1 CPU each; of 3 in this Ray 3 have that much"
+    assert f"waiting up to 2 s for nodes: {asked}" in four.output
+    assert f"after 2 s there are not enough free nodes: {asked}" in " ".join(four.output.split())
+    assert only_run(folder, "four").state()["state"] == "failed"
+
+    assert one.wait(300) == 0, one.output
+    assert two.wait(300) == 0, two.output
+    submitted = three.stdout.strip()
+    assert three.stdout == f"{submitted}\n" and "INFO" not in three.stderr
+    told = cluster.run("ctl", "ray", "job", "logs", "--follow", "--address", cluster.address, submitted).stdout
+    assert "finished after 4 updates" in told
+    waited = [
+        name
+        for name, output in (("one", one.output), ("two", two.output), ("three", told))
+        if "waiting up to" in output
+    ]
+    assert waited
+    places = {name: hosts_of_ranks(only_run(folder, name)) for name in ("one", "two", "three")}
+    assert len(set(places["one"].values())) == 1 and list(places["one"]) == [0, 1]
+    assert list(places["two"].values()) == sorted(set(places["two"].values())) and list(places["two"]) == [0, 1]
+    assert places["three"] == {0: "h1", 1: "h2", 2: "h3"}
+    begun, ended = zip(*(span(only_run(folder, name)) for name in places if name not in waited), strict=True)
+    assert max(begun) < min(ended), "those that did not wait ran side by side"
+    assert only_run(folder, "three").state()["ray_job_id"] == submitted
+    assert only_run(folder, "two").state()["ray_job_id"] in two.output
+
+    found = {name: losses(only_run(folder, name)) for name in places}
+    np.testing.assert_allclose(found["two"], found["one"], rtol=2e-5)
+    np.testing.assert_allclose(found["three"], found["one"], rtol=2e-5)
+    assert len(set(found["one"])) == 4
+
+    assert f"0.0/{3 * CPUS}.0 CPU" in cluster.run("h1", "ray", "status").stdout
+    ranks = [
+        p for host in cluster.hosts.names for p in cluster.hosts.processes(host) if "launcher.worker" in p.cmdline()
+    ]
+    assert ranks == []
+
+
+def test_a_submission_that_ray_does_not_take_is_told_in_a_line(cluster: RayCluster) -> None:
+    folder = cluster.hosts.shared / "refused"
+    folder.mkdir()
+    job = write_tiny_job(folder, cluster={"nodes": 2})
+    submit = ("launcher", "submit", "--to", "ray", "tiny.yaml")
+    strange = {"RAY_AUTH_MODE": "disabled"}
+    done = cluster.run("ctl", *submit, "--address", cluster.address, cwd=folder, check=False, **strange)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in done.stderr
+    done = cluster.run("ctl", *submit, "--address", "http://h2:8265", cwd=folder, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: no Ray answers at http://h2:8265: ")
+    done = cluster.run("ctl", *submit, cwd=folder, check=False)
+    assert done.returncode == 2 and "--address http://HEAD:8265" in done.stderr
+    done = cluster.run("ctl", *submit, "--dry-run", cwd=folder, RAY_API_SERVER_ADDRESS=cluster.address)
+    assert "entrypoint: launcher run tiny.yaml\n" in done.stdout
+    secret = Path(cluster.secret["RAY_AUTH_TOKEN_PATH"]).read_text()
+    assert secret not in done.stdout and not runs_of(folder) and job.exists()
+
+
+def test_what_is_excluded_is_what_ray_leaves_out(tmp_path: Path) -> None:
+    """The patterns of a request against Ray's own packing."""
+    from ray._private.runtime_env.packaging import create_package
+
+    from launcher.job import read_job
+    from launcher.submit.ray import ray_request
+
+    job = write_tiny_job(tmp_path, output_dir=str(tmp_path / "out" / "ru*ns"))
+    for name in ("out/ru*ns/a/plan.json", "out/rubens/kept.txt", "ds/out/ru*ns/kept.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(json.dumps(name))
+    request = ray_request(read_job(job), job, [], "http://head:8265", tmp_path)
+    package = tmp_path.parent / f"{tmp_path.name}.zip"
+    create_package(request.working_dir, package, include_gitignore=True, excludes=list(request.excludes))
+    with zipfile.ZipFile(package) as packed:
+        names = {name for name in packed.namelist() if not name.endswith("/") and not name.startswith("model/")}
+    assert names == {"tiny.yaml", "chats.jsonl", "out/rubens/kept.txt", "ds/out/ru*ns/kept.json"}

@@ -1,0 +1,64 @@
+"""What Slurm's variables say about a task."""
+
+from __future__ import annotations
+
+import pytest
+
+from launcher.errors import RequestError
+from launcher.fleet.allocation import expand_hosts, read_allocation, run_stamp
+
+TASK = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_NODEID": "1",
+    "SLURM_JOB_NODELIST": "gpu[01-03]",
+    "SLURM_NTASKS": "3",
+    "SLURM_LOCALID": "0",
+    "SLURM_CPUS_ON_NODE": "64",
+    "SLURM_GPUS_ON_NODE": "8",
+}
+
+
+@pytest.mark.parametrize(
+    ("listed", "hosts"),
+    [
+        ("login", ("login",)),
+        ("a,b", ("a", "b")),
+        ("gpu[01-03,7],login", ("gpu01", "gpu02", "gpu03", "gpu7", "login")),
+        ("n[098-101]", ("n098", "n099", "n100", "n101")),
+        ("r[1-2]n[1-2]", ("r1n1", "r1n2", "r2n1", "r2n2")),
+        ("h[3,1]-ib", ("h3-ib", "h1-ib")),
+    ],
+)
+def test_hosts_are_expanded_in_order(listed: str, hosts: tuple[str, ...]) -> None:
+    assert expand_hosts(listed) == hosts
+
+
+def test_a_task_knows_its_place_and_what_it_was_given() -> None:
+    allocation = read_allocation(TASK)
+    assert (allocation.node, allocation.nodes, allocation.cpus, allocation.gpus) == (1, 3, 64, 8)
+    assert allocation.hosts == ("gpu01", "gpu02", "gpu03")
+    assert (allocation.stamp, allocation.restart) == ("slurm-77", 0)
+    assert read_allocation({**TASK, "SLURM_CPUS_PER_TASK": "16", "SLURM_RESTART_COUNT": "2"}).restart == 2
+    assert read_allocation({**TASK, "SLURM_CPUS_PER_TASK": "16"}).cpus == 16
+    # A step may have fewer nodes than its job.
+    assert read_allocation({**TASK, "SLURM_STEP_NODELIST": "gpu[02-04]"}).hosts == ("gpu02", "gpu03", "gpu04")
+
+
+def test_an_array_has_a_stamp_for_each_of_its_jobs() -> None:
+    array = {"SLURM_JOB_ID": "78", "SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "4"}
+    assert run_stamp(array) == "slurm-77_4"
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({}, ("not inside a Slurm job", "launcher submit")),
+        ({"SLURM_JOB_ID": "77"}, ("not a task of srun", "srun launcher node")),
+        ({**TASK, "SLURM_NTASKS": "24"}, ("24 tasks on 3 nodes", "--ntasks-per-node=1")),
+        ({**TASK, "SLURM_LOCALID": "1"}, ("3 tasks on 3 nodes", "--ntasks-per-node=1")),
+    ],
+)
+def test_what_is_no_task_of_its_own_is_refused(environment: dict[str, str], words: tuple[str, ...]) -> None:
+    with pytest.raises(RequestError) as refused:
+        read_allocation(environment)
+    assert all(word in str(refused.value) for word in words)
