@@ -10,7 +10,7 @@ from typing import IO, Any, TypeVar
 
 from launcher.ds_config import DsConfig, from_job, open_scheduler, read_ds_config
 from launcher.ds_config.catalogue import load_catalogue
-from launcher.ds_config.verdict import approve
+from launcher.ds_config.verdict import approve, refuse_untaken
 from launcher.errors import Problem, RequestError, nearest
 from launcher.job import Job, ScriptJob, explicit_keys, is_for_a_script, placing, read_job, read_script_job
 from launcher.job.read import load_yaml, read_text
@@ -55,8 +55,8 @@ def make_plan(
 def check_job(job: Job, job_file: str) -> tuple[DsConfig, MachineFacts]:
     """The job's DeepSpeed JSON and this machine. Raises RequestError for what can be told without model and data."""
     user, machine = load_ds_config(job, job_file), measure_machine()
-    check_request(job, user, machine)
     lint_ds_config(job, user, machine)
+    check_request(job, user, machine)
     _check_folder(job.output_dir, "output_dir", job_file)
     if job.data.cache_dir is not None:
         _check_folder(job.data.cache_dir, "data.cache_dir", job_file)
@@ -97,8 +97,8 @@ def check_script_job(job: ScriptJob, job_file: str) -> tuple[DsConfig, MachineFa
         mend = f"name one: {', '.join(preset_names())}"
         raise RequestError(Problem(found, key="deepspeed", mend=mend))
     user, machine = load_ds_config(job, job_file), measure_machine()
-    check_script_request(job, user, machine)
     lint_ds_config(job, user, machine)
+    check_script_request(job, user, machine)
     _check_folder(job.output_dir, "output_dir", job_file)
     if job.model is not None:
         find_model_folder(job.model.name_or_path, job.model.gguf_file)
@@ -138,12 +138,20 @@ def load_ds_config(job: Job, job_file: str) -> DsConfig:
 
 
 def lint_ds_config(job: Job, user: DsConfig, machine: MachineFacts) -> tuple[str, ...]:
-    """The warnings of lint about the job's own JSON. Raises RequestError for what it calls an error."""
-    generated = "schedule.shape" in explicit_keys(job) or open_scheduler(user) is not None
+    """The warnings of lint about the job's own JSON. Raises RequestError for what it calls an error.
+
+    Nothing but this may look at a JSON first: what composes it takes for granted that blocks are blocks.
+    """
+    explicit = explicit_keys(job)
+    generated = "schedule.shape" in explicit or open_scheduler(user) is not None
     replaced = ("scheduler",) if generated else ()
     world_size = resolve_world(job, machine).data_parallel_size
-    unsafe = job.schedule.allow_unsafe
-    return approve(user, world_size=world_size, keys=load_catalogue(), replaced=replaced, allow_unsafe=unsafe)
+    keys, unsafe = load_catalogue(), job.schedule.allow_unsafe
+    told = approve(user, world_size=world_size, keys=keys, replaced=replaced, allow_unsafe=unsafe)
+    train = job.train
+    asked = {"betas": list(train.betas), "eps": train.eps, "weight_decay": train.weight_decay}
+    refuse_untaken(user, {name: value for name, value in asked.items() if f"train.{name}" in explicit}, keys)
+    return told
 
 
 def _with_notes(plan: P, user: DsConfig) -> P:

@@ -7,6 +7,7 @@ sees something complete.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -32,6 +33,7 @@ STATES = (
     "stopped",
 )
 ENDED = ("finished", "failed", "stopped")
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 _CHECKPOINT = re.compile(r"^update-(\d+)$")
 _REVISION = re.compile(r"^plan\.revision-(\d+)\.json$")
 
@@ -140,6 +142,11 @@ class RunDir:
         return self.path / ".cluster"
 
     @property
+    def lock_file(self) -> Path:
+        """Locked by the launcher at work, which touches it every few seconds: not every lock is seen on other hosts."""
+        return self.path / "launcher.lock"
+
+    @property
     def stop_file(self) -> Path:
         """A request to end the run, written by `launcher cancel` and read by the supervisor."""
         return self.path / "stop.json"
@@ -192,10 +199,10 @@ class RunDir:
         write_json(self.stop_file, {"time": utc_now(), "now": now, "by": by})
 
     def stop_request(self) -> dict[str, Any] | None:
-        """What was asked for, None where nothing was."""
+        """What was asked for, None where nothing was, or where it cannot be read at this moment."""
         try:
             request: dict[str, Any] = json.loads(self.stop_file.read_text())
-        except FileNotFoundError:
+        except (OSError, json.JSONDecodeError):
             return None
         return request
 
@@ -242,14 +249,20 @@ class RunDir:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[bool]:
-        """Holds the run directory for one launcher; yields False where another one holds it."""
-        with (self.path / "launcher.lock").open("a") as lock:
+        """Holds the run directory for one launcher; yields False where another one holds it.
+
+        Where the file system has no locks, there is nothing to be told by them, and it is taken as held.
+        """
+        with self.lock_file.open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield False
-            else:
-                yield True
+                return
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+            yield True
 
 
 def _allocation() -> dict[str, str]:

@@ -9,12 +9,12 @@ from typing import Any
 
 import typer
 
-from launcher.cli.watching import OUTPUT_DIR, RUN
+from launcher.cli.watching import OUTPUT_DIR, RUN, reading
 from launcher.errors import RunFailed
 from launcher.run_dir import ENDED, RunDir
 
 _HEARD_SECONDS = 15.0
-_LOOK_SECONDS = 0.5
+_LOOK_SECONDS = 1.0
 
 
 def cancel(
@@ -30,7 +30,11 @@ def cancel(
     """
     from launcher.watch.find import find_run
 
-    directory = find_run(run, output_dir)
+    with reading():
+        _cancel(find_run(run, output_dir), now=now, wait=wait)
+
+
+def _cancel(directory: RunDir, *, now: bool, wait: bool) -> None:
     state = directory.state()
     if state.get("state") in ENDED:
         typer.echo(f"{directory.path.name} has ended already: {state['state']}")
@@ -41,7 +45,9 @@ def cancel(
         _unheard(directory, state, now=now)
     typer.echo("the run was told to stop at once" if now else "the run was told to save and stop")
     if wait:
-        _until(lambda: _ended(directory), None)
+        _until(lambda: _ended(directory) or _lost(directory), None)
+        if not _ended(directory):
+            raise RunFailed(f"the launcher went away while it stopped the run: see launcher why {directory.path}")
         ended = directory.state() or {"state": "it was only being planned, and nothing is left of it"}
         reason = f": {ended['reason']}" if ended.get("reason") else ""
         typer.echo(f"{ended['state']}{reason}; updates made: {len(directory.metrics())}")
@@ -72,7 +78,13 @@ def _times_heard(directory: RunDir) -> int:
 
 def _ended(directory: RunDir) -> bool:
     """Whether the run has ended; of one that was only being planned nothing is left."""
-    return not directory.path.exists() or directory.state().get("state") in ENDED
+    return directory.state().get("state", ENDED[0]) in ENDED
+
+
+def _lost(directory: RunDir) -> bool:
+    from launcher.watch.status import LOST, read_brief
+
+    return read_brief(directory, time.time()).state == LOST
 
 
 def _until(condition: Callable[[], bool], seconds: float | None) -> bool:

@@ -76,7 +76,7 @@ def node(
     read = read_script_job if arguments else read_job
     job = read(job_file, overrides)
     if stop:
-        _run_directory(job, job.name, run_stamp(os.environ)).request_stop(now=False)
+        _request_stop(_run_directory(job, job.name, run_stamp(os.environ)))
         return
     with placing(job_file, overrides):
         allocation = read_allocation(os.environ)
@@ -84,7 +84,7 @@ def node(
     job = read(job_file, overrides)
     work = _Work(job, job_file, overrides, script_here(arguments) if arguments else None)
     if allocation.node != 0:
-        _other(job, allocation, _DOCTOR if doctor else job.name)
+        _other(work, allocation, _DOCTOR if doctor else job.name)
     elif doctor:
         _examine_first(work, allocation)
     else:
@@ -139,18 +139,27 @@ def _end_told(directory: RunDir) -> Iterator[None]:
         yield
     except BaseException as error:
         if directory.path.exists() and directory.state().get("state") not in ENDED:
-            stopped = isinstance(error, KeyboardInterrupt)
+            stopped = isinstance(error, KeyboardInterrupt | SystemExit)
             reason = "interrupted" if stopped else first_line(error)
             directory.enter("stopped" if stopped else "failed", reason=reason, message=str(error))
         raise
 
 
-def _other(job: Job, allocation: Allocation, name: str) -> None:
+def _other(work: _Work, allocation: Allocation, name: str) -> None:
     from launcher.fleet.allocated import other_node
 
+    # What the first node refuses all refuse, and none waits for it.
+    _checked(work, allocation)
     # Slurm signals every task at once; this one ends when the first node has saved and gone.
-    signal.signal(signal.SIGTERM, lambda _number, _frame: None)
-    other_node(allocation, _run_directory(job, name, allocation.stamp), job.cluster.wait_seconds)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: None)
+    other_node(allocation, _run_directory(work.job, name, allocation.stamp), work.job.cluster.wait_seconds)
+
+
+def _request_stop(directory: RunDir) -> None:
+    if not directory.path.is_dir():
+        raise RequestError(Problem("there is no such run, or not yet", file=str(directory.path)))
+    directory.request_stop(now=False)
 
 
 def _nodes_override(job: Job, allocation: Allocation) -> list[str]:
@@ -170,7 +179,7 @@ def _check_allocation(job: Job, allocation: Allocation) -> None:
     if cluster.address not in _ADDRESSES:
         mend = "leave it out: inside an allocation the launcher starts a Ray of the job's own"
         raise RequestError(Problem(f"found {cluster.address}", key="cluster.address", mend=mend))
-    wanted = cluster.gpus_per_node if isinstance(cluster.gpus_per_node, int) else 0
+    wanted = cluster.gpus_per_node if isinstance(cluster.gpus_per_node, int) else allocation.gpus
     if wanted > allocation.gpus:
         found = f"{wanted} GPUs a node, and Slurm gave {allocation.gpus}"
         raise RequestError(Problem(found, key="cluster.gpus_per_node", mend=f"sbatch --gpus-per-node={wanted}"))
@@ -188,6 +197,9 @@ def _directory(job: Job, allocation: Allocation) -> tuple[RunDir, bool]:
             return directory, True
         # Nothing was saved before the job was requeued: it begins anew.
         directory.path.rename(directory.path.with_name(f"{directory.path.name}.start-{allocation.restart}"))
+    elif directory.path.exists():
+        mend = "give each its own name: launcher node JOB.yaml name=…"
+        raise RequestError(Problem("this allocation has had a run of this name", file=str(directory.path), mend=mend))
     return RunDir.create(directory.path.parent, job.name, allocation.stamp), False
 
 
@@ -195,5 +207,5 @@ def _run_directory(job: Job, name: str, stamp: str) -> RunDir:
     return RunDir((Path(job.output_dir).expanduser() / f"{name}-{stamp}").resolve())
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)

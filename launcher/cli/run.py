@@ -7,8 +7,9 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from launcher.fleet.supervisor import Outcome, Supervisor
 
 MakePlan = Callable[[OnProgress, IO[bytes]], Plan]
-_REQUEST_SECONDS = 1.0
+_REQUEST_SECONDS, _TOUCH_EVERY = 1.0, 15
 
 
 def run(
@@ -74,6 +75,8 @@ def alone_in(directory: RunDir) -> Iterator[None]:
             found = f"another launcher holds this run: {state.get('state')}, {who}"
             mend = "wait for its end, or stop it with Ctrl-C or SIGTERM"
             raise RequestError(Problem(found, file=str(directory.path), mend=mend))
+        # What was asked of an earlier launcher here is not asked of this one.
+        directory.stop_file.unlink(missing_ok=True)
         yield
 
 
@@ -169,7 +172,8 @@ def _planned(make: MakePlan, job_file: Path, overrides: list[str], directory: Ru
             plan = make(_Preparing(directory, console), log)
         write_plan(plan, directory)
     except (RequestError, KeyboardInterrupt):
-        shutil.rmtree(directory.path)
+        # Open files, the lock among them, may keep their folder on a network file system.
+        shutil.rmtree(directory.path, ignore_errors=True)
         raise
     except BaseException as error:
         directory.enter("failed", reason=first_line(error), message=str(error))
@@ -235,7 +239,6 @@ def interruptible(console: RunConsole, directory: RunDir) -> Iterator[Interrupts
     """
     interrupts = Interrupts(console)
     left = threading.Event()
-    directory.stop_file.unlink(missing_ok=True)
     threading.Thread(target=_await_request, args=(directory, interrupts, left), daemon=True).start()
     numbers = (signal.SIGINT, signal.SIGTERM)
     before: dict[int, Any] = {number: signal.signal(number, interrupts.handle) for number in numbers}
@@ -252,12 +255,18 @@ def interruptible(console: RunConsole, directory: RunDir) -> Iterator[Interrupts
 def _await_request(directory: RunDir, interrupts: Interrupts, left: threading.Event) -> None:
     """Passes on what `launcher cancel` asks for, until the run is left. A second request may be for the end at once."""
     heard: dict[str, Any] | None = None
-    while not left.wait(_REQUEST_SECONDS):
+    for second in count(1):
+        if left.wait(_REQUEST_SECONDS):
+            return
+        if second % _TOUCH_EVERY == 0:
+            with suppress(OSError):
+                os.utime(directory.lock_file)
         request = directory.stop_request()
         if request and request != heard:
             heard = request
-            directory.event("stop_requested", **{key: request[key] for key in ("now", "by")})
             interrupts.cancel(request)
+            with suppress(OSError):
+                directory.event("stop_requested", **{key: request[key] for key in ("now", "by")})
 
 
 def _summarise(plan: Plan, directory: RunDir, console: RunConsole, outcome: Outcome) -> None:

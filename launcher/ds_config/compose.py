@@ -164,9 +164,11 @@ def _complete_optimizer(draft: Draft, decisions: Decisions) -> None:
     adam = str(draft.get("optimizer.type")).lower() in ADAM_TYPES
     for name, value in decisions.optimizer.get("params", {}).items():
         path, job_key = f"optimizer.params.{name}", "schedule.peak_lr" if name == "lr" else f"train.{name}"
-        if adam or name == "lr" or draft.get(path) is not None:
+        explicit = job_key in decisions.explicit
+        # Other optimizers keep defaults of their own where the user says nothing.
+        if adam or name == "lr" or explicit or draft.get(path) is not None:
             value = list(value) if isinstance(value, tuple) else value
-            draft.settle(path, value, job_key, job_key in decisions.explicit, f"{job_key}, which the JSON leaves open")
+            draft.settle(path, value, job_key, explicit, f"{job_key}, which the JSON leaves open")
     for name in draft.get("optimizer.params") or {}:
         draft.as_number(f"optimizer.params.{name}")
 
@@ -181,24 +183,34 @@ def _torch_adam(draft: Draft, decisions: Decisions) -> None:
 def _scheduler(draft: Draft, decisions: Decisions) -> None:
     generated, block = decisions.scheduler, draft.get("scheduler")
     asked_for = "schedule.shape" in decisions.explicit
-    if block is None or block == AUTO:
+    if block is None or _wholly_open(block):
         if generated is not None:
             draft.put("scheduler", generated, "the generated schedule")
-        elif block == AUTO:
+        elif block is not None:
             draft.drop("scheduler", "the launcher brings its own schedule object")
     elif generated is None and asked_for:
         draft.drop("scheduler", "schedule.shape in the job asks for a generated schedule, which is an object")
     elif generated is not None and asked_for:
         draft.put("scheduler", generated, "schedule.shape in the job asks for the generated schedule")
+    elif draft.get("scheduler.type") in (None, AUTO):
+        mend = 'Write its type, such as "WarmupDecayLR", or "auto" for all of them.'
+        draft.problems.append(draft.user.problem("scheduler.type", "params are given, and no type that has them", mend))
     else:
         _complete_scheduler(draft, decisions)
+
+
+def _wholly_open(block: Any) -> bool:
+    """Whether a scheduler block says nothing at all: neither a type nor the value of a parameter."""
+    if not isinstance(block, dict):
+        return bool(block == AUTO)
+    params = block.get("params")
+    values = list(params.values()) if isinstance(params, dict) else [params or AUTO]
+    return block.get("type") in (None, AUTO) and all(value == AUTO for value in values)
 
 
 def _complete_scheduler(draft: Draft, decisions: Decisions) -> None:
     """Fills the "auto" in a scheduler that the user wrote, and holds its length against the job's."""
     known = _schedule_values(draft, decisions)
-    if draft.get("scheduler.type") in (None, AUTO) and decisions.scheduler:
-        draft.put("scheduler.type", decisions.scheduler["type"], "the generated schedule's class")
     if decisions.scheduler and open_scheduler(draft.user):
         for name, value in decisions.scheduler["params"].items():
             draft.put(f"scheduler.params.{name}", value, "the generated schedule, which the JSON leaves open")

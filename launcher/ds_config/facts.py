@@ -54,8 +54,11 @@ def optimizer_of(user: DsConfig) -> dict[str, Any] | None:
 
 
 def scheduler_of(user: DsConfig) -> dict[str, Any] | None:
-    """The scheduler's {"type", "params"} without the params that are "auto"; None where there is none."""
-    return _block(user, "scheduler")
+    """The scheduler's {"type", "params"} without the params that are "auto"; None where there is none.
+
+    One whose type is "auto" is none either: the plan chooses it.
+    """
+    return None if user.get("scheduler.type") == AUTO else _block(user, "scheduler")
 
 
 def open_scheduler(user: DsConfig) -> str | None:

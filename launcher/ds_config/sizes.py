@@ -23,6 +23,8 @@ class ZeroSizes:
     max_live_parameters: int = 1_000_000_000
     max_reuse_distance: int = 1_000_000_000
     sub_group_size: int = 1_000_000_000
+    hpz_partition_size: int = 1
+    """The ranks that share ZeRO++'s second copy of the weights; up to 1 there is none."""
     pinned: bool = True
     nvme_optimizer_buffers: int = 4
     nvme_parameter_elements: int = 5 * 100_000_000
@@ -44,6 +46,7 @@ def zero_sizes(user: DsConfig, hidden_size: int) -> ZeroSizes:
         max_live_parameters=size("stage3_max_live_parameters", 1_000_000_000),
         max_reuse_distance=size("stage3_max_reuse_distance", 1_000_000_000),
         sub_group_size=size("sub_group_size", 1_000_000_000),
+        hpz_partition_size=size("zero_hpz_partition_size", 1),
         pinned=user.get("zero_optimization.offload_optimizer.pin_memory") is not False,
         nvme_optimizer_buffers=size("offload_optimizer.buffer_count", 4),
         nvme_parameter_elements=size("offload_param.buffer_count", 5) * size("offload_param.buffer_size", 100_000_000),

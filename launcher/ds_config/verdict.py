@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from launcher.ds_config.catalogue import Catalogue
+from collections.abc import Mapping
+from typing import Any
+
+from launcher.ds_config.catalogue import Catalogue, Key
 from launcher.ds_config.facts import BATCH_KEYS, as_number
 from launcher.ds_config.findings import Finding
 from launcher.ds_config.lint import lint
@@ -33,6 +36,29 @@ def approve(
         raise RequestError(*(_problem(config, one) for one in errors))
     told = [one for one in found if one.severity == "warning" or (one.unsafe and allow_unsafe)]
     return tuple(str(_problem(config, one)) for one in told)
+
+
+def refuse_untaken(config: DsConfig, asked: Mapping[str, Any], keys: Catalogue) -> None:
+    """Raises RequestError for what a job `asked` of the optimizer (parameter: value) that the JSON's does not take.
+
+    A type whose parameters are not known is believed to take them all.
+    """
+    written = config.get("optimizer.type")
+    block = keys.optimizers.get(keys.optimizer_name(written) or "") if isinstance(written, str) else None
+    if block is None:
+        return
+    mend = f"leave it out, or set in {config.origin} what {written} has: {', '.join(sorted(block.names))}"
+    problems = [
+        Problem(f"{written} does not take it", key=f"train.{name}", mend=mend)
+        for name, value in asked.items()
+        if name not in block.keys or not _of_type(value, block.keys[name])
+    ]
+    if problems:
+        raise RequestError(*problems)
+
+
+def _of_type(value: Any, key: Key) -> bool:
+    return not key.types or bool({"any", type(value).__name__} & set(key.types))
 
 
 def _converted(config: DsConfig, found: Finding) -> bool:

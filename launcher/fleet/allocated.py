@@ -7,12 +7,12 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from launcher.errors import LauncherError, RunFailed
 from launcher.fleet.allocation import Allocation
-from launcher.fleet.meeting import Guest, Line, Meeting, attend, common_address
+from launcher.fleet.meeting import Guest, Meeting, attend, common_address
 from launcher.fleet.network import own_addresses
 from launcher.fleet.own_ray import OwnRay
 from launcher.run_dir import RunDir
@@ -64,13 +64,19 @@ def other_node(allocation: Allocation, run: RunDir, wait_seconds: float) -> None
     if order is None:
         return
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(key_file))
-    with node_log(run, allocation).open("ab") as log:
-        ray = OwnRay(allocation, order["own"], order["ray"], log)
-        try:
-            _start_own(ray, line)
-            line.receive(None)
-        finally:
-            ray.end()
+    try:
+        with node_log(run, allocation).open("ab") as log:
+            ray = OwnRay(allocation, order["own"], order["ray"], log)
+            try:
+                ray.start()
+                line.send(up=True)
+                line.receive(None)
+            finally:
+                ray.end()
+    except (LauncherError, OSError) as error:
+        with suppress(OSError):
+            line.send(failed=str(error))
+        raise RunFailed(str(error)) from None
 
 
 def node_log(run: RunDir, allocation: Allocation) -> Path:
@@ -80,19 +86,12 @@ def node_log(run: RunDir, allocation: Allocation) -> Path:
     return folder / "node.log"
 
 
-def _start_own(ray: OwnRay, line: Line) -> None:
-    try:
-        ray.start()
-    except LauncherError as error:
-        line.send(failed=str(error))
-        raise
-    line.send(up=True)
-
-
 def _start_others(run: RunDir, guests: list[Guest], address: str, ray_address: str) -> None:
     """Has every other node start its part, all at once. Raises RunFailed, naming the first that does not."""
     for guest in guests:
-        guest.line.send(ray=ray_address, own=guest.reached[address])
+        # One that is gone already shows in what it answers.
+        with suppress(OSError):
+            guest.line.send(ray=ray_address, own=guest.reached[address])
     for guest in guests:
         try:
             answer = guest.line.receive(_STARTED_SECONDS)

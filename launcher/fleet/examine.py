@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -27,6 +28,7 @@ class NodeFacts:
     gpu_name: str
     free_bytes: int
     unwritable: str | None
+    nvcc: bool = True
 
 
 def look(run_dir: str, mark: str) -> NodeFacts:
@@ -38,7 +40,13 @@ def look(run_dir: str, mark: str) -> NodeFacts:
         free = shutil.disk_usage(run_dir).free
     except OSError as error:
         unwritable = f"{type(error).__name__}: {error.strerror or error}"
-    return NodeFacts(installed_versions(), machine.gpus, machine.device_name, free, unwritable)
+    return NodeFacts(installed_versions(), machine.gpus, machine.device_name, free, unwritable, _has_nvcc())
+
+
+def _has_nvcc() -> bool:
+    """Whether DeepSpeed would find a CUDA compiler, as torch looks for one."""
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    return bool(shutil.which("nvcc")) or any((Path(home) / "bin" / "nvcc").exists() for home in homes if home)
 
 
 def unseen(run_dir: str, marks: Sequence[str]) -> list[str]:

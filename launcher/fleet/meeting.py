@@ -53,7 +53,11 @@ class Line:
             raise
         except OSError:
             return None
-        return json.loads(line) if line.endswith(b"\n") else None
+        try:
+            message: dict[str, Any] = json.loads(line)
+        except ValueError:
+            return None
+        return message if line.endswith(b"\n") and isinstance(message, dict) else None
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -147,8 +151,11 @@ def attend(file: Path, key: Callable[[], str], node: int, timeout_seconds: float
             tried.append(f"{address}: {error.strerror or error}")
     if not reached:
         raise RunFailed(f"no way to the first node at port {invitation['port']}: {'; '.join(tried)}")
-    line = _connect(next(iter(reached)), invitation["port"])
-    _answer(line, key(), node=node, host=socket.gethostname(), reached=reached)
+    try:
+        line = _connect(next(iter(reached)), invitation["port"])
+        _answer(line, key(), node=node, host=socket.gethostname(), reached=reached)
+    except OSError as error:
+        raise RunFailed(f"the first node went away while this one joined: {error.strerror or error}") from None
     return line
 
 

@@ -68,13 +68,17 @@ def interface_of(address: str) -> str | None:
 
 
 def own_addresses() -> list[str]:
-    """Every IPv4 address at which another machine might reach this one; loopback where there is no other."""
-    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    """Every IPv4 address at which another machine might reach this one; loopback where there is no other.
+
+    The fastest interfaces' come first.
+    """
+    speeds = {name: state.speed for name, state in psutil.net_if_stats().items() if state.isup}
+    addresses = psutil.net_if_addrs()
     found = [
         entry.address
-        for name, entries in psutil.net_if_addrs().items()
-        for entry in entries
-        if name in up and entry.family == socket.AF_INET
+        for name in sorted(speeds, key=lambda name: -speeds[name])
+        for entry in addresses.get(name, [])
+        if entry.family == socket.AF_INET
     ]
     return [address for address in found if not address.startswith("127.")] or found
 

@@ -127,9 +127,9 @@ class Nodes:
             self._compare_clocks()
         return self.nodes
 
-    def ask(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def ask(self, method: str, arguments: Sequence[tuple[Any, ...]], seconds: float = _ANSWER_SECONDS) -> list[Any]:
         """What every node's agent answers to `method`, called with its own arguments; in the order of nodes."""
-        return self._ask_some(self.nodes, method, arguments)
+        return self._ask_some(self.nodes, method, arguments, seconds)
 
     def provide(self, plan: Plan, paths: list[str]) -> None:
         """Has each node that does not see all of the paths tokenise the plan's data for itself. Raises RunFailed."""
@@ -283,7 +283,7 @@ def _clock_offset(node: Node) -> float:
     answers = []
     for _ in range(_CLOCK_ROUNDS):
         asked = time.time()
-        theirs: float = _answers([node.agent.clock.remote()])[0]
+        theirs: float = _answers([node.agent.clock.remote()], [node])[0]
         answered = time.time()
         answers.append((answered - asked, theirs - (asked + answered) / 2))
     return round(min(answers)[1], 3)
@@ -297,11 +297,17 @@ def _answers(references: list[Any], nodes: list[Node] | None = None, seconds: fl
     for index, reference in enumerate(references):
         try:
             found.append(ray.get(reference, timeout=seconds))
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            raise RunFailed(f"{_named(index, nodes)}: {type(cause).__name__}: {first_line(cause)}") from None
         except ray.exceptions.RayError as error:
-            name = f"node {index} ({nodes[index].host})" if nodes else f"agent {index}"
             mend = "the same launcher must be installed on every node, in the Python that Ray runs there"
-            raise RunFailed(f"{name} does not answer: {first_line(error)}\n  {mend}") from None
+            raise RunFailed(f"{_named(index, nodes)} does not answer: {first_line(error)}\n  {mend}") from None
     return found
+
+
+def _named(index: int, nodes: list[Node] | None) -> str:
+    return f"node {index} ({nodes[index].host})" if nodes else f"agent {index}"
 
 
 def _agent_class() -> type:

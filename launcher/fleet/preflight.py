@@ -16,7 +16,9 @@ from launcher.run_dir import RunDir
 
 _SAME_VERSIONS = ("launcher", "torch", "deepspeed", "transformers")
 _CLOCK_SECONDS = 1.0
-_REHEARSAL_SECONDS = 60.0
+# Loading torch from a network file system takes its time on many nodes at once.
+_REHEARSAL_SECONDS = 300.0
+_GRACE_SECONDS = 60.0
 _GIB = 1024**3
 
 
@@ -118,6 +120,11 @@ def machine_notes(facts: NodeFacts, wanted: Wanted, node: Node) -> list[str]:
         found.append(
             f"its clock is {node.clock_offset_seconds:+.1f} s off: times in its logs are shifted by as much; run chrony"
         )
+    if wanted.world.device == "cuda" and not facts.nvcc:
+        found.append(
+            "no nvcc (CUDA_HOME), with which DeepSpeed builds its fused Adam where it was not built before: "
+            'should ranks fail for it, give optimizer.params "torch_adam": true in the DeepSpeed JSON'
+        )
     if not facts.unwritable and facts.free_bytes < wanted.room_bytes:
         found.append(
             f"{facts.free_bytes / _GIB:.1f} GiB free for the run directory, which may need "
@@ -153,7 +160,7 @@ def _rehearse(nodes: Nodes, wanted: Wanted, checks: list[NodeCheck]) -> None:
     for check in checks:
         own = rank_environment(wanted.world, check.node.interface, wanted.environment, wanted.users)
         orders.append(({**own, **shared, "RANK": str(check.node_rank), "LOCAL_RANK": "0"}, _REHEARSAL_SECONDS))
-    for check, wrong in zip(checks, nodes.ask("rehearse", orders), strict=True):
+    for check, wrong in zip(checks, nodes.ask("rehearse", orders, _REHEARSAL_SECONDS + _GRACE_SECONDS), strict=True):
         if wrong:
             check.problems.append(
                 f"a small all-reduce over {check.node.interface} with {wanted.world.backend} failed: {wrong}: "

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from launcher.aftermath import fell
 from launcher.errors import RunFailed
 from launcher.fleet.agent import Event, NodeTask
 from launcher.fleet.environment import rank_environment
@@ -22,6 +23,8 @@ from launcher.tail import Tail, last_lines
 
 _GRACE_SECONDS = 5.0
 _SETTLE_SECONDS = 1.0
+# Ray's health checks take some fifteen seconds to give a silent node up.
+_LOST_NODE_SECONDS = 30.0
 _STOP_GRACE_SECONDS = 0.0
 _TOLD = {
     "outlier": "one odd update",
@@ -205,12 +208,10 @@ class Supervisor:
 
     def _fail(self) -> None:
         """Ends all ranks and raises RunFailed, which names the first that failed, once late news has settled."""
-        deadline = time.monotonic() + _SETTLE_SECONDS
-        while (left := deadline - time.monotonic()) > 0:
-            self.events += self.nodes.events(left)
+        self._settle()
         self._show_progress()
         nodes = self.nodes.nodes
-        failures = all_failures(self.events, [node.clock_offset_seconds for node in nodes])
+        failures = self._failures()
         self.nodes.end(_GRACE_SECONDS)
         failure = failures[0]
         self.run_dir.event(
@@ -223,6 +224,20 @@ class Supervisor:
             failures=[{**asdict(each), "host": nodes[each.node_rank].host} for each in failures],
         )
         raise RunFailed(self._tell(failure, nodes[failure.node_rank]))
+
+    def _settle(self) -> None:
+        """Hears late news: for longer while all that failed only lost a peer, since a node's end is noticed late."""
+        began = time.monotonic()
+        while True:
+            waited = time.monotonic() - began
+            only_fell = all(fell(failure) for failure in self._failures())
+            exits = sum(event["report"] == "exit" for event in self.events)
+            if waited >= (_LOST_NODE_SECONDS if only_fell and exits < self.plan.world.size else _SETTLE_SECONDS):
+                return
+            self.events += self.nodes.events(_SETTLE_SECONDS / 2)
+
+    def _failures(self) -> list[Failure]:
+        return all_failures(self.events, [node.clock_offset_seconds for node in self.nodes.nodes])
 
     def _tell(self, failure: Failure, node: Node) -> str:
         where = f"on node {failure.node_rank} ({node.host})"

@@ -25,8 +25,8 @@ def resolve_batch(given: Mapping[str, int], world_size: int, fits: Callable[[int
     """The three sizes from those of them that are `given`.
 
     `fits(micro)` says whether a micro-batch fits the memory; where the micro-batch is free, the largest that fits and
-    divides is taken (at most 16, and within TARGET_BATCH where the batch is free too). Raises RequestError where the
-    sizes cannot multiply out.
+    divides is taken (at most 16, and within TARGET_BATCH where the batch is free too), and 1 where none fits.
+    Raises RequestError where the sizes cannot multiply out.
     """
     batch, micro, accumulation = (given.get(key) for key in KEYS)
     if batch is None:

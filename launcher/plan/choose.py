@@ -80,7 +80,8 @@ def _weigh(
         micro_batch=micro,
         device_bytes=needs.estimate(micro).device_total,
         host_bytes=needs.host_bytes(micro),
-        fits=room.holds(needs, micro),
+        # Nothing is refused on account of a memory that is not seen.
+        fits=room.device is None or room.holds(needs, micro),
     )
     return _Weighed(candidate, needs)
 

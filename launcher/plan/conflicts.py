@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from launcher.ds_config import Decisions, DsConfig, compose, open_scheduler, scheduler_of
+from launcher.ds_config import DsConfig, compose, open_scheduler, scheduler_of
 from launcher.ds_config.facts import Precision
 from launcher.job import Job, explicit_keys
 from launcher.plan.batch import BatchSizes
+from launcher.plan.decisions import decisions_of
 from launcher.plan.model import World
 from launcher.plan.rate import refuse_unused
 
@@ -15,25 +16,22 @@ _ANY_RATE, _ANY_LENGTH, _ANY_WIDTH = 1e-5, 1000, 1024
 
 def check_conflicts(job: Job, user: DsConfig, world: World, precision: Precision, batch: BatchSizes) -> None:
     """Raises RequestError for each value that the job and the JSON set differently, and for what compose refuses."""
-    explicit, train = explicit_keys(job), job.train
+    explicit = explicit_keys(job)
     written = scheduler_of(user)
     if written is not None and open_scheduler(user) is None and "schedule.shape" not in explicit:
         refuse_unused(job, written["type"], written["params"], user)
     rate = _ANY_RATE if job.schedule.peak_lr == "auto" else job.schedule.peak_lr
-    length = train.max_steps or _ANY_LENGTH
-    params = {"lr": rate, "betas": list(train.betas), "eps": train.eps, "weight_decay": train.weight_decay}
+    length = job.train.max_steps or _ANY_LENGTH
     warmup = {"warmup_num_steps": 1, "warmup_min_lr": 0.0, "warmup_max_lr": rate, "warmup_type": "linear"}
     compose(
         user,
-        Decisions(
-            train_batch_size=batch.train_batch_size,
-            train_micro_batch_size_per_gpu=batch.train_micro_batch_size_per_gpu,
-            gradient_accumulation_steps=batch.gradient_accumulation_steps,
-            precision=precision,
-            device=world.device,
-            optimizer={"type": "AdamW", "params": params},
+        decisions_of(
+            job,
+            world,
+            precision,
+            batch,
+            optimizer_lr=rate,
             scheduler={"type": "WarmupDecayLR", "params": {"total_num_steps": length, **warmup}},
-            gradient_clipping=train.gradient_clipping,
             hidden_size=_ANY_WIDTH,
             # What a warm-up comes to in updates depends on the data.
             explicit=explicit - {"schedule.warmup"},

@@ -36,6 +36,7 @@ class Needs:
             gradient_checkpointing=section.gradient_checkpointing,
             eager_attention=section.attn_implementation == "eager",
             fused_loss=section.liger,
+            evaluated=self.job.data.eval is not None,
         )
         sizes = zero_sizes(self.user, self.model.hidden_size)
         world = self.world
@@ -46,7 +47,9 @@ class Needs:
     def host_bytes(self, micro_batch: int) -> int:
         """The bytes of a node's host memory."""
         stage = zero_sizes(self.user, self.model.hidden_size).stage
-        exported = export_bytes(self.model, stage, self.precision) if self.job.export else 0
+        lora = self.job.model.lora
+        gathered = lora.merge if lora else stage == 3
+        exported = export_bytes(self.model, self.precision) if self.job.export and gathered else 0
         return host_bytes(self.estimate(micro_batch), self.world.processes_per_node, self.world.device, exported)
 
 
@@ -61,10 +64,12 @@ class Room:
     host: int
 
     def holds(self, needs: Needs, micro_batch: int) -> bool:
-        """Whether what is needed fits, as far as the memory is seen from here."""
+        """Whether what is needed fits. Where no GPU is seen, the smallest micro-batch alone is believed to."""
+        if self.device is None:
+            # This is a login node then: its host memory says nothing of a node's either.
+            return micro_batch == 1
         on_device = needs.estimate(micro_batch).device_total
-        fits = self.device is None or on_device <= self.device
-        return fits and needs.host_bytes(micro_batch) <= self.host
+        return on_device <= self.device and needs.host_bytes(micro_batch) <= self.host
 
 
 def room_of(world: World, machine: MachineFacts) -> Room:
@@ -80,7 +85,10 @@ def memory_warnings(needs: Needs, micro_batch: int, machine: MachineFacts) -> li
     world, room, estimate = needs.world, room_of(needs.world, machine), needs.estimate(micro_batch)
     told = []
     if room.device is None:
-        told.append("no GPU is seen from here: whether the model fits its memory is not checked")
+        told.append(
+            "no GPU is seen from here: whether the model fits its memory is not checked, and a micro-batch that is "
+            "left open is 1; set train.train_micro_batch_size_per_gpu where more fits"
+        )
     elif world.device == "cuda" and estimate.device_total > room.device:
         told.append(_too_much("a rank needs", estimate.device_total, "a GPU", room.device))
     host = needs.host_bytes(micro_batch)

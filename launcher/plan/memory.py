@@ -73,6 +73,8 @@ class Work:
     gradient_checkpointing: bool = False
     eager_attention: bool = False
     fused_loss: bool = False
+    evaluated: bool = False
+    """Whether the run evaluates besides, in micro-batches of the same size."""
 
     @property
     def padded_length(self) -> int:
@@ -169,9 +171,9 @@ def host_bytes(estimate: MemoryEstimate, processes: int, device: str, exported: 
     return processes * (PROCESS_BYTES + estimate.offloaded) + exported
 
 
-def export_bytes(model: ModelFacts, stage: int, precision: str) -> int:
-    """Host memory that ZeRO-3's whole weights take on the first rank, where they are gathered for the export."""
-    return model.parameters * _BYTES[precision] if stage == 3 else 0
+def export_bytes(model: ModelFacts, precision: str) -> int:
+    """Host memory that whole weights take on the first rank, where they are gathered or merged for the export."""
+    return model.parameters * _BYTES[precision]
 
 
 def _forward(model: ModelFacts, work: Work, width: int) -> tuple[int, int]:
@@ -186,10 +188,15 @@ def _forward(model: ModelFacts, work: Work, width: int) -> tuple[int, int]:
     walking = tokens * 3 * width * model.intermediate_size
     logits = 0 if work.fused_loss else tokens * model.vocab_size * 12
     if not work.gradient_checkpointing:
-        kept = model.layers * layer
-        return kept + max(0, walking - logits), logits
-    boundaries = model.layers * tokens * width * hidden
-    return boundaries + max(0, layer + walking - logits), logits
+        activations = model.layers * layer + max(0, walking - logits)
+    else:
+        boundaries = model.layers * tokens * width * hidden
+        activations = boundaries + max(0, layer + walking - logits)
+    if work.fused_loss and work.evaluated:
+        # The fused loss is for training. Evaluation makes the logits, and their softmax from a float32 copy, at a
+        # moment when no activations are kept.
+        logits = max(0, tokens * model.vocab_size * (width + 8) - activations)
+    return activations, logits
 
 
 def _matrix_bytes(model: ModelFacts, work: Work, width: int) -> int:
@@ -277,7 +284,7 @@ def _offloaded(sizes: _Sizes, moments: _Moments, part: int) -> _Moments:
 def _stage3(sizes: _Sizes) -> _Moments:
     """Everything divided; weights are gathered for use, and freed where they are not used again soon."""
     zero, width = sizes.zero, sizes.width
-    part, weights = sizes.trained // sizes.ranks, width * (sizes.total // sizes.ranks)
+    part, weights = sizes.trained // sizes.ranks, width * (sizes.total // sizes.ranks + _second_copy(sizes))
     away = zero.offload.optimizer != "none"
     copy = width * max(sizes.bucket, sizes.largest) * (2 if sizes.cpu else 1)
     group = min(part, zero.sub_group_size)
@@ -294,6 +301,12 @@ def _stage3(sizes: _Sizes) -> _Moments:
         offloaded=host,
         on_nvme=on_nvme,
     )
+
+
+def _second_copy(sizes: _Sizes) -> int:
+    """Elements of ZeRO++'s second copy of the weights, which rests where the first does and is divided in groups."""
+    group = sizes.zero.hpz_partition_size
+    return sizes.total // group if group > 1 else 0
 
 
 def _gathered(sizes: _Sizes) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from launcher import __version__
-from launcher.ds_config import Decisions, DsConfig, batch_keys, compose, precision_of, zero_stage
+from launcher.ds_config import DsConfig, batch_keys, compose, precision_of, zero_stage
 from launcher.ds_config.facts import Precision
 from launcher.errors import Problem, RequestError
 from launcher.job import Job, explicit_keys
 from launcher.plan.batch import KEYS, BatchSizes, resolve_batch
 from launcher.plan.conflicts import check_conflicts
+from launcher.plan.decisions import decisions_of
 from launcher.plan.facts import DataFacts, MachineFacts, ModelFacts
 from launcher.plan.fit import Needs, memory_warnings, room_of
 from launcher.plan.length import length_warnings, resolve_length
@@ -31,23 +32,13 @@ def resolve(job: Job, user: DsConfig, model: ModelFacts, data: DataFacts, machin
     rate = decide_rate(job, model, data, length, user)
     composed = compose(
         user,
-        Decisions(
-            train_batch_size=batch.train_batch_size,
-            train_micro_batch_size_per_gpu=batch.train_micro_batch_size_per_gpu,
-            gradient_accumulation_steps=batch.gradient_accumulation_steps,
-            precision=precision,
-            device=world.device,
-            optimizer={
-                "type": "AdamW",
-                "params": {
-                    "lr": rate.optimizer_lr,
-                    "betas": list(job.train.betas),
-                    "eps": job.train.eps,
-                    "weight_decay": job.train.weight_decay,
-                },
-            },
+        decisions_of(
+            job,
+            world,
+            precision,
+            batch,
+            optimizer_lr=rate.optimizer_lr,
             scheduler=rate.scheduler,
-            gradient_clipping=job.train.gradient_clipping,
             hidden_size=model.hidden_size,
             sequence_parallel_size=world.sequence_parallel_size,
             explicit=explicit_keys(job),

@@ -9,13 +9,23 @@ from dataclasses import replace
 from typing import Any
 
 from launcher import __version__
-from launcher.ds_config import Change, Composed, Decisions, DsConfig, compose, optimizer_of, scheduler_of, zero_stage
+from launcher.ds_config import (
+    Change,
+    Composed,
+    DsConfig,
+    compose,
+    open_scheduler,
+    optimizer_of,
+    scheduler_of,
+    zero_stage,
+)
 from launcher.ds_config.compose import BUCKET_SIZES
 from launcher.ds_config.facts import Precision
 from launcher.errors import Problem, RequestError
 from launcher.job import ScriptJob, explicit_keys
 from launcher.plan import model as plans
 from launcher.plan.batch import KEYS, BatchSizes, resolve_batch
+from launcher.plan.decisions import decisions_of
 from launcher.plan.facts import MachineFacts, ModelFacts
 from launcher.plan.model import LearningRate, Length, Reason, Script, ScriptPlan, World
 from launcher.plan.rate import Decided, kept_or_generated
@@ -174,11 +184,10 @@ def _with_open_scheduler(user: DsConfig) -> tuple[DsConfig, str | None]:
 
     That is how transformers' examples are written, for a Trainer to fill in.
     """
-    block = user.get("scheduler")
-    params = block.get("params") if isinstance(block, dict) else None
-    if not isinstance(params, dict) or set(map(str, params.values())) != {"auto"}:
+    written = open_scheduler(user)
+    if written is None:
         return user, None
-    shape = next((shape for shape, kind in DEEPSPEED_TYPES.items() if kind == block["type"]), None)
+    shape = next((shape for shape, kind in DEEPSPEED_TYPES.items() if kind == written), None)
     return replace(user, data={**user.data, "scheduler": "auto"}), shape
 
 
@@ -241,19 +250,15 @@ def _composed(
     rate: Decided,
 ) -> Composed:
     user, dropped = (user, ()) if model else _without_sizes(user)
-    train = job.train
-    params = {"lr": rate.optimizer_lr, "betas": list(train.betas), "eps": train.eps, "weight_decay": train.weight_decay}
     composed = compose(
         user,
-        Decisions(
-            train_batch_size=batch.train_batch_size,
-            train_micro_batch_size_per_gpu=batch.train_micro_batch_size_per_gpu,
-            gradient_accumulation_steps=batch.gradient_accumulation_steps,
-            precision=precision,
-            device=world.device,
-            optimizer={"type": "AdamW", "params": params},
+        decisions_of(
+            job,
+            world,
+            precision,
+            batch,
+            optimizer_lr=rate.optimizer_lr,
             scheduler=rate.scheduler,
-            gradient_clipping=train.gradient_clipping,
             hidden_size=model.hidden_size if model else None,
             explicit=explicit_keys(job),
             total_num_steps=length.total_updates,

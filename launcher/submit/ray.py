@@ -16,10 +16,10 @@ import yaml
 
 from launcher.errors import Problem, RequestError, RunFailed, first_line
 from launcher.job import Job
+from launcher.submit import SECRET_NAME
 
 Tell = Callable[[str], None]
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(API|ACCESS|PRIVATE)_?KEY)(_|$)", re.IGNORECASE)
 _CHATTY = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -114,7 +114,7 @@ def _job_problems(job: Job) -> list[Problem]:
         mend = "give an absolute path on storage that all nodes see"
         problems.append(Problem(found, key="output_dir", mend=mend))
     for name in job.cluster.env:
-        if _SECRET.search(name):
+        if SECRET_NAME.search(name):
             found = "looks like a secret, and Ray shows the environment of jobs to all who see its dashboard"
             mend = "set it on the nodes themselves"
             problems.append(Problem(found, key=f"cluster.env.{name}", mend=mend))

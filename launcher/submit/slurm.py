@@ -21,6 +21,7 @@ from launcher.fleet.allocation import run_stamp
 from launcher.job import Job
 from launcher.job.slurm import is_plain
 from launcher.presets import shipped_folder
+from launcher.submit import SECRET_NAME
 from launcher.submit.slurm_answers import Refusal, refusal, where_it_stands
 from launcher.submit.slurm_options import Option, log_file, overriding_variables, sbatch_options
 
@@ -93,6 +94,10 @@ def slurm_request(
     if job.cluster.address not in ("auto", "local"):
         found = f"{job.cluster.address}, and a Slurm job starts a Ray of its own"
         raise RequestError(Problem(found, key="cluster.address", mend="leave it out, or submit with --to ray"))
+    if secrets := [name for name in job.cluster.env if SECRET_NAME.search(name)]:
+        found = "looks like a secret, and a batch script and its arguments can be read by others"
+        mend = "set it in the environment of the nodes"
+        raise RequestError(*(Problem(found, key=f"cluster.env.{name}", mend=mend) for name in secrets))
     options = (*sbatch_options(job, folder), Option("chdir", str(surroundings.cwd), asked=False))
     script = render(templates, template_values(job, job_file, overrides, options, surroundings))
     left_out = [option for option in options if option.asked and option.directive() not in _head(script)]

@@ -103,7 +103,7 @@ def seconds_of(time: Any) -> float | None:
 def is_held(run: RunDir) -> bool | None:
     """Whether a launcher works in the run directory; None where that cannot be told from here."""
     try:
-        with (run.path / "launcher.lock").open("rb") as lock:
+        with run.lock_file.open("rb") as lock:
             # A shared lock can be asked for without the right to write.
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:

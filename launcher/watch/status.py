@@ -78,7 +78,7 @@ def _status(run: RunDir, session: Session, nodes: Sequence[NodeStatus], now: flo
     last = recent[-1] if recent else {}
     updates, total = _updates(last, nodes), total_updates(run)
     since = seconds_of(session.state.get("since"))
-    heard = _heard(session, last, nodes, now)
+    heard = _heard(run, session, last, nodes, now)
     lost = _is_lost(run, session, heard, now)
     return RunStatus(
         name=run.path.name,
@@ -135,11 +135,19 @@ def _left(recent: Sequence[Record], placed: float | None, updates: int, total: i
     return max(0, total - updates) * (times[-1] - times[0]) / (len(times) - 1)
 
 
-def _heard(session: Session, last: Record, nodes: Sequence[NodeStatus], now: float) -> float | None:
+def _heard(run: RunDir, session: Session, last: Record, nodes: Sequence[NodeStatus], now: float) -> float | None:
     """When anything of the run was last heard."""
     beats = [now - node.heartbeat_seconds for node in nodes if node.heartbeat_seconds is not None]
-    told = (session.heard, seconds_of(session.state.get("since")), seconds_of(last.get("time")))
+    told = (_touched(run), session.heard, seconds_of(session.state.get("since")), seconds_of(last.get("time")))
     return max([*beats, *(time for time in told if time is not None)], default=None)
+
+
+def _touched(run: RunDir) -> float | None:
+    """When the launcher at work last touched its lock, by the file system's clock."""
+    try:
+        return run.lock_file.stat().st_mtime
+    except OSError:
+        return None
 
 
 def _is_lost(run: RunDir, session: Session, heard: float | None, now: float) -> bool:

@@ -16,7 +16,7 @@ from launcher.worker.ranks import Ranks
 
 
 def export_model(engine: Any, plan: Plan, ranks: Ranks, folder: Path) -> None:
-    """Writes config, tokenizer and safetensors to `folder`, which appears whole; all ranks must call it.
+    """Writes config, tokenizer and safetensors to `folder`, which appears whole. All ranks must call it.
 
     Under model.lora these are the adapters alone; where they are to be merged, the whole model with them in it, and the
     adapters in `folder`/adapter.
@@ -32,7 +32,7 @@ def export_model(engine: Any, plan: Plan, ranks: Ranks, folder: Path) -> None:
         load_tokenizer(plan).save_pretrained(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
-    ranks.barrier()
+    # Nobody waits for the first rank: writing a large model can take longer than a collective may.
 
 
 def _weights(module: Any, plan: Plan, ranks: Ranks) -> dict[str, torch.Tensor]:

@@ -54,7 +54,9 @@ def load_tokenizer(plan: Plan) -> Any:
 
 def make_engine(plan: Plan, model: Any, *, universal: bool = False) -> Any:
     """The DeepSpeed engine, as `deepspeed.initialize` leaves it; `universal` has it load a converted checkpoint."""
-    config = {**plan.ds_config, "checkpoint": {"load_universal": True}} if universal else plan.ds_config
+    config = plan.ds_config
+    if universal:
+        config = {**config, "checkpoint": {**config.get("checkpoint", {}), "load_universal": True}}
     scheduler = client_scheduler(plan)
     engine, *_ = deepspeed.initialize(
         model=model,

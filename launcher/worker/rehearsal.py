@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 _ELEMENTS = 1024
-_TIMEOUT = timedelta(seconds=20)
+_TIMEOUT = timedelta(seconds=120)
 
 
 def main() -> None:

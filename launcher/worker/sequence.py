@@ -46,6 +46,10 @@ def exchange_attention(plan: Plan, model: Any) -> Any:
         return None
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
+    text = model.config.get_text_config()
+    if getattr(text, "head_dim", 0) is None:
+        # Some configs leave it to the model to divide; DeepSpeed takes the None for the number.
+        text.head_dim = text.hidden_size // text.num_attention_heads
     return UlyssesSPAttentionHF.register_with_transformers(
         model_name_or_path=model,
         core_attn_implementation=model.config._attn_implementation,
@@ -58,7 +62,9 @@ def exchange_attention(plan: Plan, model: Any) -> Any:
 def averaged_over(plan: Plan) -> int:
     """By how much DeepSpeed divides the sum of all ranks' gradients.
 
-    Stages 0 to 2 divide by the groups that share sequences; stage 3's reduce-scatter divides by all ranks
-    (runtime/comm/coalesced_collectives.py of 0.19.8).
+    Stages 0 to 2 divide by the groups that share sequences, and not at all where the JSON asks for sums; stage 3's
+    reduce-scatter divides by all ranks (runtime/engine.py and runtime/comm/coalesced_collectives.py of 0.19.8).
     """
+    if str(plan.ds_config.get("gradient_allreduce_op", "")).lower() == "sum":
+        return 1
     return plan.world.size if plan.zero_stage == 3 else plan.world.data_parallel_size

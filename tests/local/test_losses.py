@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher.plan.model import Plan
 from launcher.token_store import TokenStore
+from launcher.worker.batches import IGNORED
+from launcher.worker.loss import summed_loss
 from tests.local.harness import fine_tuned, merged, plan_of
 from tests.tiny import make_tiny_model
 
@@ -132,3 +135,12 @@ def test_bfloat16_checkpointed_activations_and_untied_weights(job_dict, tmp_path
     assert not torch.equal(exported.lm_head.weight, exported.model.embed_tokens.weight)
     held_out = TokenStore(Path(Plan.from_json(run.plan_file.read_text()).data.eval.folder))
     np.testing.assert_allclose(evaluated(exported, held_out), run.evaluations()[-1]["loss"], rtol=1e-5)
+
+
+def test_a_micro_batch_with_nothing_to_learn_has_a_loss_of_zero_in_float16():
+    logits = torch.full((2, 512, 32000), -3.0, dtype=torch.float16, requires_grad=True)
+    ids = torch.zeros(2, 512, dtype=torch.long)
+    loss = summed_loss(lambda **_: SimpleNamespace(logits=logits), ids, ids, torch.full_like(ids, IGNORED))
+    assert loss.item() == 0.0
+    loss.backward()
+    assert bool((logits.grad == 0).all())

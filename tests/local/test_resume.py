@@ -58,11 +58,11 @@ def test_another_number_of_ranks_goes_on_as_if_nothing_had_happened(job_dict, tm
 
 @pytest.mark.parametrize("batch", [4, 16])
 def test_another_batch_keeps_the_rate_where_it_was_for_the_samples_seen(job_dict, tmp_path, batch):
-    updates = 400
+    updates = 200
     train = {"max_steps": updates, "train_batch_size": 8}
-    plan = plan_of(merged(job_dict, train=train, schedule={"warmup": 100, "peak_lr": 5e-4}))
+    plan = plan_of(merged(job_dict, train=train, schedule={"warmup": 50, "peak_lr": 5e-4}))
     run = run_directory(plan, tmp_path)
-    run_ranks(plan, run, stop_at=150)
+    run_ranks(plan, run, stop_at=75)
     made = len(run.metrics())
     overrides = [f"train.train_batch_size={batch}", "export=false", "checkpoint.keep=1", "checkpoint.every=100"]
     command = Command("resume", str(run.path), *overrides, folder=tmp_path)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from launcher.cli.node import _check_allocation
 from launcher.errors import RequestError
 from launcher.fleet.allocation import expand_hosts, read_allocation, run_stamp
+from tests.unit.given import job_of
 
 TASK = {
     "SLURM_JOB_ID": "77",
@@ -62,3 +64,19 @@ def test_what_is_no_task_of_its_own_is_refused(environment: dict[str, str], word
     with pytest.raises(RequestError) as refused:
         read_allocation(environment)
     assert all(word in str(refused.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "given", "words"),
+    [
+        ({"gpus_per_node": 4}, {"SLURM_GPUS_ON_NODE": "2"}, ("4 GPUs a node, and Slurm gave 2", "--gpus-per-node=4")),
+        ({}, {"SLURM_CPUS_PER_TASK": "4"}, ("8 ranks a node, and Slurm gave 4", "--cpus-per-task=8")),
+        ({"gpus_per_node": 0, "processes_per_node": 80}, {}, ("80 ranks a node, and Slurm gave 64",)),
+        ({"address": "head:6379"}, {}, ("head:6379", "leave it out")),
+    ],
+)
+def test_what_slurm_did_not_give_is_refused(cluster: dict, given: dict[str, str], words: tuple[str, ...]) -> None:
+    job = job_of(cluster=cluster)
+    with pytest.raises(RequestError) as refused:
+        _check_allocation(job, read_allocation({**TASK, **given}))
+    assert all(word in str(refused.value) for word in words), refused.value

@@ -291,7 +291,7 @@ NUMBERS = [
     ),
     Bad(
         "ZeRO stage 4",
-        ("zero_optimization.stage", "0, 1, 2 or 3 was expected, found 4"),
+        ("zero_optimization.stage", "4 is none of its values", "one of 0, 1, 2, 3"),
         JOB + "deepspeed: {zero_optimization: {stage: 4}}\n",
     ),
     Bad(
@@ -301,7 +301,23 @@ NUMBERS = [
     ),
 ]
 
-TABLE = [*SHAPE_OF_FILE, *KEYS, *VALUES, *OVERRIDES, *FILES, *NUMBERS]
+MISSHAPEN = [
+    Bad(
+        f"misshapen {name}",
+        (f"job.yaml:{line}: deepspeed.{key}: found", "Write a block"),
+        text=JOB + f"deepspeed:\n  {text}\n",
+    )
+    for name, key, line, text in (
+        ("scheduler params", "scheduler.params", 5, "scheduler: {type: WarmupLR, params: 5}"),
+        ("scheduler", "scheduler", 5, "scheduler: 5"),
+        ("optimizer params", "optimizer.params", 5, "optimizer: {type: AdamW, params: 5}"),
+        ("optimizer", "optimizer", 5, "optimizer: [AdamW]"),
+        ("precision", "bf16", 5, "bf16: true"),
+        ("ZeRO block", "zero_optimization", 5, "zero_optimization: 3"),
+    )
+]
+
+TABLE = [*SHAPE_OF_FILE, *KEYS, *VALUES, *OVERRIDES, *FILES, *NUMBERS, *MISSHAPEN]
 
 CONTRADICTIONS = [
     Contradiction(
@@ -382,6 +398,17 @@ CONTRADICTIONS = [
         text="model: {name_or_path: model, dtype: float32}\ndeepspeed: {bf16: {enabled: true}}\n",
     ),
     Contradiction(
+        "a parameter that the optimizer lacks",
+        ("job.yaml:4: train.betas: SGD does not take it", "job.yaml:4: train.eps: SGD does not", "weight_decay"),
+        text="train: {betas: [0.9, 0.95], eps: 1e-7, weight_decay: 0.1}\n"
+        "deepspeed: {optimizer: {type: SGD, params: {lr: 1e-6}}}\n",
+    ),
+    Contradiction(
+        "a parameter of another kind",
+        ("train.eps: Adafactor does not take it",),
+        text="train: {eps: 1e-7}\ndeepspeed: {optimizer: {type: Adafactor, params: {lr: 1e-6}}}\n",
+    ),
+    Contradiction(
         "fp16 on CPUs",
         ("fp16.enabled", "DeepSpeed has no fp16 on a CPU"),
         text="model: {name_or_path: model, dtype: float16}\n",
@@ -426,7 +453,7 @@ def test_the_job_that_the_table_spoils_is_good(folder: Path) -> None:
 
 
 RUNS = [pytest.param("run", row, id=row.id) for row in TABLE]
-PLANS = [pytest.param("plan", row, id=f"{row.id}, planned") for row in NUMBERS]
+PLANS = [pytest.param("plan", row, id=f"{row.id}, planned") for row in (*NUMBERS, *MISSHAPEN)]
 
 
 @pytest.mark.parametrize(("verb", "row"), RUNS + PLANS)

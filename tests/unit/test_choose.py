@@ -79,6 +79,7 @@ def test_memory_that_is_not_seen_is_said_to_be_so() -> None:
     found = chosen(BILLION, gpus=0, cluster={"gpus_per_node": 8})
     assert (found.preset, found.device_room) == ("zero2", None)
     assert "no GPU is seen from here" in found.reason
+    assert {(one.micro_batch, one.fits) for one in found.candidates} == {(1, True)}
 
 
 def test_a_run_that_goes_on_keeps_its_preset() -> None:

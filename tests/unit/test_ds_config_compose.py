@@ -176,6 +176,28 @@ def test_lion_runs_on_a_cpu_only_where_it_is_offloaded() -> None:
     assert config["optimizer"] == lion
 
 
+def test_what_the_job_says_of_another_optimizer_is_written() -> None:
+    """Its defaults stay where the job says nothing."""
+    lion = {"optimizer": {"type": "Lion", "params": {"lr": 1e-5}}}
+    optimizer = {**DECISIONS.optimizer, "params": {**DECISIONS.optimizer["params"], "weight_decay": 0.3}}
+    config, changes = composed(copy.deepcopy(lion), "train.weight_decay", "train.betas", optimizer=optimizer)
+    assert config["optimizer"]["params"] == {"lr": 1e-5, "weight_decay": 0.3, "betas": [0.9, 0.999]}
+    assert "train.weight_decay" in changes["optimizer.params.weight_decay"].reason
+    config, _ = composed(copy.deepcopy(lion), optimizer=optimizer)
+    assert config == config | lion
+
+
+OPEN = dict.fromkeys(SCHEDULER["params"], "auto")
+
+
+@pytest.mark.parametrize("block", [{"params": OPEN}, {"type": "auto", "params": {"warmup_num_steps": "auto"}}, {}])
+def test_a_scheduler_that_says_nothing_is_the_generated_one(block: dict[str, Any]) -> None:
+    config, _ = composed({"scheduler": copy.deepcopy(block)})
+    assert config["scheduler"] == SCHEDULER
+    config, _ = composed({"scheduler": copy.deepcopy(block)}, scheduler=None)
+    assert "scheduler" not in config
+
+
 def test_changes_hold_their_own_copies() -> None:
     config, changes = composed({}, device="cpu")
     assert "torch_adam" in config["optimizer"]["params"]
@@ -242,6 +264,7 @@ def test_an_auto_that_nobody_fills_is_left_to_deepspeed() -> None:
         ),
         ({"zero_optimization": {"stage": 4}}, "", {}, ("stage of 0, 1, 2 or 3", "4")),
         ({"bf16": True}, "", {}, ("bf16", "a block")),
+        ({"scheduler": {"params": {"warmup_num_steps": 5}}}, "", {}, ("scheduler.type", "no type")),
     ],
 )
 def test_conflicts_name_both_places_and_both_values(

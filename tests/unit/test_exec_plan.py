@@ -129,6 +129,23 @@ def test_a_json_of_the_transformers_examples_is_filled_in(kind: str) -> None:
     assert max(driven(plan)) == pytest.approx(1e-3, rel=1e-3)
 
 
+@pytest.mark.parametrize("kind", [{}, {"type": "auto"}])
+def test_a_scheduler_without_a_type_is_the_generated_one(kind: dict[str, str], folder: Path) -> None:
+    block = {**kind, "params": {"warmup_num_steps": "auto", "warmup_max_lr": "auto"}}
+    plan = script_plan({"scheduler": block}, schedule={"peak_lr": 1e-3, "warmup": 10})
+    assert plan.ds_config["scheduler"] == script_plan(schedule={"peak_lr": 1e-3, "warmup": 10}).ds_config["scheduler"]
+    (folder / "ds.json").write_text(json.dumps({"scheduler": block}))
+    ended = command("exec", "--dry-run", "job.yaml", "deepspeed=ds.json", "--", "train.py")
+    assert ended.status == 0, ended.err
+
+
+def test_a_misshapen_json_is_told_with_its_place(folder: Path) -> None:
+    (folder / "ds.json").write_text('{"scheduler": {\n"type": "WarmupLR", "params": 5}}')
+    ended = command("exec", "--dry-run", "job.yaml", "deepspeed=ds.json", "schedule.shape=auto", "--", "train.py")
+    assert ended.status == 2
+    assert "ds.json:2: scheduler.params: found 5" in ended.err
+
+
 def test_a_plan_reads_back_as_it_was_written() -> None:
     plan = script_plan(arguments=("train.py", "--deepspeed", "{ds_config}"), model=model_facts(parameters=10**8))
     again = Plan.from_json(plan.to_json())

@@ -14,8 +14,10 @@ import pytest
 
 from launcher.ds_config import Offload, from_mapping
 from launcher.ds_config.sizes import ZeroSizes, zero_sizes
+from launcher.plan.fit import Needs
 from launcher.plan.memory import FRAGMENTATION, PROCESS_BYTES, MemoryEstimate, Work, estimate_memory, host_bytes
-from tests.unit.given import model_facts
+from launcher.plan.resolve import resolve_world
+from tests.unit.given import job_of, machine_facts, model_facts
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory.py"
 MILLION = 1_000_000
@@ -69,6 +71,13 @@ def test_activations_and_logits() -> None:
     assert estimate(work=Work(2, 16)).logits == found.logits
     assert estimate(work=Work(2, 17)).logits == found.logits * 24 // 16
     assert estimate(work=Work(2, 10, fused_loss=True)).logits == 0
+    # Evaluation makes the logits without activations: bfloat16, a float32 copy and its softmax.
+    evaluated = estimate(work=Work(2, 10, fused_loss=True, evaluated=True))
+    fused = estimate(work=Work(2, 10, fused_loss=True))
+    assert evaluated.logits == max(0, TOKENS * 100 * 10 - fused.activations)
+    wide = estimate(model=MODEL.model_copy(update={"vocab_size": 5000}), work=Work(2, 10, True, False, True, True))
+    assert wide.activations + wide.logits == TOKENS * 5000 * 10
+    assert estimate(work=Work(2, 10, evaluated=True)) == found
     eager = estimate(work=Work(2, 10, eager_attention=True))
     assert eager.activations == found.activations + 3 * TOKENS * 32 * 16 * (4 + 2)
 
@@ -105,6 +114,48 @@ def test_what_zero_3_holds_gathered_follows_the_json() -> None:
     vectors = 2 * (2 * 3 + 1) * 8
     assert estimate(3, persistence_threshold=8).parameters - estimate(3).parameters == vectors
     assert estimate(3, persistence_threshold=64).parameters - estimate(3).parameters == vectors + 2 * 12 * 64
+
+
+def test_zero_plus_plus_holds_the_weights_a_second_time() -> None:
+    """In groups of two of the four ranks, and in host memory where the first copy rests there."""
+    plain, doubled = estimate(3), estimate(3, hpz_partition_size=2)
+    assert doubled.parameters - plain.parameters == 2 * MILLION // 2
+    assert estimate(2, hpz_partition_size=2) == estimate(2)
+    away = {"offload": Offload("cpu", "cpu"), "pinned": False}
+    moved = estimate(3, hpz_partition_size=2, **away)
+    assert moved.parameters == 0
+    assert moved.offloaded - estimate(3, **away).offloaded == 2 * MILLION // 2
+    block = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}
+    assert zero_sizes(from_mapping(block, "ds.json"), 100).hpz_partition_size == 8
+
+
+@pytest.mark.parametrize(
+    ("stage", "section", "gathered"),
+    [
+        (3, {}, True),
+        (2, {}, False),
+        (3, {"lora": {}}, False),
+        (3, {"lora": {"merge": True}}, True),
+        (2, {"lora": {"merge": True}}, True),
+    ],
+)
+def test_the_export_takes_whole_weights_where_it_makes_them(stage: int, section: Any, gathered: bool) -> None:
+    def host(**changes: Any) -> int:
+        user = from_mapping({"zero_optimization": {"stage": stage}}, "ds.json")
+        job = job_of(model=section, **changes)
+        return Needs(job, user, MODEL, resolve_world(job, machine_facts(4)), "bf16", 16).host_bytes(1)
+
+    assert host() - host(export=False) == gathered * 2 * MILLION
+
+
+def test_a_fused_loss_spares_the_logits_unless_there_is_something_to_evaluate() -> None:
+    def logits(**data: Any) -> int:
+        job = job_of(model={"liger": True}, data=data)
+        world = resolve_world(job, machine_facts(4))
+        model = MODEL.model_copy(update={"vocab_size": 5000})
+        return Needs(job, from_mapping({}, "ds.json"), model, world, "bf16", 16).estimate(1).logits
+
+    assert logits() == 0 < logits(eval=0.1)
 
 
 def test_offload_moves_states_to_pinned_host_memory() -> None:

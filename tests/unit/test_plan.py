@@ -134,7 +134,21 @@ def test_too_little_memory_is_told_with_its_numbers() -> None:
     need = plan.memory["device_total"] / GIB
     assert any(f"about {need:.1f} GiB" in warning and "21.6 GiB" in warning for warning in plan.warnings)
     unseen = plan_of(job_of(cluster={"gpus_per_node": 8}), machine=machine_facts(0))
-    assert any("no GPU is seen from here" in warning for warning in unseen.warnings)
+    (told,) = (warning for warning in unseen.warnings if "no GPU is seen from here" in warning)
+    assert "a micro-batch that is left open is 1" in told
+
+
+@pytest.mark.parametrize("gib", [1, 1024])
+@pytest.mark.parametrize(("train", "batch"), [({}, 32), ({"train_batch_size": 64}, 64)])
+def test_where_no_gpu_is_seen_an_open_micro_batch_is_one(train: dict[str, int], batch: int, gib: int) -> None:
+    """However small or large the login node is."""
+    login_node = machine_facts(0, memory_bytes=gib * GIB)
+    job = job_of(cluster={"gpus_per_node": 8}, train=train)
+    plan = plan_of(job, machine=login_node)
+    assert (plan.train_micro_batch_size_per_gpu, plan.train_batch_size) == (1, batch)
+    assert not any("GiB" in warning for warning in plan.warnings)
+    given = job_of(cluster={"gpus_per_node": 8}, train={**train, "train_micro_batch_size_per_gpu": 4})
+    assert plan_of(given, machine=login_node).train_micro_batch_size_per_gpu == 4
 
 
 def test_a_checkpoint_beyond_the_run_is_told() -> None:

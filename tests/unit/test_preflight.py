@@ -55,6 +55,13 @@ def test_clock_and_room_are_noted() -> None:
     assert "50.0 GiB free" in room and "100.0 GiB" in room
 
 
+def test_a_missing_cuda_compiler_is_noted_where_gpus_are_used() -> None:
+    (note,) = machine_notes(replace(FACTS, nvcc=False), WANTED, NODE)
+    assert "nvcc" in note and "torch_adam" in note
+    cpus = replace(WANTED, world=GPUS.model_copy(update={"device": "cpu"}))
+    assert machine_notes(replace(FACTS, nvcc=False), cpus, NODE) == []
+
+
 def test_every_problem_of_every_node_is_told_at_once() -> None:
     checks = [
         NodeCheck(0, NODE, FACTS),

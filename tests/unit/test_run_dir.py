@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import threading
 import time
@@ -191,3 +193,23 @@ def test_one_launcher_holds_a_run_directory(tmp_path: Path) -> None:
         assert (first, second) == (True, False)
     with run.held() as again:
         assert again
+
+
+def test_a_file_system_without_locks_is_taken_as_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir.create(tmp_path, "job")
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with run.held() as held:
+        assert held
+
+
+def test_a_request_to_stop_names_who_asks_and_is_read_back(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "job", "slurm-7")
+    assert run.path.name == "job-slurm-7"
+    assert run.stop_request() is None
+    run.request_stop(now=True)
+    request = run.stop_request()
+    assert request is not None and request["now"] is True and "@" in request["by"]

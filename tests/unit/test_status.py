@@ -175,6 +175,7 @@ def test_a_launcher_that_holds_the_run_is_alive_however_quiet_it_is(built: Built
     built.state("preparing", 1.0)
     with (built.run.path / "launcher.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        os.utime(lock.name, (0, 0))
         assert at(built, 5000.0).state == "preparing"
     assert at(built, 5000.0).state == "lost"
 
@@ -385,3 +386,10 @@ def test_the_status_of_many_nodes_reads_each_file_once(built: Built) -> None:
     before = bytes_read()
     assert len(read_status(built.run, time.time()).nodes) == 512
     assert bytes_read() - before < 1.2 * size
+
+
+def test_a_launcher_that_touches_its_lock_is_alive_where_locks_are_not_seen(built: Built) -> None:
+    built.state("preparing", 1.0)
+    built.run.lock_file.touch()
+    touched = built.run.lock_file.stat().st_mtime
+    assert read_status(built.run, touched + 59).state == "preparing"
