@@ -43,7 +43,7 @@ class Hub:
     """A process with many agents in it."""
 
     def __init__(self, count: int) -> None:
-        self.agents = [Agent(tell_updates=False) for _ in range(count)]
+        self.agents = [Agent() for _ in range(count)]
 
     def call(self, index: int, method: str, arguments: tuple[Any, ...]) -> Any:
         return getattr(self.agents[index], method)(*arguments)

@@ -160,7 +160,7 @@ def begin_process() -> None:
 def carry_out(job: dict[str, Any]) -> RunDir:
     """The run directory of a job that this process, as its one rank, worked off."""
     from launcher.job import validate_job
-    from launcher.planning import make_plan
+    from launcher.planning import check_job, make_plan
     from launcher.run_dir import RunDir, write_atomic
     from launcher.worker.control import Control
     from launcher.worker.train import work
@@ -171,7 +171,8 @@ def carry_out(job: dict[str, Any]) -> RunDir:
         def tell(self, kind: str, **details: Any) -> None:
             run.event(kind, **details)
 
-    plan = make_plan(validate_job(job), "spike_guard", lambda _: None)
+    valid = validate_job(job)
+    plan = make_plan(valid, check_job(valid, "spike_guard"), lambda _: None)
     run = RunDir.create(Path(job["output_dir"]), job["name"])
     write_atomic(run.plan_file, plan.to_json())
     work(run.path, run.plan_file, None, WrittenDown(None))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -29,22 +30,34 @@ P = TypeVar("P", bound=Plan)
 AUTO = "auto"
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What a plan begins with once all that can be told without model and data is found good.
+
+    The job's DeepSpeed JSON as the user wrote it, what lint warns of in it, and this machine.
+    """
+
+    ds_config: DsConfig
+    notes: tuple[str, ...]
+    machine: MachineFacts
+
+
 def make_plan(
     job: Job,
-    job_file: str,
+    checked: Checked,
     on_progress: OnProgress,
     log: IO[bytes] | int = subprocess.DEVNULL,
     *,
     preset: str | None = None,
 ) -> Plan:
-    """The plan of `job`. Raises RequestError; what needs neither model nor data is told at once.
+    """The plan of `job`, which `check_job` has looked at. Raises RequestError.
 
     `preset` is what `deepspeed: auto` came to before, where a run goes on that began with it.
     """
-    user, machine = check_job(job, job_file)
+    machine = checked.machine
     prepared = prepare(job, on_progress, log)
     if job.deepspeed != AUTO:
-        return _with_notes(resolve(job, user, prepared.model, prepared.data, machine), user)
+        return _with_notes(resolve(job, checked.ds_config, prepared.model, prepared.data, machine), checked)
     presets = {name: _preset(name) for name in IN_ORDER}
     chosen = recommend(job, presets, prepared.model, prepared.data, machine, kept=preset)
     plan = resolve(job, presets[chosen.preset], prepared.model, prepared.data, machine)
@@ -52,11 +65,10 @@ def make_plan(
     return plan.model_copy(update={"recommendation": chosen, "warnings": (told, *plan.warnings)})
 
 
-def check_job(job: Job, job_file: str) -> tuple[DsConfig, MachineFacts]:
-    """The job's DeepSpeed JSON and this machine. Raises RequestError for what can be told without model and data."""
-    user, machine = load_ds_config(job, job_file), measure_machine()
-    lint_ds_config(job, user, machine)
-    check_request(job, user, machine)
+def check_job(job: Job, job_file: str, machine: MachineFacts | None = None) -> Checked:
+    """Raises RequestError for what can be told without model and data, on this machine where no other is given."""
+    checked = _linted(job, job_file, machine or measure_machine())
+    check_request(job, checked.ds_config, checked.machine)
     _check_folder(job.output_dir, "output_dir", job_file)
     if job.data.cache_dir is not None:
         _check_folder(job.data.cache_dir, "data.cache_dir", job_file)
@@ -64,7 +76,7 @@ def check_job(job: Job, job_file: str) -> tuple[DsConfig, MachineFacts]:
     find_data(job.data.train, "data.train")
     if isinstance(job.data.eval, str | list):
         find_data(job.data.eval, "data.eval")
-    return user, machine
+    return checked
 
 
 def plan_job_file(job_file: Path, overrides: Sequence[str], on_progress: OnProgress) -> Plan:
@@ -72,37 +84,42 @@ def plan_job_file(job_file: Path, overrides: Sequence[str], on_progress: OnProgr
     if is_for_a_script(job_file, overrides):
         script_job = read_script_job(job_file, overrides)
         with placing(job_file, overrides):
-            return make_script_plan(script_job, Script(arguments=(), folder=""), str(job_file), on_progress)
+            ready = check_script_job(script_job, str(job_file))
+            return make_script_plan(script_job, Script(arguments=(), folder=""), ready, on_progress)
     job = read_job(job_file, overrides)
     with placing(job_file, overrides):
-        return make_plan(job, str(job_file), on_progress)
+        return make_plan(job, check_job(job, str(job_file)), on_progress)
 
 
 def make_script_plan(
-    job: ScriptJob, script: Script, job_file: str, on_progress: OnProgress, log: IO[bytes] | int = subprocess.DEVNULL
+    job: ScriptJob, script: Script, checked: Checked, on_progress: OnProgress, log: IO[bytes] | int = subprocess.DEVNULL
 ) -> ScriptPlan:
-    """The plan of a script of the user's own. Raises RequestError; what needs no model is told at once."""
-    user, machine = check_script_job(job, job_file)
+    """The plan of a script of the user's own, whose job `check_script_job` has looked at. Raises RequestError."""
     model = None
     if job.model is not None:
         cache = Path(job.output_dir).expanduser().resolve() / ".cache"
         model = prepare_model(job.model, cache, on_progress, log)
-    return _with_notes(resolve_script(job, user, model, machine, script), user)
+    return _with_notes(resolve_script(job, checked.ds_config, model, checked.machine, script), checked)
 
 
-def check_script_job(job: ScriptJob, job_file: str) -> tuple[DsConfig, MachineFacts]:
-    """The script's DeepSpeed JSON and this machine. Raises RequestError for what can be told without a model."""
+def check_script_job(job: ScriptJob, job_file: str) -> Checked:
+    """As `check_job`, of a job for a script of the user's own. Raises RequestError."""
     if job.deepspeed == AUTO:
         found = "a preset is chosen by the memory that model and data take, and those are the script's own"
         mend = f"name one: {', '.join(preset_names())}"
         raise RequestError(Problem(found, key="deepspeed", mend=mend))
-    user, machine = load_ds_config(job, job_file), measure_machine()
-    lint_ds_config(job, user, machine)
-    check_script_request(job, user, machine)
+    checked = _linted(job, job_file, measure_machine())
+    check_script_request(job, checked.ds_config, checked.machine)
     _check_folder(job.output_dir, "output_dir", job_file)
     if job.model is not None:
         find_model_folder(job.model.name_or_path, job.model.gguf_file)
-    return user, machine
+    return checked
+
+
+def _linted(job: Job, job_file: str, machine: MachineFacts) -> Checked:
+    """Raises RequestError for what lint calls an error in the job's JSON."""
+    user = load_ds_config(job, job_file)
+    return Checked(user, lint_ds_config(job, user, machine), machine)
 
 
 def _check_folder(name: str, key: str, job_file: str) -> None:
@@ -154,10 +171,9 @@ def lint_ds_config(job: Job, user: DsConfig, machine: MachineFacts) -> tuple[str
     return told
 
 
-def _with_notes(plan: P, user: DsConfig) -> P:
+def _with_notes(plan: P, checked: Checked) -> P:
     """The plan with what lint warns of, and with folders that are missing here."""
-    told = (*lint_ds_config(plan.job, user, plan.machine), *_missing_folders(user))
-    return plan.model_copy(update={"warnings": (*told, *plan.warnings)})
+    return plan.model_copy(update={"warnings": (*checked.notes, *_missing_folders(checked.ds_config), *plan.warnings)})
 
 
 def _missing_folders(user: DsConfig) -> Iterator[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import resource
 import sys
@@ -15,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launcher.run_dir import RunDir, append_line, utc_now
+from launcher.run_dir import RunDir, append_line, json_number, utc_now
 
 _last: tuple[int, float] | None = None
 """The update reported last, and when on the monotonic clock."""
@@ -86,8 +85,5 @@ def _gpu_memory_bytes() -> int | None:
 
 
 def _plain(value: Any) -> Any:
-    """A value for JSON, which has no NaN and no infinity: they are written as text."""
-    if isinstance(value, bool | int | str):
-        return value
-    number = float(value)
-    return number if math.isfinite(number) else str(number)
+    """A number for JSON, of a number or of a tensor with one element."""
+    return value if isinstance(value, bool | int | str) else json_number(float(value))

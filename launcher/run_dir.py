@@ -10,9 +10,11 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,25 +35,35 @@ STATES = (
     "stopped",
 )
 ENDED = ("finished", "failed", "stopped")
+NODE_FILE = "node.json"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 _CHECKPOINT = re.compile(r"^update-(\d+)$")
 _REVISION = re.compile(r"^plan\.revision-(\d+)\.json$")
 
 
 def utc_now() -> str:
-    """The time as every file of a run writes it: UTC, ISO 8601, milliseconds."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    """The time of this moment, as `utc_text` has it."""
+    return utc_text(time.time())
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replaces `path` in one step, safe on disk before the old one is gone. The folder must exist."""
+def utc_text(seconds: float) -> str:
+    """A time (seconds since the epoch) as every file of a run writes it: UTC, ISO 8601, milliseconds."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Replaces `path` in one step, safe on disk before the old one is gone. The folder must exist.
+
+    What need not outlast a power cut is spared the wait for the disk: `durable=False`.
+    """
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -67,6 +79,11 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
     line = json.dumps(record, separators=(",", ":")) + "\n"
     with path.open("ab", buffering=0) as file:
         file.write(line.encode())
+
+
+def json_number(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they are written as text. Other values stay as they are."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -167,6 +184,10 @@ class RunDir:
         """The revisions that there are, in order."""
         found = [(int(match[1]), path) for path in self.path.iterdir() if (match := _REVISION.match(path.name))]
         return [path for _, path in sorted(found)]
+
+    def node_file(self, node_rank: int, host: str) -> Path:
+        """How a node and its ranks are, written by its agent every few seconds."""
+        return self.node_logs(node_rank, host) / NODE_FILE
 
     def node_logs(self, node_rank: int, host: str) -> Path:
         return self.logs / f"node-{node_rank}-{host}"

@@ -31,7 +31,7 @@ def doctor(
     """
     job = read_job(job_file, overrides or ())
     with placing(job_file, overrides or ()):
-        _, machine = check_job(job, str(job_file))
+        machine = check_job(job, str(job_file)).machine
         check_reach(job, machine)
         world = resolve_world(job, machine)
     examine(job, world, machine.versions)

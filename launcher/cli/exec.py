@@ -15,7 +15,7 @@ from launcher.errors import Problem, RequestError
 from launcher.job import ScriptJob, placing, read_script_job
 from launcher.plan.model import Script
 from launcher.plan.script import filled_arguments
-from launcher.planning import check_script_job, make_script_plan
+from launcher.planning import Checked, check_script_job, make_script_plan
 from launcher.run_dir import RunDir
 
 _USAGE = "launcher exec job.yaml [section.key=value]... -- train.py arguments..."
@@ -43,15 +43,15 @@ def exec_script(
     job = read_script_job(job_file, overrides)
     script = script_here(arguments)
     with placing(job_file, overrides):
-        _, machine = check_script_job(job, str(job_file))
+        checked = check_script_job(job, str(job_file))
         check_script(script)
         if dry_run:
-            _show(job, script, job_file)
+            _show(job, script, checked)
             return
-        check_reach(job, machine)
+        check_reach(job, checked.machine)
     directory = RunDir.create(Path(job.output_dir).expanduser(), job.name)
     with alone_in(directory):
-        make = partial(make_script_plan, job, script, str(job_file))
+        make = partial(make_script_plan, job, script, checked)
         plan_and_carry_out(make, job_file, overrides, directory)
 
 
@@ -85,12 +85,10 @@ def check_script(script: Script) -> None:
         raise RequestError(Problem(f"there is no script {first} (looked from {script.folder})", mend=mend))
 
 
-def _show(job: ScriptJob, script: Script, job_file: Path) -> None:
+def _show(job: ScriptJob, script: Script, checked: Checked) -> None:
     """Prints what would be done."""
     messages = Console(stderr=True, highlight=False)
-    plan = make_script_plan(
-        job, script, str(job_file), lambda told: messages.print(f"{told['message']} …", style="dim")
-    )
+    plan = make_script_plan(job, script, checked, lambda told: messages.print(f"{told['message']} …", style="dim"))
     console = Console(highlight=False)
     show_plan(plan, console)
     arguments = filled_arguments(plan, {"ds_config": "RUN/ds_config.json", "run_dir": "RUN"})

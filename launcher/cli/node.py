@@ -18,14 +18,13 @@ from launcher.cli.console import RunConsole
 from launcher.cli.doctor import examine
 from launcher.cli.exec import check_script, script_here, split
 from launcher.cli.resume import go_on
-from launcher.cli.run import alone_in, new_run, plan_and_carry_out
+from launcher.cli.run import MakePlan, alone_in, plan_and_carry_out
 from launcher.errors import Problem, RequestError, first_line
 from launcher.fleet.allocation import Allocation, read_allocation, run_stamp
 from launcher.job import Job, ScriptJob, placing, read_job, read_script_job
-from launcher.plan.facts import MachineFacts
 from launcher.plan.model import Script
 from launcher.plan.resolve import resolve_world
-from launcher.planning import check_job, check_script_job, make_script_plan
+from launcher.planning import Checked, check_job, check_script_job, make_plan, make_script_plan
 from launcher.run_dir import ENDED, RunDir
 
 _ADDRESSES = ("auto", "local")
@@ -43,21 +42,20 @@ class _Work:
     overrides: list[str]
     script: Script | None
 
-    def check(self) -> MachineFacts:
-        """This machine. Raises RequestError for what is wrong before anything is started."""
+    def check(self) -> Checked:
+        """Raises RequestError for what is wrong before anything is started."""
         if isinstance(self.job, ScriptJob):
             assert self.script is not None
             check_script(self.script)
-            return check_script_job(self.job, str(self.job_file))[1]
-        return check_job(self.job, str(self.job_file))[1]
+            return check_script_job(self.job, str(self.job_file))
+        return check_job(self.job, str(self.job_file))
 
-    def carry_out(self, directory: RunDir) -> None:
+    def carry_out(self, checked: Checked, directory: RunDir) -> None:
+        make: MakePlan = partial(make_plan, self.job, checked)
         if isinstance(self.job, ScriptJob):
             assert self.script is not None
-            make = partial(make_script_plan, self.job, self.script, str(self.job_file))
-            plan_and_carry_out(make, self.job_file, self.overrides, directory)
-        else:
-            new_run(self.job, self.job_file, self.overrides, directory)
+            make = partial(make_script_plan, self.job, self.script, checked)
+        plan_and_carry_out(make, self.job_file, self.overrides, directory)
 
 
 def node(
@@ -95,7 +93,7 @@ def _first(work: _Work, allocation: Allocation) -> None:
     from launcher.fleet.allocated import first_node
 
     signal.signal(signal.SIGTERM, _interrupt)
-    _checked(work, allocation)
+    checked = _checked(work, allocation)
     directory, again = _directory(work.job, allocation)
     with alone_in(directory), _end_told(directory):
         directory.enter("placing")
@@ -104,14 +102,14 @@ def _first(work: _Work, allocation: Allocation) -> None:
             if again:
                 go_on(directory, [], RunConsole())
             else:
-                work.carry_out(directory)
+                work.carry_out(checked, directory)
 
 
 def _examine_first(work: _Work, allocation: Allocation) -> None:
     from launcher.fleet.allocated import first_node
 
     signal.signal(signal.SIGTERM, _interrupt)
-    job, machine = work.job, _checked(work, allocation)
+    job, machine = work.job, _checked(work, allocation).machine
     directory = RunDir.create(Path(job.output_dir).expanduser(), _DOCTOR, allocation.stamp)
     try:
         RunConsole().note(_bringing_up(allocation))
@@ -121,7 +119,7 @@ def _examine_first(work: _Work, allocation: Allocation) -> None:
         shutil.rmtree(directory.path)
 
 
-def _checked(work: _Work, allocation: Allocation) -> MachineFacts:
+def _checked(work: _Work, allocation: Allocation) -> Checked:
     with placing(work.job_file, work.overrides):
         _check_allocation(work.job, allocation)
         return work.check()

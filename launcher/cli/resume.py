@@ -13,13 +13,15 @@ from launcher.errors import Problem, RequestError
 from launcher.job import Job, validate_job
 from launcher.job.read import apply_override
 from launcher.plan.batch import KEYS
+from launcher.plan.facts import MachineFacts
 from launcher.plan.model import Plan, ScriptPlan
 from launcher.plan.resolve import resolve_world
 from launcher.plan.resume import Start, continued
-from launcher.planning import make_plan
+from launcher.planning import check_job, make_plan
 from launcher.prepare.machine import measure_machine
 from launcher.run_dir import RunDir, read_manifest, universal_folder, write_atomic
 
+_ORIGIN = "the resumed job"
 _SETTLED = ("name", "model.", "data.", "output_dir", "train.seed")
 _NOT_THE_CURVE = ("schedule.on_spike", "schedule.max_extensions", "schedule.check_every", "schedule.allow_unsafe")
 
@@ -45,14 +47,15 @@ def resume(
 def go_on(directory: RunDir, overrides: list[str], console: RunConsole) -> None:
     _refuse_script(directory)
     plan, plan_file, start = _where_to_go_on(directory)
+    machine = measure_machine()
     with console.closing(), interruptible(console, directory) as interrupts:
         if overrides:
-            plan, start = _changed(plan, start, overrides, console)
+            plan, start = _changed(plan, start, overrides, machine, console)
         if start.update >= plan.length.total_updates:
             found = f"all {plan.length.total_updates} updates are made already"
             mend = f"train.max_steps={2 * plan.length.total_updates} would train on"
             raise RequestError(Problem(found, file=str(directory.path), mend=mend))
-        check_reach(plan.job, measure_machine())
+        check_reach(plan.job, machine)
         if overrides:
             # Only now: a request that is refused leaves no revision behind.
             plan_file = directory.next_plan_revision()
@@ -99,11 +102,13 @@ def _where_to_go_on(directory: RunDir) -> tuple[Plan, Path, Start]:
     )
 
 
-def _changed(old: Plan, start: Start, overrides: list[str], console: RunConsole) -> tuple[Plan, Start]:
+def _changed(
+    old: Plan, start: Start, overrides: list[str], machine: MachineFacts, console: RunConsole
+) -> tuple[Plan, Start]:
     """The plan for the rest of the run under the overrides, and where it starts."""
-    job, keys = _job_with(old, overrides)
+    job, keys = _job_with(old, overrides, machine)
     kept = old.recommendation.preset if old.recommendation and job.deepspeed == "auto" else None
-    new = make_plan(job, "the resumed job", console.prepare, preset=kept)
+    new = make_plan(job, check_job(job, _ORIGIN, machine), console.prepare, preset=kept)
     new_schedule = any(_changes_curve(key) for key in keys)
     plan = continued(old, new, start.update, start.samples, new_schedule=new_schedule)
     assert plan.resumed is not None
@@ -121,7 +126,7 @@ def _changes_curve(key: str) -> bool:
     return key.startswith("schedule.") and key not in _NOT_THE_CURVE
 
 
-def _job_with(old: Plan, overrides: list[str]) -> tuple[Job, list[str]]:
+def _job_with(old: Plan, overrides: list[str], machine: MachineFacts) -> tuple[Job, list[str]]:
     """The job with its overrides, and their keys. The batch stays as it was unless they name it."""
     data: dict[str, Any] = old.job.model_dump(mode="json", exclude_unset=True)
     keys = [".".join(apply_override(data, override)) for override in overrides]
@@ -140,12 +145,12 @@ def _job_with(old: Plan, overrides: list[str]) -> tuple[Job, list[str]]:
     micro, accumulation = KEYS[1:]
     if f"train.{accumulation}" not in keys:
         train.pop(accumulation, None)
-    job = validate_job(data, origin="the resumed job")
+    job = validate_job(data, origin=_ORIGIN)
     batch = job.train.train_batch_size
     if f"train.{micro}" not in keys and batch != "auto":
         kept = old.train_micro_batch_size_per_gpu
-        divides = batch % (kept * resolve_world(job, measure_machine()).data_parallel_size) == 0
-        job = validate_job({**data, "train": {**train, micro: kept if divides else "auto"}}, origin="the resumed job")
+        divides = batch % (kept * resolve_world(job, machine).data_parallel_size) == 0
+        job = validate_job({**data, "train": {**train, micro: kept if divides else "auto"}}, origin=_ORIGIN)
     return job, keys
 
 

@@ -41,20 +41,15 @@ def run(
     """Plan a job and carry it out: place the nodes, start the ranks, train, save, export."""
     job = read_job(job_file, overrides or ())
     with placing(job_file, overrides or ()):
-        _, machine = check_job(job, str(job_file))
-        check_reach(job, machine)
+        checked = check_job(job, str(job_file))
+        check_reach(job, checked.machine)
     directory = RunDir.create(Path(job.output_dir).expanduser(), job.name)
     with alone_in(directory):
-        new_run(job, job_file, overrides or [], directory)
-
-
-def new_run(job: Job, job_file: Path, overrides: list[str], directory: RunDir) -> None:
-    """Plans a job and carries it out in a new run directory, which the caller holds. Raises what went wrong."""
-    plan_and_carry_out(partial(make_plan, job, str(job_file)), job_file, overrides, directory)
+        plan_and_carry_out(partial(make_plan, job, checked), job_file, overrides or [], directory)
 
 
 def plan_and_carry_out(make: MakePlan, job_file: Path, overrides: list[str], directory: RunDir) -> None:
-    """Carries out the plan that `make` makes, as `new_run` does."""
+    """Carries out the plan that `make` makes, in a new run directory that the caller holds. Raises what went wrong."""
     console = RunConsole()
     with (
         console.closing(),

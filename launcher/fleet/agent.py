@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.fleet import examine
-from launcher.fleet.heartbeat import Heartbeat
+from launcher.fleet.heartbeat import Heartbeat, given_gpus
 from launcher.fleet.network import Doorbell, Reached, free_ports, interface_of, reach
 from launcher.fleet.process import RankProcess, stop_all
 from launcher.fleet.provide import provide
@@ -55,14 +55,9 @@ class NodeTask:
 
 
 class Agent:
-    """Lives on a node for one run. Its methods may be called from several threads.
+    """Lives on a node for one run. Its methods may be called from several threads."""
 
-    Updates are for the heartbeat. They are told to whoever asks for events only where `tell_updates` is set: there are
-    many of them, and metrics.jsonl has them.
-    """
-
-    def __init__(self, tell_updates: bool = True) -> None:
-        self._tell_updates = tell_updates
+    def __init__(self) -> None:
         self._processes: list[RankProcess] = []
         self._events: list[Event] = []
         self._news = threading.Condition()
@@ -73,8 +68,7 @@ class Agent:
 
     def describe(self) -> dict[str, Any]:
         """The node's host name, and the GPUs that the agent holds."""
-        devices = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
-        return {"host": socket.gethostname(), "gpus": devices}
+        return {"host": socket.gethostname(), "gpus": given_gpus()}
 
     def missing(self, paths: list[str]) -> list[str]:
         """Those of the paths that this node does not see."""
@@ -177,7 +171,8 @@ class Agent:
             self._note(f"rank {event['rank']} ended with {event['code']}")
         if self._heartbeat is not None:
             self._heartbeat.hear(event)
-        if event["report"] == "update" and not self._tell_updates:
+        # Updates are for the heartbeat: there are many of them, and metrics.jsonl has them.
+        if event["report"] == "update":
             return
         with self._news:
             self._events.append(event)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import socket
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from launcher.errors import LauncherError, RunFailed
 from launcher.fleet.allocation import Allocation
 from launcher.fleet.meeting import Guest, Meeting, attend, common_address
 from launcher.fleet.network import own_addresses
+from launcher.fleet.nodes import use_token, write_token
 from launcher.fleet.own_ray import OwnRay
 from launcher.run_dir import RunDir
 from launcher.tail import last_lines
@@ -30,7 +30,8 @@ def first_node(allocation: Allocation, run: RunDir, wait_seconds: float) -> Iter
     """
     folder = run.cluster
     folder.mkdir(exist_ok=True)
-    key_file = _write_key(folder)
+    key_file = _key_file(folder)
+    write_token(key_file)
     meeting = Meeting(_meeting_file(run, allocation), key_file.read_text(), allocation.nodes - 1)
     ray: OwnRay | None = None
     guests: list[Guest] = []
@@ -41,7 +42,7 @@ def first_node(allocation: Allocation, run: RunDir, wait_seconds: float) -> Iter
             guests = meeting.wait(wait_seconds)
             _check_all_came(allocation, run, guests, wait_seconds)
             address = common_address(guests) if guests else own_addresses()[0]
-            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(key_file))
+            use_token(key_file)
             ray = OwnRay(allocation, address, None, log)
             ray.start()
             _start_others(run, guests, address, ray.address)
@@ -63,7 +64,7 @@ def other_node(allocation: Allocation, run: RunDir, wait_seconds: float) -> None
     order = line.receive(None)
     if order is None:
         return
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(key_file))
+    use_token(key_file)
     try:
         with node_log(run, allocation).open("ab") as log:
             ray = OwnRay(allocation, order["own"], order["ray"], log)
@@ -118,15 +119,6 @@ def _log_end(run: RunDir, node: int, host: str, reason: str) -> str:
         return f"{head}\n  it left no log in {run.logs}: see the batch job's own output"
     tail = "\n".join(f"    {line}" for line in last_lines(logs[0], _LOG_LINES))
     return f"{head}\n  the end of {logs[0]}:\n{tail}"
-
-
-def _write_key(folder: Path) -> Path:
-    """A new secret for this Ray, readable by its user alone."""
-    file = _key_file(folder)
-    file.unlink(missing_ok=True)
-    file.touch(mode=0o600)
-    file.write_text(secrets.token_hex(32))
-    return file
 
 
 def _key_file(folder: Path) -> Path:

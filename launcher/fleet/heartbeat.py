@@ -7,22 +7,19 @@ import json
 import os
 import statistics
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from launcher.fleet.process import RankProcess
-from launcher.run_dir import utc_now
+from launcher.run_dir import NODE_FILE, utc_now, utc_text, write_atomic
 
 _EVERY_SECONDS = 5.0
 _RECENT_UPDATES = 20
-FILE = "node.json"
 
 
 @dataclass
@@ -66,7 +63,7 @@ class RankPulse:
             "own_seconds": _median(self.own_seconds),
             "memory_bytes": _resident_bytes(self.process.pid),
             "gpu_memory_bytes": self.gpu_memory_bytes,
-            "time": None if self.told is None else _iso(self.told),
+            "time": None if self.told is None else utc_text(self.told),
         }
 
 
@@ -74,7 +71,7 @@ class Heartbeat:
     """Writes node.json of one node until it is ended."""
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self._file, self._identity = folder / FILE, identity
+        self._file, self._identity = folder / NODE_FILE, identity
         self._pulses: dict[int, RankPulse] = {}
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -124,7 +121,7 @@ class Heartbeat:
         }
         # A full disk or a lost mount is the ranks' to report; a watcher's file must not end their agent.
         with contextlib.suppress(OSError):
-            _replace(self._file, json.dumps(record))
+            write_atomic(self._file, json.dumps(record), durable=False)
 
 
 class _Gpus:
@@ -136,7 +133,7 @@ class _Gpus:
         self._handles: list[tuple[int, Any]] = []
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlInit()
-            self._handles = [(index, self._handle(name)) for index, name in enumerate(_given_gpus())]
+            self._handles = [(index, self._handle(name)) for index, name in enumerate(given_gpus())]
 
     def read(self) -> list[dict[str, Any]]:
         """Name, memory and use of each."""
@@ -166,7 +163,8 @@ class _Gpus:
         }
 
 
-def _given_gpus() -> list[str]:
+def given_gpus() -> list[str]:
+    """The GPUs that this process may use, by number or UUID, as CUDA_VISIBLE_DEVICES names them."""
     return [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
 
 
@@ -179,14 +177,3 @@ def _resident_bytes(pid: int) -> int | None:
 
 def _median(values: deque[float]) -> float | None:
     return round(statistics.median(values), 6) if values else None
-
-
-def _iso(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Replaces a file for readers in one step; unlike the run's own files it need not outlast a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{int(time.monotonic() * 1000)}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

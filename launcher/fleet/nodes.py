@@ -21,7 +21,7 @@ from launcher.plan.model import Plan, World
 Tell = Callable[[str], None]
 _POLL_SECONDS = 2.0
 _ANSWER_SECONDS = 120.0
-_OBJECT_STORE_BYTES = 100 * 1024**2
+OBJECT_STORE_BYTES = 100 * 1024**2
 _REACH_SECONDS = 10.0
 _PROVIDE_SECONDS = 12 * 3600.0
 _CLOCK_ROUNDS = 3
@@ -94,15 +94,14 @@ class Nodes:
         # Ray's sockets lie in here, and a socket's path may not be longer than 107 bytes.
         self._temporary = tempfile.TemporaryDirectory(prefix="lr-", dir="/tmp", ignore_cleanup_errors=True)
         token = Path(self._temporary.name) / "token"
-        token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32))
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+        write_token(token)
+        use_token(token)
         return {
             "address": "local",
             "num_cpus": self._needs.cpus,
             "num_gpus": self._needs.gpus,
             "include_dashboard": False,
-            "object_store_memory": _OBJECT_STORE_BYTES,
+            "object_store_memory": OBJECT_STORE_BYTES,
             "_temp_dir": self._temporary.name,
         }
 
@@ -188,16 +187,16 @@ class Nodes:
 
     def start(self, tasks: list[NodeTask]) -> None:
         """Starts the ranks of every node: the task at index k is that of node rank k."""
-        _answers([node.agent.start.remote(task) for node, task in zip(self.nodes, tasks, strict=True)], self.nodes)
+        self.ask("start", [(task,) for task in tasks])
 
     def free_port(self, node_rank: int) -> int:
         """A TCP port that is free on a node at this moment."""
-        port: int = _answers([self.nodes[node_rank].agent.free_port.remote()], [self.nodes[node_rank]])[0]
+        port: int = self._ask_some([self.nodes[node_rank]], "free_port", [()])[0]
         return port
 
     def order(self, **order: Any) -> None:
         """Gives an order to every rank."""
-        _answers([node.agent.order.remote(order) for node in self.nodes], self.nodes)
+        self.ask("order", [(order,)] * len(self.nodes))
 
     def events(self, timeout_seconds: float) -> list[Event]:
         """What ranks reported, each event with its `node_rank`; a node that is gone reports "node-lost"."""
@@ -276,7 +275,7 @@ class Nodes:
             num_gpus=self._needs.gpus,
             scheduling_strategy=strategy,
             max_concurrency=4,
-        ).remote(tell_updates=False)
+        ).remote()
 
 
 def _clock_offset(node: Node) -> float:
@@ -322,6 +321,18 @@ def _agent_class() -> type:
             return str(ray.get_runtime_context().get_node_id())
 
     return RayAgent
+
+
+def write_token(file: Path) -> None:
+    """A new secret, readable by its user alone."""
+    file.unlink(missing_ok=True)
+    file.touch(mode=0o600)
+    file.write_text(secrets.token_hex(32))
+
+
+def use_token(file: Path) -> None:
+    """Has every Ray that this process and its children start or join ask for the secret in `file`."""
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(file))
 
 
 def address_of(setting: str) -> str:

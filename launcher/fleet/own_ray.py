@@ -20,13 +20,12 @@ import psutil
 from launcher.errors import RunFailed
 from launcher.fleet.allocation import Allocation
 from launcher.fleet.network import free_ports
-from launcher.fleet.nodes import NODE_LABEL
+from launcher.fleet.nodes import NODE_LABEL, OBJECT_STORE_BYTES
 
 _TRIES = 3
 _UP_SECONDS = 90.0
 _END_SECONDS = 10.0
 _LOG_SECONDS = 3.0
-_OBJECT_STORE_BYTES = 100 * 1024**2
 _UP = "Ray runtime started"
 _PORT_OPTIONS = (
     "--node-manager-port",
@@ -36,7 +35,7 @@ _PORT_OPTIONS = (
     "--runtime-env-agent-port",
     "--metrics-export-port",
 )
-_HEAD_PORT_OPTIONS = ("--port", "--ray-client-server-port", "--dashboard-port")
+_HEAD_PORT_OPTIONS = ("--ray-client-server-port", "--dashboard-port")
 
 
 class OwnRay:
@@ -90,7 +89,7 @@ class OwnRay:
         options = {name: str(next(ports)) for name in _PORT_OPTIONS}
         port = next(ports)
         if self._head_address is None:
-            options |= {name: str(next(ports)) for name in _HEAD_PORT_OPTIONS[1:]} | {"--port": str(port)}
+            options |= {name: str(next(ports)) for name in _HEAD_PORT_OPTIONS} | {"--port": str(port)}
             options |= {"--include-dashboard": "false", "--dashboard-host": "127.0.0.1"}
         else:
             options["--address"] = self._head_address
@@ -99,7 +98,7 @@ class OwnRay:
             "--num-cpus": str(self._allocation.cpus),
             "--num-gpus": str(self._allocation.gpus),
             "--labels": f"{NODE_LABEL}={self._allocation.node}",
-            "--object-store-memory": str(_OBJECT_STORE_BYTES),
+            "--object-store-memory": str(OBJECT_STORE_BYTES),
             "--temp-dir": str(self._folder),
             # 0: whatever is free. Ray's own range is the same for every Ray on a node.
             "--min-worker-port": "0",

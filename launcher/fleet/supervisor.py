@@ -164,8 +164,7 @@ class Supervisor:
         told_to_stop = False
         while True:
             for event in self.nodes.events(timeout_seconds=0.5):
-                if event["report"] != "update":  # metrics.jsonl holds them, and a long run has millions
-                    self.events.append(event)
+                self.events.append(event)
                 yield event
             self._show_progress()
             if self.stopping and not told_to_stop:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from launcher import __version__
-from launcher.ds_config import DsConfig, batch_keys, compose, precision_of, zero_stage
+from launcher.ds_config import Composed, DsConfig, batch_keys, compose, precision_of, zero_stage
 from launcher.ds_config.facts import Precision
 from launcher.errors import Problem, RequestError
 from launcher.job import Job, explicit_keys
@@ -62,16 +62,21 @@ def resolve(job: Job, user: DsConfig, model: ModelFacts, data: DataFacts, machin
         length=length,
         learning_rate=rate.learning_rate,
         ds_config=composed.config,
-        ds_config_changes=tuple(
-            Change(key=change.key_path, before=change.before, after=change.after, reason=change.reason)
-            for change in composed.changes
-        ),
+        ds_config_changes=changes_of(composed),
         memory=needs.estimate(batch.train_micro_batch_size_per_gpu).to_dict(),
         warnings=(
             *length_warnings(job, data, batch.train_batch_size, length),
             *memory_warnings(needs, batch.train_micro_batch_size_per_gpu, machine),
             *_rhythm_warnings(job, length),
         ),
+    )
+
+
+def changes_of(composed: Composed) -> tuple[Change, ...]:
+    """What was done to the user's JSON, as the plan keeps it."""
+    return tuple(
+        Change(key=change.key_path, before=change.before, after=change.after, reason=change.reason)
+        for change in composed.changes
     )
 
 

@@ -23,13 +23,12 @@ from launcher.ds_config.compose import BUCKET_SIZES
 from launcher.ds_config.facts import Precision
 from launcher.errors import Problem, RequestError
 from launcher.job import ScriptJob, explicit_keys
-from launcher.plan import model as plans
 from launcher.plan.batch import KEYS, BatchSizes, resolve_batch
 from launcher.plan.decisions import decisions_of
 from launcher.plan.facts import MachineFacts, ModelFacts
 from launcher.plan.model import LearningRate, Length, Reason, Script, ScriptPlan, World
 from launcher.plan.rate import Decided, kept_or_generated
-from launcher.plan.resolve import given_batch, precision_without_model, resolve_precision, resolve_world
+from launcher.plan.resolve import changes_of, given_batch, precision_without_model, resolve_precision, resolve_world
 from launcher.schedule.advice import Situation
 from launcher.schedule.curve import DEEPSPEED_TYPES
 from launcher.schedule.replica import replica
@@ -70,10 +69,7 @@ def resolve_script(
         length=length,
         learning_rate=_as_driven(rate.learning_rate, composed.config, length.total_updates),
         ds_config=composed.config,
-        ds_config_changes=tuple(
-            plans.Change(key=change.key_path, before=change.before, after=change.after, reason=change.reason)
-            for change in composed.changes
-        ),
+        ds_config_changes=changes_of(composed),
         memory={},
         warnings=tuple(_warnings(job, rate.learning_rate, composed.config, length)),
         script=script,

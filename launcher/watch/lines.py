@@ -6,10 +6,11 @@ import heapq
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import islice
 from typing import NamedTuple
 
+from launcher.run_dir import utc_text
 from launcher.tail import lines_backwards
 from launcher.watch.sources import Source
 
@@ -61,11 +62,7 @@ def split_stamp(raw: bytes, offset_seconds: float = 0.0) -> tuple[float | None, 
         time = datetime.fromisoformat(stamp).timestamp() - offset_seconds
     except ValueError:
         return None, "", raw.decode(errors="replace")
-    return time, _stamp_of(time) if offset_seconds else stamp, text
-
-
-def _stamp_of(time: float) -> str:
-    return datetime.fromtimestamp(time, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return time, utc_text(time) if offset_seconds else stamp, text
 
 
 def merged(

@@ -56,7 +56,7 @@ def node_statuses(run: RunDir, session: Session, now: float) -> list[NodeStatus]
     """The nodes that the run has now, by node rank; those whose folders there are where no event names any."""
     rows = []
     for (node_rank, host), offset in sorted(_named(run, session).items()):
-        record = read_json(run.node_logs(node_rank, host) / "node.json")
+        record = read_json(run.node_file(node_rank, host))
         if record is not None and _is_older(record, session, offset):
             record = None
         bare = NodeStatus(node_rank, host)

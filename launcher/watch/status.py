@@ -5,11 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from itertools import islice
 from typing import Any
 
-from launcher.run_dir import RunDir
+from launcher.run_dir import RunDir, utc_text
 from launcher.tail import lines_backwards
 from launcher.watch.nodes import NodeStatus, node_statuses, straggling
 from launcher.watch.session import Record, Session, is_held, parsed, read_json, read_session, seconds_of
@@ -87,7 +86,7 @@ def _status(run: RunDir, session: Session, nodes: Sequence[NodeStatus], now: flo
         written_state=session.name,
         state_seconds=_age(heard if lost else since, now),
         reason=session.state.get("reason"),
-        began=None if session.began is None else _iso(session.began),
+        began=None if session.began is None else utc_text(session.began),
         host=session.state.get("host"),
         pid=session.state.get("pid"),
         slurm_job_id=_text(session.state.get("slurm_job_id")),
@@ -168,7 +167,3 @@ def _median(lines: Sequence[Record], key: str) -> float | None:
 
 def _text(value: Any) -> str | None:
     return None if value is None else str(value)
-
-
-def _iso(time: float) -> str:
-    return datetime.fromtimestamp(time, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -154,7 +154,7 @@ def _evidence(run: RunDir, session: Session, found: Failures, cause: Cause | Non
 
 
 def _memory(run: RunDir, first: Failed) -> list[str]:
-    record = read_json(run.node_logs(first.node_rank, first.host) / "node.json") or {}
+    record = read_json(run.node_file(first.node_rank, first.host)) or {}
     used, total = record.get("memory_used_bytes"), record.get("memory_bytes")
     if not used or not total:
         return []

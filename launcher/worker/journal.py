@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import time
 from typing import Any
 
 import torch
 
-from launcher.run_dir import RunDir, append_line, utc_now
+from launcher.run_dir import RunDir, append_line, json_number, utc_now
 from launcher.worker.ranks import Ranks
 
 
@@ -39,7 +38,7 @@ class Journal:
         if not self._ranks.first:
             return
         line = {
-            **{key: plain(value) for key, value in update.items()},
+            **{key: json_number(value) for key, value in update.items()},
             "step_seconds": round(seconds, 6),
             "tokens_per_second": round(update["tokens"] / seconds, 1),
             "peak_memory_bytes": peak_memory_bytes(self._ranks.device),
@@ -50,14 +49,9 @@ class Journal:
     def evaluated(self, **evaluation: Any) -> None:
         """One line in evaluations.jsonl."""
         if self._ranks.first:
-            line = {key: plain(value) for key, value in evaluation.items()}
+            line = {key: json_number(value) for key, value in evaluation.items()}
             append_line(self._run.evaluations_file, {**line, "time": utc_now()})
         self.restart_clock()
-
-
-def plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they are written as text."""
-    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -57,8 +57,10 @@ def wait_for(condition: Callable[[], bool], told: Callable[[], str], seconds: fl
         time.sleep(0.1)
 
 
-def ended_or_log(folder: Path, job: str) -> str:
-    return "\n".join(path.read_text() for path in folder.glob(f"*-{job}.log"))
+def how_it_stands(hosts: Hosts, folder: Path, job: str) -> str:
+    """What Slurm says of a job, and what the job printed so far."""
+    printed = [path.read_text() for path in folder.glob(f"*-{job}.log")]
+    return "\n".join([hosts.run("ctl", ["scontrol", "show", "job", job]).stdout, *printed])
 
 
 def ended(hosts: Hosts, folder: Path, job: str, seconds: float = 240.0) -> tuple[str, str]:
@@ -146,7 +148,7 @@ def test_a_run_is_cancelled_from_a_login_node_and_requeued_goes_on(slurm: Slurm,
     job_file = write_tiny_job(shared, train={"max_steps": 100_000})
     job = sbatch(hosts, job_file, "--nodes=2")
     path = shared / "runs" / f"tiny-slurm-{job}"
-    wait_for(lambda: len(RunDir(path).metrics()) >= 2, lambda: ended_or_log(shared, job))
+    wait_for(lambda: len(RunDir(path).metrics()) >= 2, lambda: how_it_stands(hosts, shared, job))
     assert "training" in launcher(hosts, "status", str(path))
     assert "stopped" in launcher(hosts, "cancel", str(path))
     state, output = ended(hosts, shared, job)
@@ -157,9 +159,10 @@ def test_a_run_is_cancelled_from_a_login_node_and_requeued_goes_on(slurm: Slurm,
     assert "cancelled by" in output
 
     hosts.run("ctl", ["scontrol", "requeue", job])
-    # Slurm would wait two minutes before it starts a requeued job.
-    hosts.run("ctl", ["scontrol", "update", f"JobId={job}", "StartTime=now"])
-    wait_for(lambda: len(run.metrics()) >= made + 2, lambda: ended_or_log(shared, job))
+    # Slurm would wait two minutes before it starts a requeued job. In the very second in which it ended, a node refuses
+    # to launch it again ("Job credential revoked").
+    hosts.run("ctl", ["scontrol", "update", f"JobId={job}", "StartTime=now+2"])
+    wait_for(lambda: len(run.metrics()) >= made + 2, lambda: how_it_stands(hosts, shared, job))
     # The signal that comes before the time limit: to the batch script alone.
     hosts.run("ctl", ["scancel", "--batch", "--signal=USR1", job])
     state, output = ended(hosts, shared, job)

@@ -13,7 +13,7 @@ from launcher.fleet.agent import Agent, NodeTask
 from launcher.job import validate_job
 from launcher.plan.model import Plan
 from launcher.plan.resume import Start
-from launcher.planning import make_plan
+from launcher.planning import check_job, make_plan
 from launcher.run_dir import RunDir, write_atomic, write_json
 
 WORKER = ("-m", "launcher.worker")
@@ -28,7 +28,8 @@ def merged(job: dict[str, Any], **sections: Any) -> dict[str, Any]:
 
 
 def plan_of(job: dict[str, Any]) -> Plan:
-    return make_plan(validate_job(job), "test", lambda _: None)
+    valid = validate_job(job)
+    return make_plan(valid, check_job(valid, "test"), lambda _: None)
 
 
 def run_directory(plan: Plan, folder: Path) -> RunDir:
