@@ -3,19 +3,21 @@
 Every row makes a Llama with random weights, plans a job for it, and lets two ranks load it, build the DeepSpeed engine
 and make two updates with the project's own worker code. A rank first does all this with a tiny model, so that no
 library is left to load; what is measured is the largest anonymous resident memory after that, less what there was
-before the model was loaded. Each row is measured twice. *In use*: glibc gives every block back at once, and the
+before the model was loaded. On CPUs each row is measured twice. *In use*: glibc gives every block back at once, and the
 estimate leaves its share for fragmentation out. *Resident*: glibc as it is, and the whole estimate. The share of the
-libraries is in neither.
+libraries is in neither. With --gpus it is torch.cuda.max_memory_allocated and max_memory_reserved.
 
 Findings, on two shared CPU cores (memory.json beside this holds them; tests hold the formulas against it):
-- in use, the formulas are within 3.3% in the mean (mean error +0.3%, the worst row +12%), with no constant fitted;
-- resident, they are 6.9% too low in the mean (11% without the sign): with the models of 100M parameters glibc holds 25%
+- in use, the formulas are within 2.4% in the mean (mean error -0.6%, the worst row +7%), with no constant fitted;
+- resident, they are 5.3% too low in the mean (12% without the sign): with the models of 100M parameters glibc holds 30%
   more than is in use, which is the share that the estimate states, and with smaller ones more (1.3 to 1.8 times as much
   at 5M), whose tensors are too small to be given back one by one;
-- ZeRO-1 to 3 keep a float32 copy of float32 weights too, gradients pass through a bucket and a copy of it, and with the
-  JSON's defaults ZeRO-3 holds every weight of these models gathered twice.
+- ZeRO-1 to 3 keep a float32 copy of float32 weights too, and gradients pass through a bucket and a copy of it;
+- with the JSON's defaults ZeRO-3 holds every weight of these models gathered, and before the logits a second time, in
+  the buffer that it was fetched into. A reuse distance of all, 80M and 0 elements makes 2,675, 2,426 and 2,272 MiB of
+  the 100M model where activations decide (estimated: 2,643, 2,450 and 2,298), and no difference where the update does.
 
-    python benchmarks/memory.py [--only TEXT] [--json FILE]
+    python benchmarks/memory.py [--only TEXT] [--json FILE] [--gpus N]
 """
 
 from __future__ import annotations
@@ -77,6 +79,13 @@ class Row:
 
 
 OFFLOADED = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+# How far a gathered weight's next use may be for it to stay: the default (all of these models), some, and none. The
+# batch is large enough for activations and logits to outweigh the update, so that what stays is seen.
+DISTANCES: tuple[dict[str, int], ...] = (
+    {},
+    {"stage3_max_reuse_distance": 80_000_000, "stage3_prefetch_bucket_size": 0},
+    {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0},
+)
 ROWS = (
     *(Row(model, {"stage": stage}) for model in ("5M", "25M", "100M") for stage in range(4)),
     Row("25M", {"stage": 2}, micro=8, length=256),
@@ -84,8 +93,7 @@ ROWS = (
     Row("25M", {"stage": 2}, micro=8, length=256, section={"gradient_checkpointing": True}),
     Row("25M", {"stage": 3}, micro=8, length=256, section={"gradient_checkpointing": True}),
     Row("100M", {"stage": 2, "reduce_bucket_size": 5_000_000}),
-    Row("100M", {"stage": 3, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}),
-    Row("100M", {"stage": 3, "stage3_max_reuse_distance": 80_000_000}),
+    *(Row("100M", {"stage": 3, **distance}, micro=4, length=256) for distance in DISTANCES),
     Row("100M", {"stage": 2}, section={"dtype": "bfloat16"}),
     Row("100M", {"stage": 3}, section={"dtype": "bfloat16"}),
     Row("100M", {"stage": 2, "offload_optimizer": {"device": "cpu"}}),
@@ -132,8 +140,8 @@ def facts_of(name: str, folder: Path) -> ModelFacts:
     )
 
 
-def plan_for(row: Row, folder: Path) -> Plan:
-    """The plan of a job that takes whole sequences of the row's length."""
+def plan_for(row: Row, folder: Path, gpus: int = 0) -> Plan:
+    """The plan of a job that takes whole sequences of the row's length, on CPU ranks or on so many GPUs."""
     from launcher.ds_config import from_mapping
     from launcher.job import validate_job
     from launcher.plan.facts import DataFacts, MachineFacts, SplitFacts
@@ -148,16 +156,17 @@ def plan_for(row: Row, folder: Path) -> Plan:
             "data": {"train": "none", "max_length": row.length},
             "train": {"max_steps": 10, **sizes},
             "schedule": {"shape": "linear", "peak_lr": 1e-6, "warmup": 1},
-            "cluster": {"gpus_per_node": 0, "processes_per_node": RANKS},
+            "cluster": {"gpus_per_node": gpus} if gpus else {"gpus_per_node": 0, "processes_per_node": RANKS},
         }
     )
     counts = {"rows": 100, "sequences": 100, "longest": row.length, "cut": 0, "dropped": 0, "partly_learned": 0}
     tokens = 100 * row.length
     split = SplitFacts(folder="", tokens=tokens, targets=int(tokens * row.learned), **counts)
     data = DataFacts(fingerprint="", format="text", train=split, eval=None)
-    machine = MachineFacts(
-        device="cpu", device_name="CPU", gpus=0, gpu_memory_bytes=0, bf16=False, cpus=2, memory_bytes=2**36, versions={}
-    )
+    host = {"cpus": 2, "memory_bytes": 2**36, "versions": {}}
+    machine = MachineFacts(device="cpu", device_name="CPU", gpus=0, gpu_memory_bytes=0, bf16=False, **host)
+    if gpus:
+        machine = MachineFacts(device="cuda", device_name="", gpus=gpus, gpu_memory_bytes=2**36, bf16=True, **host)
     return resolve(job, from_mapping({"zero_optimization": row.zero}, "ds.json"), facts, data, machine)
 
 
@@ -172,15 +181,18 @@ def updates(plan: Plan, learned: float) -> None:
     engine = make_engine(plan, load_model(plan))
     shape = (plan.train_micro_batch_size_per_gpu, plan.job.data.max_length)
     for _ in range(UPDATES * plan.gradient_accumulation_steps):
-        tokens = torch.randint(plan.model.vocab_size, shape)
-        labels = torch.where(torch.rand(shape) < learned, tokens, IGNORED)
+        tokens = torch.randint(plan.model.vocab_size, shape, device=engine.device)
+        labels = torch.where(torch.rand(shape, device=engine.device) < learned, tokens, IGNORED)
         engine.backward(summed_loss(engine, tokens, torch.ones_like(tokens), labels) / labels.numel())
         engine.step()
     engine.destroy()
 
 
 def rank(small: Path, large: Path, learned: float) -> None:
-    """One rank: everything with the small plan first, then measured with the large one. Prints bytes."""
+    """One rank: everything with the small plan first, then measured with the large one.
+
+    Prints bytes: on a CPU those of the process, on a GPU what was in use and what was held at most.
+    """
     from launcher.plan.model import Plan
     from launcher.worker.ranks import join_ranks
 
@@ -188,12 +200,30 @@ def rank(small: Path, large: Path, learned: float) -> None:
     ranks = join_ranks(plans[1])
     updates(plans[0], 1.0)
     gc.collect()
-    before = resident_bytes()
     ranks.barrier()
-    with sampled() as largest:
-        updates(plans[1], learned)
-    print(json.dumps({"taken": largest() - before}), file=sys.__stdout__, flush=True)
+    taken = (taken_on_gpu if plans[1].world.device == "cuda" else taken_on_cpu)(plans[1], learned)
+    print(json.dumps(taken), file=sys.__stdout__, flush=True)
     os._exit(0)
+
+
+def taken_on_cpu(plan: Plan, learned: float) -> dict[str, int]:
+    """Bytes that the process takes at most beyond what it had; how glibc was started decides what that counts."""
+    before = resident_bytes()
+    with sampled() as largest:
+        updates(plan, learned)
+    return {"taken": largest() - before}
+
+
+def taken_on_gpu(plan: Plan, learned: float) -> dict[str, int]:
+    """Bytes of the GPU beyond what was in use before: allocated at most, and held by PyTorch's allocator at most."""
+    import torch
+
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    updates(plan, learned)
+    peaks = {"in_use": torch.cuda.max_memory_allocated(), "resident": torch.cuda.max_memory_reserved()}
+    return {name: peak - before for name, peak in peaks.items()}
 
 
 def resident_bytes() -> int:
@@ -221,31 +251,32 @@ def sampled() -> Iterator[Callable[[], int]]:
         watcher.join()
 
 
-def measure(row: Row, folder: Path) -> dict[str, Any]:
+def measure(row: Row, folder: Path, gpus: int = 0) -> dict[str, Any]:
     """A row's bytes in use and resident, of the rank with more, and the estimate's parts."""
-    plans = {"small": plan_for(Row("tiny", row.zero, 1, 8, row.section), folder), "large": plan_for(row, folder)}
+    small = Row("tiny", row.zero, 1, 8, row.section)
+    plans = {"small": plan_for(small, folder, gpus), "large": plan_for(row, folder, gpus)}
     make_model("tiny", folder)
     make_model(row.model, folder)
     for name, plan in plans.items():
         (folder / f"{name}.json").write_text(plan.to_json())
-    in_use = largest_taken(row, folder, GIVES_BACK)
-    return {
-        "row": row.name,
-        "in_use": in_use,
-        "resident": largest_taken(row, folder, {}),
-        "memory": plans["large"].memory,
-    }
+    if gpus:
+        taken = largest_taken(row, folder, {}, gpus)
+    else:
+        runs = {"in_use": GIVES_BACK, "resident": {}}
+        taken = {name: largest_taken(row, folder, allocator)["taken"] for name, allocator in runs.items()}
+    return {"row": row.name, **taken, "memory": plans["large"].memory}
 
 
-def largest_taken(row: Row, folder: Path, allocator: dict[str, str]) -> int:
+def largest_taken(row: Row, folder: Path, allocator: dict[str, str], gpus: int = 0) -> dict[str, int]:
     """Bytes of the rank that takes the most, of all ranks at once."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     command = [sys.executable, __file__, "--rank", str(folder), str(row.learned)]
     processes = []
-    for number in range(RANKS):
-        place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(RANKS), "MASTER_PORT": port}
+    for number in range(size := gpus or RANKS):
+        place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(size), "MASTER_PORT": port}
+        place |= {"DS_ACCELERATOR": "cuda"} if gpus else {}
         environment = {**os.environ, **ENVIRONMENT, **allocator, **place, "MASTER_ADDR": "127.0.0.1"}
         with (folder / f"rank-{number}.log").open("wb") as log:
             processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log))
@@ -254,21 +285,26 @@ def largest_taken(row: Row, folder: Path, allocator: dict[str, str]) -> int:
         out = process.communicate(timeout=500)[0].decode()
         if process.returncode:
             raise SystemExit(f"{row.name}: {(folder / f'rank-{number}.log').read_text()[-3000:]}")
-        found.append(json.loads(out.strip().splitlines()[-1])["taken"])
-    return max(found)
+        found.append(json.loads(out.strip().splitlines()[-1]))
+    return {name: max(rank[name] for rank in found) for name in found[0]}
+
+
+def on_device(memory: dict[str, int]) -> int:
+    """The estimate's bytes that are measured: on a CPU, where alone there is a base, what was offloaded lies there
+    too."""
+    return memory["device_total"] - memory["base"] + (memory["offloaded"] if memory["base"] else 0)
 
 
 def errors_of(found: dict[str, Any]) -> tuple[float, float]:
     """The estimate's errors against what was in use and what was resident, as shares."""
-    memory = found["memory"]
-    whole = memory["device_total"] + memory["offloaded"] - memory["base"]
+    memory, whole = found["memory"], on_device(found["memory"])
     return (whole - memory["fragmentation"]) / found["in_use"] - 1, whole / found["resident"] - 1
 
 
 def show(found: dict[str, Any]) -> None:
     """Prints a row."""
     memory, (in_use, resident) = found["memory"], errors_of(found)
-    whole = memory["device_total"] + memory["offloaded"] - memory["base"]
+    whole = on_device(memory)
     numbers = [(whole - memory["fragmentation"], found["in_use"], in_use), (whole, found["resident"], resident)]
     cells = "   ".join(f"{mine / MIB:6.0f} {taken / MIB:6.0f} {error:+5.0%}" for mine, taken, error in numbers)
     print(f"{found['row']:62} {cells}", flush=True)
@@ -286,6 +322,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="Rows whose name holds this.")
     parser.add_argument("--json", type=Path, help="Write what was measured there.")
+    parser.add_argument("--gpus", type=int, default=0, help="Ranks on so many GPUs of this machine, in bfloat16.")
     parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank:
@@ -294,15 +331,15 @@ def main() -> None:
     os.environ.update(ENVIRONMENT)
     print(f"{'MiB a rank':62} {'in use: estimate, measured':24} {'resident: estimate, measured'}")
     with tempfile.TemporaryDirectory() as temporary:
-        rows = [measured_and_shown(row, Path(temporary)) for row in ROWS if arguments.only in row.name]
+        rows = [measured_and_shown(row, Path(temporary), arguments.gpus) for row in ROWS if arguments.only in row.name]
     summarise(rows)
     if arguments.json:
         kept = [{name: row[name] for name in ("row", "in_use", "resident")} for row in rows]
         arguments.json.write_text(json.dumps(kept, indent=1) + "\n")
 
 
-def measured_and_shown(row: Row, folder: Path) -> dict[str, Any]:
-    found = measure(row, folder)
+def measured_and_shown(row: Row, folder: Path, gpus: int) -> dict[str, Any]:
+    found = measure(row, folder, gpus)
     show(found)
     return found
 

@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from itertools import groupby
+from typing import NamedTuple, Protocol, TypeVar
 
 ENDED = ("signal SIGTERM", "exit code 113")
 """How ranks end that were told to, and those whose agent went away."""
 _AT_ONCE_SECONDS = 2.0
 """Failures this close together may have been noticed in another order than they happened."""
+_TIME_OUTS = (
+    r"Watchdog caught collective operation timeout",
+    r"due to (?:a )?collective timeout",
+    r"Timed out waiting \d+ms for (?:recv|send) operation",
+    r"Application timeout caused pair closure",
+)
+TIMED_OUT = re.compile("|".join(_TIME_OUTS))
+"""What a rank says that waited in a collective for longer than it may."""
 LOST_PEER = re.compile(
     "|".join(
         (
+            *_TIME_OUTS,
             r"Connection (?:closed|reset) by (?:remote )?peer",
-            r"Watchdog caught collective operation timeout",
-            r"Timed out waiting \d+ms for (?:recv|send) operation",
-            r"Application timeout caused pair closure",
             r"remote process exited or there was a network error",
             r"Some NCCL operations have failed or timed out",
             r"NCCL communicator (?:was|is) aborted",
             r"failed to recv, got 0 bytes",
-            r"(?:gloo|c10d|TCPStore|ProcessGroup)[^\n]*(?:Broken pipe|Socket closed|Connection refused)",
+            r"(?:gloo|c10d|TCPStore|ProcessGroup|NCCL)[^\n]*(?:Broken pipe|Socket closed|Connection refused)",
         )
     )
 )
 """What a rank says that waited for others in a collective when one of them went away."""
+TRACEBACK = "Traceback (most recent call last)"
+_BY_RANK = re.compile(r"^\[rank\d+\]: ?")
+_RAISED = re.compile(r"^(?:\[rank\d+\]: ?)?[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Step|Failed)\b")
+LOG_LINES = 300
+"""How far back in a log the end of a rank is looked for: C++ adds the stacks of all its threads."""
 
 
 class Noticed(Protocol):
@@ -60,3 +73,105 @@ def first_of(noticed: Sequence[F]) -> F:
 def fell(noticed: Noticed) -> bool:
     """Whether it fell in a collective because another one had gone."""
     return any(LOST_PEER.search(text) for text in (noticed.error, noticed.traceback) if text)
+
+
+def only_timed_out(noticed: Sequence[Noticed]) -> bool:
+    """Whether nothing failed but a collective that some waited in for too long: the cause is a rank not among them."""
+    waited = [one for one in noticed if one.how not in ENDED or one.error]
+    return any(map(timed_out, waited)) and all(map(fell, waited))
+
+
+def timed_out(noticed: Noticed) -> bool:
+    """Whether it says that it waited in a collective for too long."""
+    return any(TIMED_OUT.search(text) for text in (noticed.error, noticed.traceback) if text)
+
+
+def may_have_fallen(how: str) -> bool:
+    """Whether a rank that ended so may have fallen in a collective: it ended itself, by an exit or C++'s abort."""
+    return how == "signal SIGABRT" or (how.startswith("exit code") and how not in ENDED)
+
+
+def last_word(lines: Sequence[str]) -> str | None:
+    """The last line of a log that tells of a collective that fell; None where there is none, or a Python traceback."""
+    if any(TRACEBACK in line for line in lines):
+        return None
+    for pattern in (TIMED_OUT, LOST_PEER):
+        for line in reversed(lines):
+            if pattern.search(line):
+                return line.strip()
+    return None
+
+
+def said(lines: Sequence[str], how: str) -> tuple[str | None, str | None]:
+    """(error, traceback) at the end of the log of a rank that ended as `how` says; None for what it does not have."""
+    traceback = last_traceback(lines)
+    if traceback is None:
+        return (last_word(lines) if may_have_fallen(how) else None), None
+    raised = [line for line in traceback.splitlines() if _RAISED.match(line)]
+    return (_BY_RANK.sub("", raised[-1]) if raised else None), traceback
+
+
+def raised_at(lines: Sequence[str], how: str) -> float | None:
+    """When the last traceback of a log, with its times, was begun: seconds since the epoch by its node's clock.
+
+    None where there is none, and where something else ended the rank. A process may end much later than it raises, and
+    after those that fell because of it.
+    """
+    starts = [line for line in lines if TRACEBACK in line]
+    if not starts or not may_have_fallen(how):
+        return None
+    try:
+        return datetime.fromisoformat(starts[-1].partition(" ")[0]).timestamp()
+    except ValueError:
+        return None
+
+
+def last_traceback(lines: Sequence[str]) -> str | None:
+    """The lines from the last traceback's beginning to the exception; None where there is none."""
+    starts = [number for number, line in enumerate(lines) if TRACEBACK in line]
+    if not starts:
+        return None
+    for end in range(starts[-1] + 1, len(lines)):
+        if _RAISED.match(lines[end]):
+            return "\n".join(lines[starts[-1] : end + 1])
+    return "\n".join(lines[starts[-1] :])
+
+
+class Place(NamedTuple):
+    """A rank on its node; a whole node where `rank` is None."""
+
+    rank: int | None
+    node_rank: int
+    host: str
+
+
+def timed_out_headline(absent: Sequence[Place] | None) -> str:
+    """What happened where a collective timed out, and nothing else failed; `absent` is None where it is not known."""
+    if absent is None:
+        return "a collective timed out; which ranks did not come to it is not known"
+    if not absent:
+        return "a collective timed out on every rank: they were not in the same one, or the network is stuck"
+    return f"a collective timed out; these ranks did not come to it: {where(absent)}"
+
+
+def where(places: Iterable[Place], most: int = 6) -> str:
+    """Which ranks, by node: ranks 0-3 on node 0 (h1), rank 5 on node 1 (h2)."""
+    ordered = sorted(places, key=lambda one: (one.node_rank, one.host, -1 if one.rank is None else one.rank))
+    groups = [
+        (f"node {node} ({host})", [one.rank for one in group if one.rank is not None])
+        for (node, host), group in groupby(ordered, key=lambda one: (one.node_rank, one.host))
+    ]
+    words = [f"{_ranks(ranks)} on {node}" if ranks else node for node, ranks in groups[:most]]
+    return ", ".join(words) + (f" and on {len(groups) - most} more nodes" if len(groups) > most else "")
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return "ranks " + ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -102,13 +102,13 @@ def make_script_plan(
     return _with_notes(resolve_script(job, checked.ds_config, model, checked.machine, script), checked)
 
 
-def check_script_job(job: ScriptJob, job_file: str) -> Checked:
+def check_script_job(job: ScriptJob, job_file: str, machine: MachineFacts | None = None) -> Checked:
     """As `check_job`, of a job for a script of the user's own. Raises RequestError."""
     if job.deepspeed == AUTO:
         found = "a preset is chosen by the memory that model and data take, and those are the script's own"
         mend = f"name one: {', '.join(preset_names())}"
         raise RequestError(Problem(found, key="deepspeed", mend=mend))
-    checked = _linted(job, job_file, measure_machine())
+    checked = _linted(job, job_file, machine or measure_machine())
     check_script_request(job, checked.ds_config, checked.machine)
     _check_folder(job.output_dir, "output_dir", job_file)
     if job.model is not None:

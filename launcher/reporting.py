@@ -9,15 +9,20 @@ import contextlib
 import json
 import os
 import resource
+import stat
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from launcher.run_dir import RunDir, append_line, json_number, utc_now
+from launcher.run_dir import RunDir, append_line, json_number, utc_now, write_atomic
+from launcher.tail import Tail
 
 _last: tuple[int, float] | None = None
 """The update reported last, and when on the monotonic clock."""
+_unwritten_told = False
+_OWN = ("update", "samples", "step_seconds", "peak_memory_bytes", "time")
+"""What a line of metrics.jsonl has of the launcher's own."""
 
 
 def report(*, step: int, loss: Any = None, lr: Any = None, **more: Any) -> None:
@@ -27,7 +32,8 @@ def report(*, step: int, loss: Any = None, lr: Any = None, **more: Any) -> None:
     or tensors of one element, and are written down as the first rank has them: a line of metrics.jsonl, with the
     samples so far, the seconds an update and the memory. With `tokens`, the update's own, comes tokens_per_second.
 
-    Raises ValueError for a step below 0 and TypeError for what is no number.
+    Raises ValueError for a step below 0 or a name that is the launcher's own, and TypeError for what is no number. A
+    line that cannot be written, on a full disk for one, is told once on standard error: training goes on.
     """
     fd, folder = os.environ.get("LAUNCHER_REPORT_FD"), os.environ.get("LAUNCHER_RUN_DIR")
     if fd is None or folder is None:
@@ -35,11 +41,41 @@ def report(*, step: int, loss: Any = None, lr: Any = None, **more: Any) -> None:
     step = int(step)
     if step < 0:
         raise ValueError(f"step counts from 0, got {step}")
+    if taken := [name for name in _OWN if name in more]:
+        raise ValueError(f"{', '.join(taken)}: launcher.report writes that itself; give it another name")
+    first = _last is None
     seconds = _step_seconds(step)
     _tell_agent(int(fd), step, seconds)
     if os.environ.get("RANK", "0") == "0":
-        values = {"loss": loss, "lr": lr, **more}
-        append_line(RunDir(Path(folder)).metrics_file, _line(step, seconds, values))
+        line = _line(step, seconds, {"loss": loss, "lr": lr, **more})
+        try:
+            _write(RunDir(Path(folder)), line, first)
+        except OSError as error:
+            _tell_unwritten(error)
+
+
+def _write(run: RunDir, line: dict[str, Any], first: bool) -> None:
+    if first and os.environ.get("LAUNCHER_RESTART_COUNT", "0") != "0":
+        _take_back(run, line["update"])
+    append_line(run.metrics_file, line)
+
+
+def _take_back(run: RunDir, update: int) -> None:
+    """The lines of earlier updates that were set aside as the script was started again: it does not make those anew."""
+    undone = [path for path in run.path.glob("metrics.undone-*.jsonl") if path.stem.rpartition("-")[2].isdigit()]
+    if not undone or Tail(run.metrics_file).new():
+        return
+    newest = max(undone, key=lambda path: int(path.stem.rpartition("-")[2]))
+    kept = [line for line in Tail(newest).new() if line.get("update", update) < update]
+    write_atomic(run.metrics_file, "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in kept))
+
+
+def _tell_unwritten(error: OSError) -> None:
+    global _unwritten_told
+    if not _unwritten_told:
+        _unwritten_told = True
+        with contextlib.suppress(OSError):
+            print(f"launcher.report: metrics are not written: {error}", file=sys.stderr, flush=True)
 
 
 def _step_seconds(step: int) -> float | None:
@@ -54,9 +90,16 @@ def _tell_agent(fd: int, step: int, seconds: float | None) -> None:
     told = {"report": "update", "time": time.time(), "update": step, "step_seconds": seconds}
     gpu = _gpu_memory_bytes()
     line = json.dumps(told if gpu is None else {**told, "gpu_memory_bytes": gpu}) + "\n"
-    # A process that the script started does not have the pipe, and an agent that is gone does not hear.
+    # An agent that is gone does not hear.
     with contextlib.suppress(OSError):
-        os.write(fd, line.encode())
+        if _is_the_pipe(fd):
+            os.write(fd, line.encode())
+
+
+def _is_the_pipe(fd: int) -> bool:
+    """A process that the script started has the number in its environment, and something else or nothing behind it."""
+    own = os.environ.get("LAUNCHER_REPORT_PID") == str(os.getpid())
+    return own and stat.S_ISFIFO(os.fstat(fd).st_mode)
 
 
 def _line(step: int, seconds: float | None, values: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +112,7 @@ def _line(step: int, seconds: float | None, values: dict[str, Any]) -> dict[str,
     line |= given
     if seconds is not None:
         line["step_seconds"] = round(seconds, 6)
-        if "tokens" in given:
+        if seconds > 0 and isinstance(given.get("tokens"), int | float):
             line["tokens_per_second"] = round(given["tokens"] / seconds, 1)
     gpu = _gpu_memory_bytes()
     line["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if gpu is None else gpu

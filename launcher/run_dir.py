@@ -181,8 +181,12 @@ class RunDir:
         return self.path / f"plan.revision-{len(self.plan_revisions()) + 1}.json"
 
     def plan_revisions(self) -> list[Path]:
-        """The revisions that there are, in order."""
-        found = [(int(match[1]), path) for path in self.path.iterdir() if (match := _REVISION.match(path.name))]
+        """The revisions that there are, in order; none of a run that was removed."""
+        try:
+            paths = list(self.path.iterdir())
+        except FileNotFoundError:
+            return []
+        found = [(int(match[1]), path) for path in paths if (match := _REVISION.match(path.name))]
         return [path for _, path in sorted(found)]
 
     def node_file(self, node_rank: int, host: str) -> Path:

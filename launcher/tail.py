@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+_STAMP = re.compile(r"^\d{4}-\d\d-\d\dT\S+Z ?")
 
 
 class Tail:
@@ -20,7 +24,10 @@ class Tail:
         self._position = self._path.stat().st_size if self._path.exists() else 0
 
     def new(self) -> list[dict[str, Any]]:
-        """Whole new lines; a half-written one is left for the next look, a missing file has none."""
+        """Whole new lines; a half-written one is left for the next look, a missing file has none.
+
+        Lines that a full disk or a lost node left damaged are passed over.
+        """
         try:
             with self._path.open("rb") as file:
                 file.seek(self._position)
@@ -29,7 +36,15 @@ class Tail:
             return []
         end = data.rfind(b"\n") + 1
         self._position += end
-        return [json.loads(line) for line in data[:end].splitlines()]
+        return list(_objects(data[:end].splitlines()))
+
+
+def _objects(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                yield value
 
 
 def last_lines(path: Path, count: int, most_bytes: int = 64 * 1024) -> list[str]:
@@ -42,6 +57,11 @@ def last_lines(path: Path, count: int, most_bytes: int = 64 * 1024) -> list[str]
     except FileNotFoundError:
         return []
     return lines[-count:]
+
+
+def untimed(lines: Iterable[str]) -> list[str]:
+    """Log lines without their times."""
+    return [_STAMP.sub("", line) for line in lines]
 
 
 def lines_backwards(path: Path, end: int | None = None, block_bytes: int = 64 * 1024) -> Iterator[bytes]:

@@ -37,22 +37,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("run")(run.run)
-app.command("exec", context_settings=exec.CONTEXT)(exec.exec_script)
-app.command("resume")(resume.resume)
-app.command("submit")(submit.submit)
-app.command("node", context_settings=node.CONTEXT)(node.node)
-app.command("cancel")(cancel.cancel)
-app.command("status")(status.status)
-app.command("logs")(logs.logs)
-app.command("watch")(watch.watch)
-app.command("why")(why.why)
-app.command("doctor")(doctor.doctor)
-app.command("plan")(plan.plan)
-app.command("lr")(lr.lr)
-app.command("lint")(lint.lint)
-app.command("init")(init.init)
-app.command("schema")(schema.schema)
+for _panel, _verbs in {
+    "Before a run": (init.init, plan.plan, lr.lr, lint.lint, doctor.doctor, schema.schema),
+    "Running": (run.run, resume.resume, cancel.cancel),
+    "Watching": (status.status, watch.watch, logs.logs, why.why),
+}.items():
+    for _verb in _verbs:
+        app.command(_verb.__name__, rich_help_panel=_panel)(_verb)
+app.command("exec", rich_help_panel="Running", context_settings=exec.CONTEXT)(exec.exec_script)
+app.command("submit", rich_help_panel="Running", cls=submit.WithScript)(submit.submit)
+app.command("node", rich_help_panel="Running", context_settings=node.CONTEXT)(node.node)
 
 
 def _version(wanted: bool) -> None:

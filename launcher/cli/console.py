@@ -61,6 +61,10 @@ class RunConsole:
         """What was found on the nodes: a table where there are several, and what is odd about each."""
         if len(checks) > 1:
             print_whole(self.console, Padding(preflight_table(checks), (0, 0, 0, 10)))
+        self.preflight_notes(checks)
+
+    def preflight_notes(self, checks: list[NodeCheck]) -> None:
+        """What is odd about each node, and no reason to stop."""
         for check in checks:
             for note in check.notes:
                 self._print(
@@ -71,9 +75,9 @@ class RunConsole:
         """One update was made."""
         text = "  ".join(_update_words(metrics))
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=metrics["update"] + 1, shown=text)
+            self._progress.update(self._task, completed=metrics["update"] + 1, shown=escape(text))
         elif self._due() or metrics["update"] + 1 == self.total:
-            self._print(f"          update {metrics['update'] + 1}/{self.total}  {text}")
+            self._print(f"          update {metrics['update'] + 1}/{self.total}  {escape(text)}")
 
     def evaluation(self, evaluation: dict[str, Any]) -> None:
         """An evaluation was made."""
@@ -123,10 +127,15 @@ class RunConsole:
 
 
 def preflight_table(checks: list[NodeCheck]) -> Table:
-    """A row a node: where it is, how it is reached, what it has, and whether it will do."""
-    table = Table(
-        "node", "host", "address", "interface", "clock", "GPUs", "free", "torch", "", box=None, pad_edge=False
-    )
+    """A row a node: where it is, how it is reached, what it has, and whether it will do.
+
+    Versions: torch's, and those of other packages that are not the same on all nodes.
+    """
+    from launcher.fleet.preflight import differing_versions
+
+    versions = ["torch", *(name for name in differing_versions(checks) if name != "torch")]
+    columns = ("node", "host", "address", "interface", "clock", "GPUs", "free", *versions, "")
+    table = Table(*columns, box=None, pad_edge=False)
     for check in checks:
         node, facts = check.node, check.facts
         table.add_row(
@@ -137,7 +146,7 @@ def preflight_table(checks: list[NodeCheck]) -> Table:
             f"{node.clock_offset_seconds:+.3f} s",
             f"{facts.gpus} {facts.gpu_name}" if facts.gpus else "0",
             f"{facts.free_bytes / 1024**3:.0f} GiB",
-            facts.versions.get("torch", "missing"),
+            *(facts.versions.get(name, "missing") for name in versions),
             "[red]will not do[/]" if check.problems else "[green]good[/]",
         )
     return table
@@ -148,9 +157,9 @@ def _update_words(metrics: dict[str, Any]) -> Iterator[str]:
     if "loss" in metrics:
         yield f"loss {_number(metrics['loss'])}"
     if "lr" in metrics:
-        yield f"rate {metrics['lr']:.2e}" if isinstance(metrics["lr"], float | int) else f"rate {metrics['lr']}"
+        yield f"rate {_number(metrics['lr'], '.2e')}"
     if "tokens_per_second" in metrics:
-        yield f"{metrics['tokens_per_second']:,.0f} tokens/s"
+        yield f"{_number(metrics['tokens_per_second'], ',.0f')} tokens/s"
 
 
 def print_whole(console: Console, table: RenderableType) -> None:
@@ -160,5 +169,9 @@ def print_whole(console: Console, table: RenderableType) -> None:
     console.print(table)
 
 
-def _number(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.4f}"
+def _number(value: Any, form: str = ".4f") -> str:
+    """A number in its form; anything else, "nan" among it, as it is."""
+    try:
+        return format(value, form) if isinstance(value, float | int) else str(value)
+    except (OverflowError, ValueError):
+        return "a number too long to show"

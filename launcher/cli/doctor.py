@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rich.padding import Padding
 
 from launcher.cli.console import RunConsole, preflight_table, print_whole
 from launcher.cli.run import check_reach
+from launcher.errors import Problem, RequestError
 from launcher.job import placing, read_job
 from launcher.job.model import Job
 from launcher.plan.model import World
@@ -32,9 +34,21 @@ def doctor(
     job = read_job(job_file, overrides or ())
     with placing(job_file, overrides or ()):
         machine = check_job(job, str(job_file)).machine
+        _check_not_for_slurm(job, job_file)
         check_reach(job, machine)
         world = resolve_world(job, machine)
     examine(job, world, machine.versions)
+
+
+def _check_not_for_slurm(job: Job, job_file: Path) -> None:
+    """Raises RequestError where the nodes are Slurm's to give, and no Ray is named that has them."""
+    from launcher.fleet.nodes import address_of
+
+    nodes = job.cluster.nodes
+    if nodes > 1 and "slurm" in job.model_fields_set and address_of(job.cluster.address) == "local":
+        found = f"{nodes} nodes, which Slurm gives, and there is this machine alone"
+        mend = f"srun --nodes={nodes} --ntasks-per-node=1 launcher node --doctor {shlex.quote(str(job_file))}"
+        raise RequestError(Problem(found, key="cluster.nodes", mend=mend))
 
 
 def examine(job: Job, world: World, versions: dict[str, str]) -> None:
@@ -56,5 +70,6 @@ def examine(job: Job, world: World, versions: dict[str, str]) -> None:
             nodes.end(0.0)
             nodes.close()
     print_whole(shown, Padding(preflight_table(checks), (0, 0, 1, 0)))
+    console.preflight_notes(checks)
     refuse(checks)
     console.note("[bold green]every node will do[/]")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -9,11 +12,12 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from launcher.cli.console import RunConsole
 from launcher.cli.plan import show_plan
-from launcher.cli.run import alone_in, check_reach, plan_and_carry_out
+from launcher.cli.run import alone_in, carry_out, check_reach, interruptible, plan_and_carry_out
 from launcher.errors import Problem, RequestError
 from launcher.job import ScriptJob, placing, read_script_job
-from launcher.plan.model import Script
+from launcher.plan.model import Plan, Script
 from launcher.plan.script import filled_arguments
 from launcher.planning import Checked, check_script_job, make_script_plan
 from launcher.run_dir import RunDir
@@ -21,6 +25,8 @@ from launcher.run_dir import RunDir
 _USAGE = "launcher exec job.yaml [section.key=value]... -- train.py arguments..."
 CONTEXT = {"allow_interspersed_args": False}
 """So that the "--" before the script, and the script's own options, come through as they are."""
+_STARTERS = re.compile(r"^(python[\d.]*|torchrun|deepspeed|accelerate|accelerate-launch|srun|mpirun|mpiexec)$")
+_SHELL = (".sh", ".bash", ".zsh")
 
 
 def exec_script(
@@ -55,6 +61,18 @@ def exec_script(
         plan_and_carry_out(make, job_file, overrides, directory)
 
 
+def run_again(directory: RunDir) -> None:
+    """Runs a run's script once more, in the directory where it finds what its earlier start saved."""
+    console = RunConsole()
+    with console.closing(), interruptible(console, directory) as interrupts:
+        plan = Plan.from_json(directory.plan_file.read_text())
+        console.note("running the script again, in the run directory that it had before")
+        # `launcher.report` takes those back that are not made again: where a script goes on, only it knows.
+        directory.rewind(samples=0, update=-1)
+        directory.event("restart")
+        carry_out(plan, directory.plan_file, directory, console, None, interrupts)
+
+
 def split(rest: list[str]) -> tuple[list[str], list[str]]:
     """(overrides, the script and its arguments; none of them where there is no "--"). Raises RequestError."""
     if "--" not in rest:
@@ -74,15 +92,32 @@ def script_here(arguments: list[str]) -> Script:
 
 
 def check_script(script: Script) -> None:
-    """Is the script there? Modules are Python's to find. Raises RequestError."""
+    """Is the script there, and Python's? Modules are Python's to find. Raises RequestError."""
     first = script.arguments[0]
     if first == "-m":
         return
     if first.startswith("-"):
         raise RequestError(Problem(f"after -- stands a Python script or -m MODULE, found {first}", mend=_USAGE))
+    if _STARTERS.match(Path(first).name):
+        found = f"{first} stands before the script, and every rank is started with the node's Python already"
+        raise RequestError(Problem(found, mend=f"leave it out: {_USAGE}"))
     if not Path(first).is_file():
         mend = "its path from this folder, in which it is run"
         raise RequestError(Problem(f"there is no script {first} (looked from {script.folder})", mend=mend))
+    if other := _not_python(Path(first)):
+        mend = "name the Python script that it starts; what it sets up belongs in cluster.env or in the batch script"
+        raise RequestError(Problem(f"{first} is {other}, and every rank runs a Python script", mend=mend))
+
+
+def _not_python(script: Path) -> str | None:
+    """What a file is that Python would not run; None of one that it may."""
+    with script.open("rb") as file:
+        begin = file.readline(256)
+    if begin.startswith(b"#!") and b"python" not in begin:
+        return f"for another interpreter ({begin[2:].decode(errors='replace').strip()})"
+    if script.suffix in _SHELL:
+        return "a shell script"
+    return "no text" if b"\0" in begin and not zipfile.is_zipfile(script) else None
 
 
 def _show(job: ScriptJob, script: Script, checked: Checked) -> None:
@@ -92,4 +127,4 @@ def _show(job: ScriptJob, script: Script, checked: Checked) -> None:
     console = Console(highlight=False)
     show_plan(plan, console)
     arguments = filled_arguments(plan, {"ds_config": "RUN/ds_config.json", "run_dir": "RUN"})
-    console.print(Text.assemble("\n", ("every rank runs", "bold"), f"  python {' '.join(arguments)}"), soft_wrap=True)
+    console.print(Text.assemble("\n", ("every rank runs", "bold"), f"  python {shlex.join(arguments)}"), soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import typer
@@ -42,8 +43,8 @@ schedule:                    # auto: chosen from the model's size, the batch and
 deepspeed: ds_configs/zero2.json   # yours to edit; "auto" is filled in
 
 cluster:
-  nodes: 1
   gpus_per_node: auto        # without GPUs: processes_per_node
+  # nodes: 2                 # without it one; under Slurm as many as the allocation has
 
 checkpoint:
   every: 500                 # updates
@@ -80,7 +81,8 @@ def init(
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
         typer.echo(f"wrote {target}")
-    typer.echo(f"next: launcher plan {folder / f'{name}.yaml'}")
+    there = "" if folder.resolve() == Path.cwd() else f"cd {shlex.quote(str(folder))} && "
+    typer.echo(f"next: {there}launcher plan {name}.yaml    # once the training data is at {data}")
 
 
 def starter_job(name: str, model: str, data: str) -> str:

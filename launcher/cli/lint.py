@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,25 +33,49 @@ def lint(
         typer.echo(_as_json(found))
     else:
         _print(found)
-    if any(finding.severity == "error" for findings in found.values() for finding in findings):
+    if any(finding.severity == "error" for linted in found.values() for finding in linted.findings):
         raise typer.Exit(2)
 
 
-def _lint_file(path: Path, fix: bool, world_size: int | None, keys: Catalogue) -> list[Finding]:
-    """The findings in one file; with `fix`, those that are left after the file was rewritten."""
-    from launcher.ds_config.lint import apply_fixes, lint
+@dataclass(frozen=True)
+class Linted:
+    """What is left to mend in a file, and what was mended: (line, column, key, text before, text after)."""
+
+    findings: list[Finding]
+    fixed: list[tuple[int, int, str, str, str]]
+
+
+def _lint_file(path: Path, fix: bool, world_size: int | None, keys: Catalogue) -> Linted:
+    """One file. One that cannot be read, or not be written, has that for a finding: the others are still told."""
+    from launcher.ds_config.findings import Finding
+    from launcher.errors import RequestError
+
+    try:
+        return _linted(path, fix, world_size, keys)
+    except RequestError as error:
+        problems = error.problems
+        return Linted([Finding(p.line or 0, 0, "error", p.key or "", p.message, p.mend or "") for p in problems], [])
+    except OSError as error:
+        return Linted([Finding(0, 0, "error", "", f"cannot be written: {error.strerror}", "")], [])
+
+
+def _linted(path: Path, fix: bool, world_size: int | None, keys: Catalogue) -> Linted:
+    from launcher.ds_config.findings import apply_fixes, made_fixes
+    from launcher.ds_config.lint import lint
     from launcher.ds_config.read import parse_ds_config, read_ds_config
 
     config = read_ds_config(path)
-    findings = lint(config, world_size=world_size, keys=keys)
-    before = config.text or ""
+    findings, fixed = lint(config, world_size=world_size, keys=keys), []
     # A mended name can show that its value needs mending too.
     while fix and (mended := apply_fixes(config.text or "", findings)) != config.text:
+        text = config.text or ""
+        for one, made in made_fixes(findings):
+            fixed.append((one.line, one.column, one.key_path, text[made.start : made.end], made.replacement))
         config = parse_ds_config(mended, str(path))
         findings = lint(config, world_size=world_size, keys=keys)
-    if config.text and config.text != before:
-        _replace(path.resolve(), config.text)
-    return findings
+    if fixed:
+        _replace(path.resolve(), config.text or "")
+    return Linted(findings, fixed)
 
 
 def _replace(path: Path, text: str) -> None:
@@ -61,35 +86,48 @@ def _replace(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _as_json(found: dict[str, list[Finding]]) -> str:
+def _as_json(found: dict[str, Linted]) -> str:
     import json
     from dataclasses import asdict
 
     rows: list[dict[str, Any]] = []
-    for path, findings in found.items():
-        rows += [{"file": path, **asdict(finding), "fix": finding.fix is not None} for finding in findings]
+    for path, linted in found.items():
+        for line, column, key, before, after in linted.fixed:
+            place = {"file": path, "line": line, "column": column, "severity": "fixed", "key_path": key}
+            rows.append({**place, "before": before, "after": after})
+        rows += [{"file": path, **asdict(finding), "fix": finding.fix is not None} for finding in linted.findings]
     return json.dumps(rows, indent=2)
 
 
-def _print(found: dict[str, list[Finding]]) -> None:
+def _print(found: dict[str, Linted]) -> None:
     from rich.console import Console
     from rich.text import Text
 
     console = Console(soft_wrap=True, highlight=False)
-    for path, findings in found.items():
-        for finding in findings:
-            line = Text(f"{path}:{finding.line}:{finding.column}: ")
+    for path, linted in found.items():
+        for number, _, _, before, after in linted.fixed:
+            console.print(Text(f"{path}:{number}: ").append("fixed", style="green").append(f": {before} → {after}"))
+        for finding in linted.findings:
+            line = Text(_place(path, finding))
             line.append(finding.severity, style=COLOURS[finding.severity])
-            line.append(f": {finding.key_path}: {finding.message}\n    {finding.mend}")
+            line.append(": " + ": ".join(part for part in (finding.key_path, finding.message) if part))
+            line.append(f"\n    {finding.mend}" if finding.mend else "")
             line.append(" (--fix writes it)" if finding.fix else "", style="green")
             console.print(line)
     console.print(_summary(found))
 
 
-def _summary(found: dict[str, list[Finding]]) -> str:
-    severities: list[str] = [finding.severity for findings in found.values() for finding in findings]
+def _place(path: str, finding: Finding) -> str:
+    """File, line and column, as far as they are known."""
+    return ":".join(str(part) for part in (path, finding.line, finding.column) if part) + ": "
+
+
+def _summary(found: dict[str, Linted]) -> str:
+    severities: list[str] = [finding.severity for linted in found.values() for finding in linted.findings]
     files = f"{len(found)} file" + ("s" if len(found) != 1 else "")
+    fixed = sum(len(linted.fixed) for linted in found.values())
+    mended = f"{fixed} fixed, " if fixed else ""
     if not severities:
-        return f"{files}: nothing to mend"
+        return f"{files}: {mended}nothing to mend"
     counts = [f"{severities.count(name)} {name}" + "s" * (severities.count(name) != 1) for name in COLOURS]
-    return f"{files}: " + ", ".join(counts)
+    return f"{files}: {mended}" + ", ".join(counts)

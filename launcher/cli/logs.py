@@ -17,7 +17,7 @@ from launcher.errors import Problem, RequestError
 if TYPE_CHECKING:
     from launcher.run_dir import RunDir
     from launcher.watch.lines import Wanted
-    from launcher.watch.sources import Choice
+    from launcher.watch.sources import Choice, Source
 
 FOLLOWED_FROM = 100
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -69,10 +69,17 @@ def _follow(run: RunDir, choice: Choice, wanted: Wanted, since: float | None, ta
     from launcher.watch.lines import merged
     from launcher.watch.print_lines import Printer
     from launcher.watch.session import read_session
-    from launcher.watch.sources import sources_of
+    from launcher.watch.sources import check_expected, sources_of
     from launcher.watch.status import LOST
 
-    follower = Follower(lambda: sources_of(run, read_session(run).offsets, choice))
+    def find() -> list[Source]:
+        session = read_session(run)
+        found = sources_of(run, session.offsets, choice)
+        if not found:
+            check_expected(run, session, choice)
+        return found
+
+    follower = Follower(find)
     end, printer = EndOfRun(run), Printer(sys.stdout)
     if tail is None and since is None:
         tail = FOLLOWED_FROM

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,18 +16,22 @@ import typer
 
 from launcher.cli.console import RunConsole
 from launcher.cli.doctor import examine
-from launcher.cli.exec import check_script, script_here, split
-from launcher.cli.resume import go_on
-from launcher.cli.run import MakePlan, alone_in, plan_and_carry_out
+from launcher.cli.exec import check_script, run_again, script_here, split
+from launcher.cli.resume import go_on, planned_run, rest_of, where_to_go_on
+from launcher.cli.run import MakePlan, alone_in, interruptible, plan_and_carry_out
 from launcher.errors import Problem, RequestError, first_line
 from launcher.fleet.allocation import Allocation, read_allocation, run_stamp
+from launcher.fleet.refusals import Refusals
 from launcher.job import Job, ScriptJob, placing, read_job, read_script_job
+from launcher.job.read import override_key
+from launcher.plan.facts import MachineFacts
 from launcher.plan.model import Script
 from launcher.plan.resolve import resolve_world
 from launcher.planning import Checked, check_job, check_script_job, make_plan, make_script_plan
+from launcher.prepare.machine import measure_machine
 from launcher.run_dir import ENDED, RunDir
 
-_ADDRESSES = ("auto", "local")
+_THIS_MACHINE, _OWN_RAY = "local", "cluster.address=auto"
 _DOCTOR = ".doctor"
 CONTEXT = {"allow_interspersed_args": False}
 """So that the "--" before a script comes through; options stand before the job file."""
@@ -42,13 +46,13 @@ class _Work:
     overrides: list[str]
     script: Script | None
 
-    def check(self) -> Checked:
+    def check(self, machine: MachineFacts) -> Checked:
         """Raises RequestError for what is wrong before anything is started."""
         if isinstance(self.job, ScriptJob):
             assert self.script is not None
             check_script(self.script)
-            return check_script_job(self.job, str(self.job_file))
-        return check_job(self.job, str(self.job_file))
+            return check_script_job(self.job, str(self.job_file), machine)
+        return check_job(self.job, str(self.job_file), machine)
 
     def carry_out(self, checked: Checked, directory: RunDir) -> None:
         make: MakePlan = partial(make_plan, self.job, checked)
@@ -63,6 +67,7 @@ def node(
     rest: list[str] = typer.Argument(
         None, metavar="[SECTION.KEY=VALUE]... [-- SCRIPT [ARGUMENT]...]", help="Overrides; a script as for exec."
     ),
+    resume: bool = typer.Option(False, "--resume", help="JOB.YAML is a run directory: go on with that run."),
     doctor: bool = typer.Option(False, "--doctor", help="Check the allocation's nodes, and train nothing."),
     stop: bool = typer.Option(False, "--stop", help="Ask this allocation's run to save and stop."),
 ) -> None:
@@ -71,6 +76,11 @@ def node(
     The nodes bring up a Ray of this job's own. The first one carries out the run, and its exit status is the run's.
     """
     overrides, arguments = split(rest or [])
+    if resume:
+        if doctor or arguments:
+            raise RequestError(Problem("--resume goes on with a run, as it was planned: it takes overrides alone"))
+        _resume(job_file, overrides, stop)
+        return
     read = read_script_job if arguments else read_job
     job = read(job_file, overrides)
     if stop:
@@ -78,42 +88,87 @@ def node(
         return
     with placing(job_file, overrides):
         allocation = read_allocation(os.environ)
-        overrides = [*overrides, *_nodes_override(job, allocation)]
-    job = read(job_file, overrides)
-    work = _Work(job, job_file, overrides, script_here(arguments) if arguments else None)
-    if allocation.node != 0:
-        _other(work, allocation, _DOCTOR if doctor else job.name)
-    elif doctor:
-        _examine_first(work, allocation)
-    else:
-        _first(work, allocation)
+    directory = _run_directory(job, _DOCTOR if doctor else job.name, allocation.stamp)
+    with _refusing(directory, allocation) as refusals:
+        overrides = [*overrides, *_settled_by(allocation, job)]
+        job = read(job_file, overrides)
+        work = _Work(job, job_file, overrides, script_here(arguments) if arguments else None)
+        checked = _checked(work, allocation)
+        if allocation.node != 0:
+            _attend(job, allocation, directory, refusals)
+        elif doctor:
+            _examine_first(work, allocation, refusals, checked.machine)
+        else:
+            _first(work, allocation, refusals, checked)
 
 
-def _first(work: _Work, allocation: Allocation) -> None:
-    from launcher.fleet.allocated import first_node
-
+@contextmanager
+def _refusing(directory: RunDir, allocation: Allocation) -> Iterator[Refusals]:
+    """Where a node ends before it has met the others, they are told, and none waits for it."""
     signal.signal(signal.SIGTERM, _interrupt)
-    checked = _checked(work, allocation)
+    refusals = Refusals(directory, allocation)
+    with refusals.told():
+        yield refusals
+
+
+def _first(work: _Work, allocation: Allocation, refusals: Refusals, checked: Checked) -> None:
     directory, again = _directory(work.job, allocation)
-    with alone_in(directory), _end_told(directory):
-        directory.enter("placing")
-        RunConsole().note(_bringing_up(allocation))
-        with first_node(allocation, directory, work.job.cluster.wait_seconds):
-            if again:
-                go_on(directory, [], RunConsole())
-            else:
-                work.carry_out(checked, directory)
+    act = partial(work.carry_out, checked, directory)
+    if again:
+        act = partial(run_again, directory) if work.script else partial(go_on, directory, [], RunConsole())
+    _with_a_ray(work.job, allocation, directory, refusals, act)
 
 
-def _examine_first(work: _Work, allocation: Allocation) -> None:
+def _with_a_ray(
+    job: Job, allocation: Allocation, directory: RunDir, refusals: Refusals, act: Callable[[], None]
+) -> None:
+    """Does what the first node is for, on a Ray of all nodes. It may be cancelled while that is brought up."""
     from launcher.fleet.allocated import first_node
 
-    signal.signal(signal.SIGTERM, _interrupt)
-    job, machine = work.job, _checked(work, allocation).machine
-    directory = RunDir.create(Path(job.output_dir).expanduser(), _DOCTOR, allocation.stamp)
+    console = RunConsole()
+    with alone_in(directory), _end_told(directory), ExitStack() as listening:
+        listening.enter_context(interruptible(console, directory))
+        directory.enter("placing")
+        console.note(_bringing_up(allocation))
+        with first_node(allocation, directory, job.cluster.wait_seconds, refusals):
+            # Two that listen would take one request for two: from here on `act` does.
+            listening.close()
+            act()
+
+
+def _resume(run: Path, overrides: list[str], stop: bool) -> None:
+    """Goes on with a run in an allocation that may be another one, of another number of nodes."""
+    if stop:
+        _request_stop(planned_run(run))
+        return
+    allocation = read_allocation(os.environ)
+    with _refusing(RunDir(run.resolve()), allocation) as refusals:
+        directory = planned_run(run)
+        before = where_to_go_on(directory).plan
+        if before.world.nodes != allocation.nodes and not _names(overrides, "nodes"):
+            overrides = [*overrides, f"cluster.nodes={allocation.nodes}"]
+        if before.job.cluster.address == _THIS_MACHINE and not _names(overrides, "address"):
+            overrides = [*overrides, _OWN_RAY]
+        rest = rest_of(directory, overrides, RunConsole())
+        job = rest.plan.job
+        _check_allocation(job, allocation, measure_machine())
+        if allocation.node != 0:
+            _attend(job, allocation, directory, refusals)
+            return
+        act = partial(go_on, directory, overrides, RunConsole(), rest)
+        _with_a_ray(job, allocation, directory, refusals, act)
+
+
+def _examine_first(work: _Work, allocation: Allocation, refusals: Refusals, machine: MachineFacts) -> None:
+    from launcher.fleet.allocated import first_node
+
+    job, output_dir = work.job, Path(work.job.output_dir).expanduser()
+    # What a doctor that was killed in this allocation left behind: this one goes by the same name.
+    shutil.rmtree(_run_directory(job, _DOCTOR, allocation.stamp).path, ignore_errors=True)
+    directory = RunDir.create(output_dir, _DOCTOR, allocation.stamp)
     try:
         RunConsole().note(_bringing_up(allocation))
-        with first_node(allocation, directory, job.cluster.wait_seconds):
+        with first_node(allocation, directory, job.cluster.wait_seconds, refusals):
             examine(job, resolve_world(job, machine), machine.versions)
     finally:
         shutil.rmtree(directory.path)
@@ -121,8 +176,9 @@ def _examine_first(work: _Work, allocation: Allocation) -> None:
 
 def _checked(work: _Work, allocation: Allocation) -> Checked:
     with placing(work.job_file, work.overrides):
-        _check_allocation(work.job, allocation)
-        return work.check()
+        machine = measure_machine()
+        _check_allocation(work.job, allocation, machine)
+        return work.check(machine)
 
 
 def _bringing_up(allocation: Allocation) -> str:
@@ -137,21 +193,32 @@ def _end_told(directory: RunDir) -> Iterator[None]:
         yield
     except BaseException as error:
         if directory.path.exists() and directory.state().get("state") not in ENDED:
-            stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-            reason = "interrupted" if stopped else first_line(error)
-            directory.enter("stopped" if stopped else "failed", reason=reason, message=str(error))
+            stopped = isinstance(error, KeyboardInterrupt | SystemExit | typer.Exit)
+            reason = _stopped_by(directory) if stopped else first_line(error)
+            # A full disk must not hide what failed.
+            with suppress(OSError):
+                directory.enter(
+                    "stopped" if stopped else "failed", reason=reason, message=reason if stopped else str(error)
+                )
         raise
 
 
-def _other(work: _Work, allocation: Allocation, name: str) -> None:
+def _stopped_by(directory: RunDir) -> str:
+    request = directory.stop_request()
+    return f"cancelled by {request['by']}" if request else "interrupted"
+
+
+def _attend(job: Job, allocation: Allocation, directory: RunDir, refusals: Refusals) -> None:
+    """Lends this node to the first one."""
     from launcher.fleet.allocated import other_node
 
-    # What the first node refuses all refuse, and none waits for it.
-    _checked(work, allocation)
+    other_node(allocation, directory, job.cluster.wait_seconds, refusals, _leave_the_end_to_the_first)
+
+
+def _leave_the_end_to_the_first() -> None:
     # Slurm signals every task at once; this one ends when the first node has saved and gone.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: None)
-    other_node(allocation, _run_directory(work.job, name, allocation.stamp), work.job.cluster.wait_seconds)
 
 
 def _request_stop(directory: RunDir) -> None:
@@ -160,23 +227,33 @@ def _request_stop(directory: RunDir) -> None:
     directory.request_stop(now=False)
 
 
-def _nodes_override(job: Job, allocation: Allocation) -> list[str]:
-    """The allocation decides on the number of nodes where the job does not. Raises RequestError where they differ."""
+def _settled_by(allocation: Allocation, job: Job) -> Iterator[str]:
+    """Overrides: the allocation decides on the number of nodes where the job does not, and has a Ray of its own."""
     if "nodes" not in job.cluster.model_fields_set:
-        return [f"cluster.nodes={allocation.nodes}"]
-    if job.cluster.nodes != allocation.nodes:
-        found = f"the job asks for {job.cluster.nodes} nodes, and Slurm gave {allocation.nodes}"
-        mend = f"sbatch --nodes={job.cluster.nodes}, or leave cluster.nodes to the allocation"
-        raise RequestError(Problem(found, key="cluster.nodes", mend=mend))
-    return []
+        yield f"cluster.nodes={allocation.nodes}"
+    if job.cluster.address == _THIS_MACHINE:
+        yield _OWN_RAY
 
 
-def _check_allocation(job: Job, allocation: Allocation) -> None:
-    """Is what the job asks of a node what Slurm gave? Raises RequestError."""
+def _names(overrides: list[str], key: str) -> bool:
+    return any(override_key(each) == ("cluster", key) for each in overrides)
+
+
+def _check_allocation(job: Job, allocation: Allocation, machine: MachineFacts) -> None:
+    """Is what the job asks of a node what Slurm gave, and is that seen on this one? Raises RequestError."""
     cluster = job.cluster
-    if cluster.address not in _ADDRESSES:
+    if allocation.nodes != cluster.nodes:
+        found = f"the job asks for {cluster.nodes} nodes, and Slurm gave {allocation.nodes}"
+        mend = f"sbatch --nodes={cluster.nodes}, or leave cluster.nodes to the allocation"
+        raise RequestError(Problem(found, key="cluster.nodes", mend=mend))
+    if cluster.address != "auto":
         mend = "leave it out: inside an allocation the launcher starts a Ray of the job's own"
         raise RequestError(Problem(f"found {cluster.address}", key="cluster.address", mend=mend))
+    if cluster.gpus_per_node == "auto" and machine.gpus != allocation.gpus:
+        found = f"auto: Slurm gave {allocation.gpus} GPUs of this node, and {machine.gpus} are seen on it"
+        ask = f"sbatch --gpus-per-node={machine.gpus}" if machine.gpus else "see that nvidia-smi works there"
+        mend = f"{ask}, or set it to 0 for processors"
+        raise RequestError(Problem(found, key="cluster.gpus_per_node", mend=mend))
     wanted = cluster.gpus_per_node if isinstance(cluster.gpus_per_node, int) else allocation.gpus
     if wanted > allocation.gpus:
         found = f"{wanted} GPUs a node, and Slurm gave {allocation.gpus}"
@@ -188,10 +265,14 @@ def _check_allocation(job: Job, allocation: Allocation) -> None:
 
 
 def _directory(job: Job, allocation: Allocation) -> tuple[RunDir, bool]:
-    """The run directory of this allocation, and whether a run that was requeued goes on in it."""
+    """The run directory of this allocation, and whether a run that was requeued goes on in it.
+
+    What a script has saved there only the script knows: its directory is kept once it may have been started.
+    """
     directory = _run_directory(job, job.name, allocation.stamp)
     if allocation.restart and directory.path.exists():
-        if directory.complete_checkpoints():
+        started = directory.ds_config_file.is_file() if isinstance(job, ScriptJob) else directory.complete_checkpoints()
+        if started:
             return directory, True
         # Nothing was saved before the job was requeued: it begins anew.
         directory.path.rename(directory.path.with_name(f"{directory.path.name}.start-{allocation.restart}"))

@@ -32,7 +32,7 @@ def plan(
     overrides: list[str] = typer.Argument(None, metavar="[SECTION.KEY=VALUE]...", help="Values set over the file's."),
     as_json: bool = typer.Option(False, "--json", help="Print plan.json."),
 ) -> None:
-    """Show what a job comes to: ranks, batches, updates, learning rate, DeepSpeed JSON, memory. Starts nothing."""
+    """Show what a job comes to: ranks, batches, updates, learning rate, DeepSpeed JSON, memory. Starts no rank."""
     messages = Console(stderr=True, highlight=False)
     made = plan_job_file(
         job_file, overrides or (), lambda progress: messages.print(f"{progress['message']} …", style="dim")
@@ -99,7 +99,9 @@ def _script_facts(made: ScriptPlan) -> list[tuple[str, str]]:
 def _world_words(made: Plan) -> str:
     world = made.world
     nodes = f"{world.nodes} node{'s' if world.nodes > 1 else ''} x {world.processes_per_node}"
-    return f"{world.size} ranks: {nodes} on {made.machine.device_name}, {world.backend}, {made.precision}"
+    unseen = world.device == "cuda" and not made.machine.gpus
+    device = "GPUs, none of which is seen from here" if unseen else made.machine.device_name
+    return f"{world.size} ranks: {nodes} on {device}, {world.backend}, {made.precision}"
 
 
 def _batch_words(made: Plan) -> str:

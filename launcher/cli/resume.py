@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import typer
 
 from launcher.cli.console import RunConsole
 from launcher.cli.run import alone_in, carry_out, check_reach, interruptible
+from launcher.cli.watching import OUTPUT_DIR, RUN
 from launcher.errors import Problem, RequestError
 from launcher.job import Job, validate_job
-from launcher.job.read import apply_override
+from launcher.job.model import LENGTHS
+from launcher.job.read import apply_overrides
 from launcher.plan.batch import KEYS
 from launcher.plan.facts import MachineFacts
 from launcher.plan.model import Plan, ScriptPlan
@@ -20,43 +23,57 @@ from launcher.plan.resume import Start, continued
 from launcher.planning import check_job, make_plan
 from launcher.prepare.machine import measure_machine
 from launcher.run_dir import RunDir, read_manifest, universal_folder, write_atomic
+from launcher.watch.find import find_run
 
 _ORIGIN = "the resumed job"
-_SETTLED = ("name", "model.", "data.", "output_dir", "train.seed")
+_SETTLED = ("name", "model", "data", "output_dir", "train.seed")
+_CHANGES_NO_WEIGHT = tuple(
+    f"model.{name}" for name in ("gradient_checkpointing", "attn_implementation", "torch_compile", "liger")
+)
 _NOT_THE_CURVE = ("schedule.on_spike", "schedule.max_extensions", "schedule.check_every", "schedule.allow_unsafe")
 
 
 def resume(
-    run: Path = typer.Argument(..., metavar="RUN", help="A run directory."),
+    run: str = RUN,
     overrides: list[str] = typer.Argument(
         None, metavar="[SECTION.KEY=VALUE]...", help="What is to be other from here on."
     ),
+    output_dir: Path = OUTPUT_DIR,
 ) -> None:
     """Go on with a stopped or failed run from its last complete checkpoint, on other ranks or batches if need be.
 
     A changed batch or number of ranks keeps the learning rate where it was for the samples seen; a changed schedule
     begins at the update where the run stands.
     """
-    directory = RunDir(run.resolve())
-    if not directory.plan_file.is_file():
-        raise RequestError(Problem("there is no plan.json here, so this is not a run directory", file=str(run)))
+    directory = planned_run(find_run(run, output_dir).path)
     with alone_in(directory):
         go_on(directory, overrides or [], RunConsole())
 
 
-def go_on(directory: RunDir, overrides: list[str], console: RunConsole) -> None:
-    _refuse_script(directory)
-    plan, plan_file, start = _where_to_go_on(directory)
-    machine = measure_machine()
+def planned_run(path: Path) -> RunDir:
+    """The run directory at `path`. Raises RequestError where no run was ever planned in it."""
+    directory = RunDir(path.resolve())
+    if not directory.plan_file.is_file():
+        raise RequestError(Problem("there is no plan.json here, so this is not a run directory", file=str(path)))
+    return directory
+
+
+@dataclass(frozen=True)
+class Rest:
+    """The rest of a run: the plan for it, the file that holds that plan already, and where it starts."""
+
+    plan: Plan
+    plan_file: Path | None
+    start: Start
+
+
+def go_on(directory: RunDir, overrides: list[str], console: RunConsole, rest: Rest | None = None) -> None:
+    """Goes on with a run that the caller holds. `rest` is what `rest_of` made of the overrides, where it was asked."""
     with console.closing(), interruptible(console, directory) as interrupts:
-        if overrides:
-            plan, start = _changed(plan, start, overrides, machine, console)
-        if start.update >= plan.length.total_updates:
-            found = f"all {plan.length.total_updates} updates are made already"
-            mend = f"train.max_steps={2 * plan.length.total_updates} would train on"
-            raise RequestError(Problem(found, file=str(directory.path), mend=mend))
-        check_reach(plan.job, machine)
-        if overrides:
+        rest = rest or rest_of(directory, overrides, console)
+        plan, plan_file, start = rest.plan, rest.plan_file, rest.start
+        check_reach(plan.job, measure_machine())
+        if plan_file is None:
             # Only now: a request that is refused leaves no revision behind.
             plan_file = directory.next_plan_revision()
             write_atomic(plan_file, plan.to_json())
@@ -68,6 +85,24 @@ def go_on(directory: RunDir, overrides: list[str], console: RunConsole) -> None:
         directory.rewind(start.samples, start.update)
         directory.event("resume", update=start.update, samples=start.samples, overrides=overrides)
         carry_out(plan, plan_file, directory, console, start, interrupts)
+
+
+def job_of_run(directory: RunDir, overrides: list[str]) -> Job:
+    """The job of what is left of a run under the overrides. Raises RequestError as `rest_of` does."""
+    rest = where_to_go_on(directory)
+    return _job_with(rest.plan, overrides, measure_machine())[0]
+
+
+def rest_of(directory: RunDir, overrides: list[str], console: RunConsole) -> Rest:
+    """What is left of a run under the overrides. Raises RequestError where it cannot be gone on with."""
+    rest = where_to_go_on(directory)
+    if overrides:
+        rest = _changed(rest, overrides, measure_machine(), console)
+    total = rest.plan.length.total_updates
+    if rest.start.update >= total:
+        found = f"all {total} updates are made already"
+        raise RequestError(Problem(found, file=str(directory.path), mend=f"train.max_steps={2 * total} would train on"))
+    return rest
 
 
 def _refuse_script(directory: RunDir) -> None:
@@ -83,8 +118,9 @@ def _refuse_script(directory: RunDir) -> None:
         )
 
 
-def _where_to_go_on(directory: RunDir) -> tuple[Plan, Path, Start]:
-    """The plan in force at the last complete checkpoint, its file, and the start. Raises RequestError."""
+def where_to_go_on(directory: RunDir) -> Rest:
+    """The plan in force at the last complete checkpoint, and the start from there. Raises RequestError."""
+    _refuse_script(directory)
     saved = directory.complete_checkpoints()
     if not saved:
         raise RequestError(Problem("there is no complete checkpoint to go on from", file=str(directory.checkpoints)))
@@ -94,7 +130,7 @@ def _where_to_go_on(directory: RunDir) -> tuple[Plan, Path, Start]:
         plan = Plan.from_json(file.read_text())
         if plan.sha256 == manifest["plan_sha256"]:
             start = Start(checkpoint=str(checkpoint), update=manifest["update"], samples=manifest["samples"])
-            return plan, file, start
+            return Rest(plan, file, start)
     raise RequestError(
         Problem(
             f"the plan {manifest['plan_sha256'][:12]}… that made {checkpoint.name} is gone", file=str(directory.path)
@@ -102,10 +138,9 @@ def _where_to_go_on(directory: RunDir) -> tuple[Plan, Path, Start]:
     )
 
 
-def _changed(
-    old: Plan, start: Start, overrides: list[str], machine: MachineFacts, console: RunConsole
-) -> tuple[Plan, Start]:
-    """The plan for the rest of the run under the overrides, and where it starts."""
+def _changed(rest: Rest, overrides: list[str], machine: MachineFacts, console: RunConsole) -> Rest:
+    """The rest of the run under the overrides."""
+    old, start = rest.plan, rest.start
     job, keys = _job_with(old, overrides, machine)
     kept = old.recommendation.preset if old.recommendation and job.deepspeed == "auto" else None
     new = make_plan(job, check_job(job, _ORIGIN, machine), console.prepare, preset=kept)
@@ -116,12 +151,12 @@ def _changed(
     # Without ZeRO every rank has the whole state, and any number of ranks can load it.
     whole = plan.zero_stage == 0 and plan.precision == "fp32"
     convert = manifest["world_size"] != plan.world.size and not whole
-    return plan, start.model_copy(update={"update": plan.resumed.update, "convert": convert})
+    return Rest(plan, None, start.model_copy(update={"update": plan.resumed.update, "convert": convert}))
 
 
 def _changes_curve(key: str) -> bool:
     """Whether an override asks for another learning rate, or another length of the run."""
-    if key in ("train.max_steps", "train.num_train_epochs", "train.total_samples"):
+    if key in [f"train.{name}" for name in LENGTHS]:
         return True
     return key.startswith("schedule.") and key not in _NOT_THE_CURVE
 
@@ -129,14 +164,14 @@ def _changes_curve(key: str) -> bool:
 def _job_with(old: Plan, overrides: list[str], machine: MachineFacts) -> tuple[Job, list[str]]:
     """The job with its overrides, and their keys. The batch stays as it was unless they name it."""
     data: dict[str, Any] = old.job.model_dump(mode="json", exclude_unset=True)
-    keys = [".".join(apply_override(data, override)) for override in overrides]
+    keys = [".".join(key) for key in apply_overrides(data, overrides)]
     for key in keys:
-        if key.startswith(_SETTLED):
+        if _settled(key):
             raise RequestError(
                 Problem(
                     "a run goes on with the model and the data that it began with",
                     key=key,
-                    mend="launcher run starts anew",
+                    mend=f"launcher run starts anew; of the model {', '.join(_CHANGES_NO_WEIGHT)} may change",
                 )
             )
     train = data.setdefault("train", {})
@@ -152,6 +187,12 @@ def _job_with(old: Plan, overrides: list[str], machine: MachineFacts) -> tuple[J
         divides = batch % (kept * resolve_world(job, machine).data_parallel_size) == 0
         job = validate_job({**data, "train": {**train, micro: kept if divides else "auto"}}, origin=_ORIGIN)
     return job, keys
+
+
+def _settled(key: str) -> bool:
+    """Whether a run cannot go on with another value of this key."""
+    inside = any(key == settled or key.startswith(f"{settled}.") for settled in _SETTLED)
+    return inside and key not in _CHANGES_NO_WEIGHT
 
 
 def _convert(checkpoint: Path, directory: RunDir, console: RunConsole) -> None:

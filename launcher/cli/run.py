@@ -127,22 +127,29 @@ def carry_out(
     try:
         outcome = supervisor.run(start)
     except KeyboardInterrupt:
-        directory.enter("stopped", reason=interrupts.reason)
+        with suppress(OSError):
+            directory.enter("stopped", reason=interrupts.reason)
         console.note(f"stopped at once. {_how_to_go_on(plan, directory)}")
         raise
-    except RunFailed as error:
+    except (RunFailed, OSError) as error:
         from launcher.watch.why import failed_message
 
-        directory.enter("failed", reason=first_line(error), message=str(error))
+        _enter_failed(directory, error)
         raise RunFailed(failed_message(directory, str(error))) from None
     except BaseException as error:
-        directory.enter("failed", reason=first_line(error), message=str(error))
+        _enter_failed(directory, error)
         raise
     directory.enter(outcome.state, update=outcome.updates, reason=outcome.reason)
     _summarise(plan, directory, console, outcome)
     if outcome.state == "stopped":
         # As a shell says it of a command that a signal ended: what waits for a finished run must not go on.
         raise typer.Exit(1 if outcome.reason else 128 + supervisor.stop_signal)
+
+
+def _enter_failed(directory: RunDir, error: BaseException) -> None:
+    # A full disk must not hide what failed.
+    with suppress(OSError):
+        directory.enter("failed", reason=first_line(error), message=str(error))
 
 
 def _supervisor(plan: Plan, plan_file: Path, directory: RunDir, console: RunConsole) -> Supervisor:
@@ -259,9 +266,9 @@ def _await_request(directory: RunDir, interrupts: Interrupts, left: threading.Ev
         request = directory.stop_request()
         if request and request != heard:
             heard = request
-            interrupts.cancel(request)
             with suppress(OSError):
                 directory.event("stop_requested", **{key: request[key] for key in ("now", "by")})
+            interrupts.cancel(request)
 
 
 def _summarise(plan: Plan, directory: RunDir, console: RunConsole, outcome: Outcome) -> None:
@@ -295,9 +302,16 @@ def _how_far(plan: Plan, outcome: Outcome) -> str:
     return f" after update {outcome.updates} of {plan.length.total_updates}{saved}"
 
 
+def _resume_command(plan: Plan, directory: RunDir) -> str:
+    """A run that began inside a Slurm allocation needs another one."""
+    if "-slurm-" not in directory.path.name:
+        return "launcher resume"
+    return "launcher submit --resume" if "slurm" in plan.job.model_fields_set else "sbatch SCRIPT --resume"
+
+
 def _how_to_go_on(plan: Plan, directory: RunDir) -> str:
     if isinstance(plan, ScriptPlan):
         return "a script's own checkpoints are where it writes them; start it again with launcher exec"
     if directory.complete_checkpoints():
-        return f"go on with: launcher resume {directory.path}"
+        return f"go on with: {_resume_command(plan, directory)} {directory.path}"
     return "no checkpoint was saved, so the run begins anew with launcher run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -11,15 +12,20 @@ from pathlib import Path
 
 import typer
 
-from launcher.errors import Problem, RequestError
+from launcher.errors import Problem, RequestError, RunFailed
 
-RUN = typer.Argument(..., metavar="RUN", help="A run directory, or a run's name.")
+RUN = typer.Argument(..., metavar="RUN", help="A run directory; a run's name, or how it begins; or a job's name.")
 OUTPUT_DIR = typer.Option(Path("runs"), metavar="DIR", help="Where runs lie that are given by name.")
 
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """Ends quietly with Ctrl-C and where the output's reader has gone; tells plainly what of a run may not be read."""
+    """Ends quietly with Ctrl-C and where the output's reader has gone; tells plainly what of a run cannot be read.
+
+    What the output's encoding has no character for comes out as "?".
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         yield
         sys.stdout.flush()
@@ -31,3 +37,5 @@ def reading() -> Iterator[None]:
         raise typer.Exit(128 + signal.SIGINT) from None
     except PermissionError as error:
         raise RequestError(Problem("you may not read this", file=str(error.filename))) from None
+    except OSError as error:
+        raise RunFailed(str(error)) from None

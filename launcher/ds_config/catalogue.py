@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ class Key:
     deprecated: str | None = None
     alias: str | None = None
     required: bool = False
+
+
+# Their default is None, which says nothing of a type, and DeepSpeed reckons with them as they are.
+_UNTYPED = {
+    ("", "steps_per_print"): Key(("int", "float", "null"), bounds={"gt": 0}),
+    ("", "vocabulary_size"): Key(("int", "null")),
+    ("activation_checkpointing", "number_checkpoints"): Key(("int", "null")),
+}
 
 
 @dataclass(frozen=True)
@@ -81,12 +90,11 @@ def load_catalogue() -> Catalogue:
     except metadata.PackageNotFoundError:
         message = "deepspeed is not installed, and its keys are taken from it"
         raise RequestError(Problem(message, mend="pip install deepspeed")) from None
-    cached = _cache_file(version)
     try:
-        return from_json(json.loads(cached.read_text()))
-    except (OSError, ValueError, KeyError, TypeError):
+        return from_json(json.loads(_cache_file(version).read_text()))
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
         raw = _ask_deepspeed()
-        _keep(cached, raw)
+        _keep(version, raw)
         return from_json(raw)
 
 
@@ -100,6 +108,9 @@ def from_json(raw: dict[str, Any]) -> Catalogue:
         name: Block(_keys(found["params"])) if found["params"] is not None else None
         for name, found in raw["optimizers"].items()
     }
+    for (path, name), key in _UNTYPED.items():
+        if path in blocks and name in blocks[path].keys:
+            blocks[path] = replace(blocks[path], keys={**blocks[path].keys, name: key})
     return Catalogue(
         deepspeed=raw["deepspeed"],
         blocks=blocks,
@@ -131,7 +142,10 @@ def _block_types(name: str) -> tuple[str, ...]:
 
 
 def _cache_file(version: str) -> Path:
-    """Named after DeepSpeed's version and the builder's text, so that neither can go stale."""
+    """Named after DeepSpeed's version and the builder's text, so that neither can go stale.
+
+    Raises RuntimeError for a user without a home, as a container's may be.
+    """
     builder = Path(__file__).with_name("build_catalogue.py").read_bytes()
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     digest = hashlib.sha256(builder).hexdigest()[:12]
@@ -139,21 +153,27 @@ def _cache_file(version: str) -> Path:
 
 
 def _ask_deepspeed() -> dict[str, Any]:
-    command = [sys.executable, "-m", "launcher.ds_config.build_catalogue"]
+    command = [sys.executable, "-P", "-m", "launcher.ds_config.build_catalogue"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RequestError(Problem(f"deepspeed could not be asked for its keys: {last}"))
-    raw: dict[str, Any] = json.loads(done.stdout)
+    try:
+        raw: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        found = f"deepspeed was asked for its keys and answered {done.stdout[:80]!r}"
+        raise RequestError(Problem(found, mend="something prints before it does: look for a sitecustomize")) from None
     return raw
 
 
-def _keep(path: Path, raw: dict[str, Any]) -> None:
+def _keep(version: str, raw: dict[str, Any]) -> None:
     """Writes the cache in one move. Where it cannot be written, the next call asks again."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
+    with suppress(OSError, RuntimeError):
+        path = _cache_file(version)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(raw))
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            partial.write_text(json.dumps(raw))
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)

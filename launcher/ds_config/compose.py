@@ -16,9 +16,12 @@ from launcher.ds_config.facts import (
     AUTO,
     BATCH_KEYS,
     Precision,
+    as_bool,
+    as_number,
     bf16_key,
     offload,
     open_scheduler,
+    open_warmup,
     precision_of,
     zero_stage,
 )
@@ -40,6 +43,9 @@ BUCKET_SIZES: dict[str, tuple[str, Callable[[int], int]]] = {
     "stage3_prefetch_bucket_size": ("0.9 x hidden size squared", lambda hidden: int(0.9 * hidden * hidden)),
     "stage3_param_persistence_threshold": ("10 x hidden size", lambda hidden: 10 * hidden),
 }
+
+
+_GENERATED = "the generated schedule, which the JSON leaves open"
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,7 @@ def compose(user: DsConfig, decisions: Decisions) -> Composed:
         _optimizer,
         _scheduler,
         _zero,
+        _printing,
         _device_limits,
         _leftover_autos,
     ):
@@ -113,8 +120,14 @@ def _batches(draft: Draft, decisions: Decisions) -> None:
 def _sequence_parallel(draft: Draft, decisions: Decisions) -> None:
     """Without this key DeepSpeed counts every rank as one of data parallelism when it loads under ZeRO-3."""
     key, size = "sequence_parallel_size", decisions.sequence_parallel_size
-    if size is not None and (size > 1 or draft.get(key) is not None):
-        draft.settle(key, size, f"model.{key}", True, f"{size} ranks share each sequence")
+    found, job_key = draft.get(key), f"model.{key}"
+    if size is None or (size == 1 and found is None):
+        return
+    if job_key not in decisions.explicit and found != AUTO and as_number(found) != size:
+        message = f"{found!r} here, and the job does not say that ranks share sequences"
+        draft.problems.append(draft.user.problem(key, message, f"Set {job_key}: {found} in the job, or take it out."))
+    else:
+        draft.settle(key, size, job_key, True, f"{size} ranks share each sequence")
 
 
 def _precision(draft: Draft, decisions: Decisions) -> None:
@@ -128,13 +141,17 @@ def _precision(draft: Draft, decisions: Decisions) -> None:
     chosen = fixed or asked
     for block, name in ((bf16, "bf16"), ("fp16", "fp16")):
         wanted, found = chosen == name, draft.get(f"{block}.enabled")
-        if found == AUTO or (wanted and found is not True):
+        if draft.get(block) == AUTO:
+            draft.put(block, {"enabled": wanted}, f"precision {chosen}")
+        elif found == AUTO or (wanted and not as_bool(found)):
             _switch(draft, block, wanted, f"precision {chosen}")
+        elif found is not None and not isinstance(found, bool) and as_bool(found) is not None:
+            draft.put(f"{block}.enabled", as_bool(found), "as DeepSpeed reads it")
 
 
 def _switch(draft: Draft, block: str, on: bool, reason: str) -> None:
     found = draft.get(f"{block}.enabled")
-    if found is False:
+    if as_bool(found) is False:
         message = f"switched off here, but the plan needs {block}"
         draft.problems.append(
             draft.user.problem(f"{block}.enabled", message, 'Write "auto" here, or set model.dtype in the job.')
@@ -159,6 +176,8 @@ def _optimizer(draft: Draft, decisions: Decisions) -> None:
 
 
 def _complete_optimizer(draft: Draft, decisions: Decisions) -> None:
+    if draft.get("optimizer.params") == AUTO:
+        draft.drop("optimizer.params", "left open: what the plan decides follows")
     if draft.get("optimizer.type") in (None, AUTO):
         draft.put("optimizer.type", decisions.optimizer["type"], "the plan's optimizer")
     adam = str(draft.get("optimizer.type")).lower() in ADAM_TYPES
@@ -211,9 +230,17 @@ def _wholly_open(block: Any) -> bool:
 def _complete_scheduler(draft: Draft, decisions: Decisions) -> None:
     """Fills the "auto" in a scheduler that the user wrote, and holds its length against the job's."""
     known = _schedule_values(draft, decisions)
+    if draft.get("scheduler.params") == AUTO:
+        draft.drop("scheduler.params", "left open: what the generated schedule has follows")
     if decisions.scheduler and open_scheduler(draft.user):
         for name, value in decisions.scheduler["params"].items():
-            draft.put(f"scheduler.params.{name}", value, "the generated schedule, which the JSON leaves open")
+            path = f"scheduler.params.{name}"
+            zero = draft.get(path) not in (None, AUTO, value)
+            reason = "the warm-up begins with its first step: no update is spent at rate 0" if zero else _GENERATED
+            draft.put(path, value, reason)
+    elif open_warmup(draft.user):
+        reason = "the warm-up is left open, and DeepSpeed's own default is the steep log ramp"
+        draft.put("scheduler.params.warmup_type", "linear", reason)
     for name, value in list((draft.get("scheduler.params") or {}).items()):
         path = f"scheduler.params.{name}"
         if value == AUTO and known.get(name) is not None:
@@ -225,6 +252,7 @@ def _complete_scheduler(draft: Draft, decisions: Decisions) -> None:
 
 def _schedule_values(draft: Draft, decisions: Decisions) -> dict[str, Any]:
     values: dict[str, Any] = {"warmup_min_lr": 0.0, "warmup_max_lr": draft.get("optimizer.params.lr")}
+    values |= {"warmup_min_ratio": 0.0, "warmup_type": "linear", "last_batch_iteration": -1}
     values |= {"total_num_steps": decisions.total_num_steps, "warmup_num_steps": decisions.warmup_num_steps}
     generated: dict[str, Any] = (decisions.scheduler or {}).get("params", {})
     return values | generated
@@ -245,15 +273,21 @@ def _zero(draft: Draft, decisions: Decisions) -> None:
     if draft.get("zero_optimization.stage") == AUTO:
         draft.put("zero_optimization.stage", stage, "no stage was chosen: DeepSpeed's default")
     _bucket_sizes(draft, decisions.hidden_size)
-    gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    gather = _written(draft, "stage3_gather_16bit_weights_on_model_save")
     old_name = "zero_optimization.stage3_gather_fp16_weights_on_model_save"
     if stage == 3 and draft.get(gather) in (None, AUTO) and draft.get(old_name) is None:
         draft.put(gather, True, "for save_16bit_model in scripts; the launcher's own export gathers without it")
 
 
+def _written(draft: Draft, key: str) -> str:
+    """Where the JSON has a key of the ZeRO block: DeepSpeed takes stage3_ with and without it, and refuses both."""
+    path, short = (f"zero_optimization.{name}" for name in (key, key.removeprefix("stage3_")))
+    return short if draft.get(path) is None and draft.get(short) is not None else path
+
+
 def _bucket_sizes(draft: Draft, hidden: int | None) -> None:
     for key, (words, elements) in BUCKET_SIZES.items():
-        path = f"zero_optimization.{key}"
+        path = _written(draft, key)
         if draft.get(path) != AUTO:
             continue
         if hidden is None:
@@ -261,6 +295,11 @@ def _bucket_sizes(draft: Draft, hidden: int | None) -> None:
             draft.problems.append(draft.user.problem(path, message, "Write a number of elements, such as 5e7."))
         else:
             draft.put(path, elements(hidden), words)
+
+
+def _printing(draft: Draft, decisions: Decisions) -> None:
+    del decisions
+    draft.as_number("steps_per_print")
 
 
 def _device_limits(draft: Draft, decisions: Decisions) -> None:
@@ -272,12 +311,12 @@ def _device_limits(draft: Draft, decisions: Decisions) -> None:
     gpu_only = kind.lower() == "lamb" or (kind.lower() == "lion" and offload(draft.user).optimizer == "none")
     quantized = ("zero_optimization.zero_quantized_weights", "zero_optimization.zero_quantized_gradients")
     refusals = {
-        path: (draft.get(path) is True, "DeepSpeed has no quantizer on a CPU", "Leave the key out on CPUs.")
+        path: (as_bool(draft.get(path)), "DeepSpeed has no quantizer on a CPU", "Leave the key out on CPUs.")
         for path in quantized
     }
     refusals |= {
         "fp16.enabled": (
-            draft.get("fp16.enabled") is True,
+            as_bool(draft.get("fp16.enabled")),
             "DeepSpeed has no fp16 on a CPU",
             "Use bf16 or fp32.",
         ),

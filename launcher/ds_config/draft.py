@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.ds_config.facts import AUTO, as_number
+from launcher.ds_config.facts import AUTO, as_number, is_open
 from launcher.ds_config.read import DsConfig
 from launcher.errors import Problem, RequestError
 
@@ -73,6 +73,10 @@ class Draft:
     def settle(self, path: str, value: Any, job_key: str, explicit: bool, reason: str) -> None:
         """Fills a missing or "auto" key, and refuses a value that contradicts one set in the job."""
         found = self.get(path)
+        if isinstance(found, list) and isinstance(value, list) and len(found) == len(value) and is_open(found):
+            filled = [new if old == AUTO else old for old, new in zip(found, value, strict=True)]
+            self.put(path, filled, reason)
+            found = filled
         if found is None or found == AUTO:
             self.put(path, value, reason)
         elif as_number(found) == value or not explicit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,14 +24,29 @@ class Offload:
 
 
 def as_number(value: Any) -> Any:
-    """A number written as text ("1e-5", a string to YAML 1.1) as the number; the rest as it is."""
+    """A finite number written as text ("1e-5", a string to YAML 1.1) as the number; the rest as it is."""
     if not isinstance(value, str):
         return value
     try:
         number = float(value)
     except ValueError:
         return value
+    if not math.isfinite(number):
+        return value
     return int(number) if number.is_integer() and abs(number) < 2**53 else number
+
+
+def as_bool(value: Any) -> bool | None:
+    """A truth value as the pydantic of DeepSpeed's blocks takes it: true, 1, "true", "yes", "on"; None for no such."""
+    word = value.strip().lower() if isinstance(value, str) else value
+    if word in (True, "true", "1", "yes", "on", "t", "y"):
+        return True
+    return False if word in (False, "false", "0", "no", "off", "f", "n") else None
+
+
+def is_open(value: Any) -> bool:
+    """Whether a value is left to be filled in: "auto", or a list with "auto" in it, as betas: ["auto", "auto"]."""
+    return bool(value == AUTO or (isinstance(value, list) and AUTO in value))
 
 
 def batch_keys(user: DsConfig) -> dict[str, int]:
@@ -62,10 +78,30 @@ def scheduler_of(user: DsConfig) -> dict[str, Any] | None:
 
 
 def open_scheduler(user: DsConfig) -> str | None:
-    """The type of a scheduler that leaves all its params to "auto", as transformers' templates do; else None."""
+    """The type of a scheduler that leaves its params to "auto", as transformers' templates do; else None.
+
+    A start at update 0 or at rate 0 may be written out: those are DeepSpeed's defaults, and say no more than "auto".
+    """
     kind, params = user.get("scheduler.type"), user.get("scheduler.params")
-    left_open = isinstance(params, dict) and params and all(value == AUTO for value in params.values())
-    return kind if left_open and isinstance(kind, str) else None
+    if not isinstance(kind, str) or not isinstance(params, dict):
+        return kind if isinstance(kind, str) and params == AUTO else None
+    said = [name for name, value in params.items() if value != AUTO and value != _STARTS.get(name, AUTO)]
+    return kind if AUTO in params.values() and not said else None
+
+
+def open_warmup(user: DsConfig) -> bool:
+    """Whether a scheduler leaves the length of its warm-up to the plan and says nothing of the form.
+
+    DeepSpeed's default is the steep log ramp, which only who writes a length as well can have meant.
+    """
+    params = user.get("scheduler.params")
+    if not isinstance(params, dict) or not str(user.get("scheduler.type")).startswith("Warmup"):
+        return False
+    return params.get("warmup_num_steps") == AUTO and params.get("warmup_type") in (None, AUTO)
+
+
+_STARTS = {"last_batch_iteration": -1, "warmup_min_lr": 0, "warmup_min_ratio": 0}
+"""The params that say where a warm-up starts, at DeepSpeed's defaults."""
 
 
 def zero_stage(user: DsConfig) -> int:
@@ -84,6 +120,12 @@ def zero_stage(user: DsConfig) -> int:
     return 0 if stage == AUTO else int(stage)
 
 
+def zero_value(user: DsConfig, key: str) -> Any:
+    """The value of a key of the ZeRO block, whose stage3_ DeepSpeed takes with and without it; None where missing."""
+    found = user.get(f"zero_optimization.{key}")
+    return user.get(f"zero_optimization.{key.removeprefix('stage3_')}") if found is None else found
+
+
 def offload(user: DsConfig) -> Offload:
     """Where optimizer states and parameters are kept; the deprecated cpu_offload keys count."""
     zero = user.get("zero_optimization")
@@ -99,7 +141,7 @@ def clipping_of(user: DsConfig) -> float | None:
     value = as_number(user.get("gradient_clipping"))
     if value is None or value == AUTO:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise RequestError(user.problem("gradient_clipping", f"a number from 0 up was expected, found {value!r}"))
     return float(value)
 
@@ -117,15 +159,15 @@ def precision_of(user: DsConfig) -> Precision | None:
     Raises:
         RequestError: fp16 and bf16 are both on.
     """
-    on = {name: user.get(f"{block}.enabled") for name, block in (("bf16", bf16_key(user)), ("fp16", "fp16"))}
-    if on["bf16"] is True and on["fp16"] is True:
+    on = {name: as_bool(user.get(f"{block}.enabled")) for name, block in (("bf16", bf16_key(user)), ("fp16", "fp16"))}
+    if on["bf16"] and on["fp16"]:
         message = "fp16 and bf16 are both on: DeepSpeed takes one of them"
         raise RequestError(user.problem("fp16.enabled", message, "Switch fp16 off where the hardware has bf16."))
-    if on["bf16"] is True:
+    if on["bf16"]:
         return "bf16"
-    if on["fp16"] is True:
+    if on["fp16"]:
         return "fp16"
-    if (on["bf16"] is False and on["fp16"] in (False, None)) or user.get("torch_autocast.enabled") is True:
+    if (on["bf16"] is False and on["fp16"] in (False, None)) or as_bool(user.get("torch_autocast.enabled")):
         return "fp32"
     return None
 
@@ -135,7 +177,7 @@ def _block(user: DsConfig, name: str) -> dict[str, Any] | None:
     if not isinstance(block, dict) or not isinstance(block.get("type"), str):
         return None
     params = block.get("params")
-    numbers = {k: as_number(v) for k, v in (params if isinstance(params, dict) else {}).items() if v != AUTO}
+    numbers = {k: as_number(v) for k, v in (params if isinstance(params, dict) else {}).items() if not is_open(v)}
     return {"type": block["type"], "params": copy.deepcopy(numbers)}
 
 
@@ -143,4 +185,4 @@ def _device(block: Any, deprecated: Any) -> Literal["none", "cpu", "nvme"]:
     device = block.get("device") if isinstance(block, dict) else None
     if device == "nvme":
         return "nvme"
-    return "cpu" if device == "cpu" or (device is None and deprecated is True) else "none"
+    return "cpu" if device == "cpu" or (device is None and as_bool(deprecated)) else "none"

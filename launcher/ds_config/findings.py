@@ -26,7 +26,8 @@ class Finding:
     """One thing to mend. Lines and columns count from 1; 0 where the text is not known (an inline mapping).
 
     error: DeepSpeed fails, or trains something else than was asked for. warning: it runs, and probably hurts.
-    note: worth knowing. `unsafe`: it runs as written, and schedule.allow_unsafe in a job takes it.
+    note: worth knowing. `unsafe`: it runs as written, and schedule.allow_unsafe in a job takes it. `filled`: a plan
+    writes what is missing here.
     """
 
     line: int
@@ -37,6 +38,7 @@ class Finding:
     mend: str
     fix: Fix | None = None
     unsafe: bool = False
+    filled: bool = False
 
 
 def finding(
@@ -48,11 +50,12 @@ def finding(
     fix: Fix | None = None,
     *,
     unsafe: bool = False,
+    filled: bool = False,
 ) -> Finding:
     """A finding at the place of `path` in `config`."""
     place = config.place(path)
     line, column = (place.line, place.column) if place else (0 if config.text is None else 1,) * 2
-    return Finding(line, column, severity, path, message, mend, fix, unsafe)
+    return Finding(line, column, severity, path, message, mend, fix, unsafe, filled)
 
 
 def rename(config: DsConfig, path: str, name: str) -> Fix | None:
@@ -78,22 +81,44 @@ def rewrite(config: DsConfig, path: str, value: str) -> Fix | None:
     return Fix(place.value_start, place.value_end, value + comma)
 
 
+_OPPOSITES = (("min", "max"), ("read", "write"), ("first", "second"), ("param", "optimizer"), ("weights", "gradients"))
+
+
 def sure_match(name: str, valid: Iterable[str]) -> str | None:
-    """The one valid name so close to `name` that nothing else can have been meant, or None."""
+    """The one valid name so close to `name` that nothing else can have been meant, or None.
+
+    A few letters make another word of some: min and max, fp16 and bf16. Those are never taken for each other.
+    """
     names = list(valid)
-    matches = difflib.get_close_matches(name, names, n=2, cutoff=0.85)
     same = [known for known in names if known.lower() == name.lower()]
-    return same[0] if same else matches[0] if len(matches) == 1 else None
+    matches = same or difflib.get_close_matches(name, names, n=2, cutoff=0.85)
+    return matches[0] if len(matches) == 1 and not _opposed(name.lower(), matches[0].lower()) else None
+
+
+def _opposed(name: str, match: str) -> bool:
+    words, others = set(name.split("_")), set(match.split("_"))
+    pairs = (*_OPPOSITES, *((two, one) for one, two in _OPPOSITES))
+    swapped = any(one in words - others and two in others - words for one, two in pairs)
+    return swapped or name[:1] != match[:1] or ("bf" in name) != ("bf" in match)
+
+
+def made_fixes(findings: Iterable[Finding]) -> list[tuple[Finding, Fix]]:
+    """The fixes that can be made together, in the order of the text: of two that overlap the first."""
+    fixes = {one.fix: one for one in findings if one.fix is not None}
+    made, at = [], 0
+    for fix in sorted(fixes, key=lambda fix: (fix.start, fix.end)):
+        if fix.start >= at:
+            made.append((fixes[fix], fix))
+            at = fix.end
+    return made
 
 
 def apply_fixes(text: str, findings: Iterable[Finding]) -> str:
-    """`text` with every fix made: comments and layout stay, and of two that overlap the first is made."""
-    fixes = sorted({f.fix for f in findings if f.fix is not None}, key=lambda fix: (fix.start, fix.end))
+    """`text` with the fixes made: comments and layout stay."""
     parts, at = [], 0
-    for fix in fixes:
-        if fix.start >= at:
-            parts += [text[at : fix.start], fix.replacement]
-            at = fix.end
+    for _, fix in made_fixes(findings):
+        parts += [text[at : fix.start], fix.replacement]
+        at = fix.end
     return "".join(parts) + text[at:]
 
 

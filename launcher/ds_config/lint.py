@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from typing import Any
 
+from launcher.ds_config import meant
 from launcher.ds_config.catalogue import Block, Catalogue, Key
-from launcher.ds_config.facts import AUTO, as_number
+from launcher.ds_config.facts import AUTO, as_bool, as_number
 from launcher.ds_config.findings import (
     Finding,
     Fix,
@@ -25,28 +27,9 @@ from launcher.errors import nearest
 
 __all__ = ["Finding", "Fix", "apply_fixes", "lint"]
 
-# Names from other tools, and where DeepSpeed has what they mean.
-MEANT = {
-    "lr": "optimizer.params.lr",
-    "learning_rate": "optimizer.params.lr",
-    "weight_decay": "optimizer.params.weight_decay",
-    "max_grad_norm": "gradient_clipping",
-    "per_device_train_batch_size": "train_micro_batch_size_per_gpu",
-    "micro_batch_size": "train_micro_batch_size_per_gpu",
-    "batch_size": "train_batch_size",
-    "global_batch_size": "train_batch_size",
-    "zero_stage": "zero_optimization.stage",
-    "warmup_steps": "scheduler.params.warmup_num_steps",
-    "lr_scheduler": "scheduler",
-}
-PYTHON_WORDS = {
-    "True": "true",
-    "False": "false",
-    "None": "null",
-    "true": "true",
-    "false": "false",
-    "null": "null",
-}
+_LARGEST_INT = 2**63
+"""From here on pydantic takes no float for a whole number."""
+PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
 def lint(config: DsConfig, *, world_size: int | None = None, keys: Catalogue) -> list[Finding]:
@@ -71,7 +54,8 @@ def _block(config: DsConfig, data: dict[str, Any], path: str, keys: Catalogue) -
             yield from _unknown(config, key_path, block, keys)
         else:
             yield from _value(config, key_path, value, block.keys[name], block.model)
-            yield from _deprecated(config, key_path, value, block.keys[name])
+            yield from _twice(config, key_path, block.keys[name])
+            yield from _deprecated(config, key_path, value, block)
             if isinstance(value, dict) and key_path in keys.blocks:
                 yield from _block(config, value, key_path, keys)
 
@@ -103,24 +87,35 @@ def _unknown(config: DsConfig, path: str, block: Block, keys: Catalogue) -> Iter
 
 def _elsewhere(path: str, name: str, keys: Catalogue) -> str | None:
     """Where a key stands that was written one level too high or too low, or under another tool's name."""
-    if "." not in path and name in MEANT:
-        return MEANT[name]
+    if "." not in path and name in meant.KEYS:
+        return meant.KEYS[name]
     homes = [home for home, block in keys.blocks.items() if name in block.names and name != "enabled"]
     return f"{homes[0]}.{name}".lstrip(".") if len(homes) == 1 else None
 
 
-def _deprecated(config: DsConfig, path: str, value: Any, key: Key) -> Iterator[Finding]:
+def _twice(config: DsConfig, path: str, key: Key) -> Iterator[Finding]:
+    """A key under both of its names, as stage3_prefetch_bucket_size and prefetch_bucket_size."""
+    other = f"{path.rpartition('.')[0]}.{key.alias}"
+    if key.alias is not None and config.get(other, config) is not config:
+        message = f"another name of {key.alias}, which stands here too: DeepSpeed fails on both"
+        yield finding(config, "error", path, message, "Take this one out.")
+
+
+def _deprecated(config: DsConfig, path: str, value: Any, found_in: Block) -> Iterator[Finding]:
+    block, _, name = path.rpartition(".")
+    key, fix = found_in.keys[name], None
     if key.deprecated is None:
         return
-    block, _, name = path.rpartition(".")
-    fix = None
-    if name in ("cpu_offload", "cpu_offload_param") and value is True:
+    new = found_in.keys.get(key.deprecated)
+    new_name = (new.alias if new else None) or key.deprecated
+    switched_off = name in ("cpu_offload", "cpu_offload_param") and not as_bool(value)
+    if name in ("cpu_offload", "cpu_offload_param") and as_bool(value):
         fix = _offload_fix(config, path, key.deprecated)
     elif name == "stage3_gather_fp16_weights_on_model_save":
         fix = rename(config, path, "stage3_gather_16bit_weights_on_model_save")
-    mend = f"Use {key.deprecated} in its place." if key.deprecated else "Take it out."
-    if config.get(f"{block}.{key.deprecated}") is not None:
-        message = f"deprecated, and DeepSpeed fails when {key.deprecated} is set beside it"
+    mend = f"Use {new_name} in its place." if new_name and not switched_off else "Take it out."
+    if any(config.get(f"{block}.{beside}") is not None for beside in (key.deprecated, new_name)):
+        message = f"deprecated, and DeepSpeed fails when {new_name} is set beside it"
         yield finding(config, "error", path, message, "Take this one out.")
     else:
         yield finding(config, "warning", path, "deprecated by DeepSpeed", mend, fix)
@@ -148,11 +143,13 @@ def _params(config: DsConfig, keys: Catalogue) -> Iterator[Finding]:
                 message = "DeepSpeed refuses it as an optimizer parameter"
                 yield finding(config, "error", path, message, "Use gradient_clipping at the top of the JSON.")
             elif key not in block.keys:
-                close, sure = nearest(key, block.names), sure_match(key, block.names)
-                mend = f"Did you mean {close}?" if close else f"It takes {', '.join(sorted(block.names))}."
-                fix = rename(config, path, sure) if sure else None
+                said = meant.scheduler_param(written, key) if name == "scheduler" else None
+                close, sure = nearest(key, block.names), None if said else sure_match(key, block.names)
+                guess = f"Did you mean {close}?" if close else f"It takes {', '.join(sorted(block.names))}."
+                mend, fix = said or guess, rename(config, path, sure) if sure else None
                 yield finding(config, "error", path, f"{written} has no such parameter and fails on it", mend, fix)
-            elif not isinstance(value, list) or "list" in block.keys[key].types:
+            # A scheduler takes a list for most numbers: one for each parameter group.
+            elif name == "optimizer" or not isinstance(value, list) or "list" in block.keys[key].types:
                 yield from _value(config, path, value, block.keys[key], False)
 
 
@@ -175,9 +172,11 @@ def _value(config: DsConfig, path: str, value: Any, key: Key, model: bool) -> It
     if problem:
         yield finding(config, "error", path, problem, f"Write {_expected(key)}.")
     elif key.choices and value not in key.choices:
-        close = nearest(str(value), [str(choice) for choice in key.choices])
-        mend = f"Did you mean {close}?" if close else f"Take one of {', '.join(map(str, key.choices))}."
-        fix = rewrite(config, path, f'"{close}"') if close and isinstance(value, str) else None
+        choices = [str(choice) for choice in key.choices]
+        close, sure = nearest(str(value), choices), sure_match(str(value), choices)
+        guess = f"Did you mean {close}?" if close else f"Take one of {', '.join(choices)}."
+        mend = meant.value(path, value) or guess
+        fix = rewrite(config, path, f'"{sure}"') if sure and isinstance(value, str) else None
         yield finding(config, "error", path, f"{shown(value)} is none of its values", mend, fix)
     else:
         yield from _bounds(config, path, value, key)
@@ -186,11 +185,13 @@ def _value(config: DsConfig, path: str, value: Any, key: Key, model: bool) -> It
 def _text(config: DsConfig, path: str, value: str, key: Key, model: bool) -> Iterator[Finding]:
     """Text where something else belongs: a number in quotes, Python's True, or just wrong."""
     word, number = value.rstrip(",").strip(), as_number(value.rstrip(",").strip())
-    if word in PYTHON_WORDS and {"bool", "null"} & set(key.types):
-        harmless = model and value.lower() in ("true", "false")
-        message = f"text {value!r} where true or false belongs" + ("" if harmless else ": DeepSpeed takes it wrongly")
-        fix = rewrite(config, path, PYTHON_WORDS[word])
-        yield finding(config, "note" if harmless else "error", path, message, f"Write {PYTHON_WORDS[word]}.", fix)
+    truth = as_bool(word) if "bool" in key.types else None
+    if truth is not None or ("null" in key.types and word in ("None", "null")):
+        harmless = model and as_bool(value) is not None
+        right = PYTHON_WORDS[str(truth)]
+        message = f"text {value!r} where {right} belongs" + ("" if harmless else ": DeepSpeed takes it wrongly")
+        fix = rewrite(config, path, right)
+        yield finding(config, "note" if harmless else "error", path, message, f"Write {right}.", fix)
     elif not isinstance(number, str) and {"int", "float"} & set(key.types):
         problem = _type_problem(number, key)
         harmless = model and not problem and _is_pydantic_int(value, key)
@@ -208,11 +209,13 @@ def _is_pydantic_int(text: str, key: Key) -> bool:
 
 def _type_problem(value: Any, key: Key) -> str | None:
     kind = "null" if value is None else type(value).__name__
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"found {shown(value)}, which JSON does not have"
     if kind in key.types or (kind == "int" and "float" in key.types):
         return None
-    if isinstance(value, float) and "int" in key.types and value.is_integer():
+    if isinstance(value, float) and "int" in key.types and value.is_integer() and abs(value) < _LARGEST_INT:
         return None
-    if kind == "int" and "bool" in key.types and value in (0, 1):
+    if kind == "int" and "bool" in key.types and "dict" not in key.types and value in (0, 1):
         return None
     return f"found {shown(value)}"
 

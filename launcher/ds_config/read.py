@@ -7,6 +7,7 @@ hjson keeps no positions; this reader walks the text with hjson's own scanners a
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -82,7 +83,7 @@ def read_ds_config(path: str | Path) -> DsConfig:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
             text = file.read()
     except FileNotFoundError:
-        raise RequestError(_problem(origin, "there is no such file", "Check deepspeed: in the job file.")) from None
+        raise RequestError(_problem(origin, "there is no such file")) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(_problem(origin, f"cannot be read: {error}")) from None
     return parse_ds_config(text, origin)
@@ -125,6 +126,8 @@ def _with_numbers(node: Any) -> Any:
         return [_with_numbers(value) for value in node]
     if isinstance(node, str) and _EXPONENT.fullmatch(node):
         number = float(node)
+        if not math.isfinite(number):
+            return node
         return int(number) if number.is_integer() else number
     return node
 
@@ -206,8 +209,18 @@ class _Reader:
             multiline = self.text.startswith("'''", at)
             found = scan.mlscanstring(self.text, at) if multiline else scan.scanstring(self.text, at + 1)
         else:
-            found = scan.scantfnns(self._numbers, self.text, at)
+            found = self._bare(at)
         return found[0], found[1]
+
+    def _bare(self, at: int) -> tuple[Any, int]:
+        """A number, true, false, null, or text without quotes."""
+        try:
+            value, end = scan.scantfnns(self._numbers, self.text, at)
+        except (OverflowError, ValueError):
+            raise HjsonDecodeError("a number too large to be read", self.text, at) from None
+        if isinstance(value, float) and not math.isfinite(value):
+            raise HjsonDecodeError("a number too large to be read", self.text, at)
+        return value, end
 
     def _array(self, at: int, path: str) -> tuple[list[Any], int]:
         values: list[Any] = []

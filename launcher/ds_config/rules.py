@@ -5,12 +5,14 @@ Each rule is a generator of findings over one `Case`. What they claim of DeepSpe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.ds_config import meant
 from launcher.ds_config.catalogue import Catalogue
-from launcher.ds_config.facts import AUTO, BATCH_KEYS, Offload, as_number, bf16_key, offload
+from launcher.ds_config.facts import AUTO, BATCH_KEYS, Offload, as_bool, as_number, bf16_key, is_open, offload
 from launcher.ds_config.findings import Finding, Severity, finding, rewrite
 from launcher.ds_config.read import DsConfig
 from launcher.ds_config.schedule_rules import schedule_rules
@@ -39,7 +41,10 @@ class Case:
         return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
     def on(self, path: str) -> bool:
-        return self.config.get(path) is True
+        return as_bool(self.config.get(path)) is True
+
+    def off(self, path: str) -> bool:
+        return as_bool(self.config.get(path)) is False
 
 
 def combinations(config: DsConfig, world_size: int | None, keys: Catalogue) -> Iterator[Finding]:
@@ -70,6 +75,9 @@ def _precision(case: Case) -> Iterator[Finding]:
     for path in (f"{bf16}.bf16_master_weights_and_grads", "fp16.fp16_master_weights_and_grads"):
         if case.on(path) and case.stage == 0:
             yield case.found("error", path, "fails without ZeRO", "Set zero_optimization.stage to 1, 2 or 3.")
+    scale = case.number("fp16.loss_scale")
+    if scale is not None and scale < 0:
+        yield case.found("error", "fp16.loss_scale", f"found {scale!r}", "Write 0, which lets DeepSpeed adapt it.")
     states = f"{bf16}.bf16_optimizer_states"
     if case.on(states) and not case.on(f"{bf16}.bf16_master_weights_and_grads"):
         message = "fails without bf16_master_weights_and_grads"
@@ -118,8 +126,9 @@ def _stage_keys(case: Case) -> Iterator[Finding]:
         message = "no stage is set, which means stage 0: nothing in this block has an effect"
         yield case.found("warning", ZERO, message, "Add a stage: 1, 2 or 3.")
         return
+    names = case.keys.blocks[ZERO].keys
     for key, value in block.items():
-        if case.stage < 3 and _needs_stage3(key, value):
+        if case.stage < 3 and _needs_stage3((names[key].alias if key in names else None) or key, value):
             message = f"has no effect under stage {case.stage}: it is a key of ZeRO-3"
             yield case.found("warning", f"{ZERO}.{key}", message, "Set stage to 3, or take it out.")
 
@@ -130,7 +139,7 @@ def _needs_stage3(key: str, value: Any) -> bool:
     if key == "zero_hpz_partition_size":
         return as_number(value) not in (0, 1)
     if key in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
-        return value is True
+        return as_bool(value) is True
     return key.startswith("stage3_")
 
 
@@ -163,13 +172,33 @@ def _optimizer(case: Case) -> Iterator[Finding]:
     if name is None:
         same = (known for known in case.keys.optimizers if known.lower() == written.lower())
         close = next(same, None) or nearest(written, case.keys.optimizers)
-        mend = f"Did you mean {close}?" if close else "Take AdamW, or another of torch.optim."
+        guess = f"Did you mean {close}?" if close else "Take AdamW, or another of torch.optim."
+        mend = meant.OPTIMIZERS.get(written.lower(), guess)
         yield case.found("error", "optimizer.type", f"{written} is no optimizer of DeepSpeed or PyTorch", mend)
         return
     yield from _optimizer_under_zero(case, written, name)
-    if case.config.get("optimizer.params.lr") is None:
+    if case.config.get("optimizer.params.lr") is None and case.config.get("optimizer.params") != AUTO:
         message = "no lr: the optimizer's own default is taken, 1e-3 for Adam, far too high for fine-tuning"
-        yield case.found("warning", "optimizer", message, 'Add "lr" to its params, or "lr": "auto".')
+        mend = 'Add "lr" to its params, or "lr": "auto".'
+        yield finding(case.config, "warning", "optimizer", message, mend, filled=True)
+
+
+def _optimizer_values(case: Case) -> Iterator[Finding]:
+    """What torch.optim refuses, and DeepSpeed's own kernels take without a word."""
+    betas = case.config.get("optimizer.params.betas")
+    if betas is not None and not is_open(betas) and not _is_betas(betas):
+        message = f"found {betas!r}"
+        yield case.found("error", "optimizer.params.betas", message, "Write two numbers from 0 to below 1.")
+    for name in ("lr", "eps", "weight_decay"):
+        value = case.number(path := f"optimizer.params.{name}")
+        if value is not None and not 0 <= value < math.inf:
+            yield case.found("error", path, f"found {value!r}", "Write a number from 0 up.")
+
+
+def _is_betas(value: Any) -> bool:
+    numbers = value if isinstance(value, list) else []
+    sane = [isinstance(one, (int, float)) and not isinstance(one, bool) and 0 <= one < 1 for one in numbers]
+    return sane == [True, True]
 
 
 def _optimizer_under_zero(case: Case, written: str, name: str) -> Iterator[Finding]:
@@ -190,7 +219,7 @@ def _optimizer_under_zero(case: Case, written: str, name: str) -> Iterator[Findi
 def _client_optimizer(case: Case) -> Iterator[Finding]:
     """Only where nothing is left to fill: such a JSON is meant for a script that makes its own optimizer."""
     left_open = any(case.config.get(key) == AUTO for key in (*BATCH_KEYS, "gradient_clipping"))
-    forced = case.config.get("zero_force_ds_cpu_optimizer") is not False
+    forced = not case.off("zero_force_ds_cpu_optimizer")
     if left_open or case.config.get("optimizer") is not None or case.offload.optimizer == "none" or not forced:
         return
     message = "offload without an optimizer block: a script's own optimizer must be DeepSpeedCPUAdam, else it fails"
@@ -201,7 +230,7 @@ def _scale_of_sums(case: Case) -> Iterator[Finding]:
     if case.config.get("gradient_allreduce_op") == "sum" and case.stage == 3:
         message = '"sum" fails with stage 3'
         yield case.found("error", "gradient_allreduce_op", message, 'Write "mean".')
-    if case.config.get(f"{ZERO}.compute_grad_norm") is False and case.stage in (0, 3):
+    if case.off(f"{ZERO}.compute_grad_norm") and case.stage in (0, 3):
         message = f"fails under stage {case.stage}"
         yield case.found("error", f"{ZERO}.compute_grad_norm", message, "Take it out.")
     for key in ("communication_data_type", "seq_parallel_communication_data_type"):
@@ -216,8 +245,8 @@ def _scale_of_sums(case: Case) -> Iterator[Finding]:
 
 def _clipping(case: Case) -> Iterator[Finding]:
     value = case.number("gradient_clipping")
-    if value is not None and value < 0:
-        message = f"{value} is below 0: DeepSpeed takes it and does not clip"
+    if value is not None and not 0 <= value < math.inf:
+        message = f"{value} is {'below 0' if value < 0 else 'no number'}: DeepSpeed takes it and does not clip"
         yield case.found("error", "gradient_clipping", message, "Write 1.0, or 0 to leave gradients alone.")
     elif value == 0:
         message = "gradients are not clipped: one bad batch can undo a fine-tuning"
@@ -233,12 +262,12 @@ def _many_nodes(case: Case) -> Iterator[Finding]:
 
 
 def _gathering(case: Case) -> Iterator[Finding]:
-    path = f"{ZERO}.stage3_gather_16bit_weights_on_model_save"
-    if case.stage == 3 and case.config.get(path) is False:
-        message = "save_16bit_model, and with it transformers' Trainer, then saves no weights"
-        yield case.found(
-            "note", path, message, "Write true where a script saves; the launcher's own export needs neither."
-        )
+    names = ("stage3_gather_16bit_weights_on_model_save", "gather_16bit_weights_on_model_save")
+    for path in (f"{ZERO}.{name}" for name in names):
+        if case.stage == 3 and case.off(path):
+            message = "save_16bit_model, and with it transformers' Trainer, then saves no weights"
+            mend = "Write true where a script saves; the launcher's own export needs neither."
+            yield case.found("note", path, message, mend)
 
 
 RULES: tuple[Callable[[Case], Iterator[Finding]], ...] = (
@@ -247,6 +276,7 @@ RULES: tuple[Callable[[Case], Iterator[Finding]], ...] = (
     _stage_keys,
     _offloading,
     _optimizer,
+    _optimizer_values,
     _client_optimizer,
     _scale_of_sums,
     _clipping,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from launcher.ds_config.catalogue import Catalogue
-from launcher.ds_config.facts import AUTO, as_number
+from launcher.ds_config.facts import AUTO, as_number, open_warmup
 from launcher.ds_config.findings import Finding, Severity, finding, rewrite
 from launcher.ds_config.read import DsConfig
 from launcher.errors import nearest
@@ -85,7 +85,11 @@ def _too_long(config: DsConfig, updates: Any, total: Any, by_default: bool) -> F
 def _warmup_type(config: DsConfig, params: dict[str, Any], kind: str) -> Iterator[Finding]:
     form = params.get("warmup_type")
     path = "scheduler.params.warmup_type"
-    if form is None:
+    if open_warmup(config):
+        if form is None:
+            message = "no warmup_type: the launcher fills in linear; transformers' Trainer leaves the steep log ramp"
+            yield finding(config, "note", "scheduler.params", message, 'Add "warmup_type": "linear".')
+    elif form is None:
         message = "no warmup_type: the default is log, at 35% of the peak after 10 of 1000 updates"
         yield finding(config, "warning", "scheduler.params", message, 'Add "warmup_type": "linear".')
     elif form == "log":

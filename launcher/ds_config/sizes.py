@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.ds_config.compose import BUCKET_SIZES
-from launcher.ds_config.facts import AUTO, Offload, as_number, offload, zero_stage
+from launcher.ds_config.facts import AUTO, Offload, as_bool, as_number, offload, zero_stage, zero_value
 from launcher.ds_config.read import DsConfig
 
 
@@ -35,19 +35,19 @@ def zero_sizes(user: DsConfig, hidden_size: int) -> ZeroSizes:
     """The sizes of `user` as `compose` completes it. Raises RequestError where the stage is none."""
     stage = zero_stage(user)
     size = _Reader(user, hidden_size)
-    overlap = user.get("zero_optimization.overlap_comm")
+    overlap = as_bool(user.get("zero_optimization.overlap_comm"))
     return ZeroSizes(
         stage=stage,
         offload=offload(user),
         reduce_bucket_size=size("reduce_bucket_size", 500_000_000),
-        overlap_comm=overlap if isinstance(overlap, bool) else stage == 3,
+        overlap_comm=stage == 3 if overlap is None else overlap,
         prefetch_bucket_size=size("stage3_prefetch_bucket_size", 50_000_000),
         persistence_threshold=size("stage3_param_persistence_threshold", 100_000),
         max_live_parameters=size("stage3_max_live_parameters", 1_000_000_000),
         max_reuse_distance=size("stage3_max_reuse_distance", 1_000_000_000),
         sub_group_size=size("sub_group_size", 1_000_000_000),
         hpz_partition_size=size("zero_hpz_partition_size", 1),
-        pinned=user.get("zero_optimization.offload_optimizer.pin_memory") is not False,
+        pinned=as_bool(user.get("zero_optimization.offload_optimizer.pin_memory")) is not False,
         nvme_optimizer_buffers=size("offload_optimizer.buffer_count", 4),
         nvme_parameter_elements=size("offload_param.buffer_count", 5) * size("offload_param.buffer_size", 100_000_000),
     )
@@ -60,7 +60,7 @@ class _Reader:
         self._user, self._hidden = user, hidden_size
 
     def __call__(self, key: str, default: int) -> int:
-        value: Any = self._user.get(f"zero_optimization.{key}")
+        value: Any = zero_value(self._user, key)
         if value == AUTO and key in BUCKET_SIZES:
             return BUCKET_SIZES[key][1](self._hidden)
         number = as_number(value)

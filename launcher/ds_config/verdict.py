@@ -12,7 +12,7 @@ from launcher.ds_config.lint import lint
 from launcher.ds_config.read import DsConfig
 from launcher.errors import Problem, RequestError
 
-_CONVERTED = (*BATCH_KEYS, "gradient_clipping", "optimizer.params.", "scheduler.params.")
+_CONVERTED = (*BATCH_KEYS, "gradient_clipping", "steps_per_print", "optimizer.params.", "scheduler.params.")
 """Where `compose` turns numbers in quotes into numbers, and says so."""
 
 
@@ -24,7 +24,7 @@ def approve(
     replaced: tuple[str, ...] = (),
     allow_unsafe: bool = False,
 ) -> tuple[str, ...]:
-    """The warnings about `config`, each with its line and mend, where nothing in it is wrong.
+    """The warnings about `config` that a plan does not answer by itself, each with its line and mend.
 
     `replaced` are blocks that the launcher writes anew, so that what stands in them does not count; `allow_unsafe` is
     the user's word for what runs and is not safe. Raises RequestError with every error.
@@ -34,7 +34,7 @@ def approve(
     errors = [one for one in found if one.severity == "error" and one not in taken]
     if errors:
         raise RequestError(*(_problem(config, one) for one in errors))
-    told = [one for one in found if one.severity == "warning" or (one.unsafe and allow_unsafe)]
+    told = [one for one in found if (one.severity == "warning" and not one.filled) or (one.unsafe and allow_unsafe)]
     return tuple(str(_problem(config, one)) for one in told)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
@@ -167,8 +168,6 @@ class Agent:
             self._news.notify_all()
 
     def _hear(self, event: Event) -> None:
-        if event["report"] == "exit":
-            self._note(f"rank {event['rank']} ended with {event['code']}")
         if self._heartbeat is not None:
             self._heartbeat.hear(event)
         # Updates are for the heartbeat: there are many of them, and metrics.jsonl has them.
@@ -177,13 +176,24 @@ class Agent:
         with self._news:
             self._events.append(event)
             self._news.notify_all()
+        if event["report"] == "exit":
+            self._note(f"rank {event['rank']} ended with {event['code']}")
 
     @staticmethod
     def _inherited() -> dict[str, str]:
-        """What ranks get of the agent's environment: nothing of Ray's."""
-        return {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        """What ranks get of the agent's environment: nothing of Ray's, and the tools of this Python's environment.
+
+        DeepSpeed builds its kernels with the ninja that was installed with it, which is not found otherwise where the
+        launcher was called by its path.
+        """
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        tools = str(Path(sys.executable).parent)
+        path = inherited.get("PATH", os.defpath)
+        return inherited if tools in path.split(os.pathsep) else {**inherited, "PATH": f"{tools}{os.pathsep}{path}"}
 
     def _note(self, text: str) -> None:
-        if self._log is not None:
-            with self._log.open("a") as file:
-                file.write(f"{utc_now()} {text}\n")
+        if self._log is None:
+            return
+        # A full disk must not keep the agent from ending ranks, or from telling of their ends.
+        with contextlib.suppress(OSError), self._log.open("a") as file:
+            file.write(f"{utc_now()} {text}\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from launcher.fleet.meeting import Guest, Meeting, attend, common_address
 from launcher.fleet.network import own_addresses
 from launcher.fleet.nodes import use_token, write_token
 from launcher.fleet.own_ray import OwnRay
+from launcher.fleet.refusals import Refusals
 from launcher.run_dir import RunDir
 from launcher.tail import last_lines
 
@@ -23,7 +24,7 @@ _LOG_LINES = 20
 
 
 @contextmanager
-def first_node(allocation: Allocation, run: RunDir, wait_seconds: float) -> Iterator[None]:
+def first_node(allocation: Allocation, run: RunDir, wait_seconds: float, refusals: Refusals) -> Iterator[None]:
     """Has a Ray over all nodes inside the block, joined by whoever asks for the environment's. Raises RunFailed.
 
     At the end, however it comes, the other nodes are told, and everything that was started here is ended.
@@ -34,36 +35,42 @@ def first_node(allocation: Allocation, run: RunDir, wait_seconds: float) -> Iter
     write_token(key_file)
     meeting = Meeting(_meeting_file(run, allocation), key_file.read_text(), allocation.nodes - 1)
     ray: OwnRay | None = None
-    guests: list[Guest] = []
     # Closed last of all: Ray writes to it until its end.
     with node_log(run, allocation).open("ab") as log:
         try:
             meeting.publish()
-            guests = meeting.wait(wait_seconds)
-            _check_all_came(allocation, run, guests, wait_seconds)
+            guests = meeting.wait(wait_seconds, refusals.check)
+            _check_all_came(allocation, guests, wait_seconds)
             address = common_address(guests) if guests else own_addresses()[0]
             use_token(key_file)
             ray = OwnRay(allocation, address, None, log)
             ray.start()
+            refusals.met()
             _start_others(run, guests, address, ray.address)
             os.environ["RAY_ADDRESS"] = ray.address
             yield
         finally:
-            for guest in guests:
-                guest.line.close()
             meeting.close()
             if ray is not None:
                 ray.end()
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def other_node(allocation: Allocation, run: RunDir, wait_seconds: float) -> None:
-    """Starts this node's part of the Ray and holds it until the first node lets go. Raises RunFailed."""
+def other_node(
+    allocation: Allocation, run: RunDir, wait_seconds: float, refusals: Refusals, attended: Callable[[], None]
+) -> None:
+    """Starts this node's part of the Ray and holds it until the first node lets go. Raises RunFailed.
+
+    `attended` is called once the first node is there, whose end this one waits for.
+    """
     key_file = _key_file(run.cluster)
-    line = attend(_meeting_file(run, allocation), key_file.read_text, allocation.node, wait_seconds)
+    line = attend(_meeting_file(run, allocation), key_file, allocation.node, wait_seconds, refusals.check)
+    attended()
     order = line.receive(None)
     if order is None:
+        refusals.follow()
         return
+    refusals.met()
     use_token(key_file)
     try:
         with node_log(run, allocation).open("ab") as log:
@@ -82,9 +89,13 @@ def other_node(allocation: Allocation, run: RunDir, wait_seconds: float) -> None
 
 def node_log(run: RunDir, allocation: Allocation) -> Path:
     """Where a node's Ray writes what it has to say."""
-    folder = run.node_logs(allocation.node, socket.gethostname())
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / "node.log"
+    log = _node_log(run, allocation.node, socket.gethostname())
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return log
+
+
+def _node_log(run: RunDir, node: int, host: str) -> Path:
+    return run.node_logs(node, host) / "node.log"
 
 
 def _start_others(run: RunDir, guests: list[Guest], address: str, ray_address: str) -> None:
@@ -100,25 +111,28 @@ def _start_others(run: RunDir, guests: list[Guest], address: str, ray_address: s
             answer = {"failed": f"no answer within {_STARTED_SECONDS:.0f} s"}
         if not (answer or {}).get("up"):
             reason = (answer or {"failed": "its task ended"})["failed"]
-            raise RunFailed(_log_end(run, guest.node, guest.host, reason))
+            raise RunFailed(f"{_not_up(guest.node, guest.host, reason)}\n{_log_end(run, guest)}")
 
 
-def _check_all_came(allocation: Allocation, run: RunDir, guests: list[Guest], wait_seconds: float) -> None:
+def _check_all_came(allocation: Allocation, guests: list[Guest], wait_seconds: float) -> None:
     came = {0, *(guest.node for guest in guests)}
     missing = [(node, host) for node, host in enumerate(allocation.hosts) if node not in came]
     if missing:
-        reason = f"it did not answer within {wait_seconds:.0f} s"
-        raise RunFailed("\n".join(_log_end(run, node, host, reason) for node, host in missing))
+        reason = f"it did not answer within {wait_seconds:.0f} s; see the batch job's own output"
+        raise RunFailed("\n".join(_not_up(node, host, reason) for node, host in missing))
 
 
-def _log_end(run: RunDir, node: int, host: str, reason: str) -> str:
-    """A node that did not come up, with what it has written."""
-    head = f"node {node} ({host}) did not come up: {reason}"
-    logs = sorted(run.logs.glob(f"node-{node}-*/node.log"))
-    if not logs:
-        return f"{head}\n  it left no log in {run.logs}: see the batch job's own output"
-    tail = "\n".join(f"    {line}" for line in last_lines(logs[0], _LOG_LINES))
-    return f"{head}\n  the end of {logs[0]}:\n{tail}"
+def _not_up(node: int, host: str, reason: str) -> str:
+    return f"node {node} ({host}) did not come up: {reason}"
+
+
+def _log_end(run: RunDir, guest: Guest) -> str:
+    """What a node that came has written. Another host that was this node before a requeue has a log of its own."""
+    log = _node_log(run, guest.node, guest.host)
+    lines = last_lines(log, _LOG_LINES)
+    if not lines:
+        return f"  it wrote nothing to {log}: see the batch job's own output"
+    return "\n".join([f"  the end of {log}:", *(f"    {line}" for line in lines)])
 
 
 def _key_file(folder: Path) -> Path:
@@ -127,4 +141,4 @@ def _key_file(folder: Path) -> Path:
 
 def _meeting_file(run: RunDir, allocation: Allocation) -> Path:
     """Of this start of the job: what an earlier one left behind must not be taken for it."""
-    return run.cluster / f"meeting-{allocation.restart}.json"
+    return run.cluster / f"meeting-{allocation.start}.json"

@@ -15,7 +15,7 @@ _NOT_IN_BRACKETS = re.compile(r",(?![^\[]*\])")
 
 @dataclass(frozen=True)
 class Allocation:
-    """One task a node of a Slurm job. `restart` counts how often the job was requeued."""
+    """One task a node of a Slurm job. `restart` counts how often the job was requeued, `step` the calls of srun."""
 
     job_id: str
     restart: int
@@ -23,10 +23,16 @@ class Allocation:
     hosts: tuple[str, ...]
     cpus: int
     gpus: int
+    step: str = "0"
 
     @property
     def nodes(self) -> int:
         return len(self.hosts)
+
+    @property
+    def start(self) -> str:
+        """What tells this call of srun in this start of the job from all others."""
+        return f"{self.job_id}-{self.restart}-{self.step}"
 
     @property
     def stamp(self) -> str:
@@ -55,6 +61,7 @@ def read_allocation(environment: Mapping[str, str]) -> Allocation:
         hosts=hosts,
         cpus=int(environment.get("SLURM_CPUS_PER_TASK") or environment.get("SLURM_CPUS_ON_NODE") or 1),
         gpus=int(environment.get("SLURM_GPUS_ON_NODE") or 0),
+        step=environment.get("SLURM_STEP_ID", "0"),
     )
 
 

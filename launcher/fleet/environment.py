@@ -19,23 +19,34 @@ _FORWARDED = (
     "OMP_",
     "LAUNCHER_",
 )
+_FOR_SCRIPTS = (
+    *("CUDA_HOME", "CUDA_PATH", "LD_LIBRARY_PATH", "PYTHONPATH"),
+    *("WANDB_", "MLFLOW_", "COMET_", "NEPTUNE_", "CLEARML_", "AIM_", "TENSORBOARD_", "UCX_"),
+)
+"""What a script may need besides: where its packages are, and what it reports to."""
 _SECRET_ENDINGS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
 
-def forwarded_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Those of the user's variables that ranks on other nodes need as well."""
-    chosen = {key: value for key, value in environment.items() if key.startswith(_FORWARDED)}
-    # Ranks work offline: a secret would travel for nothing.
+def forwarded_environment(environment: Mapping[str, str], *, script: bool = False) -> dict[str, str]:
+    """Those of the user's variables that ranks on other nodes need as well; of `script`, secrets among them.
+
+    They go to the agents alone, and are written to no file.
+    """
+    names = (*_FORWARDED, *_FOR_SCRIPTS) if script else _FORWARDED
+    chosen = {key: value for key, value in environment.items() if key.startswith(names)}
+    if script:
+        return chosen
+    # The launcher's own ranks work offline: a secret would travel for nothing.
     return {key: value for key, value in chosen.items() if not key.endswith(_SECRET_ENDINGS)}
 
 
 def rank_environment(
-    world: World, interface: str | None, own: Mapping[str, str], users: Mapping[str, str]
+    world: World, interface: str | None, own: Mapping[str, str], users: Mapping[str, str], *, script: bool = False
 ) -> dict[str, str]:
     """What every rank of a node is given besides torchrun's variables.
 
     `interface` is the one that reaches the other nodes, `own` the launcher's environment, `users` the job's
-    cluster.env: later ones win.
+    cluster.env: later ones win. The ranks of a `script` are given more of the launcher's environment.
     """
     settings = {
         "OMP_NUM_THREADS": str(world.threads_per_process),
@@ -46,7 +57,7 @@ def rank_environment(
     }
     if world.device == "cpu":
         settings["DS_ACCELERATOR"] = "cpu"
-    return {**settings, **_interfaces(world, interface), **forwarded_environment(own), **users}
+    return {**settings, **_interfaces(world, interface), **forwarded_environment(own, script=script), **users}
 
 
 def _interfaces(world: World, interface: str | None) -> dict[str, str]:

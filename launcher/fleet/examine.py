@@ -16,7 +16,7 @@ from launcher.run_dir import RunDir
 
 # A network file system may go on saying for some seconds that a file is not there once it has been asked too early.
 _APPEAR_SECONDS = 10.0
-_REHEARSAL = ("-m", "launcher.worker.rehearsal")
+_REHEARSAL = ("-P", "-m", "launcher.worker.rehearsal")
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,14 @@ def all_failures(events: Iterable[dict[str, Any]], clock_offsets: Sequence[float
         elif (known.error is None) != (found.error is None):
             told, ended = (known, found) if found.error is None else (found, known)
             failures[key] = replace(told, how=ended.how)
-    ordered = sorted(failures.values(), key=lambda failure: failure.time)
-    return sorted(ordered, key=lambda failure: failure is not first_of(ordered))
+    return in_order(failures.values())
+
+
+def in_order(failures: Iterable[Failure]) -> list[Failure]:
+    """That which began it, then the others in order of time."""
+    ordered = sorted(failures, key=lambda failure: failure.time)
+    first = first_of(ordered) if ordered else None
+    return sorted(ordered, key=lambda failure: failure is not first)
 
 
 def describe_exit(code: int) -> str:

@@ -8,17 +8,19 @@ import os
 import statistics
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from launcher.fleet.memory import ControlGroup
 from launcher.fleet.process import RankProcess
 from launcher.run_dir import NODE_FILE, utc_now, utc_text, write_atomic
 
 _EVERY_SECONDS = 5.0
+_FIRST_SECONDS = 0.2
 _RECENT_UPDATES = 20
 
 
@@ -76,7 +78,8 @@ class Heartbeat:
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._gpus = _Gpus()
-        psutil.cpu_percent()  # what it says counts from its last call
+        self._group = ControlGroup()
+        self._killed_before = self._group.oom_kills()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def begin(self, processes: Sequence[RankProcess]) -> None:
@@ -92,20 +95,21 @@ class Heartbeat:
                 pulse.hear(event)
 
     def end(self) -> None:
-        """Writes the file for the last time."""
-        if not self._ended.is_set():
-            self._ended.set()
+        """Has the file written for the last time."""
+        self._ended.set()
+        if self._thread.is_alive():
             self._thread.join(_EVERY_SECONDS)
-            self._write()
 
     def _beat(self) -> None:
-        while True:
+        psutil.cpu_percent()  # what it says counts from its last call in the same thread
+        ended = self._ended.wait(_FIRST_SECONDS)
+        self._write()
+        while not ended:
+            ended = self._ended.wait(_EVERY_SECONDS)
             self._write()
-            if self._ended.wait(_EVERY_SECONDS):
-                return
 
     def _write(self) -> None:
-        memory = psutil.virtual_memory()
+        memory = self._group.memory()
         with self._lock:
             ranks = [pulse.to_dict() for pulse in self._pulses.values()]
         record = {
@@ -113,8 +117,9 @@ class Heartbeat:
             **self._identity,
             "cpus": len(os.sched_getaffinity(0)),
             "cpu_percent": psutil.cpu_percent(),
-            "memory_used_bytes": memory.total - memory.available,
-            "memory_bytes": memory.total,
+            "memory_used_bytes": memory.used_bytes,
+            "memory_bytes": memory.total_bytes,
+            **self._oom_kills(),
             "gpus": self._gpus.read(),
             "ended": self._ended.is_set(),
             "ranks": ranks,
@@ -122,6 +127,11 @@ class Heartbeat:
         # A full disk or a lost mount is the ranks' to report; a watcher's file must not end their agent.
         with contextlib.suppress(OSError):
             write_atomic(self._file, json.dumps(record), durable=False)
+
+    def _oom_kills(self) -> dict[str, int]:
+        """How many processes the kernel killed for want of memory since the ranks began, where it tells."""
+        kills = self._group.oom_kills()
+        return {} if kills is None or self._killed_before is None else {"oom_kills": kills - self._killed_before}
 
 
 class _Gpus:
@@ -133,15 +143,13 @@ class _Gpus:
         self._handles: list[tuple[int, Any]] = []
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlInit()
-            self._handles = [(index, self._handle(name)) for index, name in enumerate(given_gpus())]
+            for index, name in enumerate(given_gpus()):
+                with contextlib.suppress(pynvml.NVMLError):
+                    self._handles.append((index, self._handle(name)))
 
     def read(self) -> list[dict[str, Any]]:
-        """Name, memory and use of each."""
-        import pynvml
-
-        with contextlib.suppress(pynvml.NVMLError):
-            return [self._read(index, handle) for index, handle in self._handles]
-        return []
+        """Name, memory and use of each; what one does not tell, as a part of a GPU (MIG) its use, is None."""
+        return [self._read(index, handle) for index, handle in self._handles]
 
     @staticmethod
     def _handle(name: str) -> Any:
@@ -153,13 +161,19 @@ class _Gpus:
     def _read(index: int, handle: Any) -> dict[str, Any]:
         import pynvml
 
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        def told(ask: Callable[[Any], Any]) -> Any:
+            with contextlib.suppress(pynvml.NVMLError):
+                return ask(handle)
+            return None
+
+        memory = told(pynvml.nvmlDeviceGetMemoryInfo)
+        use = told(pynvml.nvmlDeviceGetUtilizationRates)
         return {
             "index": index,
-            "name": str(pynvml.nvmlDeviceGetName(handle)),
-            "memory_used_bytes": int(memory.used),
-            "memory_bytes": int(memory.total),
-            "utilization_percent": int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu),
+            "name": told(pynvml.nvmlDeviceGetName),
+            "memory_used_bytes": memory and int(memory.used),
+            "memory_bytes": memory and int(memory.total),
+            "utilization_percent": use and int(use.gpu),
         }
 
 

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 STOP_GRACE_SECONDS = 60
 """What a script has for saving after SIGTERM."""
@@ -24,7 +25,7 @@ def main() -> None:
     """Does not return: the process becomes the script."""
     folder, *arguments = sys.argv[1:]
     os.chdir(folder)
-    environment = {**os.environ, **companions(os.environ)}
+    environment = {**os.environ, **companions(os.environ), "LAUNCHER_REPORT_PID": str(os.getpid())}
     _leave_watcher()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.execve(sys.executable, [sys.executable, *filled(arguments, os.environ)], environment)
@@ -33,12 +34,14 @@ def main() -> None:
 def companions(environment: Mapping[str, str]) -> dict[str, str]:
     """What torchrun and the deepspeed launcher set besides the variables that every rank has.
 
-    Not TORCHELASTIC_*: with those torch.distributed takes torchrun's own store to be there.
+    Not TORCHELASTIC_USE_AGENT_STORE: with it torch.distributed takes torchrun's own store to be there.
     """
     rank, world, node = (environment[name] for name in ("RANK", "WORLD_SIZE", "GROUP_RANK"))
     local = environment["LOCAL_WORLD_SIZE"]
     nodes = str(int(world) // int(local))
     torchrun = {"ROLE_RANK": rank, "ROLE_WORLD_SIZE": world, "ROLE_NAME": "default", "GROUP_WORLD_SIZE": nodes}
+    torchrun |= {"TORCHELASTIC_RUN_ID": Path(environment["LAUNCHER_RUN_DIR"]).name}
+    torchrun |= {"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0"}
     return {**torchrun, "LOCAL_SIZE": local, "CROSS_RANK": node, "CROSS_SIZE": nodes}
 
 

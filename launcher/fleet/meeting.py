@@ -15,18 +15,19 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import RunFailed
 from launcher.fleet.network import own_addresses
+from launcher.fleet.refusals import Check
 from launcher.run_dir import write_json
 
 _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 30.0
 _LOOK_AGAIN_SECONDS = 0.25
+_REFUSED_SECONDS = 0.5
 _LONGEST_LINE = 64 * 1024
 
 
@@ -89,13 +90,23 @@ class Meeting:
         """Writes the file by which the others find this node."""
         write_json(self._file, {"addresses": own_addresses(), "port": self._socket.getsockname()[1]})
 
-    def wait(self, timeout_seconds: float) -> list[Guest]:
-        """The other nodes, in order. Those that did not come in time are missing from the list."""
+    def wait(self, timeout_seconds: float, refused: Check = lambda: None) -> list[Guest]:
+        """The other nodes, in order. Those that did not come in time are missing from the list.
+
+        `refused` is called now and then, and raises where one of them will not come at all.
+        """
+        deadline = time.monotonic() + timeout_seconds
         with self._news:
-            self._news.wait_for(lambda: len(self._guests) == self._others, timeout_seconds)
+            while len(self._guests) < self._others and (left := deadline - time.monotonic()) > 0:
+                self._news.wait(min(left, _REFUSED_SECONDS))
+                refused()
             return [self._guests[node] for node in sorted(self._guests)]
 
     def close(self) -> None:
+        """Lets the other nodes go."""
+        with self._news:
+            for guest in self._guests.values():
+                guest.line.close()
         self._file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -138,36 +149,46 @@ def common_address(guests: list[Guest]) -> str:
     raise RunFailed(f"the nodes reach the first one by different addresses: {ways}; they need one network in common")
 
 
-def attend(file: Path, key: Callable[[], str], node: int, timeout_seconds: float) -> Line:
-    """Another node's side: waits for the file, finds the ways to the first node and joins. Raises RunFailed."""
-    deadline = time.monotonic() + timeout_seconds
-    invitation = _await_file(file, deadline, timeout_seconds)
+def attend(file: Path, key_file: Path, node: int, timeout_seconds: float, refused: Check = lambda: None) -> Line:
+    """Another node's side: waits for the file, finds the ways to the first node and joins. Raises RunFailed.
+
+    `refused` is called now and then, and raises where another node will not come at all.
+    """
+    invitation, key = _await_files(file, key_file, timeout_seconds, refused)
     reached: dict[str, str] = {}
     tried = []
     for address in invitation["addresses"]:
         try:
-            reached[address] = _probe(address, invitation["port"], key())
+            reached[address] = _probe(address, invitation["port"], key)
         except OSError as error:
             tried.append(f"{address}: {error.strerror or error}")
     if not reached:
+        refused()
         raise RunFailed(f"no way to the first node at port {invitation['port']}: {'; '.join(tried)}")
     try:
         line = _connect(next(iter(reached)), invitation["port"])
-        _answer(line, key(), node=node, host=socket.gethostname(), reached=reached)
+        _answer(line, key, node=node, host=socket.gethostname(), reached=reached)
     except OSError as error:
+        refused()
         raise RunFailed(f"the first node went away while this one joined: {error.strerror or error}") from None
     return line
 
 
-def _await_file(file: Path, deadline: float, timeout_seconds: float) -> dict[str, Any]:
-    waiting = threading.Event()
+def _await_files(file: Path, key_file: Path, timeout_seconds: float, refused: Check) -> tuple[dict[str, Any], str]:
+    """What the first node wrote, and its key."""
+    deadline, waiting = time.monotonic() + timeout_seconds, threading.Event()
     while True:
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-            invitation: dict[str, Any] = json.loads(file.read_text())
-            return invitation
+        found = f"{file} did not appear"
+        try:
+            return json.loads(file.read_text()), key_file.read_text()
+        except (FileNotFoundError, json.JSONDecodeError):
+            pass
+        except OSError as error:  # such as ESTALE, which a network file system may say for a while
+            found = f"{error.filename or file} could not be read ({error.strerror})"
+        refused()
         if time.monotonic() > deadline:
             mend = "is output_dir on storage that all nodes share, and did the first node come up?"
-            raise RunFailed(f"{file} did not appear within {timeout_seconds:.0f} s: {mend}")
+            raise RunFailed(f"{found} within {timeout_seconds:.0f} s: {mend}")
         waiting.wait(_LOOK_AGAIN_SECONDS)
 
 

@@ -9,7 +9,7 @@ import secrets
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,8 @@ class Nodes:
 
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+            quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+            ray.init(job_config=_job_config(), **quiet, **options)
             # Ray takes the signal for itself and exits at once, where a run would save first.
             signal.signal(signal.SIGTERM, handler)
         except Exception as error:  # Ray has no common kind for what goes wrong here
@@ -103,6 +104,8 @@ class Nodes:
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
             "_temp_dir": self._temporary.name,
+            # Where memory is nearly full, as with what ZeRO offloads, Ray would kill its only worker, the agent.
+            "_system_config": {"memory_monitor_refresh_ms": 0},
         }
 
     def place(self, wait_seconds: float) -> list[Node]:
@@ -255,14 +258,12 @@ class Nodes:
         """What was asked for against what the cluster has, in words."""
         import ray
 
-        wanted = self._needs.bundle()
-        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        large = [r for r in alive if all(r.get(key, 0) >= value for key, value in wanted.items())]
-        each = " and ".join(f"{value:g} {key}" for key, value in wanted.items())
-        asked = f"asked for {self._needs.nodes} nodes with {each} each"
-        text = f"{asked}; of {len(alive)} in this Ray {len(large)} have that much"
-        free = ray.available_resources()
-        return text + "; free in all: " + ", ".join(f"{free.get(key, 0):g} {key}" for key in wanted)
+        # Ray's public interface has what is free in all, not on each node.
+        from ray._private.state import available_resources_per_node
+
+        free = available_resources_per_node()
+        alive = [(node["Resources"], free.get(node["NodeID"], {})) for node in ray.nodes() if node["Alive"]]
+        return missing_in_words(self._needs, alive)
 
     def _agent(self, index: int) -> Any:
         import ray
@@ -276,6 +277,25 @@ class Nodes:
             scheduling_strategy=strategy,
             max_concurrency=4,
         ).remote()
+
+
+def missing_in_words(needs: Needs, nodes: Sequence[tuple[Mapping[str, float], Mapping[str, float]]]) -> str:
+    """What is asked for against what each node (has, has free) now, with what too many of them are short of."""
+    wanted = needs.bundle()
+    each = " and ".join(f"{value:g} {key}" for key, value in wanted.items())
+    large = [(has, free) for has, free in nodes if _holds(has, wanted)]
+    ready = [free for _, free in large if _holds(free, wanted)]
+    text = f"asked for {needs.nodes} node{'s' if needs.nodes > 1 else ''} with {each} each; "
+    text += f"of {len(nodes)} in this Ray {len(large)} have that much, and {len(ready)} have it free now"
+    for key, value in wanted.items():
+        short = [free.get(key, 0) for _, free in large if free.get(key, 0) < value]
+        if short:
+            text += f"; {key}: too few free on {len(short)}, at most {max(short):g}"
+    return text
+
+
+def _holds(found: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
+    return all(found.get(key, 0) >= value for key, value in wanted.items())
 
 
 def _clock_offset(node: Node) -> float:
@@ -309,6 +329,21 @@ def _named(index: int, nodes: list[Node] | None) -> str:
     return f"node {index} ({nodes[index].host})" if nodes else f"agent {index}"
 
 
+def _job_config() -> Any:
+    """Keeps this process's folder off the agents' path: a launcher.py in it would be imported there for the launcher.
+
+    Ray has no option for that, and puts the folder in as it connects.
+    """
+    from ray.job_config import JobConfig
+
+    class Apart(JobConfig):  # type: ignore[misc]
+        def _get_proto_job_config(self) -> Any:
+            self._py_driver_sys_path: list[str] = []
+            return super()._get_proto_job_config()
+
+    return Apart()
+
+
 def _agent_class() -> type:
     import ray
 
@@ -333,6 +368,8 @@ def write_token(file: Path) -> None:
 def use_token(file: Path) -> None:
     """Has every Ray that this process and its children start or join ask for the secret in `file`."""
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(file))
+    # Ray would take a secret that is in the environment itself over the file's.
+    os.environ.pop("RAY_AUTH_TOKEN", None)
 
 
 def address_of(setting: str) -> str:

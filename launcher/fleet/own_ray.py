@@ -27,6 +27,12 @@ _UP_SECONDS = 90.0
 _END_SECONDS = 10.0
 _LOG_SECONDS = 3.0
 _UP = "Ray runtime started"
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_prestart_worker_first_driver": "false",
+    # Where a node's memory is nearly full, as with what ZeRO offloads, Ray would kill its only worker, the agent.
+    "RAY_memory_monitor_refresh_ms": "0",
+}
 _PORT_OPTIONS = (
     "--node-manager-port",
     "--object-manager-port",
@@ -70,7 +76,7 @@ class OwnRay:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "false"},
+            env={**os.environ, **_ENVIRONMENT},
             start_new_session=True,
         )
         up = threading.Event()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -70,7 +71,26 @@ def look(nodes: Nodes, wanted: Wanted, run: RunDir) -> list[NodeCheck]:
         check.problems += _file_problems(check.facts, bool(missing) or name in lost, run)
         check.problems += machine_problems(check.facts, wanted, check.node)
         check.notes += machine_notes(check.facts, wanted, check.node)
+    note_mixed_gpus(checks)
     return checks
+
+
+def note_mixed_gpus(checks: Sequence[NodeCheck]) -> None:
+    """Notes each node whose GPUs are not those of most nodes."""
+    names = Counter(check.facts.gpu_name for check in checks if check.facts.gpus)
+    for check in checks:
+        usual = names.most_common(1)[0][0] if names else ""
+        if check.facts.gpus and check.facts.gpu_name != usual:
+            check.notes.append(
+                f"its GPUs are {check.facts.gpu_name}, and those of most nodes {usual}: every update takes as long as "
+                "on the slowest, and the least memory counts"
+            )
+
+
+def differing_versions(checks: Sequence[NodeCheck]) -> list[str]:
+    """Packages that are not of the same version on all nodes."""
+    packages = dict.fromkeys(name for check in checks for name in check.facts.versions)
+    return [name for name in packages if len({check.facts.versions.get(name, "missing") for check in checks}) > 1]
 
 
 def refuse(checks: Sequence[NodeCheck]) -> None:

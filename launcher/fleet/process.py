@@ -27,9 +27,11 @@ class RankProcess:
     def __init__(
         self, rank: int, command: Sequence[str], environment: Mapping[str, str], log: Path, on_event: OnEvent
     ) -> None:
+        """Raises OSError where the log cannot be opened."""
         self.rank = rank
         self._on_event = on_event
         self._lock = threading.Lock()
+        log_file = log.open("ab", buffering=0)
         report_in, report_out = os.pipe()
         self._process = subprocess.Popen(
             list(command),
@@ -44,7 +46,7 @@ class RankProcess:
         os.close(report_out)
         assert self._process.stdout is not None
         readers = (
-            threading.Thread(target=_copy_lines, args=(self._process.stdout, log), daemon=True),
+            threading.Thread(target=_copy_lines, args=(self._process.stdout, log_file), daemon=True),
             threading.Thread(target=self._read_reports, args=(os.fdopen(report_in, "rb"),), daemon=True),
         )
         for reader in readers:
@@ -122,16 +124,25 @@ def stop_all(processes: Sequence[RankProcess], grace_seconds: float) -> None:
         process.wait(5.0)
 
 
-def _copy_lines(source: IO[bytes], log: Path) -> None:
-    """Writes what a rank prints to its log, each line with the time at which it came."""
+def _copy_lines(source: IO[bytes], log: IO[bytes]) -> None:
+    """Writes what a rank prints to its log, each line with the time at which it came.
+
+    What cannot be written is lost, and the next is tried: a rank whose output nobody took any more would end of that.
+    """
     rest = b""
-    with source, log.open("ab", buffering=0) as file:
+    with source, log:
         while chunk := os.read(source.fileno(), 65536):
             *lines, rest = _LINE_END.split(rest + chunk)
             if lines:
-                file.write(_stamped(lines))
+                _write(log, lines)
         if rest:
-            file.write(_stamped([rest]))
+            _write(log, [rest])
+
+
+def _write(log: IO[bytes], lines: Sequence[bytes]) -> None:
+    # A full disk is the rank's own to report, where it writes what counts.
+    with contextlib.suppress(OSError):
+        log.write(_stamped(lines))
 
 
 def _stamped(lines: Sequence[bytes]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 from pathlib import Path
 
 from launcher.errors import LauncherError, first_line
@@ -43,6 +44,16 @@ def _check_same(name: str, there: SplitFacts, here: SplitFacts) -> None:
 
 def _put(here: str, wanted: str) -> None:
     """Makes what lies at `here` be found at `wanted` too: names hold the files' times, which differ between nodes."""
-    if not Path(wanted).exists():
-        Path(wanted).parent.mkdir(parents=True, exist_ok=True)
-        Path(wanted).symlink_to(here)
+    path = Path(wanted)
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In one step: over a link that leads nowhere any more, and beside another job that does the same.
+    link = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    link.symlink_to(here)
+    try:
+        link.replace(path)
+    except OSError:
+        link.unlink()
+        if not path.exists():
+            raise

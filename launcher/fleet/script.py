@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from dataclasses import replace
@@ -20,7 +21,8 @@ from launcher.plan.resume import Start
 from launcher.plan.script import filled, filled_arguments
 from launcher.run_dir import RunDir
 
-LEASH = ("-m", "launcher.fleet.leash")
+LEASH = ("-P", "-m", "launcher.fleet.leash")
+"""Without the folder on the leash's own path: a launcher.py there is the script's to import."""
 _SAME_RATE = 1e-6
 """Relative: a rate may have gone through single precision."""
 
@@ -64,7 +66,8 @@ class ScriptSupervisor(Supervisor):
         super()._show_update(line)
         self.updates = max(self.updates or 0, line["update"] + 1)
         if not self._other_rate_told and isinstance(line.get("lr"), float | int):
-            self._check_rate(line["update"], line["lr"])
+            with contextlib.suppress(OverflowError):
+                self._check_rate(line["update"], float(line["lr"]))
 
     def _check_rate(self, update: int, rate: float) -> None:
         """Tells once of a rate that is not the plan's: a script may well have a schedule of its own."""
@@ -98,7 +101,7 @@ class ScriptSupervisor(Supervisor):
 
     def _environment(self, node: Node) -> dict[str, str]:
         users = {name: filled(value, self._places()) for name, value in self.plan.job.cluster.env.items()}
-        settings = rank_environment(self.plan.world, node.interface, os.environ, users)
+        settings = rank_environment(self.plan.world, node.interface, os.environ, users, script=True)
         if "HF_HUB_OFFLINE" not in {**os.environ, **users}:
             # What the script needs was not fetched beforehand.
             del settings["HF_HUB_OFFLINE"]
@@ -107,4 +110,6 @@ class ScriptSupervisor(Supervisor):
             **self._rendezvous,
             "LAUNCHER_DS_CONFIG": str(self.run_dir.ds_config_file),
             "LAUNCHER_TRAIN_BATCH_SIZE": str(self.plan.train_batch_size),
+            # How often Slurm has queued the job again: a script goes on from its own checkpoint where it is not 0.
+            "LAUNCHER_RESTART_COUNT": os.environ.get("SLURM_RESTART_COUNT", "0"),
         }

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from launcher.aftermath import fell
+from launcher.aftermath import (
+    LOG_LINES,
+    Place,
+    fell,
+    only_timed_out,
+    raised_at,
+    said,
+    timed_out_headline,
+)
 from launcher.errors import RunFailed
 from launcher.fleet.agent import Event, NodeTask
 from launcher.fleet.environment import rank_environment
-from launcher.fleet.failure import Failure, all_failures, first_failure
+from launcher.fleet.failure import Failure, all_failures, first_failure, in_order
 from launcher.fleet.nodes import Needs, Node, Nodes, address_of
 from launcher.fleet.preflight import NodeCheck, Wanted, preflight, refuse, room_bytes
 from launcher.plan.model import Plan
 from launcher.plan.resume import Start
 from launcher.run_dir import RunDir
-from launcher.tail import Tail, last_lines
+from launcher.tail import Tail, last_lines, untimed
 
 _GRACE_SECONDS = 5.0
 _SETTLE_SECONDS = 1.0
@@ -32,7 +41,7 @@ _TOLD = {
     "warmup_extended": "the learning rate yields",
     "not_extended": "the warm-up stays",
 }
-WORKER = ("-m", "launcher.worker")
+WORKER = ("-P", "-m", "launcher.worker")
 
 
 class Console(Protocol):
@@ -73,6 +82,7 @@ class Supervisor:
         self.events: list[Event] = []
         self.stop_signal = 0
         self.phase: str | None = None
+        self._logged: dict[int, Failure] = {}
         self._metrics, self._evaluations = Tail(run.metrics_file), Tail(run.evaluations_file)
 
     def run(self, start: Start | None = None) -> Outcome:
@@ -163,9 +173,10 @@ class Supervisor:
         """Every event of the ranks, as it comes; shows progress meanwhile and passes a stop on."""
         told_to_stop = False
         while True:
-            for event in self.nodes.events(timeout_seconds=0.5):
-                self.events.append(event)
-                yield event
+            heard = self.nodes.events(timeout_seconds=0.5)
+            # All at once: whoever stops listening at one of them has heard the others as well.
+            self.events += heard
+            yield from heard
             self._show_progress()
             if self.stopping and not told_to_stop:
                 told_to_stop = True
@@ -209,20 +220,24 @@ class Supervisor:
         """Ends all ranks and raises RunFailed, which names the first that failed, once late news has settled."""
         self._settle()
         self._show_progress()
-        nodes = self.nodes.nodes
         failures = self._failures()
         self.nodes.end(_GRACE_SECONDS)
-        failure = failures[0]
+        # What cannot be written down, because the disk is full, is told all the same.
+        with contextlib.suppress(OSError):
+            self._write_failures(failures)
+        raise RunFailed(self._tell(failures))
+
+    def _write_failures(self, failures: Sequence[Failure]) -> None:
+        first, nodes = failures[0], self.nodes.nodes
         self.run_dir.event(
             "failure",
-            rank=failure.rank,
-            node_rank=failure.node_rank,
-            host=nodes[failure.node_rank].host,
-            how=failure.how,
-            error=failure.error,
+            rank=first.rank,
+            node_rank=first.node_rank,
+            host=nodes[first.node_rank].host,
+            how=first.how,
+            error=first.error,
             failures=[{**asdict(each), "host": nodes[each.node_rank].host} for each in failures],
         )
-        raise RunFailed(self._tell(failure, nodes[failure.node_rank]))
 
     def _settle(self) -> None:
         """Hears late news: for longer while all that failed only lost a peer, since a node's end is noticed late."""
@@ -236,16 +251,41 @@ class Supervisor:
             self.events += self.nodes.events(_SETTLE_SECONDS / 2)
 
     def _failures(self) -> list[Failure]:
-        return all_failures(self.events, [node.clock_offset_seconds for node in self.nodes.nodes])
+        found = all_failures(self.events, [node.clock_offset_seconds for node in self.nodes.nodes])
+        return in_order(map(self._with_log, found))
 
-    def _tell(self, failure: Failure, node: Node) -> str:
-        where = f"on node {failure.node_rank} ({node.host})"
+    def _with_log(self, failure: Failure) -> Failure:
+        """With what the log ends with, where the rank has told nothing: a script, or one that C++ ended."""
+        rank = failure.rank
+        if rank is None or failure.error:
+            return failure
+        if rank not in self._logged:
+            lines = last_lines(self._rank_log(rank, failure.node_rank), LOG_LINES)
+            error, traceback = said(untimed(lines), failure.how)
+            raised, ahead = raised_at(lines, failure.how), self.nodes.nodes[failure.node_rank].clock_offset_seconds
+            time = failure.time if raised is None else min(failure.time, round(raised - ahead, 3))
+            self._logged[rank] = replace(failure, error=error, traceback=traceback, time=time)
+        return self._logged[rank]
+
+    def _tell(self, failures: Sequence[Failure]) -> str:
+        failure = failures[0]
+        node = f"node {failure.node_rank} ({self.nodes.nodes[failure.node_rank].host})"
         if failure.rank is None:
-            return f"node {failure.node_rank} ({node.host}) is lost: {failure.how}"
-        log = self._log_folder(failure.node_rank, node) / f"rank-{failure.rank}.log"
+            return f"{node} is lost: {failure.how}"
+        if only_timed_out(failures):
+            head = timed_out_headline(self._absent(failures))
+        else:
+            head = f"rank {failure.rank} on {node} failed first, with {failure.how}"
+            head += f": {failure.error}" if failure.error else ""
+        log = self._rank_log(failure.rank, failure.node_rank)
         tail = "\n".join(f"    {line}" for line in last_lines(log, 20))
-        head = f"rank {failure.rank} {where} failed first, with {failure.how}"
-        return f"{head}{f': {failure.error}' if failure.error else ''}\n  the end of {log}:\n{tail}"
+        return f"{head}\n  the end of {log}:\n{tail}"
+
+    def _absent(self, failures: Sequence[Failure]) -> list[Place]:
+        """The ranks that did not fail."""
+        world, failed = self.plan.world, {failure.rank for failure in failures}
+        nodes = [(rank, rank // world.processes_per_node) for rank in range(world.size) if rank not in failed]
+        return [Place(rank, node, self.nodes.nodes[node].host) for rank, node in nodes]
 
     def _task(self, node_rank: int, node: Node) -> NodeTask:
         world = self.plan.world
@@ -270,3 +310,6 @@ class Supervisor:
 
     def _log_folder(self, node_rank: int, node: Node) -> Path:
         return self.run_dir.node_logs(node_rank, node.host)
+
+    def _rank_log(self, rank: int, node_rank: int) -> Path:
+        return self._log_folder(node_rank, self.nodes.nodes[node_rank]) / f"rank-{rank}.log"

@@ -136,7 +136,7 @@ class DataSection(Section):
     )
 
 
-_LENGTHS = ("num_train_epochs", "max_steps", "total_samples")
+LENGTHS = ("num_train_epochs", "max_steps", "total_samples")
 
 
 class TrainSection(Section):
@@ -167,7 +167,7 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
-        lengths = [name for name in _LENGTHS if getattr(self, name) is not None]
+        lengths = [name for name in LENGTHS if getattr(self, name) is not None]
         if len(lengths) > 1:
             both = "both" if len(lengths) == 2 else "all"
             raise ValueError(f"{' and '.join(lengths)} are {both} given: keep the one that you mean")

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from launcher.errors import Problem, RequestError, nearest
-from launcher.job.model import JOB_NAME_PATTERN, NAME_PATTERN, Job
+from launcher.job.model import JOB_NAME_PATTERN, LENGTHS, NAME_PATTERN, Job
 
 KeyPath = tuple[str, ...]
 Lines = dict[KeyPath, int]
@@ -50,8 +50,8 @@ def load_job(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Line
             )
         )
     data.setdefault("name", _name_from(path))
-    for override in overrides:
-        _move_to_command_line(lines, apply_override(data, override))
+    for key in apply_overrides(data, overrides):
+        _move_to_command_line(lines, key)
     return data, lines
 
 
@@ -93,6 +93,20 @@ def load_yaml(text: str, origin: str) -> tuple[Any, Lines]:
     except ValueError as error:  # a date or a number that is none, such as 2026-13-45
         mend = "put quotes around what is meant as text"
         raise RequestError(Problem(f"a value cannot be read: {error}", file=origin, mend=mend)) from None
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[KeyPath]:
+    """Sets each `section.key=value` in `data`; returns the keys' paths.
+
+    A run has one length: an override of it takes the place of whichever the job file has.
+    """
+    keys = [apply_override(data, override) for override in overrides]
+    train = data.get("train")
+    lengths = {name for name in LENGTHS if ("train", name) in keys}
+    if isinstance(train, dict) and any(train.get(name) is not None for name in lengths):
+        for name in set(LENGTHS) - lengths:
+            train.pop(name, None)
+    return keys
 
 
 def apply_override(data: dict[str, Any], override: str) -> KeyPath:

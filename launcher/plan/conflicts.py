@@ -23,6 +23,8 @@ def check_conflicts(job: Job, user: DsConfig, world: World, precision: Precision
     rate = _ANY_RATE if job.schedule.peak_lr == "auto" else job.schedule.peak_lr
     length = job.train.max_steps or _ANY_LENGTH
     warmup = {"warmup_num_steps": 1, "warmup_min_lr": 0.0, "warmup_max_lr": rate, "warmup_type": "linear"}
+    if user.get("scheduler.params.cos_min_ratio") == "auto":
+        warmup["cos_min_ratio"] = 0.0
     compose(
         user,
         decisions_of(

@@ -3,9 +3,10 @@
 What is held all the time follows DeepSpeed's own accounting (arXiv 1910.02054, estimate_zero2_model_states_mem_needs):
 weights and gradients in the working precision, and 12 bytes a trained parameter of float32 weights and two moments;
 stage 1 divides the optimizer states by the world size, stage 2 the gradients too, stage 3 the weights too. On top comes
-the largest of three moments of an update, as DeepSpeed 0.19 goes through them:
+the largest of four moments of an update, as DeepSpeed 0.19 goes through them:
 
 - forward and the begin of backward: activations (arXiv 2205.05198, the attention matrix never written out) and logits;
+- just before, under ZeRO-3: activations, and the buffer in which weights were fetched ahead;
 - reducing: gradients are gathered in a bucket, and the bucket is copied once more for the collective;
 - the update: gradients as one flat float32 vector, and on a CPU two more vectors that PyTorch's Adam makes on the way.
 
@@ -25,7 +26,7 @@ _ADAM_VECTORS = 8
 """PyTorch's Adam without a fused kernel makes two float32 vectors of the size of what it updates."""
 _UNBUCKETED = 500_000_000
 """Without ZeRO DeepSpeed reduces gradients in buckets of so many elements, whatever the JSON says."""
-FRAGMENTATION = {"cuda": 0.05, "cpu": 0.25}
+FRAGMENTATION = {"cuda": 0.05, "cpu": 0.3}
 """What an allocator holds beyond what is in use, as a share of it. CUDA: assumed. glibc: the mean of the 100M models
 of benchmarks/memory.py; it is more for smaller ones, whose tensors are too small to be given back one by one."""
 PROCESS_BYTES = 512 * 1024**2
@@ -38,9 +39,9 @@ _PINNED = 1.5
 class MemoryEstimate:
     """Bytes of one rank on its device, by what they hold. On a CPU the device is the host.
 
-    `buffers` are DeepSpeed's buckets and ZeRO-3's gathered weights, `update` what reducing or updating needs beyond the
-    room of activations and logits, `base` the process itself (on a CPU), `offloaded` what rests in host memory instead,
-    and `on_nvme` what rests there.
+    `buffers` are DeepSpeed's buckets and ZeRO-3's gathered weights, `update` what fetching, reducing or updating needs
+    beyond the room of activations and logits, `base` the process itself (on a CPU), `offloaded` what rests in host
+    memory instead, and `on_nvme` what rests there.
     """
 
     parameters: int
@@ -96,6 +97,8 @@ class _Moments:
     buffers: int
     reducing: int
     updating: int
+    fetching: int = 0
+    """Beside the activations, before there are logits."""
     offloaded: int = 0
     on_nvme: int = 0
 
@@ -145,7 +148,7 @@ def estimate_memory(
     activations, logits = _forward(model, work, width)
     moments = _moments(_sizes_of(model, zero, width, world_size, cpu=device == "cpu"))
     forward = moments.gradients + activations + logits
-    update = max(0, moments.reducing - forward, moments.updating - forward)
+    update = max(0, moments.reducing - forward, moments.updating - forward, moments.fetching - logits)
     held = moments.parameters + moments.optimizer_states + moments.buffers + forward + update
     if device == "cpu":
         held += moments.offloaded
@@ -298,6 +301,7 @@ def _stage3(sizes: _Sizes) -> _Moments:
         updating=sizes.adam(group)
         + (0 if away else (width + _MASTER * sizes.mixed) * group + width * part)
         - width * _gathered(sizes),
+        fetching=width * _ahead(sizes),
         offloaded=host,
         on_nvme=on_nvme,
     )
@@ -310,12 +314,20 @@ def _second_copy(sizes: _Sizes) -> int:
 
 
 def _gathered(sizes: _Sizes) -> int:
-    """Elements that ZeRO-3 holds gathered: a weight of the forward pass stays where its use in the backward pass is
-    nearer than the reuse distance, which counts the way there and back; and what is fetched ahead is there twice."""
+    """Elements that ZeRO-3 holds gathered when forward turns into backward.
+
+    A weight of the forward pass stays where its use in the backward pass is nearer than the reuse distance, which
+    counts the way there and back. Ahead of that only what did not stay is fetched.
+    """
+    return min(sizes.total, sizes.zero.max_reuse_distance // 2 + sizes.largest + _ahead(sizes))
+
+
+def _ahead(sizes: _Sizes) -> int:
+    """Elements that ZeRO-3 fetches ahead, at once: into one buffer, which lasts until its last weight is used, while
+    each weight is a copy."""
     zero = sizes.zero
-    kept = min(sizes.total, zero.max_reuse_distance // 2 + sizes.largest)
-    ahead = min(sizes.total, zero.prefetch_bucket_size, max(0, zero.max_live_parameters - zero.max_reuse_distance // 2))
-    return kept + ahead
+    live = max(0, zero.max_live_parameters - zero.max_reuse_distance // 2)
+    return min(sizes.total, zero.prefetch_bucket_size, live)
 
 
 def _stage3_host(sizes: _Sizes, part: int, weights: int) -> tuple[int, int]:

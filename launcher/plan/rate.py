@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from launcher.ds_config import DsConfig, open_scheduler, optimizer_of, scheduler_of
+from launcher.ds_config import DsConfig, open_scheduler, open_warmup, optimizer_of, scheduler_of
 from launcher.errors import Problem, RequestError
 from launcher.job import Job, explicit_keys
 from launcher.plan.facts import DataFacts, ModelFacts
@@ -14,8 +14,8 @@ from launcher.plan.model import LearningRate, Length, Plan, Reason
 from launcher.plan.revise import schedule_of
 from launcher.schedule.advice import Choice, Situation, advise, parse_warmup
 from launcher.schedule.curve import DEEPSPEED_TYPES, Schedule, deepspeed_blocks, make_schedule, rate_at
-from launcher.schedule.replica import replica
-from launcher.schedule.safety import check_safety, deepspeed_warnings, log_ramp, unsafe_scheduler
+from launcher.schedule.replica import Params, replica
+from launcher.schedule.safety import ALLOW, check_safety, deepspeed_warnings, log_ramp, unsafe_scheduler
 
 _OPTIONS = ("decay_at", "decay_factor", "decay_start", "decay", "cycles", "segments")
 
@@ -85,8 +85,14 @@ def _filled(
         "warmup_num_steps": chosen["warmup"].value,
         "warmup_min_lr": 0.0,
         "warmup_max_lr": chosen["peak_lr"].value,
+        "warmup_min_ratio": 0.0,
+        "cos_min_ratio": chosen["floor"].value,
+        "warmup_type": "linear",
+        "last_batch_iteration": -1,
     }
-    return {**written, "params": {**written["params"], **{name: known[name] for name in autos if name in known}}}
+    filled = {name: known[name] for name in autos if name in known}
+    gentle = {"warmup_type": "linear"} if open_warmup(user) else {}
+    return {**written, "params": {**written["params"], **filled, **gentle}}
 
 
 def generate(
@@ -187,32 +193,38 @@ def _described(schedule: Schedule, chosen: dict[str, Choice]) -> LearningRate:
         peak_lr=schedule.peak_lr,
         floor_lr=schedule.floor_lr,
         warmup_updates=schedule.warmup_updates,
-        reasons=tuple(
-            Reason(
-                choice=name,
-                value=choice.value,
-                low=choice.low,
-                high=choice.high,
-                reason=choice.reason,
-                sources=choice.sources,
-                heuristic=choice.heuristic,
-            )
-            for name, choice in chosen.items()
-        ),
+        reasons=tuple(_reason(name, choice) for name, choice in chosen.items()),
+    )
+
+
+def _reason(name: str, choice: Choice) -> Reason:
+    return Reason(
+        choice=name,
+        value=choice.value,
+        low=choice.low,
+        high=choice.high,
+        reason=choice.reason,
+        sources=choice.sources,
+        heuristic=choice.heuristic,
     )
 
 
 def _written(job: Job, scheduler: dict[str, Any], user: DsConfig, situation: Situation, limited: bool) -> Decided:
     """The user's own scheduler, as DeepSpeed will drive it. Raises RequestError where it needs the user's word."""
     kind, params = scheduler["type"], scheduler["params"]
-    refuse_unused(job, kind, params, user)
-    lr = _written_lr(job, scheduler, user)
-    curve = replica(kind, params, lr)
     updates, method = situation.total_updates, situation.method if limited else NO_METHOD
-    problems = unsafe_scheduler(kind, params, lr, updates, method=method, parameters=situation.parameters)
-    if problems and not job.schedule.allow_unsafe:
-        raise RequestError(*(replace(problem, file=problem.file or user.origin) for problem in problems))
+    refuse_unused(job, kind, params, user)
+    _refuse_other_length(job, params, user, updates)
+    lr, advised = _written_lr(job, scheduler, user), None
+    if lr is None:
+        advised = _advised_peak(job, kind, user, situation, limited)
+        lr = float(advised.value)
+    curve = replica(kind, params, lr)
     rates = [curve.after(update) for update in range(updates)]
+    problems = unsafe_scheduler(kind, params, lr, updates, method=method, parameters=situation.parameters)
+    problems = [*(_in_json(problem, user) for problem in problems), *_idle(params, rates, user)]
+    if problems and not job.schedule.allow_unsafe:
+        raise RequestError(*problems)
     peak = max(rates)
     kept = f"The DeepSpeed JSON has a whole {kind}, and the job asks for no other shape."
     told = [kept, *deepspeed_warnings(kind, params, lr, updates)]
@@ -223,46 +235,94 @@ def _written(job: Job, scheduler: dict[str, Any], user: DsConfig, situation: Sit
         peak_lr=peak,
         floor_lr=rates[-1],
         warmup_updates=rates.index(peak),
-        reasons=tuple(Reason(choice="shape", value=kind, reason=sentence) for sentence in told),
+        reasons=(
+            *([_reason("peak_lr", advised)] if advised else []),
+            *(Reason(choice="shape", value=kind, reason=sentence) for sentence in told),
+        ),
     )
     return Decided(described, scheduler, lr)
 
 
-def refuse_unused(job: Job, kind: str, params: dict[str, Any], user: DsConfig) -> None:
+def _in_json(problem: Problem, user: DsConfig) -> Problem:
+    """A problem of the JSON's own scheduler at its place there. A peak that is too high is the scheduler's or, where
+    that names none, the optimizer's."""
+    key = problem.key or "scheduler"
+    if not key.startswith("scheduler."):
+        highest = "scheduler.params.warmup_max_lr"
+        key = highest if user.get(highest) is not None else "optimizer.params.lr"
+    return user.problem(key, problem.message, problem.mend)
+
+
+def _idle(params: Params, rates: Sequence[float], user: DsConfig) -> Iterator[Problem]:
+    """Updates that train nothing once the peak is past. Before it, a warm-up from 0 has its own."""
+    idle = rates[rates.index(max(rates)) :].count(0.0)
+    if idle:
+        path = "scheduler.params.total_num_steps" if "total_num_steps" in params else "scheduler.params"
+        message = f"{idle} of the run's {len(rates)} updates run at rate 0 and train nothing"
+        yield user.problem(path, message, f'write {len(rates)}, or "auto"; {ALLOW}')
+
+
+def _refuse_other_length(job: Job, params: Params, user: DsConfig, updates: int) -> None:
+    """Raises RequestError where the JSON's scheduler is for a run of another length than the job says."""
+    total = params.get("total_num_steps")
+    for name in ("num_train_epochs", "total_samples"):
+        if f"train.{name}" in explicit_keys(job) and total is not None and total != updates:
+            found = f"{getattr(job.train, name)} in the job comes to {updates} updates"
+            found += f", and total_num_steps is {total} in {_where(user, 'scheduler.params.total_num_steps')}"
+            raise RequestError(Problem(found, key=f"train.{name}", mend=f'write {updates} there, or "auto"'))
+
+
+def _where(user: DsConfig, path: str) -> str:
+    """File and line of a key of the JSON."""
+    place = user.place(path)
+    return f"{user.file or user.origin}:{place.line}" if place else user.origin
+
+
+def refuse_unused(job: Job, kind: str, params: Params, user: DsConfig) -> None:
     """Raises RequestError for what the job says of a schedule that the JSON's own scheduler decides otherwise."""
     used = {"schedule.peak_lr", "schedule.on_spike", "schedule.max_extensions", "schedule.check_every"}
     used |= {"schedule.allow_unsafe", "schedule.task"}
-    used |= {"schedule.warmup"} if user.get("scheduler.params.warmup_num_steps") == "auto" else set()
+    filled = {"warmup": "warmup_num_steps", "floor": "cos_min_ratio"}
+    used |= {f"schedule.{name}" for name, param in filled.items() if user.get(f"scheduler.params.{param}") == "auto"}
+    same = {"warmup": params.get("warmup_num_steps"), "warmup_type": params.get("warmup_type")}
+    if open_warmup(user) or user.get("scheduler.params.warmup_type") == "auto":
+        same["warmup_type"] = "linear"
+    used |= {f"schedule.{name}" for name, value in same.items() if getattr(job.schedule, name) == value}
     mend = "name a schedule.shape, and a schedule is generated; or leave it to the JSON"
     problems = [
-        Problem(f"{user.origin} has a {kind} of its own, which does not use it", key=key, mend=mend)
+        Problem(f"{_where(user, 'scheduler')} has a {kind} of its own, which does not use it", key=key, mend=mend)
         for key in sorted(explicit_keys(job))
         if key.startswith("schedule.") and key not in used
     ]
     peak, highest = job.schedule.peak_lr, params.get("warmup_max_lr")
     if peak != "auto" and highest is not None and peak != highest:
-        found = f"{peak:g} in the job, and warmup_max_lr {highest:g} in {user.origin}"
+        place = _where(user, "scheduler.params.warmup_max_lr")
+        found = f"{peak:g} in the job, and warmup_max_lr {highest:g} in {place}"
         problems.append(Problem(found, key="schedule.peak_lr", mend=mend))
     total = params.get("total_num_steps")
     if job.train.max_steps is not None and total is not None and total != job.train.max_steps:
-        found = f"{job.train.max_steps} in the job, and total_num_steps {total} in {user.origin}"
-        problems.append(Problem(found, key="train.max_steps", mend="make them equal"))
+        place = _where(user, "scheduler.params.total_num_steps")
+        found = f"{job.train.max_steps} in the job, and total_num_steps {total} in {place}"
+        problems.append(Problem(found, key="train.max_steps", mend='make them equal, or write "auto" there'))
     if problems:
         raise RequestError(*problems)
 
 
-def _written_lr(job: Job, scheduler: dict[str, Any], user: DsConfig) -> float:
-    """The optimizer's rate beside a scheduler of the user's own. Raises RequestError where nothing says it."""
+def _written_lr(job: Job, scheduler: dict[str, Any], user: DsConfig) -> float | None:
+    """The optimizer's rate beside a scheduler of the user's own; None where nothing says it."""
     in_json = (optimizer_of(user) or {}).get("params", {}).get("lr")
     in_job = None if job.schedule.peak_lr == "auto" else job.schedule.peak_lr
     for value in (in_json, in_job, scheduler["params"].get("warmup_max_lr")):
         if isinstance(value, int | float):
             return float(value)
-    raise RequestError(
-        Problem(
-            f"the scheduler {scheduler['type']} follows the optimizer's rate, and none is given",
-            file=user.origin,
-            key="optimizer.params.lr",
-            mend="write it there, or set schedule.peak_lr in the job",
-        )
-    )
+    return None
+
+
+def _advised_peak(job: Job, kind: str, user: DsConfig, situation: Situation, known: bool) -> Choice:
+    """The peak for a scheduler that follows the optimizer's rate. Raises RequestError where the model is not `known`,
+    from whose size it is advised."""
+    if known:
+        return _choose(job, situation, None)["peak_lr"]
+    message = f"the scheduler {kind} follows the optimizer's rate, and none is given"
+    mend = "write it there, or set schedule.peak_lr in the job"
+    raise RequestError(user.problem("optimizer.params.lr", message, mend))

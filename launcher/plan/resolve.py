@@ -15,7 +15,7 @@ from launcher.plan.fit import Needs, memory_warnings, room_of
 from launcher.plan.length import length_warnings, resolve_length
 from launcher.plan.model import Change, Length, Plan, World
 from launcher.plan.rate import decide_rate
-from launcher.plan.switches import check_switches, sequence_parallel_problems
+from launcher.plan.switches import check_switches, sequence_parallel_problems, switch_warnings
 
 _PRECISIONS: dict[str, Precision] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -68,6 +68,7 @@ def resolve(job: Job, user: DsConfig, model: ModelFacts, data: DataFacts, machin
             *length_warnings(job, data, batch.train_batch_size, length),
             *memory_warnings(needs, batch.train_micro_batch_size_per_gpu, machine),
             *_rhythm_warnings(job, length),
+            *switch_warnings(job, user),
         ),
     )
 

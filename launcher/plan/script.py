@@ -71,7 +71,7 @@ def resolve_script(
         ds_config=composed.config,
         ds_config_changes=changes_of(composed),
         memory={},
-        warnings=tuple(_warnings(job, rate.learning_rate, composed.config, length)),
+        warnings=tuple(_warnings(job, script, rate.learning_rate, composed.config, length)),
         script=script,
     )
 
@@ -269,7 +269,8 @@ def _without_sizes(user: DsConfig) -> tuple[DsConfig, Sequence[Change]]:
     data = copy.deepcopy(user.data)
     block = data.get("zero_optimization")
     block = block if isinstance(block, dict) else {}
-    names = [name for name in BUCKET_SIZES if block.get(name) == "auto"]
+    written = (name for key in BUCKET_SIZES for name in dict.fromkeys((key, key.removeprefix("stage3_"))))
+    names = [name for name in written if block.get(name) == "auto"]
     for name in names:
         del block[name]
     reason = "left to DeepSpeed's default: the job names no model whose hidden size would fill it"
@@ -287,13 +288,17 @@ def _as_driven(rate: LearningRate, config: Mapping[str, Any], updates: int) -> L
     return rate.model_copy(update={"advance": 0, "reasons": (*rate.reasons, *reasons)})
 
 
-def _warnings(job: ScriptJob, rate: LearningRate, config: Mapping[str, Any], length: Length) -> list[str]:
+def _warnings(
+    job: ScriptJob, script: Script, rate: LearningRate, config: Mapping[str, Any], length: Length
+) -> list[str]:
     told = []
     if unused := _unused(job):
         told.append(f"not used, since the script does it its own way: {', '.join(unused)}")
     if length.refilled_samples:
         told.append(f"the last update is made whole with {length.refilled_samples} samples beyond train.total_samples")
     scheduler = config.get("scheduler")
+    if scheduler is not None and any("{trainer_args}" in argument for argument in script.arguments):
+        told += _two_peaks(scheduler["params"].get("warmup_max_lr"), config["optimizer"]["params"]["lr"])
     if scheduler is not None:
         curve = replica(scheduler["type"], scheduler["params"], config["optimizer"]["params"]["lr"])
         highest = max(curve.after(update) for update in range(length.total_updates))
@@ -302,6 +307,16 @@ def _warnings(job: ScriptJob, rate: LearningRate, config: Mapping[str, Any], len
                 f"the peak of {rate.peak_lr:g} is not reached in {length.total_updates} updates: {highest:g} is"
             )
     return told
+
+
+def _two_peaks(highest: float | None, lr: float) -> list[str]:
+    """A Trainer compares its one learning_rate with both of them."""
+    if highest is None or highest == lr:
+        return []
+    return [
+        f"{{trainer_args}} says --learning_rate {lr}, which is optimizer.params.lr, and scheduler.params.warmup_max_lr "
+        f"is {highest}: a transformers Trainer compares its rate with both, and will not start. Make them the same."
+    ]
 
 
 def _unused(job: ScriptJob) -> list[str]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from launcher.ds_config import DsConfig, zero_stage
+from launcher.ds_config.facts import as_bool, as_number
 from launcher.errors import Problem, RequestError
 from launcher.job import Job
 from launcher.plan.facts import MachineFacts, ModelFacts
 from launcher.plan.model import World
 
-_INSTALL = "pip install 'ray-deepspeed-launcher[{extra}]' on every node"
+_FLASH = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}
+"""The package of each; without it transformers takes the one of `kernels`."""
+_INSTALL = "pip install {package} in the launcher's environment, on every node"
 
 
 def check_switches(job: Job, user: DsConfig, world: World, machine: MachineFacts) -> None:
@@ -19,7 +22,9 @@ def check_switches(job: Job, user: DsConfig, world: World, machine: MachineFacts
         *_lora(job, machine),
         *_liger(job, world, machine),
         *_compile(job, world, machine),
+        *_attention(job, world, machine),
         *_sequence_parallel(job, user),
+        *_other_parallelism(user),
     ]
     if problems:
         raise RequestError(*problems)
@@ -27,7 +32,7 @@ def check_switches(job: Job, user: DsConfig, world: World, machine: MachineFacts
 
 def _lora(job: Job, machine: MachineFacts) -> Iterator[Problem]:
     if job.model.lora is not None and _missing("peft", machine):
-        yield Problem("peft is not installed", key="model.lora", mend=_INSTALL.format(extra="lora"))
+        yield Problem("peft is not installed", key="model.lora", mend=_INSTALL.format(package="peft"))
 
 
 def _liger(job: Job, world: World, machine: MachineFacts) -> Iterator[Problem]:
@@ -40,7 +45,7 @@ def _liger(job: Job, world: World, machine: MachineFacts) -> Iterator[Problem]:
             mend="set it to false",
         )
     elif _missing("liger-kernel", machine):
-        yield Problem("liger-kernel is not installed", key="model.liger", mend=_INSTALL.format(extra="liger"))
+        yield Problem("liger-kernel is not installed", key="model.liger", mend=_INSTALL.format(package="liger-kernel"))
 
 
 def _compile(job: Job, world: World, machine: MachineFacts) -> Iterator[Problem]:
@@ -57,6 +62,29 @@ def _compile(job: Job, world: World, machine: MachineFacts) -> Iterator[Problem]
             "torch.compile makes Triton kernels on GPUs, and triton is not installed",
             key="model.torch_compile",
             mend="install the triton that belongs to this torch, or set it to false",
+        )
+
+
+def _attention(job: Job, world: World, machine: MachineFacts) -> Iterator[Problem]:
+    asked = job.model.attn_implementation
+    if asked not in _FLASH:
+        return
+    mend = "leave it out: auto takes PyTorch's sdpa"
+    if world.device == "cpu":
+        found = f"{asked} needs GPUs, and this run is on CPUs"
+        yield Problem(found, key="model.attn_implementation", mend=mend)
+    elif machine.gpus and all(_missing(package, machine) for package in (_FLASH[asked], "kernels")):
+        found = f"{_FLASH[asked]} is not installed"
+        yield Problem(found, key="model.attn_implementation", mend=f"pip install {_FLASH[asked]}, or {mend}")
+
+
+def switch_warnings(job: Job, user: DsConfig) -> Iterator[str]:
+    """What works and does not do what it was set for."""
+    if job.model.torch_compile and zero_stage(user) == 3:
+        yield (
+            "model.torch_compile under ZeRO-3: DeepSpeed's hooks gather each layer's weights between the compiled "
+            "parts, and PyTorch gives up on some of them (recompile_limit in the rank's log): the result is "
+            "the same, the gain small or none. It does most under ZeRO-1 and 2."
         )
 
 
@@ -89,9 +117,31 @@ def _sequence_parallel(job: Job, user: DsConfig) -> Iterator[Problem]:
             yield _not_shared(f"it does not go together with model.{switch}", "choose one of the two")
     # Their gradients are averaged over other ranks than those of stage 3's reduce-scatter.
     for key, value in (("reduce_scatter", False), ("zero_quantized_gradients", True)):
-        if zero_stage(user) == 3 and user.get(f"zero_optimization.{key}") is value:
+        if zero_stage(user) == 3 and as_bool(user.get(f"zero_optimization.{key}")) is value:
             found = f"under ZeRO-3 it does not go together with zero_optimization.{key}: {str(value).lower()}"
             yield _not_shared(found, f"take {key} out of the DeepSpeed JSON")
+
+
+def _other_parallelism(user: DsConfig) -> Iterator[Problem]:
+    """Ways to divide a model that need a script of their own: here every rank holds other data and the whole model."""
+    mend = "take it out and let ZeRO-3 divide the model, or run a script that is made for it with launcher exec"
+    for path in (
+        "tensor_parallel.autotp_size",
+        "tensor_parallel.tp.tp_size",
+        "tensor_parallel.tensor_parallel.tp_size",
+    ):
+        size = as_number(user.get(path))
+        if size is not None and size not in (0, 1):
+            found = f"{size!r} ranks would have to be given the same data, and each is given its own"
+            yield user.problem(path, f"no tensor parallelism here: {found}", mend)
+    if user.get("pipeline"):
+        yield user.problem("pipeline", "no pipeline parallelism here: the model is no PipelineModule", mend)
+    if as_bool(user.get("expert_parallel.enabled")):
+        yield user.problem(
+            "expert_parallel",
+            "no expert parallelism here: that export and resume put divided experts together has not been shown",
+            mend,
+        )
 
 
 def _not_shared(message: str, mend: str) -> Problem:

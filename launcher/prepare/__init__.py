@@ -46,7 +46,8 @@ def prepare_model(
 
 def _ask(request: BaseModel, on_progress: OnProgress, log: IO[bytes] | int) -> object:
     """What the measuring process answers."""
-    command = [sys.executable, "-m", "launcher.prepare"]
+    # -P: a file launcher.py or datasets.py in the user's folder is not what is to be imported.
+    command = [sys.executable, "-P", "-m", "launcher.prepare"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log) as process:
         assert process.stdin is not None and process.stdout is not None
         try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 import psutil
@@ -11,7 +13,10 @@ import psutil
 from launcher import __version__
 from launcher.plan.facts import MachineFacts
 
-_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "ray", "peft", "liger-kernel", "triton")
+_PACKAGES = (
+    *("torch", "deepspeed", "transformers", "datasets", "ray", "peft", "liger-kernel", "triton"),
+    *("flash-attn", "flash-attn-3", "kernels"),
+)
 
 
 def measure_machine() -> MachineFacts:
@@ -59,17 +64,30 @@ def _visible_gpus() -> list[tuple[str, int, tuple[int, int]]]:
     except pynvml.NVMLError:
         return []
     try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        ids = [f"{pynvml.nvmlDeviceGetUUID(handle)}" for handle in handles]
-        return [_describe(handles[i]) for i in _shown(ids)]
+        devices = dict(_devices())
+        return [_describe(handle) for handle in _shown(devices)]
     finally:
         pynvml.nvmlShutdown()
 
 
-def _describe(handle: object) -> tuple[str, int, tuple[int, int]]:
+def _devices() -> Iterator[tuple[str, object]]:
+    """(UUID, handle) of each GPU that may be opened: CUDA numbers those alone that a job's cgroup leaves it."""
     import pynvml
 
-    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        with contextlib.suppress(pynvml.NVMLError_NoPermission):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            yield str(pynvml.nvmlDeviceGetUUID(handle)), handle
+
+
+def _describe(handle: object) -> tuple[str, int, tuple[int, int]]:
+    """Of a GPU, or of a slice of one (MIG), whose capability is that of the whole."""
+    import pynvml
+
+    whole = handle
+    with contextlib.suppress(pynvml.NVMLError):
+        whole = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(whole)
     return (
         str(pynvml.nvmlDeviceGetName(handle)),
         int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
@@ -77,15 +95,34 @@ def _describe(handle: object) -> tuple[str, int, tuple[int, int]]:
     )
 
 
-def _shown(ids: list[str]) -> list[int]:
-    """Indices that CUDA_VISIBLE_DEVICES leaves, which names GPUs by number or by the start of their UUID."""
+def _shown(devices: Mapping[str, object]) -> list[object]:
+    """What CUDA_VISIBLE_DEVICES leaves, which names GPUs by number or by the start of their UUID, and slices of them.
+
+    As in CUDA, nothing counts from the first name on that means no device.
+    """
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:
-        return list(range(len(ids)))
-    shown: list[int] = []
+        return list(devices.values())
+    shown = []
     for entry in filter(None, (part.strip() for part in listed.split(","))):
-        match = [int(entry)] if entry.isdigit() else [i for i, uuid in enumerate(ids) if uuid.startswith(entry)]
-        if not match or match[0] >= len(ids):
+        found = _slice(entry) if entry.startswith("MIG-") else _whole(entry, devices)
+        if found is None:
             break
-        shown.append(match[0])
+        shown.append(found)
     return shown
+
+
+def _whole(entry: str, devices: Mapping[str, object]) -> object | None:
+    if entry.isdigit():
+        return dict(enumerate(devices.values())).get(int(entry))
+    return next((handle for uuid, handle in devices.items() if uuid.startswith(entry)), None)
+
+
+def _slice(uuid: str) -> object | None:
+    import pynvml
+
+    try:
+        handle: object = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    except pynvml.NVMLError:
+        return None
+    return handle

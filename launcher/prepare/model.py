@@ -52,7 +52,7 @@ def convert_gguf(folder: Path, gguf_file: str, target: Path, progress: Progress)
             Problem(
                 first_line(error),
                 key="model.gguf_file",
-                mend="pip install 'ray-deepspeed-launcher[gguf]'",
+                mend="pip install gguf",
             )
         ) from None
     except (ValueError, KeyError, OSError) as error:

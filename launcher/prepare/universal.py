@@ -18,7 +18,7 @@ from launcher.token_store import publish_folder
 def make_universal(checkpoint: Path, target: Path, log: IO[bytes]) -> None:
     """Writes DeepSpeed's universal form of a checkpoint to `target`, which appears whole. Raises LauncherError."""
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command = [sys.executable, "-P", "-m", "deepspeed.checkpoint.ds_to_universal"]
     folders = ["--input_folder", str(checkpoint), "--output_folder", str(temporary)]
     # The conversion is work for the processor alone, wherever the ranks run.
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}

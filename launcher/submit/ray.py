@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,7 @@ def ray_request(job: Job, job_file: Path, overrides: Sequence[str], address: str
 
     Raises RequestError for what would go wrong on the cluster, or stand where others can read it.
     """
+    job_file = Path(os.path.normpath(job_file))
     problems = [*_address_problems(address), *_job_problems(job), *_file_problems(job_file, working_dir)]
     if problems:
         raise RequestError(*problems)
@@ -130,9 +133,14 @@ def _file_problems(job_file: Path, working_dir: Path) -> list[Problem]:
 
 def _excludes(job: Job, working_dir: Path) -> list[str]:
     """What runs write is not uploaded, where it lies among the rest. Patterns are those of a .gitignore."""
-    folders = [Path(name) for name in (job.output_dir, job.data.cache_dir) if name]
-    within = [folder.relative_to(working_dir) for folder in folders if folder.is_relative_to(working_dir)]
-    return ["/" + _WILD.sub(r"\\\1", str(folder)) + "/" for folder in within if folder.parts]
+    written = [uploaded_as(name, working_dir) for name in (job.output_dir, job.data.cache_dir) if name]
+    return ["/" + _WILD.sub(r"\\\1", str(folder)) + "/" for folder in written if folder is not None and folder.parts]
+
+
+def uploaded_as(name: str, working_dir: Path) -> Path | None:
+    """Where a path of the job lies in the folder that is uploaded; None where it lies elsewhere."""
+    path = Path(os.path.normpath(working_dir / Path(name).expanduser()))
+    return path.relative_to(working_dir) if path.is_relative_to(working_dir) else None
 
 
 def _client(address: str) -> Any:
@@ -141,9 +149,20 @@ def _client(address: str) -> Any:
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        return JobSubmissionClient(address)
+        with _without(ADDRESS_VARIABLES):
+            return JobSubmissionClient(address)
     except Exception as error:  # Ray has no common kind for what goes wrong here
         raise RunFailed(f"no Ray answers at {address}: {first_line(error)}{_hint(error)}") from None
+
+
+@contextlib.contextmanager
+def _without(variables: Sequence[str]) -> Iterator[None]:
+    """Hides variables of the environment: Ray takes an address that is in them over the one that it is given."""
+    hidden = {name: os.environ.pop(name) for name in variables if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _submitted(client: Any, request: RayRequest) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -22,10 +23,12 @@ from launcher.job import Job
 from launcher.job.slurm import is_plain
 from launcher.presets import shipped_folder
 from launcher.submit import SECRET_NAME
+from launcher.submit.container import container_words
 from launcher.submit.slurm_answers import Refusal, refusal, where_it_stands
 from launcher.submit.slurm_options import Option, log_file, overriding_variables, sbatch_options
 
 SHIPPED = "submit.sbatch.j2"
+_ANSWER = re.compile(r"(?P<job>[0-9]+)(?:;(?P<cluster>\S+))?")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,10 @@ class Templates:
 
 @dataclass(frozen=True)
 class SlurmRequest:
-    """A batch job as it is submitted: sbatch reads `script` from its standard input, in the folder `cwd`."""
+    """A batch job as it is submitted: sbatch reads `script` from its standard input, in the folder `cwd`.
+
+    `run` is the directory of the run that it goes on with; a new one is made where there is none.
+    """
 
     argv: tuple[str, ...]
     script: str
@@ -61,6 +67,7 @@ class SlurmRequest:
     name: str
     log: str
     array: str | None
+    run: Path | None = None
 
     def command(self) -> str:
         """The command in a shell's words, with the variables that are not passed on."""
@@ -86,11 +93,22 @@ def surroundings() -> Surroundings:
 
 
 def slurm_request(
-    job: Job, job_file: Path, overrides: Sequence[str], surroundings: Surroundings, templates: Templates
+    job: Job,
+    job_file: Path,
+    overrides: Sequence[str],
+    surroundings: Surroundings,
+    templates: Templates,
+    *,
+    resume: bool = False,
 ) -> SlurmRequest:
-    """The request for a job. Raises RequestError for what Slurm or a shell could not be told safely."""
+    """The request for a job, or for going on with the run whose directory stands in the job file's place.
+
+    Raises RequestError for what Slurm or a shell could not be told safely.
+    """
     folder = _absolute(job.output_dir, surroundings.cwd)
-    _check_words([str(surroundings.cwd), str(folder), str(job_file), *overrides])
+    given = str(_absolute(str(job_file), surroundings.cwd))
+    words = [*(["--resume"] if resume else []), given, *overrides]
+    _check_words([str(surroundings.cwd), str(folder), *words])
     if job.cluster.address not in ("auto", "local"):
         found = f"{job.cluster.address}, and a Slurm job starts a Ray of its own"
         raise RequestError(Problem(found, key="cluster.address", mend="leave it out, or submit with --to ray"))
@@ -99,7 +117,8 @@ def slurm_request(
         mend = "set it in the environment of the nodes"
         raise RequestError(*(Problem(found, key=f"cluster.env.{name}", mend=mend) for name in secrets))
     options = (*sbatch_options(job, folder), Option("chdir", str(surroundings.cwd), asked=False))
-    script = render(templates, template_values(job, job_file, overrides, options, surroundings))
+    folders = [folder, Path(given) if resume else Path(given).parent]
+    script = render(templates, template_values(job, words, options, surroundings, folders))
     left_out = [option for option in options if option.asked and option.directive() not in _head(script)]
     return SlurmRequest(
         argv=("sbatch", "--parsable", *(option.argument() for option in left_out)),
@@ -110,15 +129,16 @@ def slurm_request(
         name=job.name,
         log=log_file(job, folder),
         array=job.slurm.array,
+        run=Path(given) if resume else None,
     )
 
 
 def template_values(
-    job: Job, job_file: Path, overrides: Sequence[str], options: Iterable[Option], surroundings: Surroundings
+    job: Job, words: Sequence[str], options: Iterable[Option], surroundings: Surroundings, folders: Iterable[Path]
 ) -> dict[str, Any]:
-    """The names that a template may use."""
+    """The names that a template may use; `words` are for `launcher node`, which needs the folders."""
     slurm, cwd = job.slurm, surroundings.cwd
-    container_options, launcher = _container(job)
+    container_options, launcher = container_words(slurm, cwd, folders)
     bare = not slurm.activate and not slurm.container
     return {
         "directives": [option.directive() for option in options],
@@ -126,7 +146,7 @@ def template_values(
         "activate": _activate_script(slurm.activate, cwd) if slurm.activate else None,
         "container_options": container_options,
         "launcher": [surroundings.launcher] if bare else launcher,
-        "job_arguments": [str(_absolute(str(job_file), cwd)), *overrides],
+        "job_arguments": list(words),
         "array_key": slurm.array_key,
         "job": job.model_dump(mode="json"),
     }
@@ -180,15 +200,19 @@ def submit_request(request: SlurmRequest, environment: Mapping[str, str]) -> tup
     done = _run(request.argv, request.script, request.cwd, passed)
     if done.returncode != 0:
         raise _refused(refusal(done.stderr.strip()), done)
-    job, _, cluster = done.stdout.strip().splitlines()[-1].partition(";")
-    return SubmittedJob(job, cluster or None), done.stderr.strip()
+    answer = _ANSWER.fullmatch((done.stdout.strip().splitlines() or [""])[-1])
+    if answer is None:
+        found = f"sbatch took the job and printed no id for it, but {done.stdout.strip()!r}"
+        raise LauncherError(f"{found}\n  squeue --me lists your jobs; is sbatch a wrapper here, without --parsable?")
+    return SubmittedJob(answer["job"], answer["cluster"]), done.stderr.strip()
 
 
 def described(request: SlurmRequest, submitted: SubmittedJob) -> str:
     """For people: where the job stands, where it writes, and the commands that follow it."""
     stands = where_it_stands(submitted.id, submitted.cluster)
-    run = shlex.quote(f"{request.output_dir}/{request.name}-{run_stamp({'SLURM_JOB_ID': submitted.id})}")
-    if request.array:
+    new = f"{request.output_dir}/{request.name}-{run_stamp({'SLURM_JOB_ID': submitted.id})}"
+    run = shlex.quote(str(request.run or new))
+    if request.array and request.run is None:
         run += "_INDEX"
     log = request.log.replace("%j", submitted.id).replace("%A_%a", f"{submitted.id}_INDEX")
     place = f" --clusters={submitted.cluster}" if submitted.cluster else ""
@@ -238,23 +262,6 @@ def _check_words(words: Iterable[str]) -> None:
             found = f"{word!r} holds a line break, a control character or bytes that are not UTF-8"
             mend = "a batch script is one command a line: rename the file, or put the value into the job file"
             raise RequestError(Problem(found, mend=mend))
-
-
-def _container(job: Job) -> tuple[list[str], list[str]]:
-    """What srun is told about the container, and the launcher as it is called on a node."""
-    slurm = job.slurm
-    if slurm.container is None:
-        return [], ["launcher"]
-    image = _home(slurm.container)
-    mounts = ",".join(_home(mount) for mount in slurm.container_mounts)
-    if slurm.container_runtime == "apptainer":
-        binding = ["--bind", mounts] if mounts else []
-        return [], ["apptainer", "exec", "--nv", *binding, image, "launcher"]
-    return [f"--container-image={image}", *([f"--container-mounts={mounts}"] if mounts else [])], ["launcher"]
-
-
-def _home(path: str) -> str:
-    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 def _absolute(path: str, cwd: Path) -> Path:

@@ -99,7 +99,7 @@ def overriding_variables(options: Iterable[Option], environment: Iterable[str]) 
 
     Source: sbatch(1), input environment variables: they win over the options of a script.
     """
-    overriding = {name for option in options for name in _VARIABLES.get(option.name, ())}
+    overriding = {_WAITING, *(name for option in options for name in _VARIABLES.get(option.name, ()))}
     return tuple(sorted(name for name in environment if name in overriding or _of_a_job(name)))
 
 
@@ -142,6 +142,9 @@ def _extra(text: str) -> Option:
 
 _SETTINGS = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_DEBUG_FLAGS", "SLURM_EXIT_ERROR", "SLURM_UMASK", "SLURM_JWT"}
 """Variables that tell Slurm's commands how to work, and belong to no job."""
+
+_WAITING = "SBATCH_WAIT"
+"""With it sbatch answers once the job has ended, where its id is wanted at once."""
 
 _VARIABLES = {
     "account": ("SBATCH_ACCOUNT",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from launcher.run_dir import ENDED, RunDir
-from launcher.watch.session import read_json
+from launcher.watch.session import gone, is_gone, read_json
 from launcher.watch.status import LOST, LOST_SECONDS, read_brief
 
 QUIET_SECONDS = 1.5
@@ -15,6 +15,8 @@ _LOST_LOOK_SECONDS = 10.0
 
 class EndOfRun:
     """Says when the run has ended, or is lost, and its files have been quiet. `state` is what it came to, None before.
+
+    Raises RunFailed where the run directory is gone.
 
     Looks at state.json once a second at most, and for signs of life where nothing came for a minute.
     """
@@ -34,6 +36,8 @@ class EndOfRun:
 
     def _ended(self) -> str | None:
         state = (read_json(self._run.state_file) or {}).get("state")
+        if state is None and is_gone(self._run):
+            raise gone(self._run)
         return state if state in ENDED else None
 
     def _lost(self, quiet_seconds: float, now: float) -> str | None:

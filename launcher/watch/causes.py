@@ -25,8 +25,9 @@ HOST_MEMORY = "out of memory on the node"
 CAUSES = (
     _cause(
         "out of GPU memory",
-        "take a smaller train.train_micro_batch_size_per_gpu (the batch stays, by accumulation), set "
-        "model.gradient_checkpointing: true, take a higher ZeRO stage or offload, or a shorter data.max_length",
+        "take a smaller train.train_micro_batch_size_per_gpu (the batch stays, by accumulation) or set "
+        "model.gradient_checkpointing: true, which launcher resume takes as well; in a new run a higher ZeRO stage, "
+        "offload, or a shorter data.max_length",
         r"CUDA out of memory",
         r"CUDA error: out of memory",
         r"CUBLAS_STATUS_ALLOC_FAILED",
@@ -273,8 +274,7 @@ CAUSES = (
         r"Connection (?:closed|reset) by (?:remote )?peer",
         r"remote process exited or there was a network error",
         r"ncclRemoteError",
-        r"Broken pipe",
-        r"Socket closed",
+        r"(?:gloo|c10d|TCPStore|ProcessGroup|NCCL)[^\n]*(?:Broken pipe|Socket closed)",
         r"failed to recv, got 0 bytes",
     ),
     _cause(
@@ -288,11 +288,14 @@ CAUSES = (
 )
 """The first whose pattern is found counts: what is more telling comes first."""
 
+OOM_KILL = next(cause for cause in CAUSES if cause.name == HOST_MEMORY)
+"""Proved, where the kernel's own count tells of it."""
+
 _BY_SIGNAL = {
     "signal SIGKILL": Cause(
         "killed from outside, most often because the node was out of memory",
         re.compile("signal SIGKILL"),
-        next(cause.mend for cause in CAUSES if cause.name == HOST_MEMORY),
+        OOM_KILL.mend,
     ),
     "signal SIGSEGV": Cause(
         "a crash in compiled code",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from launcher.aftermath import Place
 from launcher.run_dir import RunDir
 from launcher.watch.session import Record, Session, read_json, seconds_of
 
@@ -24,8 +25,9 @@ class NodeStatus:
     """One node. None stands for what is not known: a node that has written nothing yet has its name alone.
 
     `updates` are those that all its ranks have done. `step_seconds` is the median over its ranks of the time of an
-    update, `own_seconds` the longest of its ranks' own work in it; `ratio` is the one that is compared against the
-    median of all nodes. `heartbeat_seconds` is the age of what it wrote last; beyond 30 it is `stale`.
+    update, `own_seconds` the longest of its ranks' own work in it, `rank_own_seconds` that of each of `ranks`; `ratio`
+    is the one that is compared against the median of all nodes. `slow_ranks` are those of a straggler whose own work
+    is what makes it one. `heartbeat_seconds` is the age of what it wrote last; beyond 30 it is `stale`.
     """
 
     node_rank: int
@@ -37,8 +39,10 @@ class NodeStatus:
     updates: int | None = None
     step_seconds: float | None = None
     own_seconds: float | None = None
+    rank_own_seconds: tuple[float | None, ...] = ()
     ratio: float | None = None
     straggler: bool = False
+    slow_ranks: tuple[int, ...] = ()
     cpus: int | None = None
     cpu_percent: float | None = None
     memory_used_bytes: int | None = None
@@ -62,6 +66,17 @@ def node_statuses(run: RunDir, session: Session, now: float) -> list[NodeStatus]
         bare = NodeStatus(node_rank, host)
         rows.append(bare if record is None else _row(bare, record, offset, now))
     return rows
+
+
+def places_of(run: RunDir, session: Session) -> list[Place] | None:
+    """Every rank and where it is; None while a node has not told of its ranks."""
+    places = []
+    for node_rank, host in _named(run, session):
+        ranks = (read_json(run.node_file(node_rank, host)) or {}).get("ranks")
+        if not ranks:
+            return None
+        places += [Place(int(rank["rank"]), node_rank, host) for rank in ranks]
+    return places or None
 
 
 def _named(run: RunDir, session: Session) -> dict[tuple[int, str], float]:
@@ -97,6 +112,7 @@ def _row(bare: NodeStatus, record: Record, offset: float, now: float) -> NodeSta
         updates=min((rank["updates"] for rank in ranks if rank.get("updates") is not None), default=None),
         step_seconds=_of(statistics.median, ranks, "step_seconds"),
         own_seconds=_of(max, ranks, "own_seconds"),
+        rank_own_seconds=tuple(rank.get("own_seconds") for rank in ranks),
         cpus=record.get("cpus"),
         cpu_percent=record.get("cpu_percent"),
         memory_used_bytes=record.get("memory_used_bytes"),
@@ -140,12 +156,21 @@ def straggling(nodes: Sequence[NodeStatus]) -> tuple[str | None, list[NodeStatus
         values = [value for node in nodes if (value := getattr(node, key))]
         if len(values) >= 2:
             middle = statistics.median_low(values)
-            return key, [_against(node, getattr(node, key), middle) for node in nodes]
+            compared = [_against(node, getattr(node, key), middle) for node in nodes]
+            return key, [_with_slow_ranks(node, middle) for node in compared] if key == "own_seconds" else compared
     return None, list(nodes)
 
 
 def _against(node: NodeStatus, value: float | None, middle: float) -> NodeStatus:
     if value is None:
         return node
-    slow = value > STRAGGLER_RATIO * middle and value - middle > _LEAST_SECONDS
-    return replace(node, ratio=value / middle, straggler=slow)
+    return replace(node, ratio=value / middle, straggler=_is_slow(value, middle))
+
+
+def _with_slow_ranks(node: NodeStatus, middle: float) -> NodeStatus:
+    times = zip(node.ranks, node.rank_own_seconds, strict=False)
+    return replace(node, slow_ranks=tuple(rank for rank, time in times if time and _is_slow(time, middle)))
+
+
+def _is_slow(seconds: float, middle: float) -> bool:
+    return seconds > STRAGGLER_RATIO * middle and seconds - middle > _LEAST_SECONDS

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from launcher.run_dir import RunDir
 from launcher.watch.history import sampled
-from launcher.watch.session import Record
+from launcher.watch.session import Record, gone, is_gone
 from launcher.watch.status import RunStatus, read_status
 from launcher.watch.status_report import one_line, status_view
 
@@ -26,13 +26,20 @@ _OTHER_LINES = 11
 
 
 def watch_run(run: RunDir, console: Console) -> RunStatus:
-    """Shows the run until it has ended or is lost; its last status.
+    """Shows the run until it has ended or is lost; its last status. Raises RunFailed where it is gone.
 
     In a terminal the screen is drawn anew every two seconds. Elsewhere a line comes every ten seconds when something
     has changed.
     """
-    if not console.is_terminal:
-        return _plain_lines(run, console)
+    began = _written(run)
+    status = _shown_in_screen(run, console) if console.is_terminal else _plain_lines(run, console)
+    # state.json is replaced and never missing: without it the rest of the folder is being removed as well.
+    if is_gone(run) or (began is not None and _written(run) is None):
+        raise gone(run)
+    return status
+
+
+def _shown_in_screen(run: RunDir, console: Console) -> RunStatus:
     status = read_status(run, time.time())
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while status.live:
@@ -59,16 +66,16 @@ def _plain_lines(run: RunDir, console: Console) -> RunStatus:
 
 
 def _wait(run: RunDir, seconds: float) -> None:
-    """Waits so long, or until the state changes."""
+    """Waits so long, or until the state changes or is gone."""
     before, deadline = _written(run), time.monotonic() + seconds
-    while time.monotonic() < deadline and _written(run) == before:
+    while before is not None and time.monotonic() < deadline and _written(run) == before:
         time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
 
 
 def _written(run: RunDir) -> int | None:
     try:
         return run.state_file.stat().st_mtime_ns
-    except FileNotFoundError:
+    except OSError:
         return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from launcher.errors import RunFailed
 from launcher.run_dir import ENDED, RunDir
 
 Record = dict[str, Any]
@@ -84,12 +86,35 @@ def parsed(lines: Iterator[bytes] | Any) -> Iterator[Record]:
 
 
 def read_json(path: Path) -> Record | None:
-    """A JSON object; None where the file is missing or damaged."""
+    """A JSON object; None where the file is missing or damaged. Raises PermissionError.
+
+    A file that another host replaces may be stale for a moment on a network file system: it is read once more.
+    """
+    for _ in range(2):
+        try:
+            value = json.loads(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return None
+        except PermissionError:
+            raise
+        except OSError:
+            continue
+        return value if isinstance(value, dict) else None
+    return None
+
+
+def is_gone(run: RunDir) -> bool:
+    """Whether the run directory is no longer there."""
     try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+        run.path.stat()
+    except OSError as error:
+        return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+    return False
+
+
+def gone(run: RunDir) -> RunFailed:
+    """What is told of a run that was removed while it was watched."""
+    return RunFailed(f"the run is gone: {run.path} was removed while it was watched")
 
 
 def seconds_of(time: Any) -> float | None:

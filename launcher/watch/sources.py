@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.aftermath import Place
 from launcher.errors import Problem, RequestError, nearest
 from launcher.run_dir import RunDir
+from launcher.watch.nodes import places_of
+from launcher.watch.session import Session
 
 _FOLDER = re.compile(r"^node-(\d+)-(.+)$")
 _RANK = re.compile(r"^rank-(\d+)$")
@@ -52,7 +55,24 @@ def check_choice(run: RunDir, choice: Choice) -> None:
     """Raises RequestError, with what there is, where no file of the run is the one asked for."""
     there = _all(run, {})
     if not there:
-        raise RequestError(Problem("no node has written a log yet", file=str(run.logs)))
+        prepare = run.logs / "prepare.log"
+        mend = f"the data is, or was, being prepared: see {prepare}" if prepare.is_file() else None
+        raise RequestError(Problem("no node has written a log yet", file=str(run.logs), mend=mend))
+    _check(choice, there)
+
+
+def check_expected(run: RunDir, session: Session, choice: Choice) -> None:
+    """As `check_choice` for a run that may yet write the file asked for: once all its nodes have told their ranks."""
+    places = places_of(run, session)
+    if places is not None:
+        _check(choice, [*_all(run, {}), *(_expected(run, place) for place in places)])
+
+
+def _expected(run: RunDir, place: Place) -> Source:
+    return Source(run.node_logs(place.node_rank, place.host) / "rank.log", place.node_rank, place.host, place.rank)
+
+
+def _check(choice: Choice, there: Sequence[Source]) -> None:
     if not any(Choice(node=choice.node).takes(source) for source in there):
         assert choice.node is not None
         close = nearest(choice.node, {source.host for source in there})

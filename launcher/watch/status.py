@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from launcher.run_dir import RunDir, utc_text
+from launcher.run_dir import ENDED, RunDir, utc_text
 from launcher.tail import lines_backwards
 from launcher.watch.nodes import NodeStatus, node_statuses, straggling
 from launcher.watch.session import Record, Session, is_held, parsed, read_json, read_session, seconds_of
 
 LOST = "lost"
+UNREADABLE = "unreadable"
 LOST_SECONDS = 60.0
 _RECENT_UPDATES = 20
 _TIMED_UPDATES = 200
@@ -24,7 +25,8 @@ class RunStatus:
     """Where a run stands. Times are seconds; None stands for what is not known.
 
     `state` is that of state.json, "unknown" without one, or "lost": state.json (`written_state`) says that the run is
-    alive, but nothing was heard of it for a minute and no launcher holds its directory. `updates` are done, of
+    alive, but nothing was heard of it for a minute and no launcher holds its directory; in a list "unreadable" where it
+    may not be read. `updates` are done, of
     `total_updates`; `loss` and `lr` are the last one's, `tokens_per_second` and `step_seconds` medians of the last 20.
     `compared` names the time in which nodes are compared, "own_seconds" or "step_seconds".
     """
@@ -33,28 +35,28 @@ class RunStatus:
     path: str
     state: str
     written_state: str
-    state_seconds: float | None
-    reason: str | None
-    began: str | None
-    host: str | None
-    pid: int | None
-    slurm_job_id: str | None
-    ray_job_id: str | None
-    updates: int
-    total_updates: int | None
-    left_seconds: float | None
-    loss: float | str | None
-    lr: float | None
-    tokens_per_second: float | None
-    step_seconds: float | None
-    silent_seconds: float | None
+    state_seconds: float | None = None
+    reason: str | None = None
+    began: str | None = None
+    host: str | None = None
+    pid: int | None = None
+    slurm_job_id: str | None = None
+    ray_job_id: str | None = None
+    updates: int = 0
+    total_updates: int | None = None
+    left_seconds: float | None = None
+    loss: float | str | None = None
+    lr: float | None = None
+    tokens_per_second: float | None = None
+    step_seconds: float | None = None
+    silent_seconds: float | None = None
     compared: str | None = None
     nodes: tuple[NodeStatus, ...] = ()
 
     @property
     def live(self) -> bool:
         """Whether the run goes on."""
-        return self.state == self.written_state and self.state not in ("finished", "failed", "stopped", "unknown")
+        return self.state == self.written_state and self.state not in (*ENDED, "unknown", UNREADABLE)
 
 
 def read_status(run: RunDir, now: float) -> RunStatus:
@@ -70,6 +72,14 @@ def read_brief(run: RunDir, now: float) -> RunStatus:
     """The status without its nodes; those of a run that has ended are not even read."""
     session = read_session(run)
     return _status(run, session, [] if session.ended else node_statuses(run, session, now), now)
+
+
+def read_listed(run: RunDir, now: float) -> RunStatus:
+    """As `read_brief`, for a list of runs, of which one that may not be read must not hide the others."""
+    try:
+        return read_brief(run, now)
+    except OSError:
+        return RunStatus(run.path.name, str(run.path), UNREADABLE, UNREADABLE)
 
 
 def _status(run: RunDir, session: Session, nodes: Sequence[NodeStatus], now: float) -> RunStatus:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from launcher.watch.nodes import STALE_SECONDS, STRAGGLER_RATIO, NodeStatus
 from launcher.watch.plain import plain
-from launcher.watch.status import LOST, LOST_SECONDS, RunStatus
+from launcher.watch.status import LOST, LOST_SECONDS, UNREADABLE, RunStatus
 from launcher.watch.words import duration, memory, number
 
 _STYLES = {"finished": "green", "failed": "bold red", LOST: "bold red", "stopped": "yellow", "unknown": "dim"}
@@ -154,10 +154,16 @@ def _percent(value: float | None) -> str:
 
 
 def _marks(node: NodeStatus) -> str:
-    marks = ["slow"] if node.straggler else []
+    marks = [_slow(node)] if node.straggler else []
     marks += ["stale"] if node.stale else []
     marks += [f"exit {', '.join(map(str, node.exit_codes))}"] if node.exit_codes else []
     return " ".join(marks)
+
+
+def _slow(node: NodeStatus) -> str:
+    if not node.slow_ranks:
+        return "slow"
+    return f"slow: rank{'s' if len(node.slow_ranks) > 1 else ''} {rank_range(node.slow_ranks)}"
 
 
 def rank_range(ranks: Sequence[int]) -> str:
@@ -202,6 +208,9 @@ def runs_view(runs: Sequence[RunStatus]) -> Group:
     for name in ("run", "state", "since", "update", "loss", "began (UTC)"):
         table.add_column(name, justify="right" if name in ("update", "loss", "since") else "left", no_wrap=True)
     for run in runs:
+        if run.state == UNREADABLE:
+            table.add_row(Text(run.name), Text("may not be read", style="dim"))
+            continue
         total = "?" if run.total_updates is None else run.total_updates
         table.add_row(
             Text(run.name),

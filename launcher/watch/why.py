@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.text import Text
 
+from launcher.aftermath import timed_out_headline, where
 from launcher.run_dir import RunDir
 from launcher.tail import last_lines
-from launcher.watch.causes import HOST_MEMORY, MISSING_FILE, Cause, cause_of_signal, find_cause
-from launcher.watch.failures import Failed, Failures, failures_of, log_end, where
+from launcher.watch.causes import HOST_MEMORY, MISSING_FILE, OOM_KILL, Cause, cause_of_signal, find_cause
+from launcher.watch.failures import Failed, Failures, failures_of, log_end
+from launcher.watch.nodes import places_of
 from launcher.watch.plain import plain
 from launcher.watch.session import Session, read_json, read_session
 from launcher.watch.status import LOST, RunStatus, read_status
@@ -79,16 +81,11 @@ def _of_failed(run: RunDir, session: Session) -> Explanation:
 
 def _of_failures(run: RunDir, session: Session, found: Failures) -> Explanation:
     first = found.first
-    if first.rank is None:
-        headline = f"{first.name} is lost: {first.how}"
-    else:
-        said = f": {_first_line(first.error)}" if first.error else ""
-        headline = f"{first.name} failed first, with {first.how}{said}"
     folder = run.node_logs(first.node_rank, first.host)
     logs = [folder / ("agent.log" if first.rank is None else f"rank-{first.rank}.log")]
     cause = _cause(run, found)
     return Explanation(
-        headline,
+        _headline(run, session, found),
         failures=found,
         notes=tuple(_notes(found)),
         ends=_ends(logs) or _told(folder, first),
@@ -97,13 +94,25 @@ def _of_failures(run: RunDir, session: Session, found: Failures) -> Explanation:
     )
 
 
+def _headline(run: RunDir, session: Session, found: Failures) -> str:
+    first = found.first
+    if first.rank is None:
+        return f"{first.name} is lost: {first.how}"
+    if found.waited:
+        failed = {one.rank for one in (first, *found.followers, *found.ended)}
+        places = places_of(run, session)
+        return timed_out_headline(places and [place for place in places if place.rank not in failed])
+    said = f": {_first_line(first.error)}" if first.error else ""
+    return f"{first.name} failed first, with {first.how}{said}"
+
+
 def _cause(run: RunDir, found: Failures) -> Cause | None:
     """What the first rank said of its end; where that is nothing: how it ended, the end of its log, then its node.
 
     A log holds warnings as well, so what a rank told of its end is not made up for from there.
     """
     first = found.first
-    by_signal = cause_of_signal(first.how)
+    by_signal = OOM_KILL if first.how == "signal SIGKILL" and _oom_kills(run, first) else cause_of_signal(first.how)
     told = find_cause(first.error, first.traceback, first.how)
     if told is not None or first.told or first.how == "signal SIGKILL":
         return told or by_signal
@@ -121,15 +130,18 @@ def _notes(found: Failures) -> list[str]:
     notes = []
     if found.same:
         what = "traceback" if found.first.traceback else "error"
-        notes.append(f"{_count(found.same)} failed with the same {what}: {where(found.same)}")
-    if found.followers:
-        notes.append(f"{_count(found.followers)} fell in a collective only afterwards: {where(found.followers)}")
+        notes.append(f"{_count(found.same)} failed with the same {what}: {_where(found.same)}")
+    if found.waited:
+        waited = (found.first, *found.followers)
+        notes.append(f"{_ranks(len(waited))} waited in it for too long: {_where(waited)}")
+    elif found.followers:
+        notes.append(f"{_count(found.followers)} fell in a collective only afterwards: {_where(found.followers)}")
     if found.ended:
-        notes.append(f"{_count(found.ended)} only ended with the run: {where(found.ended)}")
+        notes.append(f"{_count(found.ended)} only ended with the run: {_where(found.ended)}")
     for other in found.others[:3]:
         notes.append(f"{other.name} failed as well, with {_first_line(other.error or other.how)}")
     if len(found.others) > 3:
-        notes.append(f"{_count(found.others[3:])} failed in other ways: {where(found.others[3:])}")
+        notes.append(f"{_count(found.others[3:])} failed in other ways: {_where(found.others[3:])}")
     return notes
 
 
@@ -138,7 +150,15 @@ def _first_line(text: str) -> str:
 
 
 def _count(failed: tuple[Failed, ...]) -> str:
-    return f"{len(failed)} other rank{'s' if len(failed) != 1 else ''}"
+    return _ranks(len(failed), "other rank")
+
+
+def _ranks(count: int, noun: str = "rank") -> str:
+    return f"{count} {noun}{'s' if count != 1 else ''}"
+
+
+def _where(failed: tuple[Failed, ...]) -> str:
+    return where(one.place for one in failed)
 
 
 def _evidence(run: RunDir, session: Session, found: Failures, cause: Cause | None) -> list[str]:
@@ -147,13 +167,21 @@ def _evidence(run: RunDir, session: Session, found: Failures, cause: Cause | Non
     lines = []
     if cause is not None and cause.name == MISSING_FILE and len(session.nodes) > 1:
         alike = {one.node_rank for one in (first, *found.same)}
-        lines.append(f"so far {len(alike)} of {len(session.nodes)} nodes told of it: {where((first, *found.same))}")
+        lines.append(f"so far {len(alike)} of {len(session.nodes)} nodes told of it: {_where((first, *found.same))}")
     if first.how == "signal SIGKILL" or (cause is not None and cause.name == HOST_MEMORY):
         lines += _memory(run, first)
     return lines
 
 
+def _oom_kills(run: RunDir, first: Failed) -> int:
+    """How many processes of the node's ranks the kernel killed for want of memory, as far as that is known."""
+    return int((read_json(run.node_file(first.node_rank, first.host)) or {}).get("oom_kills") or 0)
+
+
 def _memory(run: RunDir, first: Failed) -> list[str]:
+    kills = _oom_kills(run, first)
+    if kills:
+        return [f"the kernel of {first.host} killed {kills} of the processes there for want of memory (oom_kill)"]
     record = read_json(run.node_file(first.node_rank, first.host)) or {}
     used, total = record.get("memory_used_bytes"), record.get("memory_bytes")
     if not used or not total:
@@ -163,7 +191,11 @@ def _memory(run: RunDir, first: Failed) -> list[str]:
 
 
 def _of_lost(run: RunDir, session: Session, status: RunStatus) -> Explanation:
-    """A supervisor that vanished has told nothing: what the nodes last said is all there is."""
+    """Of a supervisor that vanished: the failure that it had written, or else what the nodes last said."""
+    if session.failure is not None:
+        known = _of_failures(run, session, failures_of(session.failure, run))
+        gone = "its supervisor vanished before it had written down that the run failed"
+        return replace(known, notes=(*known.notes, gone))
     host = session.state.get("host", "?")
     headline = (
         f"the run is lost: its supervisor, process {session.state.get('pid')} on {host}, vanished while "

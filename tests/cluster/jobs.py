@@ -19,6 +19,31 @@ ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold":
 # Two models side by side on two hosts are six ranks on two cores.
 PATIENT = {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
+_RAISES_ON_RANK_1 = """
+import os
+from pathlib import Path
+
+if os.environ.get("RANK") == "1":
+    from launcher.worker import train
+
+    advance = train.Training.advance
+
+    def with_fault(self, *arguments):
+        if Path(__file__).with_name("now").exists():
+            raise ValueError("a bad sample on this node")
+        advance(self, *arguments)
+
+    train.Training.advance = with_fault
+"""
+
+
+def write_fault(folder: Path) -> Path:
+    """A folder for PYTHONPATH by which rank 1 raises a ValueError, "a bad sample on this node", once `now` is in it."""
+    faulty = folder / "faulty"
+    faulty.mkdir()
+    (faulty / "sitecustomize.py").write_text(_RAISES_ON_RANK_1)
+    return faulty
+
 
 def write_tiny_job(folder: Path, name: str = "tiny", **sections: Any) -> Path:
     """`folder`/`name`.yaml: twelve sequences an update, which divide among one, two and three hosts.

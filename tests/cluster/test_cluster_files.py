@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shlex
 import stat
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
 
+from launcher.errors import RunFailed
+from launcher.job import validate_job
 from launcher.presets import shipped_folder
+from launcher.submit.ray import ADDRESS_VARIABLES, ray_request, submit_to_ray
 from tests.cluster import ssh
 from tests.cluster.conftest import need
 from tests.cluster.hosts import Hosts, missing, several_hosts
@@ -42,10 +48,21 @@ def test_a_cluster_file_passes_rays_own_check(name: str) -> None:
         validate_config({**config, "head_command": []})
     for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
         words = shlex.split(commands[-1].replace(";", " ; "))
-        assert "RAY_AUTH_MODE=token" in words
+        assert {"RAY_AUTH_MODE=token", "RAY_memory_monitor_refresh_ms=0"} <= set(words)
         assert words[words.index("ray") : words.index("ray") + 2] == ["ray", "start"]
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
-    assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
+    assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+
+
+def test_only_what_the_user_carries_along_is_installed_as_the_launcher() -> None:
+    """Its name is nobody's at the package index, where anybody might take it."""
+    config = load("aws.yaml")
+    [installing] = [command for command in config["setup_commands"] if "pip install" in command]
+    assert [word for word in installing.split() if "launcher" in word and "bin/" not in word] == [
+        "~/launcher",
+        "~/wheels/ray_deepspeed_launcher-*.whl",
+    ]
+    assert config["file_mounts"]["~/wheels"] == "./dist"
 
 
 def test_the_options_of_ray_start_are_rays_own() -> None:
@@ -53,9 +70,35 @@ def test_the_options_of_ray_start_are_rays_own() -> None:
 
     known = {name for parameter in start.params for name in parameter.opts}
     for name in ("onprem.yaml", "aws.yaml"):
-        options = re.findall(r"(?<=\s)--[a-z-]+", (FOLDER / name).read_text())
+        options = re.findall(r"(?<=\s)--[a-z-]+", "\n".join(value for _, value in leaves(load(name))))
         assert options
-        assert set(options) - {"--quiet", "--generate"} <= known
+        assert set(options) - {"--quiet"} <= known
+
+
+def test_the_address_that_is_given_is_the_one_that_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's client would take one of the environment over it."""
+    called: list[str] = []
+
+    class Answering(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            called.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    given_job = {"name": "x", "model": {"name_or_path": "m"}, "data": {"train": "t"}, "output_dir": "/shared/runs"}
+    with HTTPServer(("127.0.0.1", 0), Answering) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        for name in ADDRESS_VARIABLES:
+            monkeypatch.setenv(name, "http://127.0.0.1:9")
+        given = f"http://127.0.0.1:{server.server_port}"
+        request = ray_request(validate_job(given_job), Path("/w/job.yaml"), [], given, Path("/w"))
+        with pytest.raises(RunFailed, match=f"no Ray answers at {given}"):
+            submit_to_ray(request, print, dry_run=False, parsable=False, follow=False)
+        server.shutdown()
+    assert called
+    assert {os.environ[name] for name in ADDRESS_VARIABLES} == {"http://127.0.0.1:9"}
 
 
 def test_the_rayjob_holds_together() -> None:
@@ -97,7 +140,8 @@ def test_the_rayjob_holds_together() -> None:
 def pod_container(pod: dict[str, Any]) -> dict[str, Any]:
     """The one container of a pod, whose mounts all name a volume."""
     [container] = pod["containers"]
-    assert {"name", "image", "resources", "volumeMounts"} == set(container)
+    assert {"name", "image", "env", "resources", "volumeMounts"} == set(container)
+    assert container["env"] == [{"name": "RAY_memory_monitor_refresh_ms", "value": "0"}]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     return container
 

@@ -13,7 +13,7 @@ import pytest
 from launcher.run_dir import RunDir
 from tests.cluster.conftest import need
 from tests.cluster.hosts import missing, several_hosts
-from tests.cluster.jobs import PATIENT, hosts_of_ranks, losses, runs_of, write_tiny_job
+from tests.cluster.jobs import PATIENT, hosts_of_ranks, losses, runs_of, write_fault, write_tiny_job
 from tests.cluster.ray_cluster import RayCluster
 
 pytestmark = pytest.mark.cluster
@@ -105,6 +105,46 @@ def test_runs_share_a_cluster_wait_for_room_and_make_the_updates_of_one_node(clu
         p for host in cluster.hosts.names for p in cluster.hosts.processes(host) if "launcher.worker" in p.cmdline()
     ]
     assert ranks == []
+
+
+def test_a_rank_that_raises_and_a_run_that_is_cancelled_are_told_from_elsewhere(cluster: RayCluster) -> None:
+    """Two runs of two nodes each, side by side; everything is asked for on a machine that has no part in them."""
+    folder = cluster.hosts.shared / "watched"
+    jobs = folder / "jobs"
+    jobs.mkdir(parents=True)
+    faulty, runs = write_fault(folder), {"output_dir": str(folder / "runs"), "train": {"max_steps": 100_000}}
+    write_tiny_job(jobs, "raising", cluster={"nodes": 2, "env": {"PYTHONPATH": str(faulty)}}, **runs)
+    write_tiny_job(jobs, "long", cluster={"nodes": 2}, **runs)
+    plainly = ("ray", "job", "submit", "--address", cluster.address, "--working-dir", ".", "--", "launcher", "run")
+    raising, long = (cluster.popen("ctl", *plainly, f"{name}.yaml", cwd=jobs) for name in ("raising", "long"))
+    for name, job in (("raising", raising), ("long", long)):
+        job.wait_for(lambda name=name: any(len(run.metrics()) >= 2 for run in runs_of(folder, name)), seconds=240)
+
+    def launcher(verb: str, name: str, *options: str) -> str:
+        return cluster.run("ctl", "launcher", verb, name, "--output-dir", "runs", *options, cwd=folder).stdout
+
+    cancelled = launcher("cancel", "long")
+    assert f"{only_run(folder, 'long').path.name} was told to save and stop\n" in cancelled
+    made = len(only_run(folder, "long").metrics())
+    assert cancelled.endswith(f"stopped; updates made: {made}\n")
+    assert only_run(folder, "long").complete_checkpoints() == [made]
+    assert long.wait() != 0 and "cancelled by" in long.output
+
+    (faulty / "now").touch()
+    assert raising.wait() != 0
+    places = hosts_of_ranks(only_run(folder, "raising"))
+    first = f"rank 1 on node 1 ({places[1]}) failed first, with exit code 1: ValueError: a bad sample on this node"
+    for told in (raising.output, launcher("why", "raising")):
+        assert first in told
+        assert f"1 other rank fell in a collective only afterwards: rank 0 on node 0 ({places[0]})" in told
+    own = launcher("logs", "raising", "--node", places[1], "--grep", "bad sample")
+    assert own and all(line.startswith(f"node-1-{places[1]}/rank-1 ") for line in own.splitlines())
+    merged = launcher("logs", "raising")
+    assert all(f"node-{node}-{host}/rank-{node} " in merged for node, host in places.items())
+    status = json.loads(launcher("status", "raising", "--json"))
+    assert (status["state"], status["reason"]) == ("failed", first)
+    rows = [(node["host"], node["ranks"], node["ranks_alive"]) for node in status["nodes"]]
+    assert rows == [(places[0], [0], 0), (places[1], [1], 0)]
 
 
 def test_a_submission_that_ray_does_not_take_is_told_in_a_line(cluster: RayCluster) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ from tests.cluster import hosts as several
 from tests.cluster import slurm as over_hosts
 from tests.cluster.conftest import need
 from tests.cluster.hosts import Hosts, several_hosts
-from tests.cluster.jobs import BIN, PATIENT, hosts_of_ranks, losses, runs_of, write_tiny_job
+from tests.cluster.jobs import BIN, PATIENT, hosts_of_ranks, losses, runs_of, write_fault, write_tiny_job
 from tests.cluster.slurm import Slurm
 
 pytestmark = pytest.mark.cluster
@@ -24,19 +28,6 @@ pytestmark = pytest.mark.cluster
 REPOSITORY = Path(__file__).parents[2]
 TEMPLATE = REPOSITORY / "slurm" / "finetune.sbatch"
 WITH_LAUNCHER = {**PATIENT, "PATH": f"{BIN}:{os.environ['PATH']}"}
-
-
-RAISES_ON_RANK_1 = """
-import os
-
-if os.environ.get("RANK") == "1":
-    from launcher.worker import train
-
-    def advance(*_):
-        raise ValueError("a bad sample on this node")
-
-    train.Training.advance = advance
-"""
 
 
 def sbatch(hosts: Hosts, job_file: Path, *options: str, overrides: tuple[str, ...] = (), **environment: str) -> str:
@@ -89,12 +80,59 @@ def of_launcher(hosts: Hosts) -> list[str]:
     return found
 
 
+def span(run: RunDir) -> tuple[str, str]:
+    """When a run had its nodes: from starting ranks to its end."""
+    times = {event["state"]: event["time"] for event in run.events() if event["event"] == "state"}
+    return times["starting"], times["finished"]
+
+
+def dashboards_beyond_loopback(hosts: Hosts, host: str, count: int) -> list[str]:
+    """What the dashboards of so many Rays on the host listen at for other machines."""
+    lines = [" ".join(process.cmdline()) for process in hosts.processes(host)]
+    ports = re.findall(r"dashboard\.py --host=127\.0\.0\.1 --port=([0-9]+) ", "\n".join(lines))
+    assert len(ports) == count
+    listening = hosts.run(host, ["ss", "--tcp", "--listening", "--numeric", "--no-header"]).stdout
+    places = [line.split()[3] for line in listening.splitlines()]
+    assert places
+    return [
+        place for place in places if place.endswith(tuple(f":{port}" for port in ports)) and "127.0.0.1" not in place
+    ]
+
+
+def looked_into(hosts: Hosts, folder: Path, **jobs: str) -> list[str]:
+    """The address of each job's own Ray, once all of them are starting ranks.
+
+    Their keys are for one user, their dashboards for one machine, and the first has two GPUs of two nodes each.
+    """
+    runs = [RunDir(folder / "runs" / f"{name}-slurm-{job}") for name, job in jobs.items()]
+    wait_for(
+        lambda: all(run.state().get("state") in ("starting", "training") for run in runs),
+        lambda: "\n".join(how_it_stands(hosts, folder, job) for job in jobs.values()),
+    )
+    addresses = []
+    for run in runs:
+        assert stat.S_IMODE((run.cluster / "key").stat().st_mode) == 0o600
+        found = re.search(r"--address='([0-9.]+:[0-9]+)'", (run.logs / "node-0-h1" / "node.log").read_text())
+        assert found
+        addresses.append(found[1])
+    assert dashboards_beyond_loopback(hosts, "h1", len(runs)) == []
+    secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(runs[0].cluster / "key")}
+    told = hosts.run("h1", [str(BIN / "ray"), "status", "--address", addresses[0]], **secret).stdout
+    assert "/4.0 GPU" in told, told
+    # It would end the agent where what ZeRO offloads fills a node's memory.
+    monitors = hosts.run("h1", ["sh", "-c", "grep -h 'MemoryMonitor' /tmp/lr-*/session_latest/logs/raylet.out"]).stdout
+    assert [" disabled." in line for line in monitors.splitlines()] == [True] * len(runs)
+    return addresses
+
+
 def test_two_and_three_nodes_at_once_learn_what_one_node_does(slurm: Slurm, shared: Path) -> None:
     hosts = slurm.hosts
     one = sbatch(hosts, write_tiny_job(shared, "one"), "--nodes=1", overrides=("cluster.nodes=1",))
     assert ended(hosts, shared, one)[0] == "COMPLETED 0:0", ended(hosts, shared, one)
-    two = sbatch(hosts, write_tiny_job(shared, "two"), "--nodes=2")
+    two = sbatch(hosts, write_tiny_job(shared, "two"), "--nodes=2", "--gres=gpu:2")
     three = sbatch(hosts, write_tiny_job(shared, "three"), "--nodes=3")
+    addresses = looked_into(hosts, shared, two=two, three=three)
+    assert len(set(addresses)) == 2 and all(address.startswith(hosts.address("h1")) for address in addresses)
     states = {job: ended(hosts, shared, job) for job in (two, three)}
     assert [state for state, _ in states.values()] == ["COMPLETED 0:0"] * 2, states
 
@@ -111,6 +149,9 @@ def test_two_and_three_nodes_at_once_learn_what_one_node_does(slurm: Slurm, shar
         ]
         assert run.state()["state"] == "finished" and run.state()["slurm_job_id"] in (two, three)
         assert not run.cluster.exists()
+    begun, over = zip(*(span(run) for run in (run_two, run_three)), strict=True)
+    assert max(begun) < min(over), "they ran side by side"
+    assert [path.name for path in (shared / "runs").iterdir() if path.name.endswith(".refusals")] == []
     assert of_launcher(hosts) == []
     for host in hosts.names:
         left = hosts.run(host, ["ls", "/tmp"]).stdout.split()
@@ -119,11 +160,23 @@ def test_two_and_three_nodes_at_once_learn_what_one_node_does(slurm: Slurm, shar
 
 def test_a_rank_that_raises_on_the_second_node_is_told_from_a_login_node(slurm: Slurm, shared: Path) -> None:
     hosts = slurm.hosts
-    faulty = shared / "faulty"
-    faulty.mkdir()
-    (faulty / "sitecustomize.py").write_text(RAISES_ON_RANK_1)
-    job_file = write_tiny_job(shared, cluster={"env": {"PYTHONPATH": str(faulty)}}, data={"cache_dir": "/tmp/cache"})
+    faulty = write_fault(shared)
+    changes = {"cluster": {"env": {"PYTHONPATH": str(faulty)}}, "train": {"max_steps": 100_000}}
+    job_file = write_tiny_job(shared, data={"cache_dir": "/tmp/cache"}, **changes)
     job = sbatch(hosts, job_file, "--nodes=2")
+    path = shared / "runs" / f"tiny-slurm-{job}"
+
+    def live() -> dict[str, Any]:
+        return json.loads(launcher(hosts, "status", str(path), "--json"))
+
+    wait_for(lambda: len(RunDir(path).metrics()) >= 2, lambda: how_it_stands(hosts, shared, job))
+    # Nodes tell of themselves every five seconds.
+    wait_for(lambda: all((node["updates"] or 0) >= 1 for node in live()["nodes"]), lambda: str(live()))
+    status = live()
+    assert (status["state"], status["slurm_job_id"], status["compared"]) == ("training", job, "own_seconds")
+    rows = [(node["node_rank"], node["host"], node["ranks"], node["ranks_alive"]) for node in status["nodes"]]
+    assert rows == [(0, "h1", [0], 1), (1, "h2", [1], 1)]
+    (faulty / "now").touch()
     state, output = ended(hosts, shared, job)
     assert state == "FAILED 1:0", output
     # Nothing of the cache is shared, so both hosts tokenised.
@@ -131,15 +184,20 @@ def test_a_rank_that_raises_on_the_second_node_is_told_from_a_login_node(slurm: 
     assert [hosts.run(host, ["ls", "/tmp/cache"]).stdout.split() for host in ("h1", "h2")] == [["data", "models"]] * 2
 
     (run,) = runs_of(shared)
+    first = "rank 1 on node 1 (h2) failed first, with exit code 1: ValueError: a bad sample on this node"
     for told in (output, launcher(hosts, "why", str(run.path))):
-        assert "rank 1 on node 1 (h2)" in told
-        assert "ValueError: a bad sample on this node" in told
+        assert first in told
+        assert "1 other rank fell in a collective only afterwards: rank 0 on node 0 (h1)" in told
     logs = launcher(hosts, "logs", str(run.path))
     assert "a bad sample on this node" in logs and "rank 0" in logs
     own = launcher(hosts, "logs", str(run.path), "--node", "h2", "--grep", "ValueError")
     assert own.count("a bad sample") >= 1 and "rank 0" not in own
-    status = launcher(hosts, "status", str(run.path))
-    assert "failed" in status and "h1" in status and "h2" in status
+    status = live()
+    assert status["state"] == "failed" and status["reason"] == first, run.events()[-3:]
+    rows = [(node["host"], node["ranks"], node["ranks_alive"], node["ended"]) for node in status["nodes"]]
+    assert rows == [("h1", [0], 0, True), ("h2", [1], 0, True)]
+    assert status["nodes"][1]["exit_codes"] == [1] and status["nodes"][0]["exit_codes"] != []
+    assert all(node["updates"] in (status["updates"] - 1, status["updates"]) for node in status["nodes"])
     assert of_launcher(hosts) == []
 
 
@@ -158,6 +216,10 @@ def test_a_run_is_cancelled_from_a_login_node_and_requeued_goes_on(slurm: Slurm,
     assert run.state()["state"] == "stopped" and run.complete_checkpoints() == [made]
     assert "cancelled by" in output
 
+    # Queued again, and called off before it starts: Slurm would wait two minutes.
+    hosts.run("ctl", ["scontrol", "requeue", job])
+    assert f"Slurm had queued its job {job} again: cancelled that" in launcher(hosts, "cancel", str(path))
+    assert ended(hosts, shared, job)[0].startswith("CANCELLED")
     hosts.run("ctl", ["scontrol", "requeue", job])
     # Slurm would wait two minutes before it starts a requeued job. In the very second in which it ended, a node refuses
     # to launch it again ("Job credential revoked").
@@ -167,8 +229,19 @@ def test_a_run_is_cancelled_from_a_login_node_and_requeued_goes_on(slurm: Slurm,
     hosts.run("ctl", ["scancel", "--batch", "--signal=USR1", job])
     state, output = ended(hosts, shared, job)
     assert f"going on after update {made}" in output
-    assert run.complete_checkpoints()[-1] == len(run.metrics()) > made
-    assert [line["update"] for line in run.metrics()] == list(range(len(run.metrics())))
+    made = len(run.metrics())
+    assert run.complete_checkpoints()[-1] == made
+    assert f"sbatch SCRIPT --resume {path}" in " ".join(output.split())
+
+    # The allocation after that has one node.
+    command = ["sbatch", "--parsable", "--cpus-per-task=2", "--nodes=1", str(TEMPLATE), "--resume", str(path)]
+    job = hosts.run("ctl", [*command, f"train.max_steps={made + 2}"], cwd=shared, **WITH_LAUNCHER).stdout.strip()
+    state, output = ended(hosts, shared, job)
+    assert state == "COMPLETED 0:0", output
+    assert "2 → 1 ranks: train_batch_size stays 12" in output
+    assert [line["update"] for line in run.metrics()] == list(range(made + 2))
+    assert [line["samples"] for line in run.metrics()] == [12 * (update + 1) for update in range(made + 2)]
+    assert run.state()["slurm_job_id"] == job and set(hosts_of_ranks(run)) == {0, 1}
     assert of_launcher(hosts) == []
 
 
@@ -192,6 +265,25 @@ def test_a_node_that_does_not_come_up_is_named_with_the_end_of_its_log(slurm: Sl
     assert of_launcher(hosts) == []
 
 
+def test_a_node_that_refuses_ends_the_job_at_once(slurm: Slurm, shared: Path) -> None:
+    """A model that one node does not see, before the nodes have met: nobody waits for ten minutes."""
+    hosts = slurm.hosts
+    (shared / "bin").mkdir()
+    wrapper = shared / "bin" / "launcher"
+    blind = '[ $(hostname) = "$BLIND" ] && set -- "$@" model.name_or_path=/nowhere/model'
+    wrapper.write_text(f'#!/bin/sh\n{blind}\nexec {BIN}/launcher "$@"\n')
+    wrapper.chmod(0o755)
+    job_file = write_tiny_job(shared)
+    for node, host in enumerate(("h1", "h2")):
+        job = sbatch(hosts, job_file, "--nodes=2", PATH=f"{wrapper.parent}:{os.environ['PATH']}", BLIND=host)
+        state, output = ended(hosts, shared, job)
+        assert state == "FAILED 2:0", output
+        assert f"node {node} ({host}) refused: " in output
+        assert output.count("there is no folder /nowhere/model") == 2, "each side says why it ends"
+    assert [path.name for path in (shared / "runs").iterdir() if path.name.startswith(".")] == []
+    assert of_launcher(hosts) == []
+
+
 def test_the_interface_that_reaches_the_others_is_found() -> None:
     need(several.missing() or over_hosts.missing())
     with several_hosts(2, dead_interface=True, dead_name=True, dead_route=True) as hosts:
@@ -207,9 +299,12 @@ def test_the_interface_that_reaches_the_others_is_found() -> None:
             f"exec {BIN}/launcher node --doctor {job_file}\n"
         )
         wrapper.chmod(0o755)
+        # What one that was killed in the same allocation, which will be the first here, left behind.
+        left = RunDir(hosts.shared / "runs" / ".doctor-slurm-1")
+        left.cluster.mkdir(parents=True)
         command = ["srun", "--nodes=2", "--cpus-per-task=2", str(wrapper)]
         good = hosts.run("ctl", command, seconds=240, **WITH_LAUNCHER)
-        assert "every node will do" in good.stdout
+        assert "every node will do" in good.stdout and not left.path.exists()
         assert good.stdout.count("eth0") == 2 and "dead0" not in good.stdout
         bad = hosts.run("ctl", [*command, "other"], seconds=240, check=False, **WITH_LAUNCHER)
         assert bad.returncode == 1
@@ -218,7 +313,7 @@ def test_the_interface_that_reaches_the_others_is_found() -> None:
         assert [path.name for path in (hosts.shared / "runs").iterdir() if path.name.startswith(".doctor")] == []
 
 
-def test_a_script_of_the_users_own_runs_on_two_nodes(slurm: Slurm, shared: Path) -> None:
+def test_a_script_of_the_users_own_runs_on_two_nodes_and_is_requeued(slurm: Slurm, shared: Path) -> None:
     hosts = slurm.hosts
     job_file = shared / "script.yaml"
     job = {
@@ -229,7 +324,9 @@ def test_a_script_of_the_users_own_runs_on_two_nodes(slurm: Slurm, shared: Path)
     }
     job_file.write_text(yaml.safe_dump(job))
     script = REPOSITORY / "tests" / "local" / "scripts" / "plain_ddp.py"
-    number = sbatch(hosts, job_file, "--nodes=2", overrides=("--", str(script), "--report"))
+    number = sbatch(
+        hosts, job_file, "--nodes=2", overrides=("--", str(script), "--report", "--saved", "{run_dir}/saved")
+    )
     state, output = ended(hosts, shared, number)
     assert state == "COMPLETED 0:0", output
     (run,) = runs_of(shared, "script")
@@ -238,3 +335,15 @@ def test_a_script_of_the_users_own_runs_on_two_nodes(slurm: Slurm, shared: Path)
     for host in ("h1", "h2"):
         own = launcher(hosts, "logs", str(run.path), "--node", host)
         assert "the ranks agree" in own and f"'MASTER_ADDR': '{hosts.address('h1')}'" in own
+
+    before = run.metrics()
+    hosts.run("ctl", ["scontrol", "requeue", number])
+    hosts.run("ctl", ["scontrol", "update", f"JobId={number}", "StartTime=now+2"])
+    state, output = ended(hosts, shared, number)
+    assert state == "COMPLETED 0:0", output
+    assert runs_of(shared, "script") == [run]
+    assert "running the script again" in output
+    assert "True, 1 restarts" in launcher(hosts, "logs", str(run.path), "--node", "h2")
+    # It went on from what it had saved, and what it had reported until then is kept.
+    assert [line["update"] for line in run.metrics()] == list(range(10))
+    assert run.metrics()[:6] == before[:6] and all(new["time"] > before[-1]["time"] for new in run.metrics()[6:])

@@ -130,7 +130,9 @@ def with_a_pretended_launcher(folder: Path) -> str:
 @pytest.mark.parametrize("signal", ["USR1 to the batch script", "scancel"])
 def test_the_run_saves_when_slurm_asks_for_the_end(slurm: Slurm, folder: Path, signal: str) -> None:
     """USR1 is what Slurm sends before the time limit, here sent by hand."""
-    words = (with_a_pretended_launcher(folder), "cluster.nodes=2", "train.max_steps=3")
+    # Where sbatch passes nothing on, srun would pass on none of what the script sets either.
+    alone = 'slurm.extra=["--export=NONE"]'
+    words = (with_a_pretended_launcher(folder), "cluster.nodes=2", "train.max_steps=3", alone)
     _, told, _ = submit(slurm, folder, *words)
     match = re.match(r"submitted job (\d+): (waiting|running)", told)
     assert match is not None, told

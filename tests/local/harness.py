@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.fleet.agent import Agent, NodeTask
+from launcher.fleet.agent import Agent, Event, NodeTask
 from launcher.job import validate_job
 from launcher.plan.model import Plan
 from launcher.plan.resume import Start
@@ -51,7 +51,7 @@ def run_ranks(
     timeout_seconds: float = 240.0,
 ) -> list[dict[str, Any]]:
     """Every event of the ranks, to the last exit. `environments` adds variables to single ranks."""
-    agent = _SingleRanks(environments or {})
+    agent = _Watched(environments or {}, stop_at)
     task = NodeTask(
         node_rank=0,
         first_rank=0,
@@ -74,8 +74,6 @@ def run_ranks(
                 events.append(event)
                 if event["report"] == "event":
                     run.event(event["event"], **event["details"])
-                if event["report"] == "update" and event["update"] == stop_at:
-                    agent.order({"stop": True})
     finally:
         agent.end(1.0)
     return events
@@ -94,12 +92,12 @@ def fine_tuned(plan: Plan, folder: Path, **options: Any) -> RunDir:
     return run
 
 
-class _SingleRanks(Agent):
-    """An agent that gives single ranks variables of their own."""
+class _Watched(Agent):
+    """An agent that gives single ranks variables of their own, and orders a stop once an update is made."""
 
-    def __init__(self, environments: Mapping[int, Mapping[str, str]]) -> None:
+    def __init__(self, environments: Mapping[int, Mapping[str, str]], stop_at: int | None) -> None:
         super().__init__()
-        self._environments = environments
+        self._environments, self._stop_at = environments, stop_at
 
     def start(self, task: NodeTask) -> list[int]:
         given = self._environments
@@ -109,3 +107,8 @@ class _SingleRanks(Agent):
                 return {**super().rank_environment(local_rank), **given.get(local_rank, {})}
 
         return super().start(Task(**vars(task)))
+
+    def _hear(self, event: Event) -> None:
+        super()._hear(event)
+        if event["report"] == "update" and event["update"] == self._stop_at:
+            self.order({"stop": True})

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.local
 SCRIPTS = Path(__file__).parent / "scripts"
 EXAMPLE = Path(__file__).parents[2] / "examples/exec"
 UPDATES = 12
+SECRET = "known-to-the-launcher-alone"
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,8 @@ def execute(tmp_path, shared_ray):
         (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
         shutil.copy(SCRIPTS / script, tmp_path)
         named = ["-m", Path(script).stem] if script == "plain_ddp.py" else [script]
-        return Command("exec", "job.yaml", "--", *named, *arguments, folder=tmp_path, **shared_ray)
+        own = {**shared_ray, "WANDB_API_KEY": SECRET}
+        return Command("exec", "job.yaml", "--", *named, *arguments, folder=tmp_path, **own)
 
     return start
 
@@ -141,7 +143,7 @@ def test_a_module_under_plain_pytorch_has_torchruns_variables_and_its_other_rate
     run, _ = finished(execute("plain_ddp.py", "--report"), tmp_path)
     for rank in (0, 1):
         log = rank_log(run, rank)
-        assert "the ranks agree" in log
+        assert "the ranks agree" in log and "launched by torchelastic: True, 0 restarts" in log
         environment = ast.literal_eval(log[log.index("{") : log.index("}") + 1])
         assert environment.pop("MASTER_ADDR") == "127.0.0.1" and int(environment.pop("MASTER_PORT")) > 1024
         assert environment == {
@@ -153,22 +155,36 @@ def test_a_module_under_plain_pytorch_has_torchruns_variables_and_its_other_rate
             "NODE_RANK": "0",
             "LAUNCHER_DS_CONFIG": str(run.ds_config_file),
         }
+        assert f"a secret of {len(SECRET)} characters" in log
+    written = [file.read_bytes() for file in run.path.rglob("*") if file.is_file()]
+    assert len(written) > 5 and not any(SECRET.encode() in content for content in written)
     told = [event for event in run.events() if event["event"] == "other_rate"]
     assert [(event["update"], event["lr"]) for event in told] == [(0, 0.05)]
 
 
-def test_the_rank_that_raises_is_named(execute, tmp_path):
+def test_the_rank_that_raises_is_named_though_the_one_that_fell_ends_first(execute, tmp_path):
     command = execute("plain_ddp.py", "--raise-on-rank", "1")
     assert command.wait() == 1
     assert "rank 1 on node 0" in command.output and "a worn-out example" in command.output
     run = RunDir(run_folder(tmp_path))
-    assert run.state()["state"] == "failed"
     (failure,) = [event for event in run.events() if event["event"] == "failure"]
-    assert (failure["rank"], failure["how"]) == (1, "exit code 1")
+    assert (failure["rank"], failure["how"], failure["error"]) == (1, "exit code 1", "RuntimeError: a worn-out example")
+    assert [(each["rank"], "worn-out" in each["traceback"]) for each in failure["failures"]] == [(1, True), (0, False)]
+    agent = (run.node_logs(0, socket.gethostname()) / "agent.log").read_text()
+    assert agent.index("rank 0 ended with 1") < agent.index("rank 1 ended with 1")
+    state = run.state()
+    assert state["state"] == "failed" and "RuntimeError: a worn-out example" in state["reason"]
+    why = given.command("why", str(run.path)).out
+    assert re.match(r"rank 1 on node 0 \(\S+\) failed first, with exit code 1: RuntimeError: a worn-out example", why)
+    status = json.loads(given.command("status", "--json", str(run.path)).out)
+    assert (status["state"], status["nodes"][0]["exit_codes"]) == ("failed", [1])
     assert processes_in(tmp_path) == []
 
 
 def test_ctrl_c_is_a_sigterm_for_the_script(execute, tmp_path):
+    # What the folder holds is for the script alone to import.
+    for module in ("launcher", "datasets", "deepspeed"):
+        (tmp_path / f"{module}.py").write_text("raise ImportError('a file of the user')")
     command = execute("sleeper.py")
 
     def at_work() -> bool:
@@ -176,11 +192,20 @@ def test_ctrl_c_is_a_sigterm_for_the_script(execute, tmp_path):
         logs = list(folder.glob("logs/node-0-*/rank-*.log")) if folder else []
         return len(logs) == 2 and all("at work" in log.read_text() for log in logs)
 
+    def shown() -> bool:
+        status = json.loads(given.command("status", "--json", str(run_folder(tmp_path))).out)
+        nodes = [(node["ranks"], node["ranks_alive"]) for node in status["nodes"]]
+        return (status["state"], nodes) == ("training", [([0, 1], 2)])
+
     command.wait_for(at_work)
+    command.wait_for(shown)
+    run = run_folder(tmp_path)
+    assert "it still runs: training" in given.command("why", str(run)).out
     command.interrupt()
     assert command.wait() == 128 + signal.SIGINT, command.output
     assert "SIGTERM for the script" in command.output and "stopped" in command.output
     assert state_of(tmp_path)["state"] == "stopped"
+    assert "nothing failed: it was stopped" in given.command("why", str(run)).out
     agent = (RunDir(run_folder(tmp_path)).node_logs(0, socket.gethostname()) / "agent.log").read_text()
     for rank in (0, 1):
         assert f"rank {rank} ended with -{int(signal.SIGTERM)}" in agent

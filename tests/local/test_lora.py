@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher.plan.model import Plan
 from launcher.plan.resume import Start
-from launcher.prepare.universal import make_universal
-from launcher.run_dir import RunDir, read_manifest, universal_folder
+from launcher.run_dir import RunDir, read_manifest
 from launcher.token_store import TokenStore
 from launcher.worker.export import export_model
 from tests.local.harness import fine_tuned, merged, plan_of
+from tests.local.processes import Command
 from tests.local.test_losses import evaluated, zero_config
 from tests.local.test_methods import ADAPTERS, an_engine, one_rank
 
@@ -52,18 +53,26 @@ def test_adapters_are_trained_and_gone_on_with_exactly(job_dict, tmp_path):
     assert made(again) == made(run)[SAVED:]
 
 
-def test_adapters_go_on_under_zero_3_on_another_number_of_ranks(job_dict, tmp_path):
+def test_adapters_go_on_under_zero_3_on_one_rank_and_with_less_memory(job_dict, tmp_path):
+    """By the command, in a folder whose files have the names of packages: those are not what is imported."""
     plan = lora_plan(job_dict, 3)
     run = fine_tuned(plan, tmp_path / "whole")
     check_export(plan, run)
-    start = saved_halfway(plan, run)
-    checkpoint = Path(start.checkpoint)
-    with (tmp_path / "convert.log").open("wb") as log:
-        make_universal(checkpoint, universal_folder(checkpoint), log)
-    alone = lora_plan(job_dict, 3, cluster={"processes_per_node": 1})
+    saved_halfway(plan, run)
+    other = RunDir(tmp_path / "alone")
+    shutil.copytree(run.path, other.path)
+    shutil.rmtree(other.checkpoint(UPDATES))
+    shutil.rmtree(other.export)
+    for package in ("launcher", "datasets", "deepspeed"):
+        (tmp_path / f"{package}.py").write_text("raise ImportError('a file of the user')")
+    overrides = ("cluster.processes_per_node=1", "model.gradient_checkpointing=true")
+    command = Command("resume", str(other.path), *overrides, folder=tmp_path)
+    assert command.wait() == 0, command.output
+    assert f"going on after update {SAVED} of {UPDATES}" in command.output
+    alone = Plan.from_json(other.plan_revisions()[-1].read_text())
     assert (alone.world.size, alone.gradient_accumulation_steps) == (1, 2)
-    other = fine_tuned(alone, tmp_path / "alone", start=start.model_copy(update={"convert": True}))
-    np.testing.assert_allclose(made(other), made(run)[SAVED:], rtol=5e-5)
+    assert alone.job.model.gradient_checkpointing
+    np.testing.assert_allclose(made(other), made(run), rtol=5e-5)
     check_export(alone, other)
 
 

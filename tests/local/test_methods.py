@@ -192,29 +192,30 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(job_dict):
         torch.testing.assert_close(others[name], gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_a_compiled_model_loses_the_same(job_dict):
+@pytest.mark.parametrize("lora", [None, ADAPTERS], ids=["all weights", "adapters"])
+def test_a_compiled_model_loses_the_same(job_dict, lora):
     from torch._dynamo.utils import counters
 
     found = []
     for compiled in (False, True):
         torch._dynamo.reset()
         counters.clear()
-        plan, engine = an_engine(job_dict, model={"torch_compile": compiled}, deepspeed=zero_config(2))
+        plan, engine = an_engine(job_dict, model={"torch_compile": compiled, "lora": lora}, deepspeed=zero_config(2))
         found.append([trained(plan, engine, range(1)) for _ in range(2)])
         assert (counters["stats"]["unique_graphs"] > 0) == compiled
     np.testing.assert_allclose(found[1], found[0], rtol=2e-5)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_share_each_sequence_and_lose_the_same(job_dict, tmp_path, stage):
+@pytest.mark.parametrize(("stage", "model"), [(2, {}), (3, {"lora": ADAPTERS, "gradient_checkpointing": True})])
+def test_two_ranks_share_each_sequence_and_lose_the_same(job_dict, tmp_path, stage, model):
     """Ulysses on two ranks against one rank with whole sequences: the same gradients, losses and evaluations."""
     schedule = {"peak_lr": 5e-3, "allow_unsafe": True}
-    plan, engine = an_engine(job_dict, deepspeed=zero_config(stage), schedule=schedule)
+    plan, engine = an_engine(job_dict, model=model, deepspeed=zero_config(stage), schedule=schedule)
     before = evaluate(engine, TokenStore(Path(plan.data.eval.folder)), BATCH, one_rank()).loss
     losses, norms = trained(plan, engine), engine.get_global_grad_norm()
     after = evaluate(engine, TokenStore(Path(plan.data.eval.folder)), BATCH, one_rank()).loss
 
-    model = {"sequence_parallel_size": 2}
+    model = {**model, "sequence_parallel_size": 2}
     train = {"max_steps": UPDATES, "train_batch_size": BATCH, "weight_decay": 0.1}
     shared = plan_of(merged(job_dict, model=model, train=train, deepspeed=zero_config(stage), schedule=schedule))
     assert (shared.world.size, shared.world.data_parallel_size, shared.gradient_accumulation_steps) == (2, 1, 2)

@@ -58,13 +58,13 @@ def test_another_number_of_ranks_goes_on_as_if_nothing_had_happened(job_dict, tm
 
 @pytest.mark.parametrize("batch", [4, 16])
 def test_another_batch_keeps_the_rate_where_it_was_for_the_samples_seen(job_dict, tmp_path, batch):
-    updates = 200
+    updates = 100
     train = {"max_steps": updates, "train_batch_size": 8}
-    plan = plan_of(merged(job_dict, train=train, schedule={"warmup": 50, "peak_lr": 5e-4}))
+    plan = plan_of(merged(job_dict, train=train, schedule={"warmup": 25, "peak_lr": 5e-4}))
     run = run_directory(plan, tmp_path)
-    run_ranks(plan, run, stop_at=75)
+    run_ranks(plan, run, stop_at=40)
     made = len(run.metrics())
-    overrides = [f"train.train_batch_size={batch}", "export=false", "checkpoint.keep=1", "checkpoint.every=100"]
+    overrides = [f"train.train_batch_size={batch}", "export=false", "checkpoint.keep=1", "checkpoint.every=50"]
     command = Command("resume", str(run.path), *overrides, folder=tmp_path)
     assert command.wait() == 0, command.output
     new = resumed_plan(run)
@@ -75,7 +75,8 @@ def test_another_batch_keeps_the_rate_where_it_was_for_the_samples_seen(job_dict
     assert first["update"] == new.resumed.update
     assert abs(first["update"] - made * 8 / batch) <= 0.5
     assert first["samples"] == made * 8 + batch
-    assert abs(first["lr"] - planned_rates(plan)(made)) < 0.01 * plan.learning_rate.peak_lr
+    # A larger batch counts fewer updates, so that the rate is met within what it changes by in one of them.
+    assert abs(first["lr"] - planned_rates(plan)(made)) <= 1.01 * plan.learning_rate.peak_lr / (updates - 25)
     assert updates * 8 <= lines[-1]["samples"] < updates * 8 + batch
     planned = planned_rates(new)
     assert [line["lr"] for line in lines[made:]] == [planned(line["update"]) for line in lines[made:]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -103,3 +104,22 @@ def test_a_rank_that_raises_is_watched_and_explained(job_dict, tmp_path, monkeyp
     copy = shutil.copytree(run.path, tmp_path / "copied")
     assert said("why", str(copy)).startswith(f"{head}\n")
     assert running.left_behind() == []
+
+
+def test_a_run_cancelled_at_once_saves_nothing_and_leaves_nothing(job_dict, tmp_path):
+    running = Command("run", str(write_job(tmp_path, merged(job_dict, train={"max_steps": 100_000}))), folder=tmp_path)
+    running.wait_for(lambda: updates_made(tmp_path) >= 2)
+    told = said("cancel", "tiny", "--now", "--output-dir", str(tmp_path / "runs"))
+    run = RunDir(run_folder(tmp_path))
+    made = len(run.metrics())
+    reason = run.state()["reason"]
+    assert reason.startswith("cancelled by ")
+    assert told == f"{run.path.name} was told to stop at once\nstopped: {reason}; updates made: {made}\n"
+    assert running.wait(30) == 128 + signal.SIGTERM, running.output
+    assert running.left_behind() == []
+    assert run.complete_checkpoints() == [] and "Traceback" not in running.output
+    assert said("why", str(run.path)) == f"nothing failed: it was stopped after {made} updates: {reason}\n"
+    # What the node last told of itself is of its end, and of the time before it.
+    last = json.loads(run.node_file(0, HOST).read_text())
+    assert last["ended"] and last["cpu_percent"] > 0 and last.get("oom_kills", 0) == 0
+    assert [rank["alive"] for rank in last["ranks"]] == [False, False]

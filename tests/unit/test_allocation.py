@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.cli.node import _check_allocation
+from launcher.cli.node import _check_allocation, _settled_by
 from launcher.errors import RequestError
 from launcher.fleet.allocation import expand_hosts, read_allocation, run_stamp
-from tests.unit.given import job_of
+from tests.unit.given import job_of, machine_facts
 
 TASK = {
     "SLURM_JOB_ID": "77",
@@ -69,6 +69,12 @@ def test_what_is_no_task_of_its_own_is_refused(environment: dict[str, str], word
 @pytest.mark.parametrize(
     ("cluster", "given", "words"),
     [
+        ({"nodes": 2}, {}, ("asks for 2 nodes, and Slurm gave 3", "--nodes=2")),
+        (
+            {},
+            {"SLURM_GPUS_ON_NODE": "4"},
+            ("auto: Slurm gave 4 GPUs of this node, and 8 are seen", "--gpus-per-node=8"),
+        ),
         ({"gpus_per_node": 4}, {"SLURM_GPUS_ON_NODE": "2"}, ("4 GPUs a node, and Slurm gave 2", "--gpus-per-node=4")),
         ({}, {"SLURM_CPUS_PER_TASK": "4"}, ("8 ranks a node, and Slurm gave 4", "--cpus-per-task=8")),
         ({"gpus_per_node": 0, "processes_per_node": 80}, {}, ("80 ranks a node, and Slurm gave 64",)),
@@ -76,7 +82,26 @@ def test_what_is_no_task_of_its_own_is_refused(environment: dict[str, str], word
     ],
 )
 def test_what_slurm_did_not_give_is_refused(cluster: dict, given: dict[str, str], words: tuple[str, ...]) -> None:
-    job = job_of(cluster=cluster)
+    job = job_of(cluster={"nodes": 3, **cluster})
     with pytest.raises(RequestError) as refused:
-        _check_allocation(job, read_allocation({**TASK, **given}))
+        _check_allocation(job, read_allocation({**TASK, **given}), machine_facts(gpus=8))
     assert all(word in str(refused.value) for word in words), refused.value
+
+
+@pytest.mark.parametrize(
+    ("cluster", "overrides"),
+    [
+        ({}, ["cluster.nodes=3"]),
+        ({"nodes": 2}, []),
+        # Ray is started for the job already, on all of its nodes.
+        ({"nodes": 3, "address": "local"}, ["cluster.address=auto"]),
+    ],
+)
+def test_the_allocation_settles_what_the_job_leaves_open(cluster: dict, overrides: list[str]) -> None:
+    assert list(_settled_by(read_allocation(TASK), job_of(cluster=cluster))) == overrides
+
+
+def test_each_call_of_srun_is_told_from_the_others() -> None:
+    first = read_allocation({**TASK, "SLURM_STEP_ID": "0"}).start
+    again = [{"SLURM_STEP_ID": "1"}, {"SLURM_STEP_ID": "0", "SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "78"}]
+    assert len({first, *(read_allocation({**TASK, **more}).start for more in again)}) == 4

@@ -157,10 +157,9 @@ OVERRIDES = [
     Bad("override of a section", ("command line: train: must be a mapping of keys, found 3",), overrides=("train=3",)),
     Bad("override with half a list", ("'train.betas=[0.9'", "not valid YAML"), overrides=("train.betas=[0.9",)),
     Bad(
-        "override adds the second length",
+        "overrides of two lengths",
         ("num_train_epochs and max_steps are both given",),
-        text=JOB + "train: {num_train_epochs: 1}\n",
-        overrides=("train.max_steps=20",),
+        overrides=("train.max_steps=20", "train.num_train_epochs=1"),
     ),
 ]
 

@@ -75,7 +75,7 @@ def test_init_writes_a_job_that_is_valid_and_never_overwrites(folder: Path) -> N
         copied = folder / f"new/ds_configs/{name}.json"
         assert copied.read_bytes() == (shipped_folder("ds_configs") / copied.name).read_bytes()
     assert str(job.deepspeed) in {f"ds_configs/{name}.json" for name in preset_names()}
-    assert "launcher plan new/mine.yaml" in ended.out
+    assert "next: cd new && launcher plan mine.yaml" in ended.out
 
     (folder / "new/mine.yaml").write_text("my own")
     before = {path: path.read_bytes() for path in (folder / "new").rglob("*") if path.is_file()}
@@ -138,7 +138,7 @@ def test_every_key_of_the_schema_is_explained() -> None:
         (("trian",), 2, "No such command 'trian'"),
         (("run",), 2, "Missing argument"),
         (("plan", "job.yaml", "--jsn"), 2, "--json"),
-        (("resume", "nowhere"), 2, "not a run directory"),
+        (("resume", "nowhere"), 2, "there is no run"),
     ],
 )
 def test_exit_statuses(arguments: tuple[str, ...], status: int, says: str) -> None:

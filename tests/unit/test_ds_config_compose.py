@@ -121,6 +121,44 @@ def test_bucket_sizes_follow_the_hidden_size_as_in_transformers() -> None:
     assert changes["zero_optimization.reduce_bucket_size"].reason == "hidden size squared"
 
 
+def test_truth_values_are_read_as_deepspeed_reads_them() -> None:
+    config, changes = composed({"fp16": {"enabled": "true"}})
+    assert (config["fp16"], "bf16" in config) == ({"enabled": True}, False)
+    assert changes["fp16.enabled"].before == "true"
+    config, _ = composed({"bf16": {"enabled": "false"}, "fp16": {"enabled": 0}}, precision="fp32")
+    assert (config["bf16"], config["fp16"]) == ({"enabled": False}, {"enabled": False})
+    config, _ = composed({"bf16": "auto", "fp16": "auto"})
+    assert (config["bf16"], config["fp16"]) == ({"enabled": True}, {"enabled": False})
+
+
+def test_a_key_of_zero_3_stays_under_the_name_that_the_user_took() -> None:
+    """DeepSpeed refuses a key that stands under both names."""
+    names = ("gather_16bit_weights_on_model_save", "prefetch_bucket_size", "param_persistence_threshold")
+    config, _ = composed({"zero_optimization": {"stage": 3, **dict.fromkeys(names, "auto")}})
+    assert config["zero_optimization"] == {"stage": 3, **dict(zip(names, (True, 9000, 1000), strict=True))}
+    config, changes = composed({"zero_optimization": {"stage": 3, names[0]: False}})
+    assert config["zero_optimization"] == {"stage": 3, names[0]: False}
+    assert not [path for path in changes if path.startswith("zero")]
+
+
+def test_parameters_that_are_left_open_in_one_word_are_filled() -> None:
+    blocks = {"optimizer": {"type": "Adam", "params": "auto"}, "scheduler": {"type": "WarmupDecayLR", "params": "auto"}}
+    config, changes = composed(copy.deepcopy(blocks))
+    assert config["optimizer"] == {"type": "Adam", "params": DECISIONS.optimizer["params"]}
+    assert config["scheduler"] == SCHEDULER
+    assert changes["scheduler.params"].before == "auto"
+    config, _ = composed({"optimizer": {"type": "AdamW", "params": {"betas": ["auto", 0.95]}}})
+    assert config["optimizer"]["params"]["betas"] == [0.9, 0.95]
+
+
+def test_the_start_of_an_open_schedule_may_be_written_out() -> None:
+    params = {**dict.fromkeys(SCHEDULER["params"], "auto"), "warmup_min_lr": 0, "last_batch_iteration": -1}
+    generated = {**SCHEDULER, "params": {**SCHEDULER["params"], "warmup_min_lr": 1e-6}}
+    config, changes = composed({"scheduler": {"type": "WarmupDecayLR", "params": params}}, scheduler=generated)
+    assert config["scheduler"]["params"] == {**generated["params"], "last_batch_iteration": -1}
+    assert "no update is spent at rate 0" in changes["scheduler.params.warmup_min_lr"].reason
+
+
 def test_a_bucket_size_needs_a_hidden_size() -> None:
     words = refused({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, hidden_size=None)
     assert "zero_optimization.reduce_bucket_size" in words
@@ -129,9 +167,13 @@ def test_a_bucket_size_needs_a_hidden_size() -> None:
 
 def test_numbers_as_text_are_turned_into_numbers_and_told() -> None:
     config, changes = composed(
-        {"train_micro_batch_size_per_gpu": "2", "optimizer": {"type": "AdamW", "params": {"lr": "1e-5"}}}
+        {
+            "train_micro_batch_size_per_gpu": "2",
+            "steps_per_print": "50",
+            "optimizer": {"type": "AdamW", "params": {"lr": "1e-5"}},
+        }
     )
-    assert config["train_micro_batch_size_per_gpu"] == 2
+    assert (config["train_micro_batch_size_per_gpu"], config["steps_per_print"]) == (2, 50)
     assert config["optimizer"]["params"]["lr"] == 1e-5
     assert changes["optimizer.params.lr"].before == "1e-5"
 
@@ -224,7 +266,15 @@ def test_an_auto_that_nobody_fills_is_left_to_deepspeed() -> None:
         ({"train_batch_size": 64}, "", {}, ("64 is not micro-batch 2 x accumulation 8 x world size 2",)),
         ({"fp16": {"enabled": True}}, "model.dtype", {}, ("fp16", "bf16", "model.dtype")),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "", {}, ("both on",)),
+        ({"fp16": {"enabled": "1"}, "bf16": {"enabled": "on"}}, "", {}, ("both on",)),
         ({"fp16": {"enabled": True}}, "", {"device": "cpu"}, ("no fp16 on a CPU",)),
+        ({"sequence_parallel_size": 2}, "", {"sequence_parallel_size": 1}, ("2 here", "the job does not say")),
+        (
+            {"sequence_parallel_size": 2},
+            "model.sequence_parallel_size",
+            {"sequence_parallel_size": 4},
+            ("2 here", "model.sequence_parallel_size in the job is 4"),
+        ),
         (
             {"gradient_clipping": 0.5},
             "train.gradient_clipping",
@@ -373,6 +423,11 @@ def test_a_batch_size_that_is_none_is_refused(value: Any, size: str) -> None:
         ({"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, None),
         ({"fp16": {"enabled": True}}, "fp16"),
         ({"torch_autocast": {"enabled": True}}, "fp32"),
+        ({"fp16": {"enabled": "true"}}, "fp16"),
+        ({"fp16": {"enabled": 1}, "bf16": {"enabled": 0}}, "fp16"),
+        ({"bf16": {"enabled": "Yes"}}, "bf16"),
+        ({"bf16": {"enabled": "false"}, "fp16": {"enabled": "off"}}, "fp32"),
+        ({"bf16": "auto", "fp16": "auto"}, None),
     ],
 )
 def test_precision(data: dict[str, Any], precision: str | None) -> None:

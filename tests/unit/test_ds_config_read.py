@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.ds_config import from_mapping, parse_ds_config, read_ds_config
+from launcher.ds_config import from_job, from_mapping, parse_ds_config, read_ds_config
 from launcher.errors import RequestError
 
 TEXT = """{
@@ -90,6 +90,8 @@ def test_line_ends_of_windows_stay(tmp_path: Path) -> None:
         ('{"a": 1} more', 1, "after the end"),
         ('{\n"a": "b\n}', 2, "quote is not closed"),
         ("{ /* never closed", 1, "not closed"),
+        ('{\n"a": 1e400}', 2, "a number too large to be read"),
+        ('{\n"a": [1,\n -1e999]}', 3, "a number too large to be read"),
     ],
 )
 def test_broken_text_is_told_with_its_line(text: str, line: int, words: str) -> None:
@@ -102,6 +104,12 @@ def test_broken_text_is_told_with_its_line(text: str, line: int, words: str) -> 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"none\.json: there is no such file"):
         read_ds_config(tmp_path / "none.json")
+
+
+def test_a_number_of_a_job_file_that_is_too_large_stays_text() -> None:
+    """For lint to tell: YAML 1.1 has it as text too."""
+    data = from_job({"a": "5e7", "b": "1e400"}, "job.yaml", "deepspeed").data
+    assert data == {"a": 50_000_000, "b": "1e400"}
 
 
 def test_an_inline_mapping_is_copied_and_knows_the_lines_it_was_given() -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import pytest
 
+from launcher.cli.node import _directory
+from launcher.cli.run import write_plan
 from launcher.ds_config import from_mapping
 from launcher.errors import RequestError
+from launcher.fleet.allocation import Allocation
+from launcher.fleet.environment import forwarded_environment
 from launcher.job import ScriptJob, is_for_a_script
 from launcher.job.read import validate_as
 from launcher.plan.facts import MachineFacts, ModelFacts
@@ -139,6 +144,25 @@ def test_a_scheduler_without_a_type_is_the_generated_one(kind: dict[str, str], f
     assert ended.status == 0, ended.err
 
 
+def test_a_trainer_that_would_find_two_rates_in_the_json_is_foreseen() -> None:
+    """It compares --learning_rate with the optimizer's rate and with the scheduler's highest."""
+    told = {}
+    for highest in (1e-5, 2e-5):
+        params = {"warmup_max_lr": highest, "warmup_num_steps": 10, "warmup_type": "linear"}
+        config = {
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
+            "scheduler": {"type": "WarmupLR", "params": params},
+        }
+        for arguments in (("train.py", "{trainer_args}"), ("train.py",)):
+            plan = script_plan(config, schedule={}, arguments=arguments)
+            told[highest, len(arguments)] = [
+                text for text in plan.warnings if "a transformers Trainer compares" in text
+            ]
+    (warning,) = told.pop((2e-5, 2))
+    assert "--learning_rate 1e-05" in warning and "warmup_max_lr is 2e-05" in warning
+    assert list(told.values()) == [[], [], []]
+
+
 def test_a_misshapen_json_is_told_with_its_place(folder: Path) -> None:
     (folder / "ds.json").write_text('{"scheduler": {\n"type": "WarmupLR", "params": 5}}')
     ended = command("exec", "--dry-run", "job.yaml", "deepspeed=ds.json", "schedule.shape=auto", "--", "train.py")
@@ -238,6 +262,15 @@ def test_the_arguments_take_the_plans_numbers() -> None:
     assert pairing(script_plan(machine=machine_facts(2), cluster={}))["bf16"] == "True"
 
 
+def test_a_script_is_given_what_a_shared_ray_does_not_have_in_its_environment() -> None:
+    """Where its packages are and what it reports to, secrets among them; the launcher's own ranks are given neither."""
+    own = {"HF_TOKEN": "hf_x", "WANDB_API_KEY": "w", "WANDB_PROJECT": "p", "PYTHONPATH": "/code"}
+    own |= {"CUDA_HOME": "/cuda", "LD_LIBRARY_PATH": "/lib64", "HF_HOME": "/cache"}
+    others = {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "0", "RAY_AUTH_TOKEN": "r", "AWS_SECRET_ACCESS_KEY": "a"}
+    assert forwarded_environment({**own, **others}, script=True) == own
+    assert forwarded_environment({**own, **others}) == {"HF_HOME": "/cache"}
+
+
 JOB = """\
 train: {max_steps: 20, train_micro_batch_size_per_gpu: 2}
 schedule: {shape: linear, peak_lr: 1.0e-3, warmup: 10}
@@ -251,18 +284,32 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "job.yaml").write_text(JOB)
     (tmp_path / "train.py").write_text("")
+    (tmp_path / "run.sh").write_text("exec python train.py")
+    (tmp_path / "start").write_text("#!/usr/bin/env bash\nexec python train.py")
+    (tmp_path / "program").write_bytes(b"\x7fELF\x02\x01\x01\0\0")
     return tmp_path
 
 
 def test_a_dry_run_shows_the_plan_and_the_command(folder: Path) -> None:
     ended = command(
         *("exec", "--dry-run", "job.yaml", "train.max_steps=30", "--"),
-        *("train.py", "--deepspeed", "{ds_config}", "--lr", "{learning_rate}", "a=b", "--dry-run", "--", "x"),
+        *(
+            "train.py",
+            "--deepspeed",
+            "{ds_config}",
+            "--lr",
+            "{learning_rate}",
+            "a=b",
+            "--dry-run",
+            "--",
+            "two words",
+            "$x",
+        ),
     )
     assert (ended.status, ended.err) == (0, "")
-    assert "python train.py --deepspeed RUN/ds_config.json --lr 0.001 a=b --dry-run -- x\n" in ended.out
+    assert "python train.py --deepspeed RUN/ds_config.json --lr 0.001 a=b --dry-run -- 'two words' '$x'\n" in ended.out
     assert "30 in all, 120 samples" in ended.out
-    assert sorted(path.name for path in folder.iterdir()) == ["job.yaml", "train.py"]
+    assert sorted(path.name for path in folder.iterdir()) == ["job.yaml", "program", "run.sh", "start", "train.py"]
 
 
 @pytest.mark.parametrize(
@@ -275,6 +322,13 @@ def test_a_dry_run_shows_the_plan_and_the_command(folder: Path) -> None:
         (["job.yaml", "--dry-run", "--", "train.py"], "--dry-run: options stand before the job file"),
         (["job.yaml", "--", "--lr", "1"], "after -- stands a Python script or -m MODULE, found --lr"),
         (["job.yaml", "--", "tran.py"], "there is no script tran.py"),
+        (["job.yaml", "--", "python", "train.py"], "leave it out: launcher exec"),
+        (["job.yaml", "--", "/usr/bin/python3.11", "train.py"], "leave it out: launcher exec"),
+        (["job.yaml", "--", "torchrun", "--nproc_per_node", "2", "train.py"], "torchrun stands before the script"),
+        (["job.yaml", "--", "deepspeed", "train.py"], "deepspeed stands before the script"),
+        (["job.yaml", "--", "./run.sh"], "./run.sh is a shell script, and every rank runs a Python script"),
+        (["job.yaml", "--", "start"], "start is for another interpreter (/usr/bin/env bash)"),
+        (["job.yaml", "--", "program"], "program is no text"),
         (["job.yaml", "train.max_stps=3", "--", "train.py"], "did you mean max_steps?"),
         (
             ["job.yaml", "schedule.peak_lr=auto", "--", "train.py"],
@@ -313,6 +367,21 @@ def test_plan_and_lr_show_what_a_job_for_a_script_comes_to(folder: Path) -> None
     (curve,) = shown["curves"]
     assert curve["rates"] == driven(plan)
     assert curve["rates"][0] == curve["rates"][1] == 1e-3 / 11
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_a_requeued_script_has_its_directory_and_its_checkpoints_again(tmp_path: Path, planned: bool) -> None:
+    job = script_job(output_dir=str(tmp_path))
+    first = Allocation(job_id="7", restart=0, node=0, hosts=("h1",), cpus=2, gpus=0)
+    begun, again = _directory(job, first)
+    assert not again
+    (begun.checkpoints / "of-the-script").write_text("weights")
+    if planned:
+        write_plan(script_plan(), begun)
+    requeued, again = _directory(job, replace(first, restart=1))
+    assert (requeued.path, again) == (begun.path, planned)
+    # Without a plan nothing was started in it.
+    assert (requeued.checkpoints / "of-the-script").exists() == planned
 
 
 def test_a_scripts_run_is_not_resumed(tmp_path: Path) -> None:

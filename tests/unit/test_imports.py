@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "errors": set(),
     "aftermath": set(),
     "run_dir": set(),
-    "reporting": {"run_dir"},
+    "reporting": {"run_dir", "tail"},
     "token_store": set(),
     "presets": set(),
     "job": {"errors"},

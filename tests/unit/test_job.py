@@ -92,6 +92,15 @@ def test_overrides_are_set_over_the_file_in_their_order(tmp_path: Path) -> None:
     assert job.deepspeed == {"zero_optimization": {"stage": 3}}
 
 
+def test_a_length_on_the_command_line_takes_the_place_of_the_files(tmp_path: Path) -> None:
+    text = JOB + "train: {num_train_epochs: 3}\n"
+    train = read(tmp_path, text, "train.max_steps=20").train
+    assert (train.num_train_epochs, train.max_steps) == (None, 20)
+    assert read(tmp_path, text, "train.max_steps=null").train.num_train_epochs == 3
+    with pytest.raises(RequestError, match="max_steps and total_samples are both given"):
+        read(tmp_path, text, "train.max_steps=20", "train.total_samples=9")
+
+
 def test_null_takes_a_key_back(tmp_path: Path) -> None:
     job = read(tmp_path, JOB + "train: {num_train_epochs: 3}\n", "train.num_train_epochs=null", "train.max_steps=2")
     assert (job.train.num_train_epochs, job.train.max_steps) == (None, 2)

@@ -18,10 +18,11 @@ import pytest
 
 from launcher.fleet.leash import companions, filled
 from launcher.fleet.process import RankProcess, stop_all
+from launcher.fleet.script import LEASH
 from launcher.run_dir import RunDir
 
 RANK = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1"}
-LEASH = ("-m", "launcher.fleet.leash")
+RANK |= {"LAUNCHER_RUN_DIR": "/runs/mine-1"}
 Start = Callable[..., RankProcess]
 
 
@@ -45,12 +46,16 @@ def heard() -> Heard:
 
 
 @pytest.fixture
-def start(tmp_path: Path, heard: Heard) -> Iterator[Start]:
+def start(tmp_path: Path, heard: Heard, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """Starts a script as an agent does; it is written to the run directory's folder."""
     started: list[RankProcess] = []
 
-    def begin(script: str, *arguments: str, leash: Sequence[str] = LEASH, **variables: str) -> RankProcess:
+    def begin(
+        script: str, *arguments: str, leash: Sequence[str] = LEASH, cwd: str | None = None, **variables: str
+    ) -> RankProcess:
         (tmp_path / "train.py").write_text(script)
+        if cwd is not None:
+            monkeypatch.chdir(cwd)
         environment = {**os.environ, **RANK, "PYTHONUNBUFFERED": "1", **variables}
         command = [sys.executable, *leash, str(tmp_path), "train.py", *arguments]
         started.append(RankProcess(5, command, environment, tmp_path / "rank.log", heard.put))
@@ -100,7 +105,6 @@ except ChildProcessError:
     children = False
 seen = {name: os.environ[name] for name in ("RANK", "ROLE_RANK", "GROUP_WORLD_SIZE", "LOCAL_SIZE")}
 print(json.dumps([os.getpid(), os.getcwd(), sys.argv[1:], sys.path[0], sys.stdin.read(), children, seen]))
-print("torchelastic" if "TORCHELASTIC_RUN_ID" in os.environ else "no torchelastic")
 sys.exit(7)
 """
     process = start(script, "--local_rank={local_rank}", "{rank}", "{other}")
@@ -109,7 +113,6 @@ sys.exit(7)
     folder = str(tmp_path)
     wanted = [process.pid, folder, ["--local_rank=1", "5", "{other}"], folder, "", False, seen]
     assert json.loads(wait_for_line(tmp_path, "[")) == wanted
-    assert wait_for_line(tmp_path, "torchelastic") == "no torchelastic"
     wait_until_gone(process.pid)
 
 
@@ -244,6 +247,46 @@ def test_other_ranks_report_and_do_not_write(start: Start, heard: Heard, tmp_pat
     assert RunDir(tmp_path).metrics() == []
 
 
+def test_what_lies_in_the_scripts_folder_is_the_scripts_alone(start: Start, heard: Heard, tmp_path: Path) -> None:
+    """The launcher is not looked for there, where a launcher.py would be found first; what the script imports is."""
+    (tmp_path / "launcher.py").write_text("print('the launcher of the script')")
+    process = start("import launcher, sys; sys.exit(3)", LAUNCHER_RUN_DIR=str(tmp_path), cwd=str(tmp_path))
+    assert heard.wait_for("exit")["code"] == 3, process
+    wait_for_line(tmp_path, "the launcher of the script")
+
+
+def test_a_process_of_the_scripts_own_does_not_write_to_what_has_the_pipes_number(
+    start: Start, heard: Heard, tmp_path: Path
+) -> None:
+    child = """
+import os, sys, launcher
+number, told = int(os.environ["LAUNCHER_REPORT_FD"]), os.open("told", os.O_RDWR | os.O_CREAT)
+os.dup2(told, number)
+launcher.report(step=7, loss=1.0)
+reading, writing = os.pipe()
+os.dup2(writing, number)
+launcher.report(step=8, loss=1.0)
+os.set_blocking(reading, False)
+try:
+    print("child told", os.read(reading, 100))
+except BlockingIOError:
+    print("child told nothing")
+"""
+    script = f"""
+import os, subprocess, sys, launcher
+subprocess.run([sys.executable, "-c", {child!r}], check=True)
+launcher.report(step=0, loss=2.0)
+told = os.open("own", os.O_RDWR | os.O_CREAT)
+os.dup2(told, int(os.environ["LAUNCHER_REPORT_FD"]))
+launcher.report(step=1, loss=2.0)
+"""
+    start(script, LAUNCHER_RUN_DIR=str(tmp_path))
+    assert heard.wait_for("update")["update"] == 0
+    assert heard.wait_for("exit")["code"] == 0, (tmp_path / "rank.log").read_text()
+    wait_for_line(tmp_path, "child told nothing")
+    assert (tmp_path / "told").read_text() == (tmp_path / "own").read_text() == ""
+
+
 def test_companions_are_torchruns_and_deepspeeds() -> None:
     found = companions({**RANK, "RANK": "7"})
     assert found == {
@@ -254,6 +297,9 @@ def test_companions_are_torchruns_and_deepspeeds() -> None:
         "LOCAL_SIZE": "4",
         "CROSS_RANK": "1",
         "CROSS_SIZE": "2",
+        "TORCHELASTIC_RUN_ID": "mine-1",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_MAX_RESTARTS": "0",
     }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,11 @@ import typer
 from typer.testing import CliRunner
 
 from launcher.cli.lint import lint as lint_command
+from launcher.ds_config import catalogue, from_mapping
 from launcher.ds_config.catalogue import Catalogue, load_catalogue
 from launcher.ds_config.lint import Finding, apply_fixes, lint
 from launcher.ds_config.read import parse_ds_config, read_ds_config
+from launcher.errors import RequestError
 
 PRESETS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 ADAM = '"optimizer": {"type": "AdamW", "params": {"lr": 1e-5}}'
@@ -115,6 +119,51 @@ BAD = [
         "bf16.bf16_optimizer_states",
         "bf16_master_weights_and_grads",
     ),
+    ('{"fp16": {"enabled": 1}, "bf16": {"enabled": "yes"}}', "error", "fp16.enabled", "both on"),
+    ('{"fp16": {"enabled": true, "loss_scale": -1}}', "error", "fp16.loss_scale", "Write 0"),
+    ('{"zero_optimization": 1}', "error", "zero_optimization", "a block"),
+    (zero(stage=2, reduce_bucket_size=1e30), "error", "zero_optimization.reduce_bucket_size", "a whole number"),
+    ('{"fp16": {"enabled": "perhaps"}}', "error", "fp16.enabled", "true or false"),
+    ('{"fp16": {"enabled": "None"}}', "error", "fp16.enabled", "true or false"),
+    ('{"float16": {"enabled": true}}', "error", "float16", "belongs at fp16"),
+    ('{"zero": {"stage": 2}}', "error", "zero", "belongs at zero_optimization"),
+    ('{"clip_grad": 1.0}', "error", "clip_grad", "gradient_clipping"),
+    ('{"steps_per_print": "10"}', "error", "steps_per_print", "in quotes"),
+    ('{"steps_per_print": "inf"}', "error", "steps_per_print", "a number or null"),
+    ('{"steps_per_print": 0}', "error", "steps_per_print", "above 0"),
+    (
+        '{"activation_checkpointing": {"number_checkpoints": "4"}}',
+        "error",
+        "activation_checkpointing.number_checkpoints",
+        "in quotes",
+    ),
+    ('{"gradient_clipping": "nan"}', "error", "gradient_clipping", "a number"),
+    (
+        zero(stage=3, prefetch_bucket_size=1, stage3_prefetch_bucket_size=1),
+        "error",
+        "zero_optimization.prefetch_bucket_size",
+        "stage3_prefetch_bucket_size, which stands here too",
+    ),
+    (zero(stage=2, max_live_parameters=1), "warning", "zero_optimization.max_live_parameters", "stage 2"),
+    (
+        zero(stage=3, gather_16bit_weights_on_model_save="false"),
+        "note",
+        "zero_optimization.gather_16bit_weights_on_model_save",
+        "Trainer",
+    ),
+    (
+        zero(stage=3, stage3_gather_fp16_weights_on_model_save=True),
+        "warning",
+        "zero_optimization.stage3_gather_fp16_weights_on_model_save",
+        "Use stage3_gather_16bit_weights_on_model_save",
+    ),
+    (zero(stage=2, cpu_offload=False), "warning", "zero_optimization.cpu_offload", "Take it out"),
+    (
+        zero(stage=2, offload_optimizer={"device": "gpu"}),
+        "error",
+        "zero_optimization.offload_optimizer.device",
+        'Write "none"',
+    ),
     (
         zero(stage=2, stage3_max_live_parameters=1),
         "warning",
@@ -190,6 +239,12 @@ BAD = [
         "optimizer.type",
         "zero_allow_untested_optimizer",
     ),
+    (optimizer("FusedAdam"), "error", "optimizer.type", 'Write "AdamW"'),
+    (optimizer("DeepSpeedCPUAdam"), "error", "optimizer.type", 'Write "AdamW"'),
+    (optimizer("AdamW", betas=[0.9]), "error", "optimizer.params.betas", "two numbers"),
+    (optimizer("AdamW", betas=[0.9, 1.0]), "error", "optimizer.params.betas", "two numbers"),
+    (optimizer("AdamW", weight_decay=-1), "error", "optimizer.params.weight_decay", "from 0 up"),
+    (optimizer("AdamW", lr=[1e-5]), "error", "optimizer.params.lr", "Write a number"),
     (optimizer("AdamW", weight_decy=0.1), "error", "optimizer.params.weight_decy", "weight_decay"),
     (optimizer("AdamW", max_grad_norm=1.0), "error", "optimizer.params.max_grad_norm", "gradient_clipping"),
     (optimizer("AdamW", eps="1e-8"), "error", "optimizer.params.eps", "in quotes"),
@@ -232,7 +287,26 @@ BAD = [
         "scheduler.params",
         "1000 updates (the default)",
     ),
+    (
+        scheduler("WarmupCosineLR", total_num_steps=9, warmup_max_lr=1),
+        "error",
+        "scheduler.params.warmup_max_lr",
+        "climbs to optimizer.params.lr",
+    ),
+    (
+        scheduler("WarmupCosineLR", total_num_steps=9, warmup_max_ratio=1),
+        "error",
+        "scheduler.params.warmup_max_ratio",
+        "climbs to optimizer.params.lr",
+    ),
+    (
+        scheduler("WarmupDecayLR", total_num_steps=9, warmup_ratio=0.1),
+        "error",
+        "scheduler.params.warmup_ratio",
+        "Write warmup_num_steps, in updates",
+    ),
     (scheduler("WarmupLR", warmup_num_steps=5), "warning", "scheduler.params", "log"),
+    (scheduler("WarmupLR", warmup_num_steps="auto"), "note", "scheduler.params", "fills in linear"),
     (
         scheduler("WarmupLR", warmup_num_steps=5, warmup_type="log"),
         "note",
@@ -320,6 +394,15 @@ def test_batch_sizes_must_multiply(
     assert [f.key_path for f in found if f.severity == "error"] == ["train_batch_size"] * wrong
 
 
+@pytest.mark.parametrize("number", [math.inf, math.nan])
+def test_a_number_that_json_does_not_have_is_refused(number: float, keys: Catalogue) -> None:
+    """YAML has them: .inf and .nan."""
+    data = {"steps_per_print": number, "gradient_clipping": number, "zero_optimization": {"sub_group_size": number}}
+    found = lint(from_mapping(data, "job.yaml"), keys=keys)
+    wrong = {one.key_path for one in found if one.severity == "error"}
+    assert wrong == {"steps_per_print", "gradient_clipping", "zero_optimization.sub_group_size"}
+
+
 def test_hpz_must_divide_the_world(keys: Catalogue) -> None:
     text = zero(stage=3, zero_hpz_partition_size=8)
     assert findings(text, keys, 16) == []
@@ -377,6 +460,57 @@ def test_a_key_is_not_renamed_to_one_that_stands_there(keys: Catalogue) -> None:
     assert apply_fixes(text, findings(text, keys)) == text
 
 
+NEAR_MISSES = [
+    '{"float16": {"enabled": true}}',
+    '{"fp16": {"enabled": true, "bf16_master_weights_and_grads": true}}',
+    zero(stage=2, offload_optimizer={"device": "gpu"}),
+    zero(stage=2, offload_optimizer={"device": "cuda"}),
+    zero(stage=3, offload_param={"device": "disk"}),
+    zero(stage=2, cpu_offload=False),
+    scheduler("WarmupCosineLR", total_num_steps=9, warmup_num_steps=2, warmup_type="linear", warmup_max_ratio=1),
+    scheduler("OneCycle", cycle_min_lr=1e-6, cycle_max_lr=1e-5, cycle_moo_mom=0.9),
+    '{"fp16": {"enabled": "None"}}',
+    '{"optimiser_type": "AdamW"}',
+]
+
+
+@pytest.mark.parametrize("text", NEAR_MISSES)
+def test_what_could_be_meant_otherwise_is_told_and_not_written(text: str, keys: Catalogue) -> None:
+    found = findings(text, keys)
+    assert found
+    assert apply_fixes(text, found) == text
+
+
+def test_the_second_names_of_zero_3_are_those_that_deepspeed_has(keys: Catalogue) -> None:
+    """All of them are the names without stage3_, which is how the values are looked up."""
+    second = {name: key.alias for name, key in keys.blocks["zero_optimization"].keys.items() if key.alias}
+    assert {"prefetch_bucket_size", "gather_16bit_weights_on_model_save"} < set(second)
+    assert all(alias == f"stage3_{name}" for name, alias in second.items())
+
+
+def test_a_cache_that_cannot_be_written_is_no_hindrance(
+    keys: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file where the cache's folder would be, and a user who has no home: both as containers have it."""
+    raw = json.loads(catalogue._cache_file(keys.deepspeed).read_text())
+    monkeypatch.setattr(catalogue, "_ask_deepspeed", lambda: raw)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))
+    assert load_catalogue() == keys
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 987_654)
+    assert load_catalogue() == keys
+
+
+def test_an_answer_that_is_no_catalogue_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import os; print('welcome', flush=True); os._exit(0)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(RequestError, match="answered 'welcome"):
+        load_catalogue()
+
+
 def run(*arguments: str) -> tuple[int, str]:
     app = typer.Typer()
     app.command()(lint_command)
@@ -392,6 +526,26 @@ def test_fix_writes_what_is_unambiguous_and_keeps_the_rest(tmp_path: Path) -> No
     assert status == 2
     assert f"{file}:8:3: error: nebula:" in output
     assert [path.name for path in tmp_path.iterdir()] == ["ds.json"]
+    assert f'{file}:3: fixed: "train_bacth_size" → "train_batch_size"' in output
+    assert f'{file}:3: fixed: "8" → 8' in output
+    assert f'{file}:6: fixed: "cpu_offload": true → "offload_optimizer": {{"device": "cpu"}}' in output
+    assert "8 fixed, 1 error" in output
+    assert "fixed" not in run(str(file), "--fix")[1]
+
+
+def test_one_broken_file_does_not_hide_the_others(tmp_path: Path) -> None:
+    good, broken, missing = (tmp_path / name for name in ("good.json", "broken.json", "none.json"))
+    good.write_text('{"train_bacth_size": 8}')
+    broken.write_text('{\n"zero_optimization": {')
+    status, output = run("--fix", str(missing), str(good), str(broken))
+    assert status == 2
+    assert good.read_text() == '{"train_batch_size": 8}'
+    assert f"{missing}: error: there is no such file" in output
+    assert f"{broken}:2: error: not valid JSON: the text ends inside an object" in output
+    assert "3 files: 1 fixed, 2 errors" in output
+    assert "job file" not in output
+    rows = json.loads(run("--json", str(good), str(broken))[1])
+    assert [(row["file"], row["line"], row["severity"]) for row in rows] == [(str(broken), 2, "error")]
 
 
 def test_the_command_tells_place_severity_and_mend(tmp_path: Path) -> None:
@@ -418,4 +572,12 @@ def test_json_output_is_complete(tmp_path: Path) -> None:
         "error",
         "train_batch_size",
         False,
+    )
+    file.write_text('{"train_bacth_size": 8}')
+    (row,) = json.loads(run(str(file), "--json", "--fix")[1])
+    assert (row["severity"], row["line"], row["before"], row["after"]) == (
+        "fixed",
+        1,
+        '"train_bacth_size"',
+        '"train_batch_size"',
     )

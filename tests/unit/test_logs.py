@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from launcher.watch.print_lines import Printer
 from launcher.watch.session import read_session
 from launcher.watch.sources import Source, sources_of
 from tests.unit.built import START, Built, bytes_read, stamp
+from tests.unit.built import rank as told_rank
 from tests.unit.given import command
 
 
@@ -198,7 +201,7 @@ def test_a_run_is_found_by_its_name_and_the_nearest_is_named(built: Built, tmp_p
     three_nodes(built)
     by_name = command("logs", built.run.path.name, "--output-dir", str(tmp_path / "runs"), "--tail", "1")
     assert "rank 0 ended with 1" in by_name.out
-    wrong = command("logs", "tiny-20260301-12000", "--output-dir", str(tmp_path / "runs"))
+    wrong = command("logs", "tiny-20260302-120000", "--output-dir", str(tmp_path / "runs"))
     assert wrong.status == 2
     assert "did you mean tiny-20260301-120000?" in wrong.err
     none = command("logs", str(tmp_path))
@@ -206,10 +209,42 @@ def test_a_run_is_found_by_its_name_and_the_nearest_is_named(built: Built, tmp_p
     assert "this is not a run directory" in none.err
 
 
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("tiny", "tiny-20260302-120000"),
+        ("tiny-20260301", "tiny-20260301-120000"),
+        ("tiny-l", "tiny-lora-20260303-120000"),
+        ("large", "large-slurm-9"),
+        ("tiny-lora-20260303-120000", "tiny-lora-20260303-120000"),
+    ],
+)
+def test_a_run_is_found_by_its_job_or_by_how_its_name_begins(tmp_path: Path, name: str, found: str) -> None:
+    names = {
+        "tiny-20260301-120000": 1,
+        "tiny-20260302-120000": 2,
+        "tiny-lora-20260303-120000": 3,
+        "large-slurm-10": 1,
+        "large-slurm-9": 2,  # Slurm counted anew
+    }
+    for run_name, day in names.items():
+        run = Built(tmp_path / "runs", run_name)
+        run.run.events_file.write_text(json.dumps({"time": stamp(86_400.0 * day), "event": "plan"}) + "\n")
+        run.log(0, "h0", "rank-0", (1.0, f"of {run_name}"))
+    output_dir = ("--output-dir", str(tmp_path / "runs"))
+    assert command("logs", name, *output_dir).out.endswith(f" of {found}\n")
+    # A folder of the job's name is no run, and hides none.
+    several = command("logs", "tiny-2026", *output_dir)
+    assert several.status == 2
+    assert "2 runs in" in several.err and "tiny-20260301-120000, tiny-20260302-120000" in several.err
+
+
 def test_no_logs_yet_is_told(built: Built) -> None:
     ended = command("logs", str(built.run.path))
     assert ended.status == 2
-    assert "no node has written a log yet" in ended.err
+    assert "no node has written a log yet" in ended.err and "prepare" not in ended.err
+    (built.run.logs / "prepare.log").write_text("tokenising\n")
+    assert f"see {built.run.logs / 'prepare.log'}" in command("logs", str(built.run.path)).err
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("2d", 172_800)])
@@ -352,6 +387,44 @@ def test_follow_ends_where_the_run_is_lost(built: Built, monkeypatch: pytest.Mon
     ended = command("logs", str(built.run.path), "-f", "--tail", "1")
     assert (ended.status, len(ended.out.splitlines())) == (0, 1)
     assert "the run is lost" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["--node", "h9"], "no node 'h9' has logs here"), (["--rank", "9"], "no rank 9 has a log here")],
+    ids=["node", "rank"],
+)
+def test_follow_tells_what_will_never_come_once_that_is_known(built: Built, options: list[str], words: str) -> None:
+    built.nodes(["h0", "h1"])
+    built.state("training", time.time() - START)
+    built.log(0, "h0", "rank-0", (1.0, "one"))
+    built.node_json(0, "h0", 2.0, [told_rank(0)])
+    launcher = str(Path(sys.executable).with_name("launcher"))
+    with subprocess.Popen(
+        [launcher, "logs", str(built.run.path), "-f", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        # While a node has not told of its ranks, it waits.
+        time.sleep(0.5)
+        assert process.poll() is None
+        built.node_json(1, "h1", 2.0, [told_rank(1)])
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (2, b"")
+    assert words in err.decode()
+
+
+@pytest.mark.parametrize("verb", [("logs", "-f"), ("watch",)], ids=" ".join)
+def test_what_is_watched_ends_where_the_run_is_removed(built: Built, verb: tuple[str, ...]) -> None:
+    three_nodes(built)
+    built.state("training", time.time() - START)
+    launcher = str(Path(sys.executable).with_name("launcher"))
+    with subprocess.Popen(
+        [launcher, *verb, str(built.run.path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        shutil.rmtree(built.run.path)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert err.decode() == f"error: the run is gone: {built.run.path} was removed while it was watched\n"
 
 
 def test_ctrl_c_ends_following_quietly(built: Built) -> None:

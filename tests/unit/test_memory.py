@@ -111,9 +111,27 @@ def test_what_zero_3_holds_gathered_follows_the_json() -> None:
     assert buffers(max_reuse_distance=10**9) == 2 * (MILLION - LARGEST)
     assert buffers(prefetch_bucket_size=50_000) == 2 * 50_000
     assert buffers(prefetch_bucket_size=50_000, max_live_parameters=20_000) == 2 * 20_000
+    # What stayed is not fetched once more.
+    assert buffers(prefetch_bucket_size=50_000, max_reuse_distance=10**9, max_live_parameters=2 * 10**9) == (
+        2 * (MILLION - LARGEST)
+    )
     vectors = 2 * (2 * 3 + 1) * 8
     assert estimate(3, persistence_threshold=8).parameters - estimate(3).parameters == vectors
     assert estimate(3, persistence_threshold=64).parameters - estimate(3).parameters == vectors + 2 * 12 * 64
+
+
+def test_what_zero_3_fetches_ahead_lies_there_twice_before_the_logits() -> None:
+    """Once in the buffer that it came in. Logits that are larger come when the buffer is gone."""
+
+    def update(vocab_size: int, prefetched: int) -> int:
+        sizes = {"reduce_bucket_size": 2 * MILLION, "prefetch_bucket_size": prefetched, "max_reuse_distance": 0}
+        model = MODEL.model_copy(update={"vocab_size": vocab_size, "trainable_parameters": 1000})
+        found = estimate(3, model=model, **sizes)
+        return found.update + found.logits
+
+    assert update(1, 500_000) == 2 * 500_000
+    assert update(1, 600_000) == 2 * 600_000
+    assert update(10_000, 500_000) == update(10_000, 0) == TOKENS * 10_000 * 12
 
 
 def test_zero_plus_plus_holds_the_weights_a_second_time() -> None:
@@ -198,6 +216,9 @@ def test_sizes_are_read_as_deepspeed_is_given_them() -> None:
     assert (found.persistence_threshold, found.max_live_parameters) == (10_000, 10_000_000)
     assert (found.overlap_comm, found.pinned, found.offload) == (True, False, Offload("cpu", "none"))
     assert zero_sizes(from_mapping({}, "ds.json"), 100) == ZeroSizes()
+    block = {"stage": 3, "overlap_comm": "false", "prefetch_bucket_size": "auto", "max_reuse_distance": 7}
+    found = zero_sizes(from_mapping({"zero_optimization": block}, "ds.json"), hidden_size=100)
+    assert (found.overlap_comm, found.prefetch_bucket_size, found.max_reuse_distance) == (False, 9_000, 7)
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +239,31 @@ def test_the_estimate_is_what_ranks_took(benchmark: ModuleType, tmp_path: Path) 
     for row in benchmark.ROWS:
         found = {**measured[row.name], "memory": benchmark.plan_for(row, tmp_path).memory}
         errors.append(benchmark.errors_of(found)[0])
-        assert abs(errors[-1]) < 0.15, found
+        assert abs(errors[-1]) < 0.1, found
     assert len(errors) > 20
     assert abs(fmean(errors)) < 0.02
-    assert fmean(map(abs, errors)) < 0.05
+    assert fmean(map(abs, errors)) < 0.03
+
+
+def test_a_shorter_reuse_distance_spared_what_the_estimate_says(benchmark: ModuleType, tmp_path: Path) -> None:
+    """Where activations decide: of a model of 100M parameters everything stays, some, or nothing."""
+    measured = {row["row"]: row["in_use"] for row in json.loads(BENCHMARK.with_suffix(".json").read_text())}
+    rows = [row for row in benchmark.ROWS if row.model == "100M" and row.micro == 4]
+    taken = [measured[row.name] for row in rows]
+    estimates = [benchmark.plan_for(row, tmp_path).memory for row in rows]
+    mine = [benchmark.on_device(memory) - memory["fragmentation"] for memory in estimates]
+    assert len(rows) == 3
+    for each in (taken, mine):
+        assert each[1] < 0.95 * each[0]
+        assert each[2] < 0.95 * each[1]
+    assert mine == pytest.approx(taken, rel=0.02)
+
+
+def test_the_benchmark_counts_what_lies_on_the_device_that_it_measures(benchmark: ModuleType, tmp_path: Path) -> None:
+    """Offloaded states are measured with the process on a CPU, and not at all on a GPU."""
+    row = next(row for row in benchmark.ROWS if "offload_optimizer" in row.name)
+    on_cpu, on_gpu = (benchmark.plan_for(row, tmp_path, gpus) for gpus in (0, 2))
+    assert (on_gpu.world.device, on_gpu.world.size, on_gpu.precision) == ("cuda", 2, "bf16")
+    assert benchmark.on_device(on_gpu.memory) == on_gpu.memory["device_total"]
+    whole = on_cpu.memory["device_total"] - on_cpu.memory["base"] + on_cpu.memory["offloaded"]
+    assert benchmark.on_device(on_cpu.memory) == whole

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launcher.cli.resume import _settled
 from launcher.errors import RequestError
+from launcher.job.model import ModelSection
 from launcher.methods import frozen_names
 from launcher.plan.model import Plan
 from launcher.plan.resolve import check_request
@@ -65,17 +67,19 @@ def test_a_pattern_that_cannot_be_meant_is_refused(patterns: list[str], words: s
     assert key == "model.freeze" and words in text
 
 
-HERE = {"deepspeed": "0.19.8", "peft": "0.21.2", "liger-kernel": "0.6.0", "triton": "3.4.0"}
+HERE = {"deepspeed": "0.19.8", "peft": "0.21.2", "liger-kernel": "0.6.0", "triton": "3.4.0", "flash-attn": "2.8.3"}
 
 
 @pytest.mark.parametrize(
     ("model", "gpus", "lacks", "words"),
     [
-        ({"lora": {}}, 0, ("peft",), "ray-deepspeed-launcher[lora]"),
+        ({"lora": {}}, 0, ("peft",), "pip install peft"),
         ({"liger": True}, 0, (), "need GPUs; this run is on CPUs"),
-        ({"liger": True}, 8, ("liger-kernel",), "ray-deepspeed-launcher[liger]"),
+        ({"liger": True}, 8, ("liger-kernel",), "pip install liger-kernel"),
         ({"torch_compile": True}, 0, ("compiler",), "install g++"),
         ({"torch_compile": True}, 8, ("triton",), "install the triton"),
+        ({"attn_implementation": "flash_attention_2"}, 0, (), "needs GPUs, and this run is on CPUs"),
+        ({"attn_implementation": "flash_attention_2"}, 8, ("flash-attn",), "pip install flash-attn, or leave it out"),
     ],
 )
 def test_what_the_machine_cannot_do_is_told_before_anything_is_measured(model, gpus, lacks, words) -> None:
@@ -111,6 +115,19 @@ def test_a_malformed_method_is_refused(model: dict, key: str, words: str) -> Non
     assert found == key and words in text
 
 
+def test_compiling_under_zero_3_gains_little_and_that_is_told() -> None:
+    told = {}
+    for stage in (2, 3):
+        job = job_of(model={"torch_compile": True}, deepspeed=f"zero{stage}")
+        plan = plan_of(
+            job,
+            machine=machine_facts(8, versions=HERE, compiler="/usr/bin/g++"),
+            user=dict(preset(f"zero{stage}").data),
+        )
+        told[stage] = [warning for warning in plan.warnings if "torch_compile under ZeRO-3" in warning]
+    assert told[2] == [] and len(told[3]) == 1
+
+
 LORA_FACTS = {"trainable_parameters": 20_000_000, "adapted_modules": ("q_proj", "v_proj")}
 
 
@@ -128,6 +145,16 @@ def test_adapters_are_advised_the_rates_of_adapters() -> None:
     assert lora_plan(schedule={"peak_lr": 3e-4}).learning_rate.peak_lr == 3e-4
     with pytest.raises(RequestError, match="peak_lr"):
         plan_of(job_of(schedule={"peak_lr": 3e-4}))
+
+
+def test_what_changes_no_weight_may_be_other_from_a_checkpoint_on() -> None:
+    free = ["gradient_checkpointing", "attn_implementation", "torch_compile", "liger"]
+    assert not any(_settled(f"model.{name}") for name in free)
+    others = [name for name in ModelSection.model_fields if name not in free]
+    assert all(_settled(f"model.{name}") for name in others) and _settled("model.lora.r")
+    # As a whole a section may hold anything.
+    assert _settled("model") and _settled("data") and _settled("data.train") and _settled("train.seed")
+    assert not _settled("train.max_steps") and not _settled("train.seeds")
 
 
 CPU_JOB = """\

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
+from launcher.cli.console import preflight_table
 from launcher.errors import RunFailed
+from launcher.fleet import examine
 from launcher.fleet.environment import rank_environment
 from launcher.fleet.examine import NodeFacts
-from launcher.fleet.nodes import Node
-from launcher.fleet.preflight import NodeCheck, Wanted, machine_notes, machine_problems, refuse
+from launcher.fleet.nodes import Needs, Node, missing_in_words, use_token
+from launcher.fleet.preflight import (
+    NodeCheck,
+    Wanted,
+    machine_notes,
+    machine_problems,
+    note_mixed_gpus,
+    preflight,
+    refuse,
+)
+from launcher.fleet.provide import _put
 from launcher.plan.model import World
+from launcher.prepare.machine import installed_versions
+from launcher.run_dir import RunDir
+from tests.unit.given import JOB, command, write_folder
 
 VERSIONS = {"launcher": "0.1", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0", "ray": "2.60.0"}
 GPUS = World(nodes=2, processes_per_node=8, device="cuda", backend="nccl", threads_per_process=8)
@@ -81,3 +100,127 @@ def test_the_interface_is_set_for_gloo_and_nccl_and_the_users_wins() -> None:
     assert "HF_TOKEN" not in found and "HOME" not in found
     users = rank_environment(GPUS, "ib0", {"NCCL_SOCKET_IFNAME": "bond0"}, {"GLOO_SOCKET_IFNAME": "eth1"})
     assert (users["NCCL_SOCKET_IFNAME"], users["GLOO_SOCKET_IFNAME"]) == ("bond0", "eth1")
+
+
+def test_gpus_of_another_kind_are_noted() -> None:
+    checks = [
+        NodeCheck(rank, NODE, replace(FACTS, gpu_name=name)) for rank, name in enumerate(("H100", "A100", "H100"))
+    ]
+    note_mixed_gpus(checks)
+    assert [bool(check.notes) for check in checks] == [False, True, False]
+    assert checks[1].notes[0].startswith("its GPUs are A100, and those of most nodes H100")
+    refuse(checks)
+
+
+def test_the_table_shows_the_versions_that_differ(capsys: pytest.CaptureFixture[str]) -> None:
+    other = replace(FACTS, versions={**VERSIONS, "ray": "2.59.0"})
+    for facts, shown in ((other, True), (FACTS, False)):
+        Console(width=200).print(preflight_table([NodeCheck(0, NODE, FACTS), NodeCheck(1, NODE, facts)]))
+        told = capsys.readouterr().out
+        assert "2.13.0" in told and ("2.59.0" in told) == shown == ("ray" in told)
+        assert "transformers" not in told
+
+
+class PretendedNodes:
+    """Two nodes whose agents answer here. Each sees the run directory at its own place."""
+
+    def __init__(self, folders: Sequence[Path], rehearsed: Sequence[str | None] = (None, None)) -> None:
+        self.nodes = [replace(NODE, host=f"h{rank + 1}", address=f"10.0.0.{rank + 1}") for rank in (0, 1)]
+        self.folders, self.rehearsed = folders, rehearsed
+        self.environments: list[dict[str, str]] = []
+
+    def free_port(self, node_rank: int) -> int:
+        return 4000 + node_rank
+
+    def ask(self, method: str, arguments: Sequence[tuple[Any, ...]], seconds: float = 0.0) -> list[Any]:
+        if method == "rehearse":
+            assert seconds > arguments[0][1]
+            self.environments = [environment for environment, _ in arguments]
+            return list(self.rehearsed)
+        act = getattr(examine, method)
+        return [act(str(folder), *rest) for folder, (_, *rest) in zip(self.folders, arguments, strict=True)]
+
+
+def looked_at(nodes: PretendedNodes, run: Path) -> list[NodeCheck]:
+    world = GPUS.model_copy(update={"device": "cpu", "backend": "gloo", "processes_per_node": 1})
+    return preflight(nodes, Wanted(world, installed_versions(), 0, {}, {}), RunDir(run))  # type: ignore[arg-type]
+
+
+def test_a_folder_that_is_not_shared_is_a_problem_of_its_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examine, "_APPEAR_SECONDS", 0.2)
+    run, own = tmp_path / "run", tmp_path / "own"
+    for folder in (run, own / ".marks"):
+        folder.mkdir(parents=True)
+    good, bad = looked_at(apart := PretendedNodes((run, own)), run)
+    assert (good.problems, apart.environments) == ([], [])
+    assert bad.problems == [
+        f"its {run} is not the launcher's: one does not see what the other wrote there; "
+        "output_dir must be storage that all nodes share"
+    ]
+    (own / ".marks").rename(own / "gone")
+    _, unwritable = looked_at(PretendedNodes((run, own)), run)
+    assert unwritable.problems == [
+        f"it cannot write to {run} (FileNotFoundError: No such file or directory): "
+        "output_dir must be storage that all nodes share"
+    ]
+
+
+def test_a_rehearsal_that_fails_is_told_with_its_interface(tmp_path: Path) -> None:
+    nodes = PretendedNodes((tmp_path, tmp_path), (None, "Connection refused"))
+    checks = looked_at(nodes, tmp_path)
+    with pytest.raises(RunFailed) as refused:
+        refuse(checks)
+    assert str(refused.value) == (
+        "node 1 (h2): a small all-reduce over ib0 with gloo failed: Connection refused: "
+        "open TCP between the nodes, or name the interface in cluster.env"
+    )
+    for rank, environment in enumerate(nodes.environments):
+        assert (environment["RANK"], environment["WORLD_SIZE"], environment["LAUNCHER_BACKEND"]) == (
+            str(rank),
+            "2",
+            "gloo",
+        )
+        assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.0.0.1", "4000")
+        assert environment["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
+def test_what_is_missing_is_counted_by_what_is_free_now() -> None:
+    has = {"CPU": 64.0, "GPU": 8.0}
+    half_taken = [(has, {"CPU": 60.0, "GPU": 4.0})] * 2 + [(has, {"CPU": 64.0})]
+    assert missing_in_words(Needs(1, 8, 8), half_taken) == (
+        "asked for 1 node with 8 CPU and 8 GPU each; of 3 in this Ray 3 have that much, and 0 have it free now; "
+        "GPU: too few free on 3, at most 4"
+    )
+    assert missing_in_words(Needs(2, 8, 0), [(has, has), ({"CPU": 4.0}, {})]) == (
+        "asked for 2 nodes with 8 CPU each; of 2 in this Ray 1 have that much, and 1 have it free now"
+    )
+
+
+def test_the_file_with_the_secret_is_the_one_that_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would take what is in the environment over it."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "before")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "another")
+    use_token(tmp_path / "key")
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(tmp_path / "key")
+
+
+def test_data_of_a_node_of_its_own_is_put_over_a_link_that_leads_nowhere(tmp_path: Path) -> None:
+    own, wanted = tmp_path / "own", tmp_path / "there/wanted"
+    own.mkdir()
+    wanted.parent.mkdir()
+    wanted.symlink_to(tmp_path / "gone")
+    for _ in range(2):
+        _put(str(own), str(wanted))
+    assert wanted.resolve() == own
+    assert [path.name for path in wanted.parent.iterdir()] == ["wanted"]
+
+
+def test_the_doctor_of_slurms_nodes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path, JOB.replace("}\ncluster: {", "}\nslurm: {time: '10'}\ncluster: {nodes: 2, "))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ended = command("doctor", "job.yaml")
+    assert ended.status == 2
+    assert "srun --nodes=2 --ntasks-per-node=1 launcher node --doctor job.yaml" in ended.err

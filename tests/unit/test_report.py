@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import launcher
 from launcher import reporting
+from launcher.cli.console import RunConsole
 from launcher.run_dir import RunDir
 
 
@@ -32,7 +35,12 @@ def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(reporting, "_last", None)
     ears, mouth = os.pipe()
     os.close(ears)
-    for name, value in {"REPORT_FD": str(mouth), "RUN_DIR": str(tmp_path), "TRAIN_BATCH_SIZE": "4"}.items():
+    for name, value in {
+        "REPORT_FD": str(mouth),
+        "REPORT_PID": str(os.getpid()),
+        "RUN_DIR": str(tmp_path),
+        "TRAIN_BATCH_SIZE": "4",
+    }.items():
         monkeypatch.setenv(f"LAUNCHER_{name}", value)
     monkeypatch.setenv("RANK", "0")
     yield lambda: RunDir(tmp_path).metrics()
@@ -68,6 +76,64 @@ def test_a_count_that_goes_back_has_no_step_time(lines: Any) -> None:
     for step in (3, 5, 1, 2):
         launcher.report(step=step)
     assert ["step_seconds" in line for line in lines()] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("name", ["update", "samples", "time", "step_seconds", "peak_memory_bytes"])
+def test_a_name_of_the_launchers_own_is_refused(lines: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: launcher.report writes that itself"):
+        launcher.report(step=0, **{name: 1.0})
+    assert lines() == []
+
+
+@pytest.mark.usefixtures("lines")
+def test_a_line_that_cannot_be_written_does_not_end_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    for step in range(3):
+        launcher.report(step=step, loss=0.5)
+    told = capsys.readouterr().err
+    assert told.count("launcher.report: metrics are not written") == 1 and "metrics.jsonl" in told
+
+
+def test_tokens_that_cannot_be_divided_have_no_rate(lines: Any) -> None:
+    for step, tokens in enumerate([8, float("nan"), "many", 8]):
+        launcher.report(step=step, tokens=tokens)
+    assert ["tokens_per_second" in line for line in lines()] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(("first", "kept"), [(3, [0, 1, 2]), (0, [])])
+def test_a_script_that_is_started_again_takes_the_place_of_what_it_makes_again(
+    lines: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, kept: list[int]
+) -> None:
+    for step in range(5):
+        launcher.report(step=step, loss=1.0)
+    RunDir(tmp_path).rewind(samples=0, update=-1)
+    assert lines() == []
+    monkeypatch.setattr(reporting, "_last", None)
+    monkeypatch.setenv("LAUNCHER_RESTART_COUNT", "1")
+    for step in range(first, first + 2):
+        launcher.report(step=step, loss=2.0)
+    assert [(line["update"], line["loss"]) for line in lines()] == [
+        *((step, 1.0) for step in kept),
+        *((step, 2.0) for step in range(first, first + 2)),
+    ]
+
+
+ODD: list[Any] = [float("nan"), "nan", "[/]", None, [1.0], {"a": 1}, True, 10**400]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_console_shows_whatever_a_script_reports(terminal: bool) -> None:
+    """It stands in the loop that follows the run, which no value may end."""
+    written = io.StringIO()
+    console = RunConsole(Console(file=written, force_terminal=terminal, width=200))
+    console.total = 1
+    with console.closing():
+        console.state("training")
+        for value in ODD:
+            console.update({"update": 0, "loss": value, "lr": value, "tokens_per_second": value})
+    assert "[/]" in written.getvalue() or terminal
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
@@ -23,7 +24,7 @@ from launcher.watch.status import RunStatus, read_brief, read_status
 from launcher.watch.status_report import rank_range, status_view
 from launcher.watch.words import duration
 from tests.unit.built import GIB, START, Built, bytes_read, rank, stamp
-from tests.unit.given import command
+from tests.unit.given import as_nobody, command
 
 
 @pytest.fixture
@@ -80,7 +81,9 @@ def test_a_straggler_stands_out(built: Built) -> None:
     assert [node.straggler for node in status.nodes] == [False, False, True]
     assert status.nodes[2].ratio == pytest.approx(0.62 / 0.31)
     text = text_of(status)
-    assert re.search(r"h2 .* 2\.00x .* slow", text)
+    assert re.search(r"h2 .* 2\.00x .* slow: rank 5\n", text)
+    assert [node.slow_ranks for node in status.nodes] == [(), (), (5,)]
+    assert status.nodes[2].rank_own_seconds == (0.2, 0.62)
     assert "beyond 1.25x the median of the nodes" in text
 
 
@@ -339,22 +342,46 @@ def test_nothing_in_the_run_directory_is_touched(built: Built) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody to try this")
-def test_a_run_that_may_not_be_read_is_told(built: Built) -> None:
+def test_a_run_that_may_not_be_read_is_told_and_hides_no_other(built: Built, tmp_path: Path) -> None:
     training(built)
-    built.run.events_file.chmod(0)
-    closed = [folder for folder in built.run.path.parents if not folder.stat().st_mode & 0o005]
-    for folder in closed:
-        folder.chmod(0o755)
-    child = os.fork()
-    if child == 0:
-        os.setuid(65534)
-        ended = command("status", str(built.run.path))
-        told = ended.status == 2 and "you may not read this" in ended.err and "events.jsonl" in ended.err
-        os._exit(0 if told else 1)
-    status = os.waitpid(child, 0)[1]
-    for folder in closed:
-        folder.chmod(0o700)
-    assert status == 0
+    built.run.events_file.chmod(0o600)
+    runs = tmp_path / "runs"
+    Built(runs, "b-closed").run.path.chmod(0o700)
+    Built(runs, "c-open").state("failed", 5.0)
+    one = as_nobody(tmp_path, "status", str(built.run.path))
+    assert one.status == 2 and "you may not read this" in one.err and "events.jsonl" in one.err
+    closed = as_nobody(tmp_path, "why", "b-closed", "--output-dir", str(runs))
+    assert closed.status == 2 and "you may not read this" in closed.err
+    listed = as_nobody(tmp_path, "status", "--output-dir", str(runs))
+    assert (listed.status, listed.err) == (0, "")
+    rows = [re.split(r"  +", line.strip()) for line in listed.out.splitlines()]
+    assert [row[:2] for row in rows[1:]] == [
+        ["c-open", "failed"],
+        ["tiny-20260301-120000", "may not be read"],
+        ["b-closed", "may not be read"],
+    ]
+    states = json.loads(as_nobody(tmp_path, "status", "--json", "--output-dir", str(runs)).out)
+    assert [run["state"] for run in states] == ["failed", "unreadable", "unreadable"]
+    wrong = as_nobody(tmp_path, "status", "c-opne", "--output-dir", str(runs))
+    assert wrong.status == 2 and "did you mean c-open?" in wrong.err
+
+
+def test_a_file_that_is_stale_for_a_moment_is_read_again(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NFS has it where another host replaced the file in between."""
+    training(built)
+    errors = [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "Input/output error")]
+    bytes_of = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        if path.name in ("state.json", "node.json") and errors:
+            raise errors.pop()
+        return bytes_of(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert at(built, 60.0).state == "unknown"
+    assert (at(built, 60.0).state, len(errors)) == ("training", 0)
+    errors += [OSError(errno.ESTALE, "Stale file handle")]
+    assert [node.updates for node in at(built, 60.0).nodes] == [17] * 3
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from launcher.errors import RequestError
 from launcher.job import validate_job
 from launcher.run_dir import RunDir
 from launcher.submit.ray import dashboard_address, ray_request, submit_to_ray
+from tests.unit.given import command, write_folder
 
 HERE = Path("/shared/project")
 ADDRESS = "http://head:8265"
@@ -60,6 +61,54 @@ def test_what_runs_write_is_not_uploaded():
     made = request(output_dir="/shared/project/out/run*s", data={"train": "t", "cache_dir": "/shared/project/cache"})
     assert made.excludes == ("/out/run\\*s/", "/cache/")
     assert request(output_dir="/shared/project").excludes == ()
+
+
+def test_paths_are_read_as_on_the_way_from_this_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/shared")
+    made = request(output_dir="~/project/runs", data={"train": "t", "cache_dir": "build/../cache"})
+    assert made.excludes == ("/runs/", "/cache/")
+    assert request(data={"train": "t", "cache_dir": "../cache"}).excludes == ()
+    assert shlex.split(request(job_file=HERE / "a/../job.yaml").entrypoint)[2] == "job.yaml"
+    assert "does not lie under /shared/project" in refused(job_file=HERE / "../job.yaml")
+
+
+TO_RAY = ("submit", "job.yaml", "--to", "ray", "--address", ADDRESS, "--dry-run", "output_dir=/shared/runs")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_is_not_here_but_on_the_cluster_is_not_looked_for():
+    there = ("model.name_or_path=/there/model", "data.train=[/there/a.jsonl]", "deepspeed=/there/ds.json")
+    for more in ((), there, ("cluster.gpus_per_node=auto", "cluster.processes_per_node=auto"), ("model.lora={r: 8}",)):
+        ended = command(*TO_RAY, *more)
+        assert ended.status == 0, ended.err
+        assert shlex.split(yaml.safe_load(ended.out)["entrypoint"])[3:] == ["output_dir=/shared/runs", *more]
+        assert ("the cluster alone sees how many ranks" in ended.err) == ("cluster.gpus_per_node=auto" in more)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.name_or_path=./modle", "model.name_or_path: there is no folder modle"),
+        ("data.train=data/trian.jsonl", "data.train: no file matches data/trian.jsonl"),
+        ("data.eval=data/none.jsonl", "data.eval: no file matches data/none.jsonl"),
+        ("deepspeed=zero9", "there is no file zero9"),
+        ("deepspeed={zero_optimisation: {stage: 2}}", "zero_optimisation"),
+        ("train.train_batch_size=3", "train_batch_size"),
+        ("cluster.gpus_per_node=3", "4 processes and 3 GPUs a node"),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_what_is_wrong_wherever_it_runs_is_told_before_it_is_sent(override, words):
+    ended = command(*TO_RAY, override)
+    assert (ended.status, ended.out) == (2, "")
+    assert words in ended.err
 
 
 @pytest.mark.parametrize(

@@ -195,11 +195,18 @@ def test_a_template_is_found_from_the_folder_or_said_to_be_missing(tmp_path: Pat
 
 def test_the_environment_neither_overrides_the_job_nor_brings_another_job_along() -> None:
     kept = ("PATH", "SLURM_CONF", "SBATCH_ACCOUNT", "SBATCH_WCKEY", "HF_TOKEN")
-    dropped = ("SBATCH_PARTITION", "SBATCH_SIGNAL", "SLURM_JOB_ID", "SLURM_MEM_PER_CPU", "SRUN_CPUS_PER_TASK")
+    dropped = (
+        "SBATCH_WAIT",
+        "SBATCH_PARTITION",
+        "SBATCH_SIGNAL",
+        "SLURM_JOB_ID",
+        "SLURM_MEM_PER_CPU",
+        "SRUN_CPUS_PER_TASK",
+    )
     here = dataclasses.replace(HERE, variables=(*kept, *dropped))
     made = slurm_request(on_cpus(partition="p"), Path("j"), (), here, Templates(SHIPPED, {SHIPPED: SHIPPED_TEXT}))
     assert set(made.unset) == set(dropped)
-    assert made.command().startswith("env -u SBATCH_PARTITION -u ")
+    assert made.command().startswith("env -u SBATCH_PARTITION -u SBATCH_SIGNAL -u ")
 
 
 GOOD: dict[str, list[Any]] = {
@@ -413,13 +420,55 @@ def test_arguments_arrive_unharmed(
     script = folder / "envs" / activate.replace("/", "_").replace("~", "_") / "bin/activate"
     script.parent.mkdir(parents=True)
     script.write_text("export ACTIVATED=yes\n")
-    mounted = {"container": "/x.sqsh", "container_mounts": ["/data"]} if image[0] in "ab1" else {}
+    # Mounts are divided by commas and colons: a folder with one is refused, in a test of its own.
+    contained = image[0] in "ab1" and not set(",:") & set(str(Path(file).parent))
+    mounted = {"container": "/x.sqsh", "container_mounts": ["/data", "/jobs"]} if contained else {}
     made = request_of(on_cpus(activate=str(script.parent.parent), **mounted), *overrides, file=file)
     done = run_script(folder, made.script)
     assert done.returncode == 0, done.stderr
     assert called(folder / "node") == ["node", str(Path(file)), *overrides]
-    container = ["--container-image=/x.sqsh", "--container-mounts=/data"] if mounted else []
-    assert called(folder / "srun")[4:] == [*container, "launcher", "node", str(Path(file)), *overrides]
+    here = f"{HERE.cwd}:{HERE.cwd}"
+    container = [
+        "--container-image=/x.sqsh",
+        f"--container-workdir={HERE.cwd}",
+        f"--container-mounts={here},/data,/jobs",
+    ]
+    told = called(folder / "srun")
+    place = told.index("--wait=0") + 1
+    after = told[place:]
+    assert "--export=ALL" in told[:place]
+    assert after == [*(container if mounted else []), "launcher", "node", str(Path(file)), *overrides]
+
+
+def mounts_of(file: str, output_dir: str = "runs", mounts: tuple[str, ...] = (), runtime: str = "pyxis") -> str:
+    """What is mounted for a job file, with the user's own mounts last."""
+    container = {"container": "/x.sqsh", "container_mounts": list(mounts), "container_runtime": runtime}
+    job = job_of(cluster={"gpus_per_node": 0}, output_dir=output_dir, slurm=container)
+    line = next(line for line in request_of(job, file=file).script.splitlines() if line.startswith("stop()"))
+    words = shlex.split(line)
+    if runtime == "apptainer":
+        assert words[words.index("--pwd") + 1] == "/home/me/project"
+        return words[words.index("--bind") + 1]
+    assert "--container-workdir=/home/me/project" in words
+    return next(word for word in words if word.startswith("--container-mounts=")).removeprefix("--container-mounts=")
+
+
+@pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
+def test_a_container_sees_the_folders_of_the_job_once(runtime: str) -> None:
+    project = "/home/me/project"
+    assert mounts_of("job.yaml", runtime=runtime) == f"{project}:{project}"
+    apart = mounts_of("../jobs/job.yaml", output_dir="/scratch/runs", runtime=runtime)
+    assert apart == f"/home/me/jobs:/home/me/jobs,{project}:{project},/scratch/runs:/scratch/runs"
+    assert mounts_of("job.yaml", "/scratch/runs", ("/scratch", "/home/me:/mine:ro"), runtime) == (
+        f"{project}:{project},/scratch,/home/me:/mine:ro"
+    )
+    assert mounts_of("job.yaml", mounts=("/other:/home/me",), runtime=runtime) == "/other:/home/me"
+
+
+@pytest.mark.parametrize(("file", "says"), [("/a,b/job.yaml", "a comma or a colon"), ("/job.yaml", "the root of the")])
+def test_a_folder_that_cannot_be_mounted_is_refused(file: str, says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        mounts_of(file)
 
 
 @pytest.mark.parametrize("character", list("\n\r\t\x00\x0b\x1b\x7f\x85\u2028\udcff"), ids=ascii)
@@ -675,6 +724,8 @@ def test_people_are_told_where_to_look(folder: Path, monkeypatch: pytest.MonkeyP
         ("echo 'sbatch: error: something new' >&2; exit 1", 2, "sbatch: error: something new"),
         ("exit 3", 2, "sbatch ended with status 3 and said nothing"),
         ("echo 'Unable to contact slurm controller' >&2; exit 1", 1, "Slurm did not answer: Unable to contact"),
+        ("true", 1, "sbatch took the job and printed no id for it, but ''"),
+        ("echo Submitted batch job 7", 1, "but 'Submitted batch job 7'"),
     ],
 )
 def test_what_slurm_refuses_is_told(
@@ -731,3 +782,49 @@ def test_init_copies_the_templates(folder: Path) -> None:
     assert command("submit", "job.yaml", own, "--dry-run").out.replace(f" {own}", "") == (
         command("submit", "job.yaml", "--dry-run").out
     )
+
+
+SCRIPT_JOB = """\
+train: {max_steps: 10, train_micro_batch_size_per_gpu: 2}
+schedule: {peak_lr: 0.05}
+deepspeed: zero2
+cluster: {gpus_per_node: 0, processes_per_node: 4, nodes: 2}
+slurm: {partition: debug}
+"""
+
+
+@pytest.mark.parametrize("before", [("--dry-run", "job.yaml"), ("job.yaml", "--dry-run")])
+def test_a_script_of_ones_own_is_submitted(folder: Path, before: tuple[str, ...]) -> None:
+    """Its arguments come through as they are, whatever they look like to us."""
+    (folder / "job.yaml").write_text(SCRIPT_JOB)
+    (folder / "my train.py").write_text("")
+    ended = command("submit", *before, "train.seed=3", "--", "my train.py", "--array", "0", "--", "a=b", "--dry-run")
+    assert ended.status == 0, ended.err
+    (line,) = (line for line in ended.out.splitlines() if line.startswith("job=("))
+    words = shlex.split(line.removeprefix("job=(").removesuffix(")"))
+    own = ["--", "my train.py", "--array", "0", "--", "a=b", "--dry-run"]
+    assert words == [str(folder / "job.yaml"), "train.seed=3", *own]
+    assert "#SBATCH --nodes=2" in ended.out and "--array" not in ended.out.split("job=(")[0]
+    assert parses(ended.out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "launcher submit JOB.YAML -- SCRIPT [ARGUMENT]..."),
+        (("--",), "no script is named after --"),
+        (("--", "none.py"), "there is no script none.py"),
+        (("--", "--lr", "1"), "after -- stands a Python script or -m MODULE, found --lr"),
+        (("--", "train.py", "a\nb"), "holds a line break"),
+        (("--array=0-1", "slurm.array_key=train.seed", "--", "train.py"), "slurm.array_key: the index would stand"),
+        (("deepspeed=auto", "--", "train.py"), "deepspeed: a preset is chosen by the memory"),
+        (("--resume", "--", "train.py"), "--resume goes on with a run, as it was planned"),
+        (("--to", "ray", "--address=http://h:8265", "--", "train.py"), "launcher exec JOB.YAML -- SCRIPT"),
+    ],
+)
+def test_a_script_that_cannot_be_submitted_is_told(folder: Path, arguments: tuple[str, ...], says: str) -> None:
+    (folder / "job.yaml").write_text(SCRIPT_JOB)
+    (folder / "train.py").write_text("")
+    ended = command("submit", "job.yaml", "--dry-run", *arguments)
+    assert (ended.status, ended.out) == (2, "")
+    assert says in ended.err

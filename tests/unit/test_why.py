@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launcher.aftermath import Place, last_traceback, where
 from launcher.watch.causes import CAUSES, find_cause
-from launcher.watch.failures import Failed, last_traceback, normalised, where
+from launcher.watch.failures import normalised
 from launcher.watch.why import Explanation, explain, failed_message, why_view
 from tests.unit.built import GIB, START, Built, rank, stamp
 from tests.unit.given import command
@@ -292,6 +296,17 @@ def test_a_full_memory_speaks_for_a_killed_rank(built: Built) -> None:
     assert found.cause is not None and "slurm.mem" in found.cause.mend
 
 
+def test_what_the_kernel_killed_for_want_of_memory_is_proved(built: Built) -> None:
+    built.node_json(1, "h1", 45.0, [rank(3)], memory_used_bytes=20 * GIB, oom_kills=1)
+    found, text = why(built, failed(3, 1, None, how="signal SIGKILL"))
+    assert "the kernel of h1 killed 1 of the processes there for want of memory (oom_kill)" in text
+    assert found.cause is not None and found.cause.name == "out of memory on the node"
+    built.node_json(1, "h1", 45.0, [rank(3)], oom_kills=0)
+    found, text = why(built, failed(3, 1, None, how="signal SIGKILL"))
+    assert "oom_kill" not in text
+    assert found.cause is not None and found.cause.name.startswith("killed from outside")
+
+
 def test_a_script_s_exception_is_taken_from_its_log(built: Built) -> None:
     for number in (2, 3):
         lines = traceback(number, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.").splitlines()
@@ -300,6 +315,53 @@ def test_a_script_s_exception_is_taken_from_its_log(built: Built) -> None:
     assert text.startswith("rank 2 on node 1 (h1) failed first, with exit code 1: torch.OutOfMemoryError: CUDA out of")
     assert "1 other rank failed with the same traceback: rank 3 on node 1 (h1)" in text
     assert found.cause is not None and found.cause.name == "out of GPU memory"
+
+
+def aborted(built: Built, *numbers: int, node_json: bool = True) -> list[dict[str, Any]]:
+    """Ranks whose NCCL watchdog gave up: C++ ends them, so that their logs alone tell of it. Four ranks a node."""
+    (watchdog,) = TEXTS["a collective timed out (NCCL)"]
+    stacks = [(39.5, f"frame #{number}: clone3 + 0x2c (0x7f{number:06x} in libc.so.6)") for number in range(150)]
+    for number in numbers:
+        said = [(39.0, watchdog.replace("Rank 0", f"Rank {number}")), (39.1, "terminate called after throwing")]
+        built.log(number // 4, f"h{number // 4}", f"rank-{number}", *said, *stacks)
+    if node_json:
+        for node in range(2):
+            built.node_json(node, f"h{node}", 38.0, [rank(4 * node + local) for local in range(4)])
+    return [failed(number, number // 4, None, how="signal SIGABRT") for number in numbers]
+
+
+def test_where_all_timed_out_the_rank_that_did_not_come_is_named(built: Built) -> None:
+    others = aborted(built, 0, 1, 2, 3, 4, 6, 7)
+    found, text = why(built, *others)
+    assert text.startswith("a collective timed out; these ranks did not come to it: rank 5 on node 1 (h1)\n")
+    assert "7 ranks waited in it for too long: ranks 0-3 on node 0 (h0), ranks 4, 6-7 on node 1 (h1)\n" in text
+    assert "failed first" not in text and "same error" not in text
+    assert found.cause is not None and found.cause.name == "a collective timed out (NCCL)"
+    assert found.failures is not None and len(found.failures.followers) == 6
+
+
+def test_where_every_rank_timed_out_or_none_is_known_that_is_said(built: Built) -> None:
+    failures = aborted(built, 0, node_json=False)
+    assert why(built, *failures)[1].startswith("a collective timed out; which ranks did not come to it is not known\n")
+    _, text = why(built, *aborted(built, *range(8)))
+    assert text.startswith("a collective timed out on every rank: they were not in the same one, or the network")
+
+
+def test_time_outs_after_a_failure_are_followers(built: Built) -> None:
+    failures = aborted(built, 0, 1)
+    _, text = why(built, failed(5, 1, "ValueError: odd rows"), *failures)
+    assert text.startswith("rank 5 on node 1 (h1) failed first, with exit code 1: ValueError: odd rows\n")
+    assert "2 other ranks fell in a collective only afterwards: ranks 0-1 on node 0 (h0)" in text
+    # One that was killed did not fall, whatever its log holds.
+    _, text = why(built, *failures[:1], failures[1] | {"how": "signal SIGKILL"})
+    assert text.startswith("rank 1 on node 0 (h0) failed first, with signal SIGKILL\n")
+
+
+def test_a_pipe_that_broke_is_a_lost_peer_only_in_a_collective() -> None:
+    assert find_cause("BrokenPipeError: [Errno 32] Broken pipe") is None
+    for text in ("[gloo/transport/tcp/pair.cc:537] write: Broken pipe", "ProcessGroupNCCL: Socket closed"):
+        found = find_cause(text)
+        assert found is not None and found.name == "another rank went away in the middle of a collective"
 
 
 def test_an_abort_is_explained_by_the_end_of_the_log(built: Built) -> None:
@@ -405,6 +467,24 @@ def test_a_run_whose_supervisor_vanished(built: Built) -> None:
     assert found.cause is not None and found.cause.name == "Slurm ended the job at its time limit"
 
 
+def test_a_failure_that_was_written_before_the_supervisor_vanished_is_told(built: Built) -> None:
+    built.failure(40.0, failed(3, 1, "ValueError: odd rows"), failed(0, 0, GLOO))
+    text = command("why", str(built.run.path)).out
+    assert text.startswith("rank 3 on node 1 (h1) failed first, with exit code 1: ValueError: odd rows\n")
+    assert "its supervisor vanished before it had written down that the run failed" in text
+
+
+def test_what_the_output_cannot_show_is_no_error(built: Built) -> None:
+    built.log(1, "h1", "rank-3", (39.0, "naïve → ünïcode"))
+    why(built, failed(3, 1, "ValueError: ‘odd’ rows"))
+    ascii_alone = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    for verb, wanted in (("why", b"ValueError: ?odd? rows"), ("logs", b"na?ve ? ?n?code")):
+        argv = [str(Path(sys.executable).with_name("launcher")), verb, str(built.run.path)]
+        done = subprocess.run(argv, capture_output=True, env=ascii_alone, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert wanted in done.stdout
+
+
 def test_a_copied_run_directory_tells_the_same(built: Built, tmp_path: Path) -> None:
     _, text = why(built, failed(3, 1, "ValueError: odd rows"), failed(0, 0, GLOO))
     copy = Path(shutil.copytree(built.run.path, tmp_path / "elsewhere/copy"))
@@ -448,9 +528,9 @@ def test_what_differs_between_ranks_alone_is_left_out(one: str, other: str, same
 
 
 def test_where_ranks_are() -> None:
-    ranks = [Failed(number, number // 4, f"h{number // 4}", None, "x") for number in (0, 1, 2, 5, 7, 8)]
+    ranks = [Place(number, number // 4, f"h{number // 4}") for number in (0, 1, 2, 5, 7, 8)]
     assert where(ranks) == "ranks 0-2 on node 0 (h0), ranks 5, 7 on node 1 (h1), rank 8 on node 2 (h2)"
-    many = [Failed(number, number, f"h{number}", None, "x") for number in range(9)]
+    many = [Place(number, number, f"h{number}") for number in range(9)]
     assert where(many, most=2) == "rank 0 on node 0 (h0), rank 1 on node 1 (h1) and on 7 more nodes"
 
 
