@@ -65,7 +65,7 @@ def ended(hosts: Hosts, folder: Path, job: str, seconds: float = 240.0) -> tuple
         if facts["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"):
             return f"{facts['JobState']} {facts['ExitCode']}", output
         assert time.monotonic() < deadline, f"{shown}\n{output}"
-        time.sleep(0.2)
+        time.sleep(1.0)
 
 
 def of_launcher(hosts: Hosts) -> list[str]:

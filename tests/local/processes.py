@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil
 import yaml
 
+_LOOK_SECONDS = 0.3
+"""Looking at every process of the machine takes the time of what is tested."""
 LAUNCHER = [str(Path(sys.executable).with_name("launcher"))]
 
 
@@ -60,7 +62,7 @@ class Command:
             self.look()
             assert self.process.poll() is None, f"the command ended early:\n{self.output}"
             assert time.monotonic() < deadline, f"waited {seconds} s in vain:\n{self.output}"
-            time.sleep(0.1)
+            time.sleep(_LOOK_SECONDS)
         self.look()
 
     def wait(self, seconds: float = 180.0) -> int:
@@ -69,7 +71,7 @@ class Command:
         while self.process.poll() is None:
             assert time.monotonic() < deadline, f"still runs after {seconds} s:\n{self.output}"
             self.look()
-            time.sleep(0.1)
+            time.sleep(_LOOK_SECONDS)
         return self.process.returncode
 
     def left_behind(self, seconds: float = 10.0) -> list[str]:

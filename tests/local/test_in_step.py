@@ -77,7 +77,7 @@ def test_other_shapes_run_at_its_planned_rates(job_dict, tmp_path, shape):
     segments = [{"kind": "linear", "until": 0.5, "to": 0.5}, {"kind": "cosine", "until": 1.0, "to": 0.1}]
     options = {"segments": segments} if shape == "compound" else {}
     schedule = {"shape": shape, "warmup": 3, "peak_lr": 1e-3, **options}
-    plan = plan_of(merged(job_dict, train={"max_steps": 12}, schedule=schedule))
+    plan = plan_of(merged(job_dict, train={"max_steps": 12}, schedule=schedule, cluster={"processes_per_node": 1}))
     run = fine_tuned(plan, tmp_path)
     planned = planned_rates(plan)
     rates = [line["lr"] for line in run.metrics()]
