@@ -107,28 +107,19 @@ def test_runs_share_a_cluster_wait_for_room_and_make_the_updates_of_one_node(clu
     assert ranks == []
 
 
-def test_a_rank_that_raises_and_a_run_that_is_cancelled_are_told_from_elsewhere(cluster: RayCluster) -> None:
-    """Two runs of two nodes each, side by side; everything is asked for on a machine that has no part in them."""
+def test_a_rank_that_raises_on_the_second_node_is_told_from_elsewhere(cluster: RayCluster) -> None:
+    """Everything is asked for on a machine that has no part in the run."""
     folder = cluster.hosts.shared / "watched"
     jobs = folder / "jobs"
     jobs.mkdir(parents=True)
     faulty, runs = write_fault(folder), {"output_dir": str(folder / "runs"), "train": {"max_steps": 100_000}}
     write_tiny_job(jobs, "raising", cluster={"nodes": 2, "env": {"PYTHONPATH": str(faulty)}}, **runs)
-    write_tiny_job(jobs, "long", cluster={"nodes": 2}, **runs)
     plainly = ("ray", "job", "submit", "--address", cluster.address, "--working-dir", ".", "--", "launcher", "run")
-    raising, long = (cluster.popen("ctl", *plainly, f"{name}.yaml", cwd=jobs) for name in ("raising", "long"))
-    for name, job in (("raising", raising), ("long", long)):
-        job.wait_for(lambda name=name: any(len(run.metrics()) >= 2 for run in runs_of(folder, name)), seconds=240)
+    raising = cluster.popen("ctl", *plainly, "raising.yaml", cwd=jobs)
+    raising.wait_for(lambda: any(len(run.metrics()) >= 2 for run in runs_of(folder, "raising")), seconds=240)
 
     def launcher(verb: str, name: str, *options: str) -> str:
         return cluster.run("ctl", "launcher", verb, name, "--output-dir", "runs", *options, cwd=folder).stdout
-
-    cancelled = launcher("cancel", "long")
-    assert f"{only_run(folder, 'long').path.name} was told to save and stop\n" in cancelled
-    made = len(only_run(folder, "long").metrics())
-    assert cancelled.endswith(f"stopped; updates made: {made}\n")
-    assert only_run(folder, "long").complete_checkpoints() == [made]
-    assert long.wait() != 0 and "cancelled by" in long.output
 
     (faulty / "now").touch()
     assert raising.wait() != 0

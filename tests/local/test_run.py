@@ -102,15 +102,6 @@ def test_ctrl_c_twice_stops_at_once_and_leaves_nothing(job_dict, tmp_path):
     assert state_of(tmp_path)["state"] == "stopped"
 
 
-def test_ctrl_c_before_training_stops_at_once_and_leaves_nothing(job_dict, tmp_path):
-    command = Command("run", str(write_job(tmp_path, merged(job_dict, train=LONG))), folder=tmp_path)
-    command.wait_for(lambda: len(command.ranks()) == 2)
-    command.interrupt()
-    assert command.wait(20) == 130, command.output
-    assert command.left_behind() == []
-    assert "Traceback" not in command.output
-
-
 def test_a_killed_rank_is_named_and_all_others_end(job_dict, tmp_path):
     command = Command("run", str(write_job(tmp_path, merged(job_dict, train=LONG))), folder=tmp_path)
     command.wait_for(lambda: updates_made(tmp_path) >= 2)
