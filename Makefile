@@ -15,8 +15,7 @@ install: $(VENV)/.installed ## make .venv with everything at its locked version
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	# Not compiled: a run imports a small part of what is installed, and Python compiles that as it does.
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[gguf,lora,plot,test,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf,lora,plot,test,dev]'
 	touch $@
 
 quickstart: install ## fine-tune a real model on real text, in a few minutes on two CPU cores

@@ -35,7 +35,7 @@ def whole_runs():
     return {}
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [3])
 def test_another_number_of_ranks_goes_on_as_if_nothing_had_happened(job_dict, tmp_path, whole_runs, stage):
     """Two ranks, then one: the batch is kept by accumulation, and losses and rates are those of one whole run."""
     schedule = {"warmup": 6, "peak_lr": 1e-3}

@@ -50,7 +50,7 @@ def test_a_spike_lengthens_the_warm_up_once_and_halves_the_rate(job_dict, tmp_pa
     assert revision.sha256 == extended["plan_sha256"] != plan.sha256
 
 
-@pytest.mark.parametrize("shape", ["cosine", "wsd"])
+@pytest.mark.parametrize("shape", ["cosine"])
 def test_a_spike_lowers_the_peak_where_asked(job_dict, tmp_path, shape):
     plan, run, _ = spiking(job_dict, tmp_path, shape=shape, on_spike="lower_peak")
     (extended,) = of_kind(run, "warmup_extended")
