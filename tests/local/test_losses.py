@@ -72,7 +72,7 @@ def zero_config(stage: int) -> dict:
     return {"zero_optimization": {"stage": stage, **extra}}
 
 
-@pytest.mark.parametrize(("stage", "accumulation"), [(0, 1), (2, 1), (3, 4)])
+@pytest.mark.parametrize(("stage", "accumulation"), [(0, 1), (1, 4), (2, 1), (3, 4)])
 def test_zero_stages_make_the_updates_of_a_plain_loop(stage, accumulation, job_dict, tmp_path):
     plan = plan_of(
         merged(
