@@ -45,7 +45,7 @@ packages:
 	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(PACKAGES) >/dev/null; } \
 	  || echo 'missing, and some tests need them: $(PACKAGES)'
 
-format: install ## format the code and mend what the linter can
+format: install ## format the code and fix what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

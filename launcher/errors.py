@@ -15,24 +15,24 @@ class LauncherError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to mend: where it stands, what was found, what would be right."""
+    """One thing to fix: where it stands, what was found, what would be right."""
 
     message: str
     file: str | None = None
     line: int | None = None
     key: str | None = None
-    mend: str | None = None
+    hint: str | None = None
 
     def __str__(self) -> str:
         place = self.file or ""
         if self.line is not None:
             place += f":{self.line}"
         head = ": ".join(part for part in (place, self.key, self.message) if part)
-        return f"{head}\n    {self.mend}" if self.mend else head
+        return f"{head}\n    {self.hint}" if self.hint else head
 
 
 class RequestError(LauncherError):
-    """A bad request: nothing was started, and the user can mend every problem listed."""
+    """A bad request: nothing was started, and the user can fix every problem listed."""
 
     exit_status = 2
 

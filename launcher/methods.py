@@ -13,7 +13,7 @@ from launcher.errors import Problem, RequestError, nearest
 from launcher.job.model import LoraSection, ModelSection
 
 _NOTHING_LEFT = Problem(
-    "every parameter is frozen, and nothing is left to train", key="model.freeze", mend="freeze fewer"
+    "every parameter is frozen, and nothing is left to train", key="model.freeze", hint="freeze fewer"
 )
 
 
@@ -92,7 +92,7 @@ def _check_merge(model: Any) -> None:
             Problem(
                 "this model's head and embeddings are one weight, and an adapter on one of them cannot be merged",
                 key="model.lora.merge",
-                mend="set it to false, or leave head and embeddings out of model.lora.target_modules",
+                hint="set it to false, or leave head and embeddings out of model.lora.target_modules",
             )
         )
 
@@ -111,8 +111,8 @@ def _check_targets(modules: Sequence[str], asked: Iterable[str]) -> None:
 def _unmatched(key: str, pattern: str, valid: Iterable[str]) -> Problem:
     names = sorted({name for name in valid if not name.isdigit()}, key=lambda name: (name.count("."), name))
     match = nearest(pattern, names)
-    mend = f"did you mean {match}?" if match else f"there are: {', '.join(names[:12])}"
-    return Problem(f"{pattern} matches nothing in this model", key=key, mend=mend)
+    hint = f"did you mean {match}?" if match else f"there are: {', '.join(names[:12])}"
+    return Problem(f"{pattern} matches nothing in this model", key=key, hint=hint)
 
 
 def _prefixes(name: str) -> list[str]:

@@ -106,8 +106,8 @@ def check_script_job(job: ScriptJob, job_file: str, machine: MachineFacts | None
     """As `check_job`, of a job for a script of the user's own. Raises RequestError."""
     if job.deepspeed == AUTO:
         found = "a preset is chosen by the memory that model and data take, and those are the script's own"
-        mend = f"name one: {', '.join(preset_names())}"
-        raise RequestError(Problem(found, key="deepspeed", mend=mend))
+        hint = f"name one: {', '.join(preset_names())}"
+        raise RequestError(Problem(found, key="deepspeed", hint=hint))
     checked = _linted(job, job_file, machine or measure_machine())
     check_script_request(job, checked.ds_config, checked.machine)
     _check_folder(job.output_dir, "output_dir", job_file)
@@ -149,7 +149,7 @@ def load_ds_config(job: Job, job_file: str) -> DsConfig:
             f"there is no file {job.deepspeed} (looked from {Path.cwd()})",
             file=job_file,
             key="deepspeed",
-            mend=f"did you mean the preset {match}?" if match else f"presets: {', '.join(preset_names())}",
+            hint=f"did you mean the preset {match}?" if match else f"presets: {', '.join(preset_names())}",
         )
     )
 
@@ -180,8 +180,8 @@ def _missing_folders(user: DsConfig) -> Iterator[str]:
     for block in ("offload_optimizer", "offload_param"):
         key = f"zero_optimization.{block}.nvme_path"
         if isinstance(path := user.get(key), str) and not Path(path).is_dir():
-            mend = "Make sure that every node has it on a disk of its own."
-            yield str(user.problem(key, f"there is no folder {path} on this machine", mend))
+            hint = "Make sure that every node has it on a disk of its own."
+            yield str(user.problem(key, f"there is no folder {path} on this machine", hint))
 
 
 def _preset(name: str) -> DsConfig:

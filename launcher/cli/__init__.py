@@ -88,5 +88,5 @@ def _problem_text(problem: Problem) -> Text:
     first, *rest = str(problem).splitlines()
     text = Text.assemble(("error: ", "bold red"), first)
     for line in rest:
-        text.append(f"\n{line}", style="dim" if problem.mend else "")
+        text.append(f"\n{line}", style="dim" if problem.hint else "")
     return text

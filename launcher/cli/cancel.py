@@ -126,8 +126,8 @@ def _unheard(directory: RunDir, state: dict[str, Any]) -> str:
     lost = _lost(directory)
     if lost:
         found += "; nothing is heard of the run and no launcher holds it, so it ended without a word"
-    mend = f"scancel {job}, or launcher cancel --now" if job else "see launcher status, and end that process by hand"
-    return f"{found}\n  {'go on with launcher resume' if lost and not job else mend}"
+    hint = f"scancel {job}, or launcher cancel --now" if job else "see launcher status, and end that process by hand"
+    return f"{found}\n  {'go on with launcher resume' if lost and not job else hint}"
 
 
 def _state(directory: RunDir) -> dict[str, Any]:

@@ -47,8 +47,8 @@ def _check_not_for_slurm(job: Job, job_file: Path) -> None:
     nodes = job.cluster.nodes
     if nodes > 1 and "slurm" in job.model_fields_set and address_of(job.cluster.address) == "local":
         found = f"{nodes} nodes, which Slurm gives, and there is this machine alone"
-        mend = f"srun --nodes={nodes} --ntasks-per-node=1 launcher node --doctor {shlex.quote(str(job_file))}"
-        raise RequestError(Problem(found, key="cluster.nodes", mend=mend))
+        hint = f"srun --nodes={nodes} --ntasks-per-node=1 launcher node --doctor {shlex.quote(str(job_file))}"
+        raise RequestError(Problem(found, key="cluster.nodes", hint=hint))
 
 
 def examine(job: Job, world: World, versions: dict[str, str]) -> None:

@@ -45,7 +45,7 @@ def exec_script(
     """
     overrides, arguments = split(rest or [])
     if not arguments:
-        raise RequestError(Problem("no script is named", mend=_USAGE))
+        raise RequestError(Problem("no script is named", hint=_USAGE))
     job = read_script_job(job_file, overrides)
     script = script_here(arguments)
     with placing(job_file, overrides):
@@ -80,9 +80,9 @@ def split(rest: list[str]) -> tuple[list[str], list[str]]:
     place = rest.index("--")
     overrides, arguments = rest[:place], rest[place + 1 :]
     if not arguments or arguments == ["-m"]:
-        raise RequestError(Problem("no script is named after --", mend=_USAGE))
+        raise RequestError(Problem("no script is named after --", hint=_USAGE))
     if options := [override for override in overrides if override.startswith("-")]:
-        raise RequestError(Problem(f"{options[0]}: options stand before the job file", mend=_USAGE))
+        raise RequestError(Problem(f"{options[0]}: options stand before the job file", hint=_USAGE))
     return overrides, arguments
 
 
@@ -97,16 +97,16 @@ def check_script(script: Script) -> None:
     if first == "-m":
         return
     if first.startswith("-"):
-        raise RequestError(Problem(f"after -- stands a Python script or -m MODULE, found {first}", mend=_USAGE))
+        raise RequestError(Problem(f"after -- stands a Python script or -m MODULE, found {first}", hint=_USAGE))
     if _STARTERS.match(Path(first).name):
         found = f"{first} stands before the script, and every rank is started with the node's Python already"
-        raise RequestError(Problem(found, mend=f"leave it out: {_USAGE}"))
+        raise RequestError(Problem(found, hint=f"leave it out: {_USAGE}"))
     if not Path(first).is_file():
-        mend = "its path from this folder, in which it is run"
-        raise RequestError(Problem(f"there is no script {first} (looked from {script.folder})", mend=mend))
+        hint = "its path from this folder, in which it is run"
+        raise RequestError(Problem(f"there is no script {first} (looked from {script.folder})", hint=hint))
     if other := _not_python(Path(first)):
-        mend = "name the Python script that it starts; what it sets up belongs in cluster.env or in the batch script"
-        raise RequestError(Problem(f"{first} is {other}, and every rank runs a Python script", mend=mend))
+        hint = "name the Python script that it starts; what it sets up belongs in cluster.env or in the batch script"
+        raise RequestError(Problem(f"{first} is {other}, and every rank runs a Python script", hint=hint))
 
 
 def _not_python(script: Path) -> str | None:

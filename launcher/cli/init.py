@@ -73,7 +73,7 @@ def init(
         raise RequestError(
             Problem(
                 f"already there, and nothing is overwritten: {', '.join(taken)}",
-                mend="take another folder or --name",
+                hint="take another folder or --name",
             )
         )
     for path, content in files.items():

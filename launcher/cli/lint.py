@@ -39,7 +39,7 @@ def lint(
 
 @dataclass(frozen=True)
 class Linted:
-    """What is left to mend in a file, and what was mended: (line, column, key, text before, text after)."""
+    """What is left to fix in a file, and what was fixed: (line, column, key, text before, text after)."""
 
     findings: list[Finding]
     fixed: list[tuple[int, int, str, str, str]]
@@ -54,7 +54,7 @@ def _lint_file(path: Path, fix: bool, world_size: int | None, keys: Catalogue) -
         return _linted(path, fix, world_size, keys)
     except RequestError as error:
         problems = error.problems
-        return Linted([Finding(p.line or 0, 0, "error", p.key or "", p.message, p.mend or "") for p in problems], [])
+        return Linted([Finding(p.line or 0, 0, "error", p.key or "", p.message, p.hint or "") for p in problems], [])
     except OSError as error:
         return Linted([Finding(0, 0, "error", "", f"cannot be written: {error.strerror}", "")], [])
 
@@ -66,12 +66,12 @@ def _linted(path: Path, fix: bool, world_size: int | None, keys: Catalogue) -> L
 
     config = read_ds_config(path)
     findings, fixed = lint(config, world_size=world_size, keys=keys), []
-    # A mended name can show that its value needs mending too.
-    while fix and (mended := apply_fixes(config.text or "", findings)) != config.text:
+    # A fixed name can show that its value needs fixing too.
+    while fix and (text_after := apply_fixes(config.text or "", findings)) != config.text:
         text = config.text or ""
         for one, made in made_fixes(findings):
             fixed.append((one.line, one.column, one.key_path, text[made.start : made.end], made.replacement))
-        config = parse_ds_config(mended, str(path))
+        config = parse_ds_config(text_after, str(path))
         findings = lint(config, world_size=world_size, keys=keys)
     if fixed:
         _replace(path.resolve(), config.text or "")
@@ -111,7 +111,7 @@ def _print(found: dict[str, Linted]) -> None:
             line = Text(_place(path, finding))
             line.append(finding.severity, style=COLOURS[finding.severity])
             line.append(": " + ": ".join(part for part in (finding.key_path, finding.message) if part))
-            line.append(f"\n    {finding.mend}" if finding.mend else "")
+            line.append(f"\n    {finding.hint}" if finding.hint else "")
             line.append(" (--fix writes it)" if finding.fix else "", style="green")
             console.print(line)
     console.print(_summary(found))
@@ -126,8 +126,8 @@ def _summary(found: dict[str, Linted]) -> str:
     severities: list[str] = [finding.severity for linted in found.values() for finding in linted.findings]
     files = f"{len(found)} file" + ("s" if len(found) != 1 else "")
     fixed = sum(len(linted.fixed) for linted in found.values())
-    mended = f"{fixed} fixed, " if fixed else ""
+    prefix = f"{fixed} fixed, " if fixed else ""
     if not severities:
-        return f"{files}: {mended}nothing to mend"
+        return f"{files}: {prefix}nothing to fix"
     counts = [f"{severities.count(name)} {name}" + "s" * (severities.count(name) != 1) for name in COLOURS]
-    return f"{files}: {mended}" + ", ".join(counts)
+    return f"{files}: {prefix}" + ", ".join(counts)

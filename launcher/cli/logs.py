@@ -110,6 +110,6 @@ def _since(text: str | None, now: float) -> float | None:
     try:
         time = datetime.fromisoformat(text)
     except ValueError:
-        mend = "90s, 10m, 2h or 1d ago, or a time as 2026-03-01T12:30:00Z (UTC where it names no zone)"
-        raise RequestError(Problem(f"{text!r} is no time", key="--since", mend=mend)) from None
+        hint = "90s, 10m, 2h or 1d ago, or a time as 2026-03-01T12:30:00Z (UTC where it names no zone)"
+        raise RequestError(Problem(f"{text!r} is no time", key="--since", hint=hint)) from None
     return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()

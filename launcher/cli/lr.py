@@ -46,7 +46,7 @@ def lr(
     shapes = _shapes(compare)
     given = [*([target] if target else []), *(overrides or [])]
     if updates is not None and deepspeed is None:
-        raise RequestError(Problem("it goes with --deepspeed", key="--updates", mend="train.max_steps=N sets a job's"))
+        raise RequestError(Problem("it goes with --deepspeed", key="--updates", hint="train.max_steps=N sets a job's"))
     if deepspeed is not None:
         from launcher.cli.lr_deepspeed import deepspeed_report
 
@@ -82,8 +82,8 @@ def _write_files(report: Report, png: Path | None, csv: Path | None) -> None:
 
 def _of_target(target: str | None, overrides: list[str], shapes: Sequence[str]) -> Report:
     if target is None:
-        mend = "launcher lr job.yaml, launcher lr RUN or launcher lr --deepspeed ds_config.json"
-        raise RequestError(Problem("a job file, a run directory or a DeepSpeed JSON is needed", mend=mend))
+        hint = "launcher lr job.yaml, launcher lr RUN or launcher lr --deepspeed ds_config.json"
+        raise RequestError(Problem("a job file, a run directory or a DeepSpeed JSON is needed", hint=hint))
     path = Path(target)
     if path.is_dir():
         if overrides:
@@ -91,7 +91,7 @@ def _of_target(target: str | None, overrides: list[str], shapes: Sequence[str]) 
         return _of_run(path, shapes)
     if path.suffix == ".json":
         message = "this is a JSON, and not a job file"
-        raise RequestError(Problem(message, file=target, mend=f"a DeepSpeed JSON: launcher lr --deepspeed {target}"))
+        raise RequestError(Problem(message, file=target, hint=f"a DeepSpeed JSON: launcher lr --deepspeed {target}"))
     return _of_job(path, overrides, shapes)
 
 
@@ -103,8 +103,8 @@ def _shapes(compare: str | None) -> list[str]:
     for shape in shapes:
         if shape not in SHAPES:
             close = nearest(shape, SHAPES)
-            mend = f"did you mean {close}?" if close else f"one or more of {', '.join(SHAPES)}"
-            raise RequestError(Problem(f"no shape {shape!r}", key="--compare", mend=mend))
+            hint = f"did you mean {close}?" if close else f"one or more of {', '.join(SHAPES)}"
+            raise RequestError(Problem(f"no shape {shape!r}", key="--compare", hint=hint))
     return list(dict.fromkeys(shapes))
 
 

@@ -49,15 +49,15 @@ def deepspeed_report(path: Path, settings: Sequence[str], updates: int | None, s
         case = (written.kind, written.params, written.optimizer_lr, written.updates)
         own = Curve.of("as written", simulate_deepspeed(*case))
         warnings = deepspeed_warnings(*case)
-    schedule, notes = _mended(written)
-    curves = [own, *_mended_curves(schedule, shapes)]
+    schedule, notes = _fixed(written)
+    curves = [own, *_fixed_curves(schedule, shapes)]
     return Report(
         title=f"{path}: {written.kind}, {written.updates:,} updates, as the engine applies it",
         curves=tuple(curves),
         marks=_first_steps(written),
         notes=written.notes,
         warnings=tuple(warnings),
-        blocks=_mended_blocks(config, schedule),
+        blocks=_fixed_blocks(config, schedule),
         blocks_notes=notes,
     )
 
@@ -69,7 +69,7 @@ def _with_settings(config: DsConfig, settings: Sequence[str]) -> DsConfig:
         key, equals, value = setting.partition("=")
         if not equals or not key:
             message = f"{setting!r} is no setting, and with --deepspeed there is no job file"
-            raise RequestError(Problem(message, mend="scheduler.params.warmup_num_steps=100, for example"))
+            raise RequestError(Problem(message, hint="scheduler.params.warmup_num_steps=100, for example"))
         *parents, name = key.split(".")
         node = data
         for parent in parents:
@@ -87,7 +87,7 @@ def _placed(config: DsConfig) -> Iterator[None]:
         yield
     except RequestError as error:
         raise RequestError(
-            *(p if p.file else config.problem(p.key or "scheduler", p.message, p.mend) for p in error.problems)
+            *(p if p.file else config.problem(p.key or "scheduler", p.message, p.hint) for p in error.problems)
         ) from None
 
 
@@ -146,8 +146,8 @@ def _type_and_params(config: DsConfig, block: Any) -> tuple[str, dict[str, Any]]
     kind, params = block["type"], block.get("params", {})
     if kind not in DEFAULTS:
         close = nearest(kind, DEFAULTS)
-        mend = f"did you mean {close}?" if close else f"DeepSpeed's own are {', '.join(DEFAULTS)}"
-        raise RequestError(config.problem("scheduler.type", f"{kind!r} is not one of DeepSpeed's schedulers", mend))
+        hint = f"did you mean {close}?" if close else f"DeepSpeed's own are {', '.join(DEFAULTS)}"
+        raise RequestError(config.problem("scheduler.type", f"{kind!r} is not one of DeepSpeed's schedulers", hint))
     if not isinstance(params, dict):
         raise RequestError(config.problem("scheduler.params", f"a block was expected, found {params!r}"))
     return kind, dict(params)
@@ -155,7 +155,7 @@ def _type_and_params(config: DsConfig, block: Any) -> tuple[str, dict[str, Any]]
 
 def _needed_updates(updates: int | None) -> int:
     if updates is None:
-        raise RequestError(Problem("nothing here says how many updates the run has", mend="add --updates N"))
+        raise RequestError(Problem("nothing here says how many updates the run has", hint="add --updates N"))
     return updates
 
 
@@ -174,8 +174,8 @@ def _needed_lr(config: DsConfig) -> float:
     if lr is None:
         what = 'is "auto"' if config.get("optimizer") is not None else "is not in this JSON"
         what += ", and no scheduler names a rate" if config.get("scheduler") is None else ""
-        mend = "set it: optimizer.params.lr=1e-5; or let a job file's schedule decide it: launcher lr job.yaml"
-        raise RequestError(config.problem("optimizer.params.lr", f"the optimizer's rate {what}", mend))
+        hint = "set it: optimizer.params.lr=1e-5; or let a job file's schedule decide it: launcher lr job.yaml"
+        raise RequestError(config.problem("optimizer.params.lr", f"the optimizer's rate {what}", hint))
     return lr
 
 
@@ -206,7 +206,7 @@ def _without_scheduler(path: Path, written: _Written, shapes: Sequence[str]) -> 
     )
 
 
-def _mended(written: _Written) -> tuple[Schedule | None, tuple[str, ...]]:
+def _fixed(written: _Written) -> tuple[Schedule | None, tuple[str, ...]]:
     """The schedule that was probably meant, and what to say of it."""
     kind = written.kind or ""
     full = settled(kind, written.params)
@@ -226,21 +226,21 @@ def _mended(written: _Written) -> tuple[Schedule | None, tuple[str, ...]]:
     except RequestError as error:
         return None, (f"No block is proposed in its place: {error.problems[0].message}.",)
     notes = (
-        f"What we would write for {warmup} updates of warm-up to {peak:g}: the curve `mended`, with the block below.",
+        f"What we would write for {warmup} updates of warm-up to {peak:g}: the curve `fixed`, with the block below.",
     )
     return schedule, (*notes, *late_notes(deepspeed_blocks(schedule)["scheduler"], peak))
 
 
-def _mended_curves(schedule: Schedule | None, shapes: Sequence[str]) -> list[Curve]:
+def _fixed_curves(schedule: Schedule | None, shapes: Sequence[str]) -> list[Curve]:
     if schedule is None:
         if shapes:
             raise RequestError(Problem("there is no peak and warm-up here to compare with", key="--compare"))
         return []
-    own = schedule_curve(schedule, "mended")
+    own = schedule_curve(schedule, "fixed")
     return compared(own, shapes, schedule.peak_lr, schedule.warmup_updates, schedule.total_updates)
 
 
-def _mended_blocks(config: DsConfig, schedule: Schedule | None) -> dict[str, Any] | None:
+def _fixed_blocks(config: DsConfig, schedule: Schedule | None) -> dict[str, Any] | None:
     """The optimizer block as written with the peak in it, and the scheduler block."""
     if schedule is None:
         return None

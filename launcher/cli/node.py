@@ -244,24 +244,24 @@ def _check_allocation(job: Job, allocation: Allocation, machine: MachineFacts) -
     cluster = job.cluster
     if allocation.nodes != cluster.nodes:
         found = f"the job asks for {cluster.nodes} nodes, and Slurm gave {allocation.nodes}"
-        mend = f"sbatch --nodes={cluster.nodes}, or leave cluster.nodes to the allocation"
-        raise RequestError(Problem(found, key="cluster.nodes", mend=mend))
+        hint = f"sbatch --nodes={cluster.nodes}, or leave cluster.nodes to the allocation"
+        raise RequestError(Problem(found, key="cluster.nodes", hint=hint))
     if cluster.address != "auto":
-        mend = "leave it out: inside an allocation the launcher starts a Ray of the job's own"
-        raise RequestError(Problem(f"found {cluster.address}", key="cluster.address", mend=mend))
+        hint = "leave it out: inside an allocation the launcher starts a Ray of the job's own"
+        raise RequestError(Problem(f"found {cluster.address}", key="cluster.address", hint=hint))
     if cluster.gpus_per_node == "auto" and machine.gpus != allocation.gpus:
         found = f"auto: Slurm gave {allocation.gpus} GPUs of this node, and {machine.gpus} are seen on it"
         ask = f"sbatch --gpus-per-node={machine.gpus}" if machine.gpus else "see that nvidia-smi works there"
-        mend = f"{ask}, or set it to 0 for processors"
-        raise RequestError(Problem(found, key="cluster.gpus_per_node", mend=mend))
+        hint = f"{ask}, or set it to 0 for processors"
+        raise RequestError(Problem(found, key="cluster.gpus_per_node", hint=hint))
     wanted = cluster.gpus_per_node if isinstance(cluster.gpus_per_node, int) else allocation.gpus
     if wanted > allocation.gpus:
         found = f"{wanted} GPUs a node, and Slurm gave {allocation.gpus}"
-        raise RequestError(Problem(found, key="cluster.gpus_per_node", mend=f"sbatch --gpus-per-node={wanted}"))
+        raise RequestError(Problem(found, key="cluster.gpus_per_node", hint=f"sbatch --gpus-per-node={wanted}"))
     processes = max(wanted, cluster.processes_per_node if isinstance(cluster.processes_per_node, int) else 1)
     if processes > allocation.cpus:
         found = f"{processes} ranks a node, and Slurm gave {allocation.cpus} processors"
-        raise RequestError(Problem(found, key="cluster", mend=f"sbatch --cpus-per-task={processes} or more"))
+        raise RequestError(Problem(found, key="cluster", hint=f"sbatch --cpus-per-task={processes} or more"))
 
 
 def _directory(job: Job, allocation: Allocation) -> tuple[RunDir, bool]:
@@ -277,8 +277,8 @@ def _directory(job: Job, allocation: Allocation) -> tuple[RunDir, bool]:
         # Nothing was saved before the job was requeued: it begins anew.
         directory.path.rename(directory.path.with_name(f"{directory.path.name}.start-{allocation.restart}"))
     elif directory.path.exists():
-        mend = "give each its own name: launcher node JOB.yaml name=…"
-        raise RequestError(Problem("this allocation has had a run of this name", file=str(directory.path), mend=mend))
+        hint = "give each its own name: launcher node JOB.yaml name=…"
+        raise RequestError(Problem("this allocation has had a run of this name", file=str(directory.path), hint=hint))
     return RunDir.create(directory.path.parent, job.name, allocation.stamp), False
 
 

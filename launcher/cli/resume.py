@@ -101,7 +101,7 @@ def rest_of(directory: RunDir, overrides: list[str], console: RunConsole) -> Res
     total = rest.plan.length.total_updates
     if rest.start.update >= total:
         found = f"all {total} updates are made already"
-        raise RequestError(Problem(found, file=str(directory.path), mend=f"train.max_steps={2 * total} would train on"))
+        raise RequestError(Problem(found, file=str(directory.path), hint=f"train.max_steps={2 * total} would train on"))
     return rest
 
 
@@ -113,7 +113,7 @@ def _refuse_script(directory: RunDir) -> None:
             Problem(
                 f"this is a run of the script {' '.join(plan.script.arguments[:2])}, which keeps its own checkpoints",
                 file=str(directory.path),
-                mend="start it again with launcher exec, with the option by which the script goes on from them",
+                hint="start it again with launcher exec, with the option by which the script goes on from them",
             )
         )
 
@@ -171,7 +171,7 @@ def _job_with(old: Plan, overrides: list[str], machine: MachineFacts) -> tuple[J
                 Problem(
                     "a run goes on with the model and the data that it began with",
                     key=key,
-                    mend=f"launcher run starts anew; of the model {', '.join(_CHANGES_NO_WEIGHT)} may change",
+                    hint=f"launcher run starts anew; of the model {', '.join(_CHANGES_NO_WEIGHT)} may change",
                 )
             )
     train = data.setdefault("train", {})

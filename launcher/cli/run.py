@@ -68,8 +68,8 @@ def alone_in(directory: RunDir) -> Iterator[None]:
             state = directory.state()
             who = f"process {state.get('pid')} on {state.get('host')}"
             found = f"another launcher holds this run: {state.get('state')}, {who}"
-            mend = "wait for its end, or stop it with Ctrl-C or SIGTERM"
-            raise RequestError(Problem(found, file=str(directory.path), mend=mend))
+            hint = "wait for its end, or stop it with Ctrl-C or SIGTERM"
+            raise RequestError(Problem(found, file=str(directory.path), hint=hint))
         # What was asked of an earlier launcher here is not asked of this one.
         directory.stop_file.unlink(missing_ok=True)
         yield
@@ -87,7 +87,7 @@ def check_reach(job: Job, machine: MachineFacts) -> None:
             Problem(
                 f"{address} is the address of Ray's dashboard",
                 key="cluster.address",
-                mend="give that of its head, host:6379, or unset RAY_ADDRESS",
+                hint="give that of its head, host:6379, or unset RAY_ADDRESS",
             )
         )
     elif cluster.gpus_per_node == "auto" and not machine.gpus:
@@ -95,7 +95,7 @@ def check_reach(job: Job, machine: MachineFacts) -> None:
             Problem(
                 f"the nodes of the Ray at {address} are not seen from here, and this machine has no GPU to go by",
                 key="cluster.gpus_per_node",
-                mend="say how many GPUs a node has; 0 trains on processors",
+                hint="say how many GPUs a node has; 0 trains on processors",
             )
         )
     if "runtime_resources/working_dir" in str(Path.cwd()) and not Path(job.output_dir).expanduser().is_absolute():
@@ -103,19 +103,19 @@ def check_reach(job: Job, machine: MachineFacts) -> None:
             Problem(
                 f"{job.output_dir} would lie in the working directory of a Ray job, which Ray removes at its end",
                 key="output_dir",
-                mend="give an absolute path on storage that all nodes see",
+                hint="give an absolute path on storage that all nodes see",
             )
         )
 
 
 def _check_this_machine(cluster: ClusterSection, machine: MachineFacts) -> None:
-    mend = "give the address of a Ray cluster in cluster.address or RAY_ADDRESS"
+    hint = "give the address of a Ray cluster in cluster.address or RAY_ADDRESS"
     if cluster.nodes > 1:
         found = f"{cluster.nodes} nodes, and there is this machine alone"
-        raise RequestError(Problem(found, key="cluster.nodes", mend=mend))
+        raise RequestError(Problem(found, key="cluster.nodes", hint=hint))
     if cluster.gpus_per_node != "auto" and cluster.gpus_per_node > machine.gpus:
         found = f"{cluster.gpus_per_node} GPUs a node, and this machine has {machine.gpus}"
-        raise RequestError(Problem(found, key="cluster.gpus_per_node", mend=mend))
+        raise RequestError(Problem(found, key="cluster.gpus_per_node", hint=hint))
 
 
 def carry_out(

@@ -71,11 +71,11 @@ def submit(
         if target is Target.slurm:
             _to_slurm(job, job_file, words, script, dry_run, parsable, resume)
         elif resume:
-            mend = "ray job submit … -- launcher resume RUN, with the run's absolute path"
-            raise RequestError(Problem("--resume is for slurm, and the run goes to ray", mend=mend))
+            hint = "ray job submit … -- launcher resume RUN, with the run's absolute path"
+            raise RequestError(Problem("--resume is for slurm, and the run goes to ray", hint=hint))
         elif script:
-            mend = "ray job submit … -- launcher exec JOB.YAML -- SCRIPT [ARGUMENT]..."
-            raise RequestError(Problem("a script is for slurm, and the job goes to ray", mend=mend))
+            hint = "ray job submit … -- launcher exec JOB.YAML -- SCRIPT [ARGUMENT]..."
+            raise RequestError(Problem("a script is for slurm, and the job goes to ray", hint=hint))
         else:
             _to_ray(job, job_file, words, address, dry_run, parsable, follow)
 
@@ -94,8 +94,8 @@ def _job(job_file: Path, words: Sequence[str], script: Script | None) -> Job:
     if script:
         return read_script_job(job_file, words)
     if is_for_a_script(job_file, words):
-        mend = "launcher submit JOB.YAML -- SCRIPT [ARGUMENT]..."
-        raise RequestError(Problem("this job is for a script of your own", file=str(job_file), mend=mend))
+        hint = "launcher submit JOB.YAML -- SCRIPT [ARGUMENT]..."
+        raise RequestError(Problem("this job is for a script of your own", file=str(job_file), hint=hint))
     return read_job(job_file, words)
 
 
@@ -107,7 +107,7 @@ def _target(job: Job, address: str | None) -> Target:
     raise RequestError(
         Problem(
             "to Slurm or to Ray? The job has no slurm section, and no address of a Ray is given",
-            mend="say --to slurm, or --to ray --address http://HEAD:8265",
+            hint="say --to slurm, or --to ray --address http://HEAD:8265",
         )
     )
 
@@ -118,7 +118,7 @@ def _check_options(target: Target, slurm: dict[str, object], ray: dict[str, obje
     if given:
         other = Target.ray if target is Target.slurm else Target.slurm
         found = f"{' and '.join(given)} is for {other}, and the job goes to {target}"
-        raise RequestError(Problem(found, mend=f"leave it out, or say --to {other}"))
+        raise RequestError(Problem(found, hint=f"leave it out, or say --to {other}"))
 
 
 def _to_slurm(
@@ -162,8 +162,8 @@ def _check(job: Job, job_file: Path, script: Script | None) -> None:
     check_script(script)
     if job.slurm.array_key:
         found = "the index would stand behind the script's own arguments"
-        mend = "leave it out, and let the script read SLURM_ARRAY_TASK_ID"
-        raise RequestError(Problem(found, key="slurm.array_key", mend=mend))
+        hint = "leave it out, and let the script read SLURM_ARRAY_TASK_ID"
+        raise RequestError(Problem(found, key="slurm.array_key", hint=hint))
 
 
 def _note(messages: Console, text: str) -> None:

@@ -89,7 +89,7 @@ def load_catalogue() -> Catalogue:
         version = metadata.version("deepspeed")
     except metadata.PackageNotFoundError:
         message = "deepspeed is not installed, and its keys are taken from it"
-        raise RequestError(Problem(message, mend="pip install deepspeed")) from None
+        raise RequestError(Problem(message, hint="pip install deepspeed")) from None
     try:
         return from_json(json.loads(_cache_file(version).read_text()))
     except (OSError, RuntimeError, ValueError, KeyError, TypeError):
@@ -162,7 +162,7 @@ def _ask_deepspeed() -> dict[str, Any]:
         raw: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
         found = f"deepspeed was asked for its keys and answered {done.stdout[:80]!r}"
-        raise RequestError(Problem(found, mend="something prints before it does: look for a sitecustomize")) from None
+        raise RequestError(Problem(found, hint="something prints before it does: look for a sitecustomize")) from None
     return raw
 
 

@@ -113,8 +113,8 @@ def _batches(draft: Draft, decisions: Decisions) -> None:
     batch, micro, accumulation = (draft.get(key) for key in BATCH_KEYS)
     if not draft.problems and batch != micro * accumulation * world:
         message = f"{batch} is not micro-batch {micro} x accumulation {accumulation} x world size {world}"
-        mend = 'Write "auto" for one of the three, which is then derived.'
-        draft.problems.append(draft.user.problem("train_batch_size", message, mend))
+        hint = 'Write "auto" for one of the three, which is then derived.'
+        draft.problems.append(draft.user.problem("train_batch_size", message, hint))
 
 
 def _sequence_parallel(draft: Draft, decisions: Decisions) -> None:
@@ -212,8 +212,8 @@ def _scheduler(draft: Draft, decisions: Decisions) -> None:
     elif generated is not None and asked_for:
         draft.put("scheduler", generated, "schedule.shape in the job asks for the generated schedule")
     elif draft.get("scheduler.type") in (None, AUTO):
-        mend = 'Write its type, such as "WarmupDecayLR", or "auto" for all of them.'
-        draft.problems.append(draft.user.problem("scheduler.type", "params are given, and no type that has them", mend))
+        hint = 'Write its type, such as "WarmupDecayLR", or "auto" for all of them.'
+        draft.problems.append(draft.user.problem("scheduler.type", "params are given, and no type that has them", hint))
     else:
         _complete_scheduler(draft, decisions)
 
@@ -326,9 +326,9 @@ def _device_limits(draft: Draft, decisions: Decisions) -> None:
             "Use AdamW on CPUs.",
         ),
     }
-    for path, (refused, message, mend) in refusals.items():
+    for path, (refused, message, hint) in refusals.items():
         if refused:
-            draft.problems.append(draft.user.problem(path, message, mend))
+            draft.problems.append(draft.user.problem(path, message, hint))
 
 
 def _leftover_autos(draft: Draft, decisions: Decisions) -> None:

@@ -83,8 +83,8 @@ class Draft:
             self.as_number(path)
         else:
             message = f"{found!r} here, but {job_key} in the job is {value!r}"
-            mend = f'Set one of the two, or write "auto" here to take the job\'s {value!r}.'
-            self.problems.append(self.user.problem(path, message, mend))
+            hint = f'Set one of the two, or write "auto" here to take the job\'s {value!r}.'
+            self.problems.append(self.user.problem(path, message, hint))
 
     def as_number(self, path: str) -> None:
         """Turns a number written as text into the number: DeepSpeed does so in its pydantic models only."""

@@ -1,4 +1,4 @@
-"""What lint finds: where, how bad, how to mend it, and the edit that mends it where there is just one."""
+"""What lint finds: where, how bad, how to fix it, and the edit that fixes it where there is just one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Fix:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to mend. Lines and columns count from 1; 0 where the text is not known (an inline mapping).
+    """One thing to fix. Lines and columns count from 1; 0 where the text is not known (an inline mapping).
 
     error: DeepSpeed fails, or trains something else than was asked for. warning: it runs, and probably hurts.
     note: worth knowing. `unsafe`: it runs as written, and schedule.allow_unsafe in a job takes it. `filled`: a plan
@@ -35,7 +35,7 @@ class Finding:
     severity: Severity
     key_path: str
     message: str
-    mend: str
+    hint: str
     fix: Fix | None = None
     unsafe: bool = False
     filled: bool = False
@@ -46,7 +46,7 @@ def finding(
     severity: Severity,
     path: str,
     message: str,
-    mend: str,
+    hint: str,
     fix: Fix | None = None,
     *,
     unsafe: bool = False,
@@ -55,7 +55,7 @@ def finding(
     """A finding at the place of `path` in `config`."""
     place = config.place(path)
     line, column = (place.line, place.column) if place else (0 if config.text is None else 1,) * 2
-    return Finding(line, column, severity, path, message, mend, fix, unsafe, filled)
+    return Finding(line, column, severity, path, message, hint, fix, unsafe, filled)
 
 
 def rename(config: DsConfig, path: str, name: str) -> Fix | None:

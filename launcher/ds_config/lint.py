@@ -113,12 +113,12 @@ def _deprecated(config: DsConfig, path: str, value: Any, found_in: Block) -> Ite
         fix = _offload_fix(config, path, key.deprecated)
     elif name == "stage3_gather_fp16_weights_on_model_save":
         fix = rename(config, path, "stage3_gather_16bit_weights_on_model_save")
-    mend = f"Use {new_name} in its place." if new_name and not switched_off else "Take it out."
+    hint = f"Use {new_name} in its place." if new_name and not switched_off else "Take it out."
     if any(config.get(f"{block}.{beside}") is not None for beside in (key.deprecated, new_name)):
         message = f"deprecated, and DeepSpeed fails when {new_name} is set beside it"
         yield finding(config, "error", path, message, "Take this one out.")
     else:
-        yield finding(config, "warning", path, "deprecated by DeepSpeed", mend, fix)
+        yield finding(config, "warning", path, "deprecated by DeepSpeed", hint, fix)
 
 
 def _offload_fix(config: DsConfig, path: str, new_name: str) -> Fix | None:
@@ -146,8 +146,8 @@ def _params(config: DsConfig, keys: Catalogue) -> Iterator[Finding]:
                 said = meant.scheduler_param(written, key) if name == "scheduler" else None
                 close, sure = nearest(key, block.names), None if said else sure_match(key, block.names)
                 guess = f"Did you mean {close}?" if close else f"It takes {', '.join(sorted(block.names))}."
-                mend, fix = said or guess, rename(config, path, sure) if sure else None
-                yield finding(config, "error", path, f"{written} has no such parameter and fails on it", mend, fix)
+                hint, fix = said or guess, rename(config, path, sure) if sure else None
+                yield finding(config, "error", path, f"{written} has no such parameter and fails on it", hint, fix)
             # A scheduler takes a list for most numbers: one for each parameter group.
             elif name == "optimizer" or not isinstance(value, list) or "list" in block.keys[key].types:
                 yield from _value(config, path, value, block.keys[key], False)
@@ -175,9 +175,9 @@ def _value(config: DsConfig, path: str, value: Any, key: Key, model: bool) -> It
         choices = [str(choice) for choice in key.choices]
         close, sure = nearest(str(value), choices), sure_match(str(value), choices)
         guess = f"Did you mean {close}?" if close else f"Take one of {', '.join(choices)}."
-        mend = meant.value(path, value) or guess
+        hint = meant.value(path, value) or guess
         fix = rewrite(config, path, f'"{sure}"') if sure and isinstance(value, str) else None
-        yield finding(config, "error", path, f"{shown(value)} is none of its values", mend, fix)
+        yield finding(config, "error", path, f"{shown(value)} is none of its values", hint, fix)
     else:
         yield from _bounds(config, path, value, key)
 

@@ -64,11 +64,11 @@ class DsConfig:
             path = path.rpartition(".")[0]
         return None
 
-    def problem(self, path: str, message: str, mend: str | None = None) -> Problem:
+    def problem(self, path: str, message: str, hint: str | None = None) -> Problem:
         """A `Problem` at the place of `path`."""
         place = self.place(path)
         key = f"{self.under}.{path}" if self.under else path
-        return Problem(message, file=self.file or self.origin, line=place.line if place else None, key=key, mend=mend)
+        return Problem(message, file=self.file or self.origin, line=place.line if place else None, key=key, hint=hint)
 
 
 def read_ds_config(path: str | Path) -> DsConfig:
@@ -98,7 +98,7 @@ def parse_ds_config(text: str, origin: str) -> DsConfig:
         raise RequestError(_syntax(error, origin)) from None
     except (IndexError, RecursionError):
         message = "not valid JSON: a comment or a block is not closed"
-        raise RequestError(Problem(message, file=origin, line=text.count("\n") + 1, mend=_MEND_SYNTAX)) from None
+        raise RequestError(Problem(message, file=origin, line=text.count("\n") + 1, hint=_MEND_SYNTAX)) from None
     if reader.problems:
         raise RequestError(*reader.problems)
     return DsConfig(data, origin, reader.places, text)
@@ -135,8 +135,8 @@ def _with_numbers(node: Any) -> Any:
 _MEND_SYNTAX = "Look for a missing comma, quote or bracket here or just before."
 
 
-def _problem(origin: str, message: str, mend: str | None = None) -> Problem:
-    return Problem(message, file=origin, mend=mend)
+def _problem(origin: str, message: str, hint: str | None = None) -> Problem:
+    return Problem(message, file=origin, hint=hint)
 
 
 def _syntax(error: HjsonDecodeError, origin: str) -> Problem:
@@ -146,7 +146,7 @@ def _syntax(error: HjsonDecodeError, origin: str) -> Problem:
         message = "the text ends inside an object: '}' is missing, or a quote further up"
     elif message.startswith("Invalid control character"):
         message, line = "a quote is not closed on this line", error.doc.count("\n", 0, error.pos - 1) + 1
-    return Problem(f"not valid JSON: {message}", file=origin, line=line, mend=_MEND_SYNTAX)
+    return Problem(f"not valid JSON: {message}", file=origin, line=line, hint=_MEND_SYNTAX)
 
 
 class _Reader:
@@ -241,8 +241,8 @@ class _Reader:
         first = self.places[key_path].line
         line = self._line_column(at)[0]
         message = f"the key stands twice, on line {first} and on line {line}"
-        mend = "Keep one of the two: DeepSpeed refuses a key that stands twice."
-        self.problems.append(Problem(message, file=self.origin, line=line, key=key_path, mend=mend))
+        hint = "Keep one of the two: DeepSpeed refuses a key that stands twice."
+        self.problems.append(Problem(message, file=self.origin, line=line, key=key_path, hint=hint))
 
     def _line_column(self, at: int) -> tuple[int, int]:
         start = self.text.rfind("\n", 0, at) + 1

@@ -32,8 +32,8 @@ class Case:
     stage: int | None
     offload: Offload
 
-    def found(self, severity: Severity, path: str, message: str, mend: str) -> Finding:
-        return finding(self.config, severity, path, message, mend)
+    def found(self, severity: Severity, path: str, message: str, hint: str) -> Finding:
+        return finding(self.config, severity, path, message, hint)
 
     def number(self, path: str) -> Any:
         """The number at `path`; None where there is none, or "auto"."""
@@ -110,16 +110,16 @@ def _product(case: Case, batch: int | None, micro: int | None, accumulation: int
         parts = (("micro-batch", micro), ("accumulation", accumulation), ("world size", case.world_size))
         named = " x ".join(f"{word} {size}" for word, size in parts if size)
         message = f"{batch} is not {named}" if whole else f"{batch} is no multiple of {named}"
-        mend = 'Leave one of the three to "auto".' if micro and accumulation else "Change one of them."
-        yield case.found("error", "train_batch_size", message, mend)
+        hint = 'Leave one of the three to "auto".' if micro and accumulation else "Change one of them."
+        yield case.found("error", "train_batch_size", message, hint)
 
 
 def _stage_keys(case: Case) -> Iterator[Finding]:
     block = case.config.get(ZERO)
     if isinstance(block, bool):
         fix = rewrite(case.config, ZERO, f'{{"stage": {int(block)}}}')
-        mend = f'Write {{"stage": {int(block)}}}.'
-        yield finding(case.config, "warning", ZERO, "true or false here is an old form", mend, fix)
+        hint = f'Write {{"stage": {int(block)}}}.'
+        yield finding(case.config, "warning", ZERO, "true or false here is an old form", hint, fix)
     if not isinstance(block, dict) or case.stage is None:
         return
     if "stage" not in block and block:
@@ -173,14 +173,14 @@ def _optimizer(case: Case) -> Iterator[Finding]:
         same = (known for known in case.keys.optimizers if known.lower() == written.lower())
         close = next(same, None) or nearest(written, case.keys.optimizers)
         guess = f"Did you mean {close}?" if close else "Take AdamW, or another of torch.optim."
-        mend = meant.OPTIMIZERS.get(written.lower(), guess)
-        yield case.found("error", "optimizer.type", f"{written} is no optimizer of DeepSpeed or PyTorch", mend)
+        hint = meant.OPTIMIZERS.get(written.lower(), guess)
+        yield case.found("error", "optimizer.type", f"{written} is no optimizer of DeepSpeed or PyTorch", hint)
         return
     yield from _optimizer_under_zero(case, written, name)
     if case.config.get("optimizer.params.lr") is None and case.config.get("optimizer.params") != AUTO:
         message = "no lr: the optimizer's own default is taken, 1e-3 for Adam, far too high for fine-tuning"
-        mend = 'Add "lr" to its params, or "lr": "auto".'
-        yield finding(case.config, "warning", "optimizer", message, mend, filled=True)
+        hint = 'Add "lr" to its params, or "lr": "auto".'
+        yield finding(case.config, "warning", "optimizer", message, hint, filled=True)
 
 
 def _optimizer_values(case: Case) -> Iterator[Finding]:
@@ -204,8 +204,8 @@ def _is_betas(value: Any) -> bool:
 def _optimizer_under_zero(case: Case, written: str, name: str) -> Iterator[Finding]:
     if case.stage and name not in case.keys.zero_optimizers and not case.on("zero_allow_untested_optimizer"):
         message = f"ZeRO refuses {written} as untested"
-        mend = 'Add "zero_allow_untested_optimizer": true, or take AdamW.'
-        yield case.found("error", "optimizer.type", message, mend)
+        hint = 'Add "zero_allow_untested_optimizer": true, or take AdamW.'
+        yield case.found("error", "optimizer.type", message, hint)
     if case.offload.optimizer == "none" or not case.stage:
         return
     if name in NO_CPU_VERSION:
@@ -266,8 +266,8 @@ def _gathering(case: Case) -> Iterator[Finding]:
     for path in (f"{ZERO}.{name}" for name in names):
         if case.stage == 3 and case.off(path):
             message = "save_16bit_model, and with it transformers' Trainer, then saves no weights"
-            mend = "Write true where a script saves; the launcher's own export needs neither."
-            yield case.found("note", path, message, mend)
+            hint = "Write true where a script saves; the launcher's own export needs neither."
+            yield case.found("note", path, message, hint)
 
 
 RULES: tuple[Callable[[Case], Iterator[Finding]], ...] = (

@@ -40,9 +40,9 @@ def _is_deepspeeds(kind: str) -> bool:
 def _unknown(config: DsConfig, kind: str, keys: Catalogue) -> Finding:
     close = nearest(kind, keys.schedulers)
     same = [name for name in keys.schedulers if name.lower() == kind.lower()]
-    mend = f"Did you mean {same[0] if same else close}?" if same or close else "Take WarmupDecayLR or WarmupCosineLR."
+    hint = f"Did you mean {same[0] if same else close}?" if same or close else "Take WarmupDecayLR or WarmupCosineLR."
     fix = rewrite(config, "scheduler.type", f'"{same[0]}"') if same else None
-    return finding(config, "error", "scheduler.type", f"DeepSpeed knows no scheduler {kind}", mend, fix)
+    return finding(config, "error", "scheduler.type", f"DeepSpeed knows no scheduler {kind}", hint, fix)
 
 
 def _missing(config: DsConfig, kind: str, keys: Catalogue) -> Iterator[Finding]:
@@ -78,8 +78,8 @@ def _too_long(config: DsConfig, updates: Any, total: Any, by_default: bool) -> F
     default = " (the default)" if by_default else ""
     message = f"the warm-up of {updates} updates{default} is not shorter than the run of {total}"
     path = "scheduler.params" if by_default else "scheduler.params.warmup_num_steps"
-    mend = "Write warmup_num_steps well below total_num_steps: the rate else falls to its floor at once."
-    return finding(config, "error", path, message, mend, unsafe=True)
+    hint = "Write warmup_num_steps well below total_num_steps: the rate else falls to its floor at once."
+    return finding(config, "error", path, message, hint, unsafe=True)
 
 
 def _warmup_type(config: DsConfig, params: dict[str, Any], kind: str) -> Iterator[Finding]:
@@ -109,8 +109,8 @@ def _rates(config: DsConfig, kind: str) -> Iterator[Finding]:
     path = "scheduler.params.warmup_max_lr"
     if kind == "WarmupDecayLR" and config.get(path) is None:
         message = "no warmup_max_lr: WarmupDecayLR then peaks at 1e-3, whatever the optimizer's lr is"
-        mend = 'Add "warmup_max_lr", or "warmup_max_lr": "auto".'
-        yield finding(config, "error", "scheduler.params", message, mend, unsafe=True)
+        hint = 'Add "warmup_max_lr", or "warmup_max_lr": "auto".'
+        yield finding(config, "error", "scheduler.params", message, hint, unsafe=True)
     if high is not None and peak is not None and high != peak:
         message = f"peaks at {high:g}, while optimizer.params.lr is {peak:g}, which {kind} overrides"
         yield finding(config, "warning", path, message, "Write the same rate in both.")

@@ -24,7 +24,7 @@ def approve(
     replaced: tuple[str, ...] = (),
     allow_unsafe: bool = False,
 ) -> tuple[str, ...]:
-    """The warnings about `config` that a plan does not answer by itself, each with its line and mend.
+    """The warnings about `config` that a plan does not answer by itself, each with its line and hint.
 
     `replaced` are blocks that the launcher writes anew, so that what stands in them does not count; `allow_unsafe` is
     the user's word for what runs and is not safe. Raises RequestError with every error.
@@ -47,9 +47,9 @@ def refuse_untaken(config: DsConfig, asked: Mapping[str, Any], keys: Catalogue) 
     block = keys.optimizers.get(keys.optimizer_name(written) or "") if isinstance(written, str) else None
     if block is None:
         return
-    mend = f"leave it out, or set in {config.origin} what {written} has: {', '.join(sorted(block.names))}"
+    hint = f"leave it out, or set in {config.origin} what {written} has: {', '.join(sorted(block.names))}"
     problems = [
-        Problem(f"{written} does not take it", key=f"train.{name}", mend=mend)
+        Problem(f"{written} does not take it", key=f"train.{name}", hint=hint)
         for name, value in asked.items()
         if name not in block.keys or not _of_type(value, block.keys[name])
     ]
@@ -67,4 +67,4 @@ def _converted(config: DsConfig, found: Finding) -> bool:
 
 
 def _problem(config: DsConfig, found: Finding) -> Problem:
-    return config.problem(found.key_path, found.message, found.mend)
+    return config.problem(found.key_path, found.message, found.hint)

@@ -97,5 +97,5 @@ def _job_id(environment: Mapping[str, str]) -> str:
     )
 
 
-def _problem(found: str, mend: str) -> RequestError:
-    return RequestError(Problem(found, mend=mend))
+def _problem(found: str, hint: str) -> RequestError:
+    return RequestError(Problem(found, hint=hint))

@@ -187,8 +187,8 @@ def _await_files(file: Path, key_file: Path, timeout_seconds: float, refused: Ch
             found = f"{error.filename or file} could not be read ({error.strerror})"
         refused()
         if time.monotonic() > deadline:
-            mend = "is output_dir on storage that all nodes share, and did the first node come up?"
-            raise RunFailed(f"{found} within {timeout_seconds:.0f} s: {mend}")
+            hint = "is output_dir on storage that all nodes share, and did the first node come up?"
+            raise RunFailed(f"{found} within {timeout_seconds:.0f} s: {hint}")
         waiting.wait(_LOOK_AGAIN_SECONDS)
 
 

@@ -165,8 +165,8 @@ class Nodes:
             if isinstance(reached, str)
         ]
         if cut_off:
-            mend = "every node must reach every other over TCP at the address by which Ray knows it"
-            raise RunFailed(f"{'; '.join(cut_off)}\n  {mend}")
+            hint = "every node must reach every other over TCP at the address by which Ray knows it"
+            raise RunFailed(f"{'; '.join(cut_off)}\n  {hint}")
         rest = [replace(node, interface=reached.interface) for node, reached in zip(others, found, strict=True)]
         self.nodes = [replace(first, interface=interface), *rest]
 
@@ -320,8 +320,8 @@ def _answers(references: list[Any], nodes: list[Node] | None = None, seconds: fl
             cause = error.cause
             raise RunFailed(f"{_named(index, nodes)}: {type(cause).__name__}: {first_line(cause)}") from None
         except ray.exceptions.RayError as error:
-            mend = "the same launcher must be installed on every node, in the Python that Ray runs there"
-            raise RunFailed(f"{_named(index, nodes)} does not answer: {first_line(error)}\n  {mend}") from None
+            hint = "the same launcher must be installed on every node, in the Python that Ray runs there"
+            raise RunFailed(f"{_named(index, nodes)} does not answer: {first_line(error)}\n  {hint}") from None
     return found
 
 

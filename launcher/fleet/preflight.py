@@ -25,7 +25,7 @@ _GIB = 1024**3
 
 @dataclass
 class NodeCheck:
-    """A node as it was found: `problems` forbid a run, `notes` do not. Each is a sentence with its mend."""
+    """A node as it was found: `problems` forbid a run, `notes` do not. Each is a sentence with its hint."""
 
     node_rank: int
     node: Node
@@ -160,11 +160,11 @@ def _named_by_user(wanted: Wanted) -> bool:
 
 def _file_problems(facts: NodeFacts, apart: bool, run: RunDir) -> list[str]:
     """Whether the run directory is one and the same for all."""
-    mend = "output_dir must be storage that all nodes share"
+    hint = "output_dir must be storage that all nodes share"
     if facts.unwritable:
-        return [f"it cannot write to {run.path} ({facts.unwritable}): {mend}"]
+        return [f"it cannot write to {run.path} ({facts.unwritable}): {hint}"]
     return (
-        [f"its {run.path} is not the launcher's: one does not see what the other wrote there; {mend}"] if apart else []
+        [f"its {run.path} is not the launcher's: one does not see what the other wrote there; {hint}"] if apart else []
     )
 
 

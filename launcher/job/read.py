@@ -1,4 +1,4 @@
-"""Reading a job file: YAML with the line of every key, overrides, and errors that name the line and the mend."""
+"""Reading a job file: YAML with the line of every key, overrides, and errors that name the line and the hint."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load_job(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Line
             Problem(
                 f"a job file is a mapping of sections, found {_kind(data)}",
                 file=str(path),
-                mend="`launcher init` writes one",
+                hint="`launcher init` writes one",
             )
         )
     data.setdefault("name", _name_from(path))
@@ -87,12 +87,12 @@ def load_yaml(text: str, origin: str) -> tuple[Any, Lines]:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         message = f"the character U+{error.character:04X} may not stand in a YAML file"
-        raise RequestError(Problem(message, file=origin, line=line, mend="remove it")) from None
+        raise RequestError(Problem(message, file=origin, line=line, hint="remove it")) from None
     except RecursionError:
         raise RequestError(Problem("not valid YAML: a value holds itself, or too many levels", file=origin)) from None
     except ValueError as error:  # a date or a number that is none, such as 2026-13-45
-        mend = "put quotes around what is meant as text"
-        raise RequestError(Problem(f"a value cannot be read: {error}", file=origin, mend=mend)) from None
+        hint = "put quotes around what is meant as text"
+        raise RequestError(Problem(f"a value cannot be read: {error}", file=origin, hint=hint)) from None
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[KeyPath]:
@@ -117,7 +117,7 @@ def apply_override(data: dict[str, Any], override: str) -> KeyPath:
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise RequestError(
-            Problem(f"the value of the override {override!r} is not valid YAML", mend="put quotes around it")
+            Problem(f"the value of the override {override!r} is not valid YAML", hint="put quotes around it")
         ) from None
     section = data
     for part in key[:-1]:
@@ -126,7 +126,7 @@ def apply_override(data: dict[str, Any], override: str) -> KeyPath:
             inner = section[part] = {}
         elif not isinstance(inner, dict):
             message = f"{part} is {_show(inner)} in the job file, so {name} cannot be set in it"
-            raise RequestError(Problem(message, key=name, mend=f"override {part} as a whole"))
+            raise RequestError(Problem(message, key=name, hint=f"override {part} as a whole"))
         section = inner
     section[key[-1]] = value
     return key
@@ -138,7 +138,7 @@ def override_key(override: str) -> KeyPath:
     key = tuple(name.split("."))
     if not equals or not all(key):
         message = f"an override reads section.key=value, found {override!r}"
-        raise RequestError(Problem(message, mend="for example train.max_steps=20"))
+        raise RequestError(Problem(message, hint="for example train.max_steps=20"))
     return key
 
 
@@ -148,7 +148,7 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RequestError(
-            Problem("there is no such job file", file=str(path), mend="`launcher init` writes one to start from")
+            Problem("there is no such job file", file=str(path), hint="`launcher init` writes one to start from")
         ) from None
     except IsADirectoryError:
         raise RequestError(Problem("this is a folder, not a job file", file=str(path))) from None
@@ -173,7 +173,7 @@ def _key_lines(node: yaml.Node, at: KeyPath, origin: str) -> Iterator[tuple[KeyP
                         f"{key} is given twice, first on line {seen[key]}",
                         file=origin,
                         line=line,
-                        mend="keep one of the two",
+                        hint="keep one of the two",
                     )
                 )
             seen[key] = line
@@ -191,7 +191,7 @@ def _marked(error: yaml.MarkedYAMLError, origin: str) -> Problem:
         f"not valid YAML: {told}",
         file=origin,
         line=error.problem_mark.line + 1 if error.problem_mark else None,
-        mend="check the indentation (spaces, not tabs), the colons and the quotes of this line and the one before",
+        hint="check the indentation (spaces, not tabs), the colons and the quotes of this line and the one before",
     )
 
 
@@ -236,14 +236,14 @@ def _problem(path: KeyPath, details: list[ErrorDetails], lines: Lines, origin: s
     file, line = place_of(path, lines, origin)
     told = partial(Problem, file=file, line=line, key=key or None)
     if detail["type"] == "extra_forbidden":
-        return told("there is no such key", mend=_mend_unknown(path))
+        return told("there is no such key", hint=_hint_unknown(path))
     if detail["type"] == "missing":
         short = isinstance(detail["loc"][-1], int)
-        return told("it has too few values" if short else "this key is needed", mend=_describe(path))
+        return told("it has too few values" if short else "this key is needed", hint=_describe(path))
     wanted = " or ".join(dict.fromkeys(_wanted(d) for d in details)).replace(" or must be ", " or ")
     if detail["type"] == "value_error":
         return told(wanted)
-    return told(f"{wanted}, found {_show(detail['input'])}", mend=_meant(details) or _describe(path))
+    return told(f"{wanted}, found {_show(detail['input'])}", hint=_meant(details) or _describe(path))
 
 
 def _meant(details: list[ErrorDetails]) -> str | None:
@@ -288,7 +288,7 @@ _PATTERNS = {
 }
 
 
-def _mend_unknown(path: KeyPath) -> str:
+def _hint_unknown(path: KeyPath) -> str:
     section = _section_at(path[:-1])
     if section is None:
         return "remove it"

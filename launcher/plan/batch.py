@@ -49,15 +49,15 @@ def _all_three(batch: int, micro: int, accumulation: int, world_size: int) -> Ba
     if batch == product:
         return BatchSizes(batch, micro, accumulation)
     derived, rest = divmod(batch, micro * world_size)
-    mend = f"make it {product}"
+    hint = f"make it {product}"
     if not rest:
-        mend += f", or leave gradient_accumulation_steps out: it comes to {derived}"
+        hint += f", or leave gradient_accumulation_steps out: it comes to {derived}"
     raise RequestError(
         Problem(
             f"train_batch_size {batch} is not micro-batch {micro} x accumulation {accumulation} "
             f"x world size {world_size} = {product}",
             key="train.train_batch_size",
-            mend=mend,
+            hint=hint,
         )
     )
 
@@ -74,7 +74,7 @@ def _divide(batch: int, world_size: int, name: str = "", factor: int = 1) -> int
         Problem(
             f"train_batch_size {batch} does not divide by {what}",
             key="train.train_batch_size",
-            mend=f"the nearest that does: {choices}",
+            hint=f"the nearest that does: {choices}",
         )
     )
 

@@ -111,7 +111,7 @@ def _nothing_fits(weighed: list[_Weighed], world: World, room: Room) -> Problem:
     if world.device == "cuda":
         there += f", {room.host / GIB:.1f} GiB of a node's host memory"
     return Problem(
-        f"no preset fits into {there}: {needs}", key="deepspeed", mend="take " + ", ".join(_turn(weighed[-1], world))
+        f"no preset fits into {there}: {needs}", key="deepspeed", hint="take " + ", ".join(_turn(weighed[-1], world))
     )
 
 

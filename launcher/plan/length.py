@@ -26,7 +26,7 @@ def resolve_length(job: Job, data: DataFacts, batch: int) -> Length:
                 Problem(
                     f"{wanted} sequences in all are less than one batch of {batch}",
                     key="train.train_batch_size",
-                    mend=f"at most {wanted}, or more {'samples' if job.train.total_samples else 'epochs'}",
+                    hint=f"at most {wanted}, or more {'samples' if job.train.total_samples else 'epochs'}",
                 )
             )
         updates = math.ceil(wanted / batch)

@@ -250,7 +250,7 @@ def _in_json(problem: Problem, user: DsConfig) -> Problem:
     if not key.startswith("scheduler."):
         highest = "scheduler.params.warmup_max_lr"
         key = highest if user.get(highest) is not None else "optimizer.params.lr"
-    return user.problem(key, problem.message, problem.mend)
+    return user.problem(key, problem.message, problem.hint)
 
 
 def _idle(params: Params, rates: Sequence[float], user: DsConfig) -> Iterator[Problem]:
@@ -269,7 +269,7 @@ def _refuse_other_length(job: Job, params: Params, user: DsConfig, updates: int)
         if f"train.{name}" in explicit_keys(job) and total is not None and total != updates:
             found = f"{getattr(job.train, name)} in the job comes to {updates} updates"
             found += f", and total_num_steps is {total} in {_where(user, 'scheduler.params.total_num_steps')}"
-            raise RequestError(Problem(found, key=f"train.{name}", mend=f'write {updates} there, or "auto"'))
+            raise RequestError(Problem(found, key=f"train.{name}", hint=f'write {updates} there, or "auto"'))
 
 
 def _where(user: DsConfig, path: str) -> str:
@@ -288,9 +288,9 @@ def refuse_unused(job: Job, kind: str, params: Params, user: DsConfig) -> None:
     if open_warmup(user) or user.get("scheduler.params.warmup_type") == "auto":
         same["warmup_type"] = "linear"
     used |= {f"schedule.{name}" for name, value in same.items() if getattr(job.schedule, name) == value}
-    mend = "name a schedule.shape, and a schedule is generated; or leave it to the JSON"
+    hint = "name a schedule.shape, and a schedule is generated; or leave it to the JSON"
     problems = [
-        Problem(f"{_where(user, 'scheduler')} has a {kind} of its own, which does not use it", key=key, mend=mend)
+        Problem(f"{_where(user, 'scheduler')} has a {kind} of its own, which does not use it", key=key, hint=hint)
         for key in sorted(explicit_keys(job))
         if key.startswith("schedule.") and key not in used
     ]
@@ -298,12 +298,12 @@ def refuse_unused(job: Job, kind: str, params: Params, user: DsConfig) -> None:
     if peak != "auto" and highest is not None and peak != highest:
         place = _where(user, "scheduler.params.warmup_max_lr")
         found = f"{peak:g} in the job, and warmup_max_lr {highest:g} in {place}"
-        problems.append(Problem(found, key="schedule.peak_lr", mend=mend))
+        problems.append(Problem(found, key="schedule.peak_lr", hint=hint))
     total = params.get("total_num_steps")
     if job.train.max_steps is not None and total is not None and total != job.train.max_steps:
         place = _where(user, "scheduler.params.total_num_steps")
         found = f"{job.train.max_steps} in the job, and total_num_steps {total} in {place}"
-        problems.append(Problem(found, key="train.max_steps", mend='make them equal, or write "auto" there'))
+        problems.append(Problem(found, key="train.max_steps", hint='make them equal, or write "auto" there'))
     if problems:
         raise RequestError(*problems)
 
@@ -324,5 +324,5 @@ def _advised_peak(job: Job, kind: str, user: DsConfig, situation: Situation, kno
     if known:
         return _choose(job, situation, None)["peak_lr"]
     message = f"the scheduler {kind} follows the optimizer's rate, and none is given"
-    mend = "write it there, or set schedule.peak_lr in the job"
-    raise RequestError(user.problem("optimizer.params.lr", message, mend))
+    hint = "write it there, or set schedule.peak_lr in the job"
+    raise RequestError(user.problem("optimizer.params.lr", message, hint))

@@ -102,7 +102,7 @@ def resolve_world(job: Job, machine: MachineFacts) -> World:
             Problem(
                 f"{asked} processes and {gpus} GPUs a node: there is one rank a GPU",
                 key="cluster.processes_per_node",
-                mend="leave it out where there are GPUs",
+                hint="leave it out where there are GPUs",
             )
         )
     processes = gpus or (1 if asked == "auto" else asked)
@@ -112,7 +112,7 @@ def resolve_world(job: Job, machine: MachineFacts) -> World:
             Problem(
                 f"{cluster.nodes * processes} ranks cannot be divided into groups of {shared}",
                 key="model.sequence_parallel_size",
-                mend="a divisor of the number of ranks",
+                hint="a divisor of the number of ranks",
             )
         )
     return World(
@@ -150,7 +150,7 @@ def check_model(job: Job, model: ModelFacts) -> None:
             Problem(
                 f"{job.data.max_length} is more than the {model.max_positions} positions of this model",
                 key="data.max_length",
-                mend=f"at most {model.max_positions}",
+                hint=f"at most {model.max_positions}",
             )
         )
     if job.model.gradient_checkpointing and not model.supports_gradient_checkpointing:
@@ -158,7 +158,7 @@ def check_model(job: Job, model: ModelFacts) -> None:
             Problem(
                 f"{model.model_type} does not support it",
                 key="model.gradient_checkpointing",
-                mend="set it to false",
+                hint="set it to false",
             )
         )
     problems += sequence_parallel_problems(job, model)
@@ -167,7 +167,7 @@ def check_model(job: Job, model: ModelFacts) -> None:
             Problem(
                 "this model's tokenizer has no chat template",
                 key="data.format",
-                mend="take the model's instruct version, or prompt-completion rows",
+                hint="take the model's instruct version, or prompt-completion rows",
             )
         )
     if problems:
@@ -206,12 +206,12 @@ def _check_eval_every(job: Job, total_updates: int | None) -> None:
             Problem(
                 f"{every} is beyond the run, which has {total_updates} updates",
                 key="train.eval_every",
-                mend=f"at most {total_updates}, or leave it out: the start and the end are always evaluated",
+                hint=f"at most {total_updates}, or leave it out: the start and the end are always evaluated",
             )
         )
     if every is not None and job.data.eval is None:
         raise RequestError(
-            Problem("there is nothing to evaluate on", key="train.eval_every", mend="give data.eval, or leave it out")
+            Problem("there is nothing to evaluate on", key="train.eval_every", hint="give data.eval, or leave it out")
         )
 
 

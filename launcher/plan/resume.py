@@ -31,7 +31,7 @@ def continued(old: Plan, new: Plan, update: int, samples: int, *, new_schedule: 
             Problem(
                 "the scheduler of the DeepSpeed JSON counts updates, and a new batch size changes what they are",
                 key="schedule.shape",
-                mend="name a shape, and a schedule is generated",
+                hint="name a shape, and a schedule is generated",
             )
         )
     if old.learning_rate.schedule is not None and new.learning_rate.schedule is None:
@@ -39,7 +39,7 @@ def continued(old: Plan, new: Plan, update: int, samples: int, *, new_schedule: 
             Problem(
                 "the run has a generated schedule, and the DeepSpeed JSON brings one of its own",
                 key="deepspeed",
-                mend="take the scheduler out of the JSON, or name a schedule.shape",
+                hint="take the scheduler out of the JSON, or name a schedule.shape",
             )
         )
     if new_schedule or old.learning_rate.schedule is None:

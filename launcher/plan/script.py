@@ -149,7 +149,7 @@ def _batch(job: ScriptJob, user: DsConfig, world: World) -> BatchSizes:
             Problem(
                 "the micro-batch is what the script's own data loader yields, so it must be said here",
                 key=f"train.{micro}",
-                mend="for example 4; in the script's arguments {per_device_train_batch_size} passes it on",
+                hint="for example 4; in the script's arguments {per_device_train_batch_size} passes it on",
             )
         )
     if batch not in given:
@@ -161,9 +161,9 @@ def _length(job: ScriptJob, batch: int) -> Length:
     train = job.train
     if train.max_steps is None and train.total_samples is None:
         found = "epochs of a script's own data are not known" if train.num_train_epochs else "it must be said"
-        mend = "train.max_steps (updates) or train.total_samples, which is divided by the batch"
+        hint = "train.max_steps (updates) or train.total_samples, which is divided by the batch"
         key = "train.num_train_epochs" if train.num_train_epochs else "train"
-        raise RequestError(Problem(f"how long the script trains: {found}", key=key, mend=mend))
+        raise RequestError(Problem(f"how long the script trains: {found}", key=key, hint=hint))
     updates = train.max_steps or math.ceil((train.total_samples or 0) / batch)
     samples = updates * batch
     return Length(
@@ -218,7 +218,7 @@ def _check_shape(job: ScriptJob) -> None:
             Problem(
                 f"DeepSpeed has no class for {shape}, and a script has its schedule from the DeepSpeed JSON",
                 key="schedule.shape",
-                mend=f"one of {', '.join(DEEPSPEED_TYPES)}",
+                hint=f"one of {', '.join(DEEPSPEED_TYPES)}",
             )
         )
 
@@ -230,7 +230,7 @@ def _check_peak(job: ScriptJob, user: DsConfig) -> None:
             Problem(
                 "the rate is advised from the model's size, and the job names no model",
                 key="schedule.peak_lr",
-                mend="give the rate, or model.name_or_path, which is measured and not trained",
+                hint="give the rate, or model.name_or_path, which is measured and not trained",
             )
         )
 

@@ -32,7 +32,7 @@ def check_switches(job: Job, user: DsConfig, world: World, machine: MachineFacts
 
 def _lora(job: Job, machine: MachineFacts) -> Iterator[Problem]:
     if job.model.lora is not None and _missing("peft", machine):
-        yield Problem("peft is not installed", key="model.lora", mend=_INSTALL.format(package="peft"))
+        yield Problem("peft is not installed", key="model.lora", hint=_INSTALL.format(package="peft"))
 
 
 def _liger(job: Job, world: World, machine: MachineFacts) -> Iterator[Problem]:
@@ -42,10 +42,10 @@ def _liger(job: Job, world: World, machine: MachineFacts) -> Iterator[Problem]:
         yield Problem(
             "liger-kernel's kernels are Triton's and need GPUs; this run is on CPUs",
             key="model.liger",
-            mend="set it to false",
+            hint="set it to false",
         )
     elif _missing("liger-kernel", machine):
-        yield Problem("liger-kernel is not installed", key="model.liger", mend=_INSTALL.format(package="liger-kernel"))
+        yield Problem("liger-kernel is not installed", key="model.liger", hint=_INSTALL.format(package="liger-kernel"))
 
 
 def _compile(job: Job, world: World, machine: MachineFacts) -> Iterator[Problem]:
@@ -55,13 +55,13 @@ def _compile(job: Job, world: World, machine: MachineFacts) -> Iterator[Problem]
         yield Problem(
             "torch.compile builds its code with a C++ compiler, and neither CXX, g++ nor clang++ is found here",
             key="model.torch_compile",
-            mend="install g++ on every node, or set it to false",
+            hint="install g++ on every node, or set it to false",
         )
     if world.device == "cuda" and machine.gpus and _missing("triton", machine):
         yield Problem(
             "torch.compile makes Triton kernels on GPUs, and triton is not installed",
             key="model.torch_compile",
-            mend="install the triton that belongs to this torch, or set it to false",
+            hint="install the triton that belongs to this torch, or set it to false",
         )
 
 
@@ -69,13 +69,13 @@ def _attention(job: Job, world: World, machine: MachineFacts) -> Iterator[Proble
     asked = job.model.attn_implementation
     if asked not in _FLASH:
         return
-    mend = "leave it out: auto takes PyTorch's sdpa"
+    hint = "leave it out: auto takes PyTorch's sdpa"
     if world.device == "cpu":
         found = f"{asked} needs GPUs, and this run is on CPUs"
-        yield Problem(found, key="model.attn_implementation", mend=mend)
+        yield Problem(found, key="model.attn_implementation", hint=hint)
     elif machine.gpus and all(_missing(package, machine) for package in (_FLASH[asked], "kernels")):
         found = f"{_FLASH[asked]} is not installed"
-        yield Problem(found, key="model.attn_implementation", mend=f"pip install {_FLASH[asked]}, or {mend}")
+        yield Problem(found, key="model.attn_implementation", hint=f"pip install {_FLASH[asked]}, or {hint}")
 
 
 def switch_warnings(job: Job, user: DsConfig) -> Iterator[str]:
@@ -124,7 +124,7 @@ def _sequence_parallel(job: Job, user: DsConfig) -> Iterator[Problem]:
 
 def _other_parallelism(user: DsConfig) -> Iterator[Problem]:
     """Ways to divide a model that need a script of their own: here every rank holds other data and the whole model."""
-    mend = "take it out and let ZeRO-3 divide the model, or run a script that is made for it with launcher exec"
+    hint = "take it out and let ZeRO-3 divide the model, or run a script that is made for it with launcher exec"
     for path in (
         "tensor_parallel.autotp_size",
         "tensor_parallel.tp.tp_size",
@@ -133,19 +133,19 @@ def _other_parallelism(user: DsConfig) -> Iterator[Problem]:
         size = as_number(user.get(path))
         if size is not None and size not in (0, 1):
             found = f"{size!r} ranks would have to be given the same data, and each is given its own"
-            yield user.problem(path, f"no tensor parallelism here: {found}", mend)
+            yield user.problem(path, f"no tensor parallelism here: {found}", hint)
     if user.get("pipeline"):
-        yield user.problem("pipeline", "no pipeline parallelism here: the model is no PipelineModule", mend)
+        yield user.problem("pipeline", "no pipeline parallelism here: the model is no PipelineModule", hint)
     if as_bool(user.get("expert_parallel.enabled")):
         yield user.problem(
             "expert_parallel",
             "no expert parallelism here: that export and resume put divided experts together has not been shown",
-            mend,
+            hint,
         )
 
 
-def _not_shared(message: str, mend: str) -> Problem:
-    return Problem(message, key="model.sequence_parallel_size", mend=mend)
+def _not_shared(message: str, hint: str) -> Problem:
+    return Problem(message, key="model.sequence_parallel_size", hint=hint)
 
 
 def _missing(package: str, machine: MachineFacts) -> bool:

@@ -27,13 +27,13 @@ def download(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        mend = "give a local folder, or download it first where there is internet (`hf download`)"
+        hint = "give a local folder, or download it first where there is internet (`hf download`)"
         reason = first_line(error)
         raise RequestError(
             Problem(
                 f"{name} is no folder here and cannot be had from the hub: {reason}",
                 key="model.name_or_path",
-                mend=mend,
+                hint=hint,
             )
         ) from None
 
@@ -52,7 +52,7 @@ def convert_gguf(folder: Path, gguf_file: str, target: Path, progress: Progress)
             Problem(
                 first_line(error),
                 key="model.gguf_file",
-                mend="pip install gguf",
+                hint="pip install gguf",
             )
         ) from None
     except (ValueError, KeyError, OSError) as error:
@@ -90,7 +90,7 @@ def measure_model(folder: Path, section: ModelSection) -> ModelFacts:
             Problem(
                 f"no causal language model can be made from {folder}: {reason}",
                 key="model.name_or_path",
-                mend="a newer transformers may know it; model.trust_remote_code: true runs code that comes with it",
+                hint="a newer transformers may know it; model.trust_remote_code: true runs code that comes with it",
             )
         ) from None
     if section.liger:
@@ -109,13 +109,11 @@ def check_liger(model_type: str) -> None:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
     except (ImportError, RuntimeError) as error:
         found = f"liger-kernel cannot be loaded: {first_line(error)}"
-        raise RequestError(
-            Problem(found, key="model.liger", mend="mend the installation, or set it to false")
-        ) from None
+        raise RequestError(Problem(found, key="model.liger", hint="fix the installation, or set it to false")) from None
     if model_type not in known:
         match = f"it knows {', '.join(sorted(known))}"
         raise RequestError(
-            Problem(f"liger-kernel has no kernels for {model_type}: {match}", key="model.liger", mend="set it to false")
+            Problem(f"liger-kernel has no kernels for {model_type}: {match}", key="model.liger", hint="set it to false")
         )
 
 

@@ -43,7 +43,7 @@ def find_data(value: str | Sequence[str], key: str) -> DataSource:
         found = _expand(name)
         if not found and Path(name).expanduser().is_dir():
             raise RequestError(
-                Problem(f"the folder {name} holds no data", key=key, mend=f"wanted: {', '.join(BUILDERS)}")
+                Problem(f"the folder {name} holds no data", key=key, hint=f"wanted: {', '.join(BUILDERS)}")
             )
         if not found and len(names) == 1 and _is_hub_name(name):
             return DataSource(hub_name=name)
@@ -53,7 +53,7 @@ def find_data(value: str | Sequence[str], key: str) -> DataSource:
     return DataSource(files=tuple(files), builder=_builder(files, key))
 
 
-def hub_mend(name: str) -> str:
+def hub_hint(name: str) -> str:
     """What to do about a hub data set that cannot be had, which may have been meant as a file."""
     return _neighbour(Path(name)) or "give local files, or fetch it first where there is internet"
 
@@ -61,13 +61,13 @@ def hub_mend(name: str) -> str:
 def _builder(files: Sequence[Path], key: str) -> str:
     unknown = [path for path in files if _kind_suffix(path) not in BUILDERS]
     if unknown:
-        message, mend = f"{unknown[0]} is of no kind that can be read", f"valid: {', '.join(BUILDERS)}"
-        raise RequestError(Problem(message, key=key, mend=mend))
+        message, hint = f"{unknown[0]} is of no kind that can be read", f"valid: {', '.join(BUILDERS)}"
+        raise RequestError(Problem(message, key=key, hint=hint))
     kinds = {BUILDERS[_kind_suffix(path)] for path in files}
     if len(kinds) > 1:
         found = ", ".join(sorted({_kind_suffix(path) for path in files}))
         message = f"files of one kind are needed, found {found}"
-        raise RequestError(Problem(message, key=key, mend="convert the others, or leave them out"))
+        raise RequestError(Problem(message, key=key, hint="convert the others, or leave them out"))
     return kinds.pop()
 
 
@@ -79,20 +79,20 @@ def find_model_folder(name_or_path: str, gguf_file: str | None) -> Path | None:
             Problem(
                 f"{folder} is a file; a folder is needed",
                 key=key,
-                mend="for a GGUF give its folder here and its name in model.gguf_file",
+                hint="for a GGUF give its folder here and its name in model.gguf_file",
             )
         )
     if not folder.is_dir():
         if _is_hub_name(name_or_path):
             return None
-        raise RequestError(Problem(f"there is no folder {folder}", key=key, mend=_neighbour(folder)))
+        raise RequestError(Problem(f"there is no folder {folder}", key=key, hint=_neighbour(folder)))
     if gguf_file and not (folder / gguf_file).is_file():
         found = sorted(path.name for path in folder.glob("*.gguf"))
         raise RequestError(
             Problem(
                 f"there is no {gguf_file} in {folder}",
                 key="model.gguf_file",
-                mend=f"found there: {', '.join(found) or 'no .gguf file'}",
+                hint=f"found there: {', '.join(found) or 'no .gguf file'}",
             )
         )
     if not gguf_file and not (folder / "config.json").is_file():
@@ -100,7 +100,7 @@ def find_model_folder(name_or_path: str, gguf_file: str | None) -> Path | None:
             Problem(
                 f"{folder} holds no config.json, so it is not a Hugging Face model",
                 key=key,
-                mend="for a GGUF give model.gguf_file" if any(folder.glob("*.gguf")) else None,
+                hint="for a GGUF give model.gguf_file" if any(folder.glob("*.gguf")) else None,
             )
         )
     return folder.resolve()
@@ -148,7 +148,7 @@ def _is_hub_name(name: str) -> bool:
 
 def _missing(name: str, key: str) -> Problem:
     where = f"(looked from {Path.cwd()})"
-    return Problem(f"no file matches {name} {where}", key=key, mend=_neighbour(Path(name)))
+    return Problem(f"no file matches {name} {where}", key=key, hint=_neighbour(Path(name)))
 
 
 def _neighbour(path: Path) -> str | None:

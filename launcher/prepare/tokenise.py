@@ -12,7 +12,7 @@ from typing import Any
 from launcher.errors import Problem, RequestError, first_line
 from launcher.plan.facts import DataFacts, SplitFacts
 from launcher.prepare.formats import BadRow, Example, detect_format, to_example
-from launcher.prepare.sources import DataSource, hub_mend
+from launcher.prepare.sources import DataSource, hub_hint
 from launcher.token_store import TokenWriter, publish_folder
 
 Progress = Callable[..., None]
@@ -60,8 +60,8 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     except Exception as error:  # what is missing or broken decides the kind
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         message = f"the tokenizer of {folder} cannot be loaded: {reason}"
-        mend = "the folder needs the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights"
-        raise RequestError(Problem(message, key="model.name_or_path", mend=mend)) from None
+        hint = "the folder needs the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights"
+        raise RequestError(Problem(message, key="model.name_or_path", hint=hint)) from None
     if not tokenizer.is_fast:
         message = f"the tokenizer of {folder} has no fast version (tokenizer.json)"
         raise RequestError(Problem(message, key="model.name_or_path"))
@@ -111,8 +111,8 @@ def _open(source: DataSource, split: str, key: str) -> Any:
         cause = error.__cause__ or error
         reason = first_line(cause)
         what = source.hub_name or ", ".join(str(path) for path in source.files[:3])
-        mend = hub_mend(source.hub_name) if source.hub_name else None
-        raise RequestError(Problem(f"{what} cannot be read: {reason}", key=key, mend=mend)) from None
+        hint = hub_hint(source.hub_name) if source.hub_name else None
+        raise RequestError(Problem(f"{what} cannot be read: {reason}", key=key, hint=hint)) from None
 
 
 def _format_of(request: TextRequest, rows: Any) -> str:
@@ -124,7 +124,7 @@ def _format_of(request: TextRequest, rows: Any) -> str:
             to_example(rows[0], found, lambda *_, **__: "")
     except BadRow as error:
         raise RequestError(
-            Problem(str(error), key="data.format", mend="rename the columns, or set data.format")
+            Problem(str(error), key="data.format", hint="rename the columns, or set data.format")
         ) from None
     return found
 
@@ -155,7 +155,7 @@ class _Work:
                 Problem(
                     f"none of {done} rows, read as {self.kind}, leaves anything to learn in {self.max_length} tokens",
                     key=key,
-                    mend="raise data.max_length, or check data.format",
+                    hint="raise data.max_length, or check data.format",
                 )
             )
         return SplitFacts(folder=str(folder), rows=done, cut=cut, dropped=dropped, partly_learned=partly, **facts)

@@ -114,11 +114,11 @@ def advised_schedule(situation: Situation, advice: Advice | None = None) -> Sche
 def _check(situation: Situation) -> None:
     if situation.method not in FAMILIES:
         close = nearest(situation.method, FAMILIES)
-        mend = f"did you mean {close}?" if close else ", ".join(FAMILIES)
-        raise RequestError(Problem(f"no advice for the method {situation.method!r}", mend=mend))
+        hint = f"did you mean {close}?" if close else ", ".join(FAMILIES)
+        raise RequestError(Problem(f"no advice for the method {situation.method!r}", hint=hint))
     if situation.task not in (None, "similar", "divergent"):
         message = f"no task {situation.task!r}"
-        raise RequestError(Problem(message, key="schedule.task", mend="similar or divergent"))
+        raise RequestError(Problem(message, key="schedule.task", hint="similar or divergent"))
     if situation.parameters < 1 or situation.total_updates < 1 or not 0 <= situation.beta2 < 1:
         raise RequestError("advice needs parameters and updates of 1 or more, and beta2 from 0 to below 1")
 
@@ -267,7 +267,7 @@ def _parse_text(text: str, total_updates: int, tokens_per_update: float | None) 
     if match := _TOKENS.fullmatch(text):
         if not tokens_per_update:
             message = f"a warm-up of {text} needs the tokens an update, which are unknown here"
-            raise RequestError(Problem(message, key="schedule.warmup", mend="say it in updates or as a share"))
+            raise RequestError(Problem(message, key="schedule.warmup", hint="say it in updates or as a share"))
         return _updates(_number(match[1], text) * _UNITS[match[2].lower()] / tokens_per_update)
     if text.endswith("%"):
         share = _number(text[:-1], text) / 100
@@ -286,4 +286,4 @@ def _number(digits: str, text: str) -> float:
 
 
 def _no_warmup(value: object) -> RequestError:
-    return RequestError(Problem(f"{value!r} is no warm-up", key="schedule.warmup", mend=_MEND))
+    return RequestError(Problem(f"{value!r} is no warm-up", key="schedule.warmup", hint=_MEND))

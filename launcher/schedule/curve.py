@@ -111,8 +111,8 @@ def make_schedule(
     return Schedule(shape, peak_lr, warmup_updates, total_updates, floor_lr, start, warmup_type, segments=segments)
 
 
-def _problem(key: str, message: str, mend: str | None = None) -> RequestError:
-    return RequestError(Problem(message=message, key=f"schedule.{key}", mend=mend))
+def _problem(key: str, message: str, hint: str | None = None) -> RequestError:
+    return RequestError(Problem(message=message, key=f"schedule.{key}", hint=hint))
 
 
 def _unknown_option(shape: str, option: str) -> RequestError:

@@ -66,8 +66,8 @@ _PER_GROUP = {"warmup_min_lr", "warmup_max_lr", "cycle_min_lr", "cycle_max_lr", 
 _NOT_A_RATE = {"warmup_type", "cycle_momentum", "cycle_min_mom", "cycle_max_mom", "lr_range_test_staircase"}
 
 
-def _bad(scheduler_type: str, key: str, message: str, mend: str | None = None) -> RequestError:
-    return RequestError(Problem(message=f"{scheduler_type}: {message}", key=f"scheduler.params.{key}", mend=mend))
+def _bad(scheduler_type: str, key: str, message: str, hint: str | None = None) -> RequestError:
+    return RequestError(Problem(message=f"{scheduler_type}: {message}", key=f"scheduler.params.{key}", hint=hint))
 
 
 def settled(scheduler_type: str, params: Params, group: int = 0) -> dict[str, Any]:
@@ -77,14 +77,14 @@ def settled(scheduler_type: str, params: Params, group: int = 0) -> dict[str, An
     """
     if scheduler_type not in DEFAULTS:
         close = nearest(scheduler_type, DEFAULTS)
-        mend = f"did you mean {close}?" if close else f"one of {', '.join(DEFAULTS)}"
-        raise RequestError(Problem(f"DeepSpeed has no scheduler {scheduler_type!r}", key="scheduler.type", mend=mend))
+        hint = f"did you mean {close}?" if close else f"one of {', '.join(DEFAULTS)}"
+        raise RequestError(Problem(f"DeepSpeed has no scheduler {scheduler_type!r}", key="scheduler.type", hint=hint))
     defaults = DEFAULTS[scheduler_type]
     for key in params:
         if key not in defaults:
             close = nearest(key, defaults)
-            mend = f"did you mean {close}?" if close else f"it takes {', '.join(defaults)}"
-            raise _bad(scheduler_type, key, f"unknown parameter {key!r}", mend)
+            hint = f"did you mean {close}?" if close else f"it takes {', '.join(defaults)}"
+            raise _bad(scheduler_type, key, f"unknown parameter {key!r}", hint)
     merged = {**defaults, **params}
     return {key: _checked(scheduler_type, key, value, group) for key, value in merged.items()}
 
@@ -108,10 +108,10 @@ def _checked(scheduler_type: str, key: str, value: Any, group: int) -> Any:
 
 def _require_number(scheduler_type: str, key: str, value: Any) -> None:
     if not isinstance(value, int | float) or not math.isfinite(value):
-        mend = None
+        hint = None
         if value == "auto":
-            mend = 'DeepSpeed does not resolve "auto" here: transformers or the launcher must fill it in'
-        raise _bad(scheduler_type, key, f"{key} must be a number, got {value!r}", mend)
+            hint = 'DeepSpeed does not resolve "auto" here: transformers or the launcher must fill it in'
+        raise _bad(scheduler_type, key, f"{key} must be a number, got {value!r}", hint)
 
 
 def replica(scheduler_type: str, params: Params, optimizer_lr: float, group: int = 0) -> Replica:

@@ -45,7 +45,7 @@ def peak_limit(method: str, parameters: float) -> Limit | None:
 
 
 def check_safety(schedule: Schedule, *, method: str, parameters: float) -> list[Problem]:
-    """Everything about the schedule that needs the user's explicit word, as problems with their mends."""
+    """Everything about the schedule that needs the user's explicit word, as problems with their hints."""
     checks = (_too_long, lambda s: _too_high(s.peak_lr, method, parameters))
     return [problem for check in checks if (problem := check(schedule)) is not None]
 
@@ -57,8 +57,8 @@ def _too_long(schedule: Schedule) -> Problem | None:
         f"the warm-up of {schedule.warmup_updates} updates is longer than the run of "
         f"{schedule.total_updates}: the peak would never be reached"
     )
-    mend = f"warm up for {max(1, schedule.total_updates // 5)} updates or fewer, or train longer; {ALLOW}"
-    return Problem(message=message, key="schedule.warmup", mend=mend)
+    hint = f"warm up for {max(1, schedule.total_updates // 5)} updates or fewer, or train longer; {ALLOW}"
+    return Problem(message=message, key="schedule.warmup", hint=hint)
 
 
 def log_ramp(schedule: Schedule) -> str | None:
@@ -81,7 +81,7 @@ def _too_high(peak_lr: float, method: str, parameters: float) -> Problem | None:
     message = (
         f"a peak of {peak_lr:g} is high for {method} training of {parameters / 1e9:.3g}B parameters: {limit.reason}"
     )
-    return Problem(message=message, key="schedule.peak_lr", mend=f"at most {limit.peak_lr:g}; {ALLOW}")
+    return Problem(message=message, key="schedule.peak_lr", hint=f"at most {limit.peak_lr:g}; {ALLOW}")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def unsafe_scheduler(
         "warmup_num_steps": _beyond_the_run(case),
         "total_num_steps": _beyond_the_total(case),
     }
-    problems = [Problem(text, key=f"scheduler.params.{key}", mend=ALLOW) for key, text in told.items() if text]
+    problems = [Problem(text, key=f"scheduler.params.{key}", hint=ALLOW) for key, text in told.items() if text]
     high = _too_high(max(simulate_deepspeed(scheduler_type, params, optimizer_lr, updates)), method, parameters)
     return [*problems, high] if high else problems
 

@@ -50,8 +50,8 @@ def share_at(segments: Sequence[Segment], update: int, warmup: int, total: int) 
     return segment.from_share + (segment.to_share - segment.from_share) * gone
 
 
-def _bad(key: str, message: str, mend: str | None = None) -> RequestError:
-    return RequestError(Problem(message=message, key=f"schedule.{key}", mend=mend))
+def _bad(key: str, message: str, hint: str | None = None) -> RequestError:
+    return RequestError(Problem(message=message, key=f"schedule.{key}", hint=hint))
 
 
 def _position(value: Any, key: str, total: int) -> int:
@@ -60,8 +60,8 @@ def _position(value: Any, key: str, total: int) -> int:
         return round(value * total)
     if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= total:
         return value
-    mend = f"an update from 1 to {total}, or a share of the run such as 0.8"
-    raise _bad(key, f"{value!r} is no position in a run of {total} updates", mend)
+    hint = f"an update from 1 to {total}, or a share of the run such as 0.8"
+    raise _bad(key, f"{value!r} is no position in a run of {total} updates", hint)
 
 
 def _share(value: Any, key: str) -> float:
@@ -168,8 +168,8 @@ def build_segments(
     for option in options:
         if option not in names:
             close = nearest(option, names)
-            mend = f"did you mean {close}?" if close else f"it has {', '.join(names)}"
-            raise _bad(option, f"a {shape} schedule has no {option}", mend)
+            hint = f"did you mean {close}?" if close else f"it has {', '.join(names)}"
+            raise _bad(option, f"a {shape} schedule has no {option}", hint)
     if shape == "compound" and not options.get("segments"):
         raise _bad("segments", "a compound schedule needs its segments", "a list of {kind, until, to}")
     floors = {"floor": floor} if shape in ("wsd", "cosine_restarts") else {}

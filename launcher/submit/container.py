@@ -46,8 +46,8 @@ def _check(folder: Path) -> None:
         found = f"{folder} holds a comma or a colon, which divide mounts from each other"
     else:
         return
-    mend = "submit from another folder, with the job file and output_dir in others, or name a mount of your own"
-    raise RequestError(Problem(found, key="slurm.container_mounts", mend=mend))
+    hint = "submit from another folder, with the job file and output_dir in others, or name a mount of your own"
+    raise RequestError(Problem(found, key="slurm.container_mounts", hint=hint))
 
 
 def _home(path: str) -> str:

@@ -80,8 +80,8 @@ def dashboard_address(given: str | None, environment: Mapping[str, str]) -> str:
     for address in (given, *(environment.get(name) for name in ADDRESS_VARIABLES)):
         if address:
             return address
-    mend = f"give --address http://HEAD:8265, or set {ADDRESS_VARIABLES[0]}"
-    raise RequestError(Problem("to which Ray? There is no address of its dashboard", key="--address", mend=mend))
+    hint = f"give --address http://HEAD:8265, or set {ADDRESS_VARIABLES[0]}"
+    raise RequestError(Problem("to which Ray? There is no address of its dashboard", key="--address", hint=hint))
 
 
 def submit_to_ray(request: RayRequest, tell: Tell, *, dry_run: bool, parsable: bool, follow: bool) -> int:
@@ -97,12 +97,12 @@ def submit_to_ray(request: RayRequest, tell: Tell, *, dry_run: bool, parsable: b
 
 def _address_problems(address: str) -> list[Problem]:
     parts = urlsplit(address)
-    mend = "the address of Ray's dashboard: http://HEAD:8265"
+    hint = "the address of Ray's dashboard: http://HEAD:8265"
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        return [Problem(f"{address!r} is no address that jobs are submitted to", key="--address", mend=mend)]
+        return [Problem(f"{address!r} is no address that jobs are submitted to", key="--address", hint=hint)]
     if parts.username or parts.password:
-        mend = "Ray's own variables hold its secret: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
-        return [Problem("a user or password may not stand in an address", key="--address", mend=mend)]
+        hint = "Ray's own variables hold its secret: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+        return [Problem("a user or password may not stand in an address", key="--address", hint=hint)]
     return []
 
 
@@ -110,17 +110,17 @@ def _job_problems(job: Job) -> list[Problem]:
     problems = []
     if job.cluster.address == "local" or "://" in job.cluster.address:
         found = f"{job.cluster.address} is not where a run joins the cluster that it was submitted to"
-        mend = "leave it out, and give the dashboard's address with --address"
-        problems.append(Problem(found, key="cluster.address", mend=mend))
+        hint = "leave it out, and give the dashboard's address with --address"
+        problems.append(Problem(found, key="cluster.address", hint=hint))
     if not Path(job.output_dir).expanduser().is_absolute():
         found = f"{job.output_dir} would lie in the job's working directory, which Ray removes at its end"
-        mend = "give an absolute path on storage that all nodes see"
-        problems.append(Problem(found, key="output_dir", mend=mend))
+        hint = "give an absolute path on storage that all nodes see"
+        problems.append(Problem(found, key="output_dir", hint=hint))
     for name in job.cluster.env:
         if SECRET_NAME.search(name):
             found = "looks like a secret, and Ray shows the environment of jobs to all who see its dashboard"
-            mend = "set it on the nodes themselves"
-            problems.append(Problem(found, key=f"cluster.env.{name}", mend=mend))
+            hint = "set it on the nodes themselves"
+            problems.append(Problem(found, key=f"cluster.env.{name}", hint=hint))
     return problems
 
 
@@ -128,7 +128,7 @@ def _file_problems(job_file: Path, working_dir: Path) -> list[Problem]:
     if job_file.is_relative_to(working_dir):
         return []
     found = f"does not lie under {working_dir}, the folder that is uploaded"
-    return [Problem(found, file=str(job_file), mend="submit from a folder that holds the job file")]
+    return [Problem(found, file=str(job_file), hint="submit from a folder that holds the job file")]
 
 
 def _excludes(job: Job, working_dir: Path) -> list[str]:

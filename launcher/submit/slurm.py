@@ -111,11 +111,11 @@ def slurm_request(
     _check_words([str(surroundings.cwd), str(folder), *words])
     if job.cluster.address not in ("auto", "local"):
         found = f"{job.cluster.address}, and a Slurm job starts a Ray of its own"
-        raise RequestError(Problem(found, key="cluster.address", mend="leave it out, or submit with --to ray"))
+        raise RequestError(Problem(found, key="cluster.address", hint="leave it out, or submit with --to ray"))
     if secrets := [name for name in job.cluster.env if SECRET_NAME.search(name)]:
         found = "looks like a secret, and a batch script and its arguments can be read by others"
-        mend = "set it in the environment of the nodes"
-        raise RequestError(*(Problem(found, key=f"cluster.env.{name}", mend=mend) for name in secrets))
+        hint = "set it in the environment of the nodes"
+        raise RequestError(*(Problem(found, key=f"cluster.env.{name}", hint=hint) for name in secrets))
     options = (*sbatch_options(job, folder), Option("chdir", str(surroundings.cwd), asked=False))
     folders = [folder, Path(given) if resume else Path(given).parent]
     script = render(templates, template_values(job, words, options, surroundings, folders))
@@ -171,11 +171,11 @@ def render(templates: Templates, values: Mapping[str, Any]) -> str:
         found = f"{error.name} is asked for, and only {SHIPPED} can be included or extended"
         raise RequestError(Problem(found, templates.name, _template_line(error, templates))) from None
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-        mend = f"a template may use {', '.join(sorted(values))}, and the filter quote"
-        raise RequestError(Problem(str(error), templates.name, _template_line(error, templates), mend=mend)) from None
+        hint = f"a template may use {', '.join(sorted(values))}, and the filter quote"
+        raise RequestError(Problem(str(error), templates.name, _template_line(error, templates), hint=hint)) from None
     if not script.startswith("#!"):
-        mend = "let the template begin with #!/bin/bash"
-        raise RequestError(Problem("the script begins with no #! line", templates.name, 1, mend=mend))
+        hint = "let the template begin with #!/bin/bash"
+        raise RequestError(Problem("the script begins with no #! line", templates.name, 1, hint=hint))
     return script
 
 
@@ -245,14 +245,14 @@ def _run(
             check=False,
         )
     except FileNotFoundError:
-        mend = "submit from a node of a Slurm cluster, or with --to ray; --dry-run works anywhere"
-        raise RequestError(Problem("there is no sbatch here", mend=mend)) from None
+        hint = "submit from a node of a Slurm cluster, or with --to ray; --dry-run works anywhere"
+        raise RequestError(Problem("there is no sbatch here", hint=hint)) from None
 
 
 def _refused(found: Refusal, done: subprocess.CompletedProcess[str]) -> LauncherError:
     told = done.stderr.strip() or f"sbatch ended with status {done.returncode} and said nothing"
     if found.ours:
-        return RequestError(Problem(f"Slurm did not take the job: {told}", key=found.key, mend=found.mend))
+        return RequestError(Problem(f"Slurm did not take the job: {told}", key=found.key, hint=found.hint))
     return LauncherError(f"Slurm did not answer: {told}")
 
 
@@ -260,8 +260,8 @@ def _check_words(words: Iterable[str]) -> None:
     for word in words:
         if not is_plain(word):
             found = f"{word!r} holds a line break, a control character or bytes that are not UTF-8"
-            mend = "a batch script is one command a line: rename the file, or put the value into the job file"
-            raise RequestError(Problem(found, mend=mend))
+            hint = "a batch script is one command a line: rename the file, or put the value into the job file"
+            raise RequestError(Problem(found, hint=hint))
 
 
 def _absolute(path: str, cwd: Path) -> Path:

@@ -46,11 +46,11 @@ def standing(state: str) -> Standing:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why sbatch took no job: `ours` where the request is to be mended, with the job's key and the mend."""
+    """Why sbatch took no job: `ours` where the request is to be fixed, with the job's key and the hint."""
 
     ours: bool
     key: str | None = None
-    mend: str | None = None
+    hint: str | None = None
 
 
 _UNREACHABLE = ("Unable to contact slurm controller", "Socket timed out", "Could not establish a configuration source")
@@ -81,12 +81,12 @@ _REASONS = {
 
 
 def refusal(told: str) -> Refusal:
-    """What is to be mended where sbatch failed with these words."""
+    """What is to be fixed where sbatch failed with these words."""
     if any(words in told for words in _UNREACHABLE):
         return Refusal(ours=False)
-    for words, (key, mend) in _REASONS.items():
+    for words, (key, hint) in _REASONS.items():
         if words.lower() in told.lower():
-            return Refusal(True, key, mend)
+            return Refusal(True, key, hint)
     return Refusal(True)
 
 

@@ -75,7 +75,7 @@ def gpus_per_node(job: Job) -> int:
             Problem(
                 "auto, and Slurm gives a job no GPUs that it does not ask for",
                 key="cluster.gpus_per_node",
-                mend="say how many a node has, or name them in slurm.gres (gpu:h100:8); 0 trains on processors",
+                hint="say how many a node has, or name them in slurm.gres (gpu:h100:8); 0 trains on processors",
             )
         )
     if named is not None and asked not in ("auto", named):
@@ -83,7 +83,7 @@ def gpus_per_node(job: Job) -> int:
             Problem(
                 f"{asked}, and slurm.gres asks for {named} ({job.slurm.gres})",
                 key="cluster.gpus_per_node",
-                mend="let both say the same, or leave cluster.gpus_per_node out",
+                hint="let both say the same, or leave cluster.gpus_per_node out",
             )
         )
     return named if asked == "auto" and named is not None else int(asked)
@@ -113,7 +113,7 @@ def _cpus(job: Job) -> str | None:
     ranks = gpus or (1 if processes == "auto" else processes)
     if cpus is not None and cpus < ranks:
         found = f"{cpus} processors, and {ranks} ranks a node"
-        raise RequestError(Problem(found, key="slurm.cpus_per_task", mend=f"at least {ranks}"))
+        raise RequestError(Problem(found, key="slurm.cpus_per_task", hint=f"at least {ranks}"))
     if cpus is None and not gpus and processes != "auto":
         cpus = ranks
     return None if cpus is None else str(cpus)
@@ -131,7 +131,7 @@ def _escaped(log: str) -> str:
     folder, _, name = log.rpartition("/")
     if "\\" in folder:
         found = f"{folder} holds a backslash, with which Slurm does not write the job's id into the log's name"
-        raise RequestError(Problem(found, key="output_dir", mend="take a folder without one"))
+        raise RequestError(Problem(found, key="output_dir", hint="take a folder without one"))
     return f"{folder.replace('%', '%%')}/{name}"
 
 

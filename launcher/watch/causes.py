@@ -1,4 +1,4 @@
-"""Well-known causes of a failed run, told from what a rank or its node said, each with its mend in a line."""
+"""Well-known causes of a failed run, told from what a rank or its node said, each with its hint in a line."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cause:
-    """A cause: what it is, the texts that tell of it, and the mend."""
+    """A cause: what it is, the texts that tell of it, and the hint."""
 
     name: str
     pattern: re.Pattern[str]
-    mend: str
+    hint: str
 
 
-def _cause(name: str, mend: str, *patterns: str) -> Cause:
-    return Cause(name, re.compile("|".join(patterns)), mend)
+def _cause(name: str, hint: str, *patterns: str) -> Cause:
+    return Cause(name, re.compile("|".join(patterns)), hint)
 
 
 MISSING_FILE = "a file or folder is missing"
@@ -295,7 +295,7 @@ _BY_SIGNAL = {
     "signal SIGKILL": Cause(
         "killed from outside, most often because the node was out of memory",
         re.compile("signal SIGKILL"),
-        OOM_KILL.mend,
+        OOM_KILL.hint,
     ),
     "signal SIGSEGV": Cause(
         "a crash in compiled code",

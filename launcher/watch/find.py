@@ -29,8 +29,8 @@ def runs_under(output_dir: Path) -> list[RunDir]:
         return [RunDir(path) for path in sorted(output_dir.iterdir()) if _may_be_run(path)]
     except OSError as error:
         found = f"cannot be read: {error.strerror}"
-        mend = "say with --output-dir where the runs lie"
-        raise RequestError(Problem(found, file=str(output_dir), key="--output-dir", mend=mend)) from None
+        hint = "say with --output-dir where the runs lie"
+        raise RequestError(Problem(found, file=str(output_dir), key="--output-dir", hint=hint)) from None
 
 
 def _may_be_run(folder: Path) -> bool:
@@ -55,9 +55,9 @@ def find_run(name: str, output_dir: Path) -> RunDir:
         return RunDir(found.path.resolve())
     if Path(name).is_dir():
         what = f"this is not a run directory: there is none of {', '.join(_MARKS)} in it"
-        raise RequestError(Problem(what, file=name, mend=_known(name, runs, output_dir)))
+        raise RequestError(Problem(what, file=name, hint=_known(name, runs, output_dir)))
     what = f"there is no run {name!r}, here or in {output_dir}"
-    raise RequestError(Problem(what, mend=_known(name, runs, output_dir)))
+    raise RequestError(Problem(what, hint=_known(name, runs, output_dir)))
 
 
 def _of_job(job: str, runs: Sequence[RunDir]) -> RunDir | None:
@@ -80,7 +80,7 @@ def _beginning(name: str, runs: Sequence[RunDir], output_dir: Path) -> RunDir | 
     found = [run for run in runs if name and run.path.name.startswith(name)]
     if len(found) > 1:
         what = f"{len(found)} runs in {output_dir} begin with {name!r}"
-        raise RequestError(Problem(what, mend=f"which of them: {_listed(found)}"))
+        raise RequestError(Problem(what, hint=f"which of them: {_listed(found)}"))
     return found[0] if found else None
 
 

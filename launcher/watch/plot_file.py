@@ -31,7 +31,7 @@ def png_bytes(curves: Sequence[Curve], title: str) -> bytes:
         from matplotlib.figure import Figure
     except ImportError:
         message = "--png needs matplotlib, which is not installed here"
-        raise RequestError(Problem(message, mend="pip install matplotlib")) from None
+        raise RequestError(Problem(message, hint="pip install matplotlib")) from None
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, curve in enumerate(curves):

@@ -56,8 +56,8 @@ def check_choice(run: RunDir, choice: Choice) -> None:
     there = _all(run, {})
     if not there:
         prepare = run.logs / "prepare.log"
-        mend = f"the data is, or was, being prepared: see {prepare}" if prepare.is_file() else None
-        raise RequestError(Problem("no node has written a log yet", file=str(run.logs), mend=mend))
+        hint = f"the data is, or was, being prepared: see {prepare}" if prepare.is_file() else None
+        raise RequestError(Problem("no node has written a log yet", file=str(run.logs), hint=hint))
     _check(choice, there)
 
 
@@ -76,14 +76,14 @@ def _check(choice: Choice, there: Sequence[Source]) -> None:
     if not any(Choice(node=choice.node).takes(source) for source in there):
         assert choice.node is not None
         close = nearest(choice.node, {source.host for source in there})
-        mend = f"did you mean {close}?" if close else f"there are {_listed(_nodes(there))}"
-        raise RequestError(Problem(f"no node {choice.node!r} has logs here", key="--node", mend=mend))
+        hint = f"did you mean {close}?" if close else f"there are {_listed(_nodes(there))}"
+        raise RequestError(Problem(f"no node {choice.node!r} has logs here", key="--node", hint=hint))
     on_node = [source for source in there if Choice(node=choice.node).takes(source)]
     if not any(choice.takes(source) for source in on_node):
         ranks = _listed(str(rank) for rank in sorted({s.rank for s in on_node if s.rank is not None}))
         where = "" if choice.node is None else f" of node {choice.node}"
         found = f"no rank {choice.rank}{where} has a log here"
-        raise RequestError(Problem(found, key="--rank", mend=f"there are ranks {ranks}"))
+        raise RequestError(Problem(found, key="--rank", hint=f"there are ranks {ranks}"))
 
 
 def _all(run: RunDir, offsets: Mapping[str, float]) -> list[Source]:

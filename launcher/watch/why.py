@@ -26,7 +26,7 @@ _FULL = 0.95
 
 @dataclass(frozen=True)
 class Explanation:
-    """What is known: a headline, facts, the ends of logs, and the cause with its mend where it is a known one.
+    """What is known: a headline, facts, the ends of logs, and the cause with its hint where it is a known one.
 
     `failures` is None where no rank or node is known to have failed.
     """
@@ -241,7 +241,7 @@ def why_view(why: Explanation) -> Text:
         view.append("\n  likely cause: ", style="bold yellow")
         view.append(why.cause.name, style="yellow")
         view.append("\n  what to do:   ", style="bold yellow")
-        view.append(why.cause.mend, style="not bold")
+        view.append(why.cause.hint, style="not bold")
     return view
 
 
@@ -258,4 +258,4 @@ def failed_message(run: RunDir, message: str) -> str:
     except OSError:  # a run directory that is gone may be what the run failed of
         return message
     cause = find_cause(message)
-    return message if cause is None else f"{message}\n  what to do:   {cause.mend}"
+    return message if cause is None else f"{message}\n  what to do:   {cause.hint}"

@@ -82,7 +82,7 @@ class Checkpoints:
         settings = _group_settings(engine)
         path, state = engine.load_checkpoint(folder.parent, tag=tag, custom_load_fn=_load_trained)
         if start.convert:
-            _mend_converted(engine, settings)
+            _fix_converted(engine, settings)
         if path is None:
             raise RunFailed(f"DeepSpeed found nothing to load in {folder.parent / tag}")
         if start.update != state["update"]:
@@ -119,7 +119,7 @@ def _group_settings(engine: Any) -> list[dict[str, Any]]:
     return [{key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups]
 
 
-def _mend_converted(engine: Any, settings: list[dict[str, Any]]) -> None:
+def _fix_converted(engine: Any, settings: list[dict[str, Any]]) -> None:
     """Sets right what DeepSpeed's stage 3 gets wrong when it loads a converted checkpoint.
 
     It gives every parameter group the first one's settings, weight decay included, and all parameters one and the same

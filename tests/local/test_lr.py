@@ -70,9 +70,9 @@ def test_an_existing_json_is_shown_as_deepspeed_drives_it(tmp_path: Path, kind: 
     }
     (tmp_path / "ds.json").write_text(json.dumps(blocks))
     found = json.loads(lr("--deepspeed", "ds.json", "--updates", "300", "--json", folder=tmp_path))
-    written, mended = found["curves"]
+    written, fixed = found["curves"]
     assert written["rates"] == driven(blocks, 300, steps_before=0)
-    assert mended["rates"] == driven(found["blocks"], 300, steps_before=1)
+    assert fixed["rates"] == driven(found["blocks"], 300, steps_before=1)
 
 
 def test_a_real_run_was_made_at_the_planned_rates(job_dict: dict, tmp_path: Path) -> None:

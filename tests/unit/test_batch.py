@@ -32,7 +32,7 @@ def test_sizes_multiply_out_or_the_mend_is_right(
     try:
         found = resolve_batch(asked, world, lambda size: size <= room)
     except RequestError as error:
-        check_mend(asked, world, str(error.problems[0].mend))
+        check_mend(asked, world, str(error.problems[0].hint))
         return
     product = found.train_micro_batch_size_per_gpu * found.gradient_accumulation_steps * world
     assert found.train_batch_size == product
@@ -41,19 +41,19 @@ def test_sizes_multiply_out_or_the_mend_is_right(
         assert found.train_micro_batch_size_per_gpu <= max(1, min(16, room))
 
 
-def check_mend(asked: dict[str, int], world: int, mend: str) -> None:
-    """Every batch size that the mend names is taken, and is a nearest one."""
-    batches = [int(number) for number in re.findall(r"\d+", mend.partition(", or leave")[0])]
+def check_mend(asked: dict[str, int], world: int, hint: str) -> None:
+    """Every batch size that the hint names is taken, and is a nearest one."""
+    batches = [int(number) for number in re.findall(r"\d+", hint.partition(", or leave")[0])]
     unit = world * asked.get(MICRO, 1) * asked.get(ACCUMULATION, 1)
     all_three = MICRO in asked and ACCUMULATION in asked
     assert len(set(batches)) == (2 if asked[BATCH] > unit and not all_three else 1)
     for batch in batches:
         assert resolve_batch({**asked, BATCH: batch}, world, fits_all).train_batch_size == batch
         assert abs(batch - asked[BATCH]) < unit or all_three
-    if "leave gradient_accumulation_steps out" in mend:
+    if "leave gradient_accumulation_steps out" in hint:
         left = {name: value for name, value in asked.items() if name != ACCUMULATION}
         derived = resolve_batch(left, world, fits_all).gradient_accumulation_steps
-        assert mend.endswith(f"it comes to {derived}")
+        assert hint.endswith(f"it comes to {derived}")
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,8 @@ def test_where_nothing_fits_the_numbers_and_what_to_turn_are_told() -> None:
     assert problem.key == "deepspeed"
     assert "no preset fits into 21.6 GiB of a GPU, 921.6 GiB of a node's host memory" in problem.message
     assert all(f"{name} needs" in problem.message for name in IN_ORDER)
-    assert "model.gradient_checkpointing: true" in str(problem.mend)
-    assert "zero3_nvme_offload" in str(problem.mend)
+    assert "model.gradient_checkpointing: true" in str(problem.hint)
+    assert "zero3_nvme_offload" in str(problem.hint)
 
 
 def test_on_a_cpu_offload_is_no_choice_and_the_host_is_shared() -> None:

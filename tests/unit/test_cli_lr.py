@@ -159,12 +159,12 @@ def test_a_scheduler_of_ones_own_is_shown_as_deepspeed_drives_it(known: Path, fo
 def test_a_deepspeed_json_is_shown_as_the_engine_applies_it(folder: Path) -> None:
     name = decay_json(folder / "ds.json", total_num_steps=1000, warmup_num_steps=100)
     found = as_json("--deepspeed", name)
-    written, mended = found["curves"]
+    written, fixed = found["curves"]
     params = {"total_num_steps": 1000, "warmup_num_steps": 100}
     assert written["rates"] == simulate_deepspeed("WarmupDecayLR", params, 2e-5, 1000)
     assert (written["at_floor"], written["floor_lr"], written["highest_lr"]) == (2, 0.0, 1e-3)
     schedule = make_schedule("linear", peak_lr=2e-5, warmup_updates=100, total_updates=1000)
-    assert mended["rates"] == rates(schedule)
+    assert fixed["rates"] == rates(schedule)
     assert found["blocks"]["scheduler"] == deepspeed_blocks(schedule)["scheduler"]
     said = " ".join(found["warnings"])
     for words in ("Updates 0 and 1 both run at 0", "log ramp is the default", "DeepSpeed's default 0.001"):

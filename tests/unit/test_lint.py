@@ -1,4 +1,4 @@
-"""lint on a table of bad JSONs; --fix; and that our own presets have nothing to mend."""
+"""lint on a table of bad JSONs; --fix; and that our own presets have nothing to fix."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def zero(**keys: object) -> str:
     return json.dumps({"zero_optimization": keys})
 
 
-# text, severity, key path, a part of message or mend
+# text, severity, key path, a part of message or hint
 BAD = [
     ('{"train_bacth_size": 8}', "error", "train_bacth_size", "train_batch_size"),
     ('{"gradient_cliping": 1.0}', "error", "gradient_cliping", "gradient_clipping"),
@@ -369,8 +369,8 @@ BAD = [
 )
 def test_bad_jsons(text: str, severity: str, path: str, words: str, keys: Catalogue) -> None:
     found = findings(text, keys)
-    told = [f"{f.severity} {f.key_path} {f.message} {f.mend}" for f in found]
-    assert any(f.severity == severity and f.key_path == path and words in f"{f.message} {f.mend}" for f in found), told
+    told = [f"{f.severity} {f.key_path} {f.message} {f.hint}" for f in found]
+    assert any(f.severity == severity and f.key_path == path and words in f"{f.message} {f.hint}" for f in found), told
 
 
 @pytest.mark.parametrize(

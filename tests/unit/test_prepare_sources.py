@@ -14,7 +14,7 @@ from launcher.prepare.sources import (
     find_data,
     find_model_folder,
     fingerprint,
-    hub_mend,
+    hub_hint,
     model_stamp,
     tokenizer_fingerprint,
 )
@@ -88,8 +88,8 @@ def test_names_that_the_hub_cannot_have(name: str) -> None:
 
 
 def test_a_hub_name_that_was_meant_as_a_file() -> None:
-    assert hub_mend("data/a.json") == "did you mean data/a.jsonl?"
-    assert "local files" in hub_mend("org/unlike-anything")
+    assert hub_hint("data/a.json") == "did you mean data/a.jsonl?"
+    assert "local files" in hub_hint("org/unlike-anything")
 
 
 def test_a_model_folder(folder: Path) -> None:

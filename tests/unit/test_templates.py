@@ -1,4 +1,4 @@
-"""JSONs as people have them: nothing to mend in them, and a plan that keeps what they say."""
+"""JSONs as people have them: nothing to fix in them, and a plan that keeps what they say."""
 
 from __future__ import annotations
 

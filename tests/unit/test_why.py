@@ -293,7 +293,7 @@ def test_a_full_memory_speaks_for_a_killed_rank(built: Built) -> None:
     built.node_json(1, "h1", 38.0, [rank(3)], memory_used_bytes=63 * GIB)
     found, text = why(built, failed(3, 1, None, how="signal SIGKILL"))
     assert "the memory of h1 was 98% used when it last told of itself, which is as good as full" in text
-    assert found.cause is not None and "slurm.mem" in found.cause.mend
+    assert found.cause is not None and "slurm.mem" in found.cause.hint
 
 
 def test_what_the_kernel_killed_for_want_of_memory_is_proved(built: Built) -> None:
