@@ -15,6 +15,7 @@ from launcher.plan.model import Plan
 from launcher.plan.resume import Start
 from launcher.planning import check_job, make_plan
 from launcher.run_dir import RunDir, write_atomic, write_json
+from tests.local.warm import forked_ranks
 
 WORKER = ("-m", "launcher.worker")
 
@@ -62,7 +63,8 @@ def run_ranks(
         environment={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         arguments=command,
     )
-    agent.start(task)
+    with forked_ranks():
+        agent.start(task)
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.free_port())}
     agent.order({"go": {"env": rendezvous, "start": start.model_dump() if start else None}})
     events: list[dict[str, Any]] = []
