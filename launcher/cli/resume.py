@@ -155,9 +155,13 @@ def job_of_run(directory: RunDir, overrides: list[str]) -> Job:
 def rest_of(directory: RunDir, overrides: list[str], console: RunConsole) -> Rest:
     """What is left of a run under the overrides. Raises RequestError where it cannot be gone on with."""
     rest = where_to_go_on(directory)
+    lacks_export = rest.plan.job.export and export_fault(directory.export) is not None
+    if rest.only_export and lacks_export and not _changes_length(rest.plan, overrides):
+        # An export is the same on any ranks: in another allocation, `launcher node` overrides their number.
+        return rest
     if overrides:
         rest = _changed(rest, overrides, measure_machine(), console)
-    if rest.only_export and (not rest.plan.job.export or export_fault(directory.export) is None):
+    if rest.only_export:
         total = rest.plan.length.total_updates
         hint = f"train.max_steps={2 * total} would train on; launcher export makes another export"
         raise RequestError(Problem(f"all {total} updates are made already", file=str(directory.path), hint=hint))
@@ -189,6 +193,11 @@ def _changed(rest: Rest, overrides: list[str], machine: MachineFacts, console: R
         plan_file=None,
         start=start.model_copy(update={"update": plan.resumed.update, "convert": convert}),
     )
+
+
+def _changes_length(plan: Plan, overrides: list[str]) -> bool:
+    _, keys = _job_with(plan, overrides, measure_machine())
+    return any(key == f"train.{name}" for key in keys for name in LENGTHS)
 
 
 def _changes_curve(key: str) -> bool:
