@@ -96,10 +96,10 @@ class RunDir:
         Only its owner may look into it: it holds people's data.
         """
         stem = f"{name}-{stamp or f'{datetime.now():%Y%m%d-%H%M%S}'}"
+        output_dir.mkdir(parents=True, exist_ok=True)
         for attempt in range(1000):
             path = output_dir / (stem if attempt == 0 else f"{stem}-{attempt}")
             with contextlib.suppress(FileExistsError):
-                output_dir.mkdir(parents=True, exist_ok=True)
                 path.mkdir(mode=0o700)
                 run = cls(path.resolve())
                 run.checkpoints.mkdir(mode=0o700)
@@ -274,11 +274,10 @@ class RunDir:
         """Those of the complete checkpoints that can be loaded, as far as can be seen without reading them whole."""
         return [update for update in self.complete_checkpoints() if checkpoint_fault(self.checkpoint(update)) is None]
 
-    def damaged_checkpoints(self, after: int | None = None) -> list[DamagedCheckpoint]:
-        """The checkpoints that cannot be used, with the reason, by update; only those of updates after `after`."""
+    def damaged_checkpoints(self) -> list[DamagedCheckpoint]:
+        """The checkpoints that cannot be used, with the reason, by update."""
         found = [(n, p) for p in self.checkpoints.glob("update-*") if (n := checkpoint_number(p)) is not None]
-        chosen = [path for number, path in sorted(found) if after is None or number > after]
-        return [DamagedCheckpoint(path, fault) for path in chosen if (fault := checkpoint_fault(path)) is not None]
+        return [DamagedCheckpoint(p, fault) for _, p in sorted(found) if (fault := checkpoint_fault(p)) is not None]
 
     def rewind(self, samples: int, update: int) -> None:
         """Sets the lines of updates beyond a checkpoint aside, in files named *.undone-<k>: they are made again."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import Problem, RequestError
-from launcher.manifest import checkpoint_fault, read_manifest
+from launcher.manifest import checkpoint_fault, checkpoint_number, read_manifest
 from launcher.plan.model import Plan, ScriptPlan
 from launcher.run_dir import DamagedCheckpoint, RunDir
 
@@ -34,7 +34,8 @@ def newest_saved(directory: RunDir) -> tuple[Saved, list[DamagedCheckpoint]]:
         damaged = "".join(f"\n    {each}" for each in directory.damaged_checkpoints())
         found = f"there is no complete checkpoint to go on from{damaged}"
         raise RequestError(Problem(found, file=str(directory.checkpoints)))
-    return _saved(directory, directory.checkpoint(usable[-1])), directory.damaged_checkpoints(after=usable[-1])
+    saved = _saved(directory, directory.checkpoint(usable[-1]))
+    return saved, [each for each in directory.damaged_checkpoints() if _is_newer(each.path, saved)]
 
 
 def saved_at(directory: RunDir, update: int) -> Saved:
@@ -59,6 +60,12 @@ def refuse_script(directory: RunDir) -> None:
                 hint="start it again with launcher exec, with the option by which the script goes on from them",
             )
         )
+
+
+def _is_newer(damaged: Path, saved: Saved) -> bool:
+    """By its samples if they can still be read; updates are counted differently under another batch size."""
+    samples = (read_manifest(damaged) or {}).get("samples")
+    return (checkpoint_number(damaged) or 0) > saved.update if samples is None else samples > saved.samples
 
 
 def _saved(directory: RunDir, folder: Path) -> Saved:

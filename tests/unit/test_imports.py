@@ -197,6 +197,7 @@ def fresh(body: str, folder: Path) -> str:
         (["logs", "--help"], ("--follow", "--since")),
         (["watch", "--help"], ("RUN",)),
         (["why", "--help"], ("RUN",)),
+        (["export", "--help"], ("RUN", "--update")),
     ],
     ids=" ".join,
 )
