@@ -62,7 +62,7 @@ def export_checkpoint(request: ExportRequest, progress: Callable[[str], None]) -
     plan = in_this_process(trained, request)
     progress("reading the pretrained model")
     model = load_model(plan).to(DTYPES[plan.precision])
-    fill(model, saved_weights(request.checkpoint, trained, plan.precision), progress)
+    fill(model, saved_weights(request.checkpoint, trained, plan.precision, progress), progress)
     progress("writing the export")
     write_export(model, trained_weights(model, plan), plan, request.folder)
 
@@ -78,21 +78,32 @@ def in_this_process(plan: Plan, request: ExportRequest) -> Plan:
     return plan.model_copy(update={"job": job, "precision": precision, "zero_stage": 0})
 
 
-def saved_weights(checkpoint: Path, plan: Plan, precision: str) -> Mapping[str, Any]:
+def saved_weights(checkpoint: Path, plan: Plan, precision: str, progress: Callable[[str], None]) -> Mapping[str, Any]:
     """The trained weights of a checkpoint by name: tensors, or what `contiguous()` makes a tensor of when it is asked.
 
     Under ZeRO 3 they are put together from the ranks' float32 shards, of which the weights in training are a cast. For
     an export that is more precise than the training's weights, the same is done under ZeRO 1 and 2.
     """
-    more_precise = precision == "fp32" and plan.precision != "fp32"
-    if plan.zero_stage == 3 or (plan.zero_stage > 0 and more_precise):
-        found: Mapping[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint.parent), tag=checkpoint.name, exclude_frozen_parameters=True, lazy_mode=True
-        )
-        return found
+    if plan.zero_stage == 3:
+        return _from_shards(checkpoint)
+    if precision == "fp32" and plan.precision != "fp32":
+        try:
+            return _from_shards(checkpoint)
+        except (ValueError, FileNotFoundError) as error:
+            # Without ZeRO, and for bfloat16 with gradients accumulated in float32, DeepSpeed has another optimizer.
+            if plan.zero_stage > 0 and "is not a zero checkpoint" not in str(error):
+                raise
+            progress(f"this run's optimizer has no ZeRO shards: exporting its {plan.precision} weights as float32")
     states = torch.load(checkpoint / _MODEL_STATES, map_location="cpu", mmap=True, weights_only=False)
     weights: Mapping[str, Any] = states["module"]
     return weights
+
+
+def _from_shards(checkpoint: Path) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
+        str(checkpoint.parent), tag=checkpoint.name, exclude_frozen_parameters=True, lazy_mode=True
+    )
+    return found
 
 
 @torch.no_grad()
