@@ -57,6 +57,11 @@ def export_saved(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def export_temporary(folder: Path) -> Path:
+    """Where a run's own ranks write the export that becomes `folder`."""
+    return folder.with_name(f".{folder.name}.tmp")
+
+
 def export_fault(folder: Path) -> str | None:
     """Why a folder is not a whole export, in words; None if it is one. Weights are not read, only their sizes."""
     if not folder.is_dir():

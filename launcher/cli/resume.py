@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from launcher.cli.run import (
 )
 from launcher.cli.watching import OUTPUT_DIR, RUN
 from launcher.errors import Problem, RequestError
-from launcher.exporting import export_fault, export_saved
+from launcher.exporting import export_fault, export_saved, export_temporary
 from launcher.job import Job, validate_job
 from launcher.job.model import LENGTHS
 from launcher.job.read import apply_overrides
@@ -133,6 +134,8 @@ def _export(rest: Rest, directory: RunDir, console: RunConsole, interrupts: Inte
     directory.event("resume", update=update, samples=rest.start.samples, overrides=[])
     directory.enter("exporting", update=update)
     console.state("exporting")
+    # The ranks' own, which nobody writes any more.
+    shutil.rmtree(export_temporary(directory.export), ignore_errors=True)
     try:
         export_saved(rest.saved, directory.export, lambda text: console.note(f"          {text}"))
     except KeyboardInterrupt:

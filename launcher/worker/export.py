@@ -10,6 +10,7 @@ import deepspeed
 import torch
 from transformers import AutoModelForCausalLM
 
+from launcher.exporting import export_temporary
 from launcher.files import replace_folder
 from launcher.plan.model import Plan
 from launcher.worker.model import DTYPES, load_tokenizer
@@ -27,7 +28,7 @@ def export_model(engine: Any, plan: Plan, ranks: Ranks, folder: Path) -> None:
     else:
         weights = trained_weights(module, plan)
     if ranks.first:
-        temporary = folder.with_name(f".{folder.name}.tmp")
+        temporary = export_temporary(folder)
         shutil.rmtree(temporary, ignore_errors=True)
         write_export(module, weights, plan, temporary)
         replace_folder(temporary, folder)

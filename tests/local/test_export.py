@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from launcher.errors import RunFailed
 from launcher.plan.model import Plan
 from launcher.run_dir import RunDir
+from launcher.worker.exporter import fill
 from tests.local.harness import fine_tuned, logs, merged, plan_of, run_directory, run_ranks
 from tests.local.processes import Command
 from tests.local.test_losses import zero_config
@@ -75,6 +77,7 @@ def test_a_run_killed_while_exporting_is_resumed_to_its_export(job_dict, tmp_pat
     assert len(run.metrics()) == UPDATES
     assert_same_export(run.export, run.path / "expected")
     assert {t.dtype for t in tensors(run.export).values()} == {torch.bfloat16}
+    assert not list(run.path.glob(".export*"))
     assert stat.S_IMODE(run.export.stat().st_mode) == 0o700
     assert {stat.S_IMODE(file.stat().st_mode) for file in run.export.iterdir()} == {0o600}
 
@@ -102,3 +105,19 @@ def test_an_export_of_any_checkpoint_is_that_of_the_run(job_dict, tmp_path, stag
     refused = Command("export", str(run.path), "--update", "4", folder=tmp_path)
     assert refused.wait() == 2
     assert f"checkpoints of these updates can be used: {SAVED}, {UPDATES}" in refused.output
+
+
+def test_weights_of_another_model_are_refused():
+    model = torch.nn.Linear(2, 3)
+    weights = {name: torch.full_like(tensor, 7.0).half() for name, tensor in model.state_dict().items()}
+    for changed, words in (
+        ({"weight": weights["weight"]}, "it lacks bias"),
+        ({**weights, "bias": torch.zeros(2)}, "it differs in bias"),
+        ({**weights, "other": torch.zeros(2)}, "it differs in other"),
+    ):
+        with pytest.raises(RunFailed, match=words):
+            fill(model, changed, lambda _: None)
+    model.bias.requires_grad_(False)
+    fill(model, {"weight": weights["weight"]}, lambda _: None)
+    fill(model, weights, lambda _: None)
+    assert all(torch.equal(tensor, torch.full_like(tensor, 7.0)) for tensor in model.state_dict().values())
