@@ -103,20 +103,27 @@ def is_alive(holder: Holder, path: Path) -> bool:
 
 
 def heartbeat_age(path: Path) -> float | None:
-    """Seconds since the lock file was touched, by the file system's clock; None if that cannot be found out."""
-    probe = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.now")
+    """Seconds since the lock file was touched, by the file system's clock; None if there is no such file."""
     try:
         # Opening a file has a network file system ask its server for the file's times.
         with path.open("rb") as file:
             touched = os.fstat(file.fileno()).st_mtime
-        probe.touch(mode=0o600)
-        now = probe.stat().st_mtime
-    except OSError:
+    except FileNotFoundError:
         return None
+    return max(0.0, _file_system_time(path.parent) - touched)
+
+
+def _file_system_time(folder: Path) -> float:
+    """The time that a file gets that is written now; this host's time if none can be written."""
+    probe = folder / f".{uuid.uuid4().hex[:8]}.now"
+    try:
+        probe.touch(mode=0o600)
+        return probe.stat().st_mtime
+    except OSError:
+        return time.time()
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
-    return max(0.0, now - touched)
 
 
 def _flocked(descriptor: int) -> bool:
