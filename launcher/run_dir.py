@@ -1,26 +1,59 @@
-"""The run directory: the names of everything a run writes, and how it is written.
-
-Whatever is replaced is replaced atomically, and whatever grows grows by whole lines, so that a reader at any moment
-sees something complete.
-"""
+"""The run directory: the names of everything that a run writes, its state and events, and the lock of its launcher."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
-import math
 import os
 import re
 import socket
-import time
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from launcher.files import (
+    Record,
+    append_line,
+    json_number,
+    read_json,
+    read_lines,
+    set_aside,
+    utc_now,
+    utc_text,
+    write_atomic,
+    write_json,
+)
+from launcher.lock import Holder, hold, read_holder
+from launcher.manifest import (
+    MANIFEST,
+    checkpoint_fault,
+    checkpoint_is_complete,
+    checkpoint_number,
+    read_manifest,
+    universal_folder,
+    write_manifest,
+)
+
+__all__ = [
+    "ENDED",
+    "MANIFEST",
+    "NODE_FILE",
+    "STATES",
+    "RunDir",
+    "append_line",
+    "checkpoint_is_complete",
+    "json_number",
+    "read_lines",
+    "read_manifest",
+    "universal_folder",
+    "utc_now",
+    "utc_text",
+    "write_atomic",
+    "write_json",
+    "write_manifest",
+]
 
 STATES = (
     "planning",
@@ -36,64 +69,18 @@ STATES = (
 )
 ENDED = ("finished", "failed", "stopped")
 NODE_FILE = "node.json"
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-_CHECKPOINT = re.compile(r"^update-(\d+)$")
 _REVISION = re.compile(r"^plan\.revision-(\d+)\.json$")
 
 
-def utc_now() -> str:
-    """The time of this moment, as `utc_text` has it."""
-    return utc_text(time.time())
+@dataclass(frozen=True)
+class DamagedCheckpoint:
+    """A checkpoint that cannot be used, and why."""
 
+    path: Path
+    reason: str
 
-def utc_text(seconds: float) -> str:
-    """A time (seconds since the epoch) as every file of a run writes it: UTC, ISO 8601, milliseconds."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> None:
-    """Replaces `path` in one step, safe on disk before the old one is gone. The folder must exist.
-
-    What need not outlast a power cut is spared the wait for the disk: `durable=False`.
-    """
-    data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON, replaced atomically."""
-    write_atomic(path, json.dumps(value, indent=2) + "\n")
-
-
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Adds one JSON line in a single write."""
-    line = json.dumps(record, separators=(",", ":")) + "\n"
-    with path.open("ab", buffering=0) as file:
-        file.write(line.encode())
-
-
-def json_number(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they are written as text. Other values stay as they are."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole JSON lines of `path`; a half-written last line is left for later, a missing file is empty."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
+    def __str__(self) -> str:
+        return f"{self.path.name} cannot be used: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -104,15 +91,19 @@ class RunDir:
 
     @classmethod
     def create(cls, output_dir: Path, name: str, stamp: str | None = None) -> RunDir:
-        """A new directory `<output_dir>/<name>-<stamp>[-n]`, made by exactly one caller. The stamp: date and time."""
+        """A new directory `<output_dir>/<name>-<stamp>[-n]`, made by exactly one caller. The stamp: date and time.
+
+        Only its owner may look into it: it holds people's data.
+        """
         stem = f"{name}-{stamp or f'{datetime.now():%Y%m%d-%H%M%S}'}"
+        output_dir.mkdir(parents=True, exist_ok=True)
         for attempt in range(1000):
             path = output_dir / (stem if attempt == 0 else f"{stem}-{attempt}")
             with contextlib.suppress(FileExistsError):
-                path.mkdir(parents=True)
+                path.mkdir(mode=0o700)
                 run = cls(path.resolve())
-                run.checkpoints.mkdir()
-                run.logs.mkdir()
+                run.checkpoints.mkdir(mode=0o700)
+                run.logs.mkdir(mode=0o700)
                 return run
         raise FileExistsError(f"{output_dir / stem}: a thousand runs began in this second")
 
@@ -177,8 +168,10 @@ class RunDir:
         return self.path / "export"
 
     def next_plan_revision(self) -> Path:
-        """The name for plan.json as it is changed on the way once more: plan.revision-<k>.json, k from 1."""
-        return self.path / f"plan.revision-{len(self.plan_revisions()) + 1}.json"
+        """The name for the next changed plan: plan.revision-<k>.json, where k is one more than the highest, from 1."""
+        revisions = self.plan_revisions()
+        match = _REVISION.match(revisions[-1].name) if revisions else None
+        return self.path / f"plan.revision-{int(match[1]) + 1 if match else 1}.json"
 
     def plan_revisions(self) -> list[Path]:
         """The revisions that there are, in order; none of a run that was removed."""
@@ -224,70 +217,95 @@ class RunDir:
         write_json(self.stop_file, {"time": utc_now(), "now": now, "by": by})
 
     def stop_request(self) -> dict[str, Any] | None:
-        """What was asked for, None where nothing was, or where it cannot be read at this moment."""
+        """The request to stop; None if there is none, or if it cannot be read at this moment."""
         try:
-            request: dict[str, Any] = json.loads(self.stop_file.read_text())
-        except (OSError, json.JSONDecodeError):
+            return read_json(self.stop_file)
+        except OSError:
             return None
-        return request
 
     def state(self) -> dict[str, Any]:
-        """What state.json says; an empty mapping before the first state."""
+        """The content of state.json; an empty mapping before the first state, and if it cannot be read."""
         try:
-            state: dict[str, Any] = json.loads(self.state_file.read_text())
-        except FileNotFoundError:
+            return read_json(self.state_file) or {}
+        except OSError:
             return {}
-        return state
 
     def events(self) -> list[dict[str, Any]]:
-        return list(read_lines(self.events_file))
+        """The events so far; damaged lines are left out."""
+        return list(_of_kind(read_lines(self.events_file), "event", str))
 
     def metrics(self) -> list[dict[str, Any]]:
-        return list(read_lines(self.metrics_file))
+        """The lines of all updates so far; damaged lines are left out."""
+        return list(_of_kind(read_lines(self.metrics_file), "update", int))
 
     def evaluations(self) -> list[dict[str, Any]]:
-        return list(read_lines(self.evaluations_file))
+        """The evaluations so far; damaged lines are left out."""
+        return list(_of_kind(read_lines(self.evaluations_file), "update", int))
+
+    def damaged_lines(self) -> dict[str, int]:
+        """How many lines of a file of JSON lines cannot be read, by the file's name, for files that have such lines."""
+        found: dict[str, int] = {}
+        for file, key, kind in (
+            (self.metrics_file, "update", int),
+            (self.evaluations_file, "update", int),
+            (self.events_file, "event", str),
+        ):
+            damaged: list[bytes] = []
+            records = list(read_lines(file, damaged.append))
+            if count := len(damaged) + len(records) - len(list(_of_kind(records, key, kind))):
+                found[file.name] = count
+        return found
 
     def complete_checkpoints(self) -> list[int]:
         """Updates with a checkpoint whose manifest is there and whose files have the sizes it names, oldest first.
 
-        Oldest by samples: the count of updates begins anew where the batch size is changed on a resume.
+        Oldest by samples: updates are counted differently once the batch size is changed on a resume.
         """
-        found = [match[0] for path in self.checkpoints.glob("update-*") if (match := _CHECKPOINT.match(path.name))]
-        manifests = {name: read_manifest(self.checkpoints / name) for name in found}
-        order = sorted((m["samples"], m["update"], n) for n, m in manifests.items() if m)
-        return [update for _, update, name in order if checkpoint_is_complete(self.checkpoints / name)]
+        found = [p for p in self.checkpoints.glob("update-*") if checkpoint_number(p) is not None]
+        manifests = {path: read_manifest(path) for path in found}
+        order = sorted(
+            (manifest["samples"], manifest["update"])
+            for path, manifest in manifests.items()
+            if manifest and manifest["update"] == checkpoint_number(path) and checkpoint_is_complete(path)
+        )
+        return [update for _, update in order]
+
+    def usable_checkpoints(self) -> list[int]:
+        """Those of the complete checkpoints that can be loaded, as far as can be seen without reading them whole."""
+        return [update for update in self.complete_checkpoints() if checkpoint_fault(self.checkpoint(update)) is None]
+
+    def damaged_checkpoints(self) -> list[DamagedCheckpoint]:
+        """The checkpoints that cannot be used, with the reason, by update."""
+        found = [(n, p) for p in self.checkpoints.glob("update-*") if (n := checkpoint_number(p)) is not None]
+        return [DamagedCheckpoint(p, fault) for _, p in sorted(found) if (fault := checkpoint_fault(p)) is not None]
 
     def rewind(self, samples: int, update: int) -> None:
         """Sets the lines of updates beyond a checkpoint aside, in files named *.undone-<k>: they are made again."""
-        self._set_aside(self.metrics_file, "samples", samples)
-        self._set_aside(self.evaluations_file, "update", update)
 
-    def _set_aside(self, path: Path, key: str, last: int) -> None:
-        lines = list(read_lines(path))
-        kept = [line for line in lines if line[key] <= last]
-        if len(kept) == len(lines):
-            return
-        number = len(list(self.path.glob(f"{path.stem}.undone-*"))) + 1
-        path.rename(path.with_name(f"{path.stem}.undone-{number}.jsonl"))
-        write_atomic(path, "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in kept))
+        def metrics(line: Record) -> bool:
+            # A script's lines have no samples if its batch size is not known. Their updates count from 0.
+            return _at_most(line, "samples", samples) if "samples" in line else _at_most(line, "update", update - 1)
+
+        set_aside(self.metrics_file, metrics)
+        set_aside(self.evaluations_file, lambda line: _at_most(line, "update", update))
 
     @contextlib.contextmanager
     def held(self) -> Iterator[bool]:
-        """Holds the run directory for one launcher; yields False where another one holds it.
+        """Holds the run directory for one launcher; yields False if another one holds it."""
+        with hold(self.lock_file) as held:
+            yield held
 
-        Where the file system has no locks, there is nothing to be told by them, and it is taken as held.
-        """
-        with self.lock_file.open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-            yield True
+    def holder(self) -> Holder | None:
+        """The launcher that holds the run directory, or held it last without letting go; None if there is none."""
+        return read_holder(self.lock_file)
+
+
+def _of_kind(records: Iterable[Record], key: str, kind: type) -> Iterator[Record]:
+    return (record for record in records if isinstance(record.get(key), kind))
+
+
+def _at_most(line: Record, key: str, last: int) -> bool:
+    return isinstance(line.get(key), int) and line[key] <= last
 
 
 def _allocation() -> dict[str, str]:
@@ -299,35 +317,3 @@ def _allocation() -> dict[str, str]:
         "ray_job_id": ray_job.get("metadata", {}).get("job_submission_id"),
     }
     return {key: value for key, value in found.items() if value}
-
-
-MANIFEST = "manifest.json"
-
-
-def write_manifest(checkpoint: Path, **facts: Any) -> None:
-    """Names every file of a finished checkpoint with its size: written last, it is what makes a checkpoint one."""
-    files = {str(p.relative_to(checkpoint)): p.stat().st_size for p in sorted(checkpoint.rglob("*")) if p.is_file()}
-    write_json(checkpoint / MANIFEST, {"time": utc_now(), **facts, "files": files})
-
-
-def universal_folder(checkpoint: Path) -> Path:
-    """Where a checkpoint lies once it is converted for any world size."""
-    return checkpoint.with_name(f"{checkpoint.name}-universal")
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
-    """The manifest, or None where a checkpoint was never finished."""
-    try:
-        manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    return manifest
-
-
-def checkpoint_is_complete(checkpoint: Path) -> bool:
-    """Is every file that the manifest names there, with its size?"""
-    manifest = read_manifest(checkpoint)
-    if manifest is None:
-        return False
-    files: dict[str, int] = manifest["files"]
-    return all((checkpoint / n).is_file() and (checkpoint / n).stat().st_size == s for n, s in files.items())

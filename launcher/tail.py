@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from launcher.files import parse_lines
 
 _STAMP = re.compile(r"^\d{4}-\d\d-\d\dT\S+Z ?")
 
@@ -26,7 +26,7 @@ class Tail:
     def new(self) -> list[dict[str, Any]]:
         """Whole new lines; a half-written one is left for the next look, a missing file has none.
 
-        Lines that a full disk or a lost node left damaged are passed over.
+        Lines that a full disk or a lost node left damaged are skipped.
         """
         try:
             with self._path.open("rb") as file:
@@ -36,15 +36,7 @@ class Tail:
             return []
         end = data.rfind(b"\n") + 1
         self._position += end
-        return list(_objects(data[:end].splitlines()))
-
-
-def _objects(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            value = json.loads(line)
-            if isinstance(value, dict):
-                yield value
+        return list(parse_lines(data[:end].split(b"\n")))
 
 
 def last_lines(path: Path, count: int, most_bytes: int = 64 * 1024) -> list[str]:

@@ -13,6 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from launcher.files import publish_folder
+
+__all__ = ["TokenStore", "TokenWriter", "publish_folder", "read_facts"]
+
 Tokens = npt.NDArray[np.int32]
 Learned = npt.NDArray[np.uint8]
 
@@ -92,16 +96,6 @@ class TokenWriter:
         np.asarray(self._targets, dtype=np.int32).tofile(self._temporary / _TARGETS)
         (self._temporary / "facts.json").write_text(json.dumps(self.facts()))
         publish_folder(self._temporary, self.folder)
-
-
-def publish_folder(temporary: Path, folder: Path) -> None:
-    """Renames a finished folder to its name; where another process was first, that one stays and ours goes."""
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        shutil.rmtree(temporary)
 
 
 def read_facts(folder: Path) -> dict[str, Any] | None:

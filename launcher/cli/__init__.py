@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -13,6 +14,7 @@ from launcher.cli import (
     cancel,
     doctor,
     exec,
+    export,
     init,
     lint,
     logs,
@@ -27,7 +29,8 @@ from launcher.cli import (
     watch,
     why,
 )
-from launcher.errors import LauncherError, Problem, RequestError
+from launcher.errors import LauncherError, Problem, RequestError, first_line
+from launcher.files import keep_private
 
 app = typer.Typer(
     name="launcher",
@@ -39,7 +42,7 @@ app = typer.Typer(
 )
 for _panel, _verbs in {
     "Before a run": (init.init, plan.plan, lr.lr, lint.lint, doctor.doctor, schema.schema),
-    "Running": (run.run, resume.resume, cancel.cancel),
+    "Running": (run.run, resume.resume, cancel.cancel, export.export),
     "Watching": (status.status, watch.watch, logs.logs, why.why),
 }.items():
     for _verb in _verbs:
@@ -55,23 +58,45 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+_PRIVATE = ("run", "exec", "resume", "submit", "node", "export", "doctor")
+"""The verbs that write run directories."""
+
+
 @app.callback()
 def _options(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    ctx: typer.Context,
+    _shown: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     """Options before the verb."""
+    if ctx.invoked_subcommand in _PRIVATE:
+        keep_private()
 
 
 def main() -> None:
-    """The `launcher` command. Exit status 2 for a bad request, 1 for a run that failed, 130 for one interrupted."""
+    """The `launcher` command. Exit status 2 for invalid input, 1 for a run that failed, 130 for one interrupted."""
     try:
         app()
     except LauncherError as error:
         show_error(error)
         sys.exit(error.exit_status)
+    except BrokenPipeError:
+        # The reader of the output has gone, as in `launcher plan … | head`. Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        show_error(LauncherError(_os_error_text(error)))
+        sys.exit(1)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted", style="yellow")
         sys.exit(130)
+
+
+def _os_error_text(error: OSError) -> str:
+    """The file that could not be used, if it is known, and why."""
+    if error.strerror is None:
+        return first_line(error)
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    return ": ".join([" -> ".join(names), error.strerror] if names else [error.strerror])
 
 
 def show_error(error: LauncherError) -> None:

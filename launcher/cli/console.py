@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -29,11 +30,19 @@ _SHOWN = {
 }
 
 
+class _KeptConsole(Console):
+    """A console whose reader may go away: the run continues, and nothing is shown any more."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 class RunConsole:
     """Shows one run: live in a terminal, a line now and then elsewhere."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or _KeptConsole(highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._began = time.monotonic()
@@ -73,6 +82,8 @@ class RunConsole:
 
     def update(self, metrics: dict[str, Any]) -> None:
         """One update was made."""
+        if not isinstance(metrics.get("update"), int):
+            return
         text = "  ".join(_update_words(metrics))
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=metrics["update"] + 1, shown=escape(text))
@@ -81,10 +92,9 @@ class RunConsole:
 
     def evaluation(self, evaluation: dict[str, Any]) -> None:
         """An evaluation was made."""
-        loss, perplexity = _number(evaluation["loss"]), _number(evaluation["perplexity"])
-        self._print(
-            f"          evaluation after {evaluation['update']} updates: loss [bold]{loss}[/], perplexity {perplexity}"
-        )
+        update = evaluation.get("update")
+        loss, perplexity = (number_text(evaluation.get(key)) for key in ("loss", "perplexity"))
+        self._print(f"          evaluation after {update} updates: loss [bold]{loss}[/], perplexity {perplexity}")
 
     def _start_bar(self) -> None:
         if not self.console.is_terminal:
@@ -155,11 +165,11 @@ def preflight_table(checks: list[NodeCheck]) -> Table:
 def _update_words(metrics: dict[str, Any]) -> Iterator[str]:
     """What is known of an update: a script of one's own tells what it likes."""
     if "loss" in metrics:
-        yield f"loss {_number(metrics['loss'])}"
+        yield f"loss {number_text(metrics['loss'])}"
     if "lr" in metrics:
-        yield f"rate {_number(metrics['lr'], '.2e')}"
+        yield f"rate {number_text(metrics['lr'], '.2e')}"
     if "tokens_per_second" in metrics:
-        yield f"{_number(metrics['tokens_per_second'], ',.0f')} tokens/s"
+        yield f"{number_text(metrics['tokens_per_second'], ',.0f')} tokens/s"
 
 
 def print_whole(console: Console, table: RenderableType) -> None:
@@ -169,7 +179,7 @@ def print_whole(console: Console, table: RenderableType) -> None:
     console.print(table)
 
 
-def _number(value: Any, form: str = ".4f") -> str:
+def number_text(value: Any, form: str = ".4f") -> str:
     """A number in its form; anything else, "nan" among it, as it is."""
     try:
         return format(value, form) if isinstance(value, float | int) else str(value)

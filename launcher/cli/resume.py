@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import typer
+from rich.markup import escape
 
 from launcher.cli.console import RunConsole
-from launcher.cli.run import alone_in, carry_out, check_reach, interruptible
+from launcher.cli.run import (
+    Interrupts,
+    alone_in,
+    carry_out,
+    check_reach,
+    enter_failed,
+    interruptible,
+    note_damaged_lines,
+    summarise,
+)
 from launcher.cli.watching import OUTPUT_DIR, RUN
 from launcher.errors import Problem, RequestError
+from launcher.exporting import export_fault, export_saved, export_temporary
 from launcher.job import Job, validate_job
 from launcher.job.model import LENGTHS
 from launcher.job.read import apply_overrides
 from launcher.plan.batch import KEYS
 from launcher.plan.facts import MachineFacts
-from launcher.plan.model import Plan, ScriptPlan
+from launcher.plan.model import Plan
 from launcher.plan.resolve import resolve_world
 from launcher.plan.resume import Start, continued
 from launcher.planning import check_job, make_plan
 from launcher.prepare.machine import measure_machine
-from launcher.run_dir import RunDir, read_manifest, universal_folder, write_atomic
+from launcher.run_dir import DamagedCheckpoint, RunDir, universal_folder, write_atomic
+from launcher.saved import Saved, newest_saved
 from launcher.watch.find import find_run
 
 _ORIGIN = "the resumed job"
@@ -60,11 +74,21 @@ def planned_run(path: Path) -> RunDir:
 
 @dataclass(frozen=True)
 class Rest:
-    """The rest of a run: the plan for it, the file that holds that plan already, and where it starts."""
+    """The rest of a run: the plan for it, the file that holds that plan already, and where it starts.
+
+    `saved` is the checkpoint that it starts from, and `damaged` are newer ones that cannot be used.
+    """
 
     plan: Plan
     plan_file: Path | None
     start: Start
+    saved: Saved
+    damaged: tuple[DamagedCheckpoint, ...] = ()
+
+    @property
+    def only_export(self) -> bool:
+        """Whether all updates are made."""
+        return self.start.update >= self.plan.length.total_updates
 
 
 def go_on(directory: RunDir, overrides: list[str], console: RunConsole, rest: Rest | None = None) -> None:
@@ -72,6 +96,10 @@ def go_on(directory: RunDir, overrides: list[str], console: RunConsole, rest: Re
     with console.closing(), interruptible(console, directory) as interrupts:
         rest = rest or rest_of(directory, overrides, console)
         plan, plan_file, start = rest.plan, rest.plan_file, rest.start
+        _report_damage(rest, directory, console)
+        if rest.only_export:
+            _export(rest, directory, console, interrupts)
+            return
         check_reach(plan.job, measure_machine())
         if plan_file is None:
             # Only now: a request that is refused leaves no revision behind.
@@ -83,8 +111,42 @@ def go_on(directory: RunDir, overrides: list[str], console: RunConsole, rest: Re
         if plan.resumed:
             console.note(f"  {plan.resumed.arithmetic}")
         directory.rewind(start.samples, start.update)
+        note_damaged_lines(directory, console)
         directory.event("resume", update=start.update, samples=start.samples, overrides=overrides)
         carry_out(plan, plan_file, directory, console, start, interrupts)
+
+
+def _report_damage(rest: Rest, directory: RunDir, console: RunConsole) -> None:
+    """Says which checkpoints are damaged, and which one is used."""
+    for each in rest.damaged:
+        console.note(f"  [yellow]note:[/] {escape(str(each))}; {rest.saved.folder.name} is used")
+        directory.event(
+            "checkpoint_damaged", checkpoint=each.path.name, reason=each.reason, used=rest.saved.folder.name
+        )
+
+
+def _export(rest: Rest, directory: RunDir, console: RunConsole, interrupts: Interrupts) -> None:
+    """Makes the export that a run lacks whose updates are all made."""
+    from launcher.fleet.supervisor import Outcome
+
+    update = rest.start.update
+    console.note(f"all {update} updates are made: only the export is missing ({export_fault(directory.export)})")
+    directory.event("resume", update=update, samples=rest.start.samples, overrides=[])
+    directory.enter("exporting", update=update)
+    console.state("exporting")
+    # The ranks' own, which nobody writes any more.
+    shutil.rmtree(export_temporary(directory.export), ignore_errors=True)
+    try:
+        export_saved(rest.saved, directory.export, lambda text: console.note(f"          {text}"))
+    except KeyboardInterrupt:
+        with suppress(OSError):
+            directory.enter("stopped", reason=interrupts.reason)
+        raise
+    except BaseException as error:
+        enter_failed(directory, error)
+        raise
+    directory.enter("finished", update=update, reason=None)
+    summarise(rest.plan, directory, console, Outcome("finished", update))
 
 
 def job_of_run(directory: RunDir, overrides: list[str]) -> Job:
@@ -96,46 +158,24 @@ def job_of_run(directory: RunDir, overrides: list[str]) -> Job:
 def rest_of(directory: RunDir, overrides: list[str], console: RunConsole) -> Rest:
     """What is left of a run under the overrides. Raises RequestError where it cannot be gone on with."""
     rest = where_to_go_on(directory)
+    lacks_export = rest.plan.job.export and export_fault(directory.export) is not None
+    if rest.only_export and lacks_export and not _changes_length(rest.plan, overrides):
+        # An export is the same on any ranks: in another allocation, `launcher node` overrides their number.
+        return rest
     if overrides:
         rest = _changed(rest, overrides, measure_machine(), console)
-    total = rest.plan.length.total_updates
-    if rest.start.update >= total:
-        found = f"all {total} updates are made already"
-        raise RequestError(Problem(found, file=str(directory.path), hint=f"train.max_steps={2 * total} would train on"))
+    if rest.only_export:
+        total = rest.plan.length.total_updates
+        hint = f"train.max_steps={2 * total} would train on; launcher export makes another export"
+        raise RequestError(Problem(f"all {total} updates are made already", file=str(directory.path), hint=hint))
     return rest
 
 
-def _refuse_script(directory: RunDir) -> None:
-    """Raises RequestError where the run is that of a script of the user's own."""
-    plan = Plan.from_json(directory.plan_file.read_text())
-    if isinstance(plan, ScriptPlan):
-        raise RequestError(
-            Problem(
-                f"this is a run of the script {' '.join(plan.script.arguments[:2])}, which keeps its own checkpoints",
-                file=str(directory.path),
-                hint="start it again with launcher exec, with the option by which the script goes on from them",
-            )
-        )
-
-
 def where_to_go_on(directory: RunDir) -> Rest:
-    """The plan in force at the last complete checkpoint, and the start from there. Raises RequestError."""
-    _refuse_script(directory)
-    saved = directory.complete_checkpoints()
-    if not saved:
-        raise RequestError(Problem("there is no complete checkpoint to go on from", file=str(directory.checkpoints)))
-    checkpoint = directory.checkpoint(saved[-1])
-    manifest = read_manifest(checkpoint) or {}
-    for file in (directory.plan_file, *directory.plan_revisions()):
-        plan = Plan.from_json(file.read_text())
-        if plan.sha256 == manifest["plan_sha256"]:
-            start = Start(checkpoint=str(checkpoint), update=manifest["update"], samples=manifest["samples"])
-            return Rest(plan, file, start)
-    raise RequestError(
-        Problem(
-            f"the plan {manifest['plan_sha256'][:12]}… that made {checkpoint.name} is gone", file=str(directory.path)
-        )
-    )
+    """The plan in force at the last checkpoint that can be used, and the start from there. Raises RequestError."""
+    saved, damaged = newest_saved(directory)
+    start = Start(checkpoint=str(saved.folder), update=saved.update, samples=saved.samples)
+    return Rest(saved.plan, saved.plan_file, start, saved, tuple(damaged))
 
 
 def _changed(rest: Rest, overrides: list[str], machine: MachineFacts, console: RunConsole) -> Rest:
@@ -147,11 +187,20 @@ def _changed(rest: Rest, overrides: list[str], machine: MachineFacts, console: R
     new_schedule = any(_changes_curve(key) for key in keys)
     plan = continued(old, new, start.update, start.samples, new_schedule=new_schedule)
     assert plan.resumed is not None
-    manifest = read_manifest(Path(start.checkpoint)) or {}
     # Without ZeRO every rank has the whole state, and any number of ranks can load it.
     whole = plan.zero_stage == 0 and plan.precision == "fp32"
-    convert = manifest["world_size"] != plan.world.size and not whole
-    return Rest(plan, None, start.model_copy(update={"update": plan.resumed.update, "convert": convert}))
+    convert = rest.saved.world_size != plan.world.size and not whole
+    return replace(
+        rest,
+        plan=plan,
+        plan_file=None,
+        start=start.model_copy(update={"update": plan.resumed.update, "convert": convert}),
+    )
+
+
+def _changes_length(plan: Plan, overrides: list[str]) -> bool:
+    _, keys = _job_with(plan, overrides, measure_machine())
+    return any(key == f"train.{name}" for key in keys for name in LENGTHS)
 
 
 def _changes_curve(key: str) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
@@ -17,10 +17,11 @@ from typing import IO, TYPE_CHECKING, Any
 import typer
 from rich.markup import escape
 
-from launcher.cli.console import RunConsole
+from launcher.cli.console import RunConsole, number_text
 from launcher.errors import Problem, RequestError, RunFailed, first_line
 from launcher.job import Job, placing, read_job
 from launcher.job.model import ClusterSection
+from launcher.lock import STALE_SECONDS
 from launcher.plan.facts import MachineFacts
 from launcher.plan.model import Plan, ScriptPlan
 from launcher.plan.resume import Start
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from launcher.fleet.supervisor import Outcome, Supervisor
 
 MakePlan = Callable[[OnProgress, IO[bytes]], Plan]
-_REQUEST_SECONDS, _TOUCH_EVERY = 1.0, 15
+_REQUEST_SECONDS = 1.0
 
 
 def run(
@@ -62,17 +63,22 @@ def plan_and_carry_out(make: MakePlan, job_file: Path, overrides: list[str], dir
 
 @contextmanager
 def alone_in(directory: RunDir) -> Iterator[None]:
-    """Holds a run directory: two launchers in one would undo each other. Raises RequestError where one is at work."""
+    """Holds a run directory: two launchers in one would undo each other. Raises RequestError if one is at work."""
     with directory.held() as held:
         if not held:
-            state = directory.state()
-            who = f"process {state.get('pid')} on {state.get('host')}"
-            found = f"another launcher holds this run: {state.get('state')}, {who}"
-            hint = "wait for its end, or stop it with Ctrl-C or SIGTERM"
-            raise RequestError(Problem(found, file=str(directory.path), hint=hint))
+            raise RequestError(_held_by_another(directory))
         # What was asked of an earlier launcher here is not asked of this one.
         directory.stop_file.unlink(missing_ok=True)
         yield
+
+
+def _held_by_another(directory: RunDir) -> Problem:
+    state, holder = directory.state(), directory.holder()
+    who = str(holder) if holder else f"process {state.get('pid')} on {state.get('host')}"
+    hint = "wait for its end, or stop it with launcher cancel"
+    if holder and holder.host != socket.gethostname():
+        hint += f"; if that host is down, the run is free {STALE_SECONDS:.0f} s after the launcher's last heartbeat"
+    return Problem(f"another launcher holds this run: {state.get('state')}, {who}", file=str(directory.path), hint=hint)
 
 
 def check_reach(job: Job, machine: MachineFacts) -> None:
@@ -134,19 +140,20 @@ def carry_out(
     except (RunFailed, OSError) as error:
         from launcher.watch.why import failed_message
 
-        _enter_failed(directory, error)
+        enter_failed(directory, error)
         raise RunFailed(failed_message(directory, str(error))) from None
     except BaseException as error:
-        _enter_failed(directory, error)
+        enter_failed(directory, error)
         raise
     directory.enter(outcome.state, update=outcome.updates, reason=outcome.reason)
-    _summarise(plan, directory, console, outcome)
+    summarise(plan, directory, console, outcome)
     if outcome.state == "stopped":
         # As a shell says it of a command that a signal ended: what waits for a finished run must not go on.
         raise typer.Exit(1 if outcome.reason else 128 + supervisor.stop_signal)
 
 
-def _enter_failed(directory: RunDir, error: BaseException) -> None:
+def enter_failed(directory: RunDir, error: BaseException) -> None:
+    """Records that a run failed."""
     # A full disk must not hide what failed.
     with suppress(OSError):
         directory.enter("failed", reason=first_line(error), message=str(error))
@@ -257,12 +264,7 @@ def interruptible(console: RunConsole, directory: RunDir) -> Iterator[Interrupts
 def _await_request(directory: RunDir, interrupts: Interrupts, left: threading.Event) -> None:
     """Passes on what `launcher cancel` asks for, until the run is left. A second request may be for the end at once."""
     heard: dict[str, Any] | None = None
-    for second in count(1):
-        if left.wait(_REQUEST_SECONDS):
-            return
-        if second % _TOUCH_EVERY == 0:
-            with suppress(OSError):
-                os.utime(directory.lock_file)
+    while not left.wait(_REQUEST_SECONDS):
         request = directory.stop_request()
         if request and request != heard:
             heard = request
@@ -271,7 +273,8 @@ def _await_request(directory: RunDir, interrupts: Interrupts, left: threading.Ev
             interrupts.cancel(request)
 
 
-def _summarise(plan: Plan, directory: RunDir, console: RunConsole, outcome: Outcome) -> None:
+def summarise(plan: Plan, directory: RunDir, console: RunConsole, outcome: Outcome) -> None:
+    """Shows how a run ended, and where its results are."""
     evaluations = directory.evaluations()
     console.end_progress()
     if outcome.state == "stopped":
@@ -281,8 +284,9 @@ def _summarise(plan: Plan, directory: RunDir, console: RunConsole, outcome: Outc
     else:
         console.note(f"[bold green]finished[/]{_how_far(plan, outcome)}")
     if len(evaluations) > 1:
-        first, last = evaluations[0], evaluations[-1]
-        console.note(f"  evaluation loss  {first['loss']:.4f} before, {last['loss']:.4f} after")
+        first, last = (number_text(evaluations[place].get("loss")) for place in (0, -1))
+        console.note(f"  evaluation loss  {first} before, {last} after")
+    note_damaged_lines(directory, console)
     console.note(f"  run directory    {directory.path}")
     if outcome.state == "stopped":
         lower = f" schedule.peak_lr={plan.learning_rate.peak_lr / 2:g}" if outcome.reason else ""
@@ -290,6 +294,13 @@ def _summarise(plan: Plan, directory: RunDir, console: RunConsole, outcome: Outc
     elif plan.job.export and not isinstance(plan, ScriptPlan):
         console.note(f"  exported model   {directory.export}")
         console.note("  load it with     AutoModelForCausalLM.from_pretrained(<exported model>)")
+
+
+def note_damaged_lines(directory: RunDir, console: RunConsole) -> None:
+    """Reports the lines of the run's files that cannot be read, if there are any."""
+    for name, count in directory.damaged_lines().items():
+        lines = "1 damaged line, which is" if count == 1 else f"{count} damaged lines, which are"
+        console.note(f"  [yellow]note:[/] {name} has {lines} skipped (a full disk or a crash leaves such lines)")
 
 
 def _how_far(plan: Plan, outcome: Outcome) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import RunFailed, first_line
+from launcher.files import keep_private
 from launcher.fleet.agent import Event, NodeTask
 from launcher.plan.model import Plan, World
 
@@ -351,6 +352,11 @@ def _agent_class() -> type:
 
     class RayAgent(Agent):
         """The agent as a Ray actor."""
+
+        def __init__(self) -> None:
+            # What it and its ranks write is for the run's owner alone.
+            keep_private()
+            super().__init__()
 
         def ray_node_id(self) -> str:
             return str(ray.get_runtime_context().get_node_id())

@@ -16,11 +16,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from launcher.errors import RequestError
+from launcher.files import keep_private
 from launcher.prepare.request import ModelRequest, Request, carry_out, measured
 
 
 def main() -> int:
     """0 when prepared, 2 for a bad request, 1 for a fault of ours. Answers go to the real standard output alone."""
+    keep_private()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print belongs to the log
 

@@ -33,6 +33,8 @@ def run_curves(run: RunDir) -> RunCurves:
     notes += [f"After {p.resumed.samples:,} samples: {p.resumed.arithmetic}" for p in _resumptions(plans) if p.resumed]
     note, differs = _applied_note(plans, planned, applied)
     (warnings if differs else notes).append(note)
+    if count := run.damaged_lines().get(run.metrics_file.name):
+        warnings.append(f"Lines of {run.metrics_file.name} that are damaged, and left out here: {count}.")
     shown = [*reversed(planned), *([applied] if applied.rates else [])]
     return RunCurves(plans[-1], tuple(shown), tuple(notes), tuple(warnings))
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from launcher.errors import RunFailed
+from launcher.files import parse_lines, read_json, read_lines
 from launcher.run_dir import ENDED, RunDir
 
+__all__ = ["Record", "parsed", "read_json", "records"]
+
 Record = dict[str, Any]
+records, parsed = read_lines, parse_lines
 
 
 @dataclass(frozen=True)
@@ -68,39 +68,6 @@ def read_session(run: RunDir) -> Session:
         if kind == "state" and event.get("state") not in ENDED:
             phase = str(event.get("state"))
     return Session(read_json(run.state_file) or {}, began, placed, heard, nodes, offsets, failure, phase)
-
-
-def records(path: Path) -> Iterator[Record]:
-    """The JSON lines of a file; damaged ones, a half-written last one and a missing file are passed over."""
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        yield from parsed(file)
-
-
-def parsed(lines: Iterator[bytes] | Any) -> Iterator[Record]:
-    """Those of the lines that are JSON objects."""
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict):
-                yield record
-
-
-def read_json(path: Path) -> Record | None:
-    """A JSON object; None where the file is missing or damaged. Raises PermissionError.
-
-    A file that another host replaces may be stale for a moment on a network file system: it is read once more.
-    """
-    for _ in range(2):
-        try:
-            value = json.loads(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            return None
-        except PermissionError:
-            raise
-        except OSError:
-            continue
-        return value if isinstance(value, dict) else None
-    return None
 
 
 def is_gone(run: RunDir) -> bool:

@@ -11,12 +11,14 @@ import sys
 import traceback
 from pathlib import Path
 
+from launcher.files import keep_private
 from launcher.plan.resume import Start
 from launcher.worker.control import Control
 
 
 def main() -> int:
     """0: finished or stopped as asked; 1: failed, with the traceback in the log and told to the agent."""
+    keep_private()
     control = Control.from_environment()
     try:
         from launcher.worker import train

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import pickle
 import shutil
+import zipfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from launcher.errors import RunFailed
+from launcher.errors import RunFailed, first_line
 from launcher.plan.model import Plan
 from launcher.plan.resume import Start
 from launcher.run_dir import MANIFEST, RunDir, read_manifest, universal_folder, write_manifest
@@ -80,7 +84,8 @@ class Checkpoints:
             raise RunFailed(f"{folder} has no manifest: the checkpoint was never finished")
         tag = universal_folder(folder).name if start.convert else folder.name
         settings = _group_settings(engine)
-        path, state = engine.load_checkpoint(folder.parent, tag=tag, custom_load_fn=_load_trained)
+        with _readable(folder):
+            path, state = engine.load_checkpoint(folder.parent, tag=tag, custom_load_fn=_load_trained)
         if start.convert:
             _fix_converted(engine, settings)
         if path is None:
@@ -98,6 +103,21 @@ class Checkpoints:
     def _prune(self) -> None:
         for update in self._run.complete_checkpoints()[: -self._plan.job.checkpoint.keep]:
             _remove(self._run.checkpoint(update))
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Says what to do about a checkpoint whose files have the right sizes and cannot be read. Raises RunFailed."""
+    try:
+        yield
+    except (KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise RunFailed(
+            f"the checkpoint {folder} is damaged and cannot be read ({reason})\n"
+            f"  Hint: mv {folder} {folder}.damaged; launcher resume then uses the checkpoint before it"
+        ) from error
 
 
 def _remove(folder: Path) -> None:

@@ -10,6 +10,8 @@ import deepspeed
 import torch
 from transformers import AutoModelForCausalLM
 
+from launcher.exporting import export_temporary
+from launcher.files import replace_folder
 from launcher.plan.model import Plan
 from launcher.worker.model import DTYPES, load_tokenizer
 from launcher.worker.ranks import Ranks
@@ -18,29 +20,37 @@ from launcher.worker.ranks import Ranks
 def export_model(engine: Any, plan: Plan, ranks: Ranks, folder: Path) -> None:
     """Writes config, tokenizer and safetensors to `folder`, which appears whole. All ranks must call it.
 
-    Under model.lora these are the adapters alone; where they are to be merged, the whole model with them in it, and the
-    adapters in `folder`/adapter.
+    The rest is as `write_export` has it.
     """
-    weights = _weights(engine.module, plan, ranks)
+    module = engine.module
+    if plan.zero_stage == 3:
+        weights = _gathered(module, ranks, only_trained=plan.job.model.lora is not None)
+    else:
+        weights = trained_weights(module, plan)
     if ranks.first:
-        temporary = folder.with_name(f".{folder.name}.tmp")
+        temporary = export_temporary(folder)
         shutil.rmtree(temporary, ignore_errors=True)
-        if plan.job.model.lora is None:
-            engine.module.save_pretrained(temporary, state_dict=weights)
-        else:
-            _save_adapters(engine.module, weights, plan, temporary)
-        load_tokenizer(plan).save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        write_export(module, weights, plan, temporary)
+        replace_folder(temporary, folder)
     # Nobody waits for the first rank: writing a large model can take longer than a collective may.
 
 
-def _weights(module: Any, plan: Plan, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """What is to be written: all weights, or the adapters'."""
-    only_trained = plan.job.model.lora is not None
-    if plan.zero_stage == 3:
-        return _gathered(module, ranks, only_trained=only_trained)
-    if only_trained:
+def write_export(module: Any, weights: dict[str, torch.Tensor], plan: Plan, folder: Path) -> None:
+    """Writes config, tokenizer and safetensors to `folder`.
+
+    Under model.lora these are the adapters alone; if they are to be merged, the whole model with them in it, and the
+    adapters in `folder`/adapter.
+    """
+    if plan.job.model.lora is None:
+        module.save_pretrained(folder, state_dict=weights)
+    else:
+        _save_adapters(module, weights, plan, folder)
+    load_tokenizer(plan).save_pretrained(folder)
+
+
+def trained_weights(module: Any, plan: Plan) -> dict[str, torch.Tensor]:
+    """The weights of an unsharded model that its export holds: all of them, or the adapters'."""
+    if plan.job.model.lora is not None:
         return {name: p.detach().cpu() for name, p in module.named_parameters() if p.requires_grad}
     weights: dict[str, torch.Tensor] = module.state_dict()
     return weights

@@ -20,6 +20,7 @@ from launcher.token_store import TokenStore
 from launcher.worker.export import export_model
 from tests.local.harness import fine_tuned, merged, plan_of
 from tests.local.processes import Command
+from tests.local.test_export import assert_same_export, exported
 from tests.local.test_losses import evaluated, zero_config
 from tests.local.test_methods import ADAPTERS, an_engine, one_rank
 
@@ -49,6 +50,7 @@ def test_adapters_are_trained_and_gone_on_with_exactly(job_dict, tmp_path):
     plan = lora_plan(job_dict, 2, dropout=0.1)
     run = fine_tuned(plan, tmp_path / "whole")
     check_export(plan, run)
+    assert_same_export(exported(run, tmp_path / "exported"), run.export)
     again = fine_tuned(plan, tmp_path / "again", start=saved_halfway(plan, run))
     assert made(again) == made(run)[SAVED:]
 
@@ -58,6 +60,7 @@ def test_adapters_go_on_under_zero_3_on_one_rank_and_with_less_memory(job_dict, 
     plan = lora_plan(job_dict, 3)
     run = fine_tuned(plan, tmp_path / "whole")
     check_export(plan, run)
+    assert_same_export(exported(run, tmp_path / "exported"), run.export)
     saved_halfway(plan, run)
     other = RunDir(tmp_path / "alone")
     shutil.copytree(run.path, other.path)

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import socket
+import stat
 import time
 
 import numpy as np
@@ -47,6 +48,8 @@ def test_a_run_from_job_file_to_model(job_dict, tmp_path):
     assert [line["update"] for line in run.evaluations()] == [0, 3, 5]
     assert run.complete_checkpoints() == [4, 5]
     AutoModelForCausalLM.from_pretrained(run.export)
+    modes = {path: stat.S_IMODE(path.lstat().st_mode) for path in (run.path, *run.path.rglob("*"))}
+    assert [str(path) for path, mode in modes.items() if mode & 0o077] == []
 
     folder = run.node_logs(0, socket.gethostname())
     assert sorted(path.name for path in folder.iterdir()) == ["agent.log", "node.json", "rank-0.log", "rank-1.log"]

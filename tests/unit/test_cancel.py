@@ -129,6 +129,7 @@ def test_damaged_lines_of_events_do_not_keep_a_run_from_being_stopped(built: Bui
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody to try this")
 def test_one_who_may_not_write_is_told_so(built: Built, tmp_path: Path) -> None:
     built.state("training", time.time() - START)
+    built.run.path.chmod(0o755)
     ended = as_nobody(tmp_path, "cancel", str(built.run.path))
     assert ended.status == 2
     assert "you may not stop this run, which is root's: Permission denied" in ended.err

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
+from rich.console import Console
 
 import launcher
+from launcher.cli.console import RunConsole
+from launcher.cli.run import summarise
+from launcher.fleet.supervisor import Outcome
 from launcher.job import Job, read_job
 from launcher.plan.model import Plan
 from launcher.presets import preset_names, shipped_folder
@@ -160,3 +167,61 @@ def test_resume_tells_what_is_missing(folder: Path) -> None:
     ended = command("resume", str(run.path))
     assert (ended.status, "plan.json was altered" in ended.err) == (1, True)
     assert "Traceback" not in ended.err
+
+
+def test_a_file_that_cannot_be_used_is_named_without_a_traceback(folder: Path) -> None:
+    run = RunDir.create(folder / "runs", "tiny")
+    run.plan_file.write_text(plan_of().to_json())
+    run.lock_file.mkdir()
+    ended = command("resume", str(run.path))
+    assert (ended.status, ended.err) == (1, f"error: {run.lock_file}: Is a directory\n")
+
+
+def test_it_runs_as_a_module(folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "launcher", "--version"], cwd=folder, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"launcher {launcher.__version__}\n", "")
+    wrong = subprocess.run([sys.executable, "-m", "launcher", "resume", "nowhere"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "there is no run" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "launcher", "schema"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.stderr == ""
+
+
+def test_a_run_continues_when_nobody_reads_what_it_shows(folder: Path) -> None:
+    code = (
+        "from launcher.cli.console import RunConsole\nconsole = RunConsole()\n"
+        "for update in range(99): console.note('x' * 9999)\nopen('end', 'w').close()"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr, (folder / "end").exists()) == (0, "", True)
+
+
+@pytest.mark.parametrize(("verb", "private"), [("run", True), ("export", True), ("schema", False), ("init", False)])
+def test_what_a_run_writes_is_private(verb: str, private: bool) -> None:
+    """In a process of its own: a process has one umask."""
+    code = (
+        "import os, sys\nfrom launcher import cli\nsys.argv = ['launcher', sys.argv[1], 'nowhere']\n"
+        "os.umask(0o022)\n"
+        "try: cli.main()\nexcept SystemExit: pass\nprint(oct(os.umask(0)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, verb], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == ("0o77" if private else "0o22")
+
+
+def test_the_summary_of_a_run_survives_damaged_evaluations(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "runs", "tiny")
+    lines = ['{"update": 0, "loss": "nan"}', "{}", '{"update": 8, "loss": 1.25}', '{"update": 9, "lo']
+    run.evaluations_file.write_text("\n".join(lines))
+    console = RunConsole(Console(width=500, record=True))
+    summarise(plan_of(), run, console, Outcome("finished", 8))
+    text = console.console.export_text()
+    assert "evaluation loss  nan before, 1.2500 after" in text
+    assert "evaluations.jsonl has 1 damaged line, which is skipped" in text

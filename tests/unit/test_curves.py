@@ -248,3 +248,18 @@ def test_the_curve_in_the_plan_is_the_schedules_own() -> None:
     plan = plan_of(job_of(train={"max_steps": 50}, schedule={"shape": "cosine", "peak_lr": 2e-5, "warmup": 5}))
     schedule = schedule_of(plan)
     assert plan_curve(plan).rates == tuple(rate_at(schedule, update) for update in range(50))
+
+
+def test_damaged_lines_of_a_run_are_left_out_and_counted(tmp_path: Path) -> None:
+    plan = plan_of()
+    run = RunDir.create(tmp_path, "x")
+    write_atomic(run.plan_file, plan.to_json())
+    curve = plan_curve(plan)
+    for update in range(3):
+        append_line(run.metrics_file, {"update": update, "lr": curve.at(update)})
+        with run.metrics_file.open("ab") as file:
+            file.write(b'{"update": 7, "lr\xff')
+    append_line(run.metrics_file, {"update": 3, "lr": curve.at(3)})
+    curves = run_curves(run)
+    assert curves.curves[-1].updates == (0, 1, 2, 3)
+    assert "Lines of metrics.jsonl that are damaged, and left out here: 3." in curves.warnings

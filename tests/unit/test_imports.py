@@ -20,26 +20,32 @@ HEAVY = ("torch", "deepspeed", "transformers", "datasets", "ray", "peft")
 MAY_IMPORT = {
     "errors": set(),
     "aftermath": set(),
-    "run_dir": set(),
+    "files": set(),
+    "lock": {"files"},
+    "manifest": {"files"},
+    "run_dir": {"files", "lock", "manifest"},
+    "saved": {"errors", "manifest", "plan", "run_dir"},
+    "exporting": {"errors", "files", "saved"},
     "reporting": {"run_dir", "tail"},
-    "token_store": set(),
+    "token_store": {"files"},
     "presets": set(),
     "job": {"errors"},
     "schedule": {"errors"},
     "ds_config": {"errors", "schedule"},
     "plan": {"errors", "job", "schedule", "ds_config"},
-    "tail": set(),
-    "watch": {"aftermath", "errors", "run_dir", "schedule", "plan", "tail"},
+    "tail": {"files"},
+    "watch": {"aftermath", "errors", "files", "run_dir", "schedule", "plan", "tail"},
     "methods": {"errors", "job"},
-    "prepare": {"errors", "job", "plan", "methods", "run_dir", "tail", "token_store"},
+    "prepare": {"errors", "files", "job", "plan", "methods", "run_dir", "tail", "token_store"},
     "planning": {"errors", "job", "ds_config", "plan", "prepare", "presets"},
-    "worker": {"errors", "methods", "plan", "schedule", "run_dir", "token_store"},
-    "fleet": {"aftermath", "errors", "plan", "prepare", "run_dir", "tail"},
+    "worker": {"errors", "exporting", "files", "methods", "plan", "schedule", "run_dir", "token_store"},
+    "fleet": {"aftermath", "errors", "files", "plan", "prepare", "run_dir", "tail"},
     "submit": {"errors", "job", "plan", "run_dir", "fleet", "presets"},
 }
 """For each room the rooms below it. cli/ stands on all of them but worker/, which runs in processes of its own."""
 
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"worker"}
+MAY_IMPORT["__main__"] = {"cli"}
 
 HEAVY_PLACES = {
     "torch": ("worker/", "prepare/model.py", "ds_config/build_catalogue.py"),
@@ -51,6 +57,7 @@ HEAVY_PLACES = {
     "ray": ("fleet/", "submit/"),
     "subprocess": (
         "submit/",
+        "exporting.py",
         "fleet/process.py",
         "fleet/own_ray.py",
         "prepare/__init__.py",
@@ -63,6 +70,9 @@ HEAVY_PLACES = {
 
 PACKAGES = {
     "schedule": set(),
+    "files": set(),
+    "lock": set(),
+    "manifest": set(),
     "run_dir": set(),
     "reporting": set(),
     "errors": set(),
@@ -187,6 +197,7 @@ def fresh(body: str, folder: Path) -> str:
         (["logs", "--help"], ("--follow", "--since")),
         (["watch", "--help"], ("RUN",)),
         (["why", "--help"], ("RUN",)),
+        (["export", "--help"], ("RUN", "--update")),
     ],
     ids=" ".join,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import stat
 import threading
 import time
 from datetime import datetime
@@ -213,3 +214,76 @@ def test_a_request_to_stop_names_who_asks_and_is_read_back(tmp_path: Path) -> No
     run.request_stop(now=True)
     request = run.stop_request()
     assert request is not None and request["now"] is True and "@" in request["by"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe",
+        b"[]",
+        b"{}",
+        b"\x00" * 40,
+        b'{"update": 2}',
+        b'{"update": "2", "samples": 16, "files": {}}',
+        b"[" * 99999,
+    ],
+)
+def test_a_manifest_that_cannot_be_read_is_like_a_missing_one(run: RunDir, content: bytes) -> None:
+    saved(run, 1)
+    (saved(run, 2) / MANIFEST).write_bytes(content)
+    assert read_manifest(run.checkpoint(2)) is None
+    assert run.complete_checkpoints() == [1]
+
+
+def test_a_manifest_of_another_update_does_not_count(run: RunDir) -> None:
+    saved(run, 1).rename(run.checkpoint(5))
+    saved(run, 2)
+    assert run.complete_checkpoints() == [2]
+
+
+def test_the_next_revision_has_the_highest_number(run: RunDir) -> None:
+    assert run.next_plan_revision().name == "plan.revision-1.json"
+    for number in (2, 10):
+        (run.path / f"plan.revision-{number}.json").touch()
+    assert run.next_plan_revision().name == "plan.revision-11.json"
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"state": "trai', b"\xff\xfe", b"\x00" * 99])
+def test_a_state_that_cannot_be_read_is_like_a_missing_one(run: RunDir, content: bytes) -> None:
+    run.state_file.write_bytes(content)
+    run.stop_file.write_bytes(content)
+    assert run.state() == {}
+    assert run.stop_request() is None
+
+
+def test_damaged_lines_are_left_out_and_counted_by_file(run: RunDir) -> None:
+    assert run.damaged_lines() == {}
+    for file, record in (
+        (run.metrics_file, {"update": 0, "samples": 8}),
+        (run.evaluations_file, {"update": 0, "loss": 1.0}),
+        (run.events_file, {"event": "state", "state": "placing"}),
+    ):
+        append_line(file, record)
+        with file.open("ab") as torn:
+            torn.write(b'{"update": 1, "lo')
+        append_line(file, record)
+    append_line(run.metrics_file, {"update": "one"})
+    assert run.damaged_lines() == {"metrics.jsonl": 2, "evaluations.jsonl": 1, "events.jsonl": 1}
+    assert [len(found) for found in (run.metrics(), run.evaluations(), run.events())] == [2, 2, 2]
+
+
+def test_a_rewind_takes_lines_without_samples_by_their_update(run: RunDir) -> None:
+    for update in range(3):
+        append_line(run.metrics_file, {"update": update, "loss": "nan"})
+    append_line(run.metrics_file, {"loss": 1.0})
+    run.rewind(samples=16, update=2)
+    assert [line["update"] for line in run.metrics()] == [0, 1]
+    run.rewind(samples=0, update=-1)
+    assert run.metrics_file.read_bytes() == b""
+    assert {path.name for path in run.path.glob("*.undone-*")} == {f"metrics.undone-{k}.jsonl" for k in (1, 2)}
+
+
+def test_a_run_directory_is_its_owners_alone(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "x")
+    for folder in (run.path, run.checkpoints, run.logs):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700

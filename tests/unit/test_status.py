@@ -344,10 +344,13 @@ def test_nothing_in_the_run_directory_is_touched(built: Built) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody to try this")
 def test_a_run_that_may_not_be_read_is_told_and_hides_no_other(built: Built, tmp_path: Path) -> None:
     training(built)
+    built.run.path.chmod(0o755)
     built.run.events_file.chmod(0o600)
     runs = tmp_path / "runs"
     Built(runs, "b-closed").run.path.chmod(0o700)
-    Built(runs, "c-open").state("failed", 5.0)
+    opened = Built(runs, "c-open")
+    opened.state("failed", 5.0)
+    opened.run.path.chmod(0o755)
     one = as_nobody(tmp_path, "status", str(built.run.path))
     assert one.status == 2 and "you may not read this" in one.err and "events.jsonl" in one.err
     closed = as_nobody(tmp_path, "why", "b-closed", "--output-dir", str(runs))

@@ -1,0 +1,98 @@
+"""`launcher export`: make a Hugging Face model of any checkpoint of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from launcher.cli.watching import OUTPUT_DIR, RUN
+from launcher.errors import Problem, RequestError, nearest
+
+if TYPE_CHECKING:
+    from launcher.exporting import DType
+    from launcher.run_dir import RunDir
+    from launcher.saved import Saved
+
+
+def export(
+    run: str = RUN,
+    update: int = typer.Option(None, "--update", metavar="N", help="The checkpoint after N updates; default: newest."),
+    dtype: str = typer.Option(
+        None, "--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; default: the dtype of the training."
+    ),
+    merge: bool = typer.Option(False, "--merge", help="Merge LoRA adapters into the model, whatever the job says."),
+    output: Path = typer.Option(
+        None,
+        "--output",
+        metavar="DIR",
+        help="A new folder; default: RUN/export-update-N, or RUN/export if that is missing.",
+    ),
+    output_dir: Path = OUTPUT_DIR,
+) -> None:
+    """Export a checkpoint of a run as a Hugging Face model: any checkpoint, at any time, also while the run trains.
+
+    It takes one process on this machine, without Ray or GPUs, and memory for the model. The weights are those that the
+    run itself exports at that update. With --dtype float32, a run in bfloat16 or float16 under ZeRO exports the float32
+    weights that its optimizer keeps.
+    """
+    from launcher.exporting import export_saved
+    from launcher.run_dir import RunDir
+    from launcher.saved import newest_saved, saved_at
+    from launcher.watch.find import find_run
+
+    console = Console(highlight=False, soft_wrap=True)
+    chosen = _dtype(dtype)
+    directory = RunDir(find_run(run, output_dir).path)
+    if not directory.plan_file.is_file():
+        raise RequestError(Problem("there is no plan.json here, so this is not a run directory", file=run))
+    if update is None:
+        saved, damaged = newest_saved(directory)
+        for each in damaged:
+            console.print(f"[yellow]note:[/] {escape(str(each))}; {saved.folder.name} is exported")
+    else:
+        saved = saved_at(directory, update)
+    if merge and saved.plan.job.model.lora is None:
+        raise RequestError(Problem("this run has no LoRA adapters to merge", key="--merge", file=str(directory.path)))
+    folder = _free(output) if output else _default_folder(directory, saved, chosen, merge)
+    console.print(f"exporting {saved.folder.name} of {directory.path.name}")
+    export_saved(saved, folder, lambda text: console.print(f"  {text}"), dtype=chosen, merge=merge)
+    console.print(f"exported model  {folder}")
+
+
+def _dtype(name: str | None) -> DType | None:
+    from launcher.exporting import DTYPES
+
+    for dtype in DTYPES:
+        if name == dtype:
+            return dtype
+    if name is None:
+        return None
+    close = nearest(name, DTYPES)
+    hint = f"did you mean {close}?" if close else f"one of {', '.join(DTYPES)}"
+    raise RequestError(Problem(f"{name!r} is not a dtype of an export", key="--dtype", hint=hint))
+
+
+def _free(output: Path) -> Path:
+    """An absolute path at which there is nothing yet. Raises RequestError."""
+    folder = output.expanduser().resolve()
+    if folder.is_dir() and not any(folder.iterdir()):
+        return folder
+    if folder.exists():
+        hint = "name a new folder, or remove this one"
+        raise RequestError(Problem("this exists already", file=str(folder), key="--output", hint=hint))
+    return folder
+
+
+def _default_folder(directory: RunDir, saved: Saved, dtype: DType | None, merge: bool) -> Path:
+    """In the run directory: "export" if the run's own is missing and this is the same, else a name that says what."""
+    from launcher.exporting import export_fault
+
+    final = saved.update == saved.plan.length.total_updates and dtype is None and not merge
+    if final and export_fault(directory.export) is not None:
+        return directory.export
+    parts = ["export", saved.folder.name, *([dtype] if dtype else []), *(["merged"] if merge else [])]
+    return directory.path / "-".join(parts)

@@ -1,0 +1,129 @@
+"""The exporting process: `python -m launcher.worker.exporter` makes a Hugging Face folder of a checkpoint.
+
+It reads a request (launcher/exporting.py) from standard input and answers in JSON lines: {"progress": text}, or
+{"error": text}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from transformers.utils import logging as transformers_logging
+
+from launcher.errors import LauncherError, RunFailed
+from launcher.exporting import ExportRequest
+from launcher.files import keep_private
+from launcher.plan.model import Plan
+from launcher.worker.export import trained_weights, write_export
+from launcher.worker.model import DTYPES, load_model
+
+_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_MODEL_STATES = "mp_rank_00_model_states.pt"
+_REPORT_EVERY = 8
+"""Progress is reported so many times while the weights are read."""
+
+
+def main() -> int:
+    """0: exported; 1: failed, with the traceback on standard error. Answers alone go to standard output."""
+    keep_private()
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is not an answer
+
+    def answer(**message: str) -> None:
+        answers.write(json.dumps(message) + "\n")
+
+    request = ExportRequest.model_validate_json(sys.stdin.read())
+    transformers_logging.disable_progress_bar()
+    try:
+        export_checkpoint(request, lambda text: answer(progress=text))
+    except LauncherError as error:
+        answer(error=str(error))
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def export_checkpoint(request: ExportRequest, progress: Callable[[str], None]) -> None:
+    """Writes the export of a checkpoint to the folder of the request. Raises RunFailed if they do not fit together.
+
+    The weights are those that the run itself would export at that update, bit for bit, in the dtype that it trains in.
+    """
+    trained = Plan.from_json(request.plan_file.read_text())
+    plan = in_this_process(trained, request)
+    progress("reading the pretrained model")
+    model = load_model(plan).to(DTYPES[plan.precision])
+    fill(model, saved_weights(request.checkpoint, trained, plan.precision, progress), progress)
+    progress("writing the export")
+    write_export(model, trained_weights(model, plan), plan, request.folder)
+
+
+def in_this_process(plan: Plan, request: ExportRequest) -> Plan:
+    """The plan as far as the model of it is concerned: unsharded, in the dtype asked for, without what is for GPUs."""
+    precision = _PRECISIONS[request.dtype] if request.dtype else plan.precision
+    section = plan.job.model
+    changes: dict[str, Any] = {"attn_implementation": "auto", "liger": False, "gradient_checkpointing": False}
+    if section.lora is not None and request.merge:
+        changes["lora"] = section.lora.model_copy(update={"merge": True})
+    job = plan.job.model_copy(update={"model": section.model_copy(update=changes)})
+    return plan.model_copy(update={"job": job, "precision": precision, "zero_stage": 0})
+
+
+def saved_weights(checkpoint: Path, plan: Plan, precision: str, progress: Callable[[str], None]) -> Mapping[str, Any]:
+    """The trained weights of a checkpoint by name: tensors, or what `contiguous()` makes a tensor of when it is asked.
+
+    Under ZeRO 3 they are put together from the ranks' float32 shards, of which the weights in training are a cast. For
+    an export that is more precise than the training's weights, the same is done under ZeRO 1 and 2.
+    """
+    if plan.zero_stage == 3:
+        return _from_shards(checkpoint)
+    if precision == "fp32" and plan.precision != "fp32":
+        try:
+            return _from_shards(checkpoint)
+        except (ValueError, FileNotFoundError) as error:
+            # Without ZeRO, and for bfloat16 with gradients accumulated in float32, DeepSpeed has another optimizer.
+            if plan.zero_stage > 0 and "is not a zero checkpoint" not in str(error):
+                raise
+            progress(f"this run's optimizer has no ZeRO shards: exporting its {plan.precision} weights as float32")
+    states = torch.load(checkpoint / _MODEL_STATES, map_location="cpu", mmap=True, weights_only=False)
+    weights: Mapping[str, Any] = states["module"]
+    return weights
+
+
+def _from_shards(checkpoint: Path) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
+        str(checkpoint.parent), tag=checkpoint.name, exclude_frozen_parameters=True, lazy_mode=True
+    )
+    return found
+
+
+@torch.no_grad()
+def fill(model: Any, weights: Mapping[str, Any], progress: Callable[[str], None]) -> None:
+    """Copies weights into a model, one at a time. Raises RunFailed if one does not fit, or a trained one is missing."""
+    own = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
+    filled: set[int] = set()
+    step = max(1, len(weights) // _REPORT_EVERY)
+    for number, (name, weight) in enumerate(weights.items()):
+        if number % step == 0:
+            progress(f"reading the checkpoint: {number} of {len(weights)} weights")
+        target = own.get(name)
+        if target is None or target.shape != weight.shape:
+            raise RunFailed(f"the checkpoint is of another model: it differs in {name}")
+        target.copy_(weight.contiguous())
+        filled.add(id(target))
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in filled]
+    if missing:
+        raise RunFailed(f"the checkpoint is of another model: it lacks {', '.join(missing[:5])}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""One launcher in a run directory, also where file locks mean nothing, and none that a mere reader can keep out."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from launcher import lock
+from launcher.cli.run import alone_in
+from launcher.errors import RequestError
+from launcher.lock import STALE_SECONDS, heartbeat_age, hold, read_holder
+from launcher.run_dir import RunDir
+
+HOLDING = """
+import sys
+from pathlib import Path
+from launcher.lock import hold
+with hold(Path(sys.argv[1])) as held:
+    print(held, flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def another_launcher(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the lock file."""
+    command = [sys.executable, "-c", HOLDING, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "True\n"
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "launcher.lock"
+
+
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that grants every lock, as Lustre does to another host."""
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+
+
+def written(path: Path, age_seconds: float, **changes: object) -> None:
+    """A lock file whose launcher touched it last so many seconds ago."""
+    path.unlink(missing_ok=True)
+    with hold(path) as held:
+        assert held
+        holder = json.loads(path.read_text())
+    path.write_text(json.dumps({**holder, **changes}))
+    os.utime(path, (time.time() - age_seconds,) * 2)
+
+
+def free(path: Path) -> bool:
+    with hold(path) as held:
+        return held
+
+
+def test_one_process_at_a_time_holds_it(path: Path) -> None:
+    with another_launcher(path) as other:
+        assert not free(path)
+        holder = read_holder(path)
+        assert holder is not None and (holder.pid, holder.host) == (other.pid, socket.gethostname())
+    assert read_holder(path) is None
+    assert free(path)
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_a_process_of_this_host_is_seen_where_locks_mean_nothing(path: Path) -> None:
+    with another_launcher(path) as other:
+        os.utime(path, (0, 0))  # however quiet it is
+        assert not free(path)
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        assert read_holder(path) is not None
+        assert free(path)
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_another_process_of_the_same_number_is_not_the_holder(path: Path) -> None:
+    written(path, 0.0, pid=os.getpid(), started=1)
+    assert free(path)
+
+
+@pytest.mark.parametrize(
+    ("age", "changes", "is_free"),
+    [
+        (1.0, {"host": "other"}, False),
+        (STALE_SECONDS - 20, {"host": "other"}, False),
+        (STALE_SECONDS + 1, {"host": "other"}, True),
+        # A host of the same name that is another one, or was started anew.
+        (1.0, {"boot": "another"}, False),
+        (STALE_SECONDS + 1, {"boot": "another"}, True),
+        # What is not a holder's name does not hold.
+        (1.0, {"host": 7}, True),
+        (1.0, {"pid": "7"}, True),
+    ],
+)
+def test_the_heartbeat_of_another_host_decides(path: Path, age: float, changes: dict, is_free: bool) -> None:
+    written(path, age, **changes)
+    assert free(path) is is_free
+
+
+def test_a_job_that_slurm_requeued_does_not_wait_for_its_earlier_start(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    written(path, 1.0, host="other", slurm_job="7", slurm_restart="0")
+    assert free(path)
+    for same_start in ({"slurm_restart": "1"}, {"slurm_job": "8"}):
+        written(path, 1.0, **{"host": "other", "slurm_job": "7", "slurm_restart": "0", **same_start})
+        assert not free(path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00" * 9])
+def test_a_lock_file_of_an_earlier_version_or_a_damaged_one_holds_nothing(path: Path, content: str) -> None:
+    path.write_text(content)
+    assert free(path)
+
+
+def test_the_holder_touches_the_file_while_it_works(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    with hold(path):
+        os.utime(path, (0, 0))
+        deadline = time.monotonic() + 60
+        while path.stat().st_mtime == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        age = heartbeat_age(path)
+        assert age is not None and age < 60
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_a_look_at_the_lock_does_not_keep_a_launcher_out(path: Path) -> None:
+    """`launcher status` takes a shared lock for a moment."""
+    path.touch()
+    looking = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_SH); print(flush=True); "
+            "time.sleep(0.3)",
+            str(path),
+        ],
+        stdout=subprocess.PIPE,
+    )
+    assert looking.stdout is not None
+    looking.stdout.readline()
+    assert free(path)
+    looking.wait()
+
+
+def test_where_there_are_no_locks_at_all_the_holder_is_seen(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with hold(path) as first, hold(path) as second:
+        assert (first, second) == (True, False)
+
+
+def test_a_claim_that_a_crash_left_behind_does_not_last(path: Path) -> None:
+    claim = path.with_name(f".{path.name}.claim")
+    claim.touch()
+    assert not free(path)
+    os.utime(claim, (0, 0))
+    assert free(path)
+    assert not claim.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user to try this")
+@pytest.mark.parametrize("before", [None, 0o644])
+def test_a_user_who_may_only_read_cannot_lock_it(tmp_path: Path, before: int | None) -> None:
+    """Whatever the folder's mode is, and also in a run directory of an earlier version."""
+    run = RunDir.create(tmp_path, "job")
+    folders = [run.path, *run.path.parents[:3]]
+    for folder in folders:
+        folder.chmod(0o755)
+    if before is not None:
+        run.lock_file.touch(mode=before)
+    with run.held():
+        pass
+    assert stat.S_IMODE(run.lock_file.stat().st_mode) == 0o600
+    locking = (
+        "import fcntl, os, sys\nos.setuid(65534)\nos.stat(sys.argv[1])\nf = open(sys.argv[1])\n"
+        "fcntl.flock(f, fcntl.LOCK_SH)"
+    )
+    done = subprocess.run([sys.executable, "-c", locking, str(run.lock_file)], capture_output=True, text=True)
+    for folder in folders:
+        folder.chmod(0o700)
+    # The file is seen, and cannot be opened.
+    assert "PermissionError" in done.stderr and "line 4" in done.stderr
+    with run.held() as held:
+        assert held
+
+
+def test_who_holds_a_run_is_named(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "job")
+    run.enter("training")
+    written(run.lock_file, 1.0, host="node7", pid=4711)
+    with pytest.raises(RequestError) as refused, alone_in(run):
+        pass
+    (problem,) = refused.value.problems
+    assert "another launcher holds this run: training, process 4711 on node7, since 20" in problem.message
+    assert problem.hint is not None and "if that host is down, the run is free 60 s after" in problem.hint
