@@ -14,16 +14,15 @@ from rich.markup import escape
 from launcher.cli.console import RunConsole
 from launcher.cli.run import (
     Interrupts,
+    _summarise,
     alone_in,
     carry_out,
     check_reach,
-    enter_failed,
     interruptible,
     note_damaged_lines,
-    summarise,
 )
 from launcher.cli.watching import OUTPUT_DIR, RUN
-from launcher.errors import Problem, RequestError
+from launcher.errors import Problem, RequestError, first_line
 from launcher.exporting import export_fault, export_saved, export_temporary
 from launcher.job import Job, validate_job
 from launcher.job.model import LENGTHS
@@ -143,10 +142,11 @@ def _export(rest: Rest, directory: RunDir, console: RunConsole, interrupts: Inte
             directory.enter("stopped", reason=interrupts.reason)
         raise
     except BaseException as error:
-        enter_failed(directory, error)
+        with suppress(OSError):
+            directory.enter("failed", reason=first_line(error), message=str(error))
         raise
     directory.enter("finished", update=update, reason=None)
-    summarise(rest.plan, directory, console, Outcome("finished", update))
+    _summarise(rest.plan, directory, console, Outcome("finished", update))
 
 
 def job_of_run(directory: RunDir, overrides: list[str]) -> Job:

@@ -140,20 +140,19 @@ def carry_out(
     except (RunFailed, OSError) as error:
         from launcher.watch.why import failed_message
 
-        enter_failed(directory, error)
+        _enter_failed(directory, error)
         raise RunFailed(failed_message(directory, str(error))) from None
     except BaseException as error:
-        enter_failed(directory, error)
+        _enter_failed(directory, error)
         raise
     directory.enter(outcome.state, update=outcome.updates, reason=outcome.reason)
-    summarise(plan, directory, console, outcome)
+    _summarise(plan, directory, console, outcome)
     if outcome.state == "stopped":
         # As a shell says it of a command that a signal ended: what waits for a finished run must not go on.
         raise typer.Exit(1 if outcome.reason else 128 + supervisor.stop_signal)
 
 
-def enter_failed(directory: RunDir, error: BaseException) -> None:
-    """Records that a run failed."""
+def _enter_failed(directory: RunDir, error: BaseException) -> None:
     # A full disk must not hide what failed.
     with suppress(OSError):
         directory.enter("failed", reason=first_line(error), message=str(error))
@@ -273,8 +272,7 @@ def _await_request(directory: RunDir, interrupts: Interrupts, left: threading.Ev
             interrupts.cancel(request)
 
 
-def summarise(plan: Plan, directory: RunDir, console: RunConsole, outcome: Outcome) -> None:
-    """Shows how a run ended, and where its results are."""
+def _summarise(plan: Plan, directory: RunDir, console: RunConsole, outcome: Outcome) -> None:
     evaluations = directory.evaluations()
     console.end_progress()
     if outcome.state == "stopped":

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import launcher
 from launcher.cli.console import RunConsole
-from launcher.cli.run import summarise
+from launcher.cli.run import _summarise
 from launcher.fleet.supervisor import Outcome
 from launcher.job import Job, read_job
 from launcher.plan.model import Plan
@@ -221,7 +221,7 @@ def test_the_summary_of_a_run_survives_damaged_evaluations(tmp_path: Path) -> No
     lines = ['{"update": 0, "loss": "nan"}', "{}", '{"update": 8, "loss": 1.25}', '{"update": 9, "lo']
     run.evaluations_file.write_text("\n".join(lines))
     console = RunConsole(Console(width=500, record=True))
-    summarise(plan_of(), run, console, Outcome("finished", 8))
+    _summarise(plan_of(), run, console, Outcome("finished", 8))
     text = console.console.export_text()
     assert "evaluation loss  nan before, 1.2500 after" in text
     assert "evaluations.jsonl has 1 damaged line, which is skipped" in text
