@@ -17,7 +17,7 @@ from launcher.job.model import LENGTHS
 from launcher.job.read import apply_overrides
 from launcher.plan.batch import KEYS
 from launcher.plan.facts import MachineFacts
-from launcher.plan.model import Plan, ScriptPlan
+from launcher.plan.model import Plan, ScriptPlan, hash_in
 from launcher.plan.resolve import resolve_world
 from launcher.plan.resume import Start, continued
 from launcher.planning import check_job, make_plan
@@ -127,8 +127,9 @@ def where_to_go_on(directory: RunDir) -> Rest:
     checkpoint = directory.checkpoint(saved[-1])
     manifest = read_manifest(checkpoint) or {}
     for file in (directory.plan_file, *directory.plan_revisions()):
-        plan = Plan.from_json(file.read_text())
-        if plan.sha256 == manifest["plan_sha256"]:
+        text = file.read_text()
+        plan = Plan.from_json(text)
+        if manifest["plan_sha256"] in (plan.sha256, hash_in(text)):
             start = Start(checkpoint=str(checkpoint), update=manifest["update"], samples=manifest["samples"])
             return Rest(plan, file, start)
     raise RequestError(
