@@ -16,6 +16,7 @@ from launcher.job import Job, validate_job
 from launcher.job.model import LENGTHS
 from launcher.job.read import apply_overrides
 from launcher.plan.batch import KEYS
+from launcher.plan.convert import must_convert
 from launcher.plan.facts import MachineFacts
 from launcher.plan.model import Plan, ScriptPlan, hash_in
 from launcher.plan.resolve import resolve_world
@@ -149,9 +150,7 @@ def _changed(rest: Rest, overrides: list[str], machine: MachineFacts, console: R
     plan = continued(old, new, start.update, start.samples, new_schedule=new_schedule)
     assert plan.resumed is not None
     manifest = read_manifest(Path(start.checkpoint)) or {}
-    # Without ZeRO every rank has the whole state, and any number of ranks can load it.
-    whole = plan.zero_stage == 0 and plan.precision == "fp32"
-    convert = manifest["world_size"] != plan.world.size and not whole
+    convert = must_convert(old, manifest["world_size"], plan)
     return Rest(plan, None, start.model_copy(update={"update": plan.resumed.update, "convert": convert}))
 
 

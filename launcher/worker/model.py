@@ -53,10 +53,13 @@ def load_tokenizer(plan: Plan) -> Any:
 
 
 def make_engine(plan: Plan, model: Any, *, universal: bool = False) -> Any:
-    """The DeepSpeed engine, as `deepspeed.initialize` leaves it; `universal` has it load a converted checkpoint."""
-    config = plan.ds_config
-    if universal:
-        config = {**config, "checkpoint": {**config.get("checkpoint", {}), "load_universal": True}}
+    """The DeepSpeed engine, as `deepspeed.initialize` leaves it.
+
+    `universal` has it load a converted checkpoint. Whatever the JSON says of that, any other checkpoint is DeepSpeed's
+    ordinary one, which it cannot load as a converted one.
+    """
+    checkpoint = plan.ds_config.get("checkpoint") or {}
+    config = {**plan.ds_config, "checkpoint": {**checkpoint, "load_universal": universal}}
     scheduler = client_scheduler(plan)
     engine, *_ = deepspeed.initialize(
         model=model,
