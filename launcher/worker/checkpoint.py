@@ -124,12 +124,17 @@ def _restore_settings(engine: Any, settings: list[dict[str, Any]]) -> None:
     """Gives the optimizer what the plan says of it again: a checkpoint loads the weight decay, betas and clipping with
     which it was saved, and a converted one gives every parameter group the first one's (stage3.py of 0.19.8).
 
-    The learning rates are the scheduler's, which is set after this.
+    The learning rates are the scheduler's, which is set after this. Raises RunFailed where the clipping is not where
+    DeepSpeed keeps it.
     """
     for group, its in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(its)
-    if hasattr(engine.optimizer, "clip_grad"):
-        engine.optimizer.clip_grad = engine.gradient_clipping()
+    if engine.optimizer is engine.basic_optimizer:
+        return
+    if not hasattr(engine.optimizer, "clip_grad"):
+        found = f"DeepSpeed's {type(engine.optimizer).__name__} has no clip_grad"
+        raise RunFailed(f"{found}: gradient_clipping cannot be set to the plan's {engine.gradient_clipping()}")
+    engine.optimizer.clip_grad = engine.gradient_clipping()
 
 
 def _separate_steps(engine: Any) -> None:
@@ -137,7 +142,7 @@ def _separate_steps(engine: Any) -> None:
 
     DeepSpeed's stage 3 loads one counter for all of them, which Adam then advances once for each (stage3.py of 0.19.8).
     """
-    for state in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values():
+    for state in engine.basic_optimizer.state.values():
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].clone()
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.liger import apply_liger_kernel
 
+from launcher.errors import RunFailed
 from launcher.methods import choose_trained
 from launcher.plan.model import Plan
 from launcher.worker.scheduler import client_scheduler
@@ -84,8 +85,11 @@ def parameter_groups(model: Any) -> list[dict[str, Any]]:
 
 
 def _dimensions(parameter: Any) -> int:
-    """A parameter under ZeRO-3 is a flat part of what `ds_shape` says."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+    """A parameter under ZeRO-3 is a flat part of what `ds_shape` says. Raises RunFailed where nothing says it."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    if 0 in shape:
+        raise RunFailed("DeepSpeed does not name the shape of a partitioned weight, so it may be a matrix or a vector")
+    return len(shape)
 
 
 @contextlib.contextmanager

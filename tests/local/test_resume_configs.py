@@ -37,7 +37,7 @@ def whole_run(job_dict: dict, folder: Path, config: dict[str, Any], **sections: 
 
 
 def resumed(run: RunDir, *overrides: str) -> RunDir:
-    """The run's updates after its checkpoint on the way, made again; without Ray, as `launcher resume` has them made."""
+    """The run's updates after its checkpoint on the way, made again as `launcher resume` does, without Ray."""
     shutil.rmtree(run.checkpoint(UPDATES))
     rest = rest_of(run, list(overrides), RunConsole())
     plan_file = rest.plan_file or run.next_plan_revision()
