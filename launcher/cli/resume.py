@@ -16,7 +16,7 @@ from launcher.job import Job, validate_job
 from launcher.job.model import LENGTHS
 from launcher.job.read import apply_overrides
 from launcher.plan.batch import KEYS
-from launcher.plan.convert import must_convert
+from launcher.plan.convert import must_convert, ranks_known
 from launcher.plan.facts import MachineFacts
 from launcher.plan.model import Plan, ScriptPlan, hash_in
 from launcher.plan.resolve import resolve_world
@@ -91,7 +91,11 @@ def go_on(directory: RunDir, overrides: list[str], console: RunConsole, rest: Re
 def job_of_run(directory: RunDir, overrides: list[str]) -> Job:
     """The job of what is left of a run under the overrides. Raises RequestError as `rest_of` does."""
     rest = where_to_go_on(directory)
-    return _job_with(rest.plan, overrides, measure_machine())[0]
+    job = _job_with(rest.plan, overrides, measure_machine())[0]
+    manifest = read_manifest(Path(rest.start.checkpoint)) or {}
+    if ranks := ranks_known(rest.plan, job.cluster):
+        must_convert(rest.plan, manifest["world_size"], ranks)
+    return job
 
 
 def rest_of(directory: RunDir, overrides: list[str], console: RunConsole) -> Rest:
@@ -150,7 +154,7 @@ def _changed(rest: Rest, overrides: list[str], machine: MachineFacts, console: R
     plan = continued(old, new, start.update, start.samples, new_schedule=new_schedule)
     assert plan.resumed is not None
     manifest = read_manifest(Path(start.checkpoint)) or {}
-    convert = must_convert(old, manifest["world_size"], plan)
+    convert = must_convert(old, manifest["world_size"], plan.world.size)
     return Rest(plan, None, start.model_copy(update={"update": plan.resumed.update, "convert": convert}))
 
 

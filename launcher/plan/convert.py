@@ -7,21 +7,31 @@ from collections.abc import Iterator
 from launcher.ds_config.compose import ADAM_TYPES
 from launcher.ds_config.facts import as_bool
 from launcher.errors import Problem, RequestError
+from launcher.job.model import ClusterSection
 from launcher.plan.model import Plan
 
 
-def must_convert(old: Plan, saved_ranks: int, new: Plan) -> bool:
-    """Whether a checkpoint that `old` saved on `saved_ranks` ranks must be converted for the ranks of `new`.
+def must_convert(old: Plan, saved_ranks: int, ranks: int) -> bool:
+    """Whether a checkpoint that `old` saved on `saved_ranks` ranks must be converted to be loaded by `ranks`.
 
     Without ZeRO every rank has the whole state, which any number of ranks can load. Raises RequestError where the
     conversion would lose a part of the state, or fail.
     """
-    if saved_ranks == new.world.size or old.zero_stage == 0:
+    if saved_ranks == ranks or old.zero_stage == 0:
         return False
-    problems = list(_not_convertible(old, saved_ranks, new.world.size))
+    problems = list(_not_convertible(old, saved_ranks, ranks))
     if problems:
         raise RequestError(*problems)
     return True
+
+
+def ranks_known(old: Plan, cluster: ClusterSection) -> int | None:
+    """The ranks that a resume of `old` on `cluster` will have, where that can be said away from its nodes."""
+    before, gpus, processes = old.job.cluster, cluster.gpus_per_node, cluster.processes_per_node
+    if (gpus, processes) == (before.gpus_per_node, before.processes_per_node):
+        return cluster.nodes * old.world.processes_per_node
+    each = gpus or processes
+    return None if each == "auto" else cluster.nodes * each
 
 
 def _not_convertible(old: Plan, saved_ranks: int, ranks: int) -> Iterator[Problem]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +11,20 @@ import pytest
 from launcher.ds_config import from_mapping
 from launcher.errors import RequestError
 from launcher.job import explicit_keys
-from launcher.plan.convert import must_convert
+from launcher.plan.convert import must_convert, ranks_known
 from launcher.plan.model import Plan
 from launcher.plan.resolve import check_request, resolve
-from tests.unit.given import data_facts, job_of, machine_facts, model_facts, plan_of
+from launcher.run_dir import RunDir, write_manifest
+from tests.unit.given import (
+    command,
+    data_facts,
+    job_of,
+    machine_facts,
+    model_facts,
+    plan_of,
+    remember,
+    write_folder,
+)
 
 STEPS = {"train": {"max_steps": 6}}
 ADAM_OF_ITS_OWN = {"type": "AdamW", "params": {"lr": 1e-5, "weight_decay": 0.1, "betas": [0.8, 0.9], "eps": 1e-6}}
@@ -94,26 +106,22 @@ def saved_with(config: dict[str, Any]) -> Plan:
     return plan_of(job_of(**STEPS, schedule={"peak_lr": 1e-5}), user={"zero_optimization": {"stage": 2}, **config})
 
 
-def on_four(plan: Plan) -> Plan:
-    return plan.model_copy(update={"world": plan.world.model_copy(update={"processes_per_node": 4})})
-
-
 @pytest.mark.parametrize("kind", ["Adam", "AdamW", "adamw"])
 def test_adams_states_are_converted_for_another_number_of_ranks(kind: str) -> None:
     plan = saved_with({"optimizer": {"type": kind, "params": {"lr": 1e-5}}})
-    assert must_convert(plan, 8, on_four(plan))
-    assert not must_convert(plan, 8, plan)
+    assert must_convert(plan, 8, 4)
+    assert not must_convert(plan, 8, 8)
 
 
 @pytest.mark.parametrize("kind", ["SGD", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Lion", "Lamb", "Muon"])
 def test_other_states_are_refused_by_the_optimizers_name_where_the_ranks_change(kind: str) -> None:
     plan = saved_with({"optimizer": {"type": kind, "params": {"lr": 1e-5}}})
-    assert not must_convert(plan, 8, plan)
+    assert not must_convert(plan, 8, 8)
     with pytest.raises(RequestError, match=f"for 4: the optimizer is {kind}") as refused:
-        must_convert(plan, 8, on_four(plan))
+        must_convert(plan, 8, 4)
     assert "resume on 8 ranks" in str(refused.value.problems[0].hint)
     whole = saved_with({"zero_optimization": {"stage": 0}, "optimizer": {"type": kind, "params": {"lr": 1e-5}}})
-    assert not must_convert(whole, 8, on_four(whole))
+    assert not must_convert(whole, 8, 4)
 
 
 @pytest.mark.parametrize(
@@ -130,4 +138,60 @@ def test_other_states_are_refused_by_the_optimizers_name_where_the_ranks_change(
 def test_states_that_the_converter_does_not_keep_are_refused(config: dict[str, Any], words: str) -> None:
     plan = saved_with(config)
     with pytest.raises(RequestError, match=words):
-        must_convert(plan, 8, on_four(plan))
+        must_convert(plan, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "ranks"),
+    [
+        ({}, 8),
+        ({"nodes": 2}, 16),
+        ({"nodes": 2, "gpus_per_node": 4}, 8),
+        ({"gpus_per_node": 0, "processes_per_node": 3}, 3),
+        ({"gpus_per_node": 0}, None),
+    ],
+)
+def test_the_ranks_of_a_resume_are_known_away_from_its_nodes(cluster: dict[str, Any], ranks: int | None) -> None:
+    assert ranks_known(saved_with({}), job_of(cluster=cluster).cluster) == ranks
+
+
+def a_run(folder: Path, optimizer: dict[str, Any]) -> RunDir:
+    """A run of job.yaml with an optimizer and a log scheduler of its JSON's own, stopped after update 2."""
+    config: dict[str, Any] = {"zero_optimization": {"stage": 2}, "optimizer": optimizer}
+    config["zero_allow_untested_optimizer"] = True
+    config["scheduler"] = {"type": "WarmupDecayLR", "params": LOG}
+    (folder / "ds.json").write_text(json.dumps(config))
+    overrides = ("train.max_steps=6", "deepspeed=ds.json", "schedule.allow_unsafe=true")
+    remember(folder / "job.yaml", overrides, model_facts(), data_facts())
+    text = command("plan", "job.yaml", "--json", *overrides).out
+    run = RunDir.create(folder / "runs", "tiny")
+    run.plan_file.write_text(text)
+    run.checkpoint(2).mkdir()
+    write_manifest(run.checkpoint(2), update=2, samples=64, world_size=4, plan_sha256=Plan.from_json(text).sha256)
+    return run
+
+
+def test_a_run_with_a_json_of_its_own_is_resumed_on_more_nodes(tmp_path: Path, monkeypatch: Any) -> None:
+    write_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run = a_run(tmp_path, ADAM_OF_ITS_OWN)
+    ended = command("submit", "--to", "slurm", "--dry-run", "--resume", str(run.path), "cluster.nodes=2")
+    assert (ended.status, ended.err.count("but train.weight_decay")) == (0, 0), ended.err
+    assert "#SBATCH --nodes=2" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("cluster.nodes=2", "saved on 4 ranks and cannot be converted for 8: the optimizer is NAdam"),
+        ("train.weight_decay=0.3", "train.weight_decay"),
+    ],
+)
+def test_a_resume_that_is_refused_names_its_cause(tmp_path: Path, monkeypatch: Any, override: str, words: str) -> None:
+    write_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run = a_run(tmp_path, {"type": "NAdam", "params": {"lr": 1e-5, "weight_decay": 0.1}})
+    ended = command("submit", "--to", "slurm", "--dry-run", "--resume", str(run.path), override)
+    assert (ended.status, ended.out) == (2, "")
+    assert words in ended.err
+    assert "this is a folder" not in ended.err
