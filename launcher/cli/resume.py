@@ -16,7 +16,7 @@ from launcher.job import Job, validate_job
 from launcher.job.model import LENGTHS
 from launcher.job.read import apply_overrides
 from launcher.plan.batch import KEYS
-from launcher.plan.convert import must_convert, ranks_known
+from launcher.plan.convert import must_convert, ranks_known, refuse_other_state
 from launcher.plan.facts import MachineFacts
 from launcher.plan.model import Plan, ScriptPlan, hash_in
 from launcher.plan.resolve import resolve_world
@@ -150,6 +150,7 @@ def _changed(rest: Rest, overrides: list[str], machine: MachineFacts, console: R
     job, keys = _job_with(old, overrides, machine)
     kept = old.recommendation.preset if old.recommendation and job.deepspeed == "auto" else None
     new = make_plan(job, check_job(job, _ORIGIN, machine), console.prepare, preset=kept)
+    refuse_other_state(old, new)
     new_schedule = any(_changes_curve(key) for key in keys)
     plan = continued(old, new, start.update, start.samples, new_schedule=new_schedule)
     assert plan.resumed is not None

@@ -10,6 +10,9 @@ from launcher.errors import Problem, RequestError
 from launcher.job.model import ClusterSection
 from launcher.plan.model import Plan
 
+_SHARDS = ("whole", "by optimizer states", "by optimizer states", "by parameters")
+"""How each ZeRO stage divides what it saves."""
+
 
 def must_convert(old: Plan, saved_ranks: int, ranks: int) -> bool:
     """Whether a checkpoint that `old` saved on `saved_ranks` ranks must be converted to be loaded by `ranks`.
@@ -23,6 +26,20 @@ def must_convert(old: Plan, saved_ranks: int, ranks: int) -> bool:
     if problems:
         raise RequestError(*problems)
     return True
+
+
+def refuse_other_state(old: Plan, new: Plan) -> None:
+    """Raises RequestError where `new` has optimizer states of another kind than the checkpoints of `old`."""
+    before, after = (plan.ds_config["optimizer"]["type"] for plan in (old, new))
+    kinds = {"adam" if kind.lower() in ADAM_TYPES else kind.lower() for kind in (before, after)}
+    if len(kinds) > 1:
+        found = f"the checkpoint has the optimizer states of {before}, and {after} is asked for"
+        hint = f"resume with {before}, or start a new run from a model that was exported"
+        raise RequestError(Problem(found, key="deepspeed", hint=hint))
+    if _SHARDS[old.zero_stage] != _SHARDS[new.zero_stage] and old.world.size == new.world.size:
+        found = f"the checkpoint is of ZeRO-{old.zero_stage}, whose parts ZeRO-{new.zero_stage} cannot load"
+        hint = f"resume under ZeRO-{old.zero_stage}, or start a new run from a model that was exported"
+        raise RequestError(Problem(found, key="deepspeed", hint=hint))
 
 
 def ranks_known(old: Plan, cluster: ClusterSection) -> int | None:

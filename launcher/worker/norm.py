@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from launcher.ds_config.facts import as_bool
 from launcher.errors import RunFailed
 from launcher.plan.model import Plan
 
@@ -32,7 +31,7 @@ def norm_of_step(engine: Any, plan: Plan) -> float | None:
     norm = engine.get_global_grad_norm()
     if norm is not None:
         return float(norm)
-    if as_bool((plan.ds_config.get("zero_optimization") or {}).get("compute_grad_norm")) is False:
+    if not engine.zero_compute_grad_norm():
         return None
     raise RunFailed(
         f"DeepSpeed reports no gradient norm for its {type(engine.optimizer).__name__}: this launcher reads the one of "

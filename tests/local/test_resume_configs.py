@@ -57,7 +57,29 @@ def column(run: RunDir, key: str) -> list[float]:
     return [line[key] for line in run.metrics()]
 
 
-def test_bfloat16_with_float32_accumulation_has_the_norm_of_all_ranks_and_resumes(job_dict, tmp_path):
+@pytest.fixture(scope="module")
+def runs():
+    """Runs that more than one test looks at, by name."""
+    return {}
+
+
+def own_adam_in_bfloat16(runs: dict[str, RunDir], job_dict: dict, tmp_path_factory) -> RunDir:
+    """A run in bfloat16 under ZeRO-2 with an optimizer and a scheduler of the JSON's own."""
+    if "own" not in runs:
+        config = {
+            "zero_optimization": {"stage": 2},
+            "bf16": {"enabled": True},
+            "optimizer": OWN_ADAM,
+            "scheduler": {"type": "WarmupDecayLR", "params": LOG},
+        }
+        folder = tmp_path_factory.mktemp("own")
+        runs["own"] = whole_run(job_dict, folder, config, schedule={"allow_unsafe": True})
+    return runs["own"]
+
+
+def test_bfloat16_with_float32_accumulation_has_the_norm_of_all_ranks_and_resumes(
+    job_dict, runs, tmp_path, tmp_path_factory
+):
     """Beside it, blocks that watch a run; `load_universal` is for converted checkpoints, and does no harm."""
     watched = {
         "csv_monitor": {"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "tiny"},
@@ -71,11 +93,9 @@ def test_bfloat16_with_float32_accumulation_has_the_norm_of_all_ranks_and_resume
         "checkpoint": {"load_universal": True},
         **watched,
     }
-    run = whole_run(job_dict, tmp_path / "fp32", config)
-    plain = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
-    other = whole_run(job_dict, tmp_path / "bf16", plain)
-    norms = column(run, "grad_norm")
-    assert norms[0] == pytest.approx(column(other, "grad_norm")[0], rel=0.01)
+    run = whole_run(job_dict, tmp_path, config)
+    other = own_adam_in_bfloat16(runs, job_dict, tmp_path_factory)
+    assert column(run, "grad_norm")[0] == pytest.approx(column(other, "grad_norm")[0], rel=0.01)
     before = {key: column(run, key) for key in ("loss", "lr", "grad_norm")}
     resumed(run)
     for key, values in before.items():
@@ -86,14 +106,8 @@ def test_bfloat16_with_float32_accumulation_has_the_norm_of_all_ranks_and_resume
         rest_of(run, [], RunConsole())
 
 
-def test_an_optimizer_and_a_scheduler_of_the_jsons_own_resume_on_one_rank(job_dict, tmp_path):
-    config = {
-        "zero_optimization": {"stage": 2},
-        "bf16": {"enabled": True},
-        "optimizer": OWN_ADAM,
-        "scheduler": {"type": "WarmupDecayLR", "params": LOG},
-    }
-    run = whole_run(job_dict, tmp_path, config, schedule={"allow_unsafe": True})
+def test_an_optimizer_and_a_scheduler_of_the_jsons_own_resume_on_one_rank(job_dict, runs, tmp_path_factory):
+    run = own_adam_in_bfloat16(runs, job_dict, tmp_path_factory)
     before = {key: column(run, key) for key in ("loss", "lr", "samples")}
     resumed(run, "cluster.processes_per_node=1", "schedule.on_spike=warn")
     assert column(run, "lr") == before["lr"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ import pytest
 from launcher.ds_config import from_mapping
 from launcher.errors import RequestError
 from launcher.job import explicit_keys
-from launcher.plan.convert import must_convert, ranks_known
+from launcher.plan.convert import must_convert, ranks_known, refuse_other_state
 from launcher.plan.model import Plan
 from launcher.plan.resolve import check_request, resolve
-from launcher.run_dir import RunDir, write_manifest
+from launcher.run_dir import MANIFEST, RunDir, write_manifest
 from tests.unit.given import (
     command,
     data_facts,
@@ -142,6 +143,21 @@ def test_states_that_the_converter_does_not_keep_are_refused(config: dict[str, A
 
 
 @pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"optimizer": {"type": "SGD", "params": {"lr": 1e-5}}}, "the optimizer states of AdamW, and SGD is asked"),
+        ({"zero_optimization": {"stage": 3}}, "of ZeRO-2, whose parts ZeRO-3 cannot load"),
+        ({"zero_optimization": {"stage": 0}}, "of ZeRO-2, whose parts ZeRO-0 cannot load"),
+    ],
+)
+def test_states_of_another_kind_are_refused(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        refuse_other_state(saved_with({}), saved_with(config))
+    for same in ({"zero_optimization": {"stage": 1}}, {"optimizer": {"type": "Adam", "params": {"lr": 1e-5}}}):
+        refuse_other_state(saved_with({}), saved_with(same))
+
+
+@pytest.mark.parametrize(
     ("cluster", "ranks"),
     [
         ({}, 8),
@@ -178,6 +194,20 @@ def test_a_run_with_a_json_of_its_own_is_resumed_on_more_nodes(tmp_path: Path, m
     ended = command("submit", "--to", "slurm", "--dry-run", "--resume", str(run.path), "cluster.nodes=2")
     assert (ended.status, ended.err.count("but train.weight_decay")) == (0, 0), ended.err
     assert "#SBATCH --nodes=2" in ended.out
+
+
+def test_a_run_that_was_planned_in_the_old_format_is_resumed(tmp_path: Path, monkeypatch: Any) -> None:
+    write_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run = a_run(tmp_path, ADAM_OF_ITS_OWN)
+    plan = json.loads(run.plan_file.read_text())["plan"]
+    del plan["job"]["train"]["eval_every"]  # as if the key had come since
+    named = hashlib.sha256(json.dumps(plan, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    run.plan_file.write_text(json.dumps({"sha256": named, "plan": plan}))
+    (run.checkpoint(2) / MANIFEST).unlink()
+    write_manifest(run.checkpoint(2), update=2, samples=64, world_size=4, plan_sha256=named)
+    ended = command("submit", "--to", "slurm", "--dry-run", "--resume", str(run.path), "cluster.nodes=2")
+    assert ended.status == 0, ended.err
 
 
 @pytest.mark.parametrize(
