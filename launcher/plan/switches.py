@@ -88,6 +88,11 @@ def switch_warnings(job: Job, user: DsConfig) -> Iterator[str]:
             "parts, and PyTorch gives up on some of them (recompile_limit in the rank's log): the result is "
             "the same, the gain small or none. It does most under ZeRO-1 and 2."
         )
+    if user.get("checkpoint.load_universal") is not None:
+        yield (
+            "checkpoint.load_universal in the DeepSpeed JSON is not used: the launcher switches it on where it has "
+            "converted a checkpoint for another number of ranks, and off for all others."
+        )
 
 
 def sequence_parallel_problems(job: Job, model: ModelFacts) -> Iterator[Problem]:

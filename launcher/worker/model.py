@@ -59,8 +59,9 @@ def make_engine(plan: Plan, model: Any, *, universal: bool = False) -> Any:
     `universal` has it load a converted checkpoint. Whatever the JSON says of that, any other checkpoint is DeepSpeed's
     ordinary one, which it cannot load as a converted one.
     """
-    checkpoint = plan.ds_config.get("checkpoint") or {}
-    config = {**plan.ds_config, "checkpoint": {**checkpoint, "load_universal": universal}}
+    config, checkpoint = plan.ds_config, plan.ds_config.get("checkpoint") or {}
+    if universal != checkpoint.get("load_universal", False):
+        config = {**config, "checkpoint": {**checkpoint, "load_universal": universal}}
     scheduler = client_scheduler(plan)
     engine, *_ = deepspeed.initialize(
         model=model,

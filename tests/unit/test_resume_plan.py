@@ -103,6 +103,12 @@ def test_lists_in_a_scheduler_that_a_generated_one_replaces_do_not_count() -> No
     check_request(job_of(**STEPS, schedule={"shape": "linear"}), user, machine_facts(8))
 
 
+def test_load_universal_of_the_json_is_reported_as_not_used() -> None:
+    plan = saved_with({"checkpoint": {"load_universal": True}})
+    assert any("checkpoint.load_universal" in warning for warning in plan.warnings)
+    assert not any("checkpoint.load_universal" in warning for warning in saved_with({}).warnings)
+
+
 def saved_with(config: dict[str, Any]) -> Plan:
     return plan_of(job_of(**STEPS, schedule={"peak_lr": 1e-5}), user={"zero_optimization": {"stage": 2}, **config})
 
