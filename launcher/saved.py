@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launcher.errors import Problem, RequestError
 from launcher.manifest import checkpoint_fault, checkpoint_number, read_manifest
-from launcher.plan.model import Plan, ScriptPlan
+from launcher.plan.model import Plan, ScriptPlan, hash_in
 from launcher.run_dir import DamagedCheckpoint, RunDir
 
 
@@ -73,8 +73,9 @@ def _saved(directory: RunDir, folder: Path) -> Saved:
     assert manifest is not None
     update, samples, world_size = (manifest[key] for key in ("update", "samples", "world_size"))
     for file in (directory.plan_file, *directory.plan_revisions()):
-        plan = Plan.from_json(file.read_text())
-        if plan.sha256 == manifest["plan_sha256"]:
+        text = file.read_text()
+        plan = Plan.from_json(text)
+        if manifest["plan_sha256"] in (plan.sha256, hash_in(text)):
             return Saved(folder, update, samples, world_size, plan, file)
     found = f"the plan {manifest['plan_sha256'][:12]}… that made {folder.name} is gone"
     raise RequestError(Problem(found, file=str(directory.path)))

@@ -28,6 +28,7 @@ from launcher.job import Job, validate_job
 from launcher.job.model import LENGTHS
 from launcher.job.read import apply_overrides
 from launcher.plan.batch import KEYS
+from launcher.plan.convert import must_convert, ranks_known, refuse_other_state
 from launcher.plan.facts import MachineFacts
 from launcher.plan.model import Plan
 from launcher.plan.resolve import resolve_world
@@ -152,7 +153,11 @@ def _export(rest: Rest, directory: RunDir, console: RunConsole, interrupts: Inte
 def job_of_run(directory: RunDir, overrides: list[str]) -> Job:
     """The job of what is left of a run under the overrides. Raises RequestError as `rest_of` does."""
     rest = where_to_go_on(directory)
-    return _job_with(rest.plan, overrides, measure_machine())[0]
+    job = _job_with(rest.plan, overrides, measure_machine())[0]
+    manifest = read_manifest(Path(rest.start.checkpoint)) or {}
+    if ranks := ranks_known(rest.plan, job.cluster):
+        must_convert(rest.plan, manifest["world_size"], ranks)
+    return job
 
 
 def rest_of(directory: RunDir, overrides: list[str], console: RunConsole) -> Rest:
@@ -184,12 +189,11 @@ def _changed(rest: Rest, overrides: list[str], machine: MachineFacts, console: R
     job, keys = _job_with(old, overrides, machine)
     kept = old.recommendation.preset if old.recommendation and job.deepspeed == "auto" else None
     new = make_plan(job, check_job(job, _ORIGIN, machine), console.prepare, preset=kept)
+    refuse_other_state(old, new)
     new_schedule = any(_changes_curve(key) for key in keys)
     plan = continued(old, new, start.update, start.samples, new_schedule=new_schedule)
     assert plan.resumed is not None
-    # Without ZeRO every rank has the whole state, and any number of ranks can load it.
-    whole = plan.zero_stage == 0 and plan.precision == "fp32"
-    convert = rest.saved.world_size != plan.world.size and not whole
+    convert = must_convert(old, rest.saved.world_size, plan.world.size)
     return replace(
         rest,
         plan=plan,

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def submit(
     job = job_of_run(planned_run(job_file), words) if resume else _job(job_file, words, script)
     target = to or _target(job, address)
     _check_options(target, {"--dependency": dependency, "--array": array}, {"--address": address, "--follow": follow})
-    with placing(job_file, words):
+    # A run directory has no lines in which keys could be placed.
+    with nullcontext() if resume else placing(job_file, words):
         if target is Target.slurm:
             _to_slurm(job, job_file, words, script, dry_run, parsable, resume)
         elif resume:

@@ -10,7 +10,11 @@ from pydantic import BaseModel, ConfigDict
 
 from launcher.errors import LauncherError, first_line
 from launcher.job import Job, ScriptJob
+from launcher.job.set_keys import changed_keys, set_keys, with_set_keys
 from launcher.plan.facts import DataFacts, MachineFacts, ModelFacts
+
+FORMAT = 2
+"""The format of plan.json. Format 1 did not keep which of the job's keys were set."""
 
 
 class Part(BaseModel):
@@ -151,25 +155,34 @@ class Plan(Part):
     @property
     def sha256(self) -> str:
         """The hash of the whole plan: 64 hexadecimal digits."""
-        return hashlib.sha256(_canonical(self.model_dump(mode="json")).encode()).hexdigest()
+        return _hash(self.model_dump(mode="json"))
 
     def to_json(self) -> str:
-        """plan.json: the plan and its hash."""
-        return json.dumps({"sha256": self.sha256, "plan": self.model_dump(mode="json")}, indent=2) + "\n"
+        """plan.json: the plan, its hash, and which of the job's keys were set."""
+        plan = self.model_dump(mode="json")
+        document = {"format": FORMAT, "sha256": _hash(plan), "set_keys": set_keys(self.job), "plan": plan}
+        return json.dumps(document, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan that `to_json` wrote. Raises LauncherError where it does not have the hash that it names."""
+        """The plan that `to_json` wrote, now or in format 1. Raises LauncherError where its content was changed.
+
+        Of a job in format 1 the keys count as set whose values differ from the defaults.
+        """
         try:
             document = json.loads(text)
-            named = str(document["sha256"])
-            kind = ScriptPlan if "script" in document["plan"] else cls
-            plan = kind.model_validate(document["plan"])
-        except (ValueError, KeyError, TypeError) as error:
+            named, data, form = str(document["sha256"]), document["plan"], document.get("format", 1)
+            if form not in (1, FORMAT):
+                raise ValueError(f"it has format {form}, and this launcher reads formats 1 and {FORMAT}")
+            kind = ScriptPlan if "script" in data else cls
+            plan = kind.model_validate(data)
+            keys = document["set_keys"] if form == FORMAT else changed_keys(plan.job)
+            plan = plan.model_copy(update={"job": with_set_keys(plan.job, keys)})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = first_line(error)
             raise LauncherError(f"plan.json is damaged, or of another version of the launcher: {reason}") from None
-        if plan.sha256 != named:
-            raise LauncherError(f"plan.json was altered: it names the hash {named[:12]}… and has {plan.sha256[:12]}…")
+        if (found := _hash(data)) != named:
+            raise LauncherError(f"plan.json was altered: it names the hash {named[:12]}… and has {found[:12]}…")
         return plan
 
 
@@ -193,5 +206,11 @@ class ScriptPlan(Plan):
     script: Script
 
 
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+def hash_in(text: str) -> str:
+    """The hash that a plan.json names. A key that is newer than the file gives the plan that is read another one."""
+    return str(json.loads(text)["sha256"])
+
+
+def _hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -10,6 +10,7 @@ from launcher.errors import Problem, RequestError
 from launcher.job import Job
 from launcher.plan.facts import MachineFacts, ModelFacts
 from launcher.plan.model import World
+from launcher.plan.unsupported import unsupported_problems
 
 _FLASH = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}
 """The package of each; without it transformers takes the one of `kernels`."""
@@ -25,6 +26,7 @@ def check_switches(job: Job, user: DsConfig, world: World, machine: MachineFacts
         *_attention(job, world, machine),
         *_sequence_parallel(job, user),
         *_other_parallelism(user),
+        *unsupported_problems(job, user),
     ]
     if problems:
         raise RequestError(*problems)
@@ -85,6 +87,11 @@ def switch_warnings(job: Job, user: DsConfig) -> Iterator[str]:
             "model.torch_compile under ZeRO-3: DeepSpeed's hooks gather each layer's weights between the compiled "
             "parts, and PyTorch gives up on some of them (recompile_limit in the rank's log): the result is "
             "the same, the gain small or none. It does most under ZeRO-1 and 2."
+        )
+    if user.get("checkpoint.load_universal") is not None:
+        yield (
+            "checkpoint.load_universal in the DeepSpeed JSON is not used: the launcher switches it on where it has "
+            "converted a checkpoint for another number of ranks, and off for all others."
         )
 
 

@@ -53,13 +53,17 @@ class InStep:
         self._planned = planned_rates(plan)
 
     def check(self, engine: Any, update: int) -> float:
-        """The rate of `update`, with which every parameter group is about to be stepped. Raises OutOfStep."""
+        """The learning rate of `update`, with which every parameter group is about to be stepped.
+
+        Raises OutOfStep, naming the groups with another one.
+        """
         expected = self._planned(engine.global_steps - engine.skipped_steps)
         found = _rates(engine)
         if engine.global_steps != update or any(rate != expected for rate in found):
             raise OutOfStep(
                 f"rank {self._ranks.rank} on {self._ranks.host} would make update {update} "
-                f"(its engine counts {engine.global_steps}) at a rate of {found[0]!r}; the plan says {expected!r}"
+                f"(its engine counts {engine.global_steps}) at {_differing(found, expected)}; "
+                f"the plan says {expected!r}"
             )
         return expected
 
@@ -92,6 +96,15 @@ class InStep:
                 f"before update {update} the ranks differ: {'; '.join(others)}; the others are at update "
                 f"{agreed[0]:.0f} with {agreed[1]!r} and {agreed[2]:.0f}"
             )
+
+
+def _differing(rates: Sequence[float], expected: float) -> str:
+    """The learning rates that differ from `expected`, with their groups where there are several; else the first."""
+    others = {index: rate for index, rate in enumerate(rates) if rate != expected}
+    if not others or len(rates) == 1:
+        return f"a learning rate of {rates[0]!r}"
+    each = " and ".join(f"{rate!r} in parameter group {index}" for index, rate in others.items())
+    return f"a learning rate of {each} of {len(rates)}"
 
 
 def _rates(engine: Any) -> list[float]:

@@ -86,10 +86,11 @@ class Checkpoints:
         settings = _group_settings(engine)
         with _readable(folder):
             path, state = engine.load_checkpoint(folder.parent, tag=tag, custom_load_fn=_load_trained)
-        if start.convert:
-            _fix_converted(engine, settings)
         if path is None:
             raise RunFailed(f"DeepSpeed found nothing to load in {folder.parent / tag}")
+        _restore_settings(engine, settings)
+        if start.convert:
+            _separate_steps(engine)
         if start.update != state["update"]:
             engine.global_steps, engine.skipped_steps = start.update, 0
         # The plan may have another batch or scheduler than the one that saved this.
@@ -139,15 +140,29 @@ def _group_settings(engine: Any) -> list[dict[str, Any]]:
     return [{key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups]
 
 
-def _fix_converted(engine: Any, settings: list[dict[str, Any]]) -> None:
-    """Sets right what DeepSpeed's stage 3 gets wrong when it loads a converted checkpoint.
+def _restore_settings(engine: Any, settings: list[dict[str, Any]]) -> None:
+    """Gives the optimizer what the plan says of it again: a checkpoint loads the weight decay, betas and clipping with
+    which it was saved, and a converted one gives every parameter group the first one's (stage3.py of 0.19.8).
 
-    It gives every parameter group the first one's settings, weight decay included, and all parameters one and the same
-    step counter, which Adam then advances once for each of them (stage3.py of 0.19.8).
+    The learning rates are the scheduler's, which is set after this. Raises RunFailed where the clipping is not where
+    DeepSpeed keeps it.
     """
     for group, its in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(its)
-    for state in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values():
+    if engine.optimizer is engine.basic_optimizer:
+        return
+    if not hasattr(engine.optimizer, "clip_grad"):
+        found = f"DeepSpeed's {type(engine.optimizer).__name__} has no clip_grad"
+        raise RunFailed(f"{found}: gradient_clipping cannot be set to the plan's {engine.gradient_clipping()}")
+    engine.optimizer.clip_grad = engine.gradient_clipping()
+
+
+def _separate_steps(engine: Any) -> None:
+    """Gives each parameter a step counter of its own.
+
+    DeepSpeed's stage 3 loads one counter for all of them, which Adam then advances once for each (stage3.py of 0.19.8).
+    """
+    for state in engine.basic_optimizer.state.values():
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].clone()
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.liger import apply_liger_kernel
 
+from launcher.errors import RunFailed
 from launcher.methods import choose_trained
 from launcher.plan.model import Plan
 from launcher.worker.scheduler import client_scheduler
@@ -53,10 +54,14 @@ def load_tokenizer(plan: Plan) -> Any:
 
 
 def make_engine(plan: Plan, model: Any, *, universal: bool = False) -> Any:
-    """The DeepSpeed engine, as `deepspeed.initialize` leaves it; `universal` has it load a converted checkpoint."""
-    config = plan.ds_config
-    if universal:
-        config = {**config, "checkpoint": {**config.get("checkpoint", {}), "load_universal": True}}
+    """The DeepSpeed engine, as `deepspeed.initialize` leaves it.
+
+    `universal` has it load a converted checkpoint. Whatever the JSON says of that, any other checkpoint is DeepSpeed's
+    ordinary one, which it cannot load as a converted one.
+    """
+    config, checkpoint = plan.ds_config, plan.ds_config.get("checkpoint") or {}
+    if universal != checkpoint.get("load_universal", False):
+        config = {**config, "checkpoint": {**checkpoint, "load_universal": universal}}
     scheduler = client_scheduler(plan)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -81,8 +86,11 @@ def parameter_groups(model: Any) -> list[dict[str, Any]]:
 
 
 def _dimensions(parameter: Any) -> int:
-    """A parameter under ZeRO-3 is a flat part of what `ds_shape` says."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+    """A parameter under ZeRO-3 is a flat part of what `ds_shape` says. Raises RunFailed where nothing says it."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    if 0 in shape:
+        raise RunFailed("DeepSpeed does not name the shape of a partitioned weight, so it may be a matrix or a vector")
+    return len(shape)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from launcher.worker.guard import Guard
 from launcher.worker.journal import Journal
 from launcher.worker.loss import summed_loss
 from launcher.worker.model import load_model, make_engine
+from launcher.worker.norm import norm_before_step, norm_of_step
 from launcher.worker.own_time import OwnTime
 from launcher.worker.ranks import Ranks, join_ranks
 from launcher.worker.sequence import averaged_over, part_of
@@ -92,7 +93,7 @@ class Training:
                 continue
             mean, stop = self.reduce(float(summed), batch)
             rate = self.in_step.check(self.engine, batch.update)
-            grad_norm = gradient_norm(self.engine)
+            grad_norm = norm_before_step(self.engine, self.plan)
             if self.guard.refuses(batch.update, mean, grad_norm):
                 self.stopped = True
                 break
@@ -134,7 +135,7 @@ class Training:
         """After an update: write it down, and evaluate or save where it is time."""
         samples = self.progress.samples + self.plan.train_batch_size
         self.progress = Progress(update=batch.update + 1, samples=samples)
-        norm = grad_norm if grad_norm is not None else optional_float(self.engine.get_global_grad_norm())
+        norm = grad_norm if grad_norm is not None else norm_of_step(self.engine, self.plan)
         skipped = not self.engine.was_step_applied()
         self.journal.write(
             update=batch.update,
@@ -190,15 +191,3 @@ class Training:
     def phase(self, name: str) -> None:
         if self.ranks.first:
             self.control.report("phase", phase=name, update=self.progress.update)
-
-
-def gradient_norm(engine: Any) -> float | None:
-    """The global norm before clipping where DeepSpeed keeps none: float32 without ZeRO. Else None."""
-    if hasattr(engine.optimizer, "_global_grad_norm"):
-        return None
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
-
-
-def optional_float(value: Any) -> float | None:
-    return None if value is None else float(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from typing import Any
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 
 from launcher.ds_config import from_mapping
 from launcher.errors import LauncherError, RequestError
-from launcher.job import Job
+from launcher.job import Job, explicit_keys, validate_job
+from launcher.job.set_keys import changed_keys, set_keys, with_set_keys
 from launcher.plan.length import length_warnings, resolve_length
-from launcher.plan.model import Plan
+from launcher.plan.model import Plan, hash_in
 from launcher.plan.rate import planned_rates
 from launcher.plan.resolve import resolve_precision, resolve_world
 from tests.unit.given import GIB, data_facts, job_of, machine_facts, model_facts, plan_of
@@ -215,6 +217,72 @@ SEGMENTS = [{"kind": "constant", "until": 100, "to": 1.0}, {"kind": "linear", "u
 def test_whole_numbers_and_shares_stay_what_they_are(job: Job) -> None:
     plan = plan_of(job)
     assert Plan.from_json(plan.to_json()) == plan
+
+
+WITH_PEFT = machine_facts(8, versions={"deepspeed": "0.19.8", "peft": "0.18"})
+EXPLICIT = [
+    job_of(train={"max_steps": 9}),
+    job_of(train={"max_steps": 9, "weight_decay": 0.0, "betas": [0.9, 0.999]}, schedule={"warmup_type": "linear"}),
+    job_of(train={"max_steps": 9, "train_batch_size": "auto"}, schedule={"shape": "auto"}, cluster={"env": {}}),
+    job_of(model={"lora": {}}, data={"eval": None}, checkpoint={"every": None, "keep": 2}),
+    job_of(model={"lora": {"r": 4}}, schedule={"shape": "compound", "segments": SEGMENTS}, train={"max_steps": 200}),
+    job_of(model={"freeze": []}, deepspeed={"zero_optimization": {"stage": 2}}, export=True),
+]
+
+
+@pytest.mark.parametrize("job", EXPLICIT)
+def test_a_plan_keeps_which_keys_were_set(job: Job) -> None:
+    plan = plan_of(job, machine=WITH_PEFT)
+    back = Plan.from_json(plan.to_json())
+    assert explicit_keys(back.job) == explicit_keys(job)
+    assert back.job.model_dump(mode="json", exclude_unset=True) == job.model_dump(mode="json", exclude_unset=True)
+    assert validate_job(back.job.model_dump(mode="json", exclude_unset=True)) == job
+
+
+def old_format(plan: Plan) -> dict[str, Any]:
+    """plan.json as it was written before it kept which keys were set."""
+    document = json.loads(plan.to_json())
+    return {"sha256": document["sha256"], "plan": document["plan"]}
+
+
+def test_a_plan_in_the_old_format_has_set_what_differs_from_the_defaults() -> None:
+    job = job_of(train={"max_steps": 9, "weight_decay": 0.1, "eps": 1e-8}, model={"lora": {}})
+    plan = plan_of(job, machine=WITH_PEFT)
+    back = Plan.from_json(json.dumps(old_format(plan)))
+    assert back == plan
+    names = {"name", "model.name_or_path", "data.train", "train.max_steps", "train.weight_decay"}
+    assert explicit_keys(back.job) == names
+    assert back.job.model_fields_set == {"name", "model", "data", "train"}
+    assert "lora" in back.job.model.model_fields_set
+
+
+def test_a_plan_without_a_newer_key_of_the_job_is_read_and_names_its_own_hash() -> None:
+    document = old_format(plan_of(job_of(train={"max_steps": 9})))
+    del document["plan"]["job"]["train"]["eval_every"]
+    text = json.dumps(document)
+    with pytest.raises(LauncherError, match="altered"):
+        Plan.from_json(text)
+    document["sha256"] = hashlib.sha256(
+        json.dumps(document["plan"], sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
+    text = json.dumps(document)
+    assert Plan.from_json(text).job.train.eval_every is None
+    assert hash_in(text) == document["sha256"]
+
+
+def test_a_plan_of_a_newer_format_is_refused() -> None:
+    document = json.loads(plan_of(job_of(train={"max_steps": 9})).to_json())
+    with pytest.raises(LauncherError, match="it has format 3, and this launcher reads formats 1 and 2"):
+        Plan.from_json(json.dumps({**document, "format": 3}))
+
+
+def test_set_keys_are_marked_and_unknown_ones_refused() -> None:
+    job = job_of(train={"max_steps": 9, "seed": 42})
+    assert "train.seed" in set_keys(job)
+    assert "train.seed" not in changed_keys(job)
+    assert set_keys(with_set_keys(job, ["train", "train.seed"])) == ["train", "train.seed"]
+    with pytest.raises(ValueError, match=r"no key train\.sed"):
+        with_set_keys(job, ["train.sed"])
 
 
 def leaves(node: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

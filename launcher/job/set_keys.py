@@ -1,0 +1,57 @@
+"""Which keys of a job were set: what a plan keeps beside the values, so that a resume knows what the user chose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from pydantic import BaseModel
+
+from launcher.job.model import Job
+
+AnySection = TypeVar("AnySection", bound=BaseModel)
+
+
+def set_keys(job: Job) -> list[str]:
+    """Dotted names of every section and key that was set, 'auto' and null included, in alphabetical order."""
+    return sorted(_set_in(job, ""))
+
+
+def changed_keys(job: Job) -> list[str]:
+    """Dotted names of every section and key whose value differs from its default, in alphabetical order."""
+    return sorted(_changed_in(job, ""))
+
+
+def with_set_keys(job: Job, names: Iterable[str]) -> Job:
+    """The same job, in which `names` and no other keys count as set. Raises ValueError for a name it does not have."""
+    wanted = set(names)
+    marked = _marked(job, wanted, "")
+    if unknown := wanted - set(set_keys(marked)):
+        raise ValueError(f"the job has no key {min(unknown)}")
+    return marked
+
+
+def _set_in(section: BaseModel, at: str) -> Iterator[str]:
+    for name in section.model_fields_set:
+        yield at + name
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from _set_in(value, f"{at}{name}.")
+
+
+def _changed_in(section: BaseModel, at: str) -> Iterator[str]:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if value != field.get_default(call_default_factory=True):
+            yield at + name
+            if isinstance(value, BaseModel):
+                yield from _changed_in(value, f"{at}{name}.")
+
+
+def _marked(section: AnySection, names: set[str], at: str) -> AnySection:
+    fields = type(section).model_fields
+    values = {name: getattr(section, name) for name in fields}
+    for name, value in values.items():
+        if isinstance(value, BaseModel):
+            values[name] = _marked(value, names, f"{at}{name}.")
+    return type(section).model_construct({name for name in fields if at + name in names}, **values)
