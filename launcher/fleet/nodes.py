@@ -7,7 +7,6 @@ import logging
 import os
 import secrets
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import Any
 
 from launcher.errors import RunFailed, first_line
 from launcher.fleet.agent import Event, NodeTask
+from launcher.fleet.ray_folder import RayFolder
 from launcher.plan.model import Plan, World
 
 Tell = Callable[[str], None]
@@ -25,6 +25,11 @@ OBJECT_STORE_BYTES = 100 * 1024**2
 _REACH_SECONDS = 10.0
 _PROVIDE_SECONDS = 12 * 3600.0
 _CLOCK_ROUNDS = 3
+LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Has Ray take 127.0.0.1 for the address of this machine. All of its processes then listen there alone.
+
+On Linux Ray replaces a loopback address that it is given by another one, and this is its one way around that.
+"""
 NODE_LABEL = "launcher-node"
 """The label that holds a node's number in a Ray started by `launcher node`."""
 
@@ -65,7 +70,7 @@ class Nodes:
     def __init__(self, needs: Needs, tell: Tell) -> None:
         self._needs, self._tell = needs, tell
         self._group: Any = None
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: RayFolder | None = None
         self.nodes: list[Node] = []
         self._pending: dict[Any, int] = {}
 
@@ -92,18 +97,17 @@ class Nodes:
 
     def _own_ray(self) -> dict[str, Any]:
         """Options for a Ray of our own: on this machine alone, with what the run needs and a secret of its own."""
-        # Ray's sockets lie in here, and a socket's path may not be longer than 107 bytes.
-        self._temporary = tempfile.TemporaryDirectory(prefix="lr-", dir="/tmp", ignore_cleanup_errors=True)
-        token = Path(self._temporary.name) / "token"
-        write_token(token)
-        use_token(token)
+        self._folder = RayFolder()
+        write_token(self._folder.token)
+        use_token(self._folder.token)
+        os.environ.update(LOOPBACK_ONLY)
         return {
             "address": "local",
             "num_cpus": self._needs.cpus,
             "num_gpus": self._needs.gpus,
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
-            "_temp_dir": self._temporary.name,
+            "_temp_dir": str(self._folder.ray),
             # Where memory is nearly full, as with what ZeRO offloads, Ray would kill its only worker, the agent.
             "_system_config": {"memory_monitor_refresh_ms": 0},
         }
@@ -241,8 +245,8 @@ class Nodes:
             if self._group is not None:
                 ray.util.remove_placement_group(self._group)
         ray.shutdown()
-        if self._temporary is not None:
-            self._temporary.cleanup()
+        if self._folder is not None:
+            self._folder.remove()
 
     def _wait_for_group(self, wait_seconds: float) -> None:
         deadline, told = time.monotonic() + wait_seconds, False
