@@ -18,7 +18,7 @@ import yaml
 
 from launcher.errors import Problem, RequestError, RunFailed, first_line
 from launcher.job import Job
-from launcher.submit import SECRET_NAME
+from launcher.secret_names import is_secret
 
 Tell = Callable[[str], None]
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -117,7 +117,7 @@ def _job_problems(job: Job) -> list[Problem]:
         hint = "give an absolute path on storage that all nodes see"
         problems.append(Problem(found, key="output_dir", hint=hint))
     for name in job.cluster.env:
-        if SECRET_NAME.search(name):
+        if is_secret(name):
             found = "looks like a secret, and Ray shows the environment of jobs to all who see its dashboard"
             hint = "set it on the nodes themselves"
             problems.append(Problem(found, key=f"cluster.env.{name}", hint=hint))

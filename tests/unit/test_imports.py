@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "run_dir": set(),
     "reporting": {"run_dir", "tail"},
     "token_store": set(),
+    "secret_names": set(),
     "presets": set(),
     "job": {"errors"},
     "schedule": {"errors"},
@@ -32,10 +33,10 @@ MAY_IMPORT = {
     "watch": {"aftermath", "errors", "run_dir", "schedule", "plan", "tail"},
     "methods": {"errors", "job"},
     "prepare": {"errors", "job", "plan", "methods", "run_dir", "tail", "token_store"},
-    "planning": {"errors", "job", "ds_config", "plan", "prepare", "presets"},
+    "planning": {"errors", "job", "ds_config", "plan", "prepare", "presets", "secret_names"},
     "worker": {"errors", "methods", "plan", "schedule", "run_dir", "token_store"},
-    "fleet": {"aftermath", "errors", "plan", "prepare", "run_dir", "tail"},
-    "submit": {"errors", "job", "plan", "run_dir", "fleet", "presets"},
+    "fleet": {"aftermath", "errors", "plan", "prepare", "run_dir", "secret_names", "tail"},
+    "submit": {"errors", "job", "plan", "run_dir", "fleet", "presets", "secret_names"},
 }
 """For each room the rooms below it. cli/ stands on all of them but worker/, which runs in processes of its own."""
 

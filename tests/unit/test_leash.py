@@ -296,7 +296,7 @@ def sigterm_blocked() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("sigterm_blocked")
-def test_a_script_gets_sigterm_though_its_agent_has_it_blocked(start: Start, heard: Heard, tmp_path: Path) -> None:
+def test_a_script_gets_sigterm_though_its_agent_has_it_blocked(start: Start, heard: Heard) -> None:
     process = start("import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
     assert heard.wait_for("exit")["code"] == -signal.SIGTERM, process
 
