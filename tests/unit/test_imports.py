@@ -41,6 +41,7 @@ MAY_IMPORT = {
 """For each room the rooms below it. cli/ stands on all of them but worker/, which runs in processes of its own."""
 
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"worker"}
+MAY_IMPORT["__main__"] = {"cli"}
 
 HEAVY_PLACES = {
     "torch": ("worker/", "prepare/model.py", "ds_config/build_catalogue.py"),
