@@ -13,8 +13,8 @@ from launcher.errors import LauncherError, RunFailed
 from launcher.fleet.allocation import Allocation
 from launcher.fleet.meeting import Guest, Meeting, attend, common_address
 from launcher.fleet.network import LOOPBACK
-from launcher.fleet.nodes import LOOPBACK_ONLY, use_token, write_token
 from launcher.fleet.own_ray import OwnRay
+from launcher.fleet.ray_settings import LOOPBACK_ONLY, use_token, write_token
 from launcher.fleet.refusals import Refusals
 from launcher.run_dir import RunDir
 from launcher.tail import last_lines
