@@ -33,7 +33,11 @@ _NOT_READY = "No available agent to submit job"
 _READY_SECONDS, _RETRY_SECONDS = 60.0, 2.0
 ON_THE_HEAD = """\
 command -v launcher >/dev/null && exec launcher "$@"
-python=$(tr "\\0" "\\n" <"/proc/$RAY_RAYLET_PID/cmdline" | sed -n "s/^--python_worker_command=\\([^ ]*\\).*/\\1/p")
+process=$$ python=
+until [ -n "$python" ] || [ "$process" -le 1 ]; do
+    python=$(tr "\\0" "\\n" <"/proc/$process/cmdline" | sed -n "s/^--python_worker_command=\\([^ ]*\\).*/\\1/p")
+    process=$(sed -n "s/^PPid:[[:space:]]*//p" "/proc/$process/status")
+done
 "${python:-python3}" -P -c "import launcher" && exec "${python:-python3}" -P -m launcher "$@"
 echo "error: launcher is not on the PATH of this Ray ($PATH), nor in its Python (${python:-not found})." >&2
 echo "Hint: install it in the Python that Ray runs on every node, or start Ray with launcher on the PATH." >&2
@@ -41,7 +45,7 @@ exit 127"""
 """Runs the launcher that is on the PATH of the cluster's Ray, or the one in the Python with which Ray was started.
 
 A job has the PATH of the shell in which `ray start` was called, which need not have the launcher's environment. The
-raylet's command line names the Python.
+raylet, which is a parent of the job's processes, has the Python on its command line.
 """
 _WILD = re.compile(r"([\\*?\[\]!#])")
 

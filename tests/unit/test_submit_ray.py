@@ -76,13 +76,11 @@ def programs(tmp_path):
 
 def on_the_head(programs: Path, cwd: Path, python: str) -> subprocess.CompletedProcess[str]:
     """Runs an entrypoint as Ray's job supervisor does, below a raylet that was started with `python`."""
+    entrypoint = shlex.join(["sh", "-c", ON_THE_HEAD, "launcher", "run", "my job.yaml", "a=$b 'c'"])
+    raylet = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1], shell=True).returncode)"
     told = f"--python_worker_command={python} /ray/default_worker.py --port=1"
-    with subprocess.Popen([sys.executable, "-c", "input()", told], stdin=subprocess.PIPE) as raylet:
-        entrypoint = shlex.join(["sh", "-c", ON_THE_HEAD, "launcher", "run", "my job.yaml", "a=$b 'c'"])
-        environment = {"PATH": str(programs), "RAY_RAYLET_PID": str(raylet.pid)}
-        done = subprocess.run(entrypoint, shell=True, cwd=cwd, env=environment, capture_output=True, text=True)
-        raylet.kill()
-    return done
+    command = [sys.executable, "-c", raylet, entrypoint, told]
+    return subprocess.run(command, cwd=cwd, env={"PATH": str(programs)}, capture_output=True, text=True)
 
 
 def test_the_launcher_is_found_without_the_path_of_the_cluster(tmp_path, programs):
