@@ -24,6 +24,7 @@ from launcher.prepare import prepare, prepare_model
 from launcher.prepare.machine import measure_machine
 from launcher.prepare.sources import find_data, find_model_folder
 from launcher.presets import preset_names, shipped_folder
+from launcher.secret_names import is_secret
 
 OnProgress = Callable[[dict[str, object]], None]
 P = TypeVar("P", bound=Plan)
@@ -119,7 +120,16 @@ def check_script_job(job: ScriptJob, job_file: str, machine: MachineFacts | None
 def _linted(job: Job, job_file: str, machine: MachineFacts) -> Checked:
     """Raises RequestError for what lint calls an error in the job's JSON."""
     user = load_ds_config(job, job_file)
-    return Checked(user, lint_ds_config(job, user, machine), machine)
+    return Checked(user, (*lint_ds_config(job, user, machine), *_secrets_in(job)), machine)
+
+
+def _secrets_in(job: Job) -> Iterator[str]:
+    """A warning for each variable of cluster.env that looks like a secret."""
+    for name in filter(is_secret, job.cluster.env):
+        yield (
+            f"cluster.env.{name} looks like a secret, and is written to plan.json and job.yaml: "
+            "set it in the environment in which the run is started"
+        )
 
 
 def _check_folder(name: str, key: str, job_file: str) -> None:

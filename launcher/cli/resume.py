@@ -154,9 +154,8 @@ def job_of_run(directory: RunDir, overrides: list[str]) -> Job:
     """The job of what is left of a run under the overrides. Raises RequestError as `rest_of` does."""
     rest = where_to_go_on(directory)
     job = _job_with(rest.plan, overrides, measure_machine())[0]
-    manifest = read_manifest(Path(rest.start.checkpoint)) or {}
     if ranks := ranks_known(rest.plan, job.cluster):
-        must_convert(rest.plan, manifest["world_size"], ranks)
+        must_convert(rest.plan, rest.saved.world_size, ranks)
     return job
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from launcher.errors import LauncherError, RunFailed
 from launcher.fleet.allocation import Allocation
 from launcher.fleet.meeting import Guest, Meeting, attend, common_address
-from launcher.fleet.network import own_addresses
-from launcher.fleet.nodes import use_token, write_token
+from launcher.fleet.network import LOOPBACK
 from launcher.fleet.own_ray import OwnRay
+from launcher.fleet.ray_settings import LOOPBACK_ONLY, use_token, write_token
 from launcher.fleet.refusals import Refusals
 from launcher.run_dir import RunDir
 from launcher.tail import last_lines
@@ -41,7 +41,9 @@ def first_node(allocation: Allocation, run: RunDir, wait_seconds: float, refusal
             meeting.publish()
             guests = meeting.wait(wait_seconds, refusals.check)
             _check_all_came(allocation, guests, wait_seconds)
-            address = common_address(guests) if guests else own_addresses()[0]
+            if not guests:
+                os.environ.update(LOOPBACK_ONLY)
+            address = common_address(guests) if guests else LOOPBACK
             use_token(key_file)
             ray = OwnRay(allocation, address, None, log)
             ray.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from launcher.plan.model import World
+from launcher.secret_names import is_secret
 
 _FORWARDED = (
     "HF_",
@@ -24,7 +25,6 @@ _FOR_SCRIPTS = (
     *("WANDB_", "MLFLOW_", "COMET_", "NEPTUNE_", "CLEARML_", "AIM_", "TENSORBOARD_", "UCX_"),
 )
 """What a script may need besides: where its packages are, and what it reports to."""
-_SECRET_ENDINGS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
 
 def forwarded_environment(environment: Mapping[str, str], *, script: bool = False) -> dict[str, str]:
@@ -37,7 +37,7 @@ def forwarded_environment(environment: Mapping[str, str], *, script: bool = Fals
     if script:
         return chosen
     # The launcher's own ranks work offline: a secret would travel for nothing.
-    return {key: value for key, value in chosen.items() if not key.endswith(_SECRET_ENDINGS)}
+    return {key: value for key, value in chosen.items() if not is_secret(key)}
 
 
 def rank_environment(

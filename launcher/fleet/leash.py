@@ -26,6 +26,8 @@ def main() -> None:
     folder, *arguments = sys.argv[1:]
     os.chdir(folder)
     environment = {**os.environ, **companions(os.environ), "LAUNCHER_REPORT_PID": str(os.getpid())}
+    # Under Slurm the agent and what it starts have SIGTERM blocked. A script may save when it gets one.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     _leave_watcher()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.execve(sys.executable, [sys.executable, *filled(arguments, os.environ)], environment)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import RunFailed
-from launcher.fleet.network import own_addresses
+from launcher.fleet.network import LOOPBACK, own_addresses
 from launcher.fleet.refusals import Check
 from launcher.run_dir import write_json
 
@@ -81,7 +81,8 @@ class Meeting:
 
     def __init__(self, file: Path, key: str, others: int) -> None:
         self._file, self._key, self._others = file, key, others
-        self._socket = socket.create_server(("", 0), backlog=max(128, 2 * others))
+        # With no other node nobody has to reach this one.
+        self._socket = socket.create_server(("" if others else LOOPBACK, 0), backlog=max(128, 2 * others))
         self._guests: dict[int, Guest] = {}
         self._news = threading.Condition()
         threading.Thread(target=self._accept, name="meeting", daemon=True).start()

@@ -14,6 +14,7 @@ import psutil
 
 from launcher.errors import RunFailed
 
+LOOPBACK = "127.0.0.1"
 _HELLO = b"launcher\n"
 _LOWEST_PORT, _PORT_TRIES = 20000, 1000
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +15,9 @@ from typing import Any
 from launcher.errors import RunFailed, first_line
 from launcher.files import keep_private
 from launcher.fleet.agent import Event, NodeTask
+from launcher.fleet.network import LOOPBACK
+from launcher.fleet.ray_folder import RayFolder
+from launcher.fleet.ray_settings import LOOPBACK_ONLY, job_config, quiet_ray, use_token, write_token
 from launcher.plan.model import Plan, World
 
 Tell = Callable[[str], None]
@@ -66,13 +67,13 @@ class Nodes:
     def __init__(self, needs: Needs, tell: Tell) -> None:
         self._needs, self._tell = needs, tell
         self._group: Any = None
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: RayFolder | None = None
         self.nodes: list[Node] = []
         self._pending: dict[Any, int] = {}
 
     def connect(self, address: str) -> None:
         """Joins the Ray at `address`, or starts one of our own for "local". Raises RunFailed."""
-        _quiet_ray()
+        quiet_ray()
         own = address == "local"
         if own:
             # Ray starts a process in advance for every processor it is given, and the agent is the only one here.
@@ -81,10 +82,11 @@ class Nodes:
         # Only now: Ray reads its settings once, when it is imported.
         import ray
 
+        config = job_config()
         handler = signal.getsignal(signal.SIGTERM)
         try:
             quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
-            ray.init(job_config=_job_config(), **quiet, **options)
+            ray.init(job_config=config, **quiet, **options)
             # Ray takes the signal for itself and exits at once, where a run would save first.
             signal.signal(signal.SIGTERM, handler)
         except Exception as error:  # Ray has no common kind for what goes wrong here
@@ -93,18 +95,17 @@ class Nodes:
 
     def _own_ray(self) -> dict[str, Any]:
         """Options for a Ray of our own: on this machine alone, with what the run needs and a secret of its own."""
-        # Ray's sockets lie in here, and a socket's path may not be longer than 107 bytes.
-        self._temporary = tempfile.TemporaryDirectory(prefix="lr-", dir="/tmp", ignore_cleanup_errors=True)
-        token = Path(self._temporary.name) / "token"
-        write_token(token)
-        use_token(token)
+        self._folder = RayFolder()
+        write_token(self._folder.token)
+        use_token(self._folder.token)
+        os.environ.update(LOOPBACK_ONLY)
         return {
             "address": "local",
             "num_cpus": self._needs.cpus,
             "num_gpus": self._needs.gpus,
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
-            "_temp_dir": self._temporary.name,
+            "_temp_dir": str(self._folder.ray),
             # Where memory is nearly full, as with what ZeRO offloads, Ray would kill its only worker, the agent.
             "_system_config": {"memory_monitor_refresh_ms": 0},
         }
@@ -128,6 +129,8 @@ class Nodes:
         if len(self.nodes) > 1:
             self._find_interfaces()
             self._compare_clocks()
+        elif self._folder is not None and self.nodes[0].address != LOOPBACK:
+            self._tell("          note: this Ray listens on all interfaces of this machine; its token protects it")
         return self.nodes
 
     def ask(self, method: str, arguments: Sequence[tuple[Any, ...]], seconds: float = _ANSWER_SECONDS) -> list[Any]:
@@ -242,8 +245,8 @@ class Nodes:
             if self._group is not None:
                 ray.util.remove_placement_group(self._group)
         ray.shutdown()
-        if self._temporary is not None:
-            self._temporary.cleanup()
+        if self._folder is not None:
+            self._folder.remove()
 
     def _wait_for_group(self, wait_seconds: float) -> None:
         deadline, told = time.monotonic() + wait_seconds, False
@@ -259,9 +262,11 @@ class Nodes:
         """What was asked for against what the cluster has, in words."""
         import ray
 
-        # Ray's public interface has what is free in all, not on each node.
-        from ray._private.state import available_resources_per_node
-
+        try:
+            # Ray's public interface has what is free in all, not on each node.
+            from ray._private.state import available_resources_per_node
+        except ImportError:
+            return f"{asked_in_words(self._needs)}; Ray {ray.__version__} does not report what is free on each node"
         free = available_resources_per_node()
         alive = [(node["Resources"], free.get(node["NodeID"], {})) for node in ray.nodes() if node["Alive"]]
         return missing_in_words(self._needs, alive)
@@ -283,16 +288,21 @@ class Nodes:
 def missing_in_words(needs: Needs, nodes: Sequence[tuple[Mapping[str, float], Mapping[str, float]]]) -> str:
     """What is asked for against what each node (has, has free) now, with what too many of them are short of."""
     wanted = needs.bundle()
-    each = " and ".join(f"{value:g} {key}" for key, value in wanted.items())
     large = [(has, free) for has, free in nodes if _holds(has, wanted)]
     ready = [free for _, free in large if _holds(free, wanted)]
-    text = f"asked for {needs.nodes} node{'s' if needs.nodes > 1 else ''} with {each} each; "
-    text += f"of {len(nodes)} in this Ray {len(large)} have that much, and {len(ready)} have it free now"
+    text = f"{asked_in_words(needs)}; of {len(nodes)} in this Ray {len(large)} have that much, "
+    text += f"and {len(ready)} have it free now"
     for key, value in wanted.items():
         short = [free.get(key, 0) for _, free in large if free.get(key, 0) < value]
         if short:
             text += f"; {key}: too few free on {len(short)}, at most {max(short):g}"
     return text
+
+
+def asked_in_words(needs: Needs) -> str:
+    """What is asked for: asked for 2 nodes with 8 CPU and 8 GPU each."""
+    each = " and ".join(f"{value:g} {key}" for key, value in needs.bundle().items())
+    return f"asked for {needs.nodes} node{'s' if needs.nodes > 1 else ''} with {each} each"
 
 
 def _holds(found: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
@@ -330,21 +340,6 @@ def _named(index: int, nodes: list[Node] | None) -> str:
     return f"node {index} ({nodes[index].host})" if nodes else f"agent {index}"
 
 
-def _job_config() -> Any:
-    """Keeps this process's folder off the agents' path: a launcher.py in it would be imported there for the launcher.
-
-    Ray has no option for that, and puts the folder in as it connects.
-    """
-    from ray.job_config import JobConfig
-
-    class Apart(JobConfig):  # type: ignore[misc]
-        def _get_proto_job_config(self) -> Any:
-            self._py_driver_sys_path: list[str] = []
-            return super()._get_proto_job_config()
-
-    return Apart()
-
-
 def _agent_class() -> type:
     import ray
 
@@ -364,20 +359,6 @@ def _agent_class() -> type:
     return RayAgent
 
 
-def write_token(file: Path) -> None:
-    """A new secret, readable by its user alone."""
-    file.unlink(missing_ok=True)
-    file.touch(mode=0o600)
-    file.write_text(secrets.token_hex(32))
-
-
-def use_token(file: Path) -> None:
-    """Has every Ray that this process and its children start or join ask for the secret in `file`."""
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(file))
-    # Ray would take a secret that is in the environment itself over the file's.
-    os.environ.pop("RAY_AUTH_TOKEN", None)
-
-
 def address_of(setting: str) -> str:
     """The Ray address that a job's `cluster.address` means."""
     return os.environ.get("RAY_ADDRESS", "local") if setting == "auto" else setting
@@ -393,10 +374,3 @@ def _order(placed: tuple[dict[str, Any], Node]) -> tuple[int, bool, list[int], s
     numeric = all(part.isdigit() for part in parts)
     number = int(facts.get("Labels", {}).get(NODE_LABEL, 0))
     return (number, not numeric, [int(part) for part in parts] if numeric else [], node.address)
-
-
-def _quiet_ray() -> None:
-    """What Ray would otherwise say, or send home, from this process."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray announces that it will one day leave CUDA_VISIBLE_DEVICES alone for actors without GPUs.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
+import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO
 
 import psutil
@@ -21,6 +19,7 @@ from launcher.errors import RunFailed
 from launcher.fleet.allocation import Allocation
 from launcher.fleet.network import free_ports
 from launcher.fleet.nodes import NODE_LABEL, OBJECT_STORE_BYTES
+from launcher.fleet.ray_folder import RayFolder
 
 _TRIES = 3
 _UP_SECONDS = 90.0
@@ -50,8 +49,7 @@ class OwnRay:
     def __init__(self, allocation: Allocation, node_address: str, head_address: str | None, log: IO[bytes]) -> None:
         self._allocation, self._log = allocation, log
         self._node_address, self._head_address = node_address, head_address
-        # Ray's sockets lie in here, and a socket's path may not be longer than 107 bytes.
-        self._folder = Path(tempfile.mkdtemp(prefix="lr-", dir="/tmp"))
+        self._folder = RayFolder()
         self._process: subprocess.Popen[bytes] | None = None
         self.address = head_address or ""
 
@@ -67,18 +65,19 @@ class OwnRay:
     def end(self) -> None:
         """Ends every process that this started, and removes their files."""
         self._stop()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()
 
     def _up(self, ports: Iterator[int]) -> bool:
         command, head_port = self._command(ports)
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **_ENVIRONMENT},
-            start_new_session=True,
-        )
+        with _sigterm_blocked():
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **_ENVIRONMENT},
+                start_new_session=True,
+            )
         up = threading.Event()
         self._copier = threading.Thread(target=self._copy, args=(self._process.stdout, up), daemon=True)
         self._copier.start()
@@ -105,7 +104,7 @@ class OwnRay:
             "--num-gpus": str(self._allocation.gpus),
             "--labels": f"{NODE_LABEL}={self._allocation.node}",
             "--object-store-memory": str(OBJECT_STORE_BYTES),
-            "--temp-dir": str(self._folder),
+            "--temp-dir": str(self._folder.ray),
             # 0: whatever is free. Ray's own range is the same for every Ray on a node.
             "--min-worker-port": "0",
             "--max-worker-port": "0",
@@ -125,22 +124,32 @@ class OwnRay:
                     up.set()
 
     def _stop(self) -> None:
-        """Ends what was started, by process id: Ray's own way first, then whatever is left."""
+        """Kills what was started, by process id: none of it takes SIGTERM, and nothing of it is needed any more."""
         if self._process is None:
             return
-        started = _below(self._process.pid)
-        self._process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_END_SECONDS)
-        _, left = psutil.wait_procs(started, timeout=1.0)
-        for process in left:
+        started = [*_below(self._process.pid), psutil.Process(self._process.pid)]
+        for process in started:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        self._process.kill()
         self._process.wait()
+        psutil.wait_procs(started, timeout=_END_SECONDS)
         # The log is closed by whoever opened it, once everything is in it.
         self._copier.join(_LOG_SECONDS)
         self._process = None
+
+
+@contextlib.contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Blocks SIGTERM for what is started inside the block, and for all that this starts in turn.
+
+    Slurm's scancel and requeue send SIGTERM to every process of a job's tasks at once. Ray's processes and the ranks
+    would end, where the run is to save first; the launcher alone takes the signal, and ends the others itself.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _below(pid: int) -> list[psutil.Process]:

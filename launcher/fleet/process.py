@@ -113,15 +113,29 @@ def finished(command: Sequence[str], environment: Mapping[str, str], timeout_sec
 
 
 def stop_all(processes: Sequence[RankProcess], grace_seconds: float) -> None:
-    """Ends the processes: SIGTERM, and SIGKILL for those that are still there after the grace time."""
+    """Ends the processes: SIGTERM, and SIGKILL for those that are still there after the grace time.
+
+    A process that blocks SIGTERM, as the launcher's own ranks do under Slurm, would only wait for the grace time to
+    pass: it is killed at once.
+    """
     for process in processes:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGKILL if blocks_sigterm(process.pid) else signal.SIGTERM)
     deadline = time.monotonic() + grace_seconds
     for process in processes:
         if not process.wait(max(0.0, deadline - time.monotonic())):
             process.send_signal(signal.SIGKILL)
     for process in processes:
         process.wait(5.0)
+
+
+def blocks_sigterm(pid: int) -> bool:
+    """Whether the main thread of a process has SIGTERM blocked. False for one that has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    blocked = next((line.split()[1] for line in status.splitlines() if line.startswith("SigBlk:")), "0")
+    return bool(int(blocked, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def _copy_lines(source: IO[bytes], log: IO[bytes]) -> None:

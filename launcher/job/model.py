@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from launcher.job import slurm
@@ -54,6 +55,15 @@ Seed = Annotated[WholeNumber, Field(lt=2**32)]
 NAME_PATTERN = r"^[^\x00-\x1f\x7f]*$"
 JOB_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, Field(min_length=1, pattern=NAME_PATTERN)]
+
+
+def _variable_name(value: str) -> str:
+    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) is None:
+        raise PydanticCustomError("variable_name", "must be the name of an environment variable (A-Z, a-z, 0-9 and _)")
+    return value
+
+
+VariableName = Annotated[str, AfterValidator(_variable_name)]
 
 
 class Section(BaseModel):
@@ -238,7 +248,7 @@ class ClusterSection(Section):
         description="A Ray to join (host:port). auto: RAY_ADDRESS where set, or else a Ray of our own. local: our own.",
     )
     wait_seconds: PositiveNumber = Field(600.0, description="How long to wait for nodes on a Ray that exists.")
-    env: dict[Name, Name] = Field(
+    env: dict[VariableName, Name] = Field(
         default_factory=dict,
         description="Environment variables for every rank; no secrets, they are written to plan.json.",
     )

@@ -8,6 +8,8 @@ import logging
 import os
 import re
 import shlex
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ import yaml
 
 from launcher.errors import Problem, RequestError, RunFailed, first_line
 from launcher.job import Job
-from launcher.submit import SECRET_NAME
+from launcher.secret_names import is_secret
 
 Tell = Callable[[str], None]
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -27,6 +29,24 @@ _CHATTY = (
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
 )
+_NOT_READY = "No available agent to submit job"
+_READY_SECONDS, _RETRY_SECONDS = 60.0, 2.0
+ON_THE_HEAD = """\
+command -v launcher >/dev/null && exec launcher "$@"
+process=$$ python=
+until [ -n "$python" ] || [ "$process" -le 1 ]; do
+    python=$(tr "\\0" "\\n" <"/proc/$process/cmdline" | sed -n "s/^--python_worker_command=\\([^ ]*\\).*/\\1/p")
+    process=$(sed -n "s/^PPid:[[:space:]]*//p" "/proc/$process/status")
+done
+"${python:-python3}" -P -c "import launcher" && exec "${python:-python3}" -P -m launcher "$@"
+echo "error: launcher is not on the PATH of this Ray ($PATH), nor in its Python (${python:-not found})." >&2
+echo "Hint: install it in the Python that Ray runs on every node, or start Ray with launcher on the PATH." >&2
+exit 127"""
+"""Runs the launcher that is on the PATH of the cluster's Ray, or the one in the Python with which Ray was started.
+
+A job has the PATH of the shell in which `ray start` was called, which need not have the launcher's environment. The
+raylet, which is a parent of the job's processes, has the Python on its command line.
+"""
 _WILD = re.compile(r"([\\*?\[\]!#])")
 
 
@@ -65,9 +85,10 @@ def ray_request(job: Job, job_file: Path, overrides: Sequence[str], address: str
     problems = [*_address_problems(address), *_job_problems(job), *_file_problems(job_file, working_dir)]
     if problems:
         raise RequestError(*problems)
+    words = ["launcher", "run", str(job_file.relative_to(working_dir)), *overrides]
     return RayRequest(
         address=address.rstrip("/"),
-        entrypoint=shlex.join(["launcher", "run", str(job_file.relative_to(working_dir)), *overrides]),
+        entrypoint=shlex.join(["sh", "-c", ON_THE_HEAD, *words]),
         working_dir=str(working_dir),
         excludes=tuple(_excludes(job, working_dir)),
         env_vars=dict(job.cluster.env),
@@ -117,7 +138,7 @@ def _job_problems(job: Job) -> list[Problem]:
         hint = "give an absolute path on storage that all nodes see"
         problems.append(Problem(found, key="output_dir", hint=hint))
     for name in job.cluster.env:
-        if SECRET_NAME.search(name):
+        if is_secret(name):
             found = "looks like a secret, and Ray shows the environment of jobs to all who see its dashboard"
             hint = "set it on the nodes themselves"
             problems.append(Problem(found, key=f"cluster.env.{name}", hint=hint))
@@ -166,13 +187,22 @@ def _without(variables: Sequence[str]) -> Iterator[None]:
 
 
 def _submitted(client: Any, request: RayRequest) -> str:
-    try:
-        submission_id: str = client.submit_job(**request.arguments())
-    except Exception as error:  # Ray has no common kind for what goes wrong here
-        raise RunFailed(
-            f"the Ray at {request.address} did not take the job: {first_line(error)}{_hint(error)}"
-        ) from None
-    return submission_id
+    """The job's id. A Ray that has only just been started takes jobs some seconds later."""
+    deadline, told = time.monotonic() + _READY_SECONDS, False
+    while True:
+        try:
+            submission_id: str = client.submit_job(**request.arguments())
+            return submission_id
+        except Exception as error:  # Ray has no common kind for what goes wrong here
+            if _NOT_READY not in str(error) or time.monotonic() > deadline:
+                found = f"the Ray at {request.address} did not take the job: {first_line(error)}{_hint(error)}"
+                raise RunFailed(found) from None
+        if not told:
+            # Not to standard output, where --parsable prints the job's id alone.
+            wait = f"trying again for up to {_READY_SECONDS:.0f} s"
+            print(f"the Ray at {request.address} does not take jobs yet: {wait}", file=sys.stderr)
+            told = True
+        time.sleep(_RETRY_SECONDS)
 
 
 def _hint(error: Exception) -> str:

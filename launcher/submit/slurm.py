@@ -22,7 +22,7 @@ from launcher.fleet.allocation import run_stamp
 from launcher.job import Job
 from launcher.job.slurm import is_plain
 from launcher.presets import shipped_folder
-from launcher.submit import SECRET_NAME
+from launcher.secret_names import is_secret
 from launcher.submit.container import container_words
 from launcher.submit.slurm_answers import Refusal, refusal, where_it_stands
 from launcher.submit.slurm_options import Option, log_file, overriding_variables, sbatch_options
@@ -112,7 +112,7 @@ def slurm_request(
     if job.cluster.address not in ("auto", "local"):
         found = f"{job.cluster.address}, and a Slurm job starts a Ray of its own"
         raise RequestError(Problem(found, key="cluster.address", hint="leave it out, or submit with --to ray"))
-    if secrets := [name for name in job.cluster.env if SECRET_NAME.search(name)]:
+    if secrets := [name for name in job.cluster.env if is_secret(name)]:
         found = "looks like a secret, and a batch script and its arguments can be read by others"
         hint = "set it in the environment of the nodes"
         raise RequestError(*(Problem(found, key=f"cluster.env.{name}", hint=hint) for name in secrets))

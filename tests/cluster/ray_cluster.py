@@ -45,6 +45,5 @@ class RayCluster:
     def _start(self, host: str, *options: str) -> None:
         limits = (f"--num-cpus={self.cpus}", "--num-gpus=0", f"--object-store-memory={_SHARED_MEMORY}")
         own = f"--node-ip-address={self.hosts.address(host)}"
-        # Jobs look for the launcher and its Python where Ray looks.
-        path = f"{BIN}:{self.hosts.environment['PATH']}"
-        self.run(host, "ray", "start", own, *limits, *options, "--disable-usage-stats", PATH=path)
+        # As over ssh without a login shell: the environment's programs are not on the PATH.
+        self.run(host, "ray", "start", own, *limits, *options, "--disable-usage-stats", PATH="/usr/bin:/bin")

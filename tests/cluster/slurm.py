@@ -112,7 +112,8 @@ class Slurm:
             "SchedulerParameters": "batch_sched_delay=0,sched_interval=1",
             "ReturnToService": 2,
             "SlurmdTimeout": 30,
-            "KillWait": 10,
+            # Slurm's own default.
+            "KillWait": 30,
             "MinJobAge": 300,
             "JobRequeue": 1,
             "GresTypes": "gpu",

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from launcher.run_dir import RunDir
 from tests.cluster.conftest import need
 from tests.cluster.hosts import missing, several_hosts
-from tests.cluster.jobs import PATIENT, hosts_of_ranks, losses, runs_of, write_fault, write_tiny_job
+from tests.cluster.jobs import BIN, PATIENT, hosts_of_ranks, losses, runs_of, write_fault, write_tiny_job
 from tests.cluster.ray_cluster import RayCluster
 
 pytestmark = pytest.mark.cluster
@@ -55,7 +56,7 @@ def test_runs_share_a_cluster_wait_for_room_and_make_the_updates_of_one_node(clu
 
     to_ray = ("--to", "ray", "--address", cluster.address)
     plainly = ("ray", "job", "submit", "--address", cluster.address, "--working-dir", ".", "--")
-    two = cluster.popen("ctl", *plainly, "launcher", "run", "two.yaml", "train.seed=7", cwd=jobs)
+    two = cluster.popen("ctl", *plainly, str(BIN / "launcher"), "run", "two.yaml", "train.seed=7", cwd=jobs)
     three = cluster.run(
         "ctl", "launcher", "submit", *to_ray, "--parsable", "jobs/three.yaml", "train.seed=7", cwd=folder
     )
@@ -153,7 +154,7 @@ def test_a_submission_that_ray_does_not_take_is_told_in_a_line(cluster: RayClust
     done = cluster.run("ctl", *submit, cwd=folder, check=False)
     assert done.returncode == 2 and "--address http://HEAD:8265" in done.stderr
     done = cluster.run("ctl", *submit, "--dry-run", cwd=folder, RAY_API_SERVER_ADDRESS=cluster.address)
-    assert "entrypoint: launcher run tiny.yaml\n" in done.stdout
+    assert yaml.safe_load(done.stdout)["entrypoint"].endswith(" launcher run tiny.yaml")
     secret = Path(cluster.secret["RAY_AUTH_TOKEN_PATH"]).read_text()
     assert secret not in done.stdout and not runs_of(folder) and job.exists()
 

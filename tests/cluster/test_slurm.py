@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 
@@ -74,9 +76,10 @@ def of_launcher(hosts: Hosts) -> list[str]:
     found = []
     for host in hosts.names:
         for process in hosts.processes(host):
-            line = " ".join(process.cmdline())
-            if any(word in line for word in words):
-                found.append(f"{host}: {line[:120]}")
+            with contextlib.suppress(psutil.Error):
+                line = " ".join(process.cmdline())
+                if any(word in line for word in words):
+                    found.append(f"{host}: {line[:120]}")
     return found
 
 

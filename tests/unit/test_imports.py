@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "exporting": {"errors", "files", "saved"},
     "reporting": {"run_dir", "tail"},
     "token_store": {"files"},
+    "secret_names": set(),
     "presets": set(),
     "job": {"errors"},
     "schedule": {"errors"},
@@ -37,10 +38,10 @@ MAY_IMPORT = {
     "watch": {"aftermath", "errors", "files", "run_dir", "schedule", "plan", "tail"},
     "methods": {"errors", "job"},
     "prepare": {"errors", "files", "job", "plan", "methods", "run_dir", "tail", "token_store"},
-    "planning": {"errors", "job", "ds_config", "plan", "prepare", "presets"},
+    "planning": {"errors", "job", "ds_config", "plan", "prepare", "presets", "secret_names"},
     "worker": {"errors", "exporting", "files", "methods", "plan", "schedule", "run_dir", "token_store"},
-    "fleet": {"aftermath", "errors", "files", "plan", "prepare", "run_dir", "tail"},
-    "submit": {"errors", "job", "plan", "run_dir", "fleet", "presets"},
+    "fleet": {"aftermath", "errors", "files", "plan", "prepare", "run_dir", "secret_names", "tail"},
+    "submit": {"errors", "job", "plan", "run_dir", "fleet", "presets", "secret_names"},
 }
 """For each room the rooms below it. cli/ stands on all of them but worker/, which runs in processes of its own."""
 

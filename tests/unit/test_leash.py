@@ -287,6 +287,31 @@ launcher.report(step=1, loss=2.0)
     assert (tmp_path / "told").read_text() == (tmp_path / "own").read_text() == ""
 
 
+@pytest.fixture
+def sigterm_blocked() -> Iterator[None]:
+    """As in an agent under Slurm, which sends SIGTERM to every process of a task at once."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    yield
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+@pytest.mark.usefixtures("sigterm_blocked")
+def test_a_script_gets_sigterm_though_its_agent_has_it_blocked(start: Start, heard: Heard) -> None:
+    process = start("import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
+    assert heard.wait_for("exit")["code"] == -signal.SIGTERM, process
+
+
+@pytest.mark.usefixtures("sigterm_blocked")
+def test_a_rank_that_has_sigterm_blocked_is_killed_without_waiting_for_the_grace_time(
+    heard: Heard, tmp_path: Path
+) -> None:
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGTERM); print('still here', flush=True); input()"
+    process = RankProcess(5, [sys.executable, "-c", code], os.environ, tmp_path / "rank.log", heard.put)
+    wait_for_line(tmp_path, "still here")
+    stop_all([process], 3600.0)
+    assert heard.wait_for("exit")["code"] == -signal.SIGKILL
+
+
 def test_companions_are_torchruns_and_deepspeeds() -> None:
     found = companions({**RANK, "RANK": "7"})
     assert found == {

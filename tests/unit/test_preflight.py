@@ -16,7 +16,7 @@ from launcher.errors import RunFailed
 from launcher.fleet import examine
 from launcher.fleet.environment import rank_environment
 from launcher.fleet.examine import NodeFacts
-from launcher.fleet.nodes import Needs, Node, missing_in_words, use_token
+from launcher.fleet.nodes import Needs, Node, missing_in_words
 from launcher.fleet.preflight import (
     NodeCheck,
     Wanted,
@@ -27,6 +27,7 @@ from launcher.fleet.preflight import (
     refuse,
 )
 from launcher.fleet.provide import _put
+from launcher.fleet.ray_settings import use_token
 from launcher.plan.model import World
 from launcher.prepare.machine import installed_versions
 from launcher.run_dir import RunDir

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,8 @@ from hypothesis import strategies as st
 from launcher.errors import RequestError
 from launcher.job import validate_job
 from launcher.run_dir import RunDir
-from launcher.submit.ray import dashboard_address, ray_request, submit_to_ray
+from launcher.submit import ray as ray_submission
+from launcher.submit.ray import ON_THE_HEAD, dashboard_address, ray_request, submit_to_ray
 from tests.unit.given import command, write_folder
 
 HERE = Path("/shared/project")
@@ -41,8 +47,9 @@ def test_the_request_is_what_ray_is_told(capsys):
     made = request(
         ["train.max_steps=5", "schedule.warmup=2M tokens"], cluster={"nodes": 2, "env": {"NCCL_DEBUG": "INFO"}}
     )
+    words = ["launcher", "run", "jobs/my job.yaml", "train.max_steps=5", "schedule.warmup=2M tokens"]
     assert made.arguments() == {
-        "entrypoint": "launcher run 'jobs/my job.yaml' train.max_steps=5 'schedule.warmup=2M tokens'",
+        "entrypoint": shlex.join(["sh", "-c", ON_THE_HEAD, *words]),
         "runtime_env": {"working_dir": "/shared/project", "excludes": [], "env_vars": {"NCCL_DEBUG": "INFO"}},
         "metadata": {"launcher_job": "tune", "launcher_output_dir": "/shared/runs"},
     }
@@ -54,7 +61,84 @@ def test_the_request_is_what_ray_is_told(capsys):
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=4), st.text("a b'$`;&\"\\\n|*", min_size=1))
 def test_arguments_arrive_through_the_shell_unharmed(overrides, name):
     made = request(overrides, job_file=HERE / f"x{name}.yaml")
-    assert shlex.split(made.entrypoint) == ["launcher", "run", f"x{name}.yaml", *overrides]
+    assert shlex.split(made.entrypoint)[3:] == ["launcher", "run", f"x{name}.yaml", *overrides]
+
+
+@pytest.fixture
+def programs(tmp_path):
+    """A folder for the PATH that has what a shell needs, and no launcher and no Python."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    for name in ("sh", "tr", "sed"):
+        (folder / name).symlink_to(shutil.which(name))
+    return folder
+
+
+def on_the_head(programs: Path, cwd: Path, python: str) -> subprocess.CompletedProcess[str]:
+    """Runs an entrypoint as Ray's job supervisor does, below a raylet that was started with `python`."""
+    entrypoint = shlex.join(["sh", "-c", ON_THE_HEAD, "launcher", "run", "my job.yaml", "a=$b 'c'"])
+    raylet = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1], shell=True).returncode)"
+    told = f"--python_worker_command={python} /ray/default_worker.py --port=1"
+    command = [sys.executable, "-c", raylet, entrypoint, told]
+    return subprocess.run(command, cwd=cwd, env={"PATH": str(programs)}, capture_output=True, text=True)
+
+
+def test_the_launcher_is_found_without_the_path_of_the_cluster(tmp_path, programs):
+    """In the Python that Ray runs; and a launcher.py of the user's in the job's folder is not taken for it."""
+    (tmp_path / "launcher.py").write_text("raise SystemExit('the wrong one')")
+    done = on_the_head(programs, tmp_path, sys.executable)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "my job.yaml" in done.stderr and "the wrong one" not in done.stderr
+
+    done = on_the_head(programs, tmp_path, "/nowhere/python")
+    assert done.returncode == 127
+    assert f"launcher is not on the PATH of this Ray ({programs}), nor in its Python (/nowhere/python)" in done.stderr
+
+    (programs / "launcher").write_text("#!/bin/sh\nprintf '%s,' \"$@\"\n")
+    (programs / "launcher").chmod(0o755)
+    done = on_the_head(programs, tmp_path, "/nowhere/python")
+    assert (done.returncode, done.stdout) == (0, "run,my job.yaml,a=$b 'c',"), done.stderr
+
+
+class YoungRay(BaseHTTPRequestHandler):
+    """The dashboard of a Ray whose agent is not up yet, as Ray's own client sees it; the second attempt succeeds."""
+
+    attempts = 0
+
+    def do_GET(self):
+        version = {"version": "4", "ray_version": "2.60.0", "ray_commit": "0", "session_name": "s"}
+        self._answer(200, json.dumps(version if self.path == "/api/version" else {}))
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        YoungRay.attempts += 1
+        if YoungRay.attempts == 1:
+            self._answer(500, "No available agent to submit job, please try again later.")
+        else:
+            self._answer(200, json.dumps({"job_id": "1", "submission_id": "raysubmit_1"}))
+
+    def _answer(self, status, text):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_ray_that_does_not_take_jobs_yet_is_tried_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ray_submission, "_RETRY_SECONDS", 0.0)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with HTTPServer(("127.0.0.1", 0), YoungRay) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        made = ray_request(job(), tmp_path / "job.yaml", [], address, tmp_path)
+        assert submit_to_ray(made, print, dry_run=False, parsable=True, follow=False) == 0
+        server.shutdown()
+    told = capsys.readouterr()
+    assert told.out == "raysubmit_1\n"
+    assert told.err.count(f"the Ray at {address} does not take jobs yet: trying again for up to 60 s\n") == 1
+    assert YoungRay.attempts == 2
 
 
 def test_what_runs_write_is_not_uploaded():
@@ -68,7 +152,7 @@ def test_paths_are_read_as_on_the_way_from_this_folder(monkeypatch):
     made = request(output_dir="~/project/runs", data={"train": "t", "cache_dir": "build/../cache"})
     assert made.excludes == ("/runs/", "/cache/")
     assert request(data={"train": "t", "cache_dir": "../cache"}).excludes == ()
-    assert shlex.split(request(job_file=HERE / "a/../job.yaml").entrypoint)[2] == "job.yaml"
+    assert shlex.split(request(job_file=HERE / "a/../job.yaml").entrypoint)[5] == "job.yaml"
     assert "does not lie under /shared/project" in refused(job_file=HERE / "../job.yaml")
 
 
@@ -88,7 +172,7 @@ def test_what_is_not_here_but_on_the_cluster_is_not_looked_for():
     for more in ((), there, ("cluster.gpus_per_node=auto", "cluster.processes_per_node=auto"), ("model.lora={r: 8}",)):
         ended = command(*TO_RAY, *more)
         assert ended.status == 0, ended.err
-        assert shlex.split(yaml.safe_load(ended.out)["entrypoint"])[3:] == ["output_dir=/shared/runs", *more]
+        assert shlex.split(yaml.safe_load(ended.out)["entrypoint"])[6:] == ["output_dir=/shared/runs", *more]
         assert ("the cluster alone sees how many ranks" in ended.err) == ("cluster.gpus_per_node=auto" in more)
 
 

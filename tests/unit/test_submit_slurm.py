@@ -434,7 +434,7 @@ def test_arguments_arrive_unharmed(
         f"--container-mounts={here},/data,/jobs",
     ]
     told = called(folder / "srun")
-    place = told.index("--wait=0") + 1
+    place = told.index("--wait=60") + 1
     after = told[place:]
     assert "--export=ALL" in told[:place]
     assert after == [*(container if mounted else []), "launcher", "node", str(Path(file)), *overrides]

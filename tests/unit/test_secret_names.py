@@ -1,0 +1,122 @@
+"""One rule for which environment variables are secrets, and everything that goes by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import RequestError
+from launcher.fleet.environment import forwarded_environment
+from launcher.job import read_job, validate_job
+from launcher.planning import check_job
+from launcher.secret_names import is_secret
+from tests.unit.given import job_of, write_folder
+from tests.unit.test_submit_ray import refused as refused_by_ray
+from tests.unit.test_submit_slurm import request_of
+
+SECRETS = [
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "HF_CREDENTIALS",
+    "DS_DB_PASSWD",
+    "DS_DB_PASSWORD",
+    "WANDB_API_KEY",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_ACCESS_KEY_ID",
+    "OPENAI_API_KEY",
+    "COMET_API_KEY",
+    "MLFLOW_TRACKING_PASSWORD",
+    "NEPTUNE_API_TOKEN",
+    "DB_PASS",
+    "DB_PWD",
+    "PGPASSWORD",
+    "SESSION_COOKIE",
+    "NETRC_AUTH",
+    "HTTP_AUTH_HEADER",
+    "SLURM_JWT",
+    "GITHUB_TOKEN1",
+    "hf_token",
+    "hfToken",
+    "MY_SECRET",
+    "SECRET",
+    "KEY",
+    "SSH_KEY_PASSPHRASE",
+    "GITHUB_AUTHTOKEN",
+    "AZURE_CREDENTIAL",
+    "HF_TOKEN_2",
+    "LAUNCHER_APIKEY",
+    "TORCH_KEYS",
+]
+HARMLESS = [
+    "TOKENIZERS_PARALLELISM",
+    "KEYBOARD",
+    "MONKEY_PATCH",
+    "MAX_TOKENS",
+    "NCCL_IB_PKEY",
+    "NCCL_IB_PKEY1",
+    "PWD",
+    "OLDPWD",
+    "AUTHOR",
+    "GIT_AUTHOR_NAME",
+    "HF_TOKEN_PATH",
+    "RAY_AUTH_MODE",
+    "RAY_AUTH_TOKEN_PATH",
+    "SSH_AUTH_SOCK",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "BYPASS",
+    "COMPASS_ON",
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN",
+    "HF_HUB_ENABLE_HF_TRANSFER",
+    "PASSENGERS",
+    "SECRETARY",
+    "OMP_NUM_THREADS",
+    "DS_ACCELERATOR",
+    "NCCL_DEBUG",
+    "HOTKEYS",
+    "TORCH_LOGS",
+    "COOKIECUTTER_REPLAY",
+]
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_secrets_are_known_by_their_names(name: str) -> None:
+    assert is_secret(name)
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_names_that_only_look_like_secrets_are_not(name: str) -> None:
+    assert not is_secret(name)
+
+
+def test_no_secret_is_forwarded_to_the_launchers_own_ranks_and_a_script_gets_them() -> None:
+    own = dict.fromkeys(("HF_TOKEN", "HF_CREDENTIALS", "DS_DB_PASSWD", "HF_HOME", "TOKENIZERS_PARALLELISM"), "x")
+    assert set(forwarded_environment(own)) == {"HF_HOME", "TOKENIZERS_PARALLELISM"}
+    assert forwarded_environment(own, script=True) == own
+
+
+@pytest.mark.parametrize("name", ["HF_CREDENTIALS", "DS_DB_PASSWD", "WANDB_API_KEY"])
+def test_a_secret_in_the_job_is_refused_by_both_ways_to_submit(name: str) -> None:
+    told = refused_by_ray(cluster={"env": {name: "sesame"}})
+    assert f"cluster.env.{name}: looks like a secret" in told and "sesame" not in told
+    with pytest.raises(RequestError, match=f"cluster.env.{name}: looks like a secret") as caught:
+        request_of(job_of(cluster={"gpus_per_node": 0, "env": {name: "sesame"}}))
+    assert "sesame" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["`touch x`", "| touch x", "", "A B", "A=B", "1A", "A-B", "A.B", "É", "A\n", "$(x)"])
+def test_what_is_not_the_name_of_a_variable_is_refused(name: str) -> None:
+    job = {"model": {"name_or_path": "m"}, "data": {"train": "t.jsonl"}, "cluster": {"env": {name: "1"}}}
+    with pytest.raises(RequestError, match=r"cluster\.env.*must be the name of an environment variable"):
+        validate_job(job)
+
+
+def test_a_plan_warns_of_a_secret_in_the_job_file_and_does_not_repeat_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    job = read_job(tmp_path / "job.yaml", ["cluster.env={HF_TOKEN: sesame, NCCL_DEBUG: INFO}"])
+    [note] = [note for note in check_job(job, "job.yaml").notes if "secret" in note]
+    assert note.startswith("cluster.env.HF_TOKEN looks like a secret") and "sesame" not in note
