@@ -4,24 +4,13 @@ and ZeRO's own keys."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from launcher.ds_config.case import ZERO, Case, Rule
-from launcher.ds_config.facts import AUTO, as_bool, bf16_key, zero_value
+from launcher.ds_config.facts import AUTO, as_bool, bf16_key, dtype_named, zero_value
 from launcher.ds_config.findings import Finding
 from launcher.ds_config.optimizer_rules import needs_cpu_adam
 
-_DTYPES = {
-    **dict.fromkeys(("torch.float16", "fp16", "float16", "half"), "fp16"),
-    **dict.fromkeys(("torch.float32", "fp32", "float32", "float"), "fp32"),
-    **dict.fromkeys(("torch.bfloat16", "bf16", "bfloat16"), "bf16"),
-}
 _FOR_CPUS = "this is checked for CPUs"
-
-
-def dtype_named(value: Any) -> str | None:
-    """bf16, fp16 or fp32 for a name that DeepSpeed's DtypeEnum has; None for any other value."""
-    return _DTYPES.get(value) if isinstance(value, str) else None
 
 
 def _dtypes(case: Case) -> Iterator[Finding]:

@@ -19,6 +19,7 @@ from launcher.aftermath import (
     said,
     timed_out_headline,
 )
+from launcher.ds_config.loop_rules import needed_packages
 from launcher.errors import RunFailed
 from launcher.fleet.agent import Event, NodeTask
 from launcher.fleet.environment import rank_environment
@@ -127,7 +128,9 @@ class Supervisor:
     def check_nodes(self) -> None:
         """Looks at the nodes before anything is started on them. Raises RunFailed, naming each that will not do."""
         versions = self.plan.machine.versions
-        wanted = Wanted(self.plan.world, versions, self._room_bytes(), os.environ, self.plan.job.cluster.env)
+        packages = needed_packages(self.plan.ds_config)
+        env = self.plan.job.cluster.env
+        wanted = Wanted(self.plan.world, versions, self._room_bytes(), os.environ, env, packages)
         checks = preflight(self.nodes, wanted, self.run_dir)
         self.console.preflight(checks)
         refuse(checks)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 WORLD_SIZE = 2
-UPDATES = 3
-SECONDS = 30.0
+UPDATES = 2
+SECONDS = 25.0
 NOT_COMPILED = "not compiled here:"
 """Begins the text of a kernel's error: DeepSpeed got as far as to build the class, whose kernel takes minutes."""
 
