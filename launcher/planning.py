@@ -11,6 +11,7 @@ from typing import IO, Any, TypeVar
 
 from launcher.ds_config import DsConfig, from_job, open_scheduler, read_ds_config
 from launcher.ds_config.catalogue import load_catalogue
+from launcher.ds_config.facts import Precision
 from launcher.ds_config.loop_rules import needed_packages
 from launcher.ds_config.target import Target
 from launcher.ds_config.verdict import approve, approve_completed, refuse_untaken
@@ -19,8 +20,8 @@ from launcher.job import Job, ScriptJob, explicit_keys, is_for_a_script, placing
 from launcher.job.read import load_yaml, read_text
 from launcher.plan.choose import IN_ORDER, recommend
 from launcher.plan.facts import MachineFacts
-from launcher.plan.model import Plan, Script, ScriptPlan
-from launcher.plan.resolve import check_request, resolve, resolve_world
+from launcher.plan.model import Plan, Script, ScriptPlan, World
+from launcher.plan.resolve import check_request, precision_without_model, resolve, resolve_precision, resolve_world
 from launcher.plan.script import check_script_request, resolve_script
 from launcher.prepare import prepare, prepare_model
 from launcher.prepare.machine import measure_machine, missing_packages
@@ -178,7 +179,14 @@ def _target(job: Job, user: DsConfig, machine: MachineFacts) -> Target:
         world_size=world.data_parallel_size,
         missing=missing_packages(needed_packages(user.data)),
         script=isinstance(job, ScriptJob),
+        dtype=_precision(job, user, world, machine),
     )
+
+
+def _precision(job: Job, user: DsConfig, world: World, machine: MachineFacts) -> Precision:
+    if isinstance(job, ScriptJob) and job.model is None:
+        return precision_without_model(user, world, machine)
+    return resolve_precision(job, user, world, machine)
 
 
 def _replaced(job: Job, user: DsConfig) -> tuple[str, ...]:

@@ -47,7 +47,8 @@ def lint(
 
     keys = load_catalogue()
     where = device.value if device else measure_machine().device
-    target = Target(where, world_size, missing_packages(MONITORS_AND_OPTIMIZERS), script)
+    missing, dtype = missing_packages(MONITORS_AND_OPTIMIZERS), "fp32" if where == "cpu" else None
+    target = Target(where, world_size, missing, script, dtype)
     if keys.warning:
         typer.echo(f"warning: {keys.warning}", err=True)
     found = {str(path): _lint_file(path, fix, target, keys) for path in files}

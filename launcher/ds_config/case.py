@@ -52,11 +52,11 @@ class Case:
 
     @property
     def dtype(self) -> str | None:
-        """The precision of weights that the JSON fixes: bf16, fp16 or fp32; None where it is left open."""
+        """The precision of weights that the JSON fixes, else the target's: bf16, fp16 or fp32; None if not known."""
         bf16, fp16 = (as_bool(self.config.get(f"{block}.enabled")) for block in (bf16_key(self.config), "fp16"))
         if bf16 or fp16:
             return "bf16" if bf16 else "fp16"
-        return "fp32" if bf16 is False and fp16 in (False, None) else None
+        return "fp32" if bf16 is False and fp16 in (False, None) else self.target.dtype
 
 
 Rule = Callable[[Case], Iterator[Finding]]

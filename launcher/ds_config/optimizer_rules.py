@@ -87,9 +87,9 @@ def _cannot_run(case: Case, written: str, name: str) -> Iterator[Finding]:
         yield case.found("error", path, f"{written} takes one parameter group, and a model has two", hint)
     elif name in _SPARSE:
         yield case.found("error", path, f"{written} takes sparse gradients only, and a model's are dense", hint)
-    elif name == "adagrad" and (case.stage == 3 or (case.stage and case.offloaded)):
-        where = "under ZeRO-3" if case.stage == 3 else "with offload"
-        yield case.found("error", path, f"{written} ({case.built and case.built.name}) fails {where}", hint)
+    elif name == "adagrad" and case.stage:
+        message = f"{written} fails under ZeRO, which hands it empty parts of parameters"
+        yield case.found("error", path, message, f"Set {ZERO}.stage to 0, or take AdamW.")
     elif case.cpu and case.built and case.built.name in ("FusedLamb", "FusedLion"):
         there = " But with offload, Lion has a CPU version." if name == "lion" else ""
         message = f"{written} comes to {case.built.name}, which DeepSpeed has for GPUs only; this is checked for CPUs"

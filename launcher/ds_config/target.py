@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from launcher.ds_config.facts import Precision
+
 Device = Literal["cpu", "cuda"]
 
 
@@ -12,7 +14,8 @@ Device = Literal["cpu", "cuda"]
 class Target:
     """The device and number of the ranks, the packages that are known to be missing there, and whose loop trains.
 
-    `world_size` None: not known, and not checked. `script`: a training script of the user's own, which can do what the
+    `world_size` and `dtype` are None where they are not known, and then not checked. `dtype` is the precision of the
+    weights where the JSON leaves it open. `script`: a training script of the user's own, which can do what the
     launcher's loop does not.
     """
 
@@ -20,3 +23,4 @@ class Target:
     world_size: int | None = None
     missing: frozenset[str] = frozenset()
     script: bool = False
+    dtype: Precision | None = None

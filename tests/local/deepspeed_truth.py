@@ -7,6 +7,7 @@ then runs in forked ranks of its own, since a failed engine leaves hooks and gro
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -44,9 +45,11 @@ def _warm_up() -> None:
     """Imports what is imported late, and keeps DeepSpeed from compiling kernels in ranks that may be killed."""
     import deepspeed
     import torch
-    import torch._dynamo
+    import torch._inductor.compile_fx
     from deepspeed.ops.op_builder.builder import OpBuilder
 
+    for name in ("zero.stage_1_and_2", "zero.stage3", "zero.muon.muon_optimizer", "bf16_optimizer"):
+        importlib.import_module(f"deepspeed.runtime.{name}")
     # Only inference uses this kernel, and building it takes long.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if os.environ.get("TRUTH_COMPILES") != "1":
