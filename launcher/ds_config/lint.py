@@ -32,6 +32,7 @@ __all__ = ["Finding", "Fix", "apply_fixes", "lint"]
 
 _LARGEST_INT = 2**63
 """From here on pydantic takes no float for a whole number."""
+_NOT_CONVERTED = "which DeepSpeed does not convert here; a plan of the launcher does where it can"
 PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
@@ -179,7 +180,7 @@ def _value(config: DsConfig, path: str, value: Any, key: Key, model: bool) -> It
         return
     problem = _type_problem(value, key)
     if problem:
-        yield finding(config, "error", path, problem, f"Write {_expected(key)}.")
+        yield finding(config, "error", path, problem, meant.value(path, value) or f"Write {_expected(key)}.")
     elif key.choices and value not in key.choices:
         choices = [str(choice) for choice in key.choices]
         close, sure = nearest(str(value), choices), sure_match(str(value), choices)
@@ -204,7 +205,7 @@ def _text(config: DsConfig, path: str, value: str, key: Key, model: bool) -> Ite
     elif not isinstance(number, str) and {"int", "float"} & set(key.types):
         problem = _type_problem(number, key)
         harmless = model and not problem and _is_pydantic_int(value, key)
-        message = f"a number in quotes, {value!r}" + ("" if harmless else ", which DeepSpeed does not convert here")
+        message = f"a number in quotes, {value!r}" + ("" if harmless else f", {_NOT_CONVERTED}")
         fix = rewrite(config, path, word if not harmless or "e" not in word else shown(number))
         yield finding(config, "note" if harmless else "error", path, message, f"Write {word} without quotes.", fix)
     else:
@@ -226,7 +227,8 @@ def _type_problem(value: Any, key: Key) -> str | None:
         return None
     if kind == "int" and "bool" in key.types and "dict" not in key.types and value in (0, 1):
         return None
-    return f"found {shown(value)}"
+    counted = isinstance(value, bool) and {"int", "float"} & set(key.types)
+    return f"found {shown(value)}" + (f", which DeepSpeed takes for the number {int(value)}" if counted else "")
 
 
 def _expected(key: Key) -> str:

@@ -52,7 +52,9 @@ def _batches(case: Case) -> Iterator[Finding]:
             continue
         if isinstance(value, str) and sizes[key] is not None:
             fix = rewrite(case.config, key, value)
-            message = f"a number in quotes, {value!r}, which DeepSpeed does not convert here"
+            message = (
+                f"a number in quotes, {value!r}, which DeepSpeed does not convert here; a plan of the launcher does"
+            )
             yield finding(case.config, "error", key, message, f"Write {value} without quotes.", fix)
         elif type(sizes[key]) is not int or sizes[key] < 1:
             yield case.found("error", key, f"found {value!r}", 'Write a whole number above 0, or "auto".')

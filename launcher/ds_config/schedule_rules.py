@@ -186,7 +186,7 @@ def _rates(config: DsConfig, kind: str) -> Iterator[Finding]:
         message = f"peaks at {high:g}, while optimizer.params.lr is {peak:g}, which {kind} overrides"
         yield finding(config, "warning", path, message, "Write the same rate in both.")
     if low is not None and high is not None and low > high:
-        message = f"starts at {low:g}, above the peak of {high:g}"
+        message = f"starts at {low:g}, above the peak of {high:g}: the learning rate would fall in the warm-up"
         yield finding(config, "error", "scheduler.params.warmup_min_lr", message, "Write 0.")
     top = high if high is not None else peak
     if top is not None and top >= 1e-3:

@@ -108,6 +108,9 @@ BAD = [
     ('{"gradient_clipping": 0}', "warning", "gradient_clipping", "not clipped"),
     ('{"train_micro_batch_size_per_gpu": "2"}', "error", "train_micro_batch_size_per_gpu", "in quotes"),
     ('{"train_batch_size": 2.5}', "error", "train_batch_size", "whole number"),
+    ('{"gradient_clipping": true}', "error", "gradient_clipping", "for the number 1"),
+    ('{"scheduler": {"type": null, "params": {}}}', "error", "scheduler.type", "ignores it without a type"),
+    ('{"gradient_clipping": "1.0"}', "error", "gradient_clipping", "a plan of the launcher does"),
     ('{"fp16": {"enabled": true}, "bf16": {"enabled": true}}', "error", "fp16.enabled", "both on"),
     (
         '{"torch_autocast": {"enabled": true}, "bf16": {"enabled": true}}',
