@@ -47,8 +47,8 @@ def lint(
 
     keys = load_catalogue()
     where = device.value if device else measure_machine().device
-    missing, dtype = missing_packages(MONITORS_AND_OPTIMIZERS), "fp32" if where == "cpu" else None
-    target = Target(where, world_size, missing, script, dtype)
+    missing = missing_packages(MONITORS_AND_OPTIMIZERS)
+    target = Target(where, world_size, missing, script, dtype="fp32" if where == "cpu" else None)
     if keys.warning:
         typer.echo(f"warning: {keys.warning}", err=True)
     found = {str(path): _lint_file(path, fix, target, keys) for path in files}

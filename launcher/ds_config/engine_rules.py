@@ -10,6 +10,7 @@ from launcher.ds_config.facts import AUTO, as_bool, bf16_key, dtype_named, zero_
 from launcher.ds_config.findings import Finding
 from launcher.ds_config.optimizer_rules import needs_cpu_adam
 
+_CPU_CLASSES = ("DeepSpeedCPUAdam", "ZenFlowCPUAdam", "DeepSpeedCPULion", "DeepSpeedCPUAdagrad")
 _FOR_CPUS = "this is checked for CPUs"
 
 
@@ -116,6 +117,17 @@ def _zero_keys(case: Case) -> Iterator[Finding]:
         yield case.found("error", f"{ZERO}.allgather_bucket_size", "an odd number fails", "Write an even number.")
 
 
+def updates_on_cpu(case: Case) -> bool:
+    """Whether the class that is built updates parameters in host memory alone, and they are on a GPU."""
+    return not case.cpu and case.built is not None and case.built.name in _CPU_CLASSES
+
+
+def _offload_without_zero(case: Case) -> Iterator[Finding]:
+    if case.stage == 0 and case.offloaded and updates_on_cpu(case):
+        message = f"fails under stage 0: parameters stay on the GPU, and {case.built} updates them in host memory"
+        yield case.found("error", f"{ZERO}.offload_optimizer", message, "Set stage to 1, 2 or 3, or take it out.")
+
+
 def _offload_options(case: Case) -> Iterator[Finding]:
     block = f"{ZERO}.offload_optimizer"
     if not case.offloaded or case.stage != 3:
@@ -175,6 +187,7 @@ ENGINE_RULES: tuple[Rule, ...] = (
     _communication,
     _gradient_norm,
     _zero_keys,
+    _offload_without_zero,
     _offload_options,
     _quantized,
     _hybrid_engine,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from launcher.ds_config.case import ZERO, Case, Rule
-from launcher.ds_config.engine_rules import ENGINE_RULES
+from launcher.ds_config.engine_rules import ENGINE_RULES, updates_on_cpu
 from launcher.ds_config.facts import AUTO, BATCH_KEYS, as_bool, as_number, bf16_key
 from launcher.ds_config.findings import Finding, finding, rewrite
 from launcher.ds_config.loop_rules import LOOP_RULES
@@ -117,7 +117,8 @@ def _offloading(case: Case) -> Iterator[Finding]:
         if device == "nvme" and name == "offload_optimizer" and case.stage in (1, 2):
             message = f"stage {case.stage} does not offload to NVMe: the states stay where they are"
             yield case.found("error", f"{path}.device", message, "Set stage to 3, or device to cpu.")
-    if case.offload.optimizer != "none" and case.stage == 0 and f"{ZERO}.stage" in case.config.places:
+    written = f"{ZERO}.stage" in case.config.places
+    if case.offloaded and case.stage == 0 and written and not updates_on_cpu(case):
         message = "offload has no effect under stage 0"
         yield case.found("warning", f"{ZERO}.offload_optimizer", message, "Set stage to 1, 2 or 3.")
     ratio = case.number(f"{ZERO}.offload_optimizer.ratio")

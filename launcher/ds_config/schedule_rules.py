@@ -7,7 +7,7 @@ from typing import Any
 
 from launcher.ds_config.case import Case, Rule
 from launcher.ds_config.catalogue import Catalogue
-from launcher.ds_config.facts import AUTO, as_number, open_warmup
+from launcher.ds_config.facts import AUTO, as_bool, as_number, open_warmup
 from launcher.ds_config.findings import Finding, Severity, finding, rewrite
 from launcher.ds_config.read import DsConfig
 from launcher.errors import nearest
@@ -48,6 +48,17 @@ def _schedule(case: Case) -> Iterator[Finding]:
         yield from _lists(case)
         yield from _below_zero(config)
         yield from _lengths(config)
+        yield from _momentum(config, kind)
+
+
+def _momentum(config: DsConfig, kind: str) -> Iterator[Finding]:
+    if kind != "OneCycle" or as_bool(_params(config).get("cycle_momentum", True)) is False:
+        return
+    name = str(config.get("optimizer.type", "adamw")).lower()
+    if name.startswith(("adam", "nadam", "radam", "lion", "lamb")):
+        low, high = _params(config).get("cycle_min_mom", 0.8), _params(config).get("cycle_max_mom", 0.9)
+        message = f"it replaces the optimizer's betas: the first cycles between {high} and {low}, the second is 0.99"
+        yield finding(config, "warning", "scheduler.params", message, 'Add "cycle_momentum": false to keep them.')
 
 
 def _lists(case: Case) -> Iterator[Finding]:

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.ds_config.loop_rules import MONITORS_AND_OPTIMIZERS
 from launcher.fleet.process import finished
+from launcher.plan.packages import MONITORS_AND_OPTIMIZERS
 from launcher.prepare.machine import installed_versions, measure_machine, missing_packages
 from launcher.run_dir import RunDir
 

@@ -19,7 +19,6 @@ from launcher.aftermath import (
     said,
     timed_out_headline,
 )
-from launcher.ds_config.loop_rules import needed_packages
 from launcher.errors import RunFailed
 from launcher.fleet.agent import Event, NodeTask
 from launcher.fleet.environment import rank_environment
@@ -27,6 +26,7 @@ from launcher.fleet.failure import Failure, all_failures, first_failure, in_orde
 from launcher.fleet.nodes import Needs, Node, Nodes, address_of
 from launcher.fleet.preflight import NodeCheck, Wanted, preflight, refuse, room_bytes
 from launcher.plan.model import Plan
+from launcher.plan.packages import needed_packages
 from launcher.plan.resume import Start
 from launcher.run_dir import RunDir
 from launcher.tail import Tail, last_lines, untimed

@@ -58,7 +58,7 @@ TORCH = "torch.optim.AdamW, which is built here (torch_adam, which the launcher 
 FUSED = "FusedAdam, which is built here (no offload, no torch_adam)"
 CPU_ADAM = "DeepSpeedCPUAdam, which is built here (offload, no torch_adam)"
 PARAMS, ZERO, SCHEDULE = "optimizer.params", "zero_optimization", "scheduler.params"
-FAST_INIT = {"device": "cpu", "super_offload": True}
+SUPER = {"device": "cpu", "super_offload": True}
 
 OPTIMIZERS = [
     Row({**zero(2), **optimizer(adamw_mode=True)}, f"{PARAMS}.adamw_mode", ("no such parameter",)),
@@ -126,7 +126,8 @@ STAGES = [
         ("torch.optim.AdamW is built",),
         CPUS,
     ),
-    Row(zero(3, offload_optimizer=FAST_INIT), f"{ZERO}.offload_optimizer.super_offload", ("needs GPUs",), CPUS),
+    Row(zero(0, **OFFLOAD), f"{ZERO}.offload_optimizer", ("DeepSpeedCPUAdam, which is built here",), GPUS),
+    Row(zero(3, offload_optimizer=SUPER), f"{ZERO}.offload_optimizer.super_offload", ("needs GPUs",), CPUS),
     Row(zero(2, zenflow={"overlap_step": False}, **OFFLOAD), f"{ZERO}.zenflow", ("needs ZenFlowCPUAdam",), CPUS),
     Row(zero(2, zenflow={"overlap_step": False}), f"{ZERO}.zenflow", ("without offload",)),
     Row(zero(3, zero_quantized_gradients=True), f"{ZERO}.zero_quantized_gradients", ("no quantizer",), CPUS),

@@ -195,9 +195,9 @@ BAD = [
     ),
     (
         zero(stage=0, offload_optimizer={"device": "cpu"}),
-        "warning",
+        "error",
         "zero_optimization.offload_optimizer",
-        "stage 0",
+        "fails under stage 0",
     ),
     (
         zero(stage=3, offload_param={"device": "nvme"}),
@@ -355,6 +355,12 @@ BAD = [
         "error",
         "scheduler",
         "params",
+    ),
+    (
+        scheduler("OneCycle", cycle_min_lr=1e-6, cycle_max_lr=1e-5),
+        "warning",
+        "scheduler.params",
+        "the first cycles between 0.9 and 0.8, the second is 0.99",
     ),
     (
         scheduler("StepLR", step_size=3).replace("{", '{"zero_optimization": {"stage": 1}, ', 1),

@@ -12,7 +12,6 @@ import pytest
 from rich.console import Console
 
 from launcher.cli.console import preflight_table
-from launcher.ds_config.loop_rules import needed_packages
 from launcher.errors import RunFailed
 from launcher.fleet import examine
 from launcher.fleet.environment import rank_environment
@@ -29,6 +28,7 @@ from launcher.fleet.preflight import (
 )
 from launcher.fleet.provide import _put
 from launcher.plan.model import World
+from launcher.plan.packages import needed_packages
 from launcher.prepare.machine import installed_versions
 from launcher.run_dir import RunDir
 from tests.unit.given import JOB, command, write_folder
