@@ -29,10 +29,11 @@ def lint(
     fix: Annotated[bool, typer.Option("--fix", help="Write what can only be meant one way.")] = False,
     world_size: Annotated[int | None, typer.Option(help="Ranks, to check the batch sizes with.", min=1)] = None,
     device: Annotated[
-        Devices | None, typer.Option(help="The ranks' device, which decides what DeepSpeed can do. [default: as here]")
+        Devices | None,
+        typer.Option(help="The ranks' device, which decides what DeepSpeed can do; this machine's if left out."),
     ] = None,
     script: Annotated[
-        bool, typer.Option("--script", help="For a training script of your own (launcher exec).")
+        bool, typer.Option("--script", help="The JSON is for a training script of your own (launcher exec).")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:

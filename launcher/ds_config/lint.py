@@ -73,7 +73,7 @@ def _unknown(config: DsConfig, path: str, block: Block, keys: Catalogue) -> Iter
     if block.open and close is None:
         return
     sure = sure_match(name, block.names)
-    silently = "DeepSpeed has no such key here, and " + ("fails on it" if block.model else "ignores it without a word")
+    silently = "DeepSpeed has no such key here, and " + ("fails on it" if block.model else "silently ignores it")
     # What is ignored is an error where it was surely meant to have an effect.
     severity: Severity = "error" if block.model or sure or elsewhere else "warning"
     if elsewhere and sure is None:

@@ -45,7 +45,8 @@ def unknown_parameter(case: Case, written: str, key: str, block: Block) -> Findi
     ]
     if takers and case.built is not None:
         message = f"{case.built} has no such parameter, and DeepSpeed fails on it"
-        return case.found("error", path, message, f"Take it out: only {' and '.join(takers)} {_has(takers)} it.")
+        other = ', or write "torch_adam": false' if fills_torch_adam(case.config, case.target.device) else ""
+        return case.found("error", path, message, f"Take it out{other}: only {' and '.join(takers)} {_has(takers)} it.")
     close, sure = nearest(key, block.names), sure_match(key, block.names)
     guess = f"Did you mean {close}?" if close else f"It takes {', '.join(sorted(block.names))}."
     what = case.built.name if case.built and case.built.name != written else written
@@ -120,7 +121,7 @@ def _values(case: Case) -> Iterator[Finding]:
         if value is not None and not 0 <= value < math.inf:
             yield case.found("error", path, f"found {value!r}", "Write a number from 0 up.")
     if case.on("optimizer.params.maximize"):
-        message = "the optimizer climbs the loss instead of descending it"
+        message = "the optimizer increases the loss instead of decreasing it"
         yield case.found("warning", "optimizer.params.maximize", message, "Take it out.")
 
 

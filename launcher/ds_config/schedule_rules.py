@@ -81,7 +81,7 @@ def _below_zero(config: DsConfig) -> Iterator[Finding]:
         numbers = [as_number(one) for one in (value if isinstance(value, list) else [value])]
         numbers = [one for one in numbers if _is_number(one)]
         if name in _RATES and any(one < 0 for one in numbers):
-            message = f"found {value!r}: updates at a learning rate below 0 climb the loss"
+            message = f"found {value!r}: updates at a learning rate below 0 increase the loss"
             yield finding(config, "error", path, message, "Write a number from 0 up.")
         elif name in _RATIOS and any(not 0 <= one <= 1 for one in numbers):
             message = f"found {value!r}: a share of the peak is from 0 to 1"

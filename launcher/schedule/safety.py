@@ -122,7 +122,7 @@ def _below_zero(case: _Case) -> str | None:
     lowest = min(case.first_rates(case.updates), default=0.0)
     if lowest >= 0:
         return None
-    return f"Updates run at learning rates below 0, down to {lowest:g}: they climb the loss."
+    return f"Updates run at learning rates below 0, down to {lowest:g}, which increase the loss."
 
 
 def deepspeed_warnings(scheduler_type: str, params: Params, optimizer_lr: float, updates: int) -> list[str]:

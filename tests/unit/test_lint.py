@@ -50,7 +50,7 @@ def zero(**keys: object) -> str:
 BAD = [
     ('{"train_bacth_size": 8}', "error", "train_bacth_size", "train_batch_size"),
     ('{"gradient_cliping": 1.0}', "error", "gradient_cliping", "gradient_clipping"),
-    ('{"something_else_altogether": 1}', "warning", "something_else_altogether", "ignores it without a word"),
+    ('{"something_else_altogether": 1}', "warning", "something_else_altogether", "silently ignores it"),
     ('{"learning_rate": 1e-5}', "error", "learning_rate", "optimizer.params.lr"),
     (
         '{"offload_optimizer": {"device": "cpu"}}',
