@@ -47,6 +47,12 @@ def _own_loop(case: Case) -> Iterator[Finding]:
     if case.off("managed_gradient_accumulation"):
         message = "the launcher's loop leaves accumulation to DeepSpeed, which would then step at every micro-batch"
         yield case.found("error", "managed_gradient_accumulation", message, f"Take it out, {_SCRIPT}.")
+    if case.stage and case.config.get("zero_optimization.zenflow") not in (None, AUTO):
+        message = (
+            "ZenFlow's own intervals decide after how many micro-batches weights change, whatever the batch size says"
+        )
+        hint = "Compare losses with a run without it, or set update_interval to gradient_accumulation_steps."
+        yield case.found("warning", "zero_optimization.zenflow", message, hint)
     for name in ("muon_lr", "adam_lr"):
         if case.config.get(f"optimizer.params.{name}") not in (None, AUTO):
             message = f"a learning rate for a part of the parameters: {_ONE_RATE}"
