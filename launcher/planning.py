@@ -11,17 +11,20 @@ from typing import IO, Any, TypeVar
 
 from launcher.ds_config import DsConfig, from_job, open_scheduler, read_ds_config
 from launcher.ds_config.catalogue import load_catalogue
-from launcher.ds_config.verdict import approve, refuse_untaken
+from launcher.ds_config.facts import Precision
+from launcher.ds_config.loop_rules import needed_packages
+from launcher.ds_config.target import Target
+from launcher.ds_config.verdict import approve, approve_completed, refuse_untaken
 from launcher.errors import Problem, RequestError, nearest
 from launcher.job import Job, ScriptJob, explicit_keys, is_for_a_script, placing, read_job, read_script_job
 from launcher.job.read import load_yaml, read_text
 from launcher.plan.choose import IN_ORDER, recommend
 from launcher.plan.facts import MachineFacts
-from launcher.plan.model import Plan, Script, ScriptPlan
-from launcher.plan.resolve import check_request, resolve, resolve_world
+from launcher.plan.model import Plan, Script, ScriptPlan, World
+from launcher.plan.resolve import check_request, precision_without_model, resolve, resolve_precision, resolve_world
 from launcher.plan.script import check_script_request, resolve_script
 from launcher.prepare import prepare, prepare_model
-from launcher.prepare.machine import measure_machine
+from launcher.prepare.machine import measure_machine, missing_packages
 from launcher.prepare.sources import find_data, find_model_folder
 from launcher.presets import preset_names, shipped_folder
 from launcher.secret_names import is_secret
@@ -170,20 +173,54 @@ def lint_ds_config(job: Job, user: DsConfig, machine: MachineFacts) -> tuple[str
     Nothing but this may look at a JSON first: what composes it takes for granted that blocks are blocks.
     """
     explicit = explicit_keys(job)
-    generated = "schedule.shape" in explicit or open_scheduler(user) is not None
-    replaced = ("scheduler",) if generated else ()
-    world_size = resolve_world(job, machine).data_parallel_size
-    keys, unsafe = load_catalogue(), job.schedule.allow_unsafe
-    told = approve(user, world_size=world_size, keys=keys, replaced=replaced, allow_unsafe=unsafe)
+    keys, target = load_catalogue(), _target(job, user, machine)
+    replaced, unsafe = _replaced(job, user), job.schedule.allow_unsafe
+    told = approve(user, target, keys, replaced=replaced, allow_unsafe=unsafe)
     train = job.train
     asked = {"betas": list(train.betas), "eps": train.eps, "weight_decay": train.weight_decay}
-    refuse_untaken(user, {name: value for name, value in asked.items() if f"train.{name}" in explicit}, keys)
-    return told
+    refuse_untaken(user, {name: value for name, value in asked.items() if f"train.{name}" in explicit}, target, keys)
+    return (keys.warning, *told) if keys.warning else told
+
+
+def _target(job: Job, user: DsConfig, machine: MachineFacts) -> Target:
+    world = resolve_world(job, machine)
+    return Target(
+        device=world.device,
+        world_size=world.data_parallel_size,
+        missing=missing_packages(needed_packages(user.data)),
+        script=isinstance(job, ScriptJob),
+        dtype=_precision(job, user, world, machine),
+    )
+
+
+def _precision(job: Job, user: DsConfig, world: World, machine: MachineFacts) -> Precision:
+    if isinstance(job, ScriptJob) and job.model is None:
+        return precision_without_model(user, world, machine)
+    return resolve_precision(job, user, world, machine)
+
+
+def _replaced(job: Job, user: DsConfig) -> tuple[str, ...]:
+    """Blocks of the JSON that the plan writes itself."""
+    generated = "schedule.shape" in explicit_keys(job) or open_scheduler(user) is not None
+    return ("scheduler",) if generated else ()
 
 
 def _with_notes(plan: P, checked: Checked) -> P:
-    """The plan with what lint warns of, and with folders that are missing here."""
-    return plan.model_copy(update={"warnings": (*checked.notes, *_missing_folders(checked.ds_config), *plan.warnings)})
+    """The plan with what lint warns of, and with folders that are missing here.
+
+    Raises RequestError where what the plan filled in goes wrong with the rest of the JSON.
+    """
+    job, user = plan.job, checked.ds_config
+    replaced = ("scheduler",) if plan.learning_rate.schedule is not None else _replaced(job, user)
+    approve_completed(
+        user,
+        plan.ds_config,
+        _target(job, user, checked.machine),
+        load_catalogue(),
+        replaced=replaced,
+        allow_unsafe=job.schedule.allow_unsafe,
+    )
+    return plan.model_copy(update={"warnings": (*checked.notes, *_missing_folders(user), *plan.warnings)})
 
 
 def _missing_folders(user: DsConfig) -> Iterator[str]:

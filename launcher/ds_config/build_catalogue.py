@@ -9,7 +9,6 @@ Importing DeepSpeed costs seconds: `catalogue` runs this as a process of its own
 
 from __future__ import annotations
 
-import copy
 import enum
 import inspect
 import json
@@ -26,6 +25,20 @@ NAMES = {bool: "bool", int: "int", float: "float", str: "str", list: "list", tup
 # Read by deepspeed.initialize itself, before there is a DeepSpeedConfig.
 READ_ELSEWHERE = {"sequence_parallel_size": 1, "data_parallel_size": 1}
 DEPTH = 5
+_ADAM = ("FusedAdam", "DeepSpeedCPUAdam", "torch.optim.AdamW", "torch.optim.Adam")
+BUILT = {
+    "adam": _ADAM,
+    "adamw": _ADAM,
+    "lamb": ("FusedLamb",),
+    "lion": ("FusedLion", "DeepSpeedCPULion"),
+    "adagrad": ("torch.optim.Adagrad", "DeepSpeedCPUAdagrad"),
+}
+"""The classes that DeepSpeedEngine._configure_basic_optimizer can build for each of its own names."""
+_ADAM_SWITCHES = {name: {"types": ["bool"]} for name in ("torch_adam", "adam_w_mode", "fp32_optimizer_states")}
+SWITCHES = {"adam": _ADAM_SWITCHES, "adamw": _ADAM_SWITCHES}
+"""What it takes out of the parameters before the class sees them."""
+PASSED = {"DeepSpeedCPUAdam": ("adamw_mode",)}
+"""What it passes to a class itself, so that the same parameter in the JSON is one too many."""
 
 
 class Recorder(dict[str, Any]):
@@ -224,8 +237,9 @@ def _parameters(*callables: Callable[..., Any]) -> dict[str, Any]:
     """The JSON params that constructors take: all but the first (optimizer or parameters)."""
     found: dict[str, Any] = {}
     for call in callables:
+        passed = PASSED.get(call.__name__, ())
         for parameter in list(inspect.signature(call).parameters.values())[1:]:
-            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or parameter.name in passed:
                 continue
             required = parameter.default is parameter.empty
             key = {"types": []} if required else _key_of_default(parameter.default)
@@ -250,37 +264,44 @@ def _classes(module: Any, base: type) -> Iterator[tuple[str, Any]]:
 
 
 def _optimizers() -> dict[str, Any]:
-    """By name; `zero` says whether ZeRO takes it without zero_allow_untested_optimizer."""
+    """By name; `zero` says whether ZeRO takes it without zero_allow_untested_optimizer.
+
+    `params` are those of every class that a name can come to. Which of `_classes_built` it is depends on the rest of
+    the JSON and on the device.
+    """
     import torch
-    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
-    from deepspeed.ops.lamb import FusedLamb
-    from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
-    adam = (FusedAdam, DeepSpeedCPUAdam, torch.optim.AdamW)
-    switches = {"torch_adam": _key_of_default(False), "adam_w_mode": _key_of_default(True)}
-    switches |= {"fp32_optimizer_states": _key_of_default(True)}
-    known: dict[str, Any] = {
-        "adam": (adam, switches),
-        "adamw": (adam, switches),
-        "lamb": ((FusedLamb,), {}),
-        "lion": ((FusedLion, DeepSpeedCPULion), {}),
-        "adagrad": ((torch.optim.Adagrad,), {}),
-    }
+    built = _classes_built()
     found: dict[str, Any] = {name: {"params": None, "zero": name == "muon"} for name in DEEPSPEED_OPTIMIZERS}
-    for name, (kinds, extra) in known.items():
+    for name, classes in BUILT.items():
+        kinds = [built[one] for one in classes]
         zero = any(kind in ZERO_SUPPORTED_OPTIMIZERS for kind in kinds)
-        found[name] = {"params": _parameters(*kinds) | copy.deepcopy(extra), "zero": zero}
+        found[name] = {"params": _parameters(*kinds) | SWITCHES.get(name, {}), "zero": zero}
     for name, kind in _classes(torch.optim, torch.optim.Optimizer):
         if name.lower() not in found:
             found[name] = {"params": _parameters(kind), "zero": kind in ZERO_SUPPORTED_OPTIMIZERS}
     return found
 
 
+def _classes_built() -> dict[str, Any]:
+    """The classes that DeepSpeed's own optimizer names can come to, by the name that messages print."""
+    import torch
+    from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+    from deepspeed.ops.lamb import FusedLamb
+    from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
+
+    ours = (FusedAdam, DeepSpeedCPUAdam, FusedLamb, FusedLion, DeepSpeedCPULion, DeepSpeedCPUAdagrad)
+    theirs = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
+    return {kind.__name__: kind for kind in ours} | {f"torch.optim.{kind.__name__}": kind for kind in theirs}
+
+
 def build() -> dict[str, Any]:
     """The catalogue of the DeepSpeed that is installed, as `catalogue.Catalogue` reads it."""
     import deepspeed
+    import torch
     from deepspeed.runtime.config import get_pipeline_config
 
     prober = Prober()
@@ -293,9 +314,11 @@ def build() -> dict[str, Any]:
         prober.blocks.pop(f"{name}.params", None)
     return {
         "deepspeed": deepspeed.__version__,
+        "torch": torch.__version__.partition("+")[0],
         "blocks": prober.blocks,
         "removed": prober.removed,
         "optimizers": _optimizers(),
+        "classes": {kind: _parameters(call) for kind, call in _classes_built().items()},
         "schedulers": _schedulers(),
     }
 
@@ -304,7 +327,8 @@ def main() -> None:
     """Prints the catalogue on the real standard output; what DeepSpeed prints goes to standard error."""
     out, sys.stdout = sys.stdout, sys.stderr
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    json.dump(build(), out, default=str)
+    json.dump(build(), out, default=str, indent=1)
+    out.write("\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Which keys the installed DeepSpeed reads, with types and bounds: asked for once a version, then cached."""
+"""Which keys the installed DeepSpeed reads, with types and bounds.
+
+The launcher ships those of one version, which tests compare with the installed one. Any other version is asked once, in
+a process of its own, and the answer cached; if it cannot be asked, the shipped keys are used, with a warning.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import Problem, RequestError
+
+SHIPPED = Path(__file__).with_name("shipped_catalogue.json")
+"""Made with: python -P -m launcher.ds_config.build_catalogue > launcher/ds_config/shipped_catalogue.json"""
 
 # Read further by code that is not DeepSpeedConfig: keys unknown here may be known there.
 OPEN_BLOCKS = (
@@ -39,9 +46,10 @@ class Key:
     required: bool = False
 
 
-# Their default is None, which says nothing of a type, and DeepSpeed reckons with them as they are.
+# Their default is None, which says nothing of a type, and DeepSpeed calculates with them as they are. Infinity switches
+# the printing off.
 _UNTYPED = {
-    ("", "steps_per_print"): Key(("int", "float", "null"), bounds={"gt": 0}),
+    ("", "steps_per_print"): Key(("int", "float", "null", "inf")),
     ("", "vocabulary_size"): Key(("int", "null")),
     ("activation_checkpointing", "number_checkpoints"): Key(("int", "null")),
 }
@@ -71,6 +79,10 @@ class Catalogue:
     optimizers: Mapping[str, Block | None]
     zero_optimizers: frozenset[str]
     schedulers: Mapping[str, Block]
+    classes: Mapping[str, Block]
+    """The parameters of each class that an optimizer name of DeepSpeed's own can come to."""
+    warning: str | None = None
+    """Why these are the keys of another version than the installed one."""
 
     def optimizer_name(self, written: str) -> str | None:
         """DeepSpeed's name for an optimizer type: its own in any case, torch's exactly; else None."""
@@ -80,22 +92,64 @@ class Catalogue:
 
 
 def load_catalogue() -> Catalogue:
-    """The catalogue of the installed DeepSpeed, from the cache or else from a process that imports it.
+    """The catalogue of the installed DeepSpeed: shipped, cached, or else from a process that imports it.
+
+    Where that process fails, as after a change inside DeepSpeed, the shipped catalogue with a `warning`.
 
     Raises:
-        RequestError: DeepSpeed is not installed, or cannot be imported.
+        RequestError: DeepSpeed is not installed.
     """
     try:
         version = metadata.version("deepspeed")
     except metadata.PackageNotFoundError:
         message = "deepspeed is not installed, and its keys are taken from it"
         raise RequestError(Problem(message, hint="pip install deepspeed")) from None
+    shipped = json.loads(SHIPPED.read_text())
+    if (version, _torch_version()) == (shipped["deepspeed"], shipped["torch"]):
+        return from_json(shipped)
     try:
-        return from_json(json.loads(_cache_file(version).read_text()))
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+        return _readable(json.loads(_cache_file(version).read_text()))
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError):
+        return _asked(version, shipped)
+
+
+def _asked(version: str, shipped: dict[str, Any]) -> Catalogue:
+    """The answer of the installed DeepSpeed, which is kept, or the shipped catalogue."""
+    try:
         raw = _ask_deepspeed()
-        _keep(version, raw)
-        return from_json(raw)
+        catalogue = _readable(raw)
+    except (_Unanswered, ValueError, LookupError, TypeError, AttributeError) as error:
+        why = str(error) if isinstance(error, _Unanswered) else f"its answer cannot be read ({error!r})"
+        warning = (
+            f"DeepSpeed {version} could not be asked which keys it reads: {why}. The JSON is checked against the keys "
+            f"of DeepSpeed {shipped['deepspeed']}, which may differ."
+        )
+        return replace(from_json(shipped), warning=warning)
+    _keep(version, raw)
+    return catalogue
+
+
+def _readable(raw: dict[str, Any]) -> Catalogue:
+    """The catalogue in `raw`. Raises ValueError where what every DeepSpeed has is missing: then asking went wrong."""
+    catalogue = from_json(raw)
+    zero = catalogue.blocks.get("zero_optimization", Block({}))
+    found = {
+        "train_batch_size": "train_batch_size" in catalogue.blocks[""].keys,
+        "zero_optimization.stage": "stage" in zero.keys,
+        "AdamW": catalogue.optimizers.get("adamw") is not None,
+        "WarmupLR": "WarmupLR" in catalogue.schedulers,
+    }
+    if missing := [name for name, there in found.items() if not there]:
+        raise ValueError(f"no {', '.join(missing)}")
+    return catalogue
+
+
+def _torch_version() -> str:
+    """PyTorch's, whose optimizers and schedulers are in the catalogue too; without the +cpu or +cu of a build."""
+    try:
+        return metadata.version("torch").partition("+")[0]
+    except metadata.PackageNotFoundError:
+        return "missing"
 
 
 def from_json(raw: dict[str, Any]) -> Catalogue:
@@ -118,6 +172,7 @@ def from_json(raw: dict[str, Any]) -> Catalogue:
         optimizers=optimizers,
         zero_optimizers=frozenset(name for name, found in raw["optimizers"].items() if found["zero"]),
         schedulers={name: Block(_keys(params)) for name, params in raw["schedulers"].items()},
+        classes={name: Block(_keys(params)) for name, params in raw["classes"].items()},
     )
 
 
@@ -142,27 +197,32 @@ def _block_types(name: str) -> tuple[str, ...]:
 
 
 def _cache_file(version: str) -> Path:
-    """Named after DeepSpeed's version and the builder's text, so that neither can go stale.
+    """Named after the versions of DeepSpeed and PyTorch and the builder's text, so that none of them can go stale.
 
     Raises RuntimeError for a user without a home, as a container's may be.
     """
     builder = Path(__file__).with_name("build_catalogue.py").read_bytes()
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     digest = hashlib.sha256(builder).hexdigest()[:12]
-    return Path(root) / "launcher" / f"deepspeed-{version}-{digest}.json"
+    return Path(root) / "launcher" / f"deepspeed-{version}-torch-{_torch_version()}-{digest}.json"
+
+
+class _Unanswered(Exception):
+    """DeepSpeed could not be asked for its keys."""
 
 
 def _ask_deepspeed() -> dict[str, Any]:
+    """What `build_catalogue` prints. Raises _Unanswered."""
     command = [sys.executable, "-P", "-m", "launcher.ds_config.build_catalogue"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RequestError(Problem(f"deepspeed could not be asked for its keys: {last}"))
+        raise _Unanswered(last)
     try:
         raw: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
-        found = f"deepspeed was asked for its keys and answered {done.stdout[:80]!r}"
-        raise RequestError(Problem(found, hint="something prints before it does: look for a sitecustomize")) from None
+        hint = "something prints before it does: look for a sitecustomize"
+        raise _Unanswered(f"it answered {done.stdout[:80]!r} ({hint})") from None
     return raw
 
 

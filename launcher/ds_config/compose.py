@@ -6,11 +6,13 @@ an error: neither side wins silently.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
+from launcher.ds_config.built import ADAM_TYPES, TORCH_ADAM, fills_torch_adam
 from launcher.ds_config.draft import Change, Draft
 from launcher.ds_config.facts import (
     AUTO,
@@ -19,16 +21,15 @@ from launcher.ds_config.facts import (
     as_bool,
     as_number,
     bf16_key,
-    offload,
     open_scheduler,
     open_warmup,
     precision_of,
     zero_stage,
 )
 from launcher.ds_config.read import DsConfig
+from launcher.ds_config.target import Device
 from launcher.errors import RequestError
 
-ADAM_TYPES = ("adam", "adamw")
 # Keys for which "auto" is a value of DeepSpeed's own.
 REAL_AUTO = (
     "data_types.keep_in_fp32_modules",
@@ -57,7 +58,7 @@ class Decisions:
     train_micro_batch_size_per_gpu: int
     gradient_accumulation_steps: int
     precision: Precision
-    device: Literal["cpu", "cuda"]
+    device: Device
     optimizer: dict[str, Any]
     scheduler: dict[str, Any] | None
     gradient_clipping: float
@@ -162,8 +163,14 @@ def _switch(draft: Draft, block: str, on: bool, reason: str) -> None:
 
 def _clipping(draft: Draft, decisions: Decisions) -> None:
     key = "train.gradient_clipping"
+    explicit = key in decisions.explicit
+    normless = as_bool(draft.get("zero_optimization.compute_grad_norm")) is False
+    if normless and not explicit and draft.get("gradient_clipping") in (None, AUTO):
+        reason = "compute_grad_norm is false, and clipping needs the norm: gradients are not clipped"
+        draft.put("gradient_clipping", 0.0, reason)
+        return
     reason = "the global gradient norm is held below this"
-    draft.settle("gradient_clipping", decisions.gradient_clipping, key, key in decisions.explicit, reason)
+    draft.settle("gradient_clipping", decisions.gradient_clipping, key, explicit, reason)
 
 
 def _optimizer(draft: Draft, decisions: Decisions) -> None:
@@ -194,9 +201,9 @@ def _complete_optimizer(draft: Draft, decisions: Decisions) -> None:
 
 def _torch_adam(draft: Draft, decisions: Decisions) -> None:
     adam = str(draft.get("optimizer.type")).lower() in ADAM_TYPES
-    if decisions.device == "cpu" and adam and draft.get("optimizer.params.torch_adam") is None:
+    if adam and fills_torch_adam(draft.user, decisions.device):
         reason = "on a CPU PyTorch's own Adam is used: DeepSpeed's would be compiled at the first start"
-        draft.put("optimizer.params.torch_adam", True, reason)
+        draft.put(TORCH_ADAM, True, reason)
 
 
 def _scheduler(draft: Draft, decisions: Decisions) -> None:
@@ -300,35 +307,16 @@ def _bucket_sizes(draft: Draft, hidden: int | None) -> None:
 def _printing(draft: Draft, decisions: Decisions) -> None:
     del decisions
     draft.as_number("steps_per_print")
+    if draft.get("steps_per_print") == math.inf:
+        draft.put("steps_per_print", None, "never: null says so in JSON, which has no infinity")
 
 
 def _device_limits(draft: Draft, decisions: Decisions) -> None:
-    """What DeepSpeed's CPU backend cannot do. Offload, pinned memory and overlap_comm work there."""
+    """What DeepSpeed's CPU backend cannot do and the job can ask for; what the JSON asks for is lint's to refuse."""
     if decisions.device != "cpu":
         return
-    kind = str(draft.get("optimizer.type"))
-    # Lion has a CPU version, which DeepSpeed takes for offloaded states only.
-    gpu_only = kind.lower() == "lamb" or (kind.lower() == "lion" and offload(draft.user).optimizer == "none")
-    quantized = ("zero_optimization.zero_quantized_weights", "zero_optimization.zero_quantized_gradients")
-    refusals = {
-        path: (as_bool(draft.get(path)), "DeepSpeed has no quantizer on a CPU", "Leave the key out on CPUs.")
-        for path in quantized
-    }
-    refusals |= {
-        "fp16.enabled": (
-            as_bool(draft.get("fp16.enabled")),
-            "DeepSpeed has no fp16 on a CPU",
-            "Use bf16 or fp32.",
-        ),
-        "optimizer.type": (
-            gpu_only,
-            f"DeepSpeed's {kind} has no CPU version",
-            "Use AdamW on CPUs.",
-        ),
-    }
-    for path, (refused, message, hint) in refusals.items():
-        if refused:
-            draft.problems.append(draft.user.problem(path, message, hint))
+    if as_bool(draft.get("fp16.enabled")):
+        draft.problems.append(draft.user.problem("fp16.enabled", "DeepSpeed has no fp16 on a CPU", "Use bf16 or fp32."))
 
 
 def _leftover_autos(draft: Draft, decisions: Decisions) -> None:

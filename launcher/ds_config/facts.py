@@ -44,6 +44,18 @@ def as_bool(value: Any) -> bool | None:
     return False if word in (False, "false", "0", "no", "off", "f", "n") else None
 
 
+_DTYPES = {
+    **dict.fromkeys(("torch.float16", "fp16", "float16", "half"), "fp16"),
+    **dict.fromkeys(("torch.float32", "fp32", "float32", "float"), "fp32"),
+    **dict.fromkeys(("torch.bfloat16", "bf16", "bfloat16"), "bf16"),
+}
+
+
+def dtype_named(value: Any) -> str | None:
+    """bf16, fp16 or fp32 for a name that DeepSpeed's DtypeEnum has; None for any other value."""
+    return _DTYPES.get(value) if isinstance(value, str) else None
+
+
 def is_open(value: Any) -> bool:
     """Whether a value is left to be filled in: "auto", or a list with "auto" in it, as betas: ["auto", "auto"]."""
     return bool(value == AUTO or (isinstance(value, list) and AUTO in value))

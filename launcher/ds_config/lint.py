@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from launcher.ds_config import meant
+from launcher.ds_config.case import Case, case_of
 from launcher.ds_config.catalogue import Block, Catalogue, Key
 from launcher.ds_config.facts import AUTO, as_bool, as_number
 from launcher.ds_config.findings import (
@@ -21,25 +22,29 @@ from launcher.ds_config.findings import (
     shown,
     sure_match,
 )
+from launcher.ds_config.optimizer_rules import parameters_of, unknown_parameter
 from launcher.ds_config.read import DsConfig
 from launcher.ds_config.rules import combinations
+from launcher.ds_config.target import Target
 from launcher.errors import nearest
 
 __all__ = ["Finding", "Fix", "apply_fixes", "lint"]
 
 _LARGEST_INT = 2**63
 """From here on pydantic takes no float for a whole number."""
+_NOT_CONVERTED = "which DeepSpeed does not convert here; a plan of the launcher does where it can"
 PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
-def lint(config: DsConfig, *, world_size: int | None = None, keys: Catalogue) -> list[Finding]:
-    """Everything wrong or doubtful in `config`, by line and column.
+def lint(config: DsConfig, target: Target, keys: Catalogue) -> list[Finding]:
+    """Everything wrong or doubtful in `config` for ranks at `target`, by line and column.
 
-    `world_size`, in ranks, lets the batch sizes be held against it. `keys` comes from `load_catalogue`.
+    `keys` comes from `load_catalogue`.
     """
-    found = [*_block(config, config.data, "", keys), *_params(config, keys)]
+    case = case_of(config, target, keys)
+    found = [*_block(config, config.data, "", keys), *_params(case)]
     wrong = {f.key_path for f in found if f.severity == "error"}
-    found += [f for f in combinations(config, world_size, keys) if f.key_path not in wrong]
+    found += [f for f in combinations(case) if f.key_path not in wrong]
     return sorted(found, key=lambda f: (f.line, f.column))
 
 
@@ -67,12 +72,13 @@ def _unknown(config: DsConfig, path: str, block: Block, keys: Catalogue) -> Iter
     close, elsewhere = nearest(name, block.names), _elsewhere(path, name, keys)
     if block.open and close is None:
         return
-    silently = "is no key of DeepSpeed's here, which " + ("fails on it" if block.model else "ignores it in silence")
-    severity: Severity = "error" if block.model or close or elsewhere else "warning"
-    if elsewhere and (sure_match(name, block.names) is None):
+    sure = sure_match(name, block.names)
+    silently = "DeepSpeed has no such key here, and " + ("fails on it" if block.model else "silently ignores it")
+    # What is ignored is an error where it was surely meant to have an effect.
+    severity: Severity = "error" if block.model or sure or elsewhere else "warning"
+    if elsewhere and sure is None:
         yield finding(config, severity, path, silently, f"It belongs at {elsewhere}.")
     elif close:
-        sure = sure_match(name, block.names)
         yield finding(
             config,
             severity,
@@ -130,35 +136,39 @@ def _offload_fix(config: DsConfig, path: str, new_name: str) -> Fix | None:
     return Fix(name.start, value.end, name.replacement + between + value.replacement)
 
 
-def _params(config: DsConfig, keys: Catalogue) -> Iterator[Finding]:
+def _params(case: Case) -> Iterator[Finding]:
     """The params of optimizer and scheduler, which are their classes' own arguments."""
+    config = case.config
     for name in ("optimizer", "scheduler"):
         written, params = config.get(f"{name}.type"), config.get(f"{name}.params")
-        block = _class_of(name, written, keys)
+        block = _class_of(name, written, case)
         if block is None or not isinstance(params, dict):
             continue
         for key, value in params.items():
             path = f"{name}.params.{key}"
-            if key == "max_grad_norm" and name == "optimizer":
-                message = "DeepSpeed refuses it as an optimizer parameter"
-                yield finding(config, "error", path, message, "Use gradient_clipping at the top of the JSON.")
-            elif key not in block.keys:
-                said = meant.scheduler_param(written, key) if name == "scheduler" else None
-                close, sure = nearest(key, block.names), None if said else sure_match(key, block.names)
-                guess = f"Did you mean {close}?" if close else f"It takes {', '.join(sorted(block.names))}."
-                hint, fix = said or guess, rename(config, path, sure) if sure else None
-                yield finding(config, "error", path, f"{written} has no such parameter and fails on it", hint, fix)
-            # A scheduler takes a list for most numbers: one for each parameter group.
+            if key not in block.keys or key == "max_grad_norm":
+                yield _unknown_param(case, name, written, key, block)
+            # A scheduler takes a list for some numbers: one for each parameter group.
             elif name == "optimizer" or not isinstance(value, list) or "list" in block.keys[key].types:
                 yield from _value(config, path, value, block.keys[key], False)
 
 
-def _class_of(name: str, written: Any, keys: Catalogue) -> Block | None:
-    if not isinstance(written, str):
-        return None
+def _unknown_param(case: Case, name: str, written: str, key: str, block: Block) -> Finding:
+    if name == "optimizer":
+        return unknown_parameter(case, written, key, block)
+    said = meant.scheduler_param(written, key)
+    close, sure = nearest(key, block.names), None if said else sure_match(key, block.names)
+    guess = f"Did you mean {close}?" if close else f"It takes {', '.join(sorted(block.names))}."
+    path = f"scheduler.params.{key}"
+    fix = rename(case.config, path, sure) if sure else None
+    return finding(case.config, "error", path, f"{written} has no such parameter and fails on it", said or guess, fix)
+
+
+def _class_of(name: str, written: Any, case: Case) -> Block | None:
     if name == "scheduler":
-        return keys.schedulers.get(written)
-    return keys.optimizers.get(keys.optimizer_name(written) or "")
+        return case.keys.schedulers.get(written) if isinstance(written, str) else None
+    written = "AdamW" if written in (None, AUTO) else written
+    return parameters_of(case, written) if isinstance(written, str) else None
 
 
 def _value(config: DsConfig, path: str, value: Any, key: Key, model: bool) -> Iterator[Finding]:
@@ -170,7 +180,7 @@ def _value(config: DsConfig, path: str, value: Any, key: Key, model: bool) -> It
         return
     problem = _type_problem(value, key)
     if problem:
-        yield finding(config, "error", path, problem, f"Write {_expected(key)}.")
+        yield finding(config, "error", path, problem, meant.value(path, value) or f"Write {_expected(key)}.")
     elif key.choices and value not in key.choices:
         choices = [str(choice) for choice in key.choices]
         close, sure = nearest(str(value), choices), sure_match(str(value), choices)
@@ -195,7 +205,7 @@ def _text(config: DsConfig, path: str, value: str, key: Key, model: bool) -> Ite
     elif not isinstance(number, str) and {"int", "float"} & set(key.types):
         problem = _type_problem(number, key)
         harmless = model and not problem and _is_pydantic_int(value, key)
-        message = f"a number in quotes, {value!r}" + ("" if harmless else ", which DeepSpeed does not convert here")
+        message = f"a number in quotes, {value!r}" + ("" if harmless else f", {_NOT_CONVERTED}")
         fix = rewrite(config, path, word if not harmless or "e" not in word else shown(number))
         yield finding(config, "note" if harmless else "error", path, message, f"Write {word} without quotes.", fix)
     else:
@@ -210,14 +220,15 @@ def _is_pydantic_int(text: str, key: Key) -> bool:
 def _type_problem(value: Any, key: Key) -> str | None:
     kind = "null" if value is None else type(value).__name__
     if isinstance(value, float) and not math.isfinite(value):
-        return f"found {shown(value)}, which JSON does not have"
+        return None if "inf" in key.types and value > 0 else f"found {shown(value)}, which JSON does not have"
     if kind in key.types or (kind == "int" and "float" in key.types):
         return None
     if isinstance(value, float) and "int" in key.types and value.is_integer() and abs(value) < _LARGEST_INT:
         return None
     if kind == "int" and "bool" in key.types and "dict" not in key.types and value in (0, 1):
         return None
-    return f"found {shown(value)}"
+    counted = isinstance(value, bool) and {"int", "float"} & set(key.types)
+    return f"found {shown(value)}" + (f", which DeepSpeed takes for the number {int(value)}" if counted else "")
 
 
 def _expected(key: Key) -> str:

@@ -75,6 +75,8 @@ def scheduler_param(kind: str, name: str) -> str | None:
 
 def value(path: str, written: Any) -> str | None:
     """What to write for a value that DeepSpeed does not have at `path`; None where nobody knows."""
+    if path == "scheduler.type" and written is None:
+        return 'Name one, such as "WarmupDecayLR", or take the block out: DeepSpeed ignores it without a type.'
     if path.endswith((".offload_optimizer.device", ".offload_param.device")) and written in ("gpu", "cuda", "GPU"):
         return 'Write "none", which leaves it on the GPU, or take the block out.'
     return None

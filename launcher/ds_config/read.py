@@ -116,6 +116,8 @@ def from_job(data: Mapping[str, Any], job_file: str, key: str, lines: Mapping[st
     return replace(config, file=job_file, under=key)
 
 
+_NOT_FINITE = re.compile(r"(-?Infinity|NaN)(?=\s*([,}\]]|$))")
+"""As Python's json writes and reads them. To hjson, which takes the rest of the line for a text, they mean nothing."""
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
@@ -214,6 +216,8 @@ class _Reader:
 
     def _bare(self, at: int) -> tuple[Any, int]:
         """A number, true, false, null, or text without quotes."""
+        if found := _NOT_FINITE.match(self.text, at):
+            return float(found[0]), found.end()
         try:
             value, end = scan.scantfnns(self._numbers, self.text, at)
         except (OverflowError, ValueError):

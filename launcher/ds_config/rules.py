@@ -6,62 +6,22 @@ Each rule is a generator of findings over one `Case`. What they claim of DeepSpe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
-from launcher.ds_config import meant
-from launcher.ds_config.catalogue import Catalogue
-from launcher.ds_config.facts import AUTO, BATCH_KEYS, Offload, as_bool, as_number, bf16_key, is_open, offload
-from launcher.ds_config.findings import Finding, Severity, finding, rewrite
-from launcher.ds_config.read import DsConfig
-from launcher.ds_config.schedule_rules import schedule_rules
-from launcher.errors import nearest
-
-ZERO = "zero_optimization"
-NO_CPU_VERSION = ("lamb",)
+from launcher.ds_config.case import ZERO, Case, Rule
+from launcher.ds_config.engine_rules import ENGINE_RULES, updates_on_cpu
+from launcher.ds_config.facts import AUTO, BATCH_KEYS, as_bool, as_number, bf16_key
+from launcher.ds_config.findings import Finding, finding, rewrite
+from launcher.ds_config.loop_rules import LOOP_RULES
+from launcher.ds_config.optimizer_rules import OPTIMIZER_RULES
+from launcher.ds_config.schedule_rules import SCHEDULE_RULES
 
 
-@dataclass(frozen=True)
-class Case:
-    """One JSON with what the rules ask of it over and over."""
-
-    config: DsConfig
-    world_size: int | None
-    keys: Catalogue
-    stage: int | None
-    offload: Offload
-
-    def found(self, severity: Severity, path: str, message: str, hint: str) -> Finding:
-        return finding(self.config, severity, path, message, hint)
-
-    def number(self, path: str) -> Any:
-        """The number at `path`; None where there is none, or "auto"."""
-        value = as_number(self.config.get(path))
-        return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-    def on(self, path: str) -> bool:
-        return as_bool(self.config.get(path)) is True
-
-    def off(self, path: str) -> bool:
-        return as_bool(self.config.get(path)) is False
-
-
-def combinations(config: DsConfig, world_size: int | None, keys: Catalogue) -> Iterator[Finding]:
-    """Everything the rules find in `config`."""
-    case = Case(config, world_size, keys, _stage(config), offload(config))
-    for rule in RULES:
+def combinations(case: Case) -> Iterator[Finding]:
+    """Everything the rules find in a JSON."""
+    for rule in (*RULES, *OPTIMIZER_RULES, *ENGINE_RULES, *LOOP_RULES, *SCHEDULE_RULES):
         yield from rule(case)
-    yield from schedule_rules(config, keys, zero=bool(case.stage))
-
-
-def _stage(config: DsConfig) -> int | None:
-    """The ZeRO stage; None where it is "auto" or unreadable."""
-    block = config.get(ZERO)
-    if isinstance(block, bool):
-        return int(block)
-    stage = as_number(config.get(f"{ZERO}.stage", 0))
-    return stage if stage in (0, 1, 2, 3) else None
 
 
 def _precision(case: Case) -> Iterator[Finding]:
@@ -92,7 +52,9 @@ def _batches(case: Case) -> Iterator[Finding]:
             continue
         if isinstance(value, str) and sizes[key] is not None:
             fix = rewrite(case.config, key, value)
-            message = f"a number in quotes, {value!r}, which DeepSpeed does not convert here"
+            message = (
+                f"a number in quotes, {value!r}, which DeepSpeed does not convert here; a plan of the launcher does"
+            )
             yield finding(case.config, "error", key, message, f"Write {value} without quotes.", fix)
         elif type(sizes[key]) is not int or sizes[key] < 1:
             yield case.found("error", key, f"found {value!r}", 'Write a whole number above 0, or "auto".')
@@ -101,13 +63,13 @@ def _batches(case: Case) -> Iterator[Finding]:
 
 
 def _product(case: Case, batch: int | None, micro: int | None, accumulation: int | None) -> Iterator[Finding]:
-    if batch is None or not (micro or accumulation or case.world_size):
+    if batch is None or not (micro or accumulation or case.target.world_size):
         return
-    world = case.world_size or 1
+    world = case.target.world_size or 1
     rest = (micro or 1) * (accumulation or 1) * world
-    whole = None not in (micro, accumulation, case.world_size)
+    whole = None not in (micro, accumulation, case.target.world_size)
     if (whole and batch != rest) or batch % rest:
-        parts = (("micro-batch", micro), ("accumulation", accumulation), ("world size", case.world_size))
+        parts = (("micro-batch", micro), ("accumulation", accumulation), ("world size", case.target.world_size))
         named = " x ".join(f"{word} {size}" for word, size in parts if size)
         message = f"{batch} is not {named}" if whole else f"{batch} is no multiple of {named}"
         hint = 'Leave one of the three to "auto".' if micro and accumulation else "Change one of them."
@@ -155,7 +117,8 @@ def _offloading(case: Case) -> Iterator[Finding]:
         if device == "nvme" and name == "offload_optimizer" and case.stage in (1, 2):
             message = f"stage {case.stage} does not offload to NVMe: the states stay where they are"
             yield case.found("error", f"{path}.device", message, "Set stage to 3, or device to cpu.")
-    if case.offload.optimizer != "none" and case.stage == 0 and f"{ZERO}.stage" in case.config.places:
+    written = f"{ZERO}.stage" in case.config.places
+    if case.offloaded and case.stage == 0 and written and not updates_on_cpu(case):
         message = "offload has no effect under stage 0"
         yield case.found("warning", f"{ZERO}.offload_optimizer", message, "Set stage to 1, 2 or 3.")
     ratio = case.number(f"{ZERO}.offload_optimizer.ratio")
@@ -164,75 +127,8 @@ def _offloading(case: Case) -> Iterator[Finding]:
         yield case.found("error", path, "partial offload fails below stage 3", "Set stage to 3, or ratio to 1.")
 
 
-def _optimizer(case: Case) -> Iterator[Finding]:
-    written = case.config.get("optimizer.type")
-    if not isinstance(written, str) or written == AUTO:
-        return
-    name = case.keys.optimizer_name(written)
-    if name is None:
-        same = (known for known in case.keys.optimizers if known.lower() == written.lower())
-        close = next(same, None) or nearest(written, case.keys.optimizers)
-        guess = f"Did you mean {close}?" if close else "Take AdamW, or another of torch.optim."
-        hint = meant.OPTIMIZERS.get(written.lower(), guess)
-        yield case.found("error", "optimizer.type", f"{written} is no optimizer of DeepSpeed or PyTorch", hint)
-        return
-    yield from _optimizer_under_zero(case, written, name)
-    if case.config.get("optimizer.params.lr") is None and case.config.get("optimizer.params") != AUTO:
-        message = "no lr: the optimizer's own default is taken, 1e-3 for Adam, far too high for fine-tuning"
-        hint = 'Add "lr" to its params, or "lr": "auto".'
-        yield finding(case.config, "warning", "optimizer", message, hint, filled=True)
-
-
-def _optimizer_values(case: Case) -> Iterator[Finding]:
-    """What torch.optim refuses, and DeepSpeed's own kernels take without a word."""
-    betas = case.config.get("optimizer.params.betas")
-    if betas is not None and not is_open(betas) and not _is_betas(betas):
-        message = f"found {betas!r}"
-        yield case.found("error", "optimizer.params.betas", message, "Write two numbers from 0 to below 1.")
-    for name in ("lr", "eps", "weight_decay"):
-        value = case.number(path := f"optimizer.params.{name}")
-        if value is not None and not 0 <= value < math.inf:
-            yield case.found("error", path, f"found {value!r}", "Write a number from 0 up.")
-
-
-def _is_betas(value: Any) -> bool:
-    numbers = value if isinstance(value, list) else []
-    sane = [isinstance(one, (int, float)) and not isinstance(one, bool) and 0 <= one < 1 for one in numbers]
-    return sane == [True, True]
-
-
-def _optimizer_under_zero(case: Case, written: str, name: str) -> Iterator[Finding]:
-    if case.stage and name not in case.keys.zero_optimizers and not case.on("zero_allow_untested_optimizer"):
-        message = f"ZeRO refuses {written} as untested"
-        hint = 'Add "zero_allow_untested_optimizer": true, or take AdamW.'
-        yield case.found("error", "optimizer.type", message, hint)
-    if case.offload.optimizer == "none" or not case.stage:
-        return
-    if name in NO_CPU_VERSION:
-        message = f"{written} has no CPU version, and offloaded states are updated on the CPU"
-        yield case.found("error", "optimizer.type", message, "Take AdamW, or do not offload the optimizer.")
-    if case.on("optimizer.params.torch_adam"):
-        message = "PyTorch's Adam will update the offloaded states, several times slower than DeepSpeedCPUAdam"
-        yield case.found("note", "optimizer.params.torch_adam", message, "Take it out on machines with GPUs.")
-
-
-def _client_optimizer(case: Case) -> Iterator[Finding]:
-    """Only where nothing is left to fill: such a JSON is meant for a script that makes its own optimizer."""
-    left_open = any(case.config.get(key) == AUTO for key in (*BATCH_KEYS, "gradient_clipping"))
-    forced = not case.off("zero_force_ds_cpu_optimizer")
-    if left_open or case.config.get("optimizer") is not None or case.offload.optimizer == "none" or not forced:
-        return
-    message = "offload without an optimizer block: a script's own optimizer must be DeepSpeedCPUAdam, else it fails"
-    yield case.found("note", f"{ZERO}.offload_optimizer", message, "Add an optimizer block.")
-
-
-def _scale_of_sums(case: Case) -> Iterator[Finding]:
-    if case.config.get("gradient_allreduce_op") == "sum" and case.stage == 3:
-        message = '"sum" fails with stage 3'
-        yield case.found("error", "gradient_allreduce_op", message, 'Write "mean".')
-    if case.off(f"{ZERO}.compute_grad_norm") and case.stage in (0, 3):
-        message = f"fails under stage {case.stage}"
-        yield case.found("error", f"{ZERO}.compute_grad_norm", message, "Take it out.")
+def _words(case: Case) -> Iterator[Finding]:
+    """Values that are one of a few words."""
     for key in ("communication_data_type", "seq_parallel_communication_data_type"):
         value = case.config.get(key)
         if isinstance(value, str) and value.lower() not in ("fp32", "fp16", "bf16", AUTO):
@@ -253,14 +149,6 @@ def _clipping(case: Case) -> Iterator[Finding]:
         yield case.found("warning", "gradient_clipping", message, "Write 1.0.")
 
 
-def _many_nodes(case: Case) -> Iterator[Finding]:
-    path = f"{ZERO}.zero_hpz_partition_size"
-    ranks = case.number(path)
-    if case.world_size and ranks and case.stage == 3 and case.world_size % ranks:
-        message = f"{ranks} does not divide the world size {case.world_size}"
-        yield case.found("error", path, message, "Set it to the number of GPUs of one node.")
-
-
 def _gathering(case: Case) -> Iterator[Finding]:
     names = ("stage3_gather_16bit_weights_on_model_save", "gather_16bit_weights_on_model_save")
     for path in (f"{ZERO}.{name}" for name in names):
@@ -270,16 +158,23 @@ def _gathering(case: Case) -> Iterator[Finding]:
             yield case.found("note", path, message, hint)
 
 
-RULES: tuple[Callable[[Case], Iterator[Finding]], ...] = (
+def _printing(case: Case) -> Iterator[Finding]:
+    steps = case.config.get("steps_per_print")
+    if steps == 0 and not isinstance(steps, bool):
+        message = "DeepSpeed divides by it and fails"
+        yield case.found("error", "steps_per_print", message, "Write null, which switches the printing off.")
+    elif isinstance(steps, (int, float)) and steps < 0 and not math.isinf(steps):
+        message = f"{steps} does not switch the printing off: DeepSpeed prints whenever it divides the update's number"
+        yield case.found("warning", "steps_per_print", message, "Write null.")
+
+
+RULES: tuple[Rule, ...] = (
     _precision,
     _batches,
     _stage_keys,
     _offloading,
-    _optimizer,
-    _optimizer_values,
-    _client_optimizer,
-    _scale_of_sums,
+    _words,
     _clipping,
-    _many_nodes,
     _gathering,
+    _printing,
 )

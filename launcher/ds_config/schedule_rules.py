@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from launcher.ds_config.case import Case, Rule
 from launcher.ds_config.catalogue import Catalogue
-from launcher.ds_config.facts import AUTO, as_number, open_warmup
+from launcher.ds_config.facts import AUTO, as_bool, as_number, open_warmup
 from launcher.ds_config.findings import Finding, Severity, finding, rewrite
 from launcher.ds_config.read import DsConfig
 from launcher.errors import nearest
@@ -15,8 +16,21 @@ WARMUPS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 DEFAULT_WARMUP_UPDATES = 1000
 
 
-def schedule_rules(config: DsConfig, keys: Catalogue, *, zero: bool) -> Iterator[Finding]:
-    """What is wrong or doubtful in the scheduler block of `config`. `zero`: a ZeRO stage above 0 is on."""
+PARAMETER_GROUPS = 2
+"""Of the launcher's loop: matrices, which decay, and vectors, which do not."""
+_RATES = ("warmup_min_lr", "warmup_max_lr", "cycle_min_lr", "cycle_max_lr", "lr_range_test_min_lr")
+_RATIOS = ("warmup_min_ratio", "cos_min_ratio")
+_FALLING = {
+    "lr_range_test_step_rate": "the learning rate falls below 0",
+    "decay_lr_rate": "the learning rate grows without bound, and then is below 0",
+    "decay_step_size": "the learning rate grows without bound, and then is below 0",
+}
+"""Numbers of updates and slopes that take a learning rate below 0 where they are below 0 themselves."""
+
+
+def _schedule(case: Case) -> Iterator[Finding]:
+    """What is wrong or doubtful in the scheduler block."""
+    config, keys = case.config, case.keys
     kind = config.get("scheduler.type")
     if not isinstance(kind, str) or kind == AUTO:
         return
@@ -24,12 +38,80 @@ def schedule_rules(config: DsConfig, keys: Catalogue, *, zero: bool) -> Iterator
         yield _unknown(config, kind, keys)
         return
     yield from _missing(config, kind, keys)
-    if zero and not _is_deepspeeds(kind):
+    if case.stage and not _is_deepspeeds(kind):
         message = f"{kind} is PyTorch's, and fails on the optimizer that ZeRO wraps"
         yield finding(config, "error", "scheduler.type", message, "Take WarmupDecayLR or WarmupCosineLR.")
     if kind in WARMUPS:
         yield from _warmup(config, kind)
         yield from _rates(config, kind)
+    if _is_deepspeeds(kind):
+        yield from _lists(case)
+        yield from _below_zero(config)
+        yield from _lengths(config)
+        yield from _momentum(config, kind)
+
+
+def _momentum(config: DsConfig, kind: str) -> Iterator[Finding]:
+    if kind != "OneCycle" or as_bool(_params(config).get("cycle_momentum", True)) is False:
+        return
+    name = str(config.get("optimizer.type", "adamw")).lower()
+    if name.startswith(("adam", "nadam", "radam", "lion", "lamb")):
+        low, high = _params(config).get("cycle_min_mom", 0.8), _params(config).get("cycle_max_mom", 0.9)
+        message = f"it replaces the optimizer's betas: the first cycles between {high} and {low}, the second is 0.99"
+        yield finding(config, "warning", "scheduler.params", message, 'Add "cycle_momentum": false to keep them.')
+
+
+def _lists(case: Case) -> Iterator[Finding]:
+    for name, value in _params(case.config).items():
+        path = f"scheduler.params.{name}"
+        if not isinstance(value, list):
+            continue
+        if name not in _RATES and name not in ("cycle_min_mom", "cycle_max_mom"):
+            yield case.found("error", path, f"found {value!r}", "Write one number: it takes no list.")
+        elif len(value) != PARAMETER_GROUPS and not case.target.script:
+            message = f"{len(value)} values, and the launcher trains {PARAMETER_GROUPS} parameter groups: it fails"
+            yield case.found("error", path, message, "Write one number.")
+
+
+def _below_zero(config: DsConfig) -> Iterator[Finding]:
+    """Learning rates below 0 run, and train away from the data; ratios beyond 1 run above the peak."""
+    params = _params(config)
+    for name, value in params.items():
+        path = f"scheduler.params.{name}"
+        numbers = [as_number(one) for one in (value if isinstance(value, list) else [value])]
+        numbers = [one for one in numbers if _is_number(one)]
+        if name in _RATES and any(one < 0 for one in numbers):
+            message = f"found {value!r}: updates at a learning rate below 0 increase the loss"
+            yield finding(config, "error", path, message, "Write a number from 0 up.")
+        elif name in _RATIOS and any(not 0 <= one <= 1 for one in numbers):
+            message = f"found {value!r}: a share of the peak is from 0 to 1"
+            yield finding(config, "error", path, message, "Write a number from 0 to 1.")
+        elif name in _FALLING and any(one < 0 for one in numbers):
+            message = f"found {value!r}: {_FALLING[name]}"
+            yield finding(config, "error", path, message, "Write a number from 0 up.")
+
+
+def _lengths(config: DsConfig) -> Iterator[Finding]:
+    """Lengths of OneCycle and LRRangeTest that DeepSpeed refuses. Those of the warm-ups have their own."""
+    params = _params(config)
+    first, second = (as_number(params.get(f"cycle_{half}_step_size")) for half in ("first", "second"))
+    steps = params.get("lr_range_test_step_size")
+    if _is_number(first) and first <= 0:
+        yield finding(
+            config, "error", "scheduler.params.cycle_first_step_size", f"found {first!r}", "Write a number above 0."
+        )
+    if _is_number(second) and second < 0:
+        yield finding(
+            config, "error", "scheduler.params.cycle_second_step_size", f"found {second!r}", "Write a number from 0 up."
+        )
+    if steps not in (None, AUTO) and (type(steps) is not int or steps < 1):
+        path = "scheduler.params.lr_range_test_step_size"
+        yield finding(config, "error", path, f"found {steps!r}", "Write a whole number above 0.")
+
+
+def _params(config: DsConfig) -> dict[str, Any]:
+    params = config.get("scheduler.params")
+    return params if isinstance(params, dict) else {}
 
 
 def _is_deepspeeds(kind: str) -> bool:
@@ -115,7 +197,7 @@ def _rates(config: DsConfig, kind: str) -> Iterator[Finding]:
         message = f"peaks at {high:g}, while optimizer.params.lr is {peak:g}, which {kind} overrides"
         yield finding(config, "warning", path, message, "Write the same rate in both.")
     if low is not None and high is not None and low > high:
-        message = f"starts at {low:g}, above the peak of {high:g}"
+        message = f"starts at {low:g}, above the peak of {high:g}: the learning rate would fall in the warm-up"
         yield finding(config, "error", "scheduler.params.warmup_min_lr", message, "Write 0.")
     top = high if high is not None else peak
     if top is not None and top >= 1e-3:
@@ -132,3 +214,6 @@ def _rate(config: DsConfig, path: str) -> float | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+SCHEDULE_RULES: tuple[Rule, ...] = (_schedule,)

@@ -6,7 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.ds_config.compose import BUCKET_SIZES
-from launcher.ds_config.facts import AUTO, Offload, as_bool, as_number, offload, zero_stage, zero_value
+from launcher.ds_config.facts import (
+    AUTO,
+    Offload,
+    as_bool,
+    as_number,
+    bf16_key,
+    dtype_named,
+    offload,
+    zero_stage,
+    zero_value,
+)
 from launcher.ds_config.read import DsConfig
 
 
@@ -29,6 +39,12 @@ class ZeroSizes:
     nvme_optimizer_buffers: int = 4
     nvme_parameter_elements: int = 5 * 100_000_000
     """Buffers for parameters on NVMe: their number times their size."""
+    accumulation_bytes: int | None = None
+    """Of a gradient that is accumulated, from data_types.grad_accum_dtype; None: as the weights."""
+    master_bytes: int = 4
+    """Of an offloaded master weight, and of its gradient: 2 with bf16_master_weights_and_grads."""
+    moments_bytes: int = 8
+    """Of Adam's two offloaded moments: 4 with bf16_optimizer_states."""
 
 
 def zero_sizes(user: DsConfig, hidden_size: int) -> ZeroSizes:
@@ -50,7 +66,21 @@ def zero_sizes(user: DsConfig, hidden_size: int) -> ZeroSizes:
         pinned=as_bool(user.get("zero_optimization.offload_optimizer.pin_memory")) is not False,
         nvme_optimizer_buffers=size("offload_optimizer.buffer_count", 4),
         nvme_parameter_elements=size("offload_param.buffer_count", 5) * size("offload_param.buffer_size", 100_000_000),
+        accumulation_bytes=_WIDTHS.get(dtype_named(user.get("data_types.grad_accum_dtype")) or ""),
+        master_bytes=2 if any(_on(user, path) for path in _LOW_MASTERS) else 4,
+        moments_bytes=4 if _on(user, "bf16.bf16_optimizer_states") else 8,
     )
+
+
+_WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
+_LOW_MASTERS = ("bf16.bf16_master_weights_and_grads", "fp16.fp16_master_weights_and_grads")
+
+
+def _on(user: DsConfig, path: str) -> bool:
+    """Whether a switch is on in the block of its precision, which must be on itself."""
+    block, _, name = path.partition(".")
+    block = bf16_key(user) if block == "bf16" else block
+    return as_bool(user.get(f"{block}.enabled")) is not False and as_bool(user.get(f"{block}.{name}")) is True
 
 
 class _Reader:

@@ -1,15 +1,19 @@
-"""What lint finds in a JSON that is about to be used: errors refuse it, warnings are told."""
+"""What lint finds in a JSON that is about to be used: errors refuse it, warnings are printed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from launcher.ds_config.case import case_of
 from launcher.ds_config.catalogue import Catalogue, Key
 from launcher.ds_config.facts import BATCH_KEYS, as_number
 from launcher.ds_config.findings import Finding
 from launcher.ds_config.lint import lint
+from launcher.ds_config.optimizer_rules import parameters_of
 from launcher.ds_config.read import DsConfig
+from launcher.ds_config.target import Target
 from launcher.errors import Problem, RequestError
 
 _CONVERTED = (*BATCH_KEYS, "gradient_clipping", "steps_per_print", "optimizer.params.", "scheduler.params.")
@@ -18,18 +22,18 @@ _CONVERTED = (*BATCH_KEYS, "gradient_clipping", "steps_per_print", "optimizer.pa
 
 def approve(
     config: DsConfig,
-    *,
-    world_size: int,
+    target: Target,
     keys: Catalogue,
+    *,
     replaced: tuple[str, ...] = (),
     allow_unsafe: bool = False,
 ) -> tuple[str, ...]:
     """The warnings about `config` that a plan does not answer by itself, each with its line and hint.
 
-    `replaced` are blocks that the launcher writes anew, so that what stands in them does not count; `allow_unsafe` is
-    the user's word for what runs and is not safe. Raises RequestError with every error.
+    `replaced` are blocks that the launcher writes itself, so that their contents do not count; `allow_unsafe` accepts
+    what runs and is not safe. Raises RequestError with every error.
     """
-    found = [one for one in lint(config, world_size=world_size, keys=keys) if not one.key_path.startswith(replaced)]
+    found = [one for one in lint(config, target, keys) if not one.key_path.startswith(replaced)]
     taken = [one for one in found if _converted(config, one) or (one.unsafe and allow_unsafe)]
     errors = [one for one in found if one.severity == "error" and one not in taken]
     if errors:
@@ -38,13 +42,27 @@ def approve(
     return tuple(str(_problem(config, one)) for one in told)
 
 
-def refuse_untaken(config: DsConfig, asked: Mapping[str, Any], keys: Catalogue) -> None:
+def approve_completed(
+    user: DsConfig,
+    completed: Mapping[str, Any],
+    target: Target,
+    keys: Catalogue,
+    *,
+    replaced: tuple[str, ...] = (),
+    allow_unsafe: bool = False,
+) -> None:
+    """Raises RequestError where what a plan filled in goes wrong with what the user wrote, at the user's own key."""
+    config = replace(user, data=dict(completed))
+    approve(config, target, keys, replaced=replaced, allow_unsafe=allow_unsafe)
+
+
+def refuse_untaken(config: DsConfig, asked: Mapping[str, Any], target: Target, keys: Catalogue) -> None:
     """Raises RequestError for what a job `asked` of the optimizer (parameter: value) that the JSON's does not take.
 
     A type whose parameters are not known is believed to take them all.
     """
     written = config.get("optimizer.type")
-    block = keys.optimizers.get(keys.optimizer_name(written) or "") if isinstance(written, str) else None
+    block = parameters_of(case_of(config, target, keys), written) if isinstance(written, str) else None
     if block is None:
         return
     hint = f"leave it out, or set in {config.origin} what {written} has: {', '.join(sorted(block.names))}"

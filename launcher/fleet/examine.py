@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.fleet.process import finished
-from launcher.prepare.machine import installed_versions, measure_machine
+from launcher.plan.packages import MONITORS_AND_OPTIMIZERS
+from launcher.prepare.machine import installed_versions, measure_machine, missing_packages
 from launcher.run_dir import RunDir
 
 # A network file system may go on saying for some seconds that a file is not there once it has been asked too early.
@@ -21,7 +22,10 @@ _REHEARSAL = ("-P", "-m", "launcher.worker.rehearsal")
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """A node's versions, devices and room; `unwritable` says why it cannot write to the run directory."""
+    """A node's versions, devices and room; `unwritable` says why it cannot write to the run directory.
+
+    `missing`: of the packages that a DeepSpeed JSON can need, those that are not installed.
+    """
 
     versions: dict[str, str]
     gpus: int
@@ -29,6 +33,7 @@ class NodeFacts:
     free_bytes: int
     unwritable: str | None
     nvcc: bool = True
+    missing: frozenset[str] = frozenset()
 
 
 def look(run_dir: str, mark: str) -> NodeFacts:
@@ -40,7 +45,8 @@ def look(run_dir: str, mark: str) -> NodeFacts:
         free = shutil.disk_usage(run_dir).free
     except OSError as error:
         unwritable = f"{type(error).__name__}: {error.strerror or error}"
-    return NodeFacts(installed_versions(), machine.gpus, machine.device_name, free, unwritable, _has_nvcc())
+    missing = missing_packages(MONITORS_AND_OPTIMIZERS)
+    return NodeFacts(installed_versions(), machine.gpus, machine.device_name, free, unwritable, _has_nvcc(), missing)
 
 
 def _has_nvcc() -> bool:

@@ -36,13 +36,17 @@ class NodeCheck:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the nodes are held against. `room_bytes` is what a run writes; 0 where that is not known."""
+    """What the nodes are checked against. `room_bytes` is what a run writes; 0 where that is not known.
+
+    `packages`: those that the plan's DeepSpeed JSON needs, each with the key that asks for it.
+    """
 
     world: World
     versions: Mapping[str, str]
     room_bytes: int
     environment: Mapping[str, str]
     users: Mapping[str, str]
+    packages: Mapping[str, str] = field(default_factory=dict)
 
 
 def preflight(nodes: Nodes, wanted: Wanted, run: RunDir) -> list[NodeCheck]:
@@ -119,6 +123,9 @@ def machine_problems(facts: NodeFacts, wanted: Wanted, node: Node) -> list[str]:
         have, want = facts.versions.get(package, "missing"), wanted.versions[package]
         if have != want:
             found.append(f"{package} {have}, and {want} where the run was planned: install the same there")
+    for package, key in wanted.packages.items():
+        if package in facts.missing:
+            found.append(f"{package} is not installed, which {key} in the DeepSpeed JSON needs: pip install {package}")
     given = wanted.world.processes_per_node
     if wanted.world.device == "cuda" and facts.gpus < given:
         found.append(

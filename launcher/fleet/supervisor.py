@@ -26,6 +26,7 @@ from launcher.fleet.failure import Failure, all_failures, first_failure, in_orde
 from launcher.fleet.nodes import Needs, Node, Nodes, address_of
 from launcher.fleet.preflight import NodeCheck, Wanted, preflight, refuse, room_bytes
 from launcher.plan.model import Plan
+from launcher.plan.packages import needed_packages
 from launcher.plan.resume import Start
 from launcher.run_dir import RunDir
 from launcher.tail import Tail, last_lines, untimed
@@ -127,7 +128,9 @@ class Supervisor:
     def check_nodes(self) -> None:
         """Looks at the nodes before anything is started on them. Raises RunFailed, naming each that will not do."""
         versions = self.plan.machine.versions
-        wanted = Wanted(self.plan.world, versions, self._room_bytes(), os.environ, self.plan.job.cluster.env)
+        packages = needed_packages(self.plan.ds_config)
+        env = self.plan.job.cluster.env
+        wanted = Wanted(self.plan.world, versions, self._room_bytes(), os.environ, env, packages)
         checks = preflight(self.nodes, wanted, self.run_dir)
         self.console.preflight(checks)
         refuse(checks)

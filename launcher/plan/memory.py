@@ -121,6 +121,11 @@ class _Sizes:
         return self.width < _MASTER
 
     @property
+    def accumulated(self) -> int:
+        """Bytes of a gradient as it is accumulated and kept for the update."""
+        return self.zero.accumulation_bytes or self.width
+
+    @property
     def bucket(self) -> int:
         """Elements of the bucket that gradients fill."""
         return min(self.zero.reduce_bucket_size, self.trained)
@@ -254,7 +259,9 @@ def _stage1_and_2(sizes: _Sizes) -> _Moments:
     copy = width * sizes.bucket
     bucket = width * sizes.allocated * (2 if sizes.zero.overlap_comm and (not sizes.cpu or sizes.overflowing) else 1)
     early = not sizes.cpu or sizes.overflowing
-    gradients = width * (part if sizes.zero.stage == 2 else sizes.trained)
+    # Stage 1 accumulates another precision beside the gradients of the backward pass, which it keeps.
+    besides = sizes.accumulated if sizes.accumulated != width else 0
+    gradients = sizes.accumulated * part if sizes.zero.stage == 2 else (width + besides) * sizes.trained
     # In stage 1 the bucket takes the place of the gradients that are moved into it.
     filled = 0 if sizes.zero.stage == 1 and not early else bucket
     moments = _Moments(
@@ -263,7 +270,7 @@ def _stage1_and_2(sizes: _Sizes) -> _Moments:
         optimizer_states=(_MASTER + _MOMENTS) * part,
         buffers=bucket + (copy if sizes.overflowing else 0) if early else 0,
         reducing=gradients + copy + (0 if early else filled),
-        updating=width * part + _MASTER * part + sizes.adam(part),
+        updating=sizes.accumulated * part + _MASTER * part + sizes.adam(part),
     )
     return moments if sizes.zero.offload.optimizer == "none" else _offloaded(sizes, moments, part)
 
@@ -271,8 +278,8 @@ def _stage1_and_2(sizes: _Sizes) -> _Moments:
 def _offloaded(sizes: _Sizes, moments: _Moments, part: int) -> _Moments:
     """Stages 1 and 2 with the optimizer in host memory: states, float32 gradients, and two vectors as go-betweens."""
     width = sizes.width
-    pinned = (_MASTER + _MASTER + 2 * width) * part
-    host = _MOMENTS * part + int(pinned * _pinning(sizes))
+    pinned = (2 * sizes.zero.master_bytes + 2 * width) * part
+    host = sizes.zero.moments_bytes * part + int(pinned * _pinning(sizes))
     return _Moments(
         parameters=moments.parameters,
         gradients=moments.gradients if sizes.zero.stage == 1 else 0,
@@ -294,12 +301,12 @@ def _stage3(sizes: _Sizes) -> _Moments:
     host, on_nvme = _stage3_host(sizes, part, weights)
     return _Moments(
         parameters=(weights if zero.offload.parameters == "none" else 0) + width * sizes.persistent,
-        gradients=0 if away else width * part,
+        gradients=0 if away else sizes.accumulated * part,
         optimizer_states=0 if away else (_MASTER + _MOMENTS) * part,
         buffers=width * (sizes.allocated + _gathered(sizes)) + (copy if sizes.overflowing else 0),
-        reducing=(0 if away else width * part) + copy - width * _gathered(sizes),
+        reducing=(0 if away else sizes.accumulated * part) + copy - width * _gathered(sizes),
         updating=sizes.adam(group)
-        + (0 if away else (width + _MASTER * sizes.mixed) * group + width * part)
+        + (0 if away else (width + _MASTER * sizes.mixed) * group + sizes.accumulated * part)
         - width * _gathered(sizes),
         fetching=width * _ahead(sizes),
         offloaded=host,
@@ -308,9 +315,12 @@ def _stage3(sizes: _Sizes) -> _Moments:
 
 
 def _second_copy(sizes: _Sizes) -> int:
-    """Elements of ZeRO++'s second copy of the weights, which rests where the first does and is divided in groups."""
+    """Elements of ZeRO++'s second copy of the weights, which is where the first is, divided in groups of ranks.
+
+    DeepSpeed cuts a group that is larger than the world to all ranks.
+    """
     group = sizes.zero.hpz_partition_size
-    return sizes.total // group if group > 1 else 0
+    return sizes.total // min(group, sizes.ranks) if group > 1 else 0
 
 
 def _gathered(sizes: _Sizes) -> int:
@@ -336,7 +346,7 @@ def _stage3_host(sizes: _Sizes, part: int, weights: int) -> tuple[int, int]:
     host = on_nvme = 0.0
     states = (_MASTER + _MOMENTS) * part
     if zero.offload.optimizer == "cpu":
-        host += _MOMENTS * part + factor * (_MASTER + _MASTER + sizes.width) * part
+        host += zero.moments_bytes * part + factor * (2 * zero.master_bytes + sizes.width) * part
     elif zero.offload.optimizer == "nvme":
         on_nvme += states + _MASTER * part
         group = min(part, zero.sub_group_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 import psutil
@@ -45,6 +45,19 @@ def installed_versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "missing"
     return found
+
+
+def missing_packages(names: Iterable[str]) -> frozenset[str]:
+    """Those of the packages that are not installed here."""
+    return frozenset(name for name in names if not _installed(name))
+
+
+def _installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _torch_has_cuda() -> bool:

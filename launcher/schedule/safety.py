@@ -118,6 +118,13 @@ def unsafe_scheduler(
     return [*problems, high] if high else problems
 
 
+def _below_zero(case: _Case) -> str | None:
+    lowest = min(case.first_rates(case.updates), default=0.0)
+    if lowest >= 0:
+        return None
+    return f"Updates run at learning rates below 0, down to {lowest:g}, which increase the loss."
+
+
 def deepspeed_warnings(scheduler_type: str, params: Params, optimizer_lr: float, updates: int) -> list[str]:
     """What an existing DeepSpeed scheduler block will do that its author may not expect, as plain sentences.
 
@@ -215,4 +222,5 @@ _CHECKS: tuple[Callable[[_Case], str | None], ...] = (
     _beyond_the_total,
     _other_total,
     _idle_updates,
+    _below_zero,
 )

@@ -16,6 +16,7 @@ from launcher.ds_config import Decisions, compose, read_ds_config
 from launcher.ds_config.catalogue import load_catalogue
 from launcher.ds_config.lint import lint
 from launcher.ds_config.read import parse_ds_config
+from launcher.ds_config.target import Target
 from launcher.plan.resolve import resolve
 from tests.unit.given import data_facts, job_of, machine_facts, model_facts
 from tests.unit.templates import TEMPLATES
@@ -205,6 +206,6 @@ def test_lint_judges_as_deepspeed_does() -> None:
     }
     configs = [base | changed for changed, _ in VERDICTS]
     for config, (changed, accepted), result in zip(configs, VERDICTS, outcomes(TRAIN, "train", configs), strict=True):
-        found = lint(parse_ds_config(json.dumps(config), "ds.json"), world_size=1, keys=load_catalogue())
+        found = lint(parse_ds_config(json.dumps(config), "ds.json"), Target("cpu", 1), load_catalogue())
         assert (not any(f.severity == "error" for f in found)) is accepted, changed
         assert ("error" not in result) is accepted, (changed, result)

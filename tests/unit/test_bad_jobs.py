@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from launcher.ds_config.catalogue import load_catalogue
 from tests.unit.given import JOB, command, data_facts, model_facts, remember, write_folder
 
 
@@ -413,6 +414,12 @@ CONTRADICTIONS = [
         text="model: {name_or_path: model, dtype: float16}\n",
     ),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def keys_at_hand() -> None:
+    """DeepSpeed's keys, for which a process is started where another version than the shipped one is not cached yet."""
+    load_catalogue()
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -16,7 +18,7 @@ from launcher.ds_config import catalogue, from_mapping
 from launcher.ds_config.catalogue import Catalogue, load_catalogue
 from launcher.ds_config.lint import Finding, apply_fixes, lint
 from launcher.ds_config.read import parse_ds_config, read_ds_config
-from launcher.errors import RequestError
+from launcher.ds_config.target import Device, Target
 
 PRESETS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 ADAM = '"optimizer": {"type": "AdamW", "params": {"lr": 1e-5}}'
@@ -28,8 +30,8 @@ def keys() -> Catalogue:
     return load_catalogue()
 
 
-def findings(text: str, keys: Catalogue, world_size: int | None = None) -> list[Finding]:
-    return lint(parse_ds_config(text, "ds.json"), world_size=world_size, keys=keys)
+def findings(text: str, keys: Catalogue, world_size: int | None = None, device: Device = "cuda") -> list[Finding]:
+    return lint(parse_ds_config(text, "ds.json"), Target(device, world_size), keys)
 
 
 def scheduler(kind: str, **params: object) -> str:
@@ -48,7 +50,7 @@ def zero(**keys: object) -> str:
 BAD = [
     ('{"train_bacth_size": 8}', "error", "train_bacth_size", "train_batch_size"),
     ('{"gradient_cliping": 1.0}', "error", "gradient_cliping", "gradient_clipping"),
-    ('{"something_else_altogether": 1}', "warning", "something_else_altogether", "ignores it in silence"),
+    ('{"something_else_altogether": 1}', "warning", "something_else_altogether", "silently ignores it"),
     ('{"learning_rate": 1e-5}', "error", "learning_rate", "optimizer.params.lr"),
     (
         '{"offload_optimizer": {"device": "cpu"}}',
@@ -106,6 +108,9 @@ BAD = [
     ('{"gradient_clipping": 0}', "warning", "gradient_clipping", "not clipped"),
     ('{"train_micro_batch_size_per_gpu": "2"}', "error", "train_micro_batch_size_per_gpu", "in quotes"),
     ('{"train_batch_size": 2.5}', "error", "train_batch_size", "whole number"),
+    ('{"gradient_clipping": true}', "error", "gradient_clipping", "for the number 1"),
+    ('{"scheduler": {"type": null, "params": {}}}', "error", "scheduler.type", "ignores it without a type"),
+    ('{"gradient_clipping": "1.0"}', "error", "gradient_clipping", "a plan of the launcher does"),
     ('{"fp16": {"enabled": true}, "bf16": {"enabled": true}}', "error", "fp16.enabled", "both on"),
     (
         '{"torch_autocast": {"enabled": true}, "bf16": {"enabled": true}}',
@@ -130,7 +135,9 @@ BAD = [
     ('{"clip_grad": 1.0}', "error", "clip_grad", "gradient_clipping"),
     ('{"steps_per_print": "10"}', "error", "steps_per_print", "in quotes"),
     ('{"steps_per_print": "inf"}', "error", "steps_per_print", "a number or null"),
-    ('{"steps_per_print": 0}', "error", "steps_per_print", "above 0"),
+    ('{"steps_per_print": 0}', "error", "steps_per_print", "divides by it"),
+    ('{"steps_per_print": -1}', "warning", "steps_per_print", "does not switch the printing off"),
+    ('{"steps_per_print": -Infinity}', "error", "steps_per_print", "which JSON does not have"),
     (
         '{"activation_checkpointing": {"number_checkpoints": "4"}}',
         "error",
@@ -188,9 +195,9 @@ BAD = [
     ),
     (
         zero(stage=0, offload_optimizer={"device": "cpu"}),
-        "warning",
+        "error",
         "zero_optimization.offload_optimizer",
-        "stage 0",
+        "fails under stage 0",
     ),
     (
         zero(stage=3, offload_param={"device": "nvme"}),
@@ -350,6 +357,12 @@ BAD = [
         "params",
     ),
     (
+        scheduler("OneCycle", cycle_min_lr=1e-6, cycle_max_lr=1e-5),
+        "warning",
+        "scheduler.params",
+        "the first cycles between 0.9 and 0.8, the second is 0.99",
+    ),
+    (
         scheduler("StepLR", step_size=3).replace("{", '{"zero_optimization": {"stage": 1}, ', 1),
         "error",
         "scheduler.type",
@@ -397,10 +410,10 @@ def test_batch_sizes_must_multiply(
 @pytest.mark.parametrize("number", [math.inf, math.nan])
 def test_a_number_that_json_does_not_have_is_refused(number: float, keys: Catalogue) -> None:
     """YAML has them: .inf and .nan."""
-    data = {"steps_per_print": number, "gradient_clipping": number, "zero_optimization": {"sub_group_size": number}}
-    found = lint(from_mapping(data, "job.yaml"), keys=keys)
+    data = {"train_batch_size": number, "gradient_clipping": number, "zero_optimization": {"sub_group_size": number}}
+    found = lint(from_mapping(data, "job.yaml"), Target("cuda"), keys)
     wrong = {one.key_path for one in found if one.severity == "error"}
-    assert wrong == {"steps_per_print", "gradient_clipping", "zero_optimization.sub_group_size"}
+    assert wrong == {"train_batch_size", "gradient_clipping", "zero_optimization.sub_group_size"}
 
 
 def test_hpz_must_divide_the_world(keys: Catalogue) -> None:
@@ -411,7 +424,7 @@ def test_hpz_must_divide_the_world(keys: Catalogue) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_our_presets_have_nothing_to_mend(preset: Path, keys: Catalogue) -> None:
-    assert lint(read_ds_config(preset), keys=keys) == []
+    assert lint(read_ds_config(preset), Target("cuda"), keys) == []
 
 
 def test_a_good_complete_json_has_nothing_to_mend(keys: Catalogue) -> None:
@@ -422,8 +435,7 @@ def test_a_good_complete_json_has_nothing_to_mend(keys: Catalogue) -> None:
                             "offload_optimizer": {"device": "cpu", "pin_memory": true}},
       "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "betas": [0.9, 0.95], "weight_decay": 0}},
       "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 1000, "warmup_num_steps": 100,
-                    "warmup_min_lr": 0, "warmup_max_lr": 1e-5, "warmup_type": "linear"}},
-      "data_efficiency": {"data_routing": {"enabled": true, "random_ltd": {"total_layer_num": 24}}}
+                    "warmup_min_lr": 0, "warmup_max_lr": 1e-5, "warmup_type": "linear"}}
     }"""
     assert findings(text, keys, 2) == []
 
@@ -488,12 +500,20 @@ def test_the_second_names_of_zero_3_are_those_that_deepspeed_has(keys: Catalogue
     assert all(alias == f"stage3_{name}" for name, alias in second.items())
 
 
+@pytest.fixture
+def other_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """The shipped catalogue is not the installed DeepSpeed's, and nothing is cached. What DeepSpeed would answer."""
+    monkeypatch.setattr(catalogue, "_torch_version", lambda: "0.0")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    raw: dict[str, Any] = json.loads(catalogue.SHIPPED.read_text())
+    return raw
+
+
 def test_a_cache_that_cannot_be_written_is_no_hindrance(
-    keys: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    other_torch: dict[str, Any], keys: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file where the cache's folder would be, and a user who has no home: both as containers have it."""
-    raw = json.loads(catalogue._cache_file(keys.deepspeed).read_text())
-    monkeypatch.setattr(catalogue, "_ask_deepspeed", lambda: raw)
+    monkeypatch.setattr(catalogue, "_ask_deepspeed", lambda: other_torch)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))
     assert load_catalogue() == keys
@@ -503,18 +523,54 @@ def test_a_cache_that_cannot_be_written_is_no_hindrance(
     assert load_catalogue() == keys
 
 
-def test_an_answer_that_is_no_catalogue_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_keys_of_another_version_are_asked_for_once(
+    other_torch: dict[str, Any], keys: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[None] = []
+    monkeypatch.setattr(catalogue, "_ask_deepspeed", lambda: asked.append(None) or other_torch)
+    assert [load_catalogue() == keys, load_catalogue() == keys] == [True, True]
+    assert len(asked) == 1
+
+
+@pytest.mark.usefixtures("other_torch")
+def test_a_deepspeed_that_cannot_be_asked_does_not_stop_lint(
+    keys: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "sitecustomize.py").write_text("import os; print('welcome', flush=True); os._exit(0)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(RequestError, match="answered 'welcome"):
-        load_catalogue()
+    found = load_catalogue()
+    assert found.warning is not None
+    assert "could not be asked" in found.warning and "'welcome" in found.warning
+    assert replace(found, warning=None) == keys
+    file = tmp_path / "ds.json"
+    file.write_text('{"train_bacth_size": 8}')
+    status, output = run(str(file))
+    assert status == 2
+    assert f"warning: {found.warning}" in output
+    assert "Did you mean train_batch_size?" in output
+
+
+@pytest.mark.parametrize(
+    ("part", "left"),
+    [
+        pytest.param("blocks", {"": {"keys": {}, "model": False}}, id="a DeepSpeedConfig that reads no keys"),
+        pytest.param("optimizers", {}, id="no optimizers"),
+        pytest.param("schedulers", None, id="of another form"),
+    ],
+)
+def test_an_answer_that_cannot_be_right_is_not_used(
+    part: str, left: Any, other_torch: dict[str, Any], keys: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue, "_ask_deepspeed", lambda: {**other_torch, part: left})
+    found = load_catalogue()
+    assert found.warning is not None
+    assert found.blocks == keys.blocks
 
 
 def run(*arguments: str) -> tuple[int, str]:
     app = typer.Typer()
     app.command()(lint_command)
-    done = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "NO_COLOR": "1"})
+    done = CliRunner().invoke(app, ["--device", "cuda", *arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
     return done.exit_code, done.output
 
 

@@ -55,6 +55,38 @@ def test_bytes_a_parameter_in_float32() -> None:
     assert (split.parameters, split.gradients, split.optimizer_states) == (4 * MILLION, MILLION, 3 * MILLION)
 
 
+@pytest.mark.parametrize(("stage", "gradients"), [(1, 6.0), (2, 1.0), (3, 1.0)])
+def test_gradients_accumulated_in_float32(stage: int, gradients: float) -> None:
+    """4 bytes on top of stage 1's 2; divided by four ranks in the place of 2 above it."""
+    found = estimate(stage, accumulation_bytes=4)
+    assert found.gradients == gradients * MILLION
+    assert (found.parameters, found.optimizer_states) == (
+        estimate(stage).parameters,
+        estimate(stage).optimizer_states,
+    )
+    user = from_mapping({"data_types": {"grad_accum_dtype": "float32"}}, "ds.json")
+    assert zero_sizes(user, 100).accumulation_bytes == 4
+
+
+@pytest.mark.parametrize(("stage", "go_betweens"), [(1, 2), (2, 2), (3, 1)])
+def test_master_weights_and_moments_in_bfloat16_halve_what_is_offloaded(stage: int, go_betweens: int) -> None:
+    """4 + 4 bytes of master weights and gradients, and 8 of moments, of which not all is pinned."""
+    away = {"offload": Offload(optimizer="cpu"), "pinned": False}
+    assert estimate(stage, **away).offloaded == (8 + 4 + 4 + 2 * go_betweens) * MILLION // 4
+    assert estimate(stage, master_bytes=2, **away).offloaded == (8 + 2 + 2 + 2 * go_betweens) * MILLION // 4
+    assert estimate(stage, master_bytes=2, moments_bytes=4, **away).offloaded == (8 + 2 * go_betweens) * MILLION // 4
+    switches = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    sizes = zero_sizes(from_mapping({"bf16": switches}, "ds.json"), 100)
+    assert (sizes.master_bytes, sizes.moments_bytes) == (2, 4)
+    sizes = zero_sizes(from_mapping({"bf16": {**switches, "enabled": False}}, "ds.json"), 100)
+    assert (sizes.master_bytes, sizes.moments_bytes) == (4, 8)
+
+
+@pytest.mark.parametrize(("group", "shared_by"), [(2, 2), (4, 4), (8, 4), (100, 4)])
+def test_a_second_copy_is_divided_by_no_more_ranks_than_there_are(group: int, shared_by: int) -> None:
+    assert estimate(3, hpz_partition_size=group).parameters - estimate(3).parameters == 2 * MILLION // shared_by
+
+
 def test_what_is_frozen_has_neither_gradients_nor_states() -> None:
     frozen = estimate(1, model=MODEL.model_copy(update={"trainable_parameters": 1000}))
     assert (frozen.parameters, frozen.gradients, frozen.optimizer_states) == (2 * MILLION, 2000, 12 * 250)

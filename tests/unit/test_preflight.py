@@ -29,6 +29,7 @@ from launcher.fleet.preflight import (
 from launcher.fleet.provide import _put
 from launcher.fleet.ray_settings import use_token
 from launcher.plan.model import World
+from launcher.plan.packages import needed_packages
 from launcher.prepare.machine import installed_versions
 from launcher.run_dir import RunDir
 from tests.unit.given import JOB, command, write_folder
@@ -49,6 +50,13 @@ def test_a_good_node_has_neither_problems_nor_notes() -> None:
 def test_another_version_is_a_problem(package: str) -> None:
     (problem,) = machine_problems(replace(FACTS, versions={**VERSIONS, package: "missing"}), WANTED, NODE)
     assert problem == f"{package} missing, and {VERSIONS[package]} where the run was planned: install the same there"
+
+
+def test_a_package_that_the_json_needs_is_a_problem_where_it_is_missing() -> None:
+    wanted = replace(WANTED, packages=needed_packages({"wandb": {"enabled": True}, "tensorboard": {"enabled": False}}))
+    (problem,) = machine_problems(replace(FACTS, missing=frozenset({"wandb", "tensorboard", "mup"})), wanted, NODE)
+    assert "wandb is not installed, which wandb.enabled in the DeepSpeed JSON needs" in problem
+    assert machine_problems(replace(FACTS, missing=frozenset({"mup"})), wanted, NODE) == []
 
 
 def test_a_lost_gpu_is_a_problem_where_gpus_are_used() -> None:

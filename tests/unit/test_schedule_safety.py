@@ -87,6 +87,8 @@ WARNINGS: list[tuple[str, dict[str, Any], str]] = [
     ("WarmupLR", {"warmup_max_lr": 1e-4}, "0.0001 rules"),
     ("WarmupLR", {"warmup_type": "cosine"}, "unknown warmup_type 'cosine'"),
     ("WarmupLR", {"last_batch_iteration": 5}, "full rate 2e-05"),
+    ("WarmupLR", {"warmup_min_lr": -1e-4, "warmup_max_lr": 1e-4, "warmup_num_steps": 3}, "below 0, down to -0.0001"),
+    ("WarmupCosineLR", {"total_num_steps": 1000, "warmup_num_steps": 9, "warmup_min_ratio": -1}, "rates below 0"),
 ]
 
 

@@ -10,6 +10,7 @@ import pytest
 from launcher.ds_config import parse_ds_config
 from launcher.ds_config.catalogue import load_catalogue
 from launcher.ds_config.lint import lint
+from launcher.ds_config.target import Target
 from launcher.plan.rate import planned_rates
 from launcher.plan.resolve import check_request, resolve
 from tests.unit.given import data_facts, job_of, machine_facts, model_facts
@@ -29,7 +30,7 @@ def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_lints_clean_and_is_planned(name: str) -> None:
     user = parse_ds_config(TEMPLATES[name], "ds.json")
-    found = lint(user, world_size=8, keys=load_catalogue())
+    found = lint(user, Target("cuda", 8), load_catalogue())
     assert [one for one in found if one.severity != "note"] == []
 
     check_request(JOB, user, machine_facts(8))

@@ -1,0 +1,75 @@
+"""One JSON under the rules, with what they ask of it over and over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.ds_config.built import Built, built_optimizer
+from launcher.ds_config.catalogue import Catalogue
+from launcher.ds_config.facts import Offload, as_bool, as_number, bf16_key, offload
+from launcher.ds_config.findings import Finding, Severity, finding
+from launcher.ds_config.read import DsConfig
+from launcher.ds_config.target import Target
+
+ZERO = "zero_optimization"
+
+
+@dataclass(frozen=True)
+class Case:
+    """`stage` is None where it is "auto" or unreadable; `built` as `built_optimizer` has it."""
+
+    config: DsConfig
+    target: Target
+    keys: Catalogue
+    stage: int | None
+    offload: Offload
+    built: Built | None
+
+    def found(self, severity: Severity, path: str, message: str, hint: str) -> Finding:
+        return finding(self.config, severity, path, message, hint)
+
+    def number(self, path: str) -> Any:
+        """The number at `path`; None where there is none, or "auto"."""
+        value = as_number(self.config.get(path))
+        return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+    def on(self, path: str) -> bool:
+        return as_bool(self.config.get(path)) is True
+
+    def off(self, path: str) -> bool:
+        return as_bool(self.config.get(path)) is False
+
+    @property
+    def cpu(self) -> bool:
+        return self.target.device == "cpu"
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether DeepSpeed builds an optimizer for states in host memory."""
+        return self.offload.optimizer != "none"
+
+    @property
+    def dtype(self) -> str | None:
+        """The precision of weights that the JSON fixes, else the target's: bf16, fp16 or fp32; None if not known."""
+        bf16, fp16 = (as_bool(self.config.get(f"{block}.enabled")) for block in (bf16_key(self.config), "fp16"))
+        if bf16 or fp16:
+            return "bf16" if bf16 else "fp16"
+        return "fp32" if bf16 is False and fp16 in (False, None) else self.target.dtype
+
+
+Rule = Callable[[Case], Iterator[Finding]]
+
+
+def case_of(config: DsConfig, target: Target, keys: Catalogue) -> Case:
+    """The case of `config` for ranks at `target`."""
+    return Case(config, target, keys, _stage(config), offload(config), built_optimizer(config, target.device))
+
+
+def _stage(config: DsConfig) -> int | None:
+    block = config.get(ZERO)
+    if isinstance(block, bool):
+        return int(block)
+    stage = as_number(config.get(f"{ZERO}.stage", 0))
+    return stage if stage in (0, 1, 2, 3) else None
