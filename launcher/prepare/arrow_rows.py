@@ -52,15 +52,10 @@ class ParquetFile:
 
 
 def look_at_table(name: str, rows: int, schema: Any) -> Found:
-    """What the schema says. Raises BadFile for a column of bytes where text is needed."""
-    import pyarrow
-
+    """The rows and columns of a table, and a note on each column whose texts datasets may have altered."""
     notes = []
     for field in schema:
-        if field.name in MEANINGFUL and _holds(field.type, _is_binary):
-            message = f"cannot be read: `{field.name}` is of type {field.type}; text is needed"
-            raise BadFile(name, message, f"in pyarrow: column.cast(pyarrow.string()) makes {field.name} text")
-        if field.name in MEANINGFUL and _holds(field.type, lambda kind: isinstance(kind, pyarrow.JsonType)):
+        if field.name in MEANINGFUL and _converter(field.type, field.name) is not None:
             notes.append(
                 f"{name} keeps {field.name} as datasets' Json type, in which a text that is JSON cannot be told from "
                 f"an object: texts are taken as they are written there, without quotes around them"
@@ -94,16 +89,6 @@ def _children(kind: Any) -> list[tuple[str, Any]]:
     if hasattr(kind, "value_type") and not pyarrow.types.is_dictionary(kind):
         return [("", kind.value_type)]
     return []
-
-
-def _holds(kind: Any, test: Callable[[Any], bool]) -> bool:
-    return test(kind) or any(_holds(child, test) for _, child in _children(kind))
-
-
-def _is_binary(kind: Any) -> bool:
-    from pyarrow import types
-
-    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind))
 
 
 def _converter(kind: Any, name: str) -> Convert | None:

@@ -84,8 +84,11 @@ class _Text:
             except json.JSONDecodeError as error:
                 if self.ended or not self._cut_off(error):
                     raise self._broken(error) from None
-            except (ValueError, RecursionError) as error:
-                raise self._bad(f"row {self.row} cannot be read: {error}", self.line) from None
+            except RecursionError:
+                raise self._bad(f"row {self.row} cannot be read: it is nested too deeply", self.line) from None
+            except ValueError:  # a number of more digits than Python takes for a whole one
+                self._decoder = json.JSONDecoder(parse_int=float)
+                continue
             else:
                 if stop < len(self.text) or self.ended or self.text[stop - 1] in '}]"':
                     break

@@ -43,7 +43,8 @@ class Checks:
 class Rows:
     """The rows of one split, in the order of its files; read again from the files each time they are iterated over.
 
-    `kind` is the format that they are read as; `chosen` marks those that belong to the split, all without it.
+    `kind` is the format that they are read as; `chosen` marks those that belong to the split, all without it;
+    `compared` keeps a fingerprint of each.
     """
 
     def __init__(
@@ -53,19 +54,21 @@ class Rows:
         *,
         kind: str = "",
         chosen: npt.NDArray[np.bool_] | None = None,
+        compared: bool = False,
         counted: tuple[int, tuple[str, ...], tuple[str, ...]] | None = None,
     ) -> None:
         self.readers, self.key, self.kind, self.chosen = tuple(readers), key, kind, chosen
+        self.compared = compared
         self.total, self.column_names, self.notes = counted or self._look()
         self.checks = Checks()
 
     def __len__(self) -> int:
         return self.total if self.chosen is None else int(self.chosen.sum())
 
-    def read_as(self, kind: str, chosen: npt.NDArray[np.bool_] | None = None) -> Rows:
+    def read_as(self, kind: str, *, chosen: npt.NDArray[np.bool_] | None = None, compared: bool = False) -> Rows:
         """These rows, or those of them that are `chosen`, checked against the format `kind`."""
         counted = (self.total, self.column_names, self.notes)
-        return Rows(self.readers, self.key, kind=kind, chosen=chosen, counted=counted)
+        return Rows(self.readers, self.key, kind=kind, chosen=chosen, compared=compared, counted=counted)
 
     def __iter__(self) -> Iterator[Row]:
         """Each row with its place. Raises RequestError for a file or a row that cannot be read as `kind`."""
@@ -114,13 +117,13 @@ class Rows:
             return
         if self.kind == "messages":
             _plain_messages(row)
-        for column in _TEXTS.get(self.kind, ()):
-            _check_text(column, row.get(column))
+        _check_texts(row, _TEXTS.get(self.kind, ()))
         for column in NEEDED[self.kind]:
             if all(row.get(name) is None for name in _OTHER_NAMES.get(column, (column,))):
                 self.checks.missing[column] += 1
                 self.checks.first_missing.setdefault(column, row.place)
-        self.checks.fingerprints.append(_fingerprint(row))
+        if self.compared and (fingerprint := _fingerprint(row)) is not None:
+            self.checks.fingerprints.append(fingerprint)
 
     def _refuse_if_all_miss_a_column(self) -> None:
         missed = [column for column in _LEFT_OUT if len(self) and self.checks.missing[column] == len(self)]
@@ -168,11 +171,11 @@ def load_rows(
         other = Rows(readers_of(held_out, eval_split, "data.eval"), "data.eval")
         if not len(other):
             raise RequestError(Problem("there are no rows", file=other.readers[0].name, key="data.eval"))
-        return Loaded(kind, rows.read_as(kind), other.read_as(kind))
+        return Loaded(kind, rows.read_as(kind, compared=True), other.read_as(kind, compared=True))
     chosen = held_out_rows(len(rows), held_out, seed)
-    evaluated = rows.read_as(kind, chosen)
+    evaluated = rows.read_as(kind, chosen=chosen, compared=True)
     evaluated.key, evaluated.notes = "data.eval", ()
-    return Loaded(kind, rows.read_as(kind, ~chosen), evaluated)
+    return Loaded(kind, rows.read_as(kind, chosen=~chosen, compared=True), evaluated)
 
 
 def held_out_rows(rows: int, share: float, seed: int) -> npt.NDArray[np.bool_]:
@@ -211,17 +214,21 @@ def _format_of(asked: str, rows: Rows) -> str:
         raise RequestError(Problem(str(error), file=rows.readers[0].name, key="data.format", hint=hint)) from None
 
 
-def _check_text(column: str, value: Any) -> None:
-    """Raises BadRow where there is something else than text."""
-    if value is None or isinstance(value, str):
-        return
-    if isinstance(value, list) and column in _MAY_BE_MESSAGES and not any(isinstance(one, str) for one in value):
-        return
-    if isinstance(value, list) and column in _MAY_BE_MESSAGES:
-        raise BadRow(f"{column} is a list of texts; one text is needed in each row, or a list of messages")
-    if isinstance(value, Mapping) and column in _MAY_BE_MESSAGES and (turns := _rows_of_columns(value)) is not None:
-        raise BadRow(f"{column} is one object with {len(turns)} values in each field; a list of messages is needed")
-    raise BadRow(f"{column} must be text, found {_named(value)}")
+def _check_texts(row: Row, columns: Sequence[str]) -> None:
+    """Raises BadRow where one of the columns holds something else than text, or messages where they may stand."""
+    wrong = [name for name in columns if row.get(name) is not None and not _is_text_or_messages(name, row[name])]
+    lists = [name for name in wrong if isinstance(row[name], list)]
+    if lists:
+        are = "are lists" if len(lists) > 1 else "is a list"
+        raise BadRow(f"{' and '.join(lists)} {are}; each row has one text there, in an object of its own")
+    if wrong:
+        raise BadRow(f"{wrong[0]} must be text, found {_named(row[wrong[0]])}")
+
+
+def _is_text_or_messages(column: str, value: Any) -> bool:
+    if isinstance(value, list):
+        return column in _MAY_BE_MESSAGES and not any(isinstance(one, str) for one in value)
+    return isinstance(value, str)
 
 
 def _plain_messages(row: Row) -> None:
@@ -262,15 +269,17 @@ def _named(value: Any) -> str:
         bool: "true or false",
         int: "a number",
         float: "a number",
-        list: "a list",
+        bytes: "bytes",
         dict: "an object",
     }
     return f"{kinds.get(type(value), type(value).__name__)} ({str(value)[:60]})"
 
 
-def _fingerprint(row: Row) -> int:
-    """64 bits that stand for what a row says: for its columns that mean something, without nulls."""
-    said = {name: _without_nulls(row[name]) for name in MEANINGFUL if row.get(name) is not None}
+def _fingerprint(row: Row) -> int | None:
+    """64 bits that stand for what a row says in its meaningful columns, without nulls; None if they are empty."""
+    said = {name: _without_nulls(row[name]) for name in MEANINGFUL if row.get(name)}
+    if not said:
+        return None
     text = json.dumps(said, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
