@@ -101,7 +101,7 @@ def _converter(kind: Any, name: str) -> Convert | None:
         inner = {child: _converter(child_kind, child) for child, child_kind in _children(kind)}
         changed = {child: convert for child, convert in inner.items() if convert is not None}
         return _of_struct(changed) if changed else None
-    convert = next((_converter(child, name) for _, child in _children(kind)), None)
+    convert = next((_converter(child, child_name) for child_name, child in _children(kind)), None)
     return _of_list(convert) if convert is not None else None
 
 

@@ -216,7 +216,7 @@ def _is_hidden(path: Path, named: Path) -> bool:
 def _no_data_in(folder: Path, name: str, key: str) -> Problem:
     """The error for a folder without data, with the folders in it that have some."""
     below = sorted({path.parent for path in folder.glob("*/*") if path.is_file() and _is_data(path)})
-    below = [path for path in below if not path.name.startswith(".")]
+    below = [path for path in below if not path.name.startswith(".") and not is_saved(path)]
     saved = sorted(path for path in folder.iterdir() if path.is_dir() and is_saved(path))
     if below or saved:
         hint = "give one of the folders in it: " + ", ".join(str(path) for path in [*saved, *below][:5])
