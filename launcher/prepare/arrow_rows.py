@@ -31,7 +31,10 @@ class ParquetFile:
 
     def rows(self) -> Iterator[Row]:
         file = self._open()
-        columns = _read_columns(file.schema_arrow.names)
+        columns = meaningful(file.schema_arrow.names)
+        if not columns:
+            yield from empty_rows(self.name, file.metadata.num_rows)
+            return
         try:
             yield from table_rows(self.name, file.iter_batches(_BATCH, columns=columns), file.schema_arrow)
         except Exception as error:  # Arrow has many kinds of errors
@@ -76,7 +79,13 @@ def table_rows(name: str, batches: Iterable[Any], schema: Any) -> Iterator[Row]:
             yield Row(values, Place(name, number))
 
 
-def _read_columns(names: Iterable[str]) -> list[str]:
+def empty_rows(name: str, count: int) -> Iterator[Row]:
+    """The rows of a table that has no meaningful column."""
+    return (Row({}, Place(name, number)) for number in range(1, count + 1))
+
+
+def meaningful(names: Iterable[str]) -> list[str]:
+    """Those of the columns that are read."""
     return [name for name in names if name in MEANINGFUL]
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import first_line
-from launcher.prepare.arrow_rows import look_at_table, table_rows
+from launcher.prepare.arrow_rows import empty_rows, look_at_table, meaningful, table_rows
 from launcher.prepare.read_files import file_reader
-from launcher.prepare.rows import MEANINGFUL, BadFile, Found, Row, RowReader
+from launcher.prepare.rows import BadFile, Found, Row, RowReader
 from launcher.prepare.sources import hub_hint, saved_splits
 
 _FILE_BUILDERS = ("json", "csv", "parquet")
@@ -30,7 +30,10 @@ class StoredTable:
         return look_at_table(self.name, len(self._dataset), self._dataset.features.arrow_schema)
 
     def rows(self) -> Iterator[Row]:
-        columns = [name for name in self._dataset.column_names if name in MEANINGFUL]
+        columns = meaningful(self._dataset.column_names)
+        if not columns:
+            yield from empty_rows(self.name, len(self._dataset))
+            return
         table = self._dataset.select_columns(columns).with_format("arrow")
         yield from table_rows(self.name, table.iter(_BATCH), table.features.arrow_schema)
 

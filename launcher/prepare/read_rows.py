@@ -73,9 +73,14 @@ class Rows:
     def __iter__(self) -> Iterator[Row]:
         """Each row with its place. Raises RequestError for a file or a row that cannot be read as `kind`."""
         self.checks = Checks()
+        number = -1
         try:
             rows = itertools.chain.from_iterable(reader.rows() for reader in self.readers)
-            for row in rows if self.chosen is None else itertools.compress(rows, self.chosen):
+            for number, row in enumerate(rows):
+                if number >= self.total:
+                    break
+                if self.chosen is not None and not self.chosen[number]:
+                    continue
                 try:
                     self._check(row)
                 except BadRow as error:
@@ -83,6 +88,9 @@ class Rows:
                 yield row
         except BadFile as error:
             raise RequestError(error.problem(self.key)) from None
+        if number + 1 != self.total:
+            message = f"it had {self.total} rows at first, and has other ones now"
+            raise RequestError(Problem(message, file=self.readers[0].name, key=self.key, hint="do not write to it now"))
         self._refuse_if_all_miss_a_column()
 
     def batches(self) -> Iterator[list[Row]]:

@@ -341,3 +341,21 @@ def test_a_file_that_is_named_twice_is_noted(tmp_path: Path) -> None:
     read = load_rows(source, None, data_format="auto", split="train", eval_split="train", seed=3)
     assert texts(read.train) == ["a", "b", "a", "b"]
     assert read.notes() == (f"data.train names {tmp_path / 'x.jsonl'} 2 times: its rows count as often",)
+
+
+def test_a_file_without_any_column_of_use_is_noted(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", [{"text": "a"}])
+    write(tmp_path / "b.parquet", [{"question": "b"}, {"question": "c"}])
+    read = loaded(tmp_path)
+    assert [dict(row) for row in read.train] == [{"text": "a"}, {}, {}]
+    (note,) = read.notes()
+    assert note.startswith(f"2 of 3 rows of data.train have no text (row 1 of {tmp_path / 'b.parquet'} is the first)")
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_file_that_changes_while_it_is_read_is_refused(rows: int, tmp_path: Path) -> None:
+    write(tmp_path / "x.jsonl", TWO)
+    read = loaded(tmp_path / "x.jsonl")
+    write(tmp_path / "x.jsonl", [{"text": "a"}] * rows)
+    with pytest.raises(RequestError, match="it had 2 rows at first"):
+        list(read.train)
