@@ -33,7 +33,7 @@ _LEFT_OUT = ("messages", "completion", "output", "text")
 
 @dataclass
 class Checks:
-    """What was seen of the rows of one split while they were read."""
+    """What was found in the rows of one split while they were read."""
 
     fingerprints: array[int] = field(default_factory=lambda: array("Q"))
     missing: Counter[str] = field(default_factory=Counter)
@@ -89,8 +89,12 @@ class Rows:
         except BadFile as error:
             raise RequestError(error.problem(self.key)) from None
         if number + 1 != self.total:
-            message = f"it had {self.total} rows at first, and has other ones now"
-            raise RequestError(Problem(message, file=self.readers[0].name, key=self.key, hint="do not write to it now"))
+            message = f"the number of rows changed while they were being read (it was {self.total})"
+            raise RequestError(
+                Problem(
+                    message, file=self.readers[0].name, key=self.key, hint="run again once nothing writes to the data"
+                )
+            )
         self._refuse_if_all_miss_a_column()
 
     def batches(self) -> Iterator[list[Row]]:

@@ -7,7 +7,7 @@ import glob
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def find_data(value: str | Sequence[str], key: str) -> DataSource:
         folder = Path(name).expanduser()
         if is_saved(folder):
             if len(names) > 1:
-                message = f"{name} is a folder that save_to_disk wrote, and goes with no other files"
+                message = f"{name} is a folder that save_to_disk wrote, and cannot be combined with other files"
                 raise RequestError(Problem(message, key=key, hint="give it alone, or write it with to_parquet"))
             return DataSource(saved=folder)
         found = _expand(name)
@@ -74,31 +74,37 @@ def find_data(value: str | Sequence[str], key: str) -> DataSource:
 
 
 def find_split_data(section: DataSection) -> tuple[DataSource, DataSource | float | None]:
-    """The job's (train, eval), with the configuration of a hub set. Raises RequestError, also for keys without use."""
+    """The job's (train, eval), with the configuration of a hub set.
+
+    Raises RequestError, also for a key that would have no effect.
+    """
     train = find_data(section.train, "data.train")
-    held_out = section.eval
-    evaluated = find_data(held_out, "data.eval") if isinstance(held_out, str | list) else held_out
-    sources = {"train": train, "eval": evaluated}
-    hubs = {key: one for key, one in sources.items() if isinstance(one, DataSource) and one.hub_name is not None}
-    if section.config is not None and not hubs:
-        raise RequestError(Problem("only a hub data set has configurations", key="data.config", hint="leave it out"))
-    if section.eval_split is not None and not (isinstance(evaluated, DataSource) and evaluated.has_splits):
-        message = "it names a split of data.eval, which is not a hub data set"
-        raise RequestError(Problem(message, key="data.eval_split", hint=f"data.eval: {_hub_example(train)}"))
-    if section.split != "train" and not any(isinstance(s, DataSource) and s.has_splits for s in sources.values()):
-        message = f"{section.split} is a split of a hub data set; files are read whole"
-        raise RequestError(Problem(message, key="data.split", hint="leave it out"))
+    given = section.eval
+    held_out = find_data(given, "data.eval") if isinstance(given, str | list) else given
+    problems = list(_keys_without_effect(section, train, held_out))
+    if problems:
+        raise RequestError(*problems)
     if section.config is None:
-        return train, evaluated
-    if train.hub_name is not None:
-        train = replace(train, config=section.config)
-    if isinstance(evaluated, DataSource) and evaluated.hub_name in (train.hub_name or evaluated.hub_name,):
-        evaluated = replace(evaluated, config=section.config) if evaluated.hub_name else evaluated
-    return train, evaluated
+        return train, held_out
+    if isinstance(held_out, DataSource) and held_out.hub_name and train.hub_name in (None, held_out.hub_name):
+        held_out = replace(held_out, config=section.config)
+    return replace(train, config=section.config) if train.hub_name else train, held_out
 
 
-def _hub_example(train: DataSource) -> str:
-    return train.hub_name or (str(train.saved) if train.has_splits else "the name of one, or leave eval_split out")
+def _keys_without_effect(
+    section: DataSection, train: DataSource, held_out: DataSource | float | None
+) -> Iterator[Problem]:
+    other = held_out if isinstance(held_out, DataSource) else DataSource()
+    if section.config is not None and not (train.hub_name or other.hub_name):
+        message = "only a hub data set has configurations, and the job names none"
+        yield Problem(message, key="data.config", hint="leave it out")
+    if section.eval_split is not None and not other.has_splits:
+        example = train.hub_name or train.saved if train.has_splits else "the name of one, or leave eval_split out"
+        message = "data.eval is not a hub data set, so it has no splits"
+        yield Problem(message, key="data.eval_split", hint=f"data.eval: {example}")
+    if section.split != "train" and not (train.has_splits or other.has_splits):
+        message = f"{section.split} names a split of a hub data set, but files are read whole"
+        yield Problem(message, key="data.split", hint="leave it out")
 
 
 def is_saved(folder: Path) -> bool:
@@ -207,7 +213,7 @@ def _is_data(path: Path) -> bool:
 
 
 def _is_hidden(path: Path, named: Path) -> bool:
-    """Whether a file is some program's own (._x of macOS, .x.swp of vim, .ipynb_checkpoints), and nobody named it."""
+    """Whether a path is hidden (._x of macOS, .x.swp of vim, .ipynb_checkpoints) and the job does not name it."""
     asked = [part for part in named.parts if part.startswith(".")]
     hidden = [part for part in path.parts if part.startswith(".")]
     return not all(any(fnmatch.fnmatchcase(part, pattern) for pattern in asked) for part in hidden)

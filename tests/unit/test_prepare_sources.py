@@ -191,7 +191,7 @@ def test_folders_that_save_to_disk_wrote(folder: Path) -> None:
     save_to_disk_folder(folder / "saved")
     assert find_data("saved", "data.train") == DataSource(saved=Path("saved"))
     assert not DataSource(saved=Path("saved")).has_splits
-    assert "goes with no other files" in problem_of(["saved", "data/a.jsonl"]).message
+    assert "cannot be combined with other files" in problem_of(["saved", "data/a.jsonl"]).message
     for split in ("train", "test"):
         save_to_disk_folder(folder / "dict" / split)
     (folder / "dict/dataset_dict.json").write_text('{"splits": ["train", "test"]}')

@@ -357,5 +357,11 @@ def test_a_file_that_changes_while_it_is_read_is_refused(rows: int, tmp_path: Pa
     write(tmp_path / "x.jsonl", TWO)
     read = loaded(tmp_path / "x.jsonl")
     write(tmp_path / "x.jsonl", [{"text": "a"}] * rows)
-    with pytest.raises(RequestError, match="it had 2 rows at first"):
+    with pytest.raises(RequestError, match="the number of rows changed"):
         list(read.train)
+
+
+def test_a_cell_may_be_long(tmp_path: Path) -> None:
+    row = {"prompt": "a" * 300_000, "completion": 'b"\n' * 100_000}
+    write(tmp_path / "x.csv", [row])
+    assert rows_of(tmp_path / "x.csv") == [row]
