@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from launcher.prepare.rows import BadFile, Found, Place, Row
@@ -39,7 +41,10 @@ class CsvFile:
         csv.field_size_limit(sys.maxsize)
         lines = text_lines(self.path)
         first = next(lines, "")
-        reader = csv.reader(_after(first, lines), delimiter=self._delimiter(first), strict=True)
+        lines = itertools.chain([first] if first else [], lines)
+        if "\r" in first.rstrip("\r\n"):
+            lines = _divided_at_returns(lines)
+        reader = csv.reader(lines, delimiter=self._delimiter(first.partition("\r")[0]), strict=True)
         header: tuple[str, ...] = ()
         line, count = 1, 0
         try:
@@ -74,7 +79,7 @@ class CsvFile:
         return next((mark for mark in (";", "\t") if "," not in first and mark in first), ",")
 
 
-def _after(first: str, lines: Iterator[str]) -> Iterator[str]:
-    if first:
-        yield first
-        yield from lines
+def _divided_at_returns(lines: Iterable[str]) -> Iterator[str]:
+    """The lines of a file from programs that end them with a carriage return alone."""
+    for line in lines:
+        yield from re.findall(r"[^\r]*\r\n?|[^\r]+", line)

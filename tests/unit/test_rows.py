@@ -290,6 +290,8 @@ def test_cells_that_a_row_leaves_off_are_missing(tmp_path: Path) -> None:
         ("x.csv", "prompt\tcompletion\na,1\tb\n"),
         ("x.csv", "prompt;completion\na,1;b\n"),
         ("x.csv", 'prompt, completion\n"a,1",b\n'),
+        ("x.csv", 'prompt,completion\r"a,1",b\r'),
+        ("x.csv", '\ufeffprompt,completion\r\n"a,1",b'),
     ],
 )
 def test_delimiters(name: str, content: str, tmp_path: Path) -> None:
