@@ -25,7 +25,7 @@ from launcher.plan.resolve import check_request, precision_without_model, resolv
 from launcher.plan.script import check_script_request, resolve_script
 from launcher.prepare import prepare, prepare_model
 from launcher.prepare.machine import measure_machine, missing_packages
-from launcher.prepare.sources import find_data, find_model_folder
+from launcher.prepare.sources import find_model_folder, find_split_data
 from launcher.presets import preset_names, shipped_folder
 from launcher.secret_names import is_secret
 
@@ -77,9 +77,7 @@ def check_job(job: Job, job_file: str, machine: MachineFacts | None = None) -> C
     if job.data.cache_dir is not None:
         _check_folder(job.data.cache_dir, "data.cache_dir", job_file)
     find_model_folder(job.model.name_or_path, job.model.gguf_file)
-    find_data(job.data.train, "data.train")
-    if isinstance(job.data.eval, str | list):
-        find_data(job.data.eval, "data.eval")
+    find_split_data(job.data)
     return checked
 
 

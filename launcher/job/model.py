@@ -136,7 +136,13 @@ class DataSection(Section):
     eval: Annotated[Annotated[Number, Field(gt=0, lt=1)] | Name | list[Name] | None, BeforeValidator(_parsed)] = Field(
         None, description="File(s) as for train, or a fraction of the training rows such as 0.02."
     )
-    split: Name = Field("train", description="The split taken of a hub data set.")
+    split: Name = Field("train", description="The split taken of a hub data set, such as train or train[:1000].")
+    eval_split: Name | None = Field(
+        None, description="The split of a hub data set that data.eval names. Default: the same as data.split."
+    )
+    config: Name | None = Field(
+        None, description="The configuration (subset) of a hub data set that data.train or data.eval names."
+    )
     format: Literal["auto", "messages", "prompt-completion", "instruction", "text"] = Field(
         "auto", description="What a row holds. auto: told from the column names."
     )

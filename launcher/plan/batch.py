@@ -21,8 +21,10 @@ class BatchSizes:
     gradient_accumulation_steps: int
 
 
-def resolve_batch(given: Mapping[str, int], world_size: int, fits: Callable[[int], bool]) -> BatchSizes:
-    """The three sizes from those of them that are `given`.
+def resolve_batch(
+    given: Mapping[str, int], world_size: int, fits: Callable[[int], bool], sequences: int | None = None
+) -> BatchSizes:
+    """The three sizes from those of them that are `given`. An open batch is at most `sequences`, if ranks allow it.
 
     `fits(micro)` says whether a micro-batch fits the memory; where the micro-batch is free, the largest that fits and
     divides is taken (at most 16, and within TARGET_BATCH where the batch is free too), and 1 where none fits.
@@ -30,8 +32,9 @@ def resolve_batch(given: Mapping[str, int], world_size: int, fits: Callable[[int
     """
     batch, micro, accumulation = (given.get(key) for key in KEYS)
     if batch is None:
-        micro = micro or _within_target(world_size * (accumulation or 1), fits)
-        accumulation = accumulation or max(1, round(TARGET_BATCH / (micro * world_size)))
+        most = TARGET_BATCH if sequences is None else min(TARGET_BATCH, sequences)
+        micro = micro or _within(most, world_size * (accumulation or 1), fits)
+        accumulation = accumulation or _open_accumulation(micro * world_size, sequences)
         return BatchSizes(micro * accumulation * world_size, micro, accumulation)
     if micro is not None and accumulation is not None:
         return _all_three(batch, micro, accumulation, world_size)
@@ -79,10 +82,16 @@ def _divide(batch: int, world_size: int, name: str = "", factor: int = 1) -> int
     )
 
 
-def _within_target(sequences_per_micro: int, fits: Callable[[int], bool]) -> int:
-    """The largest micro-batch of 16, 8, 4 and 2 that fits and keeps the batch within TARGET_BATCH; else 1."""
-    sizes = (size for size in (16, 8, 4, 2) if size * sequences_per_micro <= TARGET_BATCH and fits(size))
+def _within(most: int, sequences_per_micro: int, fits: Callable[[int], bool]) -> int:
+    """The largest micro-batch of 16, 8, 4 and 2 that fits and keeps the batch within `most`; else 1."""
+    sizes = (size for size in (16, 8, 4, 2) if size * sequences_per_micro <= most and fits(size))
     return next(sizes, 1)
+
+
+def _open_accumulation(unit: int, sequences: int | None) -> int:
+    """Micro-batches per update of `unit` sequences each: near TARGET_BATCH, and within `sequences`."""
+    near = round(TARGET_BATCH / unit)
+    return max(1, near if sequences is None else min(near, sequences // unit))
 
 
 def _largest(fits: Callable[[int], bool], per_rank: int) -> int:

@@ -11,6 +11,7 @@ from launcher.job import Job
 from launcher.plan.batch import resolve_batch
 from launcher.plan.facts import DataFacts, MachineFacts, ModelFacts
 from launcher.plan.fit import GIB, Needs, Room, room_of
+from launcher.plan.length import open_batch_limit
 from launcher.plan.model import Candidate, Recommendation, World
 from launcher.plan.resolve import given_batch, longest_sequence, resolve_precision, resolve_world
 
@@ -73,7 +74,8 @@ def _weigh(
 ) -> _Weighed:
     """A preset with the micro-batch that the plan would take under it."""
     needs = Needs(job, user, model, world, resolve_precision(job, user, world, machine), longest_sequence(data))
-    batch = resolve_batch(given_batch(job, user), world.data_parallel_size, lambda size: room.holds(needs, size))
+    given, most = given_batch(job, user), open_batch_limit(job, data)
+    batch = resolve_batch(given, world.data_parallel_size, lambda size: room.holds(needs, size), most)
     micro = batch.train_micro_batch_size_per_gpu
     candidate = Candidate(
         preset=name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launcher.ds_config.compose import ADAM_TYPES
+from launcher.ds_config.built import ADAM_TYPES
 from launcher.ds_config.facts import as_bool
 from launcher.errors import Problem, RequestError
 from launcher.job.model import ClusterSection

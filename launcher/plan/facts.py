@@ -55,12 +55,17 @@ class SplitFacts(Facts):
 
 
 class DataFacts(Facts):
-    """The tokenised data of a job."""
+    """The tokenised data of a job.
+
+    `shared_rows` of the evaluation rows say the same as a training row. `notes` are what reading the rows found.
+    """
 
     fingerprint: str
     format: str
     train: SplitFacts
     eval: SplitFacts | None
+    shared_rows: int = 0
+    notes: tuple[str, ...] = ()
 
 
 class MachineFacts(Facts):

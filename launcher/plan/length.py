@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from launcher.errors import Problem, RequestError
 from launcher.job import Job
 from launcher.plan.facts import DataFacts
 from launcher.plan.model import Length
 
+_BATCH_OF_THE_JOB = Problem("", key="train.train_batch_size")
 
-def resolve_length(job: Job, data: DataFacts, batch: int) -> Length:
+
+def open_batch_limit(job: Job, data: DataFacts) -> int:
+    """The most sequences that a batch has which nobody gave: those of the data, and of the run if they are fewer."""
+    return data.train.sequences if job.train.max_steps else min(data.train.sequences, _wanted(job, data))
+
+
+def resolve_length(
+    job: Job, data: DataFacts, batch: int, given: Problem | None = _BATCH_OF_THE_JOB, factor: int = 1
+) -> Length:
     """Updates in all. Epochs follow each other without a gap; only the run's last update may need filling up.
 
-    Raises RequestError where epochs or samples hold not even one batch.
+    `given` is the place of the key that decided the batch, which is that key's value times `factor`; None if the batch
+    is the launcher's choice. Raises RequestError if epochs or samples are less than a batch that somebody gave.
     """
     sequences = data.train.sequences
-    epochs = job.train.num_train_epochs
     if job.train.max_steps is not None:
         updates, refilled = job.train.max_steps, 0
     else:
-        wanted = job.train.total_samples or max(1, round(sequences * (epochs or 1.0)))
-        if wanted < batch:
-            raise RequestError(
-                Problem(
-                    f"{wanted} sequences in all are less than one batch of {batch}",
-                    key="train.train_batch_size",
-                    hint=f"at most {wanted}, or more {'samples' if job.train.total_samples else 'epochs'}",
-                )
-            )
+        wanted = _wanted(job, data)
+        if wanted < batch and given is not None:
+            raise RequestError(_too_few(job, wanted, batch, given, factor))
         updates = math.ceil(wanted / batch)
         refilled = updates * batch - wanted
     return Length(
@@ -38,6 +42,18 @@ def resolve_length(job: Job, data: DataFacts, batch: int) -> Length:
         tokens_per_update=data.train.tokens / sequences * batch,
         refilled_samples=refilled,
     )
+
+
+def _wanted(job: Job, data: DataFacts) -> int:
+    """Samples that epochs or total_samples ask for."""
+    return job.train.total_samples or max(1, round(data.train.sequences * (job.train.num_train_epochs or 1.0)))
+
+
+def _too_few(job: Job, wanted: int, batch: int, given: Problem, factor: int) -> Problem:
+    more = "samples" if job.train.total_samples else "epochs"
+    most = wanted // factor
+    hint = f"at most {most}, or more {more}" if most else f"leave it out; or more {more}, or fewer ranks"
+    return replace(given, message=f"{wanted} sequences in all are less than one batch of {batch}", hint=hint)
 
 
 def length_warnings(job: Job, data: DataFacts, batch: int, length: Length) -> list[str]:

@@ -9,10 +9,11 @@ from launcher.errors import Problem, RequestError
 from launcher.job import Job, explicit_keys
 from launcher.plan.batch import KEYS, BatchSizes, resolve_batch
 from launcher.plan.conflicts import check_conflicts
+from launcher.plan.data_warnings import data_warnings
 from launcher.plan.decisions import decisions_of
 from launcher.plan.facts import DataFacts, MachineFacts, ModelFacts
 from launcher.plan.fit import Needs, memory_warnings, room_of
-from launcher.plan.length import length_warnings, resolve_length
+from launcher.plan.length import length_warnings, open_batch_limit, resolve_length
 from launcher.plan.model import Change, Length, Plan, World
 from launcher.plan.rate import decide_rate
 from launcher.plan.switches import check_switches, sequence_parallel_problems, switch_warnings
@@ -26,8 +27,8 @@ def resolve(job: Job, user: DsConfig, model: ModelFacts, data: DataFacts, machin
     check_switches(job, user, world, machine)
     check_model(job, model)
     precision = resolve_precision(job, user, world, machine)
-    batch = _batch(job, user, world, model, machine, precision, longest_sequence(data))
-    length = resolve_length(job, data, batch.train_batch_size)
+    batch = _batch(job, user, world, model, machine, precision, data)
+    length = resolve_length(job, data, batch.train_batch_size, *_what_decided(job, user, world, batch))
     _check_eval_every(job, length.total_updates)
     rate = decide_rate(job, model, data, length, user)
     composed = compose(
@@ -66,6 +67,7 @@ def resolve(job: Job, user: DsConfig, model: ModelFacts, data: DataFacts, machin
         memory=needs.estimate(batch.train_micro_batch_size_per_gpu).to_dict(),
         warnings=(
             *length_warnings(job, data, batch.train_batch_size, length),
+            *data_warnings(job, data),
             *memory_warnings(needs, batch.train_micro_batch_size_per_gpu, machine),
             *_rhythm_warnings(job, length),
             *switch_warnings(job, user),
@@ -186,11 +188,30 @@ def _batch(
     model: ModelFacts,
     machine: MachineFacts,
     precision: Precision,
-    longest: int,
+    data: DataFacts,
 ) -> BatchSizes:
-    needs = Needs(job, user, model, world, precision, longest)
+    needs = Needs(job, user, model, world, precision, longest_sequence(data))
     room = room_of(world, machine)
-    return resolve_batch(given_batch(job, user), world.data_parallel_size, lambda micro: room.holds(needs, micro))
+    return resolve_batch(
+        given_batch(job, user),
+        world.data_parallel_size,
+        lambda micro: room.holds(needs, micro),
+        open_batch_limit(job, data),
+    )
+
+
+def _what_decided(job: Job, user: DsConfig, world: World, batch: BatchSizes) -> tuple[Problem | None, int]:
+    """The place of the key that decided the batch, and the batch divided by that key's value.
+
+    (None, 1) if nobody gave one, or if the batch is one sequence per rank, which is the least there can be.
+    """
+    given = given_batch(job, user)
+    name = next((key for key in KEYS if key in given), None)
+    if name is None or batch.train_batch_size == world.data_parallel_size:
+        return None, 1
+    in_job = getattr(job.train, name) != "auto"
+    place = Problem("", key=f"train.{name}") if in_job else user.problem(name, "")
+    return place, batch.train_batch_size // given[name]
 
 
 def longest_sequence(data: DataFacts) -> int:

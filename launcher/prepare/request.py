@@ -16,6 +16,7 @@ from launcher.run_dir import write_atomic
 
 Progress = Callable[..., None]
 _FORMAT_VERSION = 1
+_DATA_VERSION = 2
 
 
 class ModelRequest(BaseModel):
@@ -114,19 +115,17 @@ def _tokenise(request: Request, model_folder: Path, progress: Progress) -> DataF
 
     section, target = request.job.data, _data_folder(request, model_folder)
     target.parent.mkdir(parents=True, exist_ok=True)
+    train, held_out = sources.find_split_data(section)
     text = TextRequest(
-        train=sources.find_data(section.train, "data.train"),
-        eval=_eval_source(section.eval),
+        train=train,
+        eval=held_out,
         format=section.format,
         max_length=section.max_length,
         split=section.split,
+        eval_split=section.eval_split,
         seed=request.job.train.seed,
     )
     return tokenise(text, model_folder, target, request.job.model.trust_remote_code, progress)
-
-
-def _eval_source(value: float | str | list[str] | None) -> sources.DataSource | float | None:
-    return value if value is None or isinstance(value, float) else sources.find_data(value, "data.eval")
 
 
 def _model_facts_file(request: Request | ModelRequest) -> Path:
@@ -145,15 +144,17 @@ def _method(section: ModelSection) -> dict[str, object]:
 
 def _data_folder(request: Request, model_folder: Path) -> Path:
     section = request.job.data
+    train, held_out = sources.find_split_data(section)
     parts = [
-        _FORMAT_VERSION,
+        _DATA_VERSION,
         sources.tokenizer_fingerprint(model_folder),
-        _stamp(sources.find_data(section.train, "data.train")),
-        section.eval if isinstance(section.eval, float) else _stamp(_eval_source(section.eval)),
+        _stamp(train),
+        _stamp(held_out),
         request.job.train.seed if isinstance(section.eval, float) else None,
         section.format,
         section.max_length,
         section.split,
+        section.eval_split,
     ]
     return request.cache / "data" / sources.fingerprint(parts)
 
@@ -161,4 +162,6 @@ def _data_folder(request: Request, model_folder: Path) -> Path:
 def _stamp(source: sources.DataSource | float | None) -> object:
     if not isinstance(source, sources.DataSource):
         return source
-    return source.hub_name or sources.file_stamps(source.files)
+    if source.saved is not None:
+        return sources.file_stamps(path for path in source.saved.rglob("*") if path.is_file())
+    return [source.hub_name, source.config] if source.hub_name else sources.file_stamps(source.files)

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import Problem, RequestError, nearest
+from launcher.job.model import DataSection
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+BUILDERS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "text",
+}
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 _TOKENIZER_FILES = (
     "token*",
@@ -28,11 +38,17 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class DataSource:
-    """Files of one kind (`builder` reads them), or a hub data set."""
+    """Files of one kind (`builder` reads them), a hub data set in a `config`, or a folder that save_to_disk wrote."""
 
     files: tuple[Path, ...] = ()
     builder: str = ""
     hub_name: str | None = None
+    config: str | None = None
+    saved: Path | None = None
+
+    @property
+    def has_splits(self) -> bool:
+        return self.hub_name is not None or (self.saved is not None and saved_splits(self.saved) is not None)
 
 
 def find_data(value: str | Sequence[str], key: str) -> DataSource:
@@ -40,17 +56,72 @@ def find_data(value: str | Sequence[str], key: str) -> DataSource:
     names = [value] if isinstance(value, str) else list(value)
     files: list[Path] = []
     for name in names:
+        folder = Path(name).expanduser()
+        if is_saved(folder):
+            if len(names) > 1:
+                message = f"{name} is a folder that save_to_disk wrote, and cannot be combined with other files"
+                raise RequestError(Problem(message, key=key, hint="give it alone, or write it with to_parquet"))
+            return DataSource(saved=folder)
         found = _expand(name)
-        if not found and Path(name).expanduser().is_dir():
-            raise RequestError(
-                Problem(f"the folder {name} holds no data", key=key, hint=f"wanted: {', '.join(BUILDERS)}")
-            )
+        if not found and folder.is_dir():
+            raise RequestError(_no_data_in(folder, name, key))
         if not found and len(names) == 1 and _is_hub_name(name):
             return DataSource(hub_name=name)
         if not found:
             raise RequestError(_missing(name, key))
         files += found
     return DataSource(files=tuple(files), builder=_builder(files, key))
+
+
+def find_split_data(section: DataSection) -> tuple[DataSource, DataSource | float | None]:
+    """The job's (train, eval), with the configuration of a hub set.
+
+    Raises RequestError, also for a key that would have no effect.
+    """
+    train = find_data(section.train, "data.train")
+    given = section.eval
+    held_out = find_data(given, "data.eval") if isinstance(given, str | list) else given
+    problems = list(_keys_without_effect(section, train, held_out))
+    if problems:
+        raise RequestError(*problems)
+    if section.config is None:
+        return train, held_out
+    if isinstance(held_out, DataSource) and held_out.hub_name and train.hub_name in (None, held_out.hub_name):
+        held_out = replace(held_out, config=section.config)
+    return replace(train, config=section.config) if train.hub_name else train, held_out
+
+
+def _keys_without_effect(
+    section: DataSection, train: DataSource, held_out: DataSource | float | None
+) -> Iterator[Problem]:
+    other = held_out if isinstance(held_out, DataSource) else DataSource()
+    if section.config is not None and not (train.hub_name or other.hub_name):
+        message = "only a hub data set has configurations, and the job names none"
+        yield Problem(message, key="data.config", hint="leave it out")
+    if section.eval_split is not None and not other.has_splits:
+        example = train.hub_name or train.saved if train.has_splits else "the name of one, or leave eval_split out"
+        message = "data.eval is not a hub data set, so it has no splits"
+        yield Problem(message, key="data.eval_split", hint=f"data.eval: {example}")
+    if section.split != "train" and not (train.has_splits or other.has_splits):
+        message = f"{section.split} names a split of a hub data set, but files are read whole"
+        yield Problem(message, key="data.split", hint="leave it out")
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether datasets' save_to_disk wrote the folder."""
+    one = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    return one or (folder / "dataset_dict.json").is_file()
+
+
+def saved_splits(folder: Path) -> list[str] | None:
+    """The names of the splits in a folder that save_to_disk wrote; None where it has one data set alone."""
+    try:
+        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        return sorted(path.name for path in folder.iterdir() if is_saved(path))
+    return [str(name) for name in splits]
 
 
 def hub_hint(name: str) -> str:
@@ -132,8 +203,36 @@ def _expand(name: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        return sorted(p for p in path.iterdir() if p.is_file() and _kind_suffix(p) in BUILDERS)
-    return sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+        return sorted(p for p in path.iterdir() if p.is_file() and _is_data(p))
+    found = (Path(match) for match in glob.glob(str(path), recursive=True))
+    return sorted(match for match in found if match.is_file() and not _is_hidden(match, path))
+
+
+def _is_data(path: Path) -> bool:
+    return _kind_suffix(path) in BUILDERS and not _is_hidden(path, path.parent)
+
+
+def _is_hidden(path: Path, named: Path) -> bool:
+    """Whether a path is hidden (._x of macOS, .x.swp of vim, .ipynb_checkpoints) and the job does not name it."""
+    asked = [part for part in named.parts if part.startswith(".")]
+    hidden = [part for part in path.parts if part.startswith(".")]
+    return not all(any(fnmatch.fnmatchcase(part, pattern) for pattern in asked) for part in hidden)
+
+
+def _no_data_in(folder: Path, name: str, key: str) -> Problem:
+    """The error for a folder without data, with the folders in it that have some."""
+    below = sorted({path.parent for path in folder.glob("*/*") if path.is_file() and _is_data(path)})
+    below = [path for path in below if not path.name.startswith(".") and not is_saved(path)]
+    saved = sorted(path for path in folder.iterdir() if path.is_dir() and is_saved(path))
+    if below or saved:
+        hint = "give one of the folders in it: " + ", ".join(str(path) for path in [*saved, *below][:5])
+        if len(below) > 1:
+            hint += (
+                f"; or all files with {name.rstrip('/')}/*/*{_kind_suffix(next(filter(_is_data, below[0].iterdir())))}"
+            )
+    else:
+        hint = f"wanted: {', '.join(BUILDERS)}"
+    return Problem(f"the folder {name} holds no data", key=key, hint=hint)
 
 
 def _kind_suffix(path: Path) -> str:

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import Problem, RequestError, first_line
+from launcher.errors import Problem, RequestError
 from launcher.plan.facts import DataFacts, SplitFacts
-from launcher.prepare.formats import BadRow, Example, detect_format, to_example
-from launcher.prepare.sources import DataSource, hub_hint
+from launcher.prepare.formats import BadRow, Example, to_example
+from launcher.prepare.read_rows import Rows, load_rows
+from launcher.prepare.rows import Row
+from launcher.prepare.sources import DataSource
 from launcher.token_store import TokenWriter, publish_folder
 
 Progress = Callable[..., None]
-_BATCH = 512
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class TextRequest:
     max_length: int
     split: str
     seed: int
+    eval_split: str | None = None
 
 
 def tokenise(
@@ -36,14 +38,28 @@ def tokenise(
 ) -> DataFacts:
     """Tokenises train and eval into `target`, which appears whole. Raises RequestError."""
     tokenizer = _tokenizer(model_folder, trust_remote_code)
-    train, held_out = _load(request)
-    kind = _format_of(request, train)
+    loaded = load_rows(
+        request.train,
+        request.eval,
+        data_format=request.format,
+        split=request.split,
+        eval_split=request.eval_split or request.split,
+        seed=request.seed,
+    )
+    kind = loaded.kind
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         work = _Work(tokenizer, kind, request.max_length, progress)
-        found = work.write(train, temporary / "train", "data.train")
-        evaluated = work.write(held_out, temporary / "eval", "data.eval") if held_out is not None else None
-        facts = DataFacts(fingerprint=target.name, format=kind, train=found, eval=evaluated)
+        found = work.write(loaded.train, temporary / "train", "data.train")
+        evaluated = work.write(loaded.eval, temporary / "eval", "data.eval") if loaded.eval is not None else None
+        facts = DataFacts(
+            fingerprint=target.name,
+            format=kind,
+            train=found,
+            eval=evaluated,
+            shared_rows=loaded.shared_rows(),
+            notes=loaded.notes(),
+        )
         facts = _moved(facts, target)
         (temporary / "facts.json").write_text(facts.model_dump_json(indent=2))
         publish_folder(temporary, target)
@@ -83,63 +99,17 @@ def _moved(facts: DataFacts, target: Path) -> DataFacts:
     return facts.model_copy(update={"train": train, "eval": held_out})
 
 
-def _load(request: TextRequest) -> tuple[Any, Any]:
-    """(train rows, eval rows or None)."""
-    train = _open(request.train, request.split, "data.train")
-    if request.eval is None:
-        return train, None
-    if isinstance(request.eval, DataSource):
-        return train, _open(request.eval, request.split, "data.eval")
-    held_out = max(1, round(len(train) * request.eval))
-    if held_out >= len(train):
-        raise RequestError(Problem(f"{request.eval} of {len(train)} rows leaves none to train on", key="data.eval"))
-    parts = train.train_test_split(test_size=held_out, seed=request.seed)
-    return parts["train"], parts["test"]
-
-
-def _open(source: DataSource, split: str, key: str) -> Any:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        if source.hub_name:
-            return datasets.load_dataset(source.hub_name, split=split)
-        options = {"sample_by": "document"} if source.builder == "text" else {}
-        files = [str(path) for path in source.files]
-        return datasets.load_dataset(source.builder, data_files=files, split="train", **options)
-    except Exception as error:  # each builder raises its own kinds for a broken file
-        cause = error.__cause__ or error
-        reason = first_line(cause)
-        what = source.hub_name or ", ".join(str(path) for path in source.files[:3])
-        hint = hub_hint(source.hub_name) if source.hub_name else None
-        raise RequestError(Problem(f"{what} cannot be read: {reason}", key=key, hint=hint)) from None
-
-
-def _format_of(request: TextRequest, rows: Any) -> str:
-    if len(rows) == 0:
-        raise RequestError(Problem("there are no rows", key="data.train"))
-    try:
-        found = detect_format(rows.column_names) if request.format == "auto" else request.format
-        if request.format != "auto":
-            to_example(rows[0], found, lambda *_, **__: "")
-    except BadRow as error:
-        raise RequestError(
-            Problem(str(error), key="data.format", hint="rename the columns, or set data.format")
-        ) from None
-    return found
-
-
 class _Work:
     def __init__(self, tokenizer: Any, kind: str, max_length: int, progress: Progress) -> None:
         self.tokenizer, self.kind, self.max_length, self.progress = tokenizer, kind, max_length, progress
         self.render = self._render if tokenizer.chat_template else None
 
-    def write(self, rows: Any, folder: Path, key: str) -> SplitFacts:
+    def write(self, rows: Rows, folder: Path, key: str) -> SplitFacts:
         """Tokenises `rows` into a token store. Raises RequestError where nothing is left to learn."""
         cut = dropped = partly = done = 0
         with TokenWriter(folder) as writer:
-            for batch in _batches(rows):
-                examples = [self._example(row, done + i, key) for i, row in enumerate(batch)]
+            for batch in rows.batches():
+                examples = [self._example(row, key) for row in batch]
                 partly += sum(example.partly for example in examples if example)
                 for pieces, was_cut in self._encode(examples):
                     kept = [(tokens, learned) for tokens, learned in pieces if sum(learned[1:])]
@@ -160,11 +130,11 @@ class _Work:
             )
         return SplitFacts(folder=str(folder), rows=done, cut=cut, dropped=dropped, partly_learned=partly, **facts)
 
-    def _example(self, row: dict[str, Any], index: int, key: str) -> Example | None:
+    def _example(self, row: Row, key: str) -> Example | None:
         try:
             return to_example(row, self.kind, self.render)
         except BadRow as error:
-            raise RequestError(Problem(f"row {index + 1}: {error}", key=key)) from None
+            raise RequestError(row.place.problem(str(error), key)) from None
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False, tools: Any = None) -> str:
         import jinja2
@@ -217,9 +187,3 @@ def _learned(example: Example, offsets: list[tuple[int, int]]) -> list[int]:
             break
         learned[i] = int(stop > start and start >= span[0])
     return learned
-
-
-def _batches(rows: Any) -> Iterator[list[dict[str, Any]]]:
-    for columns in rows.iter(batch_size=_BATCH):
-        names = list(columns)
-        yield [dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -18,7 +18,10 @@ from launcher.errors import RequestError
 from launcher.job import Job, validate_job
 from launcher.plan.facts import DataFacts
 from launcher.prepare import Prepared, prepare
+from launcher.prepare.hub_rows import hub_readers, saved_reader
+from launcher.prepare.read_rows import held_out_rows
 from launcher.prepare.request import Request, cached, carry_out
+from launcher.prepare.rows import BadFile
 from launcher.prepare.sources import DataSource
 from launcher.prepare.tokenise import TextRequest, tokenise
 from launcher.token_store import TokenStore
@@ -259,6 +262,100 @@ def is_cached(job: Job) -> bool:
 def carried_out(job: Job) -> Prepared:
     assert job.data.cache_dir is not None
     return carry_out(Request(job=job, cache=Path(job.data.cache_dir)), lambda **_: None)
+
+
+def test_text_that_looks_like_json_or_a_number_is_learned_as_it_is(tokenizer_folder: Path, tmp_path: Path) -> None:
+    answers: list[Any] = ['{"a": 1}', "1.50", "null", '"quoted"', [{"type": "text", "text": "parts"}]]
+    turns = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}] for answer in answers]
+    as_jsonl(tmp_path / "chats.jsonl", [{"messages": messages} for messages in turns])
+    facts = tokenised(tokenizer_folder, tmp_path / "chats.jsonl")
+    learned = [runs for _, runs in sequences(facts, tokenizer_folder)]
+    assert learned[:4] == [[f"{answer}<|end|>"] for answer in answers[:4]]
+
+
+def test_csv_cells_that_look_missing_are_learned(tokenizer_folder: Path, tmp_path: Path) -> None:
+    cells = ["None", "NA", "null", "007", "1.50"]
+    as_csv(tmp_path / "pairs.csv", [{"prompt": "null ", "completion": cell} for cell in cells])
+    facts = tokenised(tokenizer_folder, tmp_path / "pairs.csv")
+    assert [text for text, _ in sequences(facts, tokenizer_folder)] == [f"null {cell}<|end|>" for cell in cells]
+
+
+def test_what_reading_found_is_in_the_facts(tokenizer_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "texts.jsonl"
+    as_jsonl(file, [{"text": "alpha"}] * 7 + [{"other": "beta"}])
+    facts = tokenised(tokenizer_folder, file, eval=0.25)
+    assert facts.eval is not None
+    assert facts.shared_rows in (1, 2)
+    assert [note.split(" (")[0].split(" of ", 1)[1] for note in facts.notes] in (
+        ["6 rows of data.train have no text"],
+        ["2 rows of data.eval have no text"],
+    )
+
+
+@pytest.fixture
+def mixed() -> Rows:
+    """Rows for which datasets takes its Json type: a content that is a text in one row and a list in another."""
+    parts = [{"type": "text", "text": "beta"}]
+    return [
+        {"messages": [{"role": "user", "content": "alpha?"}, {"role": "assistant", "content": parts}]},
+        {"messages": [{"role": "user", "content": '"quoted"'}, {"role": "assistant", "content": '{"a": 1}'}]},
+        {"messages": [{"role": "user", "content": "1.50"}, {"role": "assistant", "content": "null"}]},
+    ]
+
+
+def test_files_of_a_hub_set_are_read_as_local_ones_are(mixed: Rows, tmp_path: Path) -> None:
+    """A folder stands in for the hub: datasets finds files and splits in both in the same way."""
+    as_jsonl(tmp_path / "train.jsonl", mixed)
+    as_jsonl(tmp_path / "test.jsonl", mixed[2:])
+
+    def rows(split: str) -> Rows:
+        return [dict(row) for reader in hub_readers(str(tmp_path), None, split) for row in reader.rows()]
+
+    assert rows("train") == mixed
+    assert rows("test") == mixed[2:]
+    assert rows("train[1:]+test") == mixed[1:] + mixed[2:]
+    assert sum(reader.look().rows for reader in hub_readers(str(tmp_path), None, "train[:2]")) == 2
+    with pytest.raises(BadFile) as caught:
+        rows("validation")
+    assert caught.value.hint == "data.split or data.eval_split: train, test"
+
+
+def test_the_share_that_is_held_out_is_that_of_datasets() -> None:
+    import datasets
+
+    for rows, share, seed in ((10, 0.1, 0), (57, 0.02, 42), (100, 0.5, 7)):
+        data = datasets.Dataset.from_dict({"row": list(range(rows))})
+        parts = data.train_test_split(test_size=max(1, round(rows * share)), seed=seed)
+        assert set(held_out_rows(rows, share, seed).nonzero()[0].tolist()) == set(parts["test"]["row"])
+
+
+def test_folders_of_save_to_disk_are_read(mixed: Rows, tmp_path: Path) -> None:
+    import datasets
+
+    plain = datasets.Dataset.from_list([{"text": text, "n": 1} for text in ("007", "null", '{"a": 1}')])
+    plain.select([2, 0]).save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": plain, "test": plain.select([1])}).save_to_disk(str(tmp_path / "two"))
+
+    def rows(name: str, split: str = "train") -> Rows:
+        return [dict(row) for row in saved_reader(tmp_path / name, split).rows()]
+
+    assert rows("one") == [{"text": '{"a": 1}'}, {"text": "007"}]
+    assert rows("two", "test") == [{"text": "null"}]
+    with pytest.raises(BadFile, match="has no split validation"):
+        rows("two", "validation")
+
+    as_jsonl(tmp_path / "chats.jsonl", mixed)
+    stored = datasets.load_dataset("json", data_files=str(tmp_path / "chats.jsonl"), split="train")
+    stored.save_to_disk(str(tmp_path / "json"))
+    found = rows("json")
+    assert [row["messages"][1]["content"] for row in found] == [
+        [{"type": "text", "text": "beta"}],
+        '{"a": 1}',
+        "null",
+    ]
+    assert found[2]["messages"][0]["content"] == "1.50"
+    (note,) = saved_reader(tmp_path / "json", "train").look().notes
+    assert "keeps messages as datasets' Json type" in note
 
 
 def test_what_is_cached_starts_no_process(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

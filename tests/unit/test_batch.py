@@ -86,3 +86,33 @@ def test_the_largest_micro_batch_that_fits_and_divides_is_taken() -> None:
 
 def test_a_micro_batch_that_the_user_gives_is_not_second_guessed() -> None:
     assert resolve_batch(sizes(None, 8), 1, lambda _: False).train_micro_batch_size_per_gpu == 8
+
+
+@pytest.mark.parametrize(
+    ("asked", "world", "sequences", "found"),
+    [
+        (sizes(), 1, 1, BatchSizes(1, 1, 1)),
+        (sizes(), 1, 5, BatchSizes(4, 4, 1)),
+        (sizes(), 1, 31, BatchSizes(16, 16, 1)),
+        (sizes(), 1, 32, BatchSizes(32, 16, 2)),
+        (sizes(), 4, 9, BatchSizes(8, 2, 1)),
+        (sizes(), 4, 1, BatchSizes(4, 1, 1)),
+        (sizes(None, 2), 1, 7, BatchSizes(6, 2, 3)),
+        (sizes(None, 8), 1, 7, BatchSizes(8, 8, 1)),
+        (sizes(None, None, 3), 1, 7, BatchSizes(6, 2, 3)),
+        (sizes(16), 1, 7, BatchSizes(16, 16, 1)),
+    ],
+)
+def test_an_open_batch_is_at_most_the_sequences(
+    asked: dict[str, int], world: int, sequences: int, found: BatchSizes
+) -> None:
+    assert resolve_batch(asked, world, fits_all, sequences) == found
+
+
+@given(micro=SIZES, accumulation=SIZES, world=st.integers(1, 64), sequences=st.integers(1, 500))
+def test_an_open_batch_is_within_the_sequences_or_as_small_as_can_be(
+    micro: int | None, accumulation: int | None, world: int, sequences: int
+) -> None:
+    found = resolve_batch(sizes(None, micro, accumulation), world, fits_all, sequences)
+    least = world * (micro or 1) * (accumulation or 1)
+    assert found.train_batch_size <= max(sequences, least)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from launcher.errors import RequestError
+from launcher.errors import Problem, RequestError
+from launcher.job.model import DataSection
 from launcher.prepare.sources import (
     DataSource,
     file_stamps,
     find_data,
     find_model_folder,
+    find_split_data,
     fingerprint,
     hub_hint,
     model_stamp,
@@ -63,6 +66,8 @@ def test_a_file_whose_name_looks_like_a_glob(folder: Path) -> None:
         ("x.txt", "text"),
         ("x.jsonl.gz", "json"),
         ("x.v2.csv.zst", "csv"),
+        ("x.ndjson", "json"),
+        ("x.tsv", "csv"),
     ],
 )
 def test_the_suffix_tells_the_kind(folder: Path, name: str, builder: str) -> None:
@@ -132,3 +137,96 @@ def test_the_tokenizer_counts_and_the_weights_do_not(folder: Path) -> None:
     assert tokenizer_fingerprint(model) == first
     (model / "chat_template.jinja").write_text("{{ messages }}")
     assert tokenizer_fingerprint(model) != first
+
+
+def test_files_that_programs_leave_behind_are_skipped(folder: Path) -> None:
+    for name in ("._a.jsonl", ".a.jsonl.swp", ".hidden.jsonl", ".ipynb_checkpoints/a.jsonl", ".cache/x.jsonl"):
+        path = folder / "data" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"\0")
+    (folder / "data/t.csv").unlink()
+    for value in ("data", "data/*.jsonl", "data/*/../*.jsonl"):
+        assert names(find_data(value, "data.train")) == ["a.jsonl", "b.jsonl"]
+    assert names(find_data("data/**/*.jsonl", "data.train")) == ["a.jsonl", "b.jsonl", "c.jsonl"]
+    assert names(find_data("data/.hidden.jsonl", "data.train")) == [".hidden.jsonl"]
+    assert names(find_data("data/.hid*", "data.train")) == [".hidden.jsonl"]
+
+
+def test_a_hidden_folder_that_is_named_is_read(folder: Path) -> None:
+    (folder / ".cache").mkdir()
+    (folder / ".cache/x.jsonl").write_text("{}\n")
+    assert names(find_data(".cache", "data.train")) == ["x.jsonl"]
+    assert names(find_data(str(folder / ".cache/*.jsonl"), "data.train")) == ["x.jsonl"]
+
+
+def problem_of(value: str | list[str]) -> Problem:
+    with pytest.raises(RequestError) as caught:
+        find_data(value, "data.train")
+    (problem,) = caught.value.problems
+    return problem
+
+
+def test_folders_without_data(folder: Path) -> None:
+    (folder / "empty").mkdir()
+    problem = problem_of("empty")
+    assert (problem.message, problem.key) == ("the folder empty holds no data", "data.train")
+    assert ".jsonl, .ndjson, .json, .parquet" in str(problem.hint)
+    for name in ("outer/one", "outer/two", "outer/.three"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "x.parquet").write_text("")
+    hint = str(problem_of("outer").hint)
+    assert hint == "give one of the folders in it: outer/one, outer/two; or all files with outer/*/*.parquet"
+    assert names(find_data("outer/*/*.parquet", "data.train")) == ["x.parquet", "x.parquet"]
+
+
+def save_to_disk_folder(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for name in ("state.json", "dataset_info.json"):
+        (folder / name).write_text("{}")
+    (folder / "data-00000-of-00001.arrow").write_text("")
+    return folder
+
+
+def test_folders_that_save_to_disk_wrote(folder: Path) -> None:
+    save_to_disk_folder(folder / "saved")
+    assert find_data("saved", "data.train") == DataSource(saved=Path("saved"))
+    assert not DataSource(saved=Path("saved")).has_splits
+    assert "cannot be combined with other files" in problem_of(["saved", "data/a.jsonl"]).message
+    for split in ("train", "test"):
+        save_to_disk_folder(folder / "dict" / split)
+    (folder / "dict/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    assert find_data("dict", "data.train") == DataSource(saved=Path("dict"))
+    assert DataSource(saved=Path("dict")).has_splits
+    (folder / "above").mkdir()
+    save_to_disk_folder(folder / "above/saved")
+    assert problem_of("above").hint == "give one of the folders in it: above/saved"
+
+
+def test_a_hub_set_has_a_configuration_and_a_split_for_evaluation() -> None:
+    hub = DataSource(hub_name="org/set")
+    configured = DataSource(hub_name="org/set", config="en")
+    for section, found in (
+        ({"train": "org/set", "eval": 0.1}, (hub, 0.1)),
+        ({"train": "org/set", "eval": "org/set", "eval_split": "test"}, (hub, hub)),
+        ({"train": "org/set", "eval": "org/set", "config": "en"}, (configured, configured)),
+        ({"train": "org/set", "eval": "org/other", "config": "en"}, (configured, DataSource(hub_name="org/other"))),
+    ):
+        assert find_split_data(DataSection(**section)) == found
+    train, held_out = find_split_data(DataSection(train="data/a.jsonl", eval="org/set", config="en", eval_split="test"))
+    assert (names(train), held_out) == (["a.jsonl"], configured)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ({"train": "data/a.jsonl", "config": "en"}, "data.config"),
+        ({"train": "org/set", "eval_split": "test"}, "data.eval_split"),
+        ({"train": "org/set", "eval": 0.1, "eval_split": "test"}, "data.eval_split"),
+        ({"train": "org/set", "eval": "data/a.jsonl", "eval_split": "test"}, "data.eval_split"),
+        ({"train": "data/a.jsonl", "split": "train[:10]"}, "data.split"),
+    ],
+)
+def test_a_key_for_hub_sets_is_refused_where_it_would_do_nothing(section: dict[str, Any], key: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        find_split_data(DataSection(**section))
+    assert [problem.key for problem in caught.value.problems] == [key]

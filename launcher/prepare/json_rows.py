@@ -1,0 +1,220 @@
+"""Rows of a JSON file: one object per line, objects one after the other, an array, or an object with one array."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launcher.prepare.rows import MEANINGFUL, BadFile, Found, Place, Row
+from launcher.prepare.text_files import text_chunks
+
+_BLANK = re.compile(r"[ \t\r\n\ufeff]*")
+_LONGEST_LITERAL = len("-Infinity") + 3
+_EXAMPLE = 'a row is an object, such as {"text": "…"}'
+
+
+class JsonFile:
+    """A file of JSON rows, of which only a little more than one row is in memory at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def look(self) -> Found:
+        count, columns = 0, dict[str, None]()
+        for row in self.rows():
+            count += 1
+            if not row.keys() <= columns.keys():
+                columns.update(dict.fromkeys(row))
+        return Found(count, tuple(columns))
+
+    def rows(self) -> Iterator[Row]:
+        text = _Text(self.path)
+        for number, (line, value) in enumerate(_values(text), 1):
+            if isinstance(value, str):
+                value = {"text": value}
+            if not isinstance(value, dict):
+                raise BadFile(self.name, f"row {number} cannot be read: it is {_kind_of(value)}", _EXAMPLE, line)
+            if text.escaped_surrogate and (half := _half_of_a_pair(value)):
+                raise BadFile(
+                    self.name,
+                    f"row {number} cannot be read: `{half}` has half of a surrogate pair, which is not a character",
+                    "remove the \\ud8xx to \\udfxx escape that stands alone, or write the character itself",
+                    line,
+                )
+            yield Row(value, Place(self.name, number, line))
+
+
+class _Text:
+    """The text of a file, read on as values are taken from it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.chunks = path, text_chunks(path)
+        self.text, self.at, self.line, self.ended = "", 0, 1, False
+        self.row = 1
+        self.escaped_surrogate = False
+        self._decoder = json.JSONDecoder()
+
+    def peek(self) -> str:
+        """The next character that is not blank; "" at the end."""
+        while True:
+            stop = _BLANK.match(self.text, self.at).end()  # type: ignore[union-attr]
+            self._go_to(stop)
+            if stop < len(self.text) or self.ended:
+                return self.text[stop : stop + 1]
+            self._read_on()
+
+    def skip(self) -> None:
+        """Passes the character that `peek` returned."""
+        self.at += 1
+
+    def value(self) -> tuple[int, Any]:
+        """The line that the next value begins on, and the value. Raises BadFile."""
+        self.peek()
+        line = self.line
+        while True:
+            try:
+                value, stop = self._decoder.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                if self.ended or not self._cut_off(error):
+                    raise self._broken(error) from None
+            except RecursionError:
+                raise self._bad(f"row {self.row} cannot be read: it is nested too deeply", self.line) from None
+            except ValueError:  # a number of more digits than Python takes for a whole one
+                self._decoder = json.JSONDecoder(parse_int=float)
+                continue
+            else:
+                if stop < len(self.text) or self.ended or self.text[stop - 1] in '}]"':
+                    break
+            self._read_on()
+        surrogates = (self.text.find(escape, self.at, stop) >= 0 for escape in ("\\ud", "\\uD"))
+        self.escaped_surrogate = any(surrogates)
+        self._go_to(stop)
+        self.row += 1
+        return line, value
+
+    def unexpected(self, wanted: str, hint: str | None = None) -> BadFile:
+        """The error for a next character that does not belong here."""
+        found = self.peek()
+        message = f"{wanted} was expected, found {found!r}" if found else "the file ends in the middle of its array"
+        return self._bad(f"row {self.row} cannot be read: {message}", self.line, hint)
+
+    def _go_to(self, stop: int) -> None:
+        self.line += self.text.count("\n", self.at, stop)
+        self.at = stop
+
+    def _read_on(self) -> None:
+        """Reads as much again as is left, so that a long row is not decoded too often."""
+        parts = [self.text[self.at :]]
+        wanted, got = len(parts[0]), 0
+        while not self.ended and got <= wanted:
+            chunk = next(self.chunks, None)
+            self.ended = chunk is None
+            parts.append(chunk or "")
+            got += len(parts[-1])
+        self.text, self.at = "".join(parts), 0
+
+    def _cut_off(self, error: json.JSONDecodeError) -> bool:
+        """Whether more text may put the error right: a string cannot run past its line."""
+        return error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - _LONGEST_LITERAL
+
+    def _broken(self, error: json.JSONDecodeError) -> BadFile:
+        """The error at its own line; where each row has a line of its own, at the row's."""
+        stop = self.text.find("\n", self.at)
+        first = self.text[self.at : stop if stop >= 0 else len(self.text)]
+        if ".jsonl" in self.path.suffixes or ".ndjson" in self.path.suffixes:
+            try:
+                json.loads(first)
+            except json.JSONDecodeError as own:
+                column = own.pos + 1 + self.at - (self.text.rfind("\n", 0, self.at) + 1)
+                return self._broken_at(own.msg, self.line, column, stop < 0 and own.pos >= len(first.rstrip()))
+        line = self.line + self.text.count("\n", self.at, error.pos)
+        at_end = error.pos >= len(self.text.rstrip())
+        return self._broken_at(error.msg, line, error.pos - self.text.rfind("\n", 0, error.pos), at_end)
+
+    def _broken_at(self, reason: str, line: int, column: int, at_end: bool) -> BadFile:
+        if at_end or reason.startswith("Unterminated string"):
+            reason = f"the row is cut off ({reason})"
+        hint = None
+        if self.text.startswith("{'", self.at):
+            hint = "JSON has double quotes: write rows with json.dumps"
+        elif reason.startswith("Invalid control character"):
+            hint = "a line break within a text is written as \\n"
+        message = f"row {self.row} cannot be read: not valid JSON in column {column}: {reason}"
+        return self._bad(message, line, hint)
+
+    def _bad(self, message: str, line: int, hint: str | None = None) -> BadFile:
+        return BadFile(str(self.path), message, hint, line)
+
+
+def _values(text: _Text) -> Iterator[tuple[int, Any]]:
+    """(line, row) of each row of the file, whatever holds the rows together. Raises BadFile."""
+    if text.peek() == "[":
+        yield from _of_an_array(text)
+        return
+    if not text.peek():
+        return
+    line, first = text.value()
+    if not text.peek() and (rows := _the_one_array(first, text.path)) is not None:
+        yield from ((line, row) for row in rows)
+        return
+    yield line, first
+    while text.peek():
+        yield text.value()
+
+
+def _of_an_array(text: _Text) -> Iterator[tuple[int, Any]]:
+    text.skip()
+    if text.peek() == "]":
+        text.skip()
+    else:
+        yield text.value()
+        while text.peek() == ",":
+            text.skip()
+            yield text.value()
+        if text.peek() != "]":
+            raise text.unexpected("',' or ']'")
+        text.skip()
+    if text.peek():
+        raise text.unexpected("the end of the file", f"a file is one array of rows, or has rows alone; {_EXAMPLE}")
+
+
+def _the_one_array(document: Any, path: Path) -> list[Any] | None:
+    """The rows of an object such as {"version": 1, "data": [{…}, …]}; None where the object is a row itself.
+
+    Raises BadFile for an object with several arrays of rows.
+    """
+    if not isinstance(document, dict) or document.keys() & set(MEANINGFUL):
+        return None
+    found = [
+        name
+        for name, value in document.items()
+        if isinstance(value, list) and value and all(isinstance(one, dict) for one in value)
+    ]
+    if len(found) > 1:
+        message = f"cannot be read: it has several arrays of rows: {', '.join(found)}"
+        raise BadFile(str(path), message, "write the one that is meant to a file of its own")
+    return document[found[0]] if found else None
+
+
+def _half_of_a_pair(row: dict[str, Any]) -> str | None:
+    """The first column that says something and holds half of a surrogate pair."""
+    for name in MEANINGFUL:
+        if name in row:
+            try:
+                json.dumps(row[name], ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                return name
+    return None
+
+
+def _kind_of(value: Any) -> str:
+    if isinstance(value, list):
+        return "a list"
+    return "null" if value is None else f"{json.dumps(value)} alone"

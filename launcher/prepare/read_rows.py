@@ -1,0 +1,304 @@
+"""A job's rows: files, folders and hub sets read in order, checked row by row, and divided into train and eval."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from launcher.errors import Problem, RequestError
+from launcher.prepare.formats import NEEDED, BadRow, detect_format
+from launcher.prepare.read_files import file_reader
+from launcher.prepare.rows import MEANINGFUL, BadFile, Place, Row, RowReader
+from launcher.prepare.sources import DataSource
+
+_BATCH = 512
+_OTHER_NAMES = {"messages": ("messages", "conversations")}
+_TEXTS = {
+    "prompt-completion": ("prompt", "completion"),
+    "instruction": ("instruction", "input", "output"),
+    "text": ("text",),
+}
+_MAY_BE_MESSAGES = ("prompt", "completion")
+_LEFT_OUT = ("messages", "completion", "output", "text")
+
+
+@dataclass
+class Checks:
+    """What was found in the rows of one split while they were read."""
+
+    fingerprints: array[int] = field(default_factory=lambda: array("Q"))
+    missing: Counter[str] = field(default_factory=Counter)
+    first_missing: dict[str, Place] = field(default_factory=dict)
+
+
+class Rows:
+    """The rows of one split, in the order of its files; read again from the files each time they are iterated over.
+
+    `kind` is the format that they are read as; `chosen` marks those that belong to the split, all without it;
+    `compared` keeps a fingerprint of each.
+    """
+
+    def __init__(
+        self,
+        readers: Sequence[RowReader],
+        key: str,
+        *,
+        kind: str = "",
+        chosen: npt.NDArray[np.bool_] | None = None,
+        compared: bool = False,
+        counted: tuple[int, tuple[str, ...], tuple[str, ...]] | None = None,
+    ) -> None:
+        self.readers, self.key, self.kind, self.chosen = tuple(readers), key, kind, chosen
+        self.compared = compared
+        self.total, self.column_names, self.notes = counted or self._look()
+        self.checks = Checks()
+
+    def __len__(self) -> int:
+        return self.total if self.chosen is None else int(self.chosen.sum())
+
+    def read_as(self, kind: str, *, chosen: npt.NDArray[np.bool_] | None = None, compared: bool = False) -> Rows:
+        """These rows, or those of them that are `chosen`, checked against the format `kind`."""
+        counted = (self.total, self.column_names, self.notes)
+        return Rows(self.readers, self.key, kind=kind, chosen=chosen, compared=compared, counted=counted)
+
+    def __iter__(self) -> Iterator[Row]:
+        """Each row with its place. Raises RequestError for a file or a row that cannot be read as `kind`."""
+        self.checks = Checks()
+        number = -1
+        try:
+            rows = itertools.chain.from_iterable(reader.rows() for reader in self.readers)
+            for number, row in enumerate(rows):
+                if number >= self.total:
+                    break
+                if self.chosen is not None and not self.chosen[number]:
+                    continue
+                try:
+                    self._check(row)
+                except BadRow as error:
+                    raise RequestError(row.place.problem(str(error), self.key)) from None
+                yield row
+        except BadFile as error:
+            raise RequestError(error.problem(self.key)) from None
+        if number + 1 != self.total:
+            message = f"the number of rows changed while they were being read (it was {self.total})"
+            raise RequestError(
+                Problem(
+                    message, file=self.readers[0].name, key=self.key, hint="run again once nothing writes to the data"
+                )
+            )
+        self._refuse_if_all_miss_a_column()
+
+    def batches(self) -> Iterator[list[Row]]:
+        """The rows, some hundred at a time."""
+        rows = iter(self)
+        while batch := list(itertools.islice(rows, _BATCH)):
+            yield batch
+
+    def missing_notes(self) -> list[str]:
+        """For each column that rows of the last reading missed: how many, and what follows."""
+        return [
+            f"{count} of {len(self)} rows of {self.key} have no {column} ({self.checks.first_missing[column]}"
+            f"{' is the first' if count > 1 else ''}): "
+            + ("nothing is learned of them" if column in _LEFT_OUT else "they are learned without it")
+            for column, count in self.checks.missing.items()
+        ]
+
+    def _look(self) -> tuple[int, tuple[str, ...], tuple[str, ...]]:
+        try:
+            looks = [reader.look() for reader in self.readers]
+        except BadFile as error:
+            raise RequestError(error.problem(self.key)) from None
+        columns = dict.fromkeys(itertools.chain.from_iterable(look.columns for look in looks))
+        notes = [note for look in looks for note in look.notes]
+        for name, times in Counter(reader.name for reader in self.readers).items():
+            if times > 1:
+                notes.append(f"{self.key} names {name} {times} times: its rows count as often")
+        return sum(look.rows for look in looks), tuple(columns), tuple(notes)
+
+    def _check(self, row: Row) -> None:
+        if not self.kind:
+            return
+        if self.kind == "messages":
+            _plain_messages(row)
+        _check_texts(row, _TEXTS.get(self.kind, ()))
+        for column in NEEDED[self.kind]:
+            if all(row.get(name) is None for name in _OTHER_NAMES.get(column, (column,))):
+                self.checks.missing[column] += 1
+                self.checks.first_missing.setdefault(column, row.place)
+        if self.compared and (fingerprint := _fingerprint(row)) is not None:
+            self.checks.fingerprints.append(fingerprint)
+
+    def _refuse_if_all_miss_a_column(self) -> None:
+        missed = [column for column in _LEFT_OUT if len(self) and self.checks.missing[column] == len(self)]
+        if missed:
+            found = ", ".join(self.column_names)
+            message = f"no row has {' or '.join(_OTHER_NAMES.get(missed[0], missed))}; the columns are {found}"
+            hint = f"rows are read as {self.kind}: rename the columns, or set data.format"
+            raise RequestError(Problem(message, file=self.readers[0].name, key=self.key, hint=hint))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A job's rows, and the format that they are read as."""
+
+    kind: str
+    train: Rows
+    eval: Rows | None
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the rows, once they have been read."""
+        parts = [self.train] + ([self.eval] if self.eval is not None else [])
+        return tuple(dict.fromkeys(note for rows in parts for note in (*rows.notes, *rows.missing_notes())))
+
+    def shared_rows(self) -> int:
+        """How many of the evaluation rows say the same as a training row, once both have been read."""
+        if self.eval is None:
+            return 0
+        train, held_out = (np.asarray(rows.checks.fingerprints, np.uint64) for rows in (self.train, self.eval))
+        return int(np.isin(held_out, train).sum())
+
+
+def load_rows(
+    train: DataSource, held_out: DataSource | float | None, *, data_format: str, split: str, eval_split: str, seed: int
+) -> Loaded:
+    """The rows of a job. A share that is held out depends on the seed and the number of rows alone.
+
+    Every row is looked at once, so that what is broken in a file is reported before hours are spent. Raises
+    RequestError.
+    """
+    rows = Rows(readers_of(train, split, "data.train"), "data.train")
+    kind = _format_of(data_format, rows)
+    if held_out is None:
+        return Loaded(kind, rows.read_as(kind), None)
+    if isinstance(held_out, DataSource):
+        other = Rows(readers_of(held_out, eval_split, "data.eval"), "data.eval")
+        if not len(other):
+            raise RequestError(Problem("there are no rows", file=other.readers[0].name, key="data.eval"))
+        return Loaded(kind, rows.read_as(kind, compared=True), other.read_as(kind, compared=True))
+    chosen = held_out_rows(len(rows), held_out, seed)
+    evaluated = rows.read_as(kind, chosen=chosen, compared=True)
+    evaluated.key, evaluated.notes = "data.eval", ()
+    return Loaded(kind, rows.read_as(kind, chosen=~chosen, compared=True), evaluated)
+
+
+def held_out_rows(rows: int, share: float, seed: int) -> npt.NDArray[np.bool_]:
+    """True for each row that is held out: at least one; those that datasets' train_test_split takes for this seed."""
+    count = max(1, round(rows * share))
+    if count >= rows:
+        raise RequestError(Problem(f"{share} of {rows} rows leaves none to train on", key="data.eval"))
+    chosen = np.zeros(rows, dtype=np.bool_)
+    chosen[np.random.default_rng(seed).permutation(rows)[:count]] = True
+    return chosen
+
+
+def readers_of(source: DataSource, split: str, key: str) -> list[RowReader]:
+    """A reader for each file of a source, or for the split of a stored data set. Raises RequestError."""
+    if source.files:
+        return [file_reader(path, source.builder) for path in source.files]
+    from launcher.prepare.hub_rows import hub_readers, saved_reader
+
+    try:
+        if source.saved is not None:
+            return [saved_reader(source.saved, split)]
+        return hub_readers(source.hub_name or "", source.config, split)
+    except BadFile as error:
+        raise RequestError(error.problem(key)) from None
+
+
+def _format_of(asked: str, rows: Rows) -> str:
+    if not len(rows):
+        raise RequestError(Problem("there are no rows", file=rows.readers[0].name, key=rows.key))
+    if asked != "auto":
+        return asked
+    try:
+        return detect_format(rows.column_names)
+    except BadRow as error:
+        hint = "rename the columns, or set data.format"
+        raise RequestError(Problem(str(error), file=rows.readers[0].name, key="data.format", hint=hint)) from None
+
+
+def _check_texts(row: Row, columns: Sequence[str]) -> None:
+    """Raises BadRow where one of the columns holds something else than text, or messages where they may stand."""
+    wrong = [name for name in columns if row.get(name) is not None and not _is_text_or_messages(name, row[name])]
+    lists = [name for name in wrong if isinstance(row[name], list)]
+    if lists:
+        are = "are lists" if len(lists) > 1 else "is a list"
+        raise BadRow(f"{' and '.join(lists)} {are}; each row has one text there, in an object of its own")
+    if wrong:
+        raise BadRow(f"{wrong[0]} must be text, found {_named(row[wrong[0]])}")
+
+
+def _is_text_or_messages(column: str, value: Any) -> bool:
+    if isinstance(value, list):
+        return column in _MAY_BE_MESSAGES and not any(isinstance(one, str) for one in value)
+    return isinstance(value, str)
+
+
+def _plain_messages(row: Row) -> None:
+    """Puts messages that are JSON text, or lists by field, into the form of a list. Raises BadRow."""
+    for column in _OTHER_NAMES["messages"]:
+        value = row.get(column)
+        if isinstance(value, str):
+            row[column] = _from_json_text(column, value)
+        elif isinstance(value, Mapping):
+            turns = _rows_of_columns(value)
+            if turns is None:
+                raise BadRow(
+                    f"{column} must be a list of messages, found an object with {', '.join(value) or 'nothing'}"
+                )
+            row[column] = turns
+
+
+def _from_json_text(column: str, text: str) -> Any:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, list):
+        raise BadRow(f"{column} must be a list of messages, or such a list as JSON text, found {text[:60]!r}")
+    return found
+
+
+def _rows_of_columns(value: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """[{"role": …}, …] of {"role": […], …}; None where the fields are not lists of one length."""
+    fields = list(value.values())
+    if not fields or not all(isinstance(one, list) and len(one) == len(fields[0]) for one in fields):
+        return None
+    return [dict(zip(value, turn, strict=True)) for turn in zip(*fields, strict=True)]
+
+
+def _named(value: Any) -> str:
+    kinds: dict[type, str] = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        bytes: "bytes",
+        dict: "an object",
+    }
+    return f"{kinds.get(type(value), type(value).__name__)} ({str(value)[:60]})"
+
+
+def _fingerprint(row: Row) -> int | None:
+    """64 bits that stand for what a row says in its meaningful columns, without nulls; None if they are empty."""
+    said = {name: _without_nulls(row[name]) for name in MEANINGFUL if row.get(name)}
+    if not said:
+        return None
+    text = json.dumps(said, sort_keys=True, default=str)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    if isinstance(value, list):
+        return [_without_nulls(one) for one in value]
+    return value
