@@ -41,7 +41,11 @@ class ModelFacts(Facts):
 
 
 class SplitFacts(Facts):
-    """One tokenised split."""
+    """One tokenised split.
+
+    `dropped_because` counts the `dropped` rows by the reason, which completes "N rows …". `largest_token` is the
+    largest token id, -1 in facts measured before it was kept. `notes` are sentences for the plan's warnings.
+    """
 
     folder: str
     rows: int
@@ -52,15 +56,19 @@ class SplitFacts(Facts):
     cut: int
     dropped: int
     partly_learned: int
+    dropped_because: dict[str, int] = {}
+    largest_token: int = -1
+    notes: tuple[str, ...] = ()
 
 
 class DataFacts(Facts):
-    """The tokenised data of a job."""
+    """The tokenised data of a job. `chat_template` is the source of the one that the job supplies."""
 
     fingerprint: str
     format: str
     train: SplitFacts
     eval: SplitFacts | None
+    chat_template: str | None = None
 
 
 class MachineFacts(Facts):

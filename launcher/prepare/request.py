@@ -15,7 +15,7 @@ from launcher.prepare import sources
 from launcher.run_dir import write_atomic
 
 Progress = Callable[..., None]
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 
 class ModelRequest(BaseModel):
@@ -121,6 +121,9 @@ def _tokenise(request: Request, model_folder: Path, progress: Progress) -> DataF
         max_length=section.max_length,
         split=section.split,
         seed=request.job.train.seed,
+        chat_template=section.chat_template,
+        chat_template_kwargs=section.chat_template_kwargs,
+        learn=section.learn,
     )
     return tokenise(text, model_folder, target, request.job.model.trust_remote_code, progress)
 
@@ -144,6 +147,8 @@ def _method(section: ModelSection) -> dict[str, object]:
 
 
 def _data_folder(request: Request, model_folder: Path) -> Path:
+    from launcher.prepare.chat_template import read_template
+
     section = request.job.data
     parts = [
         _FORMAT_VERSION,
@@ -154,6 +159,9 @@ def _data_folder(request: Request, model_folder: Path) -> Path:
         section.format,
         section.max_length,
         section.split,
+        read_template(section.chat_template)[0] if section.chat_template else None,
+        section.chat_template_kwargs,
+        section.learn,
     ]
     return request.cache / "data" / sources.fingerprint(parts)
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from launcher.errors import Problem, RequestError, first_line
-from launcher.plan.facts import DataFacts, SplitFacts
-from launcher.prepare.formats import BadRow, Example, detect_format, to_example
+from launcher.plan.facts import DataFacts
+from launcher.prepare.chat_template import ChatTemplate, read_template
+from launcher.prepare.encode import Encoder
+from launcher.prepare.formats import Reader, detect_format
+from launcher.prepare.rows import BadRow
 from launcher.prepare.sources import DataSource, hub_hint
-from launcher.token_store import TokenWriter, publish_folder
+from launcher.prepare.write_split import SplitWriter
+from launcher.token_store import publish_folder
 
 Progress = Callable[..., None]
 _BATCH = 512
@@ -29,6 +33,9 @@ class TextRequest:
     max_length: int
     split: str
     seed: int
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    learn: Literal["all", "last"] = "all"
 
 
 def tokenise(
@@ -39,17 +46,33 @@ def tokenise(
     train, held_out = _load(request)
     kind = _format_of(request, train)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    template = chat_template_of(tokenizer, model_folder, request)
+    reader = Reader(kind, template, request.learn)
     try:
-        work = _Work(tokenizer, kind, request.max_length, progress)
-        found = work.write(train, temporary / "train", "data.train")
-        evaluated = work.write(held_out, temporary / "eval", "data.eval") if held_out is not None else None
-        facts = DataFacts(fingerprint=target.name, format=kind, train=found, eval=evaluated)
+        work = SplitWriter(reader, Encoder(tokenizer, request.max_length, kind == "text"), progress)
+        found = work.write(_batches(train), len(train), temporary / "train", "data.train")
+        evaluated = None
+        if held_out is not None:
+            evaluated = work.write(_batches(held_out), len(held_out), temporary / "eval", "data.eval")
+        supplied = template.sources["default"] if template is not None and request.chat_template else None
+        facts = DataFacts(fingerprint=target.name, format=kind, train=found, eval=evaluated, chat_template=supplied)
         facts = _moved(facts, target)
         (temporary / "facts.json").write_text(facts.model_dump_json(indent=2))
         publish_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return facts
+
+
+def chat_template_of(tokenizer: Any, folder: Path, request: TextRequest) -> ChatTemplate | None:
+    """The job's chat template, else the tokenizer's; None if there is neither. Raises RequestError."""
+    source, name = tokenizer.chat_template, f"the chat template of {folder.name}"
+    if request.chat_template is not None:
+        source, name = read_template(request.chat_template)
+    if not source:
+        return None
+    tokens = list(tokenizer.get_added_vocab())
+    return ChatTemplate(source, name, tokenizer.special_tokens_map, tokens, request.chat_template_kwargs)
 
 
 def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
@@ -120,103 +143,11 @@ def _format_of(request: TextRequest, rows: Any) -> str:
         raise RequestError(Problem("there are no rows", key="data.train"))
     try:
         found = detect_format(rows.column_names) if request.format == "auto" else request.format
-        if request.format != "auto":
-            to_example(rows[0], found, lambda *_, **__: "")
     except BadRow as error:
         raise RequestError(
             Problem(str(error), key="data.format", hint="rename the columns, or set data.format")
         ) from None
     return found
-
-
-class _Work:
-    def __init__(self, tokenizer: Any, kind: str, max_length: int, progress: Progress) -> None:
-        self.tokenizer, self.kind, self.max_length, self.progress = tokenizer, kind, max_length, progress
-        self.render = self._render if tokenizer.chat_template else None
-
-    def write(self, rows: Any, folder: Path, key: str) -> SplitFacts:
-        """Tokenises `rows` into a token store. Raises RequestError where nothing is left to learn."""
-        cut = dropped = partly = done = 0
-        with TokenWriter(folder) as writer:
-            for batch in _batches(rows):
-                examples = [self._example(row, done + i, key) for i, row in enumerate(batch)]
-                partly += sum(example.partly for example in examples if example)
-                for pieces, was_cut in self._encode(examples):
-                    kept = [(tokens, learned) for tokens, learned in pieces if sum(learned[1:])]
-                    for tokens, learned in kept:
-                        writer.add(tokens, learned)
-                    cut += was_cut
-                    dropped += not kept
-                done += len(batch)
-                self.progress(done=done, total=len(rows), message=f"tokenising {key}")
-            facts = writer.facts()
-        if not facts["sequences"]:
-            raise RequestError(
-                Problem(
-                    f"none of {done} rows, read as {self.kind}, leaves anything to learn in {self.max_length} tokens",
-                    key=key,
-                    hint="raise data.max_length, or check data.format",
-                )
-            )
-        return SplitFacts(folder=str(folder), rows=done, cut=cut, dropped=dropped, partly_learned=partly, **facts)
-
-    def _example(self, row: dict[str, Any], index: int, key: str) -> Example | None:
-        try:
-            return to_example(row, self.kind, self.render)
-        except BadRow as error:
-            raise RequestError(Problem(f"row {index + 1}: {error}", key=key)) from None
-
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False, tools: Any = None) -> str:
-        import jinja2
-
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, tools=tools
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise BadRow(f"the chat template refuses these messages: {error}") from None
-        return text
-
-    def _encode(self, examples: Sequence[Example | None]) -> Iterator[tuple[list[tuple[list[int], list[int]]], bool]]:
-        """For each example its (tokens, learned) sequences of at most max_length, and whether something was cut off."""
-        for complete in (True, False):
-            chosen = [e for e in examples if e is not None and e.complete is complete]
-            if chosen:
-                encoded = self.tokenizer(
-                    [e.text for e in chosen], add_special_tokens=not complete, return_offsets_mapping=True
-                )
-                for example, tokens, offsets in zip(
-                    chosen, encoded["input_ids"], encoded["offset_mapping"], strict=True
-                ):
-                    yield self._sequences(example, tokens, offsets)
-        for _ in range(examples.count(None)):
-            yield [], False
-
-    def _sequences(
-        self, example: Example, tokens: list[int], offsets: list[tuple[int, int]]
-    ) -> tuple[list[tuple[list[int], list[int]]], bool]:
-        learned = _learned(example, offsets)
-        end = self.tokenizer.eos_token_id
-        if not example.complete and end is not None and (not tokens or tokens[-1] != end):
-            tokens, learned = [*tokens, end], [*learned, 1]
-        if self.kind != "text":
-            return [(tokens[: self.max_length], learned[: self.max_length])], len(tokens) > self.max_length
-        starts = range(0, len(tokens), self.max_length)
-        return [(tokens[s : s + self.max_length], learned[s : s + self.max_length]) for s in starts], False
-
-
-def _learned(example: Example, offsets: list[tuple[int, int]]) -> list[int]:
-    """1 for each token that begins inside a learned span; special tokens added by the tokenizer are (0, 0)."""
-    learned = [0] * len(offsets)
-    spans = iter(sorted(example.spans))
-    span = next(spans, None)
-    for i, (start, stop) in enumerate(offsets):
-        while span is not None and start >= span[1]:
-            span = next(spans, None)
-        if span is None:
-            break
-        learned[i] = int(stop > start and start >= span[0])
-    return learned
 
 
 def _batches(rows: Any) -> Iterator[list[dict[str, Any]]]:

@@ -29,7 +29,9 @@ def export_model(engine: Any, plan: Plan, ranks: Ranks, folder: Path) -> None:
             engine.module.save_pretrained(temporary, state_dict=weights)
         else:
             _save_adapters(engine.module, weights, plan, temporary)
-        load_tokenizer(plan).save_pretrained(temporary)
+        tokenizer = load_tokenizer(plan)
+        tokenizer.chat_template = plan.data.chat_template or tokenizer.chat_template
+        tokenizer.save_pretrained(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     # Nobody waits for the first rank: writing a large model can take longer than a collective may.
