@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 
@@ -33,29 +32,40 @@ TEMPLATE_KEY = "data.chat_template"
 class Form:
     """How messages are handed to a template: templates differ in what they can read.
 
-    `parts`: content as a list of text parts. `json_arguments`: arguments of tool calls as JSON text. `null_content`: a
-    tool call without text has a content that is null, not one that is missing.
+    `parts`: content as a list of text parts. `json_arguments`: arguments of tool calls as JSON text. `no_content`: what
+    a tool call without text has as its content.
     """
 
     parts: bool = False
     json_arguments: bool = False
-    null_content: bool = False
+    no_content: Literal["missing", "null", "empty"] = "missing"
 
     def apply(self, message: Message) -> Message:
         """The message in this form."""
         changed = dict(message)
         if self.parts and isinstance(message.get("content"), str):
             changed["content"] = [{"type": "text", "text": message["content"]}]
-        if self.null_content and "content" not in message:
-            changed["content"] = None
+        if "content" not in message and self.no_content != "missing":
+            changed["content"] = None if self.no_content == "null" else ""
         if self.json_arguments and "tool_calls" in message:
             changed["tool_calls"] = [_with_json_arguments(call) for call in message["tool_calls"]]
         return changed
 
 
-FORMS = sorted(
-    (Form(*flags) for flags in itertools.product((False, True), repeat=3)), key=lambda form: sum(vars(form).values())
+FORMS = tuple(
+    Form(parts, json_arguments, no_content)
+    for parts in (False, True)
+    for json_arguments in (False, True)
+    for no_content in ("missing", "null", "empty")
 )
+
+
+class LeftOut(BadRow):
+    """A row of which the template leaves out what it must not. `depth`: how much else was found to be there."""
+
+    def __init__(self, message: str, depth: int) -> None:
+        super().__init__(message)
+        self.depth = depth
 
 
 @dataclass(frozen=True)
@@ -64,12 +74,15 @@ class Rendered:
 
     `turns` has the spans of each assistant turn that was found. `shortened`: the template leaves out part of what an
     assistant turn says, such as its reasoning. `open_ended`: nothing that can be learned ends the last turn.
+    `unwritten`: what of the
+    generation prompt the template does not write in front of the last turn.
     """
 
     text: str
     turns: dict[int, list[Span]]
     shortened: bool
     open_ended: bool
+    unwritten: str = ""
 
 
 class ChatTemplate:
@@ -108,24 +121,23 @@ class ChatTemplate:
     def render(self, conversation: Conversation, wanted: Iterable[int]) -> Rendered:
         """The conversation and the spans of the assistant turns `wanted`. Raises BadRow."""
         wanted = list(wanted)
-        first_error: BadRow | None = None
+        errors: list[BadRow] = []
         for form in self._forms(conversation):
             try:
                 spanned = self._finder(form, conversation).find(conversation.messages, conversation.tools, wanted)
                 self._check(conversation, spanned.marked, form)
             except BadRow as error:
-                first_error = first_error or error
+                errors.append(error)
                 continue
             self._form = form
-            return _rendered(conversation, spanned, wanted)
-        assert first_error is not None
-        raise first_error
+            return _rendered(spanned, wanted)
+        raise max(errors, key=lambda error: error.depth if isinstance(error, LeftOut) else -1)
 
     def _forms(self, conversation: Conversation) -> Iterator[Form]:
-        """The forms to try: what worked last, then as few departures from the usual one as do."""
+        """The forms to try, of those that make a difference: what worked last, then the others."""
         calls = [message for message in conversation.messages if "tool_calls" in message]
         bare = any("content" not in message for message in calls)
-        can = [form for form in FORMS if (calls or not form.json_arguments) and (bare or not form.null_content)]
+        can = [form for form in FORMS if (calls or not form.json_arguments) and (bare or form.no_content == "missing")]
         yield from sorted(can, key=lambda form: form != self._form)
 
     def _finder(self, form: Form, conversation: Conversation) -> TurnFinder:
@@ -171,23 +183,21 @@ class ChatTemplate:
         """Is all of the conversation in the text? Raises BadRow with what is not."""
         gone = marked.left_out
         if form.parts and "{'type': 'text'" in marked.text:
-            raise BadRow(f"{self.name} writes the content's parts as Python prints them")
-        if any(mark.what == "tool" for mark in gone):
-            raise BadRow(f"{self.name} writes no tools: the model would learn to call what it was not told of")
+            raise BadRow(f"{self.name} writes the parts of a content as Python prints them")
         for i, message in enumerate(conversation.messages):
             if any(mark.what == "call" and mark.message == i for mark in gone):
-                raise BadRow(f"{self.name} writes no tool_calls (message {i + 1})")
-            if Mark(i, "end") in gone and Mark(i, "start") in gone and not self._may_leave_out(message):
-                raise BadRow(f"{self.name} leaves out the turn of role {message['role']} (message {i + 1})")
+                raise LeftOut(f"{self.name} writes no tool_calls (message {i + 1})", 2 * i + 1)
+            if Mark(i, "end") in gone and Mark(i, "start") in gone and "tool_calls" not in message:
+                raise LeftOut(f"{self.name} leaves out the turn of role {message['role']} (message {i + 1})", 2 * i)
             for call in message.get("tool_calls", ()) if not form.json_arguments else ():
                 arguments = call["function"]["arguments"]
                 if arguments and str(arguments) in marked.text and _json(arguments) not in marked.text:
                     raise BadRow(f"{self.name} writes the arguments of tool calls as Python prints them, not as JSON")
-
-    @staticmethod
-    def _may_leave_out(message: Message) -> bool:
-        """Text beside a tool call is left out by some templates, which is reported and not refused."""
-        return "tool_calls" in message
+        if any(mark.what == "tool" for mark in gone):
+            raise LeftOut(
+                f"{self.name} writes no tools, so a model could not know what it may call",
+                2 * len(conversation.messages),
+            )
 
 
 def read_template(value: str) -> tuple[str, str]:
@@ -219,15 +229,16 @@ def _check_syntax(source: str, name: str) -> None:
         raise RequestError(Problem(message, key=TEMPLATE_KEY)) from None
 
 
-def _rendered(conversation: Conversation, spanned: Spanned, wanted: list[int]) -> Rendered:
+def _rendered(spanned: Spanned, wanted: list[int]) -> Rendered:
     learned = set(wanted)
     shortened = any(m.message in learned for m in spanned.marked.left_out)
-    last = spanned.turns.get(len(conversation.messages) - 1)
+    last = spanned.turns[max(spanned.turns)] if spanned.turns else None
     return Rendered(
         text=spanned.marked.text,
         turns={i: turn.spans for i, turn in spanned.turns.items()},
         shortened=shortened,
         open_ended=last is not None and not last.closed,
+        unwritten=last.unwritten if last is not None else "",
     )
 
 

@@ -36,7 +36,7 @@ class Example:
 
     `complete`: the text carries its own special tokens (a chat template wrote it); otherwise the tokenizer adds the
     beginning-of-text token and an end-of-text token is appended and learned. `partly`: the row wants assistant turns
-    learned that were not found in the text. `shortened` and `open_ended` as in `Rendered`.
+    learned that were not found in the text. `shortened`, `open_ended` and `unwritten` as in `Rendered`.
     """
 
     text: str
@@ -45,6 +45,7 @@ class Example:
     partly: bool = field(default=False, compare=False)
     shortened: bool = field(default=False, compare=False)
     open_ended: bool = field(default=False, compare=False)
+    unwritten: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Reader:
         if isinstance(wanted, Reason):
             return wanted
         rendered: Rendered = self.template.render(conversation, wanted)
-        spans = tuple(sorted(span for i in wanted for span in rendered.turns.get(i, ())))
+        spans = _joined(span for i in wanted for span in rendered.turns.get(i, ()))
         if not spans:
             return Reason.NOT_FOUND
         return Example(
@@ -127,6 +128,7 @@ class Reader:
             partly=any(i not in rendered.turns for i in wanted),
             shortened=rendered.shortened,
             open_ended=rendered.open_ended,
+            unwritten=rendered.unwritten,
         )
 
 
@@ -152,6 +154,17 @@ def refuse_unused(row: Row, names: Iterable[str], where: str) -> None:
     for name in names:
         if row.get(name):
             raise BadRow(f"the column {name} cannot be used with {where}")
+
+
+def _joined(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """The spans in order, those that touch each other as one."""
+    joined: list[Span] = []
+    for start, stop in sorted(spans):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+        else:
+            joined.append((start, stop))
+    return tuple(joined)
 
 
 def _turns_of(value: Any, name: str, role: str) -> list[Any]:

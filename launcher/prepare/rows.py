@@ -55,11 +55,5 @@ def without_nulls(value: Any) -> Any:
 
 
 def kind_of(value: Any) -> str:
-    """What a person calls the type of a JSON value."""
-    if isinstance(value, Mapping):
-        return "an object"
-    if isinstance(value, list):
-        return "a list"
-    return {"NoneType": "null", "bool": "true or false", "int": "a number", "float": "a number"}.get(
-        type(value).__name__, type(value).__name__
-    )
+    """The type of a JSON value, for messages."""
+    return "null" if value is None else type(value).__name__

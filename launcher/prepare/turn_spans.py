@@ -33,10 +33,15 @@ class Tails:
 
 @dataclass
 class Turn:
-    """The spans of an assistant turn, and whether the template closes it with something that can be learned."""
+    """The spans of an assistant turn.
+
+    `closed`: something that can be learned ends it. `unwritten`: the end of the generation prompt that is not in front
+    of the turn.
+    """
 
     spans: list[Span]
     closed: bool
+    unwritten: str = ""
 
 
 @dataclass
@@ -74,12 +79,10 @@ class TurnFinder:
             if not marked.of(i):
                 continue
             stop, closed = self._stop(whole, i)
-            if generated is not None:
-                spans = self._generated(whole, i, generated, stop)
-            else:
-                spans = [(self._start(whole, i), stop)]
+            start, unwritten = self._start(whole, i)
+            spans = [(start, stop)] if generated is None else self._generated(whole, i, generated, stop)
             if spans:
-                turns[i] = Turn(spans, closed)
+                turns[i] = Turn(spans, closed, unwritten)
         return Spanned(marked, turns)
 
     def _generated(self, whole: _Whole, i: int, blocks: list[Span], stop: int) -> list[Span]:
@@ -90,25 +93,25 @@ class TurnFinder:
             held[-1] = (held[-1][0], max(stop, held[-1][1]))
         return held
 
-    def _start(self, whole: _Whole, i: int) -> int:
-        """Where the model begins to write turn `i`: after as much of the generation prompt as the text has."""
+    def _start(self, whole: _Whole, i: int) -> tuple[int, str]:
+        """(where the model begins to write turn `i`, what of the generation prompt is not in front of there)."""
         first = min(whole.marked.of(i))
         anchor = whole.anchor_before(i, first)
         begin = whole.marked.places[anchor] if anchor else 0
         written = whole.text[begin:]
         tails = self._tails(whole, i, anchor, whole.text[begin:first]) if i else None
         if tails is None:
-            return self._opening(whole, first)
+            return self._opening(whole, first), ""
         shared = self._shared(tails.prompted, written, first - begin)
         flat = tails.prompted == tails.plain  # the template writes no generation prompt
         if shared == len(tails.prompted) and not (flat and written[shared : first - begin].strip()):
-            return begin + shared
+            return begin + shared, ""
         if not flat and shared > self._shared(tails.plain, tails.prompted):
-            return begin + min(shared, first - begin)
-        if whole.messages[i - 1]["role"] == "assistant" and not shared:
-            return begin  # one turn to the template: what joins the two texts is written by the model
+            return begin + min(shared, first - begin), tails.prompted[shared:]
+        if whole.messages[i - 1]["role"] == "assistant" and not self._atom.search(written, 0, first - begin):
+            return begin, ""  # one turn to the template: what joins the two texts is written by the model
         header = self._header(whole, i, anchor)
-        return begin + (self._shared(header, written, first - begin) if header is not None else first - begin)
+        return begin + (self._shared(header, written, first - begin) if header is not None else first - begin), ""
 
     def _stop(self, whole: _Whole, i: int) -> tuple[int, bool]:
         """(where turn `i` ends, whether anything that can be learned closes it)."""

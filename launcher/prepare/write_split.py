@@ -33,6 +33,7 @@ class _Counts:
     shortened: int = 0
     open_ended: int = 0
     largest: int = -1
+    unwritten: Counter[str] = field(default_factory=Counter)
     dropped: Counter[Reason] = field(default_factory=Counter)
     columns: set[str] = field(default_factory=set)
 
@@ -88,6 +89,8 @@ class SplitWriter:
         counts.shortened += example.shortened
         counts.open_ended += example.open_ended
         counts.cut += encoded.cut
+        if example.unwritten:
+            counts.unwritten[example.unwritten] += 1
         kept = [(tokens, learned) for tokens, learned in encoded.sequences if any(learned[1:])]
         for tokens, learned in kept:
             writer.add(tokens, learned)
@@ -106,6 +109,11 @@ class SplitWriter:
             notes.append(
                 f"the chat template writes no end of turn after the last answer of {counts.open_ended} conversations: "
                 f"the model does not learn to stop there"
+            )
+        for prompt, number in counts.unwritten.most_common(1):
+            notes.append(
+                f"in {number} conversations the generation prompt ends in {prompt!r}, which the chat template does not "
+                f"write in front of the last answer: the model answers another prompt than it was trained on"
             )
         if counts.shortened:
             notes.append(
