@@ -52,7 +52,7 @@ class Encoder:
         return Example(text, tuple((start, min(stop, len(text))) for start, stop in example.spans))
 
     def _by_pieces(self, examples: Sequence[Example]) -> list[tuple[Tokens, list[int]]]:
-        cut = [_pieces(example) for example in examples]
+        cut = [list(_pieces(example)) for example in examples]
         texts = [text for pieces in cut for text, _ in pieces]
         ids = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
         found = []

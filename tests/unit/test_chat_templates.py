@@ -76,7 +76,10 @@ def test_each_answer_is_learned_with_its_end(name: str, tokens: bool) -> None:
         (
             "deepseek_r1",
             CALLED,
-            ['<｜calls｜><｜call｜>function<｜sep｜>get\n```json\n{"city": "Paris"}\n```<｜/call｜><｜/calls｜></s>', "a1</s>"],
+            [
+                '<｜calls｜><｜call｜>function<｜sep｜>get\n```json\n{"city": "Paris"}\n```<｜/call｜><｜/calls｜></s>',
+                "a1</s>",
+            ],
         ),
         ("gemma", SYSTEM, ["a1<end_of_turn>\n"]),
         ("harmony", TWO, ["<|channel|>final<|message|>a1<|end|>", "<|channel|>final<|message|>a2<|return|>"]),
@@ -103,7 +106,11 @@ def test_each_answer_is_learned_with_its_end(name: str, tokens: bool) -> None:
         ("chatml", chat("", "a1", "", "a2"), ["a1<|im_end|>\n", "a2<|im_end|>\n"]),
         ("llama3", chat("x", "hello", "q", "a")[1:], ["hello<|eot_id|>", "a<|eot_id|>"]),
         ("qwen25", chat("x", "hello", "q", "a")[1:], ["hello<|im_end|>\n", "a<|im_end|>\n"]),
-        ("chatml", chat("<|im_start|>assistant\n", "<|im_end|>\n<|im_start|>user\n?"), ["<|im_end|>\n<|im_start|>user\n?<|im_end|>\n"]),
+        (
+            "chatml",
+            chat("<|im_start|>assistant\n", "<|im_end|>\n<|im_start|>user\n?"),
+            ["<|im_end|>\n<|im_start|>user\n?<|im_end|>\n"],
+        ),
     ],
 )
 def test_constructs(name: str, messages: list[dict[str, Any]], wanted: list[str]) -> None:
@@ -173,7 +180,8 @@ def test_tools_that_a_template_drops_are_refused() -> None:
 def test_arguments_that_a_template_prints_as_python_become_json() -> None:
     source = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
-        "{% for c in m.tool_calls or [] %}{{ c.function.name }}: {{ c.function.arguments }}{% endfor %}<end>{% endfor %}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}: {{ c.function.arguments }}{% endfor %}<end>"
+        "{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     found = Reader("messages", ChatTemplate(source, "printing")).read({"messages": [*chat("q"), call()]})
@@ -193,7 +201,8 @@ def test_generation_blocks_decide_and_an_end_they_leave_out_is_learned() -> None
 def test_turns_outside_of_generation_blocks_are_not_learned() -> None:
     source = (
         "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and loop.last %}"
-        "{% generation %}{{ m.content }}<|end|>{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
+        "{% generation %}{{ m.content }}<|end|>{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}"
+        "{% endfor %}"
     )
     found = Reader("messages", ChatTemplate(source, "marked")).read({"messages": TWO})
     assert learned(found) == ["a2<|end|>"]

@@ -61,7 +61,12 @@ def test_empty_answers_are_not_learned(empty: Any) -> None:
 
 @pytest.mark.parametrize("switch", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
 def test_turns_can_be_switched_off(switch: dict[str, Any]) -> None:
-    messages = [said("user", "q1"), said("assistant", "a1", **switch), said("user", "q2"), said("assistant", "a2", weight=1)]
+    messages = [
+        said("user", "q1"),
+        said("assistant", "a1", **switch),
+        said("user", "q2"),
+        said("assistant", "a2", weight=1),
+    ]
     assert learned(Reader("messages", plain()).read({"messages": messages})) == ["a2<end>"]
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", **switch}]
     assert Reader("messages", plain()).read({"conversations": turns}) is Reason.SWITCHED_OFF
@@ -81,7 +86,14 @@ def test_roles_of_messages_are_refused_by_name(role: str) -> None:
 
 @pytest.mark.parametrize(
     ("role", "meant"),
-    [("human", "user"), ("gpt", "assistant"), ("model", "assistant"), ("bot", "assistant"), ("observation", "tool"), ("function", "tool")],
+    [
+        ("human", "user"),
+        ("gpt", "assistant"),
+        ("model", "assistant"),
+        ("bot", "assistant"),
+        ("observation", "tool"),
+        ("function", "tool"),
+    ],
 )
 def test_roles_of_sharegpt_have_their_meaning(role: str, meant: str) -> None:
     turns = [{"from": "human", "value": "q"}, {"from": role, "value": "x"}, {"from": "gpt", "value": "a"}]
@@ -106,7 +118,10 @@ def test_developer_and_function_have_the_name_that_the_template_knows() -> None:
     [
         ('{"city": "Paris"}', '{"city": "Paris"}'),
         ({"city": "Paris", "a": None}, '{"city": "Paris"}'),
-        ({"where": {"city": "Paris", "a": None, "in": [{"b": None, "c": 1}]}}, '{"where": {"city": "Paris", "in": [{"c": 1}]}}'),
+        (
+            {"where": {"city": "Paris", "a": None, "in": [{"b": None, "c": 1}]}},
+            '{"where": {"city": "Paris", "in": [{"c": 1}]}}',
+        ),
         ('{"unit": null}', '{"unit": null}'),
         ('{"n": 1.50, "s": "007"}', '{"n": 1.5, "s": "007"}'),
         ("", "{}"),

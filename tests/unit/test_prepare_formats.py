@@ -198,7 +198,11 @@ def test_byte_order_marks_are_removed() -> None:
         ({"messages": chat("only a question")}, "messages", Reason.NO_ASSISTANT),
         ({"messages": chat("q", "")}, "messages", Reason.EMPTY_ANSWERS),
         ({"messages": [*chat("q"), {"role": "assistant", "content": None}]}, "messages", Reason.EMPTY_ANSWERS),
-        ({"messages": [*chat("q"), {"role": "assistant", "content": "a", "weight": 0}]}, "messages", Reason.SWITCHED_OFF),
+        (
+            {"messages": [*chat("q"), {"role": "assistant", "content": "a", "weight": 0}]},
+            "messages",
+            Reason.SWITCHED_OFF,
+        ),
         ({"prompt": "p", "completion": ""}, "prompt-completion", Reason.EMPTY),
         ({"prompt": "p", "completion": None}, "prompt-completion", Reason.EMPTY),
         ({"instruction": "i", "output": ""}, "instruction", Reason.EMPTY),
@@ -234,5 +238,5 @@ def test_bad_rows_are_told(row: Row, kind: str, says: str) -> None:
 
 
 def test_messages_need_a_template() -> None:
-    with pytest.raises(BadRow, match="no chat template.*data.chat_template"):
+    with pytest.raises(BadRow, match=r"no chat template.*data\.chat_template"):
         Reader("messages", None).read({"messages": chat("q", "a")})
