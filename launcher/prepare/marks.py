@@ -20,14 +20,15 @@ Render = Callable[..., str]
 
 _PLANES = (0xF0000, 0x100000)
 _ROOM = 0xFFFD
+_THOUGHT = "</think>"
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in a message: before or after its text or its reasoning, or behind the name of a tool call."""
+    """A place in a message: before or after its text, behind its reasoning or behind the name of a tool call."""
 
     message: int
-    what: str  # "start", "end", "reasoning" or "call"; "tool" for the tools, which belong to no message (-1)
+    what: str  # "start", "end", "thought", "reasoning" or "call"; "tool" for the tools, which belong to no message (-1)
     index: int = 0
 
 
@@ -49,7 +50,7 @@ def marks_of(messages: Messages, tools: list[Any] | None) -> list[Mark]:
     found: list[Mark] = []
     for i, message in enumerate(messages):
         if _text(message.get("content")).strip():
-            found += [Mark(i, "start"), Mark(i, "end")]
+            found += [Mark(i, what) for _, what in _places(message["content"])]
         if any(_text(message.get(key)).strip() for key in REASONING):
             found.append(Mark(i, "reasoning"))
         found += [Mark(i, "call", k) for k in range(len(message.get("tool_calls") or []))]
@@ -126,10 +127,9 @@ def _marked_message(i: int, message: dict[str, Any], chosen: dict[Mark, str]) ->
     marked = dict(message)
     content = _text(message.get("content"))
     if content.strip():
-        first, last = chosen.get(Mark(i, "start"), ""), chosen.get(Mark(i, "end"), "")
-        inner = content.strip()
-        begin = content.index(inner)
-        marked["content"] = content[:begin] + first + inner + last + content[begin + len(inner) :]
+        for at, what in reversed(_places(content)):
+            content = content[:at] + chosen.get(Mark(i, what), "") + content[at:]
+        marked["content"] = content
     for key in REASONING:
         if (reasoning := _text(message.get(key))).strip():
             inner = reasoning.rstrip()
@@ -139,6 +139,14 @@ def _marked_message(i: int, message: dict[str, Any], chosen: dict[Mark, str]) ->
             _renamed_call(call, chosen.get(Mark(i, "call", k), "")) for k, call in enumerate(message["tool_calls"])
         ]
     return marked
+
+
+def _places(content: str) -> list[tuple[int, str]]:
+    """Where a text is marked, in order: at both ends of what is not white space, and behind thoughts written in it."""
+    begin, stop = len(content) - len(content.lstrip()), len(content.rstrip())
+    thought = len(content[: max(0, content.rfind(_THOUGHT))].rstrip())
+    inner = [(thought, "thought")] if thought > begin else []
+    return [(begin, "start"), *inner, (stop, "end")]
 
 
 def _renamed_call(call: dict[str, Any], character: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -175,10 +175,22 @@ def test_templates_write_what_transformers_writes(name: str) -> None:
 # Random conversations. What each template writes of an assistant turn is said here a second time, in Python.
 
 
+class Where(NamedTuple):
+    """Is the turn the last message, behind the last question, right behind a tool's result?"""
+
+    last: bool
+    later: bool
+    after_tool: bool
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _calls(form: str, join: str = "") -> Callable[[dict[str, Any]], str]:
     def written(turn: dict[str, Any]) -> str:
         calls = [one["function"] for one in turn.get("tool_calls", ())]
-        return join.join(form % (one["name"], json.dumps(one["arguments"], ensure_ascii=False)) for one in calls)
+        return join.join(form % (one["name"], _json(one["arguments"])) for one in calls)
 
     return written
 
@@ -191,42 +203,59 @@ def _content(turn: dict[str, Any]) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-def _qwen25(turn: dict[str, Any], _last: bool, _later: bool) -> str:
+def _qwen25(turn: dict[str, Any], _where: Where) -> str:
     calls = _QWEN(turn)
     return _content(turn) + ("\n" if calls and _content(turn) else "") + calls + "<|im_end|>\n"
 
 
-def _qwen3(turn: dict[str, Any], last: bool, later: bool) -> str:
+def _qwen3(turn: dict[str, Any], where: Where) -> str:
     content, calls = _content(turn), _QWEN(turn)
     thoughts = turn.get("reasoning_content") or ""
     if "reasoning_content" not in turn and "</think>" in content:
         thoughts = content.split("</think>")[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
         content = content.split("</think>")[-1].lstrip("\n")
     head = ""
-    if later and (last or thoughts):
+    if where.later and (where.last or thoughts):
         head, content = f"<think>\n{thoughts.strip(chr(10))}\n</think>\n\n", content.lstrip("\n")
     return head + content + ("\n" if calls and content else "") + calls + "<|im_end|>\n"
 
 
-def _plain(end: str, trim: bool = False, last_end: str | None = None, before: str = "") -> Callable[..., str]:
-    def written(turn: dict[str, Any], last: bool, _later: bool) -> str:
+def _plain(end: str, trim: bool = False, last_end: str | None = None) -> Callable[..., str]:
+    def written(turn: dict[str, Any], where: Where) -> str:
         content = _content(turn).strip() if trim else _content(turn)
-        return before + content + (last_end if last and last_end is not None else end)
+        return content + (last_end if where.last and last_end is not None else end)
 
     return written
 
 
-def _r1(turn: dict[str, Any], _last: bool, _later: bool) -> str:
-    return _content(turn).split("</think>")[-1] + "</s>"
+def _r1(turn: dict[str, Any], where: Where) -> str:
+    if "tool_calls" in turn:
+        form = "<｜call｜>function<｜sep｜>%s\n```json\n%s\n```<｜/call｜>"
+        return "<｜calls｜>" + _calls(form)(turn) + "<｜/calls｜></s>"
+    return (_content(turn) if where.after_tool else _content(turn).split("</think>")[-1]) + "</s>"
 
 
-def _llama3(turn: dict[str, Any], _last: bool, _later: bool) -> str:
+def _harmony(turn: dict[str, Any], where: Where) -> str:
+    if "tool_calls" in turn:
+        return _calls(" to=functions.%s<|channel|>commentary json<|message|>%s<|call|>")(turn)
+    thoughts = turn.get("reasoning_content") if where.last else None
+    analysis = f"<|channel|>analysis<|message|>{thoughts}<|end|><|start|>assistant" if thoughts else ""
+    return f"{analysis}<|channel|>final<|message|>{_content(turn)}{'<|return|>' if where.last else '<|end|>'}"
+
+
+def _mistral(turn: dict[str, Any], _: Where) -> str:
+    if "tool_calls" in turn:
+        return "[TOOL_CALLS] [" + _calls('{"name": "%s", "arguments": %s, "id": "abcdefghi"}')(turn) + "]</s>"
+    return f" {_content(turn).strip()}</s>"
+
+
+def _llama3(turn: dict[str, Any], _where: Where) -> str:
     calls = _calls('{"name": "%s", "parameters": %s}')(turn)
     return (calls or _content(turn).strip()) + "<|eot_id|>"
 
 
-def _generation(turn: dict[str, Any], _last: bool, _later: bool) -> str:
-    calls = "".join("<tool_call>" + json.dumps(one["function"]) + "</tool_call>" for one in turn.get("tool_calls", ()))
+def _generation(turn: dict[str, Any], _where: Where) -> str:
+    calls = "".join("<tool_call>" + _json(one["function"]) + "</tool_call>" for one in turn.get("tool_calls", ()))
     return _content(turn).strip() + calls + "<|im_end|>"
 
 
@@ -236,9 +265,9 @@ ANSWERS: dict[str, Callable[..., str]] = {
     "end_only": _plain("", last_end="</s>"),
     "gemma": _plain("<end_of_turn>\n", trim=True),
     "generation": _generation,
-    "harmony": _plain("<|end|>", last_end="<|return|>", before="<|channel|>final<|message|>"),
+    "harmony": _harmony,
     "llama3": _llama3,
-    "mistral": _plain("</s>", trim=True, before=" "),
+    "mistral": _mistral,
     "no_end": _plain("\n"),
     "no_prompt": _plain("<|end|>"),
     "no_tools": _plain("<|eot_id|>", trim=True),
@@ -248,7 +277,7 @@ ANSWERS: dict[str, Callable[..., str]] = {
     "qwen25": _qwen25,
     "qwen3": _qwen3,
 }
-WITH_CALLS = ("generation", "llama3", "qwen25", "qwen3")
+WITH_CALLS = ("generation", "harmony", "llama3", "mistral", "qwen25", "qwen3")
 TEXT = st.lists(
     st.sampled_from(
         ["alpha", "beta", " ", "\n", "  ", "é", "漢", "\U0001f600", '{"a": 1}', "1.50", "null", "'", "\\", "\r\n"]
@@ -302,7 +331,10 @@ def expected(name: str, messages: list[dict[str, Any]]) -> Iterator[str]:
     ]
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            yield ANSWERS[name](message, i == len(messages) - 1, i > questions[-1])
+            where = Where(i == len(messages) - 1, i > questions[-1], messages[i - 1]["role"] == "tool")
+            written = ANSWERS[name](message, where)
+            if written != "<|im_end|>\n":  # qwen3 leaves out all that the turn says: it is as good as empty
+                yield written
 
 
 TOKENIZER = byte_level(added=tuple(m for m in MARKERS if m not in ("<s>", "</s>")))
@@ -323,11 +355,14 @@ def test_exactly_what_the_assistant_writes_is_learned(name: str, messages: list[
         if name in refuses or (called and name not in WITH_CALLS):
             return
         raise
+    wanted = list(expected(name, messages))
+    if not wanted:
+        assert example is Reason.NOT_FOUND
+        return
     assert isinstance(example, Example), example
     ((tokens, learned),) = ENCODER.encode([example])[0].sequences
-    assert runs(TOKENIZER, tokens, learned) == list(expected(name, messages))
+    assert runs(TOKENIZER, tokens, learned) == wanted
     assert TOKENIZER.decode(tokens) == example.text
-    assert not example.partly
 
 
 def test_a_row_without_answers_is_not_learned() -> None:
