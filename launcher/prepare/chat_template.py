@@ -14,7 +14,7 @@ import jinja2
 from launcher.errors import Problem, RequestError
 from launcher.prepare.conversations import Conversation, Message, Messages
 from launcher.prepare.marks import Mark, Marked
-from launcher.prepare.rows import BadRow
+from launcher.prepare.row_values import BadRow
 from launcher.prepare.template_environment import (
     DATE,
     compile_template,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from launcher.prepare.rows import BadRow, from_json, kind_of, without_mark, without_nulls
+from launcher.prepare.row_values import BadRow, from_json, kind_of, without_mark, without_nulls
 
 Message = dict[str, Any]
 Messages = list[Message]

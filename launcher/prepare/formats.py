@@ -9,7 +9,9 @@ from typing import Any, Literal
 from launcher.job.model import TEMPLATE_RESERVED
 from launcher.prepare.chat_template import ChatTemplate, Rendered
 from launcher.prepare.conversations import Conversation, Reason, conversation_of, tools_of
-from launcher.prepare.rows import BadRow, Row, from_json, list_of, text_of
+from launcher.prepare.row_values import BadRow, Row, from_json, list_of, text_of
+
+__all__ = ["NEEDED", "USED", "BadRow", "Example", "Reader", "detect_format", "unused_columns"]
 
 Span = tuple[int, int]
 

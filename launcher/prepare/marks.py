@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.prepare.conversations import REASONING, Messages
-from launcher.prepare.rows import BadRow
+from launcher.prepare.row_values import BadRow
 
 Render = Callable[..., str]
 """render(messages, add_generation_prompt=False, tools=None) -> text"""

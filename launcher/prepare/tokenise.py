@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.errors import Problem, RequestError, first_line
-from launcher.plan.facts import DataFacts
+from launcher.plan.facts import DataFacts, SplitFacts
 from launcher.prepare.chat_template import ChatTemplate, read_template
 from launcher.prepare.encode import Encoder
 from launcher.prepare.formats import Reader, detect_format
-from launcher.prepare.rows import BadRow
+from launcher.prepare.row_values import BadRow
 from launcher.prepare.sources import DataSource, hub_hint
 from launcher.prepare.write_split import SplitWriter
 from launcher.token_store import publish_folder
@@ -47,13 +47,17 @@ def tokenise(
     kind = _format_of(request, train)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     template = chat_template_of(tokenizer, model_folder, request)
-    reader = Reader(kind, template, request.learn)
+    encoder = Encoder(tokenizer, request.max_length, kind == "text")
+
+    def write(rows: Any, source: DataSource, name: str) -> SplitFacts:
+        reader = Reader(kind, template, request.learn, pads_nulls(source))
+        writer = SplitWriter(reader, encoder, progress)
+        return writer.write(_batches(rows), len(rows), temporary / name, f"data.{name}", rows.column_names)
+
     try:
-        work = SplitWriter(reader, Encoder(tokenizer, request.max_length, kind == "text"), progress)
-        found = work.write(_batches(train), len(train), temporary / "train", "data.train")
-        evaluated = None
-        if held_out is not None:
-            evaluated = work.write(_batches(held_out), len(held_out), temporary / "eval", "data.eval")
+        found = write(train, request.train, "train")
+        source = request.eval if isinstance(request.eval, DataSource) else request.train
+        evaluated = write(held_out, source, "eval") if held_out is not None else None
         supplied = template.sources["default"] if template is not None and request.chat_template else None
         facts = DataFacts(fingerprint=target.name, format=kind, train=found, eval=evaluated, chat_template=supplied)
         facts = _moved(facts, target)
@@ -64,15 +68,26 @@ def tokenise(
     return facts
 
 
+def pads_nulls(source: DataSource) -> bool:
+    """Whether objects of this source have the keys of other rows, as nulls: all have but JSON."""
+    return source.builder != "json"
+
+
 def chat_template_of(tokenizer: Any, folder: Path, request: TextRequest) -> ChatTemplate | None:
     """The job's chat template, else the tokenizer's; None if there is neither. Raises RequestError."""
-    source, name = tokenizer.chat_template, f"the chat template of {folder.name}"
+    source, name = tokenizer.chat_template, f"the chat template of {_model_name(folder)}"
     if request.chat_template is not None:
         source, name = read_template(request.chat_template)
     if not source:
         return None
     tokens = list(tokenizer.get_added_vocab())
     return ChatTemplate(source, name, tokenizer.special_tokens_map, tokens, request.chat_template_kwargs)
+
+
+def _model_name(folder: Path) -> str:
+    """The model's hub name if the folder is in the hub's cache, else the folder's name."""
+    cached = next((part for part in folder.parts if part.startswith("models--")), None)
+    return cached.removeprefix("models--").replace("--", "/") if cached else folder.name
 
 
 def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:

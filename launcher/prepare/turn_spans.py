@@ -16,7 +16,7 @@ from typing import Any
 
 from launcher.prepare.conversations import Messages
 from launcher.prepare.marks import Alphabet, Mark, Marked, Render, marks_of, render_marked
-from launcher.prepare.rows import BadRow
+from launcher.prepare.row_values import BadRow
 
 Span = tuple[int, int]
 _MARKUP = r"<[^<>\s]{1,48}>|\[/?[A-Z_]+\]"

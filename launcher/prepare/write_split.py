@@ -14,7 +14,7 @@ from launcher.prepare.chat_template import date_note
 from launcher.prepare.conversations import Reason
 from launcher.prepare.encode import Encoded, Encoder
 from launcher.prepare.formats import Example, Reader, unused_columns
-from launcher.prepare.rows import BadRow, Row
+from launcher.prepare.row_values import BadRow, Row
 from launcher.token_store import TokenWriter
 
 Progress = Callable[..., None]
@@ -44,9 +44,14 @@ class SplitWriter:
     def __init__(self, reader: Reader, encoder: Encoder, progress: Progress) -> None:
         self.reader, self.encoder, self.progress = reader, encoder, progress
 
-    def write(self, batches: Iterable[Sequence[Row]], total: int, folder: Path, key: str) -> SplitFacts:
-        """The split `key` of the job in `folder`. Raises RequestError if nothing is left to learn."""
-        counts = _Counts()
+    def write(
+        self, batches: Iterable[Sequence[Row]], total: int, folder: Path, key: str, columns: Iterable[str] = ()
+    ) -> SplitFacts:
+        """The split `key` of the job in `folder`; `columns` are those of its files, beside the ones that rows have.
+
+        Raises RequestError if nothing is left to learn.
+        """
+        counts = _Counts(columns=set(columns))
         with TokenWriter(folder) as writer:
             for batch in batches:
                 self._batch(batch, counts, writer, key)
@@ -82,7 +87,9 @@ class SplitWriter:
         try:
             return self.reader.read(row)
         except BadRow as error:
-            raise RequestError(Problem(f"row {index + 1}: {error}", key=key)) from None
+            place = getattr(row, "place", None)
+            problem = place.problem(str(error), key) if place else Problem(f"row {index + 1}: {error}", key=key)
+            raise RequestError(problem) from None
 
     def _add(self, example: Example, encoded: Encoded, counts: _Counts, writer: TokenWriter) -> Reason | None:
         counts.partly += example.partly

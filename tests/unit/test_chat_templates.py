@@ -9,7 +9,7 @@ import pytest
 from launcher.prepare.chat_template import ChatTemplate, read_template
 from launcher.prepare.conversations import Reason
 from launcher.prepare.formats import Example, Reader
-from launcher.prepare.rows import BadRow
+from launcher.prepare.row_values import BadRow
 from tests.unit.chats import TEMPLATES, call, chat, learned, reader, template, tool
 
 TWO = chat("q1", "a1", "q2", "a2")

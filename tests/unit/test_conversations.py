@@ -8,7 +8,7 @@ import pytest
 
 from launcher.prepare.conversations import Reason
 from launcher.prepare.formats import Reader
-from launcher.prepare.rows import BadRow
+from launcher.prepare.row_values import BadRow
 from tests.unit.chats import call, chat, learned, plain, reader, tool
 
 PARTS = [{"type": "text", "text": "be", "image_url": None}, {"type": "text", "text": "ta"}]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from launcher.prepare.chat_template import ChatTemplate
 from launcher.prepare.conversations import Reason
 from launcher.prepare.formats import Example, Reader, detect_format, unused_columns
-from launcher.prepare.rows import BadRow
+from launcher.prepare.row_values import BadRow
 from tests.unit.chats import PLAIN, chat, learned, plain
 
 Row = dict[str, Any]
