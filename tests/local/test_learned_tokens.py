@@ -345,7 +345,7 @@ READERS = {name: Reader("messages", template(name)) for name in ANSWERS}
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(messages=conversations())
 def test_exactly_what_the_assistant_writes_is_learned(name: str, messages: list[dict[str, Any]]) -> None:
     called = any("tool_calls" in message for message in messages)
