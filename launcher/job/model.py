@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from launcher.job import slurm
@@ -54,6 +54,7 @@ Position = Annotated[int | Annotated[float, Field(allow_inf_nan=False)], BeforeV
 Seed = Annotated[WholeNumber, Field(lt=2**32)]
 NAME_PATTERN = r"^[^\x00-\x1f\x7f]*$"
 JOB_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+TEMPLATE_RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 Name = Annotated[str, Field(min_length=1, pattern=NAME_PATTERN)]
 
 
@@ -147,9 +148,25 @@ class DataSection(Section):
         "auto", description="What a row holds. auto: told from the column names."
     )
     max_length: PositiveInt = Field(2048, description="Longest sequence in tokens; longer rows are cut and counted.")
+    chat_template: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="A file with a Jinja chat template, or the template itself. Default: the tokenizer's."
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Variables for the chat template, such as enable_thinking: false."
+    )
+    learn: Literal["all", "last"] = Field(
+        "all", description="Which assistant turns of a conversation are learned: all, or the last alone."
+    )
     cache_dir: Name | None = Field(
         None, description="Where tokenised data is kept. Default: .cache in output_dir, which all nodes see."
     )
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _free_names(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted(TEMPLATE_RESERVED & set(given)):
+            raise ValueError(f"{', '.join(taken)} cannot be set for a chat template: the data decides it")
+        return given
 
 
 LENGTHS = ("num_train_epochs", "max_steps", "total_samples")

@@ -41,7 +41,11 @@ class ModelFacts(Facts):
 
 
 class SplitFacts(Facts):
-    """One tokenised split."""
+    """One tokenised split.
+
+    `dropped_because` counts the `dropped` rows by the reason, which completes "N rows …". `largest_token` is the
+    largest token id, -1 in facts measured before it was kept. `notes` are sentences for the plan's warnings.
+    """
 
     folder: str
     rows: int
@@ -52,12 +56,16 @@ class SplitFacts(Facts):
     cut: int
     dropped: int
     partly_learned: int
+    dropped_because: dict[str, int] = {}
+    largest_token: int = -1
+    notes: tuple[str, ...] = ()
 
 
 class DataFacts(Facts):
     """The tokenised data of a job.
 
     `shared_rows` of the evaluation rows say the same as a training row. `notes` are what reading the rows found.
+    `chat_template` is the source of the template that the job supplies.
     """
 
     fingerprint: str
@@ -66,6 +74,7 @@ class DataFacts(Facts):
     eval: SplitFacts | None
     shared_rows: int = 0
     notes: tuple[str, ...] = ()
+    chat_template: str | None = None
 
 
 class MachineFacts(Facts):

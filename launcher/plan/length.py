@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from launcher.errors import Problem, RequestError
 from launcher.job import Job
-from launcher.plan.facts import DataFacts
+from launcher.plan.facts import DataFacts, ModelFacts
 from launcher.plan.model import Length
 
 _BATCH_OF_THE_JOB = Problem("", key="train.train_batch_size")
@@ -73,10 +73,34 @@ def length_warnings(job: Job, data: DataFacts, batch: int, length: Length) -> li
     if data.train.cut:
         told.append(f"{data.train.cut} of {data.train.rows} rows are cut at {job.data.max_length} tokens")
     if data.train.dropped:
-        told.append(f"{data.train.dropped} of {data.train.rows} rows leave nothing to learn and are left out")
+        told.append(
+            f"{data.train.dropped} of {data.train.rows} rows leave nothing to learn and are left out"
+            f"{_because(data.train.dropped_because)}"
+        )
     if data.train.partly_learned:
         told.append(
-            f"in {data.train.partly_learned} conversations some assistant turns are not learned: "
-            f"the chat template rewrites them once other turns follow"
+            f"in {data.train.partly_learned} conversations some assistant turns are not learned: they are not found in "
+            f"what the chat template writes"
         )
+    told += data.train.notes
+    if data.eval is not None:
+        told += [f"data.eval: {note}" for note in data.eval.notes if note not in data.train.notes]
     return told
+
+
+def _because(reasons: dict[str, int]) -> str:
+    return f": {', '.join(f'{number} {reason}' for reason, number in reasons.items())}" if reasons else ""
+
+
+def check_token_ids(data: DataFacts, model: ModelFacts) -> None:
+    """Does the model have an embedding for every token of the data? Raises RequestError."""
+    largest = max(split.largest_token for split in (data.train, data.eval) if split is not None)
+    if largest >= model.vocab_size:
+        raise RequestError(
+            Problem(
+                f"the tokenizer writes token {largest}, and the model has {model.vocab_size} embeddings "
+                f"(0 to {model.vocab_size - 1})",
+                key="model.name_or_path",
+                hint="take the tokenizer that belongs to the model, or a model whose embeddings were resized to it",
+            )
+        )

@@ -13,7 +13,7 @@ from launcher.plan.data_warnings import data_warnings
 from launcher.plan.decisions import decisions_of
 from launcher.plan.facts import DataFacts, MachineFacts, ModelFacts
 from launcher.plan.fit import Needs, memory_warnings, room_of
-from launcher.plan.length import length_warnings, open_batch_limit, resolve_length
+from launcher.plan.length import check_token_ids, length_warnings, open_batch_limit, resolve_length
 from launcher.plan.model import Change, Length, Plan, World
 from launcher.plan.rate import decide_rate
 from launcher.plan.switches import check_switches, sequence_parallel_problems, switch_warnings
@@ -26,6 +26,7 @@ def resolve(job: Job, user: DsConfig, model: ModelFacts, data: DataFacts, machin
     world = resolve_world(job, machine)
     check_switches(job, user, world, machine)
     check_model(job, model)
+    check_token_ids(data, model)
     precision = resolve_precision(job, user, world, machine)
     batch = _batch(job, user, world, model, machine, precision, data)
     length = resolve_length(job, data, batch.train_batch_size, *_what_decided(job, user, world, batch))
@@ -164,12 +165,12 @@ def check_model(job: Job, model: ModelFacts) -> None:
             )
         )
     problems += sequence_parallel_problems(job, model)
-    if job.data.format == "messages" and not model.has_chat_template:
+    if job.data.format == "messages" and not model.has_chat_template and job.data.chat_template is None:
         problems.append(
             Problem(
                 "this model's tokenizer has no chat template",
                 key="data.format",
-                hint="take the model's instruct version, or prompt-completion rows",
+                hint="take the model's instruct version, set data.chat_template, or take prompt-completion rows",
             )
         )
     if problems:

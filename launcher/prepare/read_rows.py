@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from launcher.errors import Problem, RequestError
-from launcher.prepare.formats import NEEDED, BadRow, detect_format
+from launcher.prepare.formats import NEEDED, detect_format
 from launcher.prepare.read_files import file_reader
+from launcher.prepare.row_values import BadRow, without_nulls
 from launcher.prepare.rows import MEANINGFUL, BadFile, Place, Row, RowReader
 from launcher.prepare.sources import DataSource
 
@@ -289,16 +290,8 @@ def _named(value: Any) -> str:
 
 def _fingerprint(row: Row) -> int | None:
     """64 bits that stand for what a row says in its meaningful columns, without nulls; None if they are empty."""
-    said = {name: _without_nulls(row[name]) for name in MEANINGFUL if row.get(name)}
+    said = {name: without_nulls(row[name]) for name in MEANINGFUL if row.get(name)}
     if not said:
         return None
     text = json.dumps(said, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
-    if isinstance(value, list):
-        return [_without_nulls(one) for one in value]
-    return value

@@ -15,8 +15,8 @@ from launcher.prepare import sources
 from launcher.run_dir import write_atomic
 
 Progress = Callable[..., None]
-_FORMAT_VERSION = 1
-_DATA_VERSION = 2
+_FORMAT_VERSION = 2
+_DATA_VERSION = 3
 
 
 class ModelRequest(BaseModel):
@@ -124,6 +124,9 @@ def _tokenise(request: Request, model_folder: Path, progress: Progress) -> DataF
         split=section.split,
         eval_split=section.eval_split,
         seed=request.job.train.seed,
+        chat_template=section.chat_template,
+        chat_template_kwargs=section.chat_template_kwargs,
+        learn=section.learn,
     )
     return tokenise(text, model_folder, target, request.job.model.trust_remote_code, progress)
 
@@ -143,6 +146,8 @@ def _method(section: ModelSection) -> dict[str, object]:
 
 
 def _data_folder(request: Request, model_folder: Path) -> Path:
+    from launcher.prepare.chat_template import read_template
+
     section = request.job.data
     train, held_out = sources.find_split_data(section)
     parts = [
@@ -155,6 +160,9 @@ def _data_folder(request: Request, model_folder: Path) -> Path:
         section.max_length,
         section.split,
         section.eval_split,
+        read_template(section.chat_template)[0] if section.chat_template else None,
+        section.chat_template_kwargs,
+        section.learn,
     ]
     return request.cache / "data" / sources.fingerprint(parts)
 

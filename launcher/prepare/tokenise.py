@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from launcher.errors import Problem, RequestError
 from launcher.plan.facts import DataFacts, SplitFacts
-from launcher.prepare.formats import BadRow, Example, to_example
+from launcher.prepare.chat_template import ChatTemplate, read_template
+from launcher.prepare.encode import Encoder
+from launcher.prepare.formats import Reader
 from launcher.prepare.read_rows import Rows, load_rows
-from launcher.prepare.rows import Row
 from launcher.prepare.sources import DataSource
-from launcher.token_store import TokenWriter, publish_folder
+from launcher.prepare.write_split import SplitWriter
+from launcher.token_store import publish_folder
 
 Progress = Callable[..., None]
 
@@ -31,6 +33,9 @@ class TextRequest:
     split: str
     seed: int
     eval_split: str | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    learn: Literal["all", "last"] = "all"
 
 
 def tokenise(
@@ -48,10 +53,19 @@ def tokenise(
     )
     kind = loaded.kind
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    template = chat_template_of(tokenizer, model_folder, request)
+    encoder = Encoder(tokenizer, request.max_length, kind == "text")
+
+    def write(rows: Rows, source: DataSource, name: str) -> SplitFacts:
+        reader = Reader(kind, template, request.learn, pads_nulls(source))
+        writer = SplitWriter(reader, encoder, progress)
+        return writer.write(rows.batches(), len(rows), temporary / name, f"data.{name}", rows.column_names)
+
     try:
-        work = _Work(tokenizer, kind, request.max_length, progress)
-        found = work.write(loaded.train, temporary / "train", "data.train")
-        evaluated = work.write(loaded.eval, temporary / "eval", "data.eval") if loaded.eval is not None else None
+        found = write(loaded.train, request.train, "train")
+        source = request.eval if isinstance(request.eval, DataSource) else request.train
+        evaluated = write(loaded.eval, source, "eval") if loaded.eval is not None else None
+        supplied = template.sources["default"] if template is not None and request.chat_template else None
         facts = DataFacts(
             fingerprint=target.name,
             format=kind,
@@ -59,6 +73,7 @@ def tokenise(
             eval=evaluated,
             shared_rows=loaded.shared_rows(),
             notes=loaded.notes(),
+            chat_template=supplied,
         )
         facts = _moved(facts, target)
         (temporary / "facts.json").write_text(facts.model_dump_json(indent=2))
@@ -66,6 +81,28 @@ def tokenise(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return facts
+
+
+def pads_nulls(source: DataSource) -> bool:
+    """Whether objects of this source have the keys of other rows, as nulls: all have but JSON."""
+    return source.builder != "json"
+
+
+def chat_template_of(tokenizer: Any, folder: Path, request: TextRequest) -> ChatTemplate | None:
+    """The job's chat template, else the tokenizer's; None if there is neither. Raises RequestError."""
+    source, name = tokenizer.chat_template, f"the chat template of {_model_name(folder)}"
+    if request.chat_template is not None:
+        source, name = read_template(request.chat_template)
+    if not source:
+        return None
+    tokens = list(tokenizer.get_added_vocab())
+    return ChatTemplate(source, name, tokenizer.special_tokens_map, tokens, request.chat_template_kwargs)
+
+
+def _model_name(folder: Path) -> str:
+    """The model's hub name if the folder is in the hub's cache, else the folder's name."""
+    cached = next((part for part in folder.parts if part.startswith("models--")), None)
+    return cached.removeprefix("models--").replace("--", "/") if cached else folder.name
 
 
 def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
@@ -97,93 +134,3 @@ def _moved(facts: DataFacts, target: Path) -> DataFacts:
     train = facts.train.model_copy(update={"folder": str(target / "train")})
     held_out = facts.eval.model_copy(update={"folder": str(target / "eval")}) if facts.eval else None
     return facts.model_copy(update={"train": train, "eval": held_out})
-
-
-class _Work:
-    def __init__(self, tokenizer: Any, kind: str, max_length: int, progress: Progress) -> None:
-        self.tokenizer, self.kind, self.max_length, self.progress = tokenizer, kind, max_length, progress
-        self.render = self._render if tokenizer.chat_template else None
-
-    def write(self, rows: Rows, folder: Path, key: str) -> SplitFacts:
-        """Tokenises `rows` into a token store. Raises RequestError where nothing is left to learn."""
-        cut = dropped = partly = done = 0
-        with TokenWriter(folder) as writer:
-            for batch in rows.batches():
-                examples = [self._example(row, key) for row in batch]
-                partly += sum(example.partly for example in examples if example)
-                for pieces, was_cut in self._encode(examples):
-                    kept = [(tokens, learned) for tokens, learned in pieces if sum(learned[1:])]
-                    for tokens, learned in kept:
-                        writer.add(tokens, learned)
-                    cut += was_cut
-                    dropped += not kept
-                done += len(batch)
-                self.progress(done=done, total=len(rows), message=f"tokenising {key}")
-            facts = writer.facts()
-        if not facts["sequences"]:
-            raise RequestError(
-                Problem(
-                    f"none of {done} rows, read as {self.kind}, leaves anything to learn in {self.max_length} tokens",
-                    key=key,
-                    hint="raise data.max_length, or check data.format",
-                )
-            )
-        return SplitFacts(folder=str(folder), rows=done, cut=cut, dropped=dropped, partly_learned=partly, **facts)
-
-    def _example(self, row: Row, key: str) -> Example | None:
-        try:
-            return to_example(row, self.kind, self.render)
-        except BadRow as error:
-            raise RequestError(row.place.problem(str(error), key)) from None
-
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False, tools: Any = None) -> str:
-        import jinja2
-
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, tools=tools
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise BadRow(f"the chat template refuses these messages: {error}") from None
-        return text
-
-    def _encode(self, examples: Sequence[Example | None]) -> Iterator[tuple[list[tuple[list[int], list[int]]], bool]]:
-        """For each example its (tokens, learned) sequences of at most max_length, and whether something was cut off."""
-        for complete in (True, False):
-            chosen = [e for e in examples if e is not None and e.complete is complete]
-            if chosen:
-                encoded = self.tokenizer(
-                    [e.text for e in chosen], add_special_tokens=not complete, return_offsets_mapping=True
-                )
-                for example, tokens, offsets in zip(
-                    chosen, encoded["input_ids"], encoded["offset_mapping"], strict=True
-                ):
-                    yield self._sequences(example, tokens, offsets)
-        for _ in range(examples.count(None)):
-            yield [], False
-
-    def _sequences(
-        self, example: Example, tokens: list[int], offsets: list[tuple[int, int]]
-    ) -> tuple[list[tuple[list[int], list[int]]], bool]:
-        learned = _learned(example, offsets)
-        end = self.tokenizer.eos_token_id
-        if not example.complete and end is not None and (not tokens or tokens[-1] != end):
-            tokens, learned = [*tokens, end], [*learned, 1]
-        if self.kind != "text":
-            return [(tokens[: self.max_length], learned[: self.max_length])], len(tokens) > self.max_length
-        starts = range(0, len(tokens), self.max_length)
-        return [(tokens[s : s + self.max_length], learned[s : s + self.max_length]) for s in starts], False
-
-
-def _learned(example: Example, offsets: list[tuple[int, int]]) -> list[int]:
-    """1 for each token that begins inside a learned span; special tokens added by the tokenizer are (0, 0)."""
-    learned = [0] * len(offsets)
-    spans = iter(sorted(example.spans))
-    span = next(spans, None)
-    for i, (start, stop) in enumerate(offsets):
-        while span is not None and start >= span[1]:
-            span = next(spans, None)
-        if span is None:
-            break
-        learned[i] = int(stop > start and start >= span[0])
-    return learned

@@ -45,7 +45,9 @@ def write_export(module: Any, weights: dict[str, torch.Tensor], plan: Plan, fold
         module.save_pretrained(folder, state_dict=weights)
     else:
         _save_adapters(module, weights, plan, folder)
-    load_tokenizer(plan).save_pretrained(folder)
+    tokenizer = load_tokenizer(plan)
+    tokenizer.chat_template = plan.data.chat_template or tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
 
 
 def trained_weights(module: Any, plan: Plan) -> dict[str, torch.Tensor]:

@@ -140,6 +140,14 @@ VALUES = [
         ("job.yaml:2: data.format", "found 'chat'"),
         with_data("{train: data/train.jsonl, format: chat}"),
     ),
+    Bad(
+        "messages for a template",
+        ("job.yaml:2: data.chat_template_kwargs", "messages cannot be set for a chat template"),
+        with_data("{train: x, chat_template_kwargs: {messages: []}}"),
+    ),
+    Bad(
+        "learns the first", ("job.yaml:2: data.learn", "must be 'all' or 'last'"), with_data("{train: x, learn: first}")
+    ),
     Bad("evaluates on all", ("job.yaml:2: data.eval", "less than 1", "found 1.5"), with_data("{train: x, eval: 1.5}")),
     Bad("length of zero", ("data.max_length: must be greater than 0"), with_data("{train: x, max_length: 0}")),
     Bad("environment of numbers", ("job.yaml:3: cluster.env.A: must be text, found 1"), with_cluster("{env: {A: 1}}")),

@@ -18,7 +18,7 @@ from launcher.job.set_keys import changed_keys, set_keys, with_set_keys
 from launcher.plan.length import length_warnings, resolve_length
 from launcher.plan.model import Plan, hash_in
 from launcher.plan.rate import planned_rates
-from launcher.plan.resolve import resolve_precision, resolve_world
+from launcher.plan.resolve import resolve, resolve_precision, resolve_world
 from tests.unit.given import GIB, data_facts, job_of, machine_facts, model_facts, plan_of
 
 EPOCHS = st.one_of(st.none(), st.floats(0.01, 20.0))
@@ -47,15 +47,26 @@ def test_max_steps_is_the_number_of_updates(sequences: int, steps: int, batch: i
     assert (length.total_updates, length.samples, length.refilled_samples) == (steps, steps * batch, 0)
 
 
+def test_a_token_without_an_embedding_is_refused() -> None:
+    job, user = job_of(train={"max_steps": 3}), from_mapping({}, "ds.json")
+    model = model_facts(vocab_size=300)
+    resolve(job, user, model, data_facts(64, largest_token=299), machine_facts(1))
+    with pytest.raises(RequestError, match="token 300, and the model has 300 embeddings") as caught:
+        resolve(job, user, model, data_facts(64, largest_token=300), machine_facts(1))
+    assert caught.value.problems[0].key == "model.name_or_path"
+
+
 def test_what_happens_to_rows_and_batches_is_told() -> None:
-    data = data_facts(10, cut=3, dropped=2, partly_learned=1)
+    reasons = {"are empty": 1, "have no assistant turn": 1}
+    data = data_facts(10, cut=3, dropped=2, partly_learned=1, dropped_because=reasons, notes=("the template is odd",))
     job = job_of(train={"num_train_epochs": 2}, data={"max_length": 77})
     told = "\n".join(length_warnings(job, data, 16, resolve_length(job, data, 16)))
     for words in (
         "filled up with 12 samples",
         "a batch of 16 takes some of the 10",
         "3 of 10 rows are cut at 77",
-        "2 of 10",
+        "2 of 10 rows leave nothing to learn and are left out: 1 are empty, 1 have no assistant turn",
+        "the template is odd",
     ):
         assert words in told
     assert "in 1 conversations" in told

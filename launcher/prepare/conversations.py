@@ -1,0 +1,223 @@
+"""Conversations as people write them, brought to the one form that chat templates read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from launcher.prepare.row_values import BadRow, from_json, kind_of, without_mark, without_nulls
+
+Message = dict[str, Any]
+Messages = list[Message]
+
+ROLES = ("system", "user", "assistant", "tool")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+_SHAREGPT = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
+    "function": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+}
+_SWITCHES = ("weight", "train")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+class Reason(StrEnum):
+    """Why nothing of a row is learned."""
+
+    EMPTY = "are empty"
+    NO_ASSISTANT = "have no assistant turn"
+    EMPTY_ANSWERS = "have only empty assistant turns"
+    SWITCHED_OFF = "have weight 0 or train false on every assistant turn"
+    NOT_FOUND = "have no assistant turn that can be found in what the chat template writes"
+    CUT = "have nothing to learn within data.max_length"
+    NO_TARGET = "are a single token"
+
+
+@dataclass
+class Conversation:
+    """Messages for a chat template and which of them are learned.
+
+    `switched_off` holds the assistant turns that the row itself excludes (`weight: 0`, `train: false`).
+    """
+
+    messages: Messages
+    switched_off: set[int] = field(default_factory=set)
+    tools: list[Any] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def to_learn(self, first: int = 0, only_last: bool = False) -> list[int] | Reason:
+        """Indices of the assistant turns, from message `first` on, that are learned, or why there are none."""
+        turns = [i for i, message in enumerate(self.messages) if i >= first and message["role"] == "assistant"]
+        if not turns:
+            return Reason.NO_ASSISTANT
+        filled = [i for i in turns if says_something(self.messages[i])]
+        if not filled:
+            return Reason.EMPTY_ANSWERS
+        if only_last:
+            filled = filled[-1:]
+        return [i for i in filled if i not in self.switched_off] or Reason.SWITCHED_OFF
+
+
+def says_something(message: Message) -> bool:
+    """Whether an assistant turn holds text, reasoning or tool calls."""
+    texts = (message.get(key) for key in ("content", *REASONING))
+    return bool(message.get("tool_calls")) or any(isinstance(text, str) and text.strip() for text in texts)
+
+
+def conversation_of(turns: list[Any], template: str, padded: bool = True) -> Conversation:
+    """The turns of a row, checked. Raises BadRow.
+
+    `template` is the source of the chat template, which may know roles of its own. `padded`: the file's kind pads
+    objects with the keys of other rows as nulls (parquet), which are removed.
+    """
+    conversation = Conversation([])
+    for turn in turns:
+        message, learned = _message(turn, template, padded)
+        if not learned:
+            conversation.switched_off.add(len(conversation.messages))
+        conversation.messages.append(message)
+    return conversation
+
+
+def tools_of(value: Any, padded: bool = True) -> list[Any] | None:
+    """The tools of a row: a list of objects, or that as JSON text; None if there are none. Raises BadRow."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    tools = from_json(value, "tools")
+    if isinstance(tools, list):
+        tools = [from_json(tool, "tools") if isinstance(tool, str) else _unpadded(tool, padded) for tool in tools]
+    if tools is None:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise BadRow(f"tools must be a list of objects, found {str(value)[:60]!r}")
+    return tools or None
+
+
+def _message(turn: Any, template: str, padded: bool) -> tuple[Message, bool]:
+    """(message, whether the row lets it be learned)."""
+    if not isinstance(turn, Mapping):
+        raise BadRow(f"a message needs role and content, found {str(turn)[:80]!r}")
+    message = {key: value for key, value in turn.items() if value is not None}
+    message = _renamed(message) if "from" in message and "role" not in message else message
+    role = message.get("role")
+    if not isinstance(role, str) or not ({"content", "tool_calls", *REASONING} & {*message, *turn}):
+        raise BadRow(f"a message needs role and content, found {str(turn)[:80]!r}")
+    message["role"] = _role(role, template)
+    learned = _is_learned(message)
+    message = {key: value for key, value in message.items() if key not in _SWITCHES}
+    message["content"] = content_text(message.get("content"))
+    for key in REASONING:
+        if key in message and not isinstance(message[key], str):
+            raise BadRow(f"{key} must be text, found {kind_of(message[key])}")
+    calls = _tool_calls(message, padded)
+    if calls:
+        message["tool_calls"] = calls
+        if not message["content"]:
+            del message["content"]
+    else:
+        message.pop("tool_calls", None)
+    return message, learned
+
+
+def content_text(content: Any) -> str:
+    """A message's content as text; "" for null. The parts of a list are put together. Raises BadRow."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return without_mark(content)
+    if isinstance(content, list):
+        return without_mark("".join(_part_text(part) for part in content))
+    raise BadRow(f"content must be text, found {kind_of(content)}: {str(content)[:60]}")
+
+
+def _part_text(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping):
+        raise BadRow(f"content must be text or a list of text parts, found {kind_of(part)} in the list")
+    held = {key: value for key, value in part.items() if value is not None}
+    kind = held.get("type", "text" if "text" in held else ", ".join(map(str, held)) or "nothing")
+    if kind not in _TEXT_PARTS:
+        raise BadRow(f"content has a part of type {kind}: only parts of type text can be used")
+    text = held.get("text", "")
+    if not isinstance(text, str):
+        raise BadRow(f"content must be text: a text part holds {kind_of(text)}")
+    return text
+
+
+def _renamed(turn: Message) -> Message:
+    """A turn of ShareGPT's form (from, value) as a message."""
+    said, value = turn["from"], turn.get("value")
+    if "value" not in turn and "content" not in turn and not turn.get("tool_calls"):
+        raise BadRow(f"a turn needs from and value, found {str(turn)[:80]!r}")
+    value = turn.get("content") if value is None else value
+    role = _SHAREGPT.get(said, said) if isinstance(said, str) else said
+    rest = {key: inner for key, inner in turn.items() if key not in ("from", "value")}
+    if said == "function_call":
+        calls = from_json(value, "a function_call")
+        return {**rest, "role": role, "tool_calls": calls if isinstance(calls, list) else [calls]}
+    return {**rest, "role": role, "content": value}
+
+
+def _role(role: str, template: str) -> str:
+    """The role under its usual name. A role that is not usual passes if the chat template names it. Raises BadRow."""
+    if role in ROLES:
+        return role
+    if role not in _SHAREGPT.keys() - {"function"} and (f"'{role}'" in template or f'"{role}"' in template):
+        return role
+    meant = {"developer": "system", "function": "tool", "ipython": "tool"}.get(role)
+    if meant is None:
+        raise BadRow(f"role {role}, wanted {', '.join(ROLES)}")
+    return meant
+
+
+def _is_learned(message: Message) -> bool:
+    weight, train = message.get("weight", 1), message.get("train", True)
+    if weight not in (0, 1):
+        raise BadRow(f"weight must be 0 or 1, found {weight!r}")
+    if not isinstance(train, bool) and train not in (0, 1):
+        raise BadRow(f"train must be true or false, found {train!r}")
+    return bool(weight) and bool(train)
+
+
+def _tool_calls(message: Message, padded: bool) -> list[Message]:
+    calls = from_json(message.get("tool_calls") or [], "tool_calls")
+    if isinstance(message.get("function_call"), Mapping) and not calls:
+        calls = [{"type": "function", "function": message.pop("function_call")}]
+    if not isinstance(calls, list):
+        raise BadRow(f"tool_calls must be a list, found {kind_of(calls)}")
+    return [_tool_call(from_json(call, "tool_calls"), padded) for call in calls]
+
+
+def _tool_call(call: Any, padded: bool) -> Message:
+    """A call in OpenAI's form, its arguments parsed."""
+    if not isinstance(call, Mapping):
+        raise BadRow(f"a tool call must be an object, found {kind_of(call)}")
+    call = {key: value for key, value in call.items() if value is not None}
+    if "function" not in call:
+        call = {"type": "function", "function": call}
+    function = from_json(call["function"], "the function of a tool call")
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise BadRow(f"a tool call needs a function with a name, found {str(call)[:80]}")
+    given = function.get("arguments")
+    if given is None or given == "":
+        given = {}
+    arguments = (
+        from_json(given, f"arguments of {function['name']}") if isinstance(given, str) else _unpadded(given, padded)
+    )
+    if not isinstance(arguments, Mapping):
+        raise BadRow(f"arguments of {function['name']} must be an object, found {kind_of(arguments)}")
+    function = {key: value for key, value in function.items() if value is not None}
+    return {"type": "function", **call, "function": {**function, "arguments": dict(arguments)}}
+
+
+def _unpadded(value: Any, padded: bool) -> Any:
+    return without_nulls(value) if padded else value

@@ -1,0 +1,153 @@
+"""From text and learned spans to tokens and a mask of the learned ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.prepare.formats import Example
+
+Piece = tuple[str, int]
+Tokens = list[int]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Sequences of (token ids, 1 where a token is learned) of at most max_length; `cut`: something was left out."""
+
+    sequences: list[tuple[Tokens, list[int]]]
+    cut: bool
+
+
+class Encoder:
+    """Tokenises examples with a fast tokenizer.
+
+    What is learned is tokenised apart from what is not. So no token reaches across the border, whatever white space is
+    there, and the model is trained on the tokens that it meets in use: the prompt tokenised on its own, then what the
+    model writes. A tokenizer that puts a space in front of every text (SentencePiece) tokenises the whole, and in
+    pieces only the texts in which a token does reach across.
+
+    `divide`: texts longer than max_length become several sequences (plain text); otherwise they are cut.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int, divide: bool) -> None:
+        self.tokenizer, self.max_length, self.divide = tokenizer, max_length, divide
+        self.end: int | None = tokenizer.eos_token_id
+        self.before, self.after = self._added()
+        self.in_pieces = self._plain("\na") == [*self._plain("\n"), *self._plain("a")]
+
+    def encode(self, examples: Sequence[Example]) -> list[Encoded]:
+        """The tokens of each example."""
+        examples = [self._stripped(example) for example in examples]
+        masked = self._by_pieces(examples) if self.in_pieces else [self._whole(example) for example in examples]
+        return [self._sequences(*self._ended(example, *one)) for example, one in zip(examples, masked, strict=True)]
+
+    def _stripped(self, example: Example) -> Example:
+        """The example without white space behind an end-of-text token that the text itself ends with."""
+        end = self.tokenizer.eos_token
+        text = example.text.rstrip()
+        if example.complete or not end or not text.endswith(end) or text == example.text:
+            return example
+        return Example(text, tuple((start, min(stop, len(text))) for start, stop in example.spans))
+
+    def _by_pieces(self, examples: Sequence[Example]) -> list[tuple[Tokens, list[int]]]:
+        cut = [list(_pieces(example)) for example in examples]
+        texts = [text for pieces in cut for text, _ in pieces]
+        ids = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+        found = []
+        for pieces in cut:
+            tokens: Tokens = []
+            learned: list[int] = []
+            for _, bit in pieces:
+                piece = next(ids)
+                tokens += piece
+                learned += [bit] * len(piece)
+            found.append((tokens, learned))
+        return found
+
+    def _whole(self, example: Example) -> tuple[Tokens, list[int]]:
+        encoded = self.tokenizer(example.text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
+        borders = {border for span in example.spans for border in span}
+        if any(begin < border < stop for begin, stop in offsets for border in borders):
+            return self._guarded(example)
+        return encoded["input_ids"], _learned(example, offsets)
+
+    def _guarded(self, example: Example) -> tuple[Tokens, list[int]]:
+        """In pieces, each but the first behind a line break, which keeps the tokenizer from adding a space."""
+        guard = self._plain("\n")
+        tokens: Tokens = []
+        learned: list[int] = []
+        for k, (text, bit) in enumerate(_pieces(example)):
+            piece = self._plain("\n" + text if k else text)
+            if k:
+                piece = piece[len(guard) :] if piece[: len(guard)] == guard else self._plain(text)
+            tokens += piece
+            learned += [bit] * len(piece)
+        return tokens, learned
+
+    def _ended(self, example: Example, tokens: Tokens, learned: list[int]) -> tuple[Tokens, list[int]]:
+        """With what the tokenizer adds at both ends, nothing of it twice, and a learned end-of-text token."""
+        if example.complete:
+            return tokens, learned
+        before = self.before[: len(self.before) - _overlap(self.before, tokens)]
+        after = self.after[_overlap(tokens, self.after) :]
+        tokens, learned = [*before, *tokens, *after], [*[0] * len(before), *learned, *[1] * len(after)]
+        if self.end is not None and self.end not in self.after and tokens[-1:] != [self.end]:
+            tokens, learned = [*tokens, self.end], [*learned, 1]
+        return tokens, learned
+
+    def _sequences(self, tokens: Tokens, learned: list[int]) -> Encoded:
+        most = self.max_length
+        if not self.divide:
+            return Encoded([(tokens[:most], learned[:most])], len(tokens) > most)
+        starts = list(range(0, len(tokens), most))
+        if len(starts) > 1 and len(tokens) - starts[-1] == 1 and most > 2:
+            starts[-1] -= 1  # nothing predicts the first token of a sequence: the end token must not be one
+        stops = [*starts[1:], len(tokens)]
+        return Encoded([(tokens[a:b], learned[a:b]) for a, b in zip(starts, stops, strict=True)], False)
+
+    def _plain(self, text: str) -> Tokens:
+        ids: Tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _added(self) -> tuple[Tokens, Tokens]:
+        """The tokens that the tokenizer adds in front of a text and behind it."""
+        plain, whole = self._plain("a"), list(self.tokenizer("a")["input_ids"])
+        for k in range(len(whole) - len(plain) + 1):
+            if plain and whole[k : k + len(plain)] == plain:
+                return whole[:k], whole[k + len(plain) :]
+        return [], []
+
+
+def _pieces(example: Example) -> Iterator[Piece]:
+    """The example's text, cut where learned spans begin and end, with 1 for what is learned."""
+    at = 0
+    for start, stop in sorted(example.spans):
+        if start > at:
+            yield example.text[at:start], 0
+        if stop > max(at, start):
+            yield example.text[max(at, start) : stop], 1
+        at = max(at, stop)
+    if at < len(example.text):
+        yield example.text[at:], 0
+
+
+def _learned(example: Example, offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """1 for each token that begins inside a learned span."""
+    learned = [0] * len(offsets)
+    spans = iter(sorted(example.spans))
+    span = next(spans, None)
+    for i, (start, _) in enumerate(offsets):
+        while span is not None and start >= span[1]:
+            span = next(spans, None)
+        if span is None:
+            break
+        learned[i] = int(start >= span[0])
+    return learned
+
+
+def _overlap(first: Tokens, second: Tokens) -> int:
+    """How many tokens at the end of `first` are the beginning of `second`."""
+    return next((k for k in range(min(len(first), len(second)), 0, -1) if first[-k:] == second[:k]), 0)
