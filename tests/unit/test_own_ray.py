@@ -20,7 +20,7 @@ def test_a_ray_that_ends_at_once_is_tried_again_and_reported(tmp_path: Path, mon
     monkeypatch.setattr(sys, "executable", str(python))
     log = io.BytesIO()
     ray = OwnRay(Allocation("77", 0, 0, ("h1",), cpus=1, gpus=0), "127.0.0.1", None, log)
-    with pytest.raises(RunFailed, match="Ray did not start on .* in 3 tries"):
+    with pytest.raises(RunFailed, match=r"Ray did not start on .* in 3 tries"):
         ray.start()
     ray.end()
     assert log.getvalue().decode().splitlines() == ["no libstdc++ here"] * 3
