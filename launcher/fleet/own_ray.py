@@ -127,7 +127,8 @@ class OwnRay:
         """Kills what was started, by process id: none of it takes SIGTERM, and nothing of it is needed any more."""
         if self._process is None:
             return
-        started = [*_below(self._process.pid), psutil.Process(self._process.pid)]
+        started = _below(self._process.pid)
+        self._process.kill()
         for process in started:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -115,7 +115,18 @@ def test_a_rank_that_raises_on_the_second_node_is_told_from_elsewhere(cluster: R
     jobs.mkdir(parents=True)
     faulty, runs = write_fault(folder), {"output_dir": str(folder / "runs"), "train": {"max_steps": 100_000}}
     write_tiny_job(jobs, "raising", cluster={"nodes": 2, "env": {"PYTHONPATH": str(faulty)}}, **runs)
-    plainly = ("ray", "job", "submit", "--address", cluster.address, "--working-dir", ".", "--", "launcher", "run")
+    plainly = (
+        "ray",
+        "job",
+        "submit",
+        "--address",
+        cluster.address,
+        "--working-dir",
+        ".",
+        "--",
+        str(BIN / "launcher"),
+        "run",
+    )
     raising = cluster.popen("ctl", *plainly, "raising.yaml", cwd=jobs)
     raising.wait_for(lambda: any(len(run.metrics()) >= 2 for run in runs_of(folder, "raising")), seconds=240)
 
