@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -10,16 +9,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from rich.markup import escape
+
 from launcher.aftermath import (
     LOG_LINES,
     Place,
+    code_of_collective,
     fell,
     only_timed_out,
     raised_at,
     said,
     timed_out_headline,
 )
-from launcher.errors import RunFailed
+from launcher.errors import FailureCode, RunFailed, first_line, known_code
 from launcher.fleet.agent import Event, NodeTask
 from launcher.fleet.environment import rank_environment
 from launcher.fleet.failure import Failure, all_failures, first_failure, in_order
@@ -60,7 +62,7 @@ class Console(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: "finished", or "stopped" after `updates` updates; of its own accord where there is a reason.
+    """How a run ended: "finished", or "stopped" after `updates` updates; by itself if there is a reason, with its code.
 
     `updates` is None where a script did not report any.
     """
@@ -68,6 +70,7 @@ class Outcome:
     state: str
     updates: int | None
     reason: str | None = None
+    code: FailureCode | None = None
 
 
 class Supervisor:
@@ -96,10 +99,25 @@ class Supervisor:
         try:
             self.place()
             self.start(start)
-            return self.follow()
-        finally:
+            outcome = self.follow()
+        except BaseException:
+            self._give_back_after_failure()
+            raise
+        self._give_back()
+        return outcome
+
+    def _give_back(self) -> None:
+        try:
             self.nodes.end(_GRACE_SECONDS if not self.stopping else _STOP_GRACE_SECONDS)
+        finally:
             self.nodes.close()
+
+    def _give_back_after_failure(self) -> None:
+        """Gives the nodes back. What goes wrong with that is printed: the failure before it is the one that counts."""
+        try:
+            self._give_back()
+        except Exception as error:
+            self.console.note(f"          the nodes could not be given back: {escape(first_line(error))}")
 
     def place(self) -> None:
         self.enter("placing")
@@ -149,7 +167,7 @@ class Supervisor:
         self._show_progress()
         stops = [event for event in self.events if event["report"] == "stopped"]
         if stops:
-            return Outcome("stopped", stops[0]["update"], stops[0]["reason"])
+            return Outcome("stopped", stops[0]["update"], stops[0]["reason"], known_code(stops[0].get("code")))
         return Outcome("finished", self.plan.length.total_updates)
 
     @property
@@ -222,10 +240,12 @@ class Supervisor:
         self._show_progress()
         failures = self._failures()
         self.nodes.end(_GRACE_SECONDS)
-        # What cannot be written down, because the disk is full, is told all the same.
-        with contextlib.suppress(OSError):
+        try:
             self._write_failures(failures)
-        raise RunFailed(self._tell(failures))
+        except OSError as error:
+            # A full disk must not hide what failed.
+            self.console.note(f"          the failure could not be written to the run directory: {escape(str(error))}")
+        raise RunFailed(self._tell(failures), code=failures[0].code)
 
     def _write_failures(self, failures: Sequence[Failure]) -> None:
         first, nodes = failures[0], self.nodes.nodes
@@ -235,6 +255,8 @@ class Supervisor:
             node_rank=first.node_rank,
             host=nodes[first.node_rank].host,
             how=first.how,
+            exit_code=first.exit_code,
+            code=first.code,
             error=first.error,
             failures=[{**asdict(each), "host": nodes[each.node_rank].host} for each in failures],
         )
@@ -252,7 +274,7 @@ class Supervisor:
 
     def _failures(self) -> list[Failure]:
         found = all_failures(self.events, [node.clock_offset_seconds for node in self.nodes.nodes])
-        return in_order(map(self._with_log, found))
+        return [_with_code(failure) for failure in in_order(map(self._with_log, found))]
 
     def _with_log(self, failure: Failure) -> Failure:
         """With what the log ends with, where the rank has told nothing: a script, or one that C++ ended."""
@@ -261,8 +283,9 @@ class Supervisor:
             return failure
         if rank not in self._logged:
             lines = last_lines(self._rank_log(rank, failure.node_rank), LOG_LINES)
-            error, traceback = said(untimed(lines), failure.how)
-            raised, ahead = raised_at(lines, failure.how), self.nodes.nodes[failure.node_rank].clock_offset_seconds
+            error, traceback = said(untimed(lines), failure.exit_code)
+            raised = raised_at(lines, failure.exit_code)
+            ahead = self.nodes.nodes[failure.node_rank].clock_offset_seconds
             time = failure.time if raised is None else min(failure.time, round(raised - ahead, 3))
             self._logged[rank] = replace(failure, error=error, traceback=traceback, time=time)
         return self._logged[rank]
@@ -313,3 +336,10 @@ class Supervisor:
 
     def _rank_log(self, rank: int, node_rank: int) -> Path:
         return self._log_folder(node_rank, self.nodes.nodes[node_rank]) / f"rank-{rank}.log"
+
+
+def _with_code(failure: Failure) -> Failure:
+    """With the code of a collective that failed, if nothing else is known of the failure."""
+    if failure.code is not FailureCode.UNKNOWN:
+        return failure
+    return replace(failure, code=code_of_collective(failure))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from launcher.errors import LauncherError, first_line
+from launcher.errors import FailureCode, LauncherError, first_line
 from launcher.job import Job, ScriptJob
 from launcher.plan.facts import DataFacts, MachineFacts, ModelFacts
 
@@ -167,9 +167,11 @@ class Plan(Part):
             plan = kind.model_validate(document["plan"])
         except (ValueError, KeyError, TypeError) as error:
             reason = first_line(error)
-            raise LauncherError(f"plan.json is damaged, or of another version of the launcher: {reason}") from None
+            message = f"plan.json is damaged, or of another version of the launcher: {reason}"
+            raise LauncherError(message, code=FailureCode.PLAN_DAMAGED) from None
         if plan.sha256 != named:
-            raise LauncherError(f"plan.json was altered: it names the hash {named[:12]}… and has {plan.sha256[:12]}…")
+            message = f"plan.json was altered: it names the hash {named[:12]}… and has {plan.sha256[:12]}…"
+            raise LauncherError(message, code=FailureCode.PLAN_DAMAGED)
         return plan
 
 

@@ -11,12 +11,13 @@ import sys
 import traceback
 from pathlib import Path
 
+from launcher.errors import code_of
 from launcher.plan.resume import Start
 from launcher.worker.control import Control
 
 
 def main() -> int:
-    """0: finished or stopped as asked; 1: failed, with the traceback in the log and told to the agent."""
+    """0: finished or stopped as asked; 1: failed, with the traceback in the log and reported to the agent."""
     control = Control.from_environment()
     try:
         from launcher.worker import train
@@ -33,6 +34,7 @@ def main() -> int:
         control.report(
             "failed",
             host=socket.gethostname(),
+            code=code_of(error),
             error=type(error).__name__,
             message=str(error),
             traceback=text,

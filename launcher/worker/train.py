@@ -177,7 +177,8 @@ class Training:
         if self.stopped:
             self.phase("saving")
             self.save_state()
-            self.control.report("stopped", update=self.progress.update, reason=self.guard.stop_reason)
+            reason, code = self.guard.stop_reason, self.guard.stop_code
+            self.control.report("stopped", update=self.progress.update, reason=reason, code=code)
             return
         self.evaluate()
         if self.plan.job.checkpoint.save_final:

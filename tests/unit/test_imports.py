@@ -19,7 +19,7 @@ HEAVY = ("torch", "deepspeed", "transformers", "datasets", "ray", "peft")
 
 MAY_IMPORT = {
     "errors": set(),
-    "aftermath": set(),
+    "aftermath": {"errors"},
     "run_dir": set(),
     "reporting": {"run_dir", "tail"},
     "token_store": set(),
