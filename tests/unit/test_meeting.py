@@ -117,6 +117,8 @@ def test_a_node_that_refuses_ends_the_waiting_of_all_and_leaves_nothing_behind(
         for waiting in (hosting, coming):
             with pytest.raises(RunFailed, match=r"node 2 \(.+\) refused: model.name_or_path: no folder /models/llama"):
                 waiting.result(30.0)
+            refused = waiting.exception()
+            assert isinstance(refused, RunFailed) and refused.code == "user_error"
     leaves(zero, hosting.exception() or KeyError())
     # Who only follows is not told of as a reason.
     with pytest.raises(RunFailed) as told:
@@ -152,12 +154,12 @@ def test_a_node_that_came_and_failed_is_told_with_the_log_of_its_own_host(tmp_pa
         run.node_logs(1, host).mkdir(parents=True)
         (run.node_logs(1, host) / "node.log").write_text(f"written on {host}\n")
     ours, theirs = map(Line, socket.socketpair())
-    theirs.send(failed="no free port")
+    theirs.send(failed="no free port", code="network")
     with pytest.raises(RunFailed) as told:
         _start_others(run, [Guest(1, "h3", {"10.0.0.1": "10.0.0.3"}, ours)], "10.0.0.1", "10.0.0.1:7000")
     assert theirs.receive(5.0) == {"ray": "10.0.0.1:7000", "own": "10.0.0.3"}
     first, *log = str(told.value).splitlines()
-    assert first == "node 1 (h3) did not come up: no free port"
+    assert (first, told.value.code) == ("node 1 (h3) did not come up: no free port", "network")
     assert log == [f"  the end of {tmp_path}/logs/node-1-h3/node.log:", "    written on h3"]
 
 
