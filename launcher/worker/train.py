@@ -29,6 +29,7 @@ from launcher.worker.model import load_model, make_engine
 from launcher.worker.own_time import OwnTime
 from launcher.worker.ranks import Ranks, join_ranks
 from launcher.worker.sequence import averaged_over, part_of
+from launcher.worker.soundness import check_weights
 
 
 def work(run_path: Path, plan_file: Path, start: Start | None, control: Control) -> None:
@@ -40,6 +41,8 @@ def work(run_path: Path, plan_file: Path, start: Start | None, control: Control)
     set_seed(plan.job.train.seed)
     control.report("phase", phase="loading")
     engine = make_engine(plan, load_model(plan), universal=start is not None and start.convert)
+    if start is None:
+        check_weights(engine.module, ranks, plan.model.folder)
     training = Training(run, plan, ranks, engine, control, hosts)
     training.begin(start)
     training.train()
@@ -72,6 +75,7 @@ class Training:
             self.evaluate()
         else:
             self.progress, guard_state = self.checkpoints.load(self.engine, start)
+            check_weights(self.engine.module, self.ranks, self.plan.model.folder, start.checkpoint)
             self.guard.load_state_dict(guard_state)
             scheduler.resume(self.engine)
             self.phase("training")
