@@ -67,7 +67,7 @@ def test_a_scheduler_that_leaves_the_plan_in_mid_run_stops_it(job_dict, tmp_path
 def test_the_first_rank_that_raises_is_the_one_named(job_dict, tmp_path):
     plan = plan_of(merged(job_dict, train={"max_steps": 12}))
     run = run_directory(plan, tmp_path)
-    events = run_ranks(plan, run, command=FAULTY, environments={1: {"FAULT": "raises:3"}}, timeout_seconds=90)
+    events = run_ranks(plan, run, command=FAULTY, environments={1: {"FAULT": "raises:3"}})
     failure = first_failure(events)
     assert (failure.rank, failure.error) == (1, "RuntimeError: the disk of this node is on fire")
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+import launcher.cli.run as run_verb
 from launcher.aftermath import raised_at, said
-from launcher.errors import FailureCode, RequestError, RunFailed, code_of
+from launcher.cli.console import RunConsole
+from launcher.errors import FailureCode, LauncherError, RequestError, RunFailed, code_of
 from launcher.fleet import supervisor as supervision
 from launcher.fleet.failure import Failure, all_failures, describe_exit, first_failure
 from launcher.fleet.nodes import Node, Nodes
@@ -152,16 +154,32 @@ class Heard(Nodes):
 
 
 class Silent:
-    """A console that shows nothing."""
+    """A console that shows nothing but keeps the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def __getattr__(self, _: str) -> Any:
         return lambda *_: None
 
 
+class Placed(Supervisor):
+    """A supervisor whose ranks were started already."""
+
+    def place(self) -> None:
+        """There are nodes."""
+
+    def start(self, start: Any) -> None:
+        """Ranks run."""
+
+
 def supervised(built: Built, *news: list[dict[str, Any]]) -> Supervisor:
     """The supervisor of eight ranks on two nodes, placed."""
     plan = plan_of(job_of(cluster={"nodes": 2, "gpus_per_node": 4}), machine=machine_facts(4))
-    found = Supervisor(plan, built.run.plan_file, built.run, Silent())
+    found = Placed(plan, built.run.plan_file, built.run, Silent())
     found.nodes = Heard(*news)
     return found
 
@@ -217,9 +235,56 @@ def test_a_full_disk_does_not_hide_the_failure(built: Built, monkeypatch: pytest
     built.run.events_file.unlink()
     built.run.events_file.symlink_to("/dev/full")
     built.log(1, "h1", "rank-4", (39.0, "OSError: [Errno 28] No space left on device"))
+    supervisor = supervised(built, [on_eight(4, 40.0, 1)])
     with pytest.raises(RunFailed, match=r"rank 4 on node 1 \(h1\) failed first, with exit code 1\n.*\n.*No space left"):
-        supervised(built, [on_eight(4, 40.0, 1)]).follow()
+        supervisor.follow()
+    # What went wrong with writing it down is printed beside it.
+    (note,) = supervisor.console.notes  # type: ignore[attr-defined]
+    assert "the failure could not be written to" in note and "No space left on device" in note
     assert stamp(39.0) in built.run.node_logs(1, "h1").joinpath("rank-4.log").read_text()
+
+
+class Broken(Heard):
+    """Nodes whose Ray is gone."""
+
+    def end(self, _grace_seconds: float) -> None:
+        raise ConnectionError("Ray does not answer")
+
+    def close(self) -> None:
+        raise ConnectionError("Ray is gone")
+
+
+def test_what_goes_wrong_after_a_failure_is_printed_and_does_not_hide_it(
+    built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervision, "_SETTLE_SECONDS", 0.0)
+    supervisor = supervised(built)
+    supervisor.nodes = Broken([failed(4, 40.0, "a bad sample") | {"node_rank": 1}])
+    with pytest.raises(RunFailed, match=r"^rank 4 on node 1"):
+        supervisor.run()
+    assert [note.strip() for note in supervisor.console.notes] == [  # type: ignore[attr-defined]
+        "the ranks could not be ended: Ray does not answer",
+        "the nodes could not be given back: Ray is gone",
+    ]
+    assert [event["event"] for event in built.run.events()][-1] == "failure"
+
+
+def test_a_failure_that_cannot_be_written_is_still_the_one_that_is_raised(
+    built: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make(_progress: Any, _log: Any) -> Any:
+        built.run.events_file.unlink()
+        built.run.events_file.symlink_to("/dev/full")
+        raise LauncherError("the first error", code=FailureCode.PREPARE_FAILED)
+
+    job = tmp_path / "job.yaml"
+    job.write_text("name: tiny\n")
+    with pytest.raises(LauncherError, match=r"^the first error$") as raised:
+        run_verb._planned(make, job, [], built.run, RunConsole())
+    assert (raised.value.exit_status, raised.value.code) == (1, "prepare_failed")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "the failure could not be written to" in told and "No space left on device" in told
+    assert built.run.state()["code"] == "prepare_failed"
 
 
 def test_a_rank_raised_when_it_said_so_and_not_when_it_ended() -> None:
