@@ -121,7 +121,7 @@ def _check_all_came(allocation: Allocation, guests: list[Guest], wait_seconds: f
     if missing:
         reason = f"it did not answer within {wait_seconds:.0f} s; see the batch job's own output"
         message = "\n".join(_not_up(node, host, reason) for node, host in missing)
-        raise RunFailed(message, code=FailureCode.NODE_LOST)
+        raise RunFailed(message, code=FailureCode.TIMEOUT)
 
 
 def _not_up(node: int, host: str, reason: str) -> str:

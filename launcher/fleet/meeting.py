@@ -191,7 +191,7 @@ def _await_files(file: Path, key_file: Path, timeout_seconds: float, refused: Ch
         refused()
         if time.monotonic() > deadline:
             hint = "is output_dir on storage that all nodes share, and did the first node come up?"
-            raise RunFailed(f"{found} within {timeout_seconds:.0f} s: {hint}", code=FailureCode.NODE_LOST)
+            raise RunFailed(f"{found} within {timeout_seconds:.0f} s: {hint}", code=FailureCode.TIMEOUT)
         waiting.wait(_LOOK_AGAIN_SECONDS)
 
 

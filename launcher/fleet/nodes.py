@@ -325,7 +325,8 @@ def _answers(references: list[Any], nodes: list[Node] | None = None, seconds: fl
         except ray.exceptions.RayError as error:
             hint = "the same launcher must be installed on every node, in the Python that Ray runs there"
             message = f"{_named(index, nodes)} does not answer: {first_line(error)}\n  {hint}"
-            raise RunFailed(message, code=FailureCode.NODE_LOST) from None
+            late = isinstance(error, ray.exceptions.GetTimeoutError)
+            raise RunFailed(message, code=FailureCode.TIMEOUT if late else None) from None
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ from launcher.fleet.environment import rank_environment
 from launcher.fleet.failure import Failure, all_failures, first_failure, in_order
 from launcher.fleet.nodes import Needs, Node, Nodes, address_of
 from launcher.fleet.preflight import NodeCheck, Wanted, preflight, refuse, room_bytes
+from launcher.fleet.ray_head import RayHead, head_of_this_ray
 from launcher.plan.model import Plan
 from launcher.plan.resume import Start
 from launcher.run_dir import RunDir
@@ -73,6 +75,12 @@ class Outcome:
     code: FailureCode | None = None
 
 
+class RayLost(RunFailed):
+    """Ray's head process is gone."""
+
+    code = FailureCode.RAY_LOST
+
+
 class Supervisor:
     """Carries out one plan in one run directory."""
 
@@ -85,6 +93,7 @@ class Supervisor:
         self.events: list[Event] = []
         self.stop_signal = 0
         self.phase: str | None = None
+        self._head: RayHead | None = None
         self._logged: dict[int, Failure] = {}
         self._metrics, self._evaluations = Tail(run.metrics_file), Tail(run.evaluations_file)
 
@@ -100,6 +109,9 @@ class Supervisor:
             self.place()
             self.start(start)
             outcome = self.follow()
+        except RayLost:
+            # Nothing can be given back: every call would wait until Ray ends this process, and the agents are gone.
+            raise
         except BaseException:
             self._give_back_after_failure()
             raise
@@ -114,14 +126,22 @@ class Supervisor:
 
     def _give_back_after_failure(self) -> None:
         """Gives the nodes back. What goes wrong with that is printed: the failure before it is the one that counts."""
-        try:
+        with self._noted("the nodes could not be given back"):
             self._give_back()
+
+    @contextmanager
+    def _noted(self, what: str) -> Iterator[None]:
+        """Prints what goes wrong inside the block, which happens after a failure and must not hide it."""
+        try:
+            yield
         except Exception as error:
-            self.console.note(f"          the nodes could not be given back: {escape(first_line(error))}")
+            self.console.note(f"          {what}: {escape(first_line(error))}")
 
     def place(self) -> None:
         self.enter("placing")
-        self.nodes.connect(address_of(self.plan.job.cluster.address))
+        address = address_of(self.plan.job.cluster.address)
+        self.nodes.connect(address)
+        self._head = head_of_this_ray(own=address == "local")
         for rank, node in enumerate(self.nodes.place(self.plan.job.cluster.wait_seconds)):
             self.run_dir.event(
                 "node",
@@ -196,9 +216,19 @@ class Supervisor:
             self.events += heard
             yield from heard
             self._show_progress()
+            self._check_head()
             if self.stopping and not told_to_stop:
                 told_to_stop = True
                 self.nodes.order(stop=True)
+
+    def _check_head(self) -> None:
+        """Raises RayLost if Ray's head process is gone, once that is written down: Ray may end this process soon."""
+        if self._head is None or not self._head.gone():
+            return
+        error = RayLost(f"Ray's head process (gcs_server) at {self._head.address} no longer answers")
+        with self._noted("the failure could not be written to the run directory"):
+            self.run_dir.enter("failed", reason=str(error), message=str(error), code=error.code)
+        raise error
 
     def _show_progress(self) -> None:
         for line in self._evaluations.new():
@@ -239,12 +269,10 @@ class Supervisor:
         self._settle()
         self._show_progress()
         failures = self._failures()
-        self.nodes.end(_GRACE_SECONDS)
-        try:
+        with self._noted("the ranks could not be ended"):
+            self.nodes.end(_GRACE_SECONDS)
+        with self._noted(f"the failure could not be written to {self.run_dir.events_file}"):
             self._write_failures(failures)
-        except OSError as error:
-            # A full disk must not hide what failed.
-            self.console.note(f"          the failure could not be written to the run directory: {escape(str(error))}")
         raise RunFailed(self._tell(failures), code=failures[0].code)
 
     def _write_failures(self, failures: Sequence[Failure]) -> None:
