@@ -13,6 +13,8 @@ OWN_SECONDS = 10.0
 JOINED_SECONDS = 40.0
 """The head of a Ray that was joined may be started again; Ray itself waits for 60 seconds."""
 _LOOK_SECONDS, _CONNECT_SECONDS = 2.0, 2.0
+_LEAST_MISSED = 3
+"""One look that fails after a long wait is not enough."""
 
 
 class RayHead:
@@ -21,6 +23,7 @@ class RayHead:
     def __init__(self, address: str, patience_seconds: float) -> None:
         self.address, self._patience = address, patience_seconds
         self._looked = self._answered = time.monotonic()
+        self._missed = 0
 
     def gone(self) -> bool:
         """Whether it is gone. Looks every two seconds at most."""
@@ -28,8 +31,10 @@ class RayHead:
         if now - self._looked >= _LOOK_SECONDS:
             self._looked = now
             if self._answers():
-                self._answered = now
-        return now - self._answered > self._patience and self._looked > self._answered
+                self._answered, self._missed = now, 0
+            else:
+                self._missed += 1
+        return self._missed >= _LEAST_MISSED and now - self._answered >= self._patience
 
     def _answers(self) -> bool:
         host, _, port = self.address.rpartition(":")
