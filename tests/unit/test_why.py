@@ -595,18 +595,19 @@ def on_this_host(built: Built, seconds: float, **details: Any) -> None:
     built.event(at, "state", state="training")
 
 
-def test_a_launcher_that_was_killed_on_this_host_is_lost_at_once(built: Built) -> None:
-    on_this_host(built, 1.0)
+@pytest.mark.parametrize("state", ["planning", "placing", "starting", "training", "exporting"])
+def test_a_launcher_that_was_killed_on_this_host_is_lost_at_once(built: Built, state: str) -> None:
+    on_this_host(built, 1.0, state=state)
     with built.run.held() as held:
         assert held
-        assert explain(built.run).headline.startswith("it still runs: training")
+        assert explain(built.run).headline.startswith(f"it still runs: {state}")
     found = explain(built.run)
     assert (
         found.headline.startswith("the run is lost: its supervisor, process 1 on ") and found.code == "supervisor_lost"
     )
     assert found.cause is not None and "Continue with launcher resume" in found.cause.hint
     assert json.loads(command("status", str(built.run.path), "--json").out)["state"] == "lost"
-    assert "lost: state.json says training, but no launcher holds" in command("status", str(built.run.path)).out
+    assert f"lost: state.json says {state}, but no launcher holds" in command("status", str(built.run.path)).out
 
 
 @pytest.mark.parametrize(("silent", "code"), [(61.0, "ray_lost"), (8.0, "supervisor_lost")])
