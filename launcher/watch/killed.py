@@ -56,13 +56,14 @@ def cause_of_kill(memory: NodeMemory) -> Cause:
     if memory.killed:
         return out_of_memory
     if memory.full:
-        name = f"killed by signal KILL, most likely for lack of memory: {_used(memory)}"
+        name = f"killed by signal KILL at {memory.share:.0%} memory used, so most likely for lack of memory"
         return Cause(name, out_of_memory.hint, FailureCode.OUT_OF_MEMORY)
     if memory.low:
-        name = f"killed by signal KILL, most likely not for lack of memory: {_used(memory)}"
-        return Cause(
-            f"{name}; an operator, a scheduler or a limit may have done it", _FIND_OUT, FailureCode.RANK_KILLED
+        name = (
+            f"killed by signal KILL at {memory.share:.0%} memory used, so most likely not for lack of memory but by an "
+            "operator, a scheduler or a limit"
         )
+        return Cause(name, _FIND_OUT, FailureCode.RANK_KILLED)
     name = "killed by signal KILL: by the kernel for lack of memory, or by an operator, a scheduler or a limit"
     return Cause(name, f"{_FIND_OUT}. If it was memory: {out_of_memory.hint}", FailureCode.RANK_KILLED)
 
