@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from itertools import groupby
 from typing import NamedTuple, Protocol, TypeVar
 
-ENDED = ("signal SIGTERM", "exit code 113")
-"""How ranks end that were told to, and those whose agent went away."""
+from launcher.errors import AGENT_LOST_EXIT, FailureCode
+
+_EXIT_CODES = {
+    -signal.SIGTERM: FailureCode.ENDED,
+    AGENT_LOST_EXIT: FailureCode.AGENT_LOST,
+    -signal.SIGKILL: FailureCode.RANK_KILLED,
+    -signal.SIGSEGV: FailureCode.RANK_CRASHED,
+    -signal.SIGBUS: FailureCode.RANK_CRASHED,
+    -signal.SIGILL: FailureCode.RANK_CRASHED,
+    -signal.SIGFPE: FailureCode.RANK_CRASHED,
+}
 _AT_ONCE_SECONDS = 2.0
 """Failures this close together may have been noticed in another order than they happened."""
 _TIME_OUTS = (
@@ -42,13 +52,16 @@ LOG_LINES = 300
 
 
 class Noticed(Protocol):
-    """A failure as it was noticed: when (seconds since the epoch, None if unknown), how, and what was said."""
+    """A failure as it was noticed: when (seconds since the epoch, None if unknown), the exit status, and what was said.
+
+    The exit status is negative for a signal, and None for a node, or while the rank has not ended.
+    """
 
     @property
     def time(self) -> float | None: ...
 
     @property
-    def how(self) -> str: ...
+    def exit_code(self) -> int | None: ...
 
     @property
     def error(self) -> str | None: ...
@@ -60,12 +73,29 @@ class Noticed(Protocol):
 F = TypeVar("F", bound=Noticed)
 
 
+def code_of_exit(exit_code: int | None) -> FailureCode:
+    """What an exit status alone says of a failure."""
+    return FailureCode.UNKNOWN if exit_code is None else _EXIT_CODES.get(exit_code, FailureCode.UNKNOWN)
+
+
+def was_ended(exit_code: int | None) -> bool:
+    """Whether a rank ended because it was told to, or because its agent was gone."""
+    return code_of_exit(exit_code) in (FailureCode.ENDED, FailureCode.AGENT_LOST)
+
+
+def code_of_collective(noticed: Noticed) -> FailureCode:
+    """The code of a failure in a collective; unknown if it was none."""
+    if timed_out(noticed):
+        return FailureCode.TIMEOUT
+    return FailureCode.PEER_LOST if fell(noticed) else FailureCode.UNKNOWN
+
+
 def first_of(noticed: Sequence[F]) -> F:
     """The first in time; but not one that only lost a peer, where that peer's own failure was noticed right after."""
     begun = noticed[0]
     for one in noticed:
         near = one.time is None or begun.time is None or one.time - begun.time <= _AT_ONCE_SECONDS
-        if near and not fell(one) and one.how not in ENDED:
+        if near and not fell(one) and not was_ended(one.exit_code):
             return one
     return begun
 
@@ -77,7 +107,7 @@ def fell(noticed: Noticed) -> bool:
 
 def only_timed_out(noticed: Sequence[Noticed]) -> bool:
     """Whether nothing failed but a collective that some waited in for too long: the cause is a rank not among them."""
-    waited = [one for one in noticed if one.how not in ENDED or one.error]
+    waited = [one for one in noticed if not was_ended(one.exit_code) or one.error]
     return any(map(timed_out, waited)) and all(map(fell, waited))
 
 
@@ -86,9 +116,11 @@ def timed_out(noticed: Noticed) -> bool:
     return any(TIMED_OUT.search(text) for text in (noticed.error, noticed.traceback) if text)
 
 
-def may_have_fallen(how: str) -> bool:
-    """Whether a rank that ended so may have fallen in a collective: it ended itself, by an exit or C++'s abort."""
-    return how == "signal SIGABRT" or (how.startswith("exit code") and how not in ENDED)
+def may_have_fallen(exit_code: int | None) -> bool:
+    """Whether a rank with this exit status may have failed in a collective: it exited itself, or C++ aborted it."""
+    if exit_code is None or was_ended(exit_code):
+        return False
+    return exit_code >= 0 or exit_code == -signal.SIGABRT
 
 
 def last_word(lines: Sequence[str]) -> str | None:
@@ -102,23 +134,23 @@ def last_word(lines: Sequence[str]) -> str | None:
     return None
 
 
-def said(lines: Sequence[str], how: str) -> tuple[str | None, str | None]:
-    """(error, traceback) at the end of the log of a rank that ended as `how` says; None for what it does not have."""
+def said(lines: Sequence[str], exit_code: int | None) -> tuple[str | None, str | None]:
+    """(error, traceback) at the end of the log of a rank with this exit status; None for what it does not have."""
     traceback = last_traceback(lines)
     if traceback is None:
-        return (last_word(lines) if may_have_fallen(how) else None), None
+        return (last_word(lines) if may_have_fallen(exit_code) else None), None
     raised = [line for line in traceback.splitlines() if _RAISED.match(line)]
     return (_BY_RANK.sub("", raised[-1]) if raised else None), traceback
 
 
-def raised_at(lines: Sequence[str], how: str) -> float | None:
+def raised_at(lines: Sequence[str], exit_code: int | None) -> float | None:
     """When the last traceback of a log, with its times, was begun: seconds since the epoch by its node's clock.
 
     None where there is none, and where something else ended the rank. A process may end much later than it raises, and
     after those that fell because of it.
     """
     starts = [line for line in lines if TRACEBACK in line]
-    if not starts or not may_have_fallen(how):
+    if not starts or not may_have_fallen(exit_code):
         return None
     try:
         return datetime.fromisoformat(starts[-1].partition(" ")[0]).timestamp()

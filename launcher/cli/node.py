@@ -17,9 +17,10 @@ import typer
 from launcher.cli.console import RunConsole
 from launcher.cli.doctor import examine
 from launcher.cli.exec import check_script, run_again, script_here, split
+from launcher.cli.failing import record_failure
 from launcher.cli.resume import go_on, planned_run, rest_of, where_to_go_on
 from launcher.cli.run import MakePlan, alone_in, interruptible, plan_and_carry_out
-from launcher.errors import Problem, RequestError, first_line
+from launcher.errors import Problem, RequestError
 from launcher.fleet.allocation import Allocation, read_allocation, run_stamp
 from launcher.fleet.refusals import Refusals
 from launcher.job import Job, ScriptJob, placing, read_job, read_script_job
@@ -193,13 +194,13 @@ def _end_told(directory: RunDir) -> Iterator[None]:
         yield
     except BaseException as error:
         if directory.path.exists() and directory.state().get("state") not in ENDED:
-            stopped = isinstance(error, KeyboardInterrupt | SystemExit | typer.Exit)
-            reason = _stopped_by(directory) if stopped else first_line(error)
-            # A full disk must not hide what failed.
-            with suppress(OSError):
-                directory.enter(
-                    "stopped" if stopped else "failed", reason=reason, message=reason if stopped else str(error)
-                )
+            if isinstance(error, KeyboardInterrupt | SystemExit | typer.Exit):
+                reason = _stopped_by(directory)
+                # A full disk must not hide what ended the run.
+                with suppress(OSError):
+                    directory.enter("stopped", reason=reason, message=reason)
+            else:
+                record_failure(directory, error, RunConsole().note)
         raise
 
 

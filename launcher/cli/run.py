@@ -18,7 +18,8 @@ import typer
 from rich.markup import escape
 
 from launcher.cli.console import RunConsole, number_text
-from launcher.errors import Problem, RequestError, RunFailed, first_line
+from launcher.cli.failing import record_failure
+from launcher.errors import Problem, RequestError, RunFailed, code_of
 from launcher.job import Job, placing, read_job
 from launcher.job.model import ClusterSection
 from launcher.lock import STALE_SECONDS
@@ -140,22 +141,17 @@ def carry_out(
     except (RunFailed, OSError) as error:
         from launcher.watch.why import failed_message
 
-        _enter_failed(directory, error)
-        raise RunFailed(failed_message(directory, str(error))) from None
+        message, code = failed_message(directory, str(error), code_of(error))
+        record_failure(directory, error, console.note, code)
+        raise RunFailed(message, code=code) from None
     except BaseException as error:
-        _enter_failed(directory, error)
+        record_failure(directory, error, console.note)
         raise
-    directory.enter(outcome.state, update=outcome.updates, reason=outcome.reason)
+    directory.enter(outcome.state, update=outcome.updates, reason=outcome.reason, code=outcome.code)
     _summarise(plan, directory, console, outcome)
     if outcome.state == "stopped":
         # As a shell says it of a command that a signal ended: what waits for a finished run must not go on.
         raise typer.Exit(1 if outcome.reason else 128 + supervisor.stop_signal)
-
-
-def _enter_failed(directory: RunDir, error: BaseException) -> None:
-    # A full disk must not hide what failed.
-    with suppress(OSError):
-        directory.enter("failed", reason=first_line(error), message=str(error))
 
 
 def _supervisor(plan: Plan, plan_file: Path, directory: RunDir, console: RunConsole) -> Supervisor:
@@ -184,7 +180,7 @@ def _planned(make: MakePlan, job_file: Path, overrides: list[str], directory: Ru
         shutil.rmtree(directory.path, ignore_errors=True)
         raise
     except BaseException as error:
-        directory.enter("failed", reason=first_line(error), message=str(error))
+        record_failure(directory, error, console.note)
         raise
     for warning in plan.warnings:
         console.note(f"          [yellow]note:[/] {escape(warning)}")

@@ -21,11 +21,11 @@ def status(
 
     A node is marked slow where the time of its own work in an update (of the whole update, where that is not known) is
     beyond 1.25 times the median of the nodes, with those of its ranks that are, and stale where its agent has written
-    nothing for 30 seconds. A run is "lost" where nothing was heard of it for a minute and no launcher holds its
-    directory, and "unreadable" in the list where you may not read it.
+    nothing for 30 seconds. A run is "lost" if its state says that it is alive but no launcher holds its directory
+    (seen from another host: for a minute), and "unreadable" in the list if you may not read it.
 
     --json prints an object, or a list of them without `nodes` and `compared`, with the keys: name, path, state,
-    written_state, state_seconds, reason, began, host, pid, slurm_job_id, ray_job_id, updates, total_updates,
+    written_state, state_seconds, reason, code, began, host, pid, slurm_job_id, ray_job_id, updates, total_updates,
     left_seconds, loss, lr, tokens_per_second, step_seconds, silent_seconds, compared, and nodes, each with node_rank,
     host, ranks, ranks_alive, exit_codes, phase, updates, step_seconds, own_seconds, rank_own_seconds, ratio,
     straggler, slow_ranks, cpus, cpu_percent, memory_used_bytes, memory_bytes, gpus, gpu_percent,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from launcher.errors import LauncherError, RunFailed
+from launcher.errors import FailureCode, LauncherError, RunFailed, code_of, known_code
 from launcher.fleet.allocation import Allocation
 from launcher.fleet.meeting import Guest, Meeting, attend, common_address
 from launcher.fleet.network import LOOPBACK
@@ -85,8 +85,8 @@ def other_node(
                 ray.end()
     except (LauncherError, OSError) as error:
         with suppress(OSError):
-            line.send(failed=str(error))
-        raise RunFailed(str(error)) from None
+            line.send(failed=str(error), code=code_of(error))
+        raise RunFailed(str(error), code=code_of(error)) from None
 
 
 def node_log(run: RunDir, allocation: Allocation) -> Path:
@@ -113,7 +113,8 @@ def _start_others(run: RunDir, guests: list[Guest], address: str, ray_address: s
             answer = {"failed": f"no answer within {_STARTED_SECONDS:.0f} s"}
         if not (answer or {}).get("up"):
             reason = (answer or {"failed": "its task ended"})["failed"]
-            raise RunFailed(f"{_not_up(guest.node, guest.host, reason)}\n{_log_end(run, guest)}")
+            code = known_code((answer or {}).get("code")) or FailureCode.NODE_LOST
+            raise RunFailed(f"{_not_up(guest.node, guest.host, reason)}\n{_log_end(run, guest)}", code=code)
 
 
 def _check_all_came(allocation: Allocation, guests: list[Guest], wait_seconds: float) -> None:
@@ -121,7 +122,8 @@ def _check_all_came(allocation: Allocation, guests: list[Guest], wait_seconds: f
     missing = [(node, host) for node, host in enumerate(allocation.hosts) if node not in came]
     if missing:
         reason = f"it did not answer within {wait_seconds:.0f} s; see the batch job's own output"
-        raise RunFailed("\n".join(_not_up(node, host, reason) for node, host in missing))
+        message = "\n".join(_not_up(node, host, reason) for node, host in missing)
+        raise RunFailed(message, code=FailureCode.TIMEOUT)
 
 
 def _not_up(node: int, host: str, reason: str) -> str:

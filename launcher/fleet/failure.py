@@ -7,12 +7,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from launcher.aftermath import first_of
+from launcher.aftermath import code_of_exit, first_of
+from launcher.errors import FailureCode, known_code
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A rank that failed (None where a node was lost whole), and how. `time` is in seconds since the epoch."""
+    """A rank that failed (None for a whole node that was lost), and how. `time` is in seconds since the epoch.
+
+    `how` is for people. `exit_code` is negative for a signal, and None before the exit is known. `code` is what the
+    rank itself reported, else what its exit status says.
+    """
 
     rank: int | None
     node_rank: int
@@ -20,6 +25,8 @@ class Failure:
     how: str
     error: str | None = None
     traceback: str | None = None
+    exit_code: int | None = None
+    code: FailureCode = FailureCode.UNKNOWN
 
 
 def first_failure(events: Iterable[dict[str, Any]]) -> Failure | None:
@@ -47,7 +54,7 @@ def all_failures(events: Iterable[dict[str, Any]], clock_offsets: Sequence[float
             failures[key] = found
         elif (known.error is None) != (found.error is None):
             told, ended = (known, found) if found.error is None else (found, known)
-            failures[key] = replace(told, how=ended.how)
+            failures[key] = replace(told, how=ended.how, exit_code=ended.exit_code)
     return in_order(failures.values())
 
 
@@ -72,9 +79,13 @@ def _failure(event: dict[str, Any]) -> Failure | None:
     kind, node = event["report"], event.get("node_rank", 0)
     if kind == "failed":
         text = f"{event['error']}: {event['message']}"
-        return Failure(event["rank"], node, event["time"], "an exception", text, event.get("traceback"))
+        code = known_code(event.get("code")) or FailureCode.UNKNOWN
+        return Failure(event["rank"], node, event["time"], "an exception", text, event.get("traceback"), code=code)
     if kind == "exit" and event["code"] != 0:
-        return Failure(event["rank"], node, event["time"], describe_exit(event["code"]))
+        exit_code = event["code"]
+        how, code = describe_exit(exit_code), code_of_exit(exit_code)
+        return Failure(event["rank"], node, event["time"], how, exit_code=exit_code, code=code)
     if kind == "node-lost":
-        return Failure(None, node, event["time"], f"the node's agent is gone: {event['message']}")
+        how = f"the node's agent is gone: {event['message']}"
+        return Failure(None, node, event["time"], how, code=FailureCode.NODE_LOST)
     return None

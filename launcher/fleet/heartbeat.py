@@ -22,6 +22,8 @@ from launcher.run_dir import NODE_FILE, utc_now, utc_text, write_atomic
 _EVERY_SECONDS = 5.0
 _FIRST_SECONDS = 0.2
 _RECENT_UPDATES = 20
+_PEAK_BEATS = 6
+"""Memory in use is also given as the largest of so many beats: after a rank was killed, its memory is free again."""
 
 
 @dataclass
@@ -80,6 +82,7 @@ class Heartbeat:
         self._gpus = _Gpus()
         self._group = ControlGroup()
         self._killed_before = self._group.oom_kills()
+        self._used: deque[int] = deque(maxlen=_PEAK_BEATS)
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def begin(self, processes: Sequence[RankProcess]) -> None:
@@ -110,6 +113,7 @@ class Heartbeat:
 
     def _write(self) -> None:
         memory = self._group.memory()
+        self._used.append(memory.used_bytes)
         with self._lock:
             ranks = [pulse.to_dict() for pulse in self._pulses.values()]
         record = {
@@ -118,6 +122,7 @@ class Heartbeat:
             "cpus": len(os.sched_getaffinity(0)),
             "cpu_percent": psutil.cpu_percent(),
             "memory_used_bytes": memory.used_bytes,
+            "memory_peak_bytes": max(self._used),
             "memory_bytes": memory.total_bytes,
             **self._oom_kills(),
             "gpus": self._gpus.read(),

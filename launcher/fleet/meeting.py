@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import RunFailed
+from launcher.errors import FailureCode, RunFailed
 from launcher.fleet.network import LOOPBACK, own_addresses
 from launcher.fleet.refusals import Check
 from launcher.run_dir import write_json
@@ -147,7 +147,8 @@ def common_address(guests: list[Guest]) -> str:
         if all(address in guest.reached for guest in guests):
             return address
     ways = "; ".join(f"{guest.host} by {', '.join(guest.reached)}" for guest in guests)
-    raise RunFailed(f"the nodes reach the first one by different addresses: {ways}; they need one network in common")
+    message = f"the nodes reach the first one by different addresses: {ways}; they need one network in common"
+    raise RunFailed(message, code=FailureCode.NETWORK)
 
 
 def attend(file: Path, key_file: Path, node: int, timeout_seconds: float, refused: Check = lambda: None) -> Line:
@@ -165,13 +166,15 @@ def attend(file: Path, key_file: Path, node: int, timeout_seconds: float, refuse
             tried.append(f"{address}: {error.strerror or error}")
     if not reached:
         refused()
-        raise RunFailed(f"no way to the first node at port {invitation['port']}: {'; '.join(tried)}")
+        message = f"no way to the first node at port {invitation['port']}: {'; '.join(tried)}"
+        raise RunFailed(message, code=FailureCode.NETWORK)
     try:
         line = _connect(next(iter(reached)), invitation["port"])
         _answer(line, key, node=node, host=socket.gethostname(), reached=reached)
     except OSError as error:
         refused()
-        raise RunFailed(f"the first node went away while this one joined: {error.strerror or error}") from None
+        message = f"the first node went away while this one joined: {error.strerror or error}"
+        raise RunFailed(message, code=FailureCode.NODE_LOST) from None
     return line
 
 
@@ -189,7 +192,7 @@ def _await_files(file: Path, key_file: Path, timeout_seconds: float, refused: Ch
         refused()
         if time.monotonic() > deadline:
             hint = "is output_dir on storage that all nodes share, and did the first node come up?"
-            raise RunFailed(f"{found} within {timeout_seconds:.0f} s: {hint}")
+            raise RunFailed(f"{found} within {timeout_seconds:.0f} s: {hint}", code=FailureCode.TIMEOUT)
         waiting.wait(_LOOK_AGAIN_SECONDS)
 
 

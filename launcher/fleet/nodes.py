@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import RunFailed, first_line
+from launcher.errors import FailureCode, RunFailed, code_of, first_line
 from launcher.files import keep_private
 from launcher.fleet.agent import Event, NodeTask
 from launcher.fleet.network import LOOPBACK
@@ -91,7 +91,7 @@ class Nodes:
             signal.signal(signal.SIGTERM, handler)
         except Exception as error:  # Ray has no common kind for what goes wrong here
             where = "a Ray on this machine could not be started" if own else f"no Ray at {address}"
-            raise RunFailed(f"{where}: {first_line(error)}") from None
+            raise RunFailed(f"{where}: {first_line(error)}", code=FailureCode.RAY_LOST) from None
 
     def _own_ray(self) -> dict[str, Any]:
         """Options for a Ray of our own: on this machine alone, with what the run needs and a secret of its own."""
@@ -170,7 +170,7 @@ class Nodes:
         ]
         if cut_off:
             hint = "every node must reach every other over TCP at the address by which Ray knows it"
-            raise RunFailed(f"{'; '.join(cut_off)}\n  {hint}")
+            raise RunFailed(f"{'; '.join(cut_off)}\n  {hint}", code=FailureCode.NETWORK)
         rest = [replace(node, interface=reached.interface) for node, reached in zip(others, found, strict=True)]
         self.nodes = [replace(first, interface=interface), *rest]
 
@@ -190,7 +190,8 @@ class Nodes:
             if missing
         ]
         if blind:
-            raise RunFailed(f"{'; '.join(blind)}: it must lie on storage that all nodes share")
+            message = f"{'; '.join(blind)}: it must lie on storage that all nodes share"
+            raise RunFailed(message, code=FailureCode.NOT_SHARED)
 
     def start(self, tasks: list[NodeTask]) -> None:
         """Starts the ranks of every node: the task at index k is that of node rank k."""
@@ -256,7 +257,8 @@ class Nodes:
                 self._tell(f"waiting up to {wait_seconds:.0f} s for nodes: {missing}")
                 told = True
             if time.monotonic() > deadline:
-                raise RunFailed(f"after {wait_seconds:.0f} s there are not enough free nodes: {missing}")
+                message = f"after {wait_seconds:.0f} s there are not enough free nodes: {missing}"
+                raise RunFailed(message, code=FailureCode.NOT_ENOUGH_NODES)
 
     def _missing(self) -> str:
         """What was asked for against what the cluster has, in words."""
@@ -329,10 +331,13 @@ def _answers(references: list[Any], nodes: list[Node] | None = None, seconds: fl
             found.append(ray.get(reference, timeout=seconds))
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
-            raise RunFailed(f"{_named(index, nodes)}: {type(cause).__name__}: {first_line(cause)}") from None
+            message = f"{_named(index, nodes)}: {type(cause).__name__}: {first_line(cause)}"
+            raise RunFailed(message, code=code_of(cause)) from None
         except ray.exceptions.RayError as error:
             hint = "the same launcher must be installed on every node, in the Python that Ray runs there"
-            raise RunFailed(f"{_named(index, nodes)} does not answer: {first_line(error)}\n  {hint}") from None
+            message = f"{_named(index, nodes)} does not answer: {first_line(error)}\n  {hint}"
+            late = isinstance(error, ray.exceptions.GetTimeoutError)
+            raise RunFailed(message, code=FailureCode.TIMEOUT if late else None) from None
     return found
 
 

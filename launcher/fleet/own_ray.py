@@ -15,7 +15,7 @@ from typing import IO
 
 import psutil
 
-from launcher.errors import RunFailed
+from launcher.errors import FailureCode, RunFailed
 from launcher.fleet.allocation import Allocation
 from launcher.fleet.network import free_ports
 from launcher.fleet.nodes import NODE_LABEL, OBJECT_STORE_BYTES
@@ -60,7 +60,8 @@ class OwnRay:
             if self._up(ports):
                 return
             self._stop()
-        raise RunFailed(f"Ray did not start on {socket.gethostname()} in {_TRIES} tries")
+        message = f"Ray did not start on {socket.gethostname()} in {_TRIES} tries"
+        raise RunFailed(message, code=FailureCode.RAY_LOST)
 
     def end(self) -> None:
         """Ends every process that this started, and removes their files."""

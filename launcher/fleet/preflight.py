@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from launcher.errors import RunFailed
+from launcher.errors import FailureCode, RunFailed
 from launcher.fleet.environment import rank_environment
 from launcher.fleet.examine import NodeFacts, unseen
 from launcher.fleet.nodes import Node, Nodes
@@ -23,14 +23,22 @@ _GRACE_SECONDS = 60.0
 _GIB = 1024**3
 
 
+@dataclass(frozen=True)
+class NodeProblem:
+    """Why a node cannot take part: the kind, and a sentence with its hint."""
+
+    code: FailureCode
+    text: str
+
+
 @dataclass
 class NodeCheck:
-    """A node as it was found: `problems` forbid a run, `notes` do not. Each is a sentence with its hint."""
+    """A node as it was found: `problems` forbid a run, `notes` do not. Each note is a sentence with its hint."""
 
     node_rank: int
     node: Node
     facts: NodeFacts
-    problems: list[str] = field(default_factory=list)
+    problems: list[NodeProblem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -98,10 +106,12 @@ def differing_versions(checks: Sequence[NodeCheck]) -> list[str]:
 
 
 def refuse(checks: Sequence[NodeCheck]) -> None:
-    """Raises RunFailed with every problem of every node, if there is one."""
-    found = [f"node {c.node_rank} ({c.node.host}): {problem}" for c in checks for problem in c.problems]
+    """Raises RunFailed with every problem of every node, if there is one. The code is that of the first."""
+    found = [
+        (problem.code, f"node {c.node_rank} ({c.node.host}): {problem.text}") for c in checks for problem in c.problems
+    ]
     if found:
-        raise RunFailed("\n".join(found))
+        raise RunFailed("\n".join(text for _, text in found), code=found[0][0])
 
 
 def room_bytes(plan: Plan) -> int:
@@ -116,27 +126,31 @@ def room_bytes(plan: Plan) -> int:
     return kept * checkpoint + (weights if plan.job.export else 0)
 
 
-def machine_problems(facts: NodeFacts, wanted: Wanted, node: Node) -> list[str]:
+def machine_problems(facts: NodeFacts, wanted: Wanted, node: Node) -> list[NodeProblem]:
     """What forbids a run on a node with these facts."""
-    found = []
+    found: list[NodeProblem] = []
     for package in _SAME_VERSIONS:
         have, want = facts.versions.get(package, "missing"), wanted.versions[package]
         if have != want:
-            found.append(f"{package} {have}, and {want} where the run was planned: install the same there")
+            text = f"{package} {have}, and {want} where the run was planned: install the same there"
+            found.append(NodeProblem(FailureCode.VERSIONS_DIFFER, text))
     for package, key in wanted.packages.items():
         if package in facts.missing:
-            found.append(f"{package} is not installed, which {key} in the DeepSpeed JSON needs: pip install {package}")
+            text = f"{package} is not installed, which {key} in the DeepSpeed JSON needs: pip install {package}"
+            found.append(NodeProblem(FailureCode.PACKAGE_MISSING, text))
     given = wanted.world.processes_per_node
     if wanted.world.device == "cuda" and facts.gpus < given:
-        found.append(
+        text = (
             f"{facts.gpus} GPUs seen of the {given} that were given ({', '.join(node.gpus)}): "
             "see nvidia-smi there, and whether its torch is a CUDA build"
         )
+        found.append(NodeProblem(FailureCode.NODE_UNFIT, text))
     if wanted.world.nodes > 1 and node.interface is None and not _named_by_user(wanted):
-        found.append(
+        text = (
             f"no interface has the address {node.address}, at which the others reach it: "
             "name it in cluster.env as GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
         )
+        found.append(NodeProblem(FailureCode.NETWORK, text))
     return found
 
 
@@ -165,14 +179,16 @@ def _named_by_user(wanted: Wanted) -> bool:
     return "GLOO_SOCKET_IFNAME" in given or "NCCL_SOCKET_IFNAME" in given
 
 
-def _file_problems(facts: NodeFacts, apart: bool, run: RunDir) -> list[str]:
+def _file_problems(facts: NodeFacts, apart: bool, run: RunDir) -> list[NodeProblem]:
     """Whether the run directory is one and the same for all."""
     hint = "output_dir must be storage that all nodes share"
     if facts.unwritable:
-        return [f"it cannot write to {run.path} ({facts.unwritable}): {hint}"]
-    return (
-        [f"its {run.path} is not the launcher's: one does not see what the other wrote there; {hint}"] if apart else []
-    )
+        text = f"it cannot write to {run.path} ({facts.unwritable}): {hint}"
+    elif apart:
+        text = f"its {run.path} is not the launcher's: one does not see what the other wrote there; {hint}"
+    else:
+        return []
+    return [NodeProblem(FailureCode.NOT_SHARED, text)]
 
 
 def _rehearse(nodes: Nodes, wanted: Wanted, checks: list[NodeCheck]) -> None:
@@ -189,7 +205,8 @@ def _rehearse(nodes: Nodes, wanted: Wanted, checks: list[NodeCheck]) -> None:
         orders.append(({**own, **shared, "RANK": str(check.node_rank), "LOCAL_RANK": "0"}, _REHEARSAL_SECONDS))
     for check, wrong in zip(checks, nodes.ask("rehearse", orders, _REHEARSAL_SECONDS + _GRACE_SECONDS), strict=True):
         if wrong:
-            check.problems.append(
+            text = (
                 f"a small all-reduce over {check.node.interface} with {wanted.world.backend} failed: {wrong}: "
                 "open TCP between the nodes, or name the interface in cluster.env"
             )
+            check.problems.append(NodeProblem(FailureCode.NETWORK, text))

@@ -6,7 +6,7 @@ import contextlib
 import secrets
 from pathlib import Path
 
-from launcher.errors import LauncherError, first_line
+from launcher.errors import FailureCode, LauncherError, first_line
 from launcher.plan.facts import SplitFacts
 from launcher.plan.model import Plan
 from launcher.prepare import prepare
@@ -39,7 +39,8 @@ def _check_same(name: str, there: SplitFacts, here: SplitFacts) -> None:
     for key in _SAME:
         planned, found = getattr(there, key), getattr(here, key)
         if planned != found:
-            raise LauncherError(f"{name} has {found} {key} on this node and {planned} where the run was planned")
+            message = f"{name} has {found} {key} on this node and {planned} where the run was planned"
+            raise LauncherError(message, code=FailureCode.DATA_DIFFERS)
 
 
 def _put(here: str, wanted: str) -> None:

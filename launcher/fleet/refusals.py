@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from launcher.errors import RunFailed
+from launcher.errors import FailureCode, RunFailed, code_of, known_code
 from launcher.fleet.allocation import Allocation
 from launcher.run_dir import RunDir, write_json
 
@@ -39,16 +39,15 @@ class Refusals:
             yield
         except BaseException as error:
             if not self._met:
-                self._leave(_reason(error))
+                self._leave(_reason(error), code_of(error))
             raise
 
     def check(self) -> None:
         """Raises RefusedElsewhere, with the node and what it says, where another one refused."""
         found = [(node, said) for node, said in sorted(self._read().items()) if said["reason"]]
         if found:
-            raise RefusedElsewhere(
-                "\n".join(f"node {node} ({said['host']}) refused: {said['reason']}" for node, said in found)
-            )
+            message = "\n".join(f"node {node} ({said['host']}) refused: {said['reason']}" for node, said in found)
+            raise RefusedElsewhere(message, code=known_code(found[0][1].get("code")))
 
     def met(self) -> None:
         """From here on the nodes talk to each other."""
@@ -60,14 +59,14 @@ class Refusals:
         """Leaves without a reason of its own: the first node let go before it said what to do."""
         self._leave("")
 
-    def _leave(self, reason: str) -> None:
+    def _leave(self, reason: str, code: FailureCode = FailureCode.UNKNOWN) -> None:
         if self._allocation.nodes == 1:
             return
         # Where nothing can be written, the others wait as long as they would for a node that is gone.
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
             own = self._folder / f"{self._start}{self._allocation.node}.json"
-            write_json(own, {"host": socket.gethostname(), "reason": reason})
+            write_json(own, {"host": socket.gethostname(), "reason": reason, "code": code})
             if len(self._read()) == self._allocation.nodes:
                 shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from rich.markup import escape
+
 from launcher.aftermath import (
     LOG_LINES,
     Place,
+    code_of_collective,
     fell,
     only_timed_out,
     raised_at,
     said,
     timed_out_headline,
 )
-from launcher.errors import RunFailed
+from launcher.errors import FailureCode, RunFailed, first_line, known_code
 from launcher.fleet.agent import Event, NodeTask
 from launcher.fleet.environment import rank_environment
 from launcher.fleet.failure import Failure, all_failures, first_failure, in_order
 from launcher.fleet.nodes import Needs, Node, Nodes, address_of
 from launcher.fleet.preflight import NodeCheck, Wanted, preflight, refuse, room_bytes
+from launcher.fleet.ray_head import RayHead, head_of_this_ray
 from launcher.plan.model import Plan
 from launcher.plan.packages import needed_packages
 from launcher.plan.resume import Start
@@ -61,7 +65,7 @@ class Console(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: "finished", or "stopped" after `updates` updates; of its own accord where there is a reason.
+    """How a run ended: "finished", or "stopped" after `updates` updates; by itself if there is a reason, with its code.
 
     `updates` is None where a script did not report any.
     """
@@ -69,6 +73,13 @@ class Outcome:
     state: str
     updates: int | None
     reason: str | None = None
+    code: FailureCode | None = None
+
+
+class RayLost(RunFailed):
+    """Ray's head process is gone."""
+
+    code = FailureCode.RAY_LOST
 
 
 class Supervisor:
@@ -83,6 +94,7 @@ class Supervisor:
         self.events: list[Event] = []
         self.stop_signal = 0
         self.phase: str | None = None
+        self._head: RayHead | None = None
         self._logged: dict[int, Failure] = {}
         self._metrics, self._evaluations = Tail(run.metrics_file), Tail(run.evaluations_file)
 
@@ -97,14 +109,40 @@ class Supervisor:
         try:
             self.place()
             self.start(start)
-            return self.follow()
-        finally:
+            outcome = self.follow()
+        except RayLost:
+            # Nothing can be given back: every call would wait until Ray ends this process, and the agents are gone.
+            raise
+        except BaseException:
+            self._give_back_after_failure()
+            raise
+        self._give_back()
+        return outcome
+
+    def _give_back(self) -> None:
+        try:
             self.nodes.end(_GRACE_SECONDS if not self.stopping else _STOP_GRACE_SECONDS)
+        finally:
             self.nodes.close()
+
+    def _give_back_after_failure(self) -> None:
+        """Gives the nodes back. What goes wrong with that is printed: the failure before it is the one that counts."""
+        with self._noted("the nodes could not be given back"):
+            self._give_back()
+
+    @contextmanager
+    def _noted(self, what: str) -> Iterator[None]:
+        """Prints what goes wrong inside the block, which happens after a failure and must not hide it."""
+        try:
+            yield
+        except Exception as error:
+            self.console.note(f"          {what}: {escape(first_line(error))}")
 
     def place(self) -> None:
         self.enter("placing")
-        self.nodes.connect(address_of(self.plan.job.cluster.address))
+        address = address_of(self.plan.job.cluster.address)
+        self.nodes.connect(address)
+        self._head = head_of_this_ray(own=address == "local")
         for rank, node in enumerate(self.nodes.place(self.plan.job.cluster.wait_seconds)):
             self.run_dir.event(
                 "node",
@@ -152,7 +190,7 @@ class Supervisor:
         self._show_progress()
         stops = [event for event in self.events if event["report"] == "stopped"]
         if stops:
-            return Outcome("stopped", stops[0]["update"], stops[0]["reason"])
+            return Outcome("stopped", stops[0]["update"], stops[0]["reason"], known_code(stops[0].get("code")))
         return Outcome("finished", self.plan.length.total_updates)
 
     @property
@@ -181,9 +219,19 @@ class Supervisor:
             self.events += heard
             yield from heard
             self._show_progress()
+            self._check_head()
             if self.stopping and not told_to_stop:
                 told_to_stop = True
                 self.nodes.order(stop=True)
+
+    def _check_head(self) -> None:
+        """Raises RayLost if Ray's head process is gone, once that is written down: Ray may end this process soon."""
+        if self._head is None or not self._head.gone():
+            return
+        error = RayLost(f"Ray's head process (gcs_server) at {self._head.address} no longer answers")
+        with self._noted("the failure could not be written to the run directory"):
+            self.run_dir.enter("failed", reason=str(error), message=str(error), code=error.code)
+        raise error
 
     def _show_progress(self) -> None:
         for line in self._evaluations.new():
@@ -224,11 +272,11 @@ class Supervisor:
         self._settle()
         self._show_progress()
         failures = self._failures()
-        self.nodes.end(_GRACE_SECONDS)
-        # What cannot be written down, because the disk is full, is told all the same.
-        with contextlib.suppress(OSError):
+        with self._noted("the ranks could not be ended"):
+            self.nodes.end(_GRACE_SECONDS)
+        with self._noted(f"the failure could not be written to {self.run_dir.events_file}"):
             self._write_failures(failures)
-        raise RunFailed(self._tell(failures))
+        raise RunFailed(self._tell(failures), code=failures[0].code)
 
     def _write_failures(self, failures: Sequence[Failure]) -> None:
         first, nodes = failures[0], self.nodes.nodes
@@ -238,6 +286,8 @@ class Supervisor:
             node_rank=first.node_rank,
             host=nodes[first.node_rank].host,
             how=first.how,
+            exit_code=first.exit_code,
+            code=first.code,
             error=first.error,
             failures=[{**asdict(each), "host": nodes[each.node_rank].host} for each in failures],
         )
@@ -255,7 +305,7 @@ class Supervisor:
 
     def _failures(self) -> list[Failure]:
         found = all_failures(self.events, [node.clock_offset_seconds for node in self.nodes.nodes])
-        return in_order(map(self._with_log, found))
+        return [_with_code(failure) for failure in in_order(map(self._with_log, found))]
 
     def _with_log(self, failure: Failure) -> Failure:
         """With what the log ends with, where the rank has told nothing: a script, or one that C++ ended."""
@@ -264,8 +314,9 @@ class Supervisor:
             return failure
         if rank not in self._logged:
             lines = last_lines(self._rank_log(rank, failure.node_rank), LOG_LINES)
-            error, traceback = said(untimed(lines), failure.how)
-            raised, ahead = raised_at(lines, failure.how), self.nodes.nodes[failure.node_rank].clock_offset_seconds
+            error, traceback = said(untimed(lines), failure.exit_code)
+            raised = raised_at(lines, failure.exit_code)
+            ahead = self.nodes.nodes[failure.node_rank].clock_offset_seconds
             time = failure.time if raised is None else min(failure.time, round(raised - ahead, 3))
             self._logged[rank] = replace(failure, error=error, traceback=traceback, time=time)
         return self._logged[rank]
@@ -316,3 +367,10 @@ class Supervisor:
 
     def _rank_log(self, rank: int, node_rank: int) -> Path:
         return self._log_folder(node_rank, self.nodes.nodes[node_rank]) / f"rank-{rank}.log"
+
+
+def _with_code(failure: Failure) -> Failure:
+    """With the code of a collective that failed, if nothing else is known of the failure."""
+    if failure.code is not FailureCode.UNKNOWN:
+        return failure
+    return replace(failure, code=code_of_collective(failure))

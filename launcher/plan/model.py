@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from launcher.errors import LauncherError, first_line
+from launcher.errors import FailureCode, LauncherError, first_line
 from launcher.job import Job, ScriptJob
 from launcher.job.set_keys import changed_keys, set_keys, with_set_keys
 from launcher.plan.facts import DataFacts, MachineFacts, ModelFacts
@@ -180,9 +180,11 @@ class Plan(Part):
             plan = plan.model_copy(update={"job": with_set_keys(plan.job, keys)})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = first_line(error)
-            raise LauncherError(f"plan.json is damaged, or of another version of the launcher: {reason}") from None
+            message = f"plan.json is damaged, or of another version of the launcher: {reason}"
+            raise LauncherError(message, code=FailureCode.PLAN_DAMAGED) from None
         if (found := _hash(data)) != named:
-            raise LauncherError(f"plan.json was altered: it names the hash {named[:12]}… and has {found[:12]}…")
+            message = f"plan.json was altered: it names the hash {named[:12]}… and has {found[:12]}…"
+            raise LauncherError(message, code=FailureCode.PLAN_DAMAGED)
         return plan
 
 

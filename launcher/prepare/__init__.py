@@ -11,7 +11,7 @@ from typing import IO
 
 from pydantic import BaseModel
 
-from launcher.errors import LauncherError, Problem, RequestError
+from launcher.errors import FailureCode, LauncherError, Problem, RequestError
 from launcher.job import Job
 from launcher.job.model import ModelSection
 from launcher.plan.facts import ModelFacts
@@ -59,7 +59,8 @@ def _ask(request: BaseModel, on_progress: OnProgress, log: IO[bytes] | int) -> o
         except BaseException:
             process.kill()
             raise
-    raise LauncherError(f"the measuring process ended with status {process.returncode} and no answer")
+    message = f"the measuring process ended with status {process.returncode} and no answer"
+    raise LauncherError(message, code=FailureCode.PREPARE_FAILED)
 
 
 def _answer(message: dict[str, object], on_progress: OnProgress) -> object | None:
@@ -69,5 +70,5 @@ def _answer(message: dict[str, object], on_progress: OnProgress) -> object | Non
     if "problems" in message:
         raise RequestError(*(Problem(**problem) for problem in message["problems"]))  # type: ignore[attr-defined]
     if "fault" in message:
-        raise LauncherError(f"measuring failed:\n{message['fault']}")
+        raise LauncherError(f"measuring failed:\n{message['fault']}", code=FailureCode.PREPARE_FAILED)
     return message["prepared"]

@@ -1,26 +1,44 @@
-"""Well-known causes of a failed run, told from what a rank or its node said, each with its hint in a line."""
+"""Well-known causes in the messages of other people's software, each with its hint in a line.
+
+The patterns match what torch, NCCL, CUDA, Ray, Slurm, the kernel and Python say, never what the launcher says itself:
+its own failures have codes (own_causes.py).
+"""
 
 from __future__ import annotations
 
 import re
+import signal
 from dataclasses import dataclass
+
+from launcher.errors import FailureCode
 
 
 @dataclass(frozen=True)
 class Cause:
-    """A cause: what it is, the texts that tell of it, and the hint."""
+    """A cause: its kind, what it is, the hint, and the hint for a run on its only node where that is another."""
 
     name: str
-    pattern: re.Pattern[str]
     hint: str
+    code: FailureCode = FailureCode.UNKNOWN
+    hint_alone: str | None = None
 
 
-def _cause(name: str, hint: str, *patterns: str) -> Cause:
-    return Cause(name, re.compile("|".join(patterns)), hint)
+@dataclass(frozen=True)
+class TextCause(Cause):
+    """A cause that is recognised by a message."""
+
+    pattern: re.Pattern[str] = re.compile("(?!)")
 
 
-MISSING_FILE = "a file or folder is missing"
-HOST_MEMORY = "out of memory on the node"
+def _cause(
+    name: str, hint: str, *patterns: str, code: FailureCode = FailureCode.UNKNOWN, hint_alone: str | None = None
+) -> TextCause:
+    return TextCause(name, hint, code, hint_alone, re.compile("|".join(patterns)))
+
+
+KILLED_FOR_MEMORY = "out of memory on the node"
+MEMORY_REFUSED = "the node refused to give memory"
+SHARED_MEMORY = "the shared memory of the node is full"
 
 CAUSES = (
     _cause(
@@ -33,28 +51,42 @@ CAUSES = (
         r"CUBLAS_STATUS_ALLOC_FAILED",
         r"HIP out of memory",
         r"Failed to CUDA calloc",
+        code=FailureCode.OUT_OF_GPU_MEMORY,
     ),
     _cause(
-        HOST_MEMORY,
-        "ask for more memory a node (slurm.mem), start fewer ranks a node, offload less to it, or take a higher ZeRO "
-        "stage; the node's kernel log (dmesg) tells who was killed",
-        r"DefaultCPUAllocator: (?:can't|not enough) ",
-        r"Cannot allocate memory",
-        r"\bMemoryError\b",
+        KILLED_FOR_MEMORY,
+        "ask for more memory per node (slurm.mem), start fewer ranks per node, offload less to it, or take a higher "
+        "ZeRO stage; the node's kernel log (dmesg) names the process that was killed",
         r"\boom[-_]kill",
         r"OOM Killed",
         r"Out of memory: Kill",
-        r"DataLoader worker .* is killed by signal: Killed",
+        r"Exceeded (?:job|step) memory limit",
         r"memory pressure.*OutOfMemory|OutOfMemoryError: Task was killed due to the node running low on memory",
+        code=FailureCode.OUT_OF_MEMORY,
     ),
     _cause(
-        "the shared memory of the node is full",
+        "a worker of a DataLoader was killed",
+        "if the node's memory was nearly full, give the DataLoader fewer workers or the node more memory (slurm.mem); "
+        "if not, find out who ended it",
+        r"DataLoader worker .* is killed by signal: Killed",
+        code=FailureCode.RANK_KILLED,
+    ),
+    _cause(
+        MEMORY_REFUSED,
+        "see in the message how much was asked for: ask for more memory per node (slurm.mem), start fewer ranks per "
+        "node, offload less to it, or take a higher ZeRO stage",
+        r"DefaultCPUAllocator: (?:can't|not enough) ",
+        r"Cannot allocate memory",
+        r"\bMemoryError\b",
+        code=FailureCode.OUT_OF_MEMORY,
+    ),
+    _cause(
+        SHARED_MEMORY,
         "give the container or node a larger /dev/shm (docker --shm-size=8g, an emptyDir of medium Memory)",
         r"unable to (?:allocate|write to|open|resize) (?:shared memory|file </torch_)",
         r"unable to open shared memory object",
         r"Error while creating shared memory segment",
         r"insufficient shared memory \(shm\)",
-        r"signal SIGBUS",
     ),
     _cause(
         "the disk is full",
@@ -65,6 +97,7 @@ CAUSES = (
         r"enforce fail at inline_container\.cc.*unexpected pos",
         r"PytorchStreamWriter failed writing file",
         r"basic_ios::clear: iostream error",
+        code=FailureCode.DISK_FULL,
     ),
     _cause(
         "a network address is in use",
@@ -72,6 +105,7 @@ CAUSES = (
         "that was left on the node",
         r"EADDRINUSE",
         r"[Aa]ddress already in use",
+        code=FailureCode.NETWORK,
     ),
     _cause(
         "a collective timed out (NCCL)",
@@ -80,6 +114,7 @@ CAUSES = (
         r"Watchdog caught collective operation timeout",
         r"Some NCCL operations have failed or timed out",
         r"wait timeout after \d+ms",
+        code=FailureCode.TIMEOUT,
     ),
     _cause(
         "a collective timed out (gloo)",
@@ -87,6 +122,7 @@ CAUSES = (
         "waits for storage (launcher status)",
         r"Timed out waiting \d+ms for (?:recv|send) operation",
         r"Application timeout caused pair closure",
+        code=FailureCode.TIMEOUT,
     ),
     _cause(
         "the GPU driver does not fit this torch",
@@ -111,6 +147,7 @@ CAUSES = (
         r"fallen off the bus",
         r"\bXid\b",
         r"CUDA error: unspecified launch failure",
+        hint_alone="have the GPU looked at: nvidia-smi -q, and Xid messages in dmesg; a reset or a reboot may help",
     ),
     _cause(
         "a GPU kernel was given wrong indices or addresses",
@@ -140,12 +177,9 @@ CAUSES = (
     _cause(
         "versions differ",
         "install the same versions of launcher, torch, deepspeed and transformers on every node",
-        r"the plan was made with DeepSpeed",
-        r"where the run was planned: install the same",
         r"[Vv]ersion mismatch",
         r"Mismatched NCCL version",
-        r"the plan differs between ranks",
-        r"plan\.json is damaged, or of another version",
+        code=FailureCode.VERSIONS_DIFFER,
     ),
     _cause(
         "an installed package does not fit the others",
@@ -205,15 +239,17 @@ CAUSES = (
         r"Permission denied",
         r"PermissionError",
         r"Read-only file system",
+        code=FailureCode.PERMISSION,
     ),
     _cause(
-        MISSING_FILE,
-        "it must lie on storage that all nodes see, under the same path on each of them",
+        "a file or folder is missing",
+        "it must be on storage that all nodes see, under the same path on each of them",
         r"FileNotFoundError",
         r"No such file or directory",
-        r"does not see ",
         r"NotADirectoryError",
         r"Stale file handle",
+        code=FailureCode.MISSING_FILE,
+        hint_alone="look whether the path in the message exists on the node, and whether something removed it",
     ),
     _cause(
         "the first rank was not reached",
@@ -226,47 +262,48 @@ CAUSES = (
         r"Connection refused",
         r"Network is unreachable",
         r"Gloo connectFullMesh failed",
+        code=FailureCode.NETWORK,
     ),
     _cause(
-        "the loss is no number",
-        "go on from the checkpoint with a lower rate (launcher resume RUN schedule.peak_lr=…), and look for odd rows "
-        "in the data around that update",
-        r"(?:loss|gradient norm) of update \d+ is (?:nan|-?inf)",
-        r"whose gradient is no number",
+        "the loss is NaN or Inf",
+        "resume from the checkpoint with a lower learning rate (launcher resume RUN schedule.peak_lr=…), and look for "
+        "odd rows in the data around that update",
         r"Current loss scale already at minimum",
-    ),
-    _cause(
-        "the loss spiked",
-        "go on from the checkpoint with a lower rate: launcher resume RUN schedule.peak_lr=…",
-        r"a spike, as schedule\.on_spike asks",
+        code=FailureCode.NAN_LOSS,
     ),
     _cause(
         "weights do not fit the model",
         "the checkpoint or folder belongs to another model or vocabulary: take the one that the run began with",
         r"Error\(s\) in loading state_dict",
         r"size mismatch for ",
+        code=FailureCode.WEIGHTS_DIFFER,
     ),
     _cause(
         "Slurm ended the job at its time limit",
-        "go on with launcher resume, and ask for more time (slurm.time) or save more often (checkpoint.every)",
+        "continue with launcher resume, and ask for more time (slurm.time) or save more often (checkpoint.every)",
         r"DUE TO TIME LIMIT",
     ),
     _cause(
         "Slurm gave the nodes to another job",
-        "go on with launcher resume; with slurm.requeue the job queues itself again",
+        "continue with launcher resume; with slurm.requeue the job queues itself again",
         r"DUE TO PREEMPTION",
     ),
     _cause(
         "a node broke down",
-        "go on with launcher resume on other nodes, and leave that node out (slurm.exclude)",
+        "continue with launcher resume on other nodes, and leave that node out (slurm.exclude)",
         r"DUE TO NODE FAILURE",
-        r"the node's agent is gone",
         r"NODE_FAIL",
+        code=FailureCode.NODE_LOST,
+        hint_alone="its agent, a process of Ray, ended: the kernel log (dmesg) shows whether it was killed for lack of "
+        "memory; if not, an operator or a limit ended it. Continue with launcher resume",
     ),
     _cause(
-        "there are not enough nodes",
-        "ask for fewer nodes or ranks, wait longer (cluster.wait_seconds), or free some",
-        r"there are not enough free nodes",
+        "Ray's head process ended",
+        "continue with launcher resume; look in the head node's kernel log (dmesg) and Ray's gcs_server log for why it "
+        "ended, and whether the node was short of memory",
+        r"Failed to connect to GCS within",
+        r"GCS may have been killed",
+        code=FailureCode.RAY_LOST,
     ),
     _cause(
         "another rank went away in the middle of a collective",
@@ -276,6 +313,7 @@ CAUSES = (
         r"ncclRemoteError",
         r"(?:gloo|c10d|TCPStore|ProcessGroup|NCCL)[^\n]*(?:Broken pipe|Socket closed)",
         r"failed to recv, got 0 bytes",
+        code=FailureCode.PEER_LOST,
     ),
     _cause(
         "NCCL failed in the network or the driver",
@@ -288,30 +326,27 @@ CAUSES = (
 )
 """The first whose pattern is found counts: what is more telling comes first."""
 
-OOM_KILL = next(cause for cause in CAUSES if cause.name == HOST_MEMORY)
-"""Proved, where the kernel's own count tells of it."""
-
 _BY_SIGNAL = {
-    "signal SIGKILL": Cause(
-        "killed from outside, most often because the node was out of memory",
-        re.compile("signal SIGKILL"),
-        OOM_KILL.hint,
-    ),
-    "signal SIGSEGV": Cause(
+    -signal.SIGSEGV: Cause(
         "a crash in compiled code",
-        re.compile("signal SIGSEGV"),
         "a compiled package does not fit the others or the hardware: PYTHONFAULTHANDLER=1 in cluster.env shows where",
+        FailureCode.RANK_CRASHED,
     ),
-    "signal SIGILL": Cause(
+    -signal.SIGILL: Cause(
         "compiled code that this processor does not know",
-        re.compile("signal SIGILL"),
         "what was compiled on a newer node was run on an older one: give each kind its TORCH_EXTENSIONS_DIR",
+        FailureCode.RANK_CRASHED,
     ),
 }
 
 
+def named(name: str) -> Cause:
+    """The cause with this name."""
+    return next(cause for cause in CAUSES if cause.name == name)
+
+
 def find_cause(*texts: str | None) -> Cause | None:
-    """The cause that the first telling text tells of; None where none does."""
+    """The cause that the first telling text shows; None if none does."""
     for text in texts:
         found = next((cause for cause in CAUSES if text and cause.pattern.search(text)), None)
         if found is not None:
@@ -319,6 +354,8 @@ def find_cause(*texts: str | None) -> Cause | None:
     return None
 
 
-def cause_of_signal(how: str) -> Cause | None:
-    """What mostly stands behind an end by this signal ("signal SIGKILL")."""
-    return _BY_SIGNAL.get(how)
+def cause_of_signal(exit_code: int | None) -> Cause | None:
+    """What is mostly behind an end by this signal, other than SIGKILL; a negative exit status names the signal."""
+    if exit_code == -signal.SIGBUS:
+        return named(SHARED_MEMORY)
+    return None if exit_code is None else _BY_SIGNAL.get(exit_code)

@@ -9,23 +9,29 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.aftermath import (
-    ENDED,
     LOG_LINES,
     Place,
+    code_of_exit,
     fell,
     first_of,
     only_timed_out,
     said,
     timed_out,
+    was_ended,
 )
+from launcher.errors import FailureCode, known_code
 from launcher.run_dir import RunDir
 from launcher.tail import last_lines, untimed
+from launcher.watch import older
 from launcher.watch.session import Record
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A rank that failed, or a node that was lost (rank None). `time` is by the supervisor's clock, None if unknown."""
+    """A rank that failed, or a node that was lost (rank None). `time` is by the supervisor's clock, None if unknown.
+
+    `exit_code` is negative for a signal. `code` says what kind of failure it is.
+    """
 
     rank: int | None
     node_rank: int
@@ -34,6 +40,8 @@ class Failed:
     how: str
     error: str | None = None
     traceback: str | None = None
+    exit_code: int | None = None
+    code: FailureCode = FailureCode.UNKNOWN
 
     @property
     def name(self) -> str:
@@ -46,7 +54,7 @@ class Failed:
 
     @property
     def told(self) -> str:
-        """What it said of itself."""
+        """What it reported of itself."""
         return "\n".join(text for text in (self.error, self.traceback) if text)
 
 
@@ -88,15 +96,21 @@ def failures_of(event: Record, run: RunDir) -> Failures:
 
 
 def _failed(record: Record) -> Failed:
-    time = record.get("time")
+    time, how, error = record.get("time"), str(record.get("how", "in an unknown way")), record.get("error")
+    exit_code = record["exit_code"] if "exit_code" in record else older.exit_code_of(how)
+    code = known_code(record.get("code"))
+    if code is None:
+        code = code_of_exit(exit_code) if error is None else older.code_of(error)
     return Failed(
         rank=record.get("rank"),
         node_rank=int(record.get("node_rank") or 0),
         host=str(record.get("host", "?")),
         time=float(time) if isinstance(time, int | float) else None,
-        how=str(record.get("how", "in an unknown way")),
-        error=record.get("error"),
+        how=how,
+        error=error,
         traceback=record.get("traceback"),
+        exit_code=exit_code,
+        code=older.code_of(how) if code is FailureCode.UNKNOWN else code,
     )
 
 
@@ -104,7 +118,7 @@ def _with_log(failed: Failed, run: RunDir) -> Failed:
     """With the exception at the end of its log, where the rank did not tell it: a script, or one that C++ ended."""
     if failed.rank is None or failed.told:
         return failed
-    error, traceback = said(log_end(run, failed, LOG_LINES), failed.how)
+    error, traceback = said(log_end(run, failed, LOG_LINES), failed.exit_code)
     return replace(failed, error=error, traceback=traceback)
 
 
@@ -119,7 +133,7 @@ def _role(failed: Failed, key: str, hosts: Sequence[str]) -> str:
         return "same"
     if fell(failed):
         return "followers"
-    return "ended" if failed.how in ENDED and not failed.told else "others"
+    return "ended" if was_ended(failed.exit_code) and not failed.told else "others"
 
 
 def _key(failed: Failed) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import socket
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -92,8 +93,24 @@ def seconds_of(time: Any) -> float | None:
         return None
 
 
+def touched(run: RunDir) -> float | None:
+    """When the launcher at work last touched its lock, by the file system's clock."""
+    try:
+        return run.lock_file.stat().st_mtime
+    except OSError:
+        return None
+
+
+def supervisor_gone(run: RunDir, state: Record) -> bool:
+    """Whether the launcher that wrote this state surely ended: it was on this host, and nobody holds the run.
+
+    From another host a free lock may only mean that locks are not seen there: then its heartbeat decides.
+    """
+    return state.get("host") == socket.gethostname() and is_held(run) is False
+
+
 def is_held(run: RunDir) -> bool | None:
-    """Whether a launcher works in the run directory; None where that cannot be told from here."""
+    """Whether a launcher works in the run directory; None if that cannot be known from here."""
     try:
         with run.lock_file.open("rb") as lock:
             # A shared lock can be asked for without the right to write.

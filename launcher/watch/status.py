@@ -11,7 +11,17 @@ from typing import Any
 from launcher.run_dir import ENDED, RunDir, utc_text
 from launcher.tail import lines_backwards
 from launcher.watch.nodes import NodeStatus, node_statuses, straggling
-from launcher.watch.session import Record, Session, is_held, parsed, read_json, read_session, seconds_of
+from launcher.watch.session import (
+    Record,
+    Session,
+    is_held,
+    parsed,
+    read_json,
+    read_session,
+    seconds_of,
+    supervisor_gone,
+    touched,
+)
 
 LOST = "lost"
 UNREADABLE = "unreadable"
@@ -25,10 +35,10 @@ class RunStatus:
     """Where a run stands. Times are seconds; None stands for what is not known.
 
     `state` is that of state.json, "unknown" without one, or "lost": state.json (`written_state`) says that the run is
-    alive, but nothing was heard of it for a minute and no launcher holds its directory; in a list "unreadable" where it
-    may not be read. `updates` are done, of
-    `total_updates`; `loss` and `lr` are the last one's, `tokens_per_second` and `step_seconds` medians of the last 20.
-    `compared` names the time in which nodes are compared, "own_seconds" or "step_seconds".
+    alive, but no launcher holds its directory (seen from another host: for a minute); in a list "unreadable" if it may
+    not be read. `code` is that of a failed run, or of one that stopped itself. `updates` are done, of `total_updates`;
+    `loss` and `lr` are the last one's, `tokens_per_second` and `step_seconds` medians of the last 20. `compared` names
+    the time in which nodes are compared, "own_seconds" or "step_seconds".
     """
 
     name: str
@@ -37,6 +47,7 @@ class RunStatus:
     written_state: str
     state_seconds: float | None = None
     reason: str | None = None
+    code: str | None = None
     began: str | None = None
     host: str | None = None
     pid: int | None = None
@@ -96,6 +107,7 @@ def _status(run: RunDir, session: Session, nodes: Sequence[NodeStatus], now: flo
         written_state=session.name,
         state_seconds=_age(heard if lost else since, now),
         reason=session.state.get("reason"),
+        code=_text(session.state.get("code")),
         began=None if session.began is None else utc_text(session.began),
         host=session.state.get("host"),
         pid=session.state.get("pid"),
@@ -147,23 +159,17 @@ def _left(recent: Sequence[Record], placed: float | None, updates: int, total: i
 def _heard(run: RunDir, session: Session, last: Record, nodes: Sequence[NodeStatus], now: float) -> float | None:
     """When anything of the run was last heard."""
     beats = [now - node.heartbeat_seconds for node in nodes if node.heartbeat_seconds is not None]
-    told = (_touched(run), session.heard, seconds_of(session.state.get("since")), seconds_of(last.get("time")))
+    told = (touched(run), session.heard, seconds_of(session.state.get("since")), seconds_of(last.get("time")))
     return max([*beats, *(time for time in told if time is not None)], default=None)
 
 
-def _touched(run: RunDir) -> float | None:
-    """When the launcher at work last touched its lock, by the file system's clock."""
-    try:
-        return run.lock_file.stat().st_mtime
-    except OSError:
-        return None
-
-
 def _is_lost(run: RunDir, session: Session, heard: float | None, now: float) -> bool:
-    """Did the supervisor vanish? While data is prepared nothing is written, and the lock alone tells."""
-    if session.ended or not session.state or heard is None or now - heard < LOST_SECONDS:
+    """Did the supervisor vanish? While data is prepared nothing is written, and the lock alone shows it."""
+    if session.ended or not session.state:
         return False
-    return is_held(run) is False
+    if supervisor_gone(run, session.state):
+        return True
+    return heard is not None and now - heard >= LOST_SECONDS and is_held(run) is False
 
 
 def _age(time: float | None, now: float) -> float | None:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from launcher.watch.nodes import STALE_SECONDS, STRAGGLER_RATIO, NodeStatus
 from launcher.watch.plain import plain
-from launcher.watch.status import LOST, LOST_SECONDS, UNREADABLE, RunStatus
+from launcher.watch.status import LOST, UNREADABLE, RunStatus
 from launcher.watch.words import duration, memory, number
 
 _STYLES = {"finished": "green", "failed": "bold red", LOST: "bold red", "stopped": "yellow", "unknown": "dim"}
@@ -71,8 +71,8 @@ def _state_line(status: RunStatus) -> Text:
     line = Text.assemble((status.name, "bold"), "  ", (status.state, _STYLES.get(status.state, "cyan")))
     if status.state == LOST:
         line.append(
-            f": state.json says {status.written_state}, but nothing was heard of the run for "
-            f"{duration(status.silent_seconds)}, and no launcher holds its directory"
+            f": state.json says {status.written_state}, but no launcher holds the run's directory; the last sign of it "
+            f"came {duration(status.silent_seconds)} ago"
         )
         return line
     if status.state_seconds is not None:
@@ -222,6 +222,6 @@ def runs_view(runs: Sequence[RunStatus]) -> Group:
         )
     parts: list[Table | Text] = [table]
     if any(run.state == LOST for run in runs):
-        note = f"lost: nothing was heard for more than {LOST_SECONDS:.0f} s, and no launcher holds the directory"
+        note = "lost: state.json says that it is alive, but no launcher holds the directory"
         parts.append(Text(note, style="dim"))
     return Group(*parts)

@@ -9,26 +9,33 @@ from pathlib import Path
 from rich.text import Text
 
 from launcher.aftermath import timed_out_headline, where
+from launcher.errors import FailureCode, known_code
 from launcher.run_dir import RunDir
 from launcher.tail import last_lines
-from launcher.watch.causes import HOST_MEMORY, MISSING_FILE, OOM_KILL, Cause, cause_of_signal, find_cause
+from launcher.watch import older
+from launcher.watch.causes import Cause, cause_of_signal, find_cause
 from launcher.watch.failures import Failed, Failures, failures_of, log_end
+from launcher.watch.killed import cause_of_kill, evidence_of_memory, memory_of
+from launcher.watch.lost import cause_of_loss
 from launcher.watch.nodes import places_of
+from launcher.watch.own_causes import CERTAIN, cause_of
 from launcher.watch.plain import plain
-from launcher.watch.session import Session, read_json, read_session
+from launcher.watch.session import Session, read_session
 from launcher.watch.status import LOST, RunStatus, read_status
 from launcher.watch.words import duration
 
 _SHOWN_LINES = 20
 _SEARCHED_LINES = 60
-_FULL = 0.95
+_KILLED = FailureCode.RANK_KILLED
+_MISSING = (FailureCode.MISSING_FILE, FailureCode.NOT_SHARED)
+_MEMORY = (FailureCode.OUT_OF_MEMORY, _KILLED)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What is known: a headline, facts, the ends of logs, and the cause with its hint where it is a known one.
+    """What is known: a headline, facts, the ends of logs, and the cause with its hint if it is a known one.
 
-    `failures` is None where no rank or node is known to have failed.
+    `failures` is None if no rank or node is known to have failed. `code` is None for a run that did not fail.
     """
 
     headline: str
@@ -38,17 +45,19 @@ class Explanation:
     ends: tuple[tuple[Path, tuple[str, ...]], ...] = ()
     cause: Cause | None = None
     evidence: tuple[str, ...] = field(default=())
+    code: FailureCode | None = None
 
 
 def explain(run: RunDir) -> Explanation:
     """What went wrong, or that nothing did."""
-    session, status = read_session(run), read_status(run, time.time())
+    now = time.time()
+    session, status = read_session(run), read_status(run, now)
     if status.state == LOST:
-        return _of_lost(run, session, status)
+        return _of_lost(run, session, status, now)
     if session.name == "failed":
         return _of_failed(run, session)
     if session.name == "stopped":
-        return _of_stopped(status)
+        return _of_stopped(session, status)
     if session.name == "finished":
         return Explanation(f"nothing went wrong: it finished after {status.updates} updates", well=True)
     if session.name == "unknown":
@@ -62,12 +71,18 @@ def _of_live(status: RunStatus) -> Explanation:
     return Explanation(f"{told}, last heard of {heard} ago", well=True)
 
 
-def _of_stopped(status: RunStatus) -> Explanation:
-    cause = find_cause(status.reason)
-    if cause is None:
+def _of_stopped(session: Session, status: RunStatus) -> Explanation:
+    code = _written_code(session, status.reason)
+    if code is FailureCode.UNKNOWN:
         because = f": {status.reason}" if status.reason else ""
         return Explanation(f"nothing failed: it was stopped after {status.updates} updates{because}", well=True)
-    return Explanation(f"it stopped itself after {status.updates} updates: {status.reason}", cause=cause)
+    headline = f"it stopped itself after {status.updates} updates: {status.reason}"
+    return Explanation(headline, cause=cause_of(code), code=code)
+
+
+def _written_code(session: Session, *texts: str | None) -> FailureCode:
+    """The code in state.json; of a run that is older than codes, that of its sentences."""
+    return known_code(session.state.get("code")) or older.code_of(*texts)
 
 
 def _of_failed(run: RunDir, session: Session) -> Explanation:
@@ -76,14 +91,16 @@ def _of_failed(run: RunDir, session: Session) -> Explanation:
         return _of_failures(run, session, failures_of(session.failure, run))
     ends = _ends([run.logs / "prepare.log"]) if session.last_phase in ("planning", "preparing") else ()
     texts = ["\n".join(lines) for _, lines in ends]
-    return Explanation(f"it failed while {session.last_phase}: {reason}", ends=ends, cause=find_cause(reason, *texts))
+    code = _written_code(session, reason)
+    headline, cause = f"it failed while {session.last_phase}: {reason}", cause_of(code, reason, *texts)
+    return Explanation(headline, ends=ends, cause=_fitting(cause, session), code=code)
 
 
 def _of_failures(run: RunDir, session: Session, found: Failures) -> Explanation:
     first = found.first
     folder = run.node_logs(first.node_rank, first.host)
     logs = [folder / ("agent.log" if first.rank is None else f"rank-{first.rank}.log")]
-    cause = _cause(run, found)
+    cause = _fitting(_cause(run, found), session)
     return Explanation(
         _headline(run, session, found),
         failures=found,
@@ -91,7 +108,23 @@ def _of_failures(run: RunDir, session: Session, found: Failures) -> Explanation:
         ends=_ends(logs) or _told(folder, first),
         cause=cause,
         evidence=tuple(_evidence(run, session, found, cause)),
+        code=_code(first, cause),
     )
+
+
+def _code(first: Failed, cause: Cause | None) -> FailureCode:
+    """The first failure's own code, or the cause's if it says more."""
+    if cause is None or cause.code is FailureCode.UNKNOWN or first.code in CERTAIN:
+        return first.code
+    return cause.code
+
+
+def _fitting(cause: Cause | None, session: Session) -> Cause | None:
+    """The cause with a hint that fits: a run's only node cannot be left out, unless Slurm or Ray can give another."""
+    jobs = session.state.get("slurm_job_id") or session.state.get("ray_job_id")
+    if cause is None or cause.hint_alone is None or len(session.nodes) > 1 or jobs:
+        return cause
+    return replace(cause, hint=cause.hint_alone)
 
 
 def _headline(run: RunDir, session: Session, found: Failures) -> str:
@@ -112,12 +145,17 @@ def _cause(run: RunDir, found: Failures) -> Cause | None:
     A log holds warnings as well, so what a rank told of its end is not made up for from there.
     """
     first = found.first
-    by_signal = OOM_KILL if first.how == "signal SIGKILL" and _oom_kills(run, first) else cause_of_signal(first.how)
-    told = find_cause(first.error, first.traceback, first.how)
-    if told is not None or first.told or first.how == "signal SIGKILL":
-        return told or by_signal
-    said = find_cause("\n".join(log_end(run, first, _SEARCHED_LINES)))
-    return said or by_signal or find_cause(_node_said(run, first.node_rank, first.host))
+    reported = cause_of(first.code, first.error, first.traceback)
+    if reported is not None:
+        return reported
+    by_node = find_cause(_node_said(run, first.node_rank, first.host))
+    if first.code is _KILLED:
+        said = by_node is not None and by_node.code is FailureCode.OUT_OF_MEMORY
+        return by_node if said else cause_of_kill(memory_of(run, first.node_rank, first.host))
+    by_signal = cause_of_signal(first.exit_code)
+    if first.told:
+        return by_signal
+    return find_cause("\n".join(log_end(run, first, _SEARCHED_LINES))) or by_signal or by_node
 
 
 def _node_said(run: RunDir, node_rank: int, host: str) -> str:
@@ -162,36 +200,19 @@ def _where(failed: tuple[Failed, ...]) -> str:
 
 
 def _evidence(run: RunDir, session: Session, found: Failures, cause: Cause | None) -> list[str]:
-    """What speaks for the cause besides the words of the rank."""
+    """What speaks for the cause besides the message of the rank."""
     first = found.first
     lines = []
-    if cause is not None and cause.name == MISSING_FILE and len(session.nodes) > 1:
+    if cause is not None and cause.code in _MISSING and len(session.nodes) > 1:
         alike = {one.node_rank for one in (first, *found.same)}
         lines.append(f"so far {len(alike)} of {len(session.nodes)} nodes told of it: {_where((first, *found.same))}")
-    if first.how == "signal SIGKILL" or (cause is not None and cause.name == HOST_MEMORY):
-        lines += _memory(run, first)
+    if first.code in _MEMORY or (cause is not None and cause.code in _MEMORY):
+        lines += evidence_of_memory(memory_of(run, first.node_rank, first.host), cause)
     return lines
 
 
-def _oom_kills(run: RunDir, first: Failed) -> int:
-    """How many processes of the node's ranks the kernel killed for want of memory, as far as that is known."""
-    return int((read_json(run.node_file(first.node_rank, first.host)) or {}).get("oom_kills") or 0)
-
-
-def _memory(run: RunDir, first: Failed) -> list[str]:
-    kills = _oom_kills(run, first)
-    if kills:
-        return [f"the kernel of {first.host} killed {kills} of the processes there for want of memory (oom_kill)"]
-    record = read_json(run.node_file(first.node_rank, first.host)) or {}
-    used, total = record.get("memory_used_bytes"), record.get("memory_bytes")
-    if not used or not total:
-        return []
-    said = f"the memory of {first.host} was {used / total:.0%} used when it last told of itself"
-    return [said + (", which is as good as full" if used / total >= _FULL else "")]
-
-
-def _of_lost(run: RunDir, session: Session, status: RunStatus) -> Explanation:
-    """Of a supervisor that vanished: the failure that it had written, or else what the nodes last said."""
+def _of_lost(run: RunDir, session: Session, status: RunStatus, now: float) -> Explanation:
+    """Of a supervisor that vanished: the failure that it had written, or else what the nodes last wrote."""
     if session.failure is not None:
         known = _of_failures(run, session, failures_of(session.failure, run))
         gone = "its supervisor vanished before it had written down that the run failed"
@@ -199,7 +220,7 @@ def _of_lost(run: RunDir, session: Session, status: RunStatus) -> Explanation:
     host = session.state.get("host", "?")
     headline = (
         f"the run is lost: its supervisor, process {session.state.get('pid')} on {host}, vanished while "
-        f"{session.name}; nothing was heard for {duration(status.silent_seconds)}"
+        f"{session.name}; the last sign of it came {duration(status.silent_seconds)} ago"
     )
     said = [_node_said(run, node.node_rank, node.host) for node in status.nodes]
     notes = [
@@ -210,9 +231,11 @@ def _of_lost(run: RunDir, session: Session, status: RunStatus) -> Explanation:
     job = status.slurm_job_id or status.ray_job_id
     notes.append(f"the output of job {job} may say more" if job else f"the kernel log of {host} may say more (dmesg)")
     if run.complete_checkpoints():
-        notes.append(f"go on with: launcher resume {run.path}")
+        notes.append(f"continue with: launcher resume {run.path}")
     logs = [run.node_logs(n.node_rank, n.host) / "node.log" for n in status.nodes[:1]]
-    return Explanation(headline, notes=tuple(notes), ends=_ends(logs), cause=find_cause(*said))
+    cause = find_cause(*said) or cause_of_loss(run, status.nodes, now)
+    code = FailureCode.SUPERVISOR_LOST if cause.code is FailureCode.UNKNOWN else cause.code
+    return Explanation(headline, notes=tuple(notes), ends=_ends(logs), cause=_fitting(cause, session), code=code)
 
 
 def _ends(logs: list[Path]) -> tuple[tuple[Path, tuple[str, ...]], ...]:
@@ -249,13 +272,19 @@ def _plain(text: str) -> str:
     return "\n  ".join(plain(line) for line in text.splitlines())
 
 
-def failed_message(run: RunDir, message: str) -> str:
-    """What a run that fails says at its end: the explanation, or the message it has where no more is known."""
+def failed_message(run: RunDir, message: str, code: FailureCode) -> tuple[str, FailureCode]:
+    """What a run that fails prints at its end, and its code: the explanation, or its own message if no more is known.
+
+    The code is the given one unless that of the cause says more.
+    """
     try:
         session = read_session(run)
         if session.failure is not None:
-            return why_view(_of_failures(run, session, failures_of(session.failure, run))).plain
-    except OSError:  # a run directory that is gone may be what the run failed of
-        return message
-    cause = find_cause(message)
-    return message if cause is None else f"{message}\n  what to do:   {cause.hint}"
+            why = _of_failures(run, session, failures_of(session.failure, run))
+            return why_view(why).plain, why.code or code
+    except OSError:  # the run directory may be gone, and that may be why the run failed
+        return message, code
+    cause = _fitting(cause_of(code, message), session)
+    if cause is None:
+        return message, code
+    return f"{message}\n  what to do:   {cause.hint}", code if cause.code is FailureCode.UNKNOWN else cause.code

@@ -11,13 +11,14 @@ import sys
 import traceback
 from pathlib import Path
 
+from launcher.errors import code_of
 from launcher.files import keep_private
 from launcher.plan.resume import Start
 from launcher.worker.control import Control
 
 
 def main() -> int:
-    """0: finished or stopped as asked; 1: failed, with the traceback in the log and told to the agent."""
+    """0: finished or stopped as asked; 1: failed, with the traceback in the log and reported to the agent."""
     keep_private()
     control = Control.from_environment()
     try:
@@ -35,6 +36,7 @@ def main() -> int:
         control.report(
             "failed",
             host=socket.gethostname(),
+            code=code_of(error),
             error=type(error).__name__,
             message=str(error),
             traceback=text,

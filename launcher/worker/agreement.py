@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from launcher.errors import RunFailed
+from launcher.errors import FailureCode, RunFailed
 from launcher.plan.model import Plan
 from launcher.plan.rate import planned_rates
 from launcher.worker.ranks import Ranks
@@ -19,6 +19,8 @@ _WORDS = 3
 
 class OutOfStep(RunFailed):
     """A rank does not do what the plan says."""
+
+    code = FailureCode.OUT_OF_STEP
 
 
 def same_plan(ranks: Ranks, plan: Plan) -> list[str]:
@@ -32,11 +34,13 @@ def same_plan(ranks: Ranks, plan: Plan) -> list[str]:
     agreed = os.environ.get("LAUNCHER_PLAN_SHA256") or Counter(sha for sha, _, _ in found).most_common(1)[0][0]
     others = [f"rank {r} on {hosts[r]} has {sha[:12]}…" for r, (sha, _, _) in enumerate(found) if sha != agreed]
     if others:
-        raise OutOfStep(f"the plan differs between ranks: {'; '.join(others)}; the run's is {agreed[:12]}…")
+        message = f"the plan differs between ranks: {'; '.join(others)}; the run's is {agreed[:12]}…"
+        raise OutOfStep(message, code=FailureCode.PLAN_DIFFERS)
     wanted = plan.machine.versions["deepspeed"]
     others = [f"rank {r} on {hosts[r]} has {theirs}" for r, (_, theirs, _) in enumerate(found) if theirs != wanted]
     if others:
-        raise OutOfStep(f"the plan was made with DeepSpeed {wanted}: {'; '.join(others)}")
+        message = f"the plan was made with DeepSpeed {wanted}: {'; '.join(others)}"
+        raise OutOfStep(message, code=FailureCode.VERSIONS_DIFFER)
     return hosts
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from launcher.errors import RunFailed, first_line
+from launcher.errors import FailureCode, RunFailed, first_line
 from launcher.plan.model import Plan
 from launcher.plan.resume import Start
 from launcher.run_dir import MANIFEST, RunDir, read_manifest, universal_folder, write_manifest
@@ -81,13 +81,15 @@ class Checkpoints:
         folder = Path(start.checkpoint)
         manifest = read_manifest(folder)
         if manifest is None:
-            raise RunFailed(f"{folder} has no manifest: the checkpoint was never finished")
+            message = f"{folder} has no manifest: the checkpoint was never finished"
+            raise RunFailed(message, code=FailureCode.CHECKPOINT_DAMAGED)
         tag = universal_folder(folder).name if start.convert else folder.name
         settings = _group_settings(engine)
         with _readable(folder):
             path, state = engine.load_checkpoint(folder.parent, tag=tag, custom_load_fn=_load_trained)
         if path is None:
-            raise RunFailed(f"DeepSpeed found nothing to load in {folder.parent / tag}")
+            message = f"DeepSpeed found nothing to load in {folder.parent / tag}"
+            raise RunFailed(message, code=FailureCode.CHECKPOINT_DAMAGED)
         _restore_settings(engine, settings)
         if start.convert:
             _separate_steps(engine)
@@ -133,7 +135,8 @@ def _load_trained(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
     missing, unexpected = dst.load_state_dict(src, strict=False)
     frozen = {name for name, p in dst.named_parameters(remove_duplicate=False) if not p.requires_grad}
     if differing := [*(name for name in missing if name not in frozen), *unexpected]:
-        raise RunFailed(f"the checkpoint is of another model: it differs in {', '.join(differing[:5])}")
+        message = f"the checkpoint is of another model: it differs in {', '.join(differing[:5])}"
+        raise RunFailed(message, code=FailureCode.WEIGHTS_DIFFER)
 
 
 def _group_settings(engine: Any) -> list[dict[str, Any]]:

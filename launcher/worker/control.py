@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from launcher.errors import AGENT_LOST_EXIT
+
 Tell = Callable[..., None]
-AGENT_LOST = 113
-"""Exit status of a rank whose agent disappeared."""
 
 
 class Control:
@@ -62,4 +62,4 @@ class Control:
                 self._orders.put(order["go"])
             elif "stop" in order:
                 self.stop.set()
-        os._exit(AGENT_LOST)
+        os._exit(AGENT_LOST_EXIT)

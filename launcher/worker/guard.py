@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from launcher.errors import RequestError
+from launcher.errors import FailureCode, RequestError
 from launcher.plan.model import Plan
 from launcher.plan.revise import extensions, schedule_of, with_longer_warmup, with_lower_peak
 from launcher.run_dir import RunDir, write_atomic
@@ -28,6 +28,7 @@ class Guard:
         self._detector = SpikeDetector()
         self.plan = plan
         self.stop_reason: str | None = None
+        self.stop_code: FailureCode | None = None
 
     def refuses(self, update: int, loss: float, grad_norm: float | None) -> bool:
         """Whether an update must not be made: its loss or gradient is no number, and the weights are still sound.
@@ -40,6 +41,7 @@ class Guard:
         what, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
         self._event("spike", update=update, reason=f"the {what} is {value}", remedy="stop")
         self.stop_reason = f"the {what} of update {update} is {value}; the weights are those before it"
+        self.stop_code = FailureCode.NAN_LOSS
         return True
 
     def watch(self, update: int, loss: float, grad_norm: float | None, skipped: bool) -> None:
@@ -49,7 +51,8 @@ class Guard:
         if skipped:
             self._event("spike", update=update, reason="DeepSpeed skipped it: its gradient is no number", remedy="stop")
             if self._remedy != "warn":
-                self.stop_reason = f"DeepSpeed skipped update {update}, whose gradient is no number"
+                self.stop_reason = f"DeepSpeed skipped update {update}, whose gradient is NaN or Inf"
+                self.stop_code = FailureCode.NAN_LOSS
             return
         verdict = self._detector.watch(update, loss, grad_norm)
         if verdict.kind == "outlier":
@@ -58,6 +61,7 @@ class Guard:
             self._event("spike", update=update, reason=verdict.reason, remedy=self._remedy)
             if self._remedy == "stop":
                 self.stop_reason = f"a spike, as schedule.on_spike asks. {verdict.reason}"
+                self.stop_code = FailureCode.LOSS_SPIKE
             elif self._remedy in _REMEDIES:
                 self._yield_to(update)
 

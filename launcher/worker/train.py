@@ -30,6 +30,7 @@ from launcher.worker.norm import norm_before_step, norm_of_step
 from launcher.worker.own_time import OwnTime
 from launcher.worker.ranks import Ranks, join_ranks
 from launcher.worker.sequence import averaged_over, part_of
+from launcher.worker.soundness import check_weights
 
 
 def work(run_path: Path, plan_file: Path, start: Start | None, control: Control) -> None:
@@ -41,6 +42,8 @@ def work(run_path: Path, plan_file: Path, start: Start | None, control: Control)
     set_seed(plan.job.train.seed)
     control.report("phase", phase="loading")
     engine = make_engine(plan, load_model(plan), universal=start is not None and start.convert)
+    if start is None:
+        check_weights(engine.module, ranks, plan.model.folder)
     training = Training(run, plan, ranks, engine, control, hosts)
     training.begin(start)
     training.train()
@@ -73,6 +76,7 @@ class Training:
             self.evaluate()
         else:
             self.progress, guard_state = self.checkpoints.load(self.engine, start)
+            check_weights(self.engine.module, self.ranks, self.plan.model.folder, start.checkpoint)
             self.guard.load_state_dict(guard_state)
             scheduler.resume(self.engine)
             self.phase("training")
@@ -178,7 +182,8 @@ class Training:
         if self.stopped:
             self.phase("saving")
             self.save_state()
-            self.control.report("stopped", update=self.progress.update, reason=self.guard.stop_reason)
+            reason, code = self.guard.stop_reason, self.guard.stop_code
+            self.control.report("stopped", update=self.progress.update, reason=reason, code=code)
             return
         self.evaluate()
         if self.plan.job.checkpoint.save_final:

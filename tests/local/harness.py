@@ -16,6 +16,7 @@ from launcher.plan.resume import Start
 from launcher.planning import check_job, make_plan
 from launcher.run_dir import RunDir, write_atomic, write_json
 from tests.local.warm import forked_ranks
+from tests.patience import PATIENCE_SECONDS
 
 WORKER = ("-m", "launcher.worker")
 
@@ -49,7 +50,7 @@ def run_ranks(
     stop_at: int | None = None,
     environments: Mapping[int, Mapping[str, str]] | None = None,
     command: tuple[str, ...] = WORKER,
-    timeout_seconds: float = 240.0,
+    timeout_seconds: float = PATIENCE_SECONDS,
 ) -> list[dict[str, Any]]:
     """Every event of the ranks, to the last exit. `environments` adds variables to single ranks."""
     agent = _Watched(environments or {}, stop_at)

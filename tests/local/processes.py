@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil
 import yaml
 
+from tests.patience import PATIENCE_SECONDS
+
 _LOOK_SECONDS = 0.3
 """Looking at every process of the machine takes the time of what is tested."""
 LAUNCHER = [str(Path(sys.executable).with_name("launcher"))]
@@ -55,7 +57,7 @@ class Command:
         except psutil.NoSuchProcess:
             pass
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> None:
         """Waits until the condition holds, looking at the processes meanwhile."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -65,7 +67,7 @@ class Command:
             time.sleep(_LOOK_SECONDS)
         self.look()
 
-    def wait(self, seconds: float = 180.0) -> int:
+    def wait(self, seconds: float = PATIENCE_SECONDS) -> int:
         """The exit status, looking at the processes meanwhile."""
         deadline = time.monotonic() + seconds
         while self.process.poll() is None:
@@ -74,7 +76,7 @@ class Command:
             time.sleep(_LOOK_SECONDS)
         return self.process.returncode
 
-    def left_behind(self, seconds: float = 10.0) -> list[str]:
+    def left_behind(self, seconds: float = 120.0) -> list[str]:
         """Those of the started processes that still live some seconds later."""
         _, alive = psutil.wait_procs(list(self.started.values()), timeout=seconds)
         return [f"{p.pid} {' '.join(p.cmdline()[:4])}" for p in alive if p.is_running() and p.status() != "zombie"]

@@ -31,6 +31,7 @@ def test_a_rank_with_another_plan_is_named_before_training(job_dict, tmp_path):
         assert "the plan differs between ranks" in message
         assert f"rank 1 on {HOST} has {altered.sha256[:12]}" in message
         assert plan.sha256[:12] in message
+    assert {event["code"] for event in events if event["report"] == "failed"} == {"plan_differs"}
     assert run.metrics() == []
 
 
@@ -41,7 +42,8 @@ def test_a_plan_file_that_was_edited_is_refused(job_dict, tmp_path):
     document["plan"]["learning_rate"]["peak_lr"] = 1.0
     run.plan_file.write_text(json.dumps(document))
     events = run_ranks(plan, run)
-    assert "plan.json was altered" in first_failure(events).error
+    failure = first_failure(events)
+    assert "plan.json was altered" in failure.error and failure.code == "plan_damaged"
 
 
 @pytest.mark.parametrize(
@@ -58,6 +60,7 @@ def test_a_scheduler_that_leaves_the_plan_in_mid_run_stops_it(job_dict, tmp_path
     events = run_ranks(plan, run, command=FAULTY, environments={1: {"FAULT": fault}})
     messages = [event["message"] for event in events if event["report"] == "failed"]
     assert any(words in message for message in messages), (messages, logs(run))
+    assert first_failure(events).code == "out_of_step"
     # Nothing was made at a wrong rate on the rank that is right, and the run did not go on.
     planned = planned_rates(plan)
     assert [line["lr"] for line in run.metrics()] == [planned(u) for u in range(len(run.metrics()))]
@@ -67,7 +70,7 @@ def test_a_scheduler_that_leaves_the_plan_in_mid_run_stops_it(job_dict, tmp_path
 def test_the_first_rank_that_raises_is_the_one_named(job_dict, tmp_path):
     plan = plan_of(merged(job_dict, train={"max_steps": 12}))
     run = run_directory(plan, tmp_path)
-    events = run_ranks(plan, run, command=FAULTY, environments={1: {"FAULT": "raises:3"}}, timeout_seconds=90)
+    events = run_ranks(plan, run, command=FAULTY, environments={1: {"FAULT": "raises:3"}})
     failure = first_failure(events)
     assert (failure.rank, failure.error) == (1, "RuntimeError: the disk of this node is on fire")
 

@@ -15,6 +15,7 @@ from deepspeed.runtime import lr_schedules
 
 from tests.local.harness import fine_tuned, merged, plan_of
 from tests.local.processes import write_job
+from tests.patience import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.local
 
@@ -24,7 +25,7 @@ def lr(*arguments: str, folder: Path, columns: int = 80) -> str:
     environment = {**os.environ, "COLUMNS": str(columns)}
     code = "from launcher.cli import main; main()"
     line = [sys.executable, "-c", code, "lr", *arguments]
-    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -95,8 +95,8 @@ def test_a_spike_with_warn_is_told_and_changes_nothing(job_dict, tmp_path):
 
 def test_a_spike_with_stop_saves_and_stops(job_dict, tmp_path):
     _, run, events = spiking(job_dict, tmp_path, on_spike="stop")
-    (stopped,) = {event["reason"] for event in events if event["report"] == "stopped"}
-    assert "a spike, as schedule.on_spike asks" in stopped
+    ((stopped, code),) = {(event["reason"], event["code"]) for event in events if event["report"] == "stopped"}
+    assert "a spike, as schedule.on_spike asks" in stopped and code == "loss_spike"
     assert len(run.metrics()) == 43
     assert run.complete_checkpoints() == [43]
 
@@ -112,7 +112,7 @@ def test_a_loss_that_is_no_number_stops_before_its_update(job_dict, tmp_path):
     run = run_directory(plan, tmp_path)
     fault = {"FAULT": "loss_is_nan:6"}
     events = run_ranks(plan, run, command=FAULTY, environments={0: fault, 1: fault})
-    (reason,) = {event["reason"] for event in events if event["report"] == "stopped"}
-    assert reason == "the loss of update 6 is nan; the weights are those before it"
+    ((reason, code),) = {(event["reason"], event["code"]) for event in events if event["report"] == "stopped"}
+    assert (reason, code) == ("the loss of update 6 is nan; the weights are those before it", "nan_loss")
     assert len(run.metrics()) == 6
     assert run.complete_checkpoints() == [6]

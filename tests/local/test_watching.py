@@ -16,6 +16,7 @@ from launcher.run_dir import RunDir
 from tests.local import processes
 from tests.local.harness import merged
 from tests.local.processes import Command, run_folder, updates_made, write_job
+from tests.patience import PATIENCE_SECONDS
 from tests.unit.given import command
 
 pytestmark = pytest.mark.local
@@ -65,10 +66,10 @@ def test_a_rank_that_raises_is_watched_and_explained(job_dict, tmp_path, monkeyp
     running.wait_for(lambda: updates_made(tmp_path) >= 5)
     live = json.loads(said("status", str(run.path), "--json"))
     signal.touch()
-    assert running.wait(120) == 1, running.output
-    followed, errors = following.communicate(timeout=30)
+    assert running.wait() == 1, running.output
+    followed, errors = following.communicate(timeout=PATIENCE_SECONDS)
     assert (following.returncode, errors) == (0, "")
-    watched, errors = watching.communicate(timeout=30)
+    watched, errors = watching.communicate(timeout=PATIENCE_SECONDS)
     assert (watching.returncode, errors) == (0, "")
 
     assert (live["state"], live["written_state"]) == ("training", "training")
@@ -115,7 +116,7 @@ def test_a_run_cancelled_at_once_saves_nothing_and_leaves_nothing(job_dict, tmp_
     reason = run.state()["reason"]
     assert reason.startswith("cancelled by ")
     assert told == f"{run.path.name} was told to stop at once\nstopped: {reason}; updates made: {made}\n"
-    assert running.wait(30) == 128 + signal.SIGTERM, running.output
+    assert running.wait() == 128 + signal.SIGTERM, running.output
     assert running.left_behind() == []
     assert run.complete_checkpoints() == [] and "Traceback" not in running.output
     assert said("why", str(run.path)) == f"nothing failed: it was stopped after {made} updates: {reason}\n"

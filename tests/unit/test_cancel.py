@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from launcher.cli import run as run_verb
 from launcher.cli.console import RunConsole
 from launcher.cli.run import interruptible
 from launcher.watch import status
+from tests.patience import PATIENCE_SECONDS
 from tests.unit.built import START, Built
 from tests.unit.given import as_nobody, command, write_folder
 
@@ -45,19 +47,25 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @contextmanager
-def after(seconds: float, built: Built, state: str, *, taken: bool = True) -> Iterator[None]:
-    """The launcher at work takes the request after so long, and the run comes to an end."""
+def after(condition: Callable[[], bool], built: Built, state: str) -> Iterator[None]:
+    """The launcher at work takes the request once the condition holds, and the run comes to an end."""
 
     def take() -> None:
-        time.sleep(seconds)
-        if taken:
-            built.run.event("stop_requested", now=False, by="u@h")
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        built.run.event("stop_requested", now=False, by="u@h")
         built.run.enter(state, reason="cancelled by u@h")
 
     thread = threading.Thread(target=take)
     thread.start()
     yield
     thread.join()
+
+
+def printed() -> str:
+    """What the command that runs in this process has printed so far."""
+    return sys.stdout.getvalue() if isinstance(sys.stdout, io.StringIO) else ""
 
 
 @pytest.mark.parametrize(("state", "held", "cancelled"), [("stopped", "PENDING", 1), ("stopped", "RUNNING", 0)])
@@ -86,7 +94,7 @@ def test_a_run_that_has_ended_is_told_so(built: Built, slurm: Path, monkeypatch:
 
 def test_a_request_that_is_taken_late_is_waited_for(built: Built) -> None:
     built.state("placing", time.time() - START)
-    with built.run.held(), after(1.0, built, "stopped"):
+    with built.run.held(), after(lambda: "it stands: waiting" in printed(), built, "stopped"):
         ended = command("cancel", str(built.run.path))
     assert (ended.status, ended.err) == (0, "")
     assert ended.out.splitlines() == [
@@ -120,7 +128,7 @@ def test_damaged_lines_of_events_do_not_keep_a_run_from_being_stopped(built: Bui
     with built.run.events_file.open("a") as file:
         file.write('{"time": "2026-03\n[1]\n')
     built.run.metrics_file.write_text('{"update": 0}\n{"upd\n{"update": 1}\n')
-    with built.run.held(), after(0.1, built, "stopped"):
+    with built.run.held(), after(built.run.stop_file.exists, built, "stopped"):
         ended = command("cancel", str(built.run.path))
     assert (ended.status, ended.err) == (0, "")
     assert ended.out.endswith("updates made: 2\n")
@@ -163,7 +171,7 @@ def test_a_run_is_cancelled_while_its_nodes_come_up(tmp_path: Path) -> None:
             assert first.poll() is None, first.communicate()
             time.sleep(0.05)
         ended = command("cancel", str(path))
-        output, _ = first.communicate(timeout=60)
+        output, _ = first.communicate(timeout=PATIENCE_SECONDS)
     assert (ended.status, ended.err) == (0, "")
     assert "stopped: cancelled by" in ended.out
     assert first.returncode == 143 and "cancelled by" in output and "Traceback" not in output

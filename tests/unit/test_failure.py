@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import pickle
 import random
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,8 +11,10 @@ from typing import Any
 
 import pytest
 
+import launcher.cli.run as run_verb
 from launcher.aftermath import raised_at, said
-from launcher.errors import RunFailed
+from launcher.cli.console import RunConsole
+from launcher.errors import FailureCode, LauncherError, RequestError, RunFailed, code_of
 from launcher.fleet import supervisor as supervision
 from launcher.fleet.failure import Failure, all_failures, describe_exit, first_failure
 from launcher.fleet.nodes import Node, Nodes
@@ -18,6 +22,12 @@ from launcher.fleet.supervisor import Supervisor
 from launcher.tail import untimed
 from tests.unit.built import Built, rank, stamp
 from tests.unit.given import command, job_of, machine_facts, plan_of
+
+
+class Coded(RunFailed):
+    """An error whose kind has a code of its own."""
+
+    code = FailureCode.OUT_OF_STEP
 
 
 def failed(rank: int, time: float, message: str = "boom") -> dict[str, Any]:
@@ -51,11 +61,47 @@ def test_the_exception_comes_before_the_ranks_that_fell_after_it(seed: int) -> N
         ended(2, 10.7, -15),
     ]
     random.Random(seed).shuffle(events)
-    assert first_failure(events) == Failure(3, 1, 10.0, "exit code 1", "ValueError: boom")
+    assert first_failure(events) == Failure(3, 1, 10.0, "exit code 1", "ValueError: boom", exit_code=1)
 
 
 def test_a_kill_has_no_exception() -> None:
-    assert first_failure([ended(1, 5.0, -9), failed(0, 5.2)]) == Failure(1, 0, 5.0, "signal SIGKILL")
+    assert first_failure([ended(1, 5.0, -9), failed(0, 5.2)]) == Failure(
+        1, 0, 5.0, "signal SIGKILL", exit_code=-9, code=FailureCode.RANK_KILLED
+    )
+
+
+def test_what_a_rank_reports_counts_before_its_exit() -> None:
+    coded = failed(0, 5.0) | {"code": "out_of_step"}
+    for exit_code in (1, -9, -15):
+        found = first_failure([coded, ended(0, 5.5, exit_code)])
+        assert found is not None and (found.code, found.exit_code) == (FailureCode.OUT_OF_STEP, exit_code)
+    # An exception of a library has no code, and the grace time's kill does not give it one.
+    found = first_failure([failed(0, 5.0), ended(0, 5.5, -9)])
+    assert found is not None and found.code is FailureCode.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RunFailed("a", code=FailureCode.NETWORK), "network"),
+        (RunFailed("a"), "unknown"),
+        (Coded("a"), "out_of_step"),
+        (Coded("a", code=FailureCode.PLAN_DIFFERS), "plan_differs"),
+        (RequestError("a"), "user_error"),
+        (OSError(errno.ENOSPC, "a"), "disk_full"),
+        (OSError(errno.EDQUOT, "a"), "disk_full"),
+        (PermissionError(errno.EACCES, "a"), "permission"),
+        (FileNotFoundError(errno.ENOENT, "a"), "missing_file"),
+        (OSError("without a number"), "unknown"),
+        (MemoryError(), "out_of_memory"),
+        (ValueError("a"), "unknown"),
+    ],
+)
+def test_every_error_has_a_code(error: BaseException, code: str) -> None:
+    assert code_of(error) == code
+    # As it goes from an agent through Ray.
+    again = pickle.loads(pickle.dumps(error))
+    assert (code_of(again), str(again)) == (code, str(error))
 
 
 def test_an_exception_counts_before_its_exit_was_seen() -> None:
@@ -65,7 +111,7 @@ def test_an_exception_counts_before_its_exit_was_seen() -> None:
 def test_a_lost_node_is_not_one_of_its_ranks() -> None:
     lost = {"report": "node-lost", "node_rank": 1, "time": 3.0, "message": "no answer"}
     found = first_failure([ended(1, 4.0, 1), lost])
-    assert found == Failure(None, 1, 3.0, "the node's agent is gone: no answer")
+    assert found == Failure(None, 1, 3.0, "the node's agent is gone: no answer", code=FailureCode.NODE_LOST)
 
 
 @pytest.mark.parametrize(
@@ -108,16 +154,32 @@ class Heard(Nodes):
 
 
 class Silent:
-    """A console that shows nothing."""
+    """A console that shows nothing but keeps the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def __getattr__(self, _: str) -> Any:
         return lambda *_: None
 
 
+class Placed(Supervisor):
+    """A supervisor whose ranks were started already."""
+
+    def place(self) -> None:
+        """There are nodes."""
+
+    def start(self, start: Any) -> None:
+        """Ranks run."""
+
+
 def supervised(built: Built, *news: list[dict[str, Any]]) -> Supervisor:
     """The supervisor of eight ranks on two nodes, placed."""
     plan = plan_of(job_of(cluster={"nodes": 2, "gpus_per_node": 4}), machine=machine_facts(4))
-    found = Supervisor(plan, built.run.plan_file, built.run, Silent())
+    found = Placed(plan, built.run.plan_file, built.run, Silent())
     found.nodes = Heard(*news)
     return found
 
@@ -151,6 +213,8 @@ def test_aborts_after_a_time_out_are_waited_for_and_the_rank_that_did_not_come_i
     (failure,) = [event for event in built.run.events() if event["event"] == "failure"]
     assert [one["rank"] for one in failure["failures"]] == [0, 1, 2, 3, 4, 6, 7]
     assert all("Watchdog caught" in one["error"] for one in failure["failures"])
+    assert ended.value.code == failure["code"] == failure["failures"][6]["code"] == "timeout"
+    assert failure["exit_code"] == -6
     built.state("failed", 50.0, reason=str(ended.value).splitlines()[0])
     assert command("why", str(built.run.path)).out.startswith(f"{headline}\n")
 
@@ -171,9 +235,56 @@ def test_a_full_disk_does_not_hide_the_failure(built: Built, monkeypatch: pytest
     built.run.events_file.unlink()
     built.run.events_file.symlink_to("/dev/full")
     built.log(1, "h1", "rank-4", (39.0, "OSError: [Errno 28] No space left on device"))
+    supervisor = supervised(built, [on_eight(4, 40.0, 1)])
     with pytest.raises(RunFailed, match=r"rank 4 on node 1 \(h1\) failed first, with exit code 1\n.*\n.*No space left"):
-        supervised(built, [on_eight(4, 40.0, 1)]).follow()
+        supervisor.follow()
+    # What went wrong with writing it down is printed beside it.
+    (note,) = supervisor.console.notes  # type: ignore[attr-defined]
+    assert "the failure could not be written to" in note and "No space left on device" in note
     assert stamp(39.0) in built.run.node_logs(1, "h1").joinpath("rank-4.log").read_text()
+
+
+class Broken(Heard):
+    """Nodes whose Ray is gone."""
+
+    def end(self, _grace_seconds: float) -> None:
+        raise ConnectionError("Ray does not answer")
+
+    def close(self) -> None:
+        raise ConnectionError("Ray is gone")
+
+
+def test_what_goes_wrong_after_a_failure_is_printed_and_does_not_hide_it(
+    built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervision, "_SETTLE_SECONDS", 0.0)
+    supervisor = supervised(built)
+    supervisor.nodes = Broken([failed(4, 40.0, "a bad sample") | {"node_rank": 1}])
+    with pytest.raises(RunFailed, match=r"^rank 4 on node 1"):
+        supervisor.run()
+    assert [note.strip() for note in supervisor.console.notes] == [  # type: ignore[attr-defined]
+        "the ranks could not be ended: Ray does not answer",
+        "the nodes could not be given back: Ray is gone",
+    ]
+    assert [event["event"] for event in built.run.events()][-1] == "failure"
+
+
+def test_a_failure_that_cannot_be_written_is_still_the_one_that_is_raised(
+    built: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make(_progress: Any, _log: Any) -> Any:
+        built.run.events_file.unlink()
+        built.run.events_file.symlink_to("/dev/full")
+        raise LauncherError("the first error", code=FailureCode.PREPARE_FAILED)
+
+    job = tmp_path / "job.yaml"
+    job.write_text("name: tiny\n")
+    with pytest.raises(LauncherError, match=r"^the first error$") as raised:
+        run_verb._planned(make, job, [], built.run, RunConsole())
+    assert (raised.value.exit_status, raised.value.code) == (1, "prepare_failed")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "the failure could not be written to" in told and "No space left on device" in told
+    assert built.run.state()["code"] == "prepare_failed"
 
 
 def test_a_rank_raised_when_it_said_so_and_not_when_it_ended() -> None:
@@ -183,9 +294,9 @@ def test_a_rank_raised_when_it_said_so_and_not_when_it_ended() -> None:
         "2026-01-02T03:04:06.251Z [rank1]: ValueError: no such file",
         "2026-01-02T03:04:09.000Z terminate called without an active exception",
     ]
-    assert said(untimed(log), "signal SIGABRT")[0] == "ValueError: no such file"
+    assert said(untimed(log), -6)[0] == "ValueError: no such file"
     raised = datetime(2026, 1, 2, 3, 4, 6, 250_000, UTC).timestamp()
-    assert [raised_at(log, how) for how in ("exit code 1", "signal SIGABRT")] == [raised, raised]
+    assert [raised_at(log, exit_code) for exit_code in (1, -6)] == [raised, raised]
     # What was raised and handled long ago did not end a rank that something killed, or that was told to end.
-    assert [raised_at(log, how) for how in ("signal SIGKILL", "signal SIGTERM", "exit code 113")] == [None] * 3
-    assert raised_at(log[:1], "exit code 1") is None and raised_at(untimed(log), "exit code 1") is None
+    assert [raised_at(log, exit_code) for exit_code in (-9, -15, 113)] == [None] * 3
+    assert raised_at(log[:1], 1) is None and raised_at(untimed(log), 1) is None

@@ -16,6 +16,7 @@ import pytest
 from launcher.fleet import heartbeat
 from launcher.fleet.heartbeat import Heartbeat, _Gpus
 from launcher.fleet.memory import ControlGroup, Memory
+from tests.patience import PATIENCE_SECONDS
 
 GIB = 1024**3
 
@@ -100,7 +101,7 @@ def test_the_use_of_processors_is_that_of_the_time_between(tmp_path: Path, monke
 
 
 def busy_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < deadline
 

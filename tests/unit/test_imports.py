@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import launcher
+from tests.patience import PATIENCE_SECONDS
 
 PACKAGE = Path(launcher.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -19,7 +20,7 @@ HEAVY = ("torch", "deepspeed", "transformers", "datasets", "ray", "peft")
 
 MAY_IMPORT = {
     "errors": set(),
-    "aftermath": set(),
+    "aftermath": {"errors"},
     "files": set(),
     "lock": {"files"},
     "manifest": {"files"},
@@ -178,7 +179,9 @@ print(json.dumps([sorted(set({heavy}) & set(sys.modules)), out.getvalue()]))
 def fresh(body: str, folder: Path) -> str:
     """What `body` prints in a new interpreter that ends without a heavy package."""
     code = FRESH.format(body=body, heavy=HEAVY)
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert done.returncode == 0, done.stderr
     loaded, printed = json.loads(done.stdout)
     assert loaded == []

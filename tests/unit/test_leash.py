@@ -20,6 +20,7 @@ from launcher.fleet.leash import companions, filled
 from launcher.fleet.process import RankProcess, stop_all
 from launcher.fleet.script import LEASH
 from launcher.run_dir import RunDir
+from tests.patience import PATIENCE_SECONDS
 
 RANK = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1"}
 RANK |= {"LAUNCHER_RUN_DIR": "/runs/mine-1"}
@@ -35,7 +36,7 @@ class Heard:
 
     def wait_for(self, report: str) -> dict[str, Any]:
         while True:
-            event = self._events.get(timeout=30)
+            event = self._events.get(timeout=PATIENCE_SECONDS)
             if event["report"] == report:
                 return event
 
@@ -67,7 +68,7 @@ def start(tmp_path: Path, heard: Heard, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 def wait_for_line(tmp_path: Path, word: str) -> str:
     """The first line of the log that has the word."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         lines = (tmp_path / "rank.log").read_text().splitlines() if (tmp_path / "rank.log").exists() else []
         if found := [line for line in lines if word in line]:
@@ -89,7 +90,7 @@ def group_of(pid: int) -> list[int]:
 
 
 def wait_until_gone(pid: int) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while group_of(pid):
         assert time.monotonic() < deadline, f"still there: {group_of(pid)}"
         time.sleep(0.02)
@@ -144,7 +145,7 @@ while True:
 def test_the_order_to_stop_is_one_sigterm_and_what_does_not_end_is_killed(
     start: Start, heard: Heard, tmp_path: Path
 ) -> None:
-    quick = "import sys, launcher.fleet.leash as leash; leash.STOP_GRACE_SECONDS = 1; leash.main()"
+    quick = "import sys, launcher.fleet.leash as leash; leash.STOP_GRACE_SECONDS = 3; leash.main()"
     process = start(STUBBORN, leash=("-c", quick))
     wait_for_line(tmp_path, "ready")
     process.order(go={"env": {}})
@@ -162,7 +163,7 @@ def leave(*_):
     time.sleep(0.2); print("saved"); sys.exit(0)
 signal.signal(signal.SIGTERM, leave)
 print("ready")
-time.sleep(60)
+time.sleep(3600)
 """
     process = start(saving)
     wait_for_line(tmp_path, "ready")
@@ -177,12 +178,12 @@ from pathlib import Path
 from launcher.fleet.process import RankProcess
 process = RankProcess(5, sys.argv[1:], dict(os.environ), Path("rank.log"), lambda event: None)
 print(process.pid, flush=True)
-time.sleep(60)
+time.sleep(3600)
 """
 
 
 def test_a_script_whose_agent_is_gone_ends_with_its_own_processes(tmp_path: Path) -> None:
-    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(3600)"
     (tmp_path / "train.py").write_text(f"""
 import subprocess, sys
 {STUBBORN.replace('print("ready")', f"subprocess.Popen([sys.executable, '-c', {child!r}]); print('ready')")}
@@ -203,7 +204,7 @@ import subprocess, sys
 def test_the_agent_ends_a_script_at_once_where_it_must(start: Start, heard: Heard, tmp_path: Path) -> None:
     process = start(STUBBORN)
     wait_for_line(tmp_path, "ready")
-    stop_all([process], grace_seconds=0.5)
+    stop_all([process], grace_seconds=3.0)
     assert heard.wait_for("exit")["code"] == -signal.SIGKILL
     assert (tmp_path / "rank.log").read_text().count("SIGTERM") == 1
     wait_until_gone(process.pid)

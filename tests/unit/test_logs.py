@@ -26,6 +26,7 @@ from launcher.watch.plain import coloured, plain
 from launcher.watch.print_lines import Printer
 from launcher.watch.session import read_session
 from launcher.watch.sources import Source, sources_of
+from tests.patience import PATIENCE_SECONDS
 from tests.unit.built import START, Built, bytes_read, stamp
 from tests.unit.built import rank as told_rank
 from tests.unit.given import command
@@ -299,7 +300,7 @@ def test_a_reader_that_goes_away_is_no_error(built: Built) -> None:
         assert b"line 0" in process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == b""
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE_SECONDS) == 0
 
 
 class Script:
@@ -400,14 +401,18 @@ def test_follow_tells_what_will_never_come_once_that_is_known(built: Built, opti
     built.log(0, "h0", "rank-0", (1.0, "one"))
     built.node_json(0, "h0", 2.0, [told_rank(0)])
     launcher = str(Path(sys.executable).with_name("launcher"))
-    with subprocess.Popen(
-        [launcher, "logs", str(built.run.path), "-f", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    # Held, so that the run is not lost however long the machine takes.
+    with (
+        built.run.held(),
+        subprocess.Popen(
+            [launcher, "logs", str(built.run.path), "-f", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process,
+    ):
         # While a node has not told of its ranks, it waits.
         time.sleep(0.5)
         assert process.poll() is None
         built.node_json(1, "h1", 2.0, [told_rank(1)])
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert (process.returncode, out) == (2, b"")
     assert words in err.decode()
 
@@ -417,12 +422,15 @@ def test_what_is_watched_ends_where_the_run_is_removed(built: Built, verb: tuple
     three_nodes(built)
     built.state("training", time.time() - START)
     launcher = str(Path(sys.executable).with_name("launcher"))
-    with subprocess.Popen(
-        [launcher, *verb, str(built.run.path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    with (
+        built.run.held(),
+        subprocess.Popen(
+            [launcher, *verb, str(built.run.path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process,
+    ):
         assert process.stdout is not None and process.stdout.readline()
         shutil.rmtree(built.run.path)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 1
     assert err.decode() == f"error: the run is gone: {built.run.path} was removed while it was watched\n"
 
@@ -431,14 +439,17 @@ def test_ctrl_c_ends_following_quietly(built: Built) -> None:
     three_nodes(built)
     built.state("training", time.time() - START)
     launcher = str(Path(sys.executable).with_name("launcher"))
-    with subprocess.Popen(
-        [launcher, "logs", str(built.run.path), "-f"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    with (
+        built.run.held(),
+        subprocess.Popen(
+            [launcher, "logs", str(built.run.path), "-f"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process,
+    ):
         assert process.stdout is not None and process.stderr is not None
         assert b"rank 0 started" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == b""
-        assert process.wait(30) == 130
+        assert process.wait(PATIENCE_SECONDS) == 130
 
 
 def test_source_names_are_their_paths() -> None:

@@ -19,6 +19,7 @@ from launcher.fleet.meeting import Guest, Line, Meeting, attend, common_address
 from launcher.fleet.network import Doorbell, free_ports, interface_of, own_addresses, reach
 from launcher.fleet.refusals import Refusals
 from launcher.run_dir import RunDir
+from tests.patience import PATIENCE_SECONDS
 
 KEY = "ab" * 32
 ALLOCATION = Allocation("77", 0, 0, ("h1", "h2", "h3"), cpus=4, gpus=0)
@@ -45,20 +46,20 @@ def first(file: Path) -> Iterator[Meeting]:
 def test_nodes_meet_talk_and_see_the_first_one_go(file: Path, key: Path, first: Meeting) -> None:
     with ThreadPoolExecutor() as pool:
         # They wait for the file, and come in any order.
-        coming = [pool.submit(attend, file, key, node, 20.0) for node in (2, 1)]
+        coming = [pool.submit(attend, file, key, node, PATIENCE_SECONDS) for node in (2, 1)]
         first.publish()
-        guests = first.wait(20.0)
+        guests = first.wait(PATIENCE_SECONDS)
         lines = {node: future.result() for node, future in zip((2, 1), coming, strict=True)}
     assert [guest.node for guest in guests] == [1, 2]
     address = common_address(guests)
     assert address in own_addresses()
     assert guests[0].reached[address] in own_addresses()
     guests[1].line.send(ray="there")
-    assert lines[2].receive(5.0) == {"ray": "there"}
+    assert lines[2].receive(PATIENCE_SECONDS) == {"ray": "there"}
     lines[1].send(up=True)
-    assert guests[0].line.receive(5.0) == {"up": True}
+    assert guests[0].line.receive(PATIENCE_SECONDS) == {"up": True}
     first.close()
-    assert [lines[node].receive(5.0) for node in (1, 2)] == [None, None]
+    assert [lines[node].receive(PATIENCE_SECONDS) for node in (1, 2)] == [None, None]
     assert not file.exists()
 
 
@@ -70,16 +71,16 @@ def test_who_has_not_the_key_is_not_let_in(file: Path, key: Path, first: Meeting
     assert first.wait(0.0) == []
 
 
-def test_addresses_that_lead_nowhere_are_passed_over(
-    file: Path, key: Path, first: Meeting, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(meeting, "_CONNECT_SECONDS", 1.0)
+def test_addresses_that_lead_nowhere_are_passed_over(file: Path, key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "_CONNECT_SECONDS", 5.0)
+    first = Meeting(file, KEY, others=1)
     first.publish()
     invitation = json.loads(file.read_text())
     # 192.0.2.0/24 is kept for documentation: nobody answers there.
     file.write_text(json.dumps({**invitation, "addresses": ["192.0.2.77", *invitation["addresses"]]}))
-    attend(file, key, 1, 20.0)
-    (guest,) = first.wait(0.5)
+    attend(file, key, 1, PATIENCE_SECONDS)
+    (guest,) = first.wait(PATIENCE_SECONDS)
+    first.close()
     assert "192.0.2.77" not in guest.reached
     assert set(guest.reached) == set(invitation["addresses"])
 
@@ -116,7 +117,9 @@ def test_a_node_that_refuses_ends_the_waiting_of_all_and_leaves_nothing_behind(
         leaves(two, RequestError(Problem("no folder /models/llama", key="model.name_or_path")))
         for waiting in (hosting, coming):
             with pytest.raises(RunFailed, match=r"node 2 \(.+\) refused: model.name_or_path: no folder /models/llama"):
-                waiting.result(30.0)
+                waiting.result(PATIENCE_SECONDS)
+            refused = waiting.exception()
+            assert isinstance(refused, RunFailed) and refused.code == "user_error"
     leaves(zero, hosting.exception() or KeyError())
     # Who only follows is not told of as a reason.
     with pytest.raises(RunFailed) as told:
@@ -152,12 +155,12 @@ def test_a_node_that_came_and_failed_is_told_with_the_log_of_its_own_host(tmp_pa
         run.node_logs(1, host).mkdir(parents=True)
         (run.node_logs(1, host) / "node.log").write_text(f"written on {host}\n")
     ours, theirs = map(Line, socket.socketpair())
-    theirs.send(failed="no free port")
+    theirs.send(failed="no free port", code="network")
     with pytest.raises(RunFailed) as told:
         _start_others(run, [Guest(1, "h3", {"10.0.0.1": "10.0.0.3"}, ours)], "10.0.0.1", "10.0.0.1:7000")
-    assert theirs.receive(5.0) == {"ray": "10.0.0.1:7000", "own": "10.0.0.3"}
+    assert theirs.receive(PATIENCE_SECONDS) == {"ray": "10.0.0.1:7000", "own": "10.0.0.3"}
     first, *log = str(told.value).splitlines()
-    assert first == "node 1 (h3) did not come up: no free port"
+    assert (first, told.value.code) == ("node 1 (h3) did not come up: no free port", "network")
     assert log == [f"  the end of {tmp_path}/logs/node-1-h3/node.log:", "    written on h3"]
 
 

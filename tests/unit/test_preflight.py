@@ -12,13 +12,14 @@ import pytest
 from rich.console import Console
 
 from launcher.cli.console import preflight_table
-from launcher.errors import RunFailed
+from launcher.errors import FailureCode, RunFailed
 from launcher.fleet import examine
 from launcher.fleet.environment import rank_environment
 from launcher.fleet.examine import NodeFacts
 from launcher.fleet.nodes import Needs, Node, missing_in_words
 from launcher.fleet.preflight import (
     NodeCheck,
+    NodeProblem,
     Wanted,
     machine_notes,
     machine_problems,
@@ -49,7 +50,10 @@ def test_a_good_node_has_neither_problems_nor_notes() -> None:
 @pytest.mark.parametrize("package", ["launcher", "torch", "deepspeed", "transformers"])
 def test_another_version_is_a_problem(package: str) -> None:
     (problem,) = machine_problems(replace(FACTS, versions={**VERSIONS, package: "missing"}), WANTED, NODE)
-    assert problem == f"{package} missing, and {VERSIONS[package]} where the run was planned: install the same there"
+    assert problem.code == "versions_differ"
+    assert (
+        problem.text == f"{package} missing, and {VERSIONS[package]} where the run was planned: install the same there"
+    )
 
 
 def test_a_package_that_the_json_needs_is_a_problem_where_it_is_missing() -> None:
@@ -62,7 +66,7 @@ def test_a_package_that_the_json_needs_is_a_problem_where_it_is_missing() -> Non
 def test_a_lost_gpu_is_a_problem_where_gpus_are_used() -> None:
     facts = replace(FACTS, gpus=7)
     (problem,) = machine_problems(facts, WANTED, NODE)
-    assert "7 GPUs seen of the 8" in problem and "nvidia-smi" in problem
+    assert "7 GPUs seen of the 8" in problem.text and "nvidia-smi" in problem.text and problem.code == "node_unfit"
     cpus = replace(WANTED, world=GPUS.model_copy(update={"device": "cpu"}))
     assert machine_problems(facts, cpus, NODE) == []
 
@@ -70,7 +74,7 @@ def test_a_lost_gpu_is_a_problem_where_gpus_are_used() -> None:
 def test_an_address_without_an_interface_is_a_problem_unless_the_user_names_one() -> None:
     lost = replace(NODE, interface=None)
     (problem,) = machine_problems(FACTS, WANTED, lost)
-    assert "10.0.0.2" in problem and "NCCL_SOCKET_IFNAME" in problem
+    assert "10.0.0.2" in problem.text and "NCCL_SOCKET_IFNAME" in problem.text and problem.code == "network"
     assert machine_problems(FACTS, replace(WANTED, users={"NCCL_SOCKET_IFNAME": "bond0"}), lost) == []
     alone = replace(WANTED, world=GPUS.model_copy(update={"nodes": 1}))
     assert machine_problems(FACTS, alone, lost) == []
@@ -91,14 +95,23 @@ def test_a_missing_cuda_compiler_is_noted_where_gpus_are_used() -> None:
 
 
 def test_every_problem_of_every_node_is_told_at_once() -> None:
+    one, two, three = (
+        NodeProblem(code, text)
+        for code, text in (
+            (FailureCode.NOT_SHARED, "one"),
+            (FailureCode.VERSIONS_DIFFER, "two"),
+            (FailureCode.NETWORK, "three"),
+        )
+    )
     checks = [
         NodeCheck(0, NODE, FACTS),
-        NodeCheck(1, NODE, FACTS, ["one", "two"]),
-        NodeCheck(2, NODE, FACTS, ["three"]),
+        NodeCheck(1, NODE, FACTS, [one, two]),
+        NodeCheck(2, NODE, FACTS, [three]),
     ]
     with pytest.raises(RunFailed) as refused:
         refuse(checks)
     assert str(refused.value).splitlines() == ["node 1 (h2): one", "node 1 (h2): two", "node 2 (h2): three"]
+    assert refused.value.code == "not_shared"
     refuse(checks[:1])
 
 
@@ -162,13 +175,14 @@ def test_a_folder_that_is_not_shared_is_a_problem_of_its_node(tmp_path: Path, mo
         folder.mkdir(parents=True)
     good, bad = looked_at(apart := PretendedNodes((run, own)), run)
     assert (good.problems, apart.environments) == ([], [])
-    assert bad.problems == [
+    assert [problem.text for problem in bad.problems] == [
         f"its {run} is not the launcher's: one does not see what the other wrote there; "
         "output_dir must be storage that all nodes share"
     ]
     (own / ".marks").rename(own / "gone")
     _, unwritable = looked_at(PretendedNodes((run, own)), run)
-    assert unwritable.problems == [
+    assert {problem.code for problem in (*bad.problems, *unwritable.problems)} == {"not_shared"}
+    assert [problem.text for problem in unwritable.problems] == [
         f"it cannot write to {run} (FileNotFoundError: No such file or directory): "
         "output_dir must be storage that all nodes share"
     ]

@@ -170,7 +170,8 @@ def test_a_supervisor_that_vanished_is_told(built: Built) -> None:
     assert status.silent_seconds == 142.0
     assert status.left_seconds is None
     text = " ".join(text_of(status).split())
-    assert "lost: state.json says training, but nothing was heard of the run for 2 min 22 s" in text
+    assert "lost: state.json says training, but no launcher holds the run's directory; the last sign of it came" in text
+    assert "came 2 min 22 s ago" in text
     assert read_brief(built.run, START + 200.0).state == "lost"
 
 

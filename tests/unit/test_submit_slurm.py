@@ -25,6 +25,7 @@ from launcher.presets import shipped_folder
 from launcher.submit.slurm import SHIPPED, SlurmRequest, Surroundings, Templates, read_templates, slurm_request
 from launcher.submit.slurm_answers import STATES, refusal, standing
 from launcher.submit.slurm_options import sbatch_options
+from tests.patience import PATIENCE_SECONDS
 from tests.unit.given import Ended, command, job_of, write_folder
 from tests.unit.test_imports import fresh
 
@@ -494,7 +495,12 @@ def test_sbatch_reads_our_quotes_as_we_write_them(
     )
     environment = {"PATH": os.environ["PATH"], "SLURM_CONF": str(conf)}
     done = subprocess.run(
-        ["sbatch", "--verbose"], input=made.script, text=True, capture_output=True, env=environment, timeout=30
+        ["sbatch", "--verbose"],
+        input=made.script,
+        text=True,
+        capture_output=True,
+        env=environment,
+        timeout=PATIENCE_SECONDS,
     )
     understood = dict(re.findall(r"^sbatch: ([a-z-]+) +: (.*)$", done.stderr, re.MULTILINE))
     log = str(Path(f"/{folder}")).replace("%", "%%") + "/tiny-slurm-%j.log"
@@ -518,7 +524,7 @@ fi
 printf '%s\\0' "$@" >{folder}/node.new && mv {folder}/node.new {folder}/node
 {body}
 """
-UNTIL_STOPPED = "for _ in {1..600}; do [[ -e $FOLDER/stop ]] && exit 7; sleep 0.05; done; exit 9"
+UNTIL_STOPPED = "for _ in {1..9000}; do [[ -e $FOLDER/stop ]] && exit 7; sleep 0.05; done; exit 9"
 
 
 def with_programs(folder: Path, body: str = "exit 0") -> None:
@@ -537,7 +543,12 @@ def environment_of(folder: Path, **more: str) -> dict[str, str]:
 
 def run_script(folder: Path, script: str, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", "-s"], input=script, text=True, capture_output=True, env=environment_of(folder, **more), timeout=60
+        ["bash", "-s"],
+        input=script,
+        text=True,
+        capture_output=True,
+        env=environment_of(folder, **more),
+        timeout=PATIENCE_SECONDS,
     )
 
 
@@ -570,7 +581,7 @@ def job_words(batch_job: list[str]) -> list[str]:
 @pytest.mark.parametrize("status", [0, 1, 143])
 def test_the_batch_jobs_status_is_that_of_srun(batch_job: list[str], tmp_path: Path, status: int) -> None:
     with_programs(tmp_path, f"exit {status}")
-    done = subprocess.run(batch_job, env=environment_of(tmp_path, SLURM_CPUS_PER_TASK="5"), timeout=60)
+    done = subprocess.run(batch_job, env=environment_of(tmp_path, SLURM_CPUS_PER_TASK="5"), timeout=PATIENCE_SECONDS)
     assert done.returncode == status
     assert called(tmp_path / "node") == ["node", *job_words(batch_job)]
     options = called(tmp_path / "srun")
@@ -582,7 +593,7 @@ def test_usr1_asks_the_run_to_stop_and_its_end_is_waited_for(batch_job: list[str
     process = subprocess.Popen(batch_job, env=environment_of(tmp_path), text=True)
     wait_for(tmp_path / "node", process)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(60) == 7
+    assert process.wait(PATIENCE_SECONDS) == 7
     assert called(tmp_path / "stop") == ["node", "--stop", *job_words(batch_job)]
 
 
@@ -595,7 +606,7 @@ def test_term_leaves_the_end_to_the_run(batch_job: list[str], tmp_path: Path) ->
         time.sleep(0.1)
     assert process.poll() is None
     (tmp_path / "stop").touch()
-    assert process.wait(60) == 7
+    assert process.wait(PATIENCE_SECONDS) == 7
 
 
 def test_the_template_to_copy_is_sound() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -13,8 +16,12 @@ from typing import Any
 import pytest
 
 from launcher.aftermath import Place, last_traceback, where
+from launcher.errors import FailureCode
+from launcher.run_dir import write_json
+from launcher.watch import older
 from launcher.watch.causes import CAUSES, find_cause
 from launcher.watch.failures import normalised
+from launcher.watch.own_causes import CERTAIN, GENERAL, cause_of
 from launcher.watch.why import Explanation, explain, failed_message, why_view
 from tests.unit.built import GIB, START, Built, rank, stamp
 from tests.unit.given import command
@@ -26,12 +33,15 @@ TEXTS = {
         "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
     ),
     "out of memory on the node": (
-        "RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
-        "tried to allocate 4000000000000000 bytes. Error code 12 (Cannot allocate memory)",
         "slurmstepd: error: Detected 1 oom_kill event in StepId=11300781.0. Some of the step tasks have been OOM "
         "Killed.",
+        "slurmstepd: error: Exceeded job memory limit",
+    ),
+    "a worker of a DataLoader was killed": ("RuntimeError: DataLoader worker (pid 1234) is killed by signal: Killed.",),
+    "the node refused to give memory": (
+        "RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+        "tried to allocate 4000000000000000 bytes. Error code 12 (Cannot allocate memory)",
         "MemoryError",
-        "RuntimeError: DataLoader worker (pid 1234) is killed by signal: Killed.",
     ),
     "the shared memory of the node is full": (
         "RuntimeError: unable to write to file </torch_1234_5678_0>: No space left on device (28)",
@@ -82,10 +92,7 @@ TEXTS = {
         "nullptr. Unable to find address for: eth9",
         "NCCL WARN Bootstrap : no socket interface found",
     ),
-    "versions differ": (
-        "OutOfStep: the plan was made with DeepSpeed 0.19.8: rank 2 on h1 has 0.19.7",
-        "node 1 (h1): deepspeed 0.17.0, and 0.19.8 where the run was planned: install the same there",
-    ),
+    "versions differ": ("RuntimeError: Mismatched NCCL version detected : NCCL 2.21.5 versus NCCL 2.25.1",),
     "an installed package does not fit the others": (
         "ImportError: /opt/venv/lib/flash_attn_2_cuda.cpython-311-x86_64-linux-gnu.so: undefined symbol: "
         "_ZN3c105ErrorC2ENS_14SourceLocationESs",
@@ -116,20 +123,14 @@ TEXTS = {
         "PermissionError: [Errno 13] Permission denied: '/data/train.jsonl'",
         "OSError: [Errno 30] Read-only file system: '/runs/a'",
     ),
-    "a file or folder is missing": (
-        "FileNotFoundError: [Errno 2] No such file or directory: '/nope/x.jsonl'",
-        "node 1 (h1) does not see /models/llama: it must lie on storage that all nodes share",
-    ),
+    "a file or folder is missing": ("FileNotFoundError: [Errno 2] No such file or directory: '/nope/x.jsonl'",),
     "the first rank was not reached": (
         "torch.distributed.DistNetworkError: The client socket has timed out after 2000ms while trying to connect to "
         "(127.0.0.1, 23457).",
     ),
-    "the loss is no number": (
-        "the loss of update 17 is nan; the weights are those before it",
-        "DeepSpeed skipped update 17, whose gradient is no number",
+    "the loss is NaN or Inf": (
         "Exception: Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.",
     ),
-    "the loss spiked": ("a spike, as schedule.on_spike asks. the loss rose by 5.1 over its median",),
     "weights do not fit the model": (
         "RuntimeError: Error(s) in loading state_dict for Linear:\n\tsize mismatch for weight: copying a param with "
         "shape torch.Size([3, 3]) from checkpoint, the shape in current model is torch.Size([2, 2]).",
@@ -144,11 +145,10 @@ TEXTS = {
         "slurmstepd: error: *** STEP 77.0 ON gpu-01 CANCELLED AT 2026-03-01T12:00:00 DUE TO NODE FAILURE, SEE "
         "SLURMCTLD "
         "LOG FOR DETAILS ***",
-        "the node's agent is gone: The actor died unexpectedly before finishing this task.",
     ),
-    "there are not enough nodes": (
-        "after 2 s there are not enough free nodes: asked for 2 nodes with 2 CPU each; of 1 in this Ray 1 have "
-        "that much",
+    "Ray's head process ended": (
+        "core_worker_process.cc:825: Failed to connect to GCS within 60 seconds. GCS may have been killed. It's either "
+        "GCS is terminated by `ray stop` or is killed unexpectedly.",
     ),
     "another rank went away in the middle of a collective": (
         "RuntimeError: [/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error "
@@ -164,7 +164,20 @@ TEXTS = {
         "external library call failed or device error.",
     ),
 }
-"""What torch, gloo, NCCL, Slurm, Hugging Face and the launcher itself really say."""
+"""What torch, gloo, NCCL, Slurm, Ray, DeepSpeed and Hugging Face really say."""
+
+OLD = (
+    (FailureCode.VERSIONS_DIFFER, "OutOfStep: the plan was made with DeepSpeed 0.19.8: rank 2 on h1 has 0.19.7"),
+    (FailureCode.VERSIONS_DIFFER, "node 1 (h1): torch 2.1, and 2.2 where the run was planned: install the same there"),
+    (FailureCode.NOT_SHARED, "node 1 (h1) does not see /models/llama: it must lie on storage that all nodes share"),
+    (FailureCode.NAN_LOSS, "the loss of update 17 is nan; the weights are those before it"),
+    (FailureCode.NAN_LOSS, "DeepSpeed skipped update 17, whose gradient is no number"),
+    (FailureCode.LOSS_SPIKE, "a spike, as schedule.on_spike asks. the loss rose by 5.1 over its median"),
+    (FailureCode.NODE_LOST, "the node's agent is gone: The actor died unexpectedly before finishing this task."),
+    (FailureCode.NOT_ENOUGH_NODES, "after 2 s there are not enough free nodes: asked for 2 nodes with 2 CPU each"),
+    (FailureCode.UNKNOWN, "ValueError: this is new"),
+)
+"""What the launcher wrote into run directories before failures had codes."""
 
 
 @pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in TEXTS.items() for text in texts])
@@ -176,6 +189,36 @@ def test_a_known_text_has_its_cause(name: str, text: str) -> None:
 def test_every_cause_has_a_text() -> None:
     assert set(TEXTS) == {cause.name for cause in CAUSES}
     assert find_cause("ValueError: this is new", None, "") is None
+
+
+@pytest.mark.parametrize(("code", "text"), OLD)
+def test_a_run_directory_without_codes_is_understood(code: FailureCode, text: str) -> None:
+    assert older.code_of(None, f"before\n{text}\nafter") == code
+
+
+@pytest.mark.parametrize(
+    ("how", "exit_code"),
+    [
+        ("exit code 113", 113),
+        ("signal SIGKILL", -9),
+        ("signal 99", -99),
+        ("signal SIGODD", None),
+        ("an exception", None),
+    ],
+)
+def test_an_exit_without_its_number_is_understood(how: str, exit_code: int | None) -> None:
+    assert older.exit_code_of(how) == exit_code
+
+
+def test_our_own_failures_are_recognised_by_their_code_whatever_they_say() -> None:
+    for code in CERTAIN:
+        found = cause_of(code, "a sentence that nobody knows, CUDA out of memory")
+        assert found is CERTAIN[code] and found.code == code
+    # A message may know more than an errno does; without one the errno's cause counts.
+    shared = cause_of(FailureCode.DISK_FULL, "unable to write to file </torch_1_2>: No space left on device (28)")
+    assert shared is not None and shared.name == "the shared memory of the node is full"
+    assert all((found := cause_of(code)) is not None and found.code == code for code in GENERAL)
+    assert cause_of(FailureCode.UNKNOWN) is None
 
 
 GLOO = "RuntimeError: [pair.cc:537] Read error [10.0.0.1]:63681: Connection reset by peer."
@@ -245,7 +288,7 @@ def test_identical_tracebacks_are_counted_and_not_repeated(built: Built) -> None
     assert text.count("FileNotFoundError") == 1
     assert found.cause is not None and found.cause.name == "a file or folder is missing"
     assert "so far 2 of 2 nodes told of it" in text
-    assert "what to do:   it must lie on storage that all nodes see" in text
+    assert "what to do:   it must be on storage that all nodes see" in text
 
 
 def test_a_file_that_one_node_misses(built: Built) -> None:
@@ -278,7 +321,8 @@ def test_one_that_only_lost_its_peer_is_not_the_first(built: Built) -> None:
     found, text = why(built, failed(0, 0, GLOO), failed(1, 0, GLOO), failed(3, 1, None, how="signal SIGKILL"))
     assert text.startswith("rank 3 on node 1 (h1) failed first, with signal SIGKILL\n")
     assert "2 other ranks fell in a collective only afterwards: ranks 0-1 on node 0 (h0)" in text
-    assert found.cause is not None and "killed from outside" in found.cause.name
+    assert found.cause is not None and found.cause.name.startswith("killed by signal KILL: by the kernel for lack of")
+    assert found.code == "rank_killed"
 
 
 def test_the_grace_time_s_kill_is_no_cause(built: Built) -> None:
@@ -292,19 +336,52 @@ def test_the_grace_time_s_kill_is_no_cause(built: Built) -> None:
 def test_a_full_memory_speaks_for_a_killed_rank(built: Built) -> None:
     built.node_json(1, "h1", 38.0, [rank(3)], memory_used_bytes=63 * GIB)
     found, text = why(built, failed(3, 1, None, how="signal SIGKILL"))
-    assert "the memory of h1 was 98% used when it last told of itself, which is as good as full" in text
+    assert "the memory of h1 was at most 98% used in the half minute before its last report, which is as good" in text
     assert found.cause is not None and "slurm.mem" in found.cause.hint
+    assert found.cause.name == "killed by signal KILL at 98% memory used, so most likely for lack of memory"
+    assert found.code == "out_of_memory"
 
 
-def test_what_the_kernel_killed_for_want_of_memory_is_proved(built: Built) -> None:
+def test_what_the_kernel_killed_for_lack_of_memory_is_proved(built: Built) -> None:
     built.node_json(1, "h1", 45.0, [rank(3)], memory_used_bytes=20 * GIB, oom_kills=1)
     found, text = why(built, failed(3, 1, None, how="signal SIGKILL"))
-    assert "the kernel of h1 killed 1 of the processes there for want of memory (oom_kill)" in text
+    assert "the kernel of h1 killed 1 of its processes for lack of memory (oom_kill)" in text
     assert found.cause is not None and found.cause.name == "out of memory on the node"
-    built.node_json(1, "h1", 45.0, [rank(3)], oom_kills=0)
+    assert found.code == "out_of_memory" and "% used" not in text
+
+
+@pytest.mark.parametrize("counted", [{}, {"oom_kills": 0}], ids=["not counted", "none counted"])
+def test_a_rank_that_was_killed_beside_much_free_memory_did_not_run_out_of_it(
+    built: Built, counted: dict[str, int]
+) -> None:
+    """What was in use before the kill counts: afterwards the rank's memory is free in any case."""
+    used = {"memory_used_bytes": GIB, "memory_peak_bytes": 8 * GIB, "memory_bytes": 64 * GIB}
+    built.node_json(1, "h1", 45.0, [rank(3)], ended=True, **used, **counted)
     found, text = why(built, failed(3, 1, None, how="signal SIGKILL"))
-    assert "oom_kill" not in text
-    assert found.cause is not None and found.cause.name.startswith("killed from outside")
+    assert found.cause is not None and found.code == "rank_killed"
+    assert found.cause.name == (
+        "killed by signal KILL at 12% memory used, so most likely not for lack of memory but by an operator, a "
+        "scheduler or a limit"
+    )
+    assert "the memory of h1 was at most 12% used in the half minute before its last report" in text
+    assert "out of memory" not in text and "slurm.mem" not in text
+    assert ("the kernel counted no kill for lack of memory" in text) == bool(counted)
+
+
+def test_an_allocation_that_was_refused_beside_much_free_memory(built: Built) -> None:
+    built.node_json(1, "h1", 45.0, [rank(3)], memory_used_bytes=8 * GIB, oom_kills=0)
+    refused = "RuntimeError: [enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"
+    found, text = why(built, failed(3, 1, refused))
+    assert found.cause is not None and found.cause.name == "the node refused to give memory"
+    assert "at most 12% used in the half minute before its last report: so it was the size of the request" in text
+
+
+def test_a_kill_that_slurm_saw_is_for_lack_of_memory_whatever_is_free_afterwards(built: Built) -> None:
+    built.node_json(1, "h1", 45.0, [rank(3)], memory_used_bytes=8 * GIB)
+    built.log(1, "h1", "node", (39.0, TEXTS["out of memory on the node"][0]))
+    found, text = why(built, failed(3, 1, None, how="signal SIGKILL"))
+    assert found.cause is not None and found.cause.name == "out of memory on the node"
+    assert "% used" not in text
 
 
 def test_a_script_s_exception_is_taken_from_its_log(built: Built) -> None:
@@ -384,6 +461,36 @@ def test_a_lost_node(built: Built) -> None:
     assert text.startswith("node 1 (h1) is lost: the node's agent is gone: it died\n")
     assert "rank 2 started" in text
     assert found.cause is not None and found.cause.name == "a node broke down"
+    assert found.code == "node_lost" and "slurm.exclude" in text
+
+
+@pytest.mark.parametrize(("job", "leave_out"), [({}, False), ({"slurm_job_id": "77"}, True)])
+def test_the_only_node_is_not_to_be_left_out_unless_slurm_has_others(
+    tmp_path: Path, job: dict[str, str], leave_out: bool
+) -> None:
+    built = Built(tmp_path / "runs")
+    built.nodes(["h0"])
+    built.state("training", 5.0)
+    built.failure(40.0, {"rank": None, "node_rank": 0, "host": "h0", "how": "it is gone", "code": "node_lost"})
+    built.state("failed", 41.0, code="node_lost", **job)
+    text = command("why", str(built.run.path)).out
+    assert "node 0 (h0) is lost: it is gone\n" in text and "launcher resume" in text
+    assert ("leave that node out" in text) == ("on other nodes" in text) == leave_out
+
+
+def test_codes_count_and_not_the_words_beside_them(built: Built) -> None:
+    event = failed(1, 0, "OutOfStep: words of another day", exit_code=1, code="out_of_step")
+    found, text = why(built, event, failed(0, 0, GLOO, exit_code=1, code="peer_lost"))
+    assert text.startswith("rank 1 on node 0 (h0) failed first, with exit code 1: OutOfStep: words of another day\n")
+    assert found.code == "out_of_step" and found.cause is CERTAIN[FailureCode.OUT_OF_STEP]
+    later = failed(1, 0, "NewError: from a later launcher", exit_code=1, code="a_code_of_tomorrow")
+    found, _ = why(built, later)
+    assert (found.code, found.cause) == ("unknown", None)
+    # A rank that its agent ended did not fail first, whatever the exit is called.
+    ended = failed(3, 1, None, how="it was told to", exit_code=-15, code="ended")
+    _, text = why(built, ended, failed(0, 0, None, how="it fell over", exit_code=3, code="unknown"))
+    assert text.startswith("rank 0 on node 0 (h0) failed first, with it fell over\n")
+    assert "1 other rank only ended with the run: rank 3 on node 1 (h1)" in text
 
 
 def test_an_event_without_a_list_tells_of_one_failure(built: Built) -> None:
@@ -413,6 +520,12 @@ def test_a_failure_before_any_rank(tmp_path: Path) -> None:
     found, text = why(placing, reason="after 2 s there are not enough free nodes: asked for 2")
     assert text.startswith("it failed while placing: after 2 s there are not enough free nodes")
     assert found.cause is not None and found.cause.name == "there are not enough nodes"
+    coded = Built(tmp_path / "runs", "d")
+    coded.state("placing", 1.0)
+    coded.state("failed", 2.0, message="nobody came", code="not_enough_nodes")
+    found = explain(coded.run)
+    assert (found.headline, found.code) == ("it failed while placing: nobody came", "not_enough_nodes")
+    assert found.cause is not None and found.cause.name == "there are not enough nodes"
 
 
 def test_a_failure_of_an_earlier_session_does_not_count(built: Built) -> None:
@@ -437,6 +550,8 @@ def test_a_failure_of_an_earlier_session_does_not_count(built: Built) -> None:
             "stopped itself",
             False,
         ),
+        ("stopped", {"reason": "words of another day", "code": "loss_spike"}, "stopped itself", False),
+        ("stopped", {"reason": "the loss of update 20 is nan", "code": None}, "stopped itself", False),
     ],
 )
 def test_runs_that_did_not_fail(built: Built, state: str, details: dict[str, Any], words: str, well: bool) -> None:
@@ -446,13 +561,16 @@ def test_runs_that_did_not_fail(built: Built, state: str, details: dict[str, Any
     assert words in command("why", str(built.run.path)).out
     assert found.well == well
     assert (found.cause is None) == well
+    assert (found.code is None) == well
 
 
 def test_a_run_that_still_runs_says_so(built: Built) -> None:
     built.plan(50)
     built.metrics(range(20))
     built.event(time.time() - START, "checkpoint")
-    assert explain(built.run).headline.startswith("it still runs: training, update 20 of 50, last heard of 0 s ago")
+    with built.run.held():
+        headline = explain(built.run).headline
+    assert re.fullmatch(r"it still runs: training, update 20 of 50, last heard of \d+ (?:s|min).* ago", headline)
 
 
 def test_a_run_whose_supervisor_vanished(built: Built) -> None:
@@ -461,10 +579,50 @@ def test_a_run_whose_supervisor_vanished(built: Built) -> None:
     built.log(0, "h0", "node", (39.0, limit))
     built.node_json(1, "h1", 38.0, [rank(2, alive=False, exit_code=-9)])
     found, text = explain(built.run), command("why", str(built.run.path)).out
-    assert text.startswith("the run is lost: its supervisor, process 4711 on h0, vanished while training; nothing was")
+    assert text.startswith("the run is lost: its supervisor, process 4711 on h0, vanished while training; the last")
+    assert found.code == "supervisor_lost"
     assert "ranks on node 1 (h1) ended with -9" in text
     assert "the output of job 77 may say more" in text
     assert found.cause is not None and found.cause.name == "Slurm ended the job at its time limit"
+
+
+def on_this_host(built: Built, seconds: float, **details: Any) -> None:
+    """The state of a launcher on this very host, which came to it so long ago."""
+    at = time.time() - START - seconds
+    write_json(
+        built.run.state_file,
+        {"state": "training", "since": stamp(at), "host": socket.gethostname(), "pid": 1, **details},
+    )
+    built.event(at, "state", state="training")
+
+
+@pytest.mark.parametrize("state", ["planning", "placing", "starting", "training", "exporting"])
+def test_a_launcher_that_was_killed_on_this_host_is_lost_at_once(built: Built, state: str) -> None:
+    on_this_host(built, 1.0, state=state)
+    with built.run.held() as held:
+        assert held
+        assert explain(built.run).headline.startswith(f"it still runs: {state}")
+    found = explain(built.run)
+    assert (
+        found.headline.startswith("the run is lost: its supervisor, process 1 on ") and found.code == "supervisor_lost"
+    )
+    assert found.cause is not None and "Continue with launcher resume" in found.cause.hint
+    assert json.loads(command("status", str(built.run.path), "--json").out)["state"] == "lost"
+    assert f"lost: state.json says {state}, but no launcher holds" in command("status", str(built.run.path)).out
+
+
+@pytest.mark.parametrize(("silent", "code"), [(61.0, "ray_lost"), (8.0, "supervisor_lost")])
+def test_agents_that_ended_long_before_their_launcher_point_to_ray(built: Built, silent: float, code: str) -> None:
+    """Ray ends a launcher that it cannot reach for a minute; a launcher that is killed takes its agents with it."""
+    on_this_host(built, 100.0)
+    touched = time.time() - 5.0
+    for node in range(2):
+        built.node_json(node, f"h{node}", touched - silent - START, [rank(node)])
+    built.run.lock_file.touch()
+    os.utime(built.run.lock_file, (touched, touched))
+    found, text = explain(built.run), command("why", str(built.run.path)).out
+    assert found.code == code
+    assert ("Ray" in text) == (code == "ray_lost")
 
 
 def test_a_failure_that_was_written_before_the_supervisor_vanished_is_told(built: Built) -> None:
@@ -501,13 +659,16 @@ def test_nothing_in_a_log_is_markup_or_a_control_sequence(built: Built) -> None:
 
 
 def test_what_a_failing_run_says_at_its_end(built: Built) -> None:
-    assert failed_message(built.run, "node 1 (h1) does not answer") == "node 1 (h1) does not answer"
-    told = failed_message(built.run, "node 1 (h1) does not see /models: it must lie on shared storage")
-    assert told.startswith("node 1 (h1) does not see /models: it must lie on shared storage\n  what to do:   ")
+    unknown = FailureCode.UNKNOWN
+    assert failed_message(built.run, "node 1 (h1) is odd", unknown) == ("node 1 (h1) is odd", unknown)
+    said, code = failed_message(built.run, "node 1 (h1) is blind", FailureCode.NOT_SHARED)
+    assert said.startswith("node 1 (h1) is blind\n  what to do:   it must be on storage") and code == "not_shared"
+    said, code = failed_message(built.run, "node 1 (h1): RuntimeError: CUDA out of memory", unknown)
+    assert "\n  what to do:   take a smaller" in said and code == "out_of_gpu_memory"
     _, text = why(built, failed(3, 1, "ValueError: odd rows"))
-    assert failed_message(built.run, "a message") == text.rstrip("\n")
+    assert failed_message(built.run, "a message", unknown) == (text.rstrip("\n"), unknown)
     shutil.rmtree(built.run.path)
-    assert failed_message(built.run, "a message") == "a message"
+    assert failed_message(built.run, "a message", unknown) == ("a message", unknown)
 
 
 @pytest.mark.parametrize(
