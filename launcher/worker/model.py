@@ -14,6 +14,7 @@ from transformers.integrations.liger import apply_liger_kernel
 
 from launcher.methods import choose_trained
 from launcher.plan.model import Plan
+from launcher.worker.experts import gather_experts_together
 from launcher.worker.scheduler import client_scheduler
 from launcher.worker.sequence import exchange_attention
 
@@ -58,6 +59,8 @@ def make_engine(plan: Plan, model: Any, *, universal: bool = False) -> Any:
     if universal:
         config = {**config, "checkpoint": {**config.get("checkpoint", {}), "load_universal": True}}
     scheduler = client_scheduler(plan)
+    if plan.zero_stage == 3:
+        gather_experts_together(model)
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model),

@@ -15,10 +15,6 @@ from launcher.errors import RequestError
 from launcher.job.model import ModelSection
 from launcher.plan.facts import ModelFacts
 from launcher.prepare.model import measure_model
-from launcher.prepare.probe import probe
-from launcher.prepare.shrink import shrunk
-from launcher.worker.batches import IGNORED
-from launcher.worker.loss import summed_losses
 
 pytestmark = pytest.mark.local
 
@@ -71,7 +67,10 @@ def with_config(folder: Path, **changes: Any) -> Path:
         ("BertForMaskedLM", {}),
         ("RobertaForMaskedLM", {}),
         ("ElectraForMaskedLM", {"embedding_size": 32}),
-        ("XLNetLMHeadModel", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "max_position_embeddings": None}),
+        (
+            "XLNetLMHeadModel",
+            {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "max_position_embeddings": None},
+        ),
     ],
 )
 def test_a_model_that_sees_later_tokens_is_refused(class_name: str, options: dict, tmp_path: Path) -> None:
@@ -156,7 +155,7 @@ def test_a_model_for_a_script_of_the_users_own_may_be_any(tmp_path: Path) -> Non
 
 
 def test_configs_with_lists_and_without_attention_heads(tmp_path: Path) -> None:
-    mamba = measured(saved(tmp_path / "mamba", "MambaForCausalLM", hidden_size=32, state_size=4))
+    mamba = measured(saved(tmp_path / "mamba", "MambaForCausalLM", state_size=4, num_attention_heads=None))
     assert (mamba.hidden_size, mamba.attention_heads, mamba.whole_attention, mamba.layers) == (32, 0, False, 2)
     options = {
         "hidden_size": 64,
