@@ -12,11 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch.nn import functional
-
 from launcher.errors import first_line
-from launcher.prepare.shrink import shrunk, with_fewer_layers
+from launcher.prepare.shrink import shrunk, shrunk_most, with_fewer_layers
 
 _SMALL = 20_000_000
 """Parameters up to which a model is tried as it is."""
@@ -48,6 +45,8 @@ class Probe:
 
 def probe(model_class: type, config: Any, parameters: int) -> Probe:
     """Builds a small `model_class` after `config`, whose full size is `parameters`, and looks at its logits."""
+    import torch
+
     failure = "it is too large to be tried"
     for smaller in _attempts(parameters):
         try:
@@ -66,12 +65,15 @@ def probe(model_class: type, config: Any, parameters: int) -> Probe:
 def _attempts(parameters: int) -> Iterator[Callable[[Any], Any]]:
     if parameters <= _SMALL:
         yield copy.deepcopy
+    yield shrunk_most
     yield shrunk
     yield with_fewer_layers
 
 
 def _instance(model_class: Any, config: Any) -> Any:
     """A model on the CPU in float32 whose layers matter to the logits; None where it would take too much memory."""
+    import torch
+
     with torch.device("meta"):
         empty = model_class._from_config(copy.deepcopy(config), dtype=torch.float32)
     if sum(parameter.numel() for parameter in empty.parameters()) > _AFFORDABLE:
@@ -87,37 +89,53 @@ def _instance(model_class: Any, config: Any) -> Any:
     return model
 
 
-@torch.no_grad()
 def _look(model: Any) -> Probe | None:
     """None where the logits show nothing: NaN, or the same whatever the input."""
-    ids = _tokens(model.config)
-    output = _forward(model, ids, labels=ids)
-    logits = output.logits[0].float()
-    if logits.shape[0] != ids.shape[1] or not bool(torch.isfinite(logits).all()):
-        return None
-    spread = float(logits.std())
+    import torch
+
+    with torch.no_grad():
+        ids = _tokens(model.config)
+        output = _labelled(model, ids)
+        logits = output.logits[0].float()
+        if logits.shape[0] != ids.shape[1] or not bool(torch.isfinite(logits).all()):
+            return None
+        causal = _causal(model, ids, logits)
+        return None if causal is None else Probe(causal=causal, **_losses(model, ids, output))
+
+
+def _causal(model: Any, ids: Any, logits: Any) -> bool | None:
+    """Whether earlier logits stay as they are if the second or the last token changes; None if none change."""
+    least = _TOLERANCE * float(logits.std())
     causal = True
     for position in (1, ids.shape[1] - 1):
         changed = ids.clone()
         changed[0, position] = ids[0, position - 1]
         difference = (_forward(model, changed).logits[0].float() - logits).abs().amax(dim=-1)
-        if not float(difference[position]) > _TOLERANCE * spread:
+        if not float(difference[position]) > least:
             return None
-        causal &= float(difference[:position].max()) <= _TOLERANCE * spread
+        causal &= float(difference[:position].max()) <= least
+    return causal
+
+
+def _losses(model: Any, ids: Any, output: Any) -> dict[str, Any]:
+    from torch.nn import functional
+
+    logits = output.logits[0].float()
     router, own = _number(output, "aux_loss"), _number(output, "loss")
     unshifted = float(functional.cross_entropy(logits, ids[0]))
-    return Probe(
-        causal=causal,
-        own_loss=own,
-        plain_loss=float(functional.cross_entropy(logits[:-1], ids[0, 1:])),
-        shifts_labels=own is None or abs(own - unshifted) > _TOLERANCE,
-        router_loss=router,
-        has_router_loss=router is not None or _has_router_loss(model, ids),
-    )
+    return {
+        "own_loss": own,
+        "plain_loss": float(functional.cross_entropy(logits[:-1], ids[0, 1:])),
+        "shifts_labels": own is None or abs(own - unshifted) > _TOLERANCE,
+        "router_loss": router,
+        "has_router_loss": router is not None or _has_router_loss(model, ids),
+    }
 
 
-def _tokens(config: Any) -> torch.Tensor:
+def _tokens(config: Any) -> Any:
     """[1, length] of distinct tokens that are nothing special to the model."""
+    import torch
+
     text = config.get_text_config()
     special = set()
     for part in (config, text):
@@ -132,11 +150,21 @@ def _are_ids(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, int) for each in value)
 
 
-def _forward(model: Any, ids: torch.Tensor, **options: Any) -> Any:
+def _labelled(model: Any, ids: Any) -> Any:
+    try:
+        return _forward(model, ids, labels=ids)
+    except (ValueError, RuntimeError, IndexError):
+        # Some classes cannot compute a loss without images or audio.
+        return _forward(model, ids)
+
+
+def _forward(model: Any, ids: Any, **options: Any) -> Any:
+    import torch
+
     return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **options)
 
 
-def _has_router_loss(model: Any, ids: torch.Tensor) -> bool:
+def _has_router_loss(model: Any, ids: Any) -> bool:
     if not hasattr(model.config.get_text_config(), "output_router_logits"):
         return False
     try:
@@ -147,5 +175,7 @@ def _has_router_loss(model: Any, ids: torch.Tensor) -> bool:
 
 def _number(output: Any, name: str) -> float | None:
     """A loss of the output; None where there is none, or a constant stands in for it."""
+    import torch
+
     value = getattr(output, name, None)
     return float(value) if isinstance(value, torch.Tensor) else None

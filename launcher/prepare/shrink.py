@@ -14,9 +14,12 @@ _FIRST_LAYERS = 3
 """Kept where the config lists its layers, with the first of each further kind."""
 _WIDTH = 64
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_APART = "per_layer_config"
+"""What differs in single layers, by their numbers."""
 _HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _KEY_VALUE_KEYS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
 _HIDDEN_KEYS = ("hidden_size", "n_embd", "d_model", "dim_model")
+_FOLLOWING_KEYS = ("mamba_n_heads", "mamba_num_heads", "d_inner", "mamba_d_ssm")
 _EXPERTS = 16
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k")
@@ -29,16 +32,24 @@ def shrunk(config: Any) -> Any:
     return type(config).from_dict(_smaller(config.to_dict(), narrow=True))
 
 
+def shrunk_most(config: Any) -> Any:
+    """As `shrunk`, with a hidden size that does not follow the heads, where heads have a size of their own."""
+    return type(config).from_dict(_smaller(config.to_dict(), narrow=True, free=True))
+
+
 def with_fewer_layers(config: Any) -> Any:
     """A copy of `config` with fewer layers and tokens, all widths being kept."""
     return type(config).from_dict(_smaller(config.to_dict(), narrow=False))
 
 
-def _smaller(data: dict[str, Any], *, narrow: bool) -> dict[str, Any]:
-    data = {key: _smaller(value, narrow=narrow) if _is_config(key, value) else value for key, value in data.items()}
+def _smaller(data: dict[str, Any], *, narrow: bool, free: bool = False) -> dict[str, Any]:
+    data = {
+        key: _smaller(value, narrow=narrow, free=free) if _is_config(key, value) else value
+        for key, value in data.items()
+    }
     data = _fewer_layers(data)
     if narrow:
-        data = _narrower(data)
+        data = _narrower(data, free)
     return {key: _fewer_tokens(key, value) for key, value in data.items()}
 
 
@@ -51,6 +62,9 @@ def _fewer_layers(data: dict[str, Any]) -> dict[str, Any]:
     if count is None or count <= _LAYERS:
         return data
     per_layer = {key: value for key, value in data.items() if isinstance(value, list) and len(value) == count}
+    apart = {int(layer): value for layer, value in (data.get(_APART) or {}).items()}
+    if apart:
+        per_layer[_APART] = [apart.get(layer) for layer in range(count)]
     kept = list(range(_FIRST_LAYERS if per_layer else _LAYERS))
     seen = {_kind(per_layer, layer) for layer in kept}
     for layer in range(len(kept), count):
@@ -59,6 +73,8 @@ def _fewer_layers(data: dict[str, Any]) -> dict[str, Any]:
             seen.add(kind)
     data = {**data, **{key: len(kept) for key in _LAYER_KEYS if data.get(key) == count}}
     data.update({key: [copy.deepcopy(value[layer]) for layer in kept] for key, value in per_layer.items()})
+    if apart:
+        data[_APART] = {place: value for place, value in enumerate(data[_APART]) if value is not None}
     if "first_k_dense_replace" in data:
         data["first_k_dense_replace"] = min(1, data["first_k_dense_replace"] or 0)
     if data.get("num_kv_shared_layers"):
@@ -71,7 +87,7 @@ def _kind(per_layer: dict[str, list[Any]], layer: int) -> str:
     return repr([value[layer] for value in per_layer.values()])
 
 
-def _narrower(data: dict[str, Any]) -> dict[str, Any]:
+def _narrower(data: dict[str, Any], free: bool) -> dict[str, Any]:
     data = {key: _narrow_inner(value) if _INNER.search(key) else value for key, value in data.items()}
     chosen = next((data[key] for key in _CHOSEN_KEYS if isinstance(data.get(key), int)), 1)
     experts = max(_EXPERTS, 2 * chosen)
@@ -90,9 +106,9 @@ def _narrower(data: dict[str, Any]) -> dict[str, Any]:
     if groups:
         data[groups] = fewer // each
     narrowed = hidden * fewer // heads
-    if isinstance(data.get("head_dim"), int):
-        # Heads of a size of their own leave the hidden size free.
+    if free and isinstance(data.get("head_dim"), int):
         narrowed = min(narrowed, 2 * _WIDTH)
+    data.update({key: data[key] * narrowed // hidden for key in _FOLLOWING_KEYS if isinstance(data.get(key), int)})
     # Sizes that equal the hidden size, such as that of an embedding beside it, follow it.
     return {key: narrowed if _is_size(key, value, hidden) else value for key, value in data.items()}
 
