@@ -15,6 +15,8 @@ from launcher.errors import RequestError
 from launcher.job.model import ModelSection
 from launcher.plan.facts import ModelFacts
 from launcher.prepare.model import measure_model
+from launcher.prepare.probe import probe
+from launcher.prepare.shrink import shrunk
 
 pytestmark = pytest.mark.local
 
@@ -182,3 +184,42 @@ def test_the_vocabulary_is_that_of_the_embeddings(tmp_path: Path) -> None:
     folder = tmp_path / "moshi"
     transformers.MoshiForCausalLM(config).save_pretrained(folder)
     assert measured(folder).vocab_size == 301
+
+
+UNUSUAL = """bloom blt codegen ctrl deepseek_v3 dots3_note_text falcon falcon_mamba gemma3n_text gemma4_text git gpt2
+gpt_bigcode gpt_neo jamba jetmoe mamba2 mpt nemotron_h openai-gpt recurrent_gemma rwkv xlm xlnet zamba2"""
+
+
+def default_sizes(folder: Path, kind: str) -> ModelFacts:
+    """Measured from the config alone, as for a script of the user's own."""
+    AutoConfig.for_model(kind).save_pretrained(folder)
+    (folder / "model.safetensors").touch()
+    return measure_model(folder, ModelSection(name_or_path=str(folder)), trained_here=False)
+
+
+@pytest.mark.parametrize("kind", UNUSUAL.split())
+def test_configs_that_name_sizes_in_ways_of_their_own_are_measured(kind: str, tmp_path: Path) -> None:
+    facts = default_sizes(tmp_path, kind)
+    assert min(facts.hidden_size, facts.intermediate_size, facts.layers, facts.vocab_size, facts.parameters) > 0
+
+
+@pytest.mark.parametrize("kind", ["dbrx", "reformer"])
+def test_a_config_that_its_class_does_not_take_is_refused_without_a_traceback(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"no causal language model can be made from .*(AttributeError|Assertion)"):
+        default_sizes(tmp_path, kind)
+
+
+def test_a_shrunk_config_keeps_one_layer_of_each_kind() -> None:
+    config = AutoConfig.for_model("gemma3_text", num_hidden_layers=26)
+    small = shrunk(config)
+    assert set(small.layer_types) == {"sliding_attention", "full_attention"}
+    assert len(small.layer_types) == small.num_hidden_layers == 4
+
+
+def test_a_large_model_is_probed_by_a_small_one_of_its_kind() -> None:
+    """An encoder and a decoder of 110 million parameters, which are not built at that size."""
+    for kind, causal in (("bert", False), ("gpt2", True)):
+        config = AutoConfig.for_model(kind)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        assert probe(type(model), model.config, 110_000_000).causal is causal
