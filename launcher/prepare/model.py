@@ -132,7 +132,7 @@ def _checked(folder: Path, section: ModelSection, config: Any, model: Any, param
     loading = _made(folder, lambda: _loading_report(folder, section))
     seen = probe(type(model), model.config, parameters)
     check_probe(config, seen)
-    check_weights(loading, str(folder))
+    check_weights(loading, {name for name, _ in model.named_parameters(remove_duplicate=False)}, str(folder))
     coefficient = router_loss_coefficient(config, seen)
     notes = (*unused_weights(loading), *kind_notes(config, seen, coefficient))
     return {"router_loss_coefficient": coefficient, "notes": notes}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 from launcher.errors import Problem, RequestError
@@ -56,15 +56,16 @@ def _quantised(method: str, section: ModelSection) -> Problem:
     )
 
 
-def check_weights(loading: dict[str, Any], folder: str) -> None:
+def check_weights(loading: dict[str, Any], parameters: Container[str], folder: str) -> None:
     """Raises RequestError if weights of the model are not in the checkpoint or have another shape there.
 
-    `loading` is what from_pretrained reports with output_loading_info.
+    `loading` is what from_pretrained reports with output_loading_info. `parameters` are the model's by name: buffers,
+    which it computes itself, may be missing.
     """
     mismatched = sorted(str(each[0] if isinstance(each, tuple) else each) for each in loading["mismatched_keys"])
     if mismatched:
         raise RequestError(_unfit(folder, f"has {_some(mismatched)} in another shape than its config.json says"))
-    missing = sorted(loading["missing_keys"])
+    missing = sorted(name for name in loading["missing_keys"] if name in parameters)
     if missing:
         raise RequestError(_unfit(folder, f"lacks {_some(missing)}, which would be trained from random values"))
 
