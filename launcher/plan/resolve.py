@@ -67,6 +67,7 @@ def resolve(job: Job, user: DsConfig, model: ModelFacts, data: DataFacts, machin
         ds_config_changes=changes_of(composed),
         memory=needs.estimate(batch.train_micro_batch_size_per_gpu).to_dict(),
         warnings=(
+            *model.notes,
             *length_warnings(job, data, batch.train_batch_size, length),
             *data_warnings(job, data),
             *memory_warnings(needs, batch.train_micro_batch_size_per_gpu, machine),

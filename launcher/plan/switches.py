@@ -111,6 +111,11 @@ def sequence_parallel_problems(job: Job, model: ModelFacts) -> Iterator[Problem]
             f"{size} ranks cannot share {queries} attention heads with {keys} for keys and values evenly",
             f"a divisor of {queries} that divides {keys} or is a multiple of it",
         )
+    if model.router_loss_coefficient:
+        yield _not_shared(
+            "the balance loss of the experts' routers is over whole sequences, of which each rank would have a part",
+            "leave it out, or set output_router_logits: false in a copy of the model's config.json",
+        )
 
 
 def _sequence_parallel(job: Job, user: DsConfig) -> Iterator[Problem]:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from launcher.errors import Problem, RequestError, first_line
 from launcher.job.model import ModelSection
 from launcher.methods import adapted_modules, choose_trained
 from launcher.plan.facts import ModelFacts
+from launcher.prepare.model_kind import (
+    check_config,
+    check_probe,
+    check_weights,
+    kind_notes,
+    router_loss_coefficient,
+    unused_weights,
+)
+from launcher.prepare.model_sizes import model_sizes
+from launcher.prepare.probe import probe
 from launcher.token_store import publish_folder
 
 Progress = Callable[..., None]
+T = TypeVar("T")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -71,21 +83,37 @@ def convert_gguf(folder: Path, gguf_file: str, target: Path, progress: Progress)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def measure_model(folder: Path, section: ModelSection) -> ModelFacts:
+def measure_model(folder: Path, section: ModelSection, *, trained_here: bool = True) -> ModelFacts:
     """Sizes of the model in `folder`, and of what `section` trains of it, counted on a model without memory.
 
-    Raises RequestError.
+    A model that is `trained_here`, and not in a script of the user's, is also checked: its kind, its weights, and on a
+    small instance its logits. Raises RequestError.
     """
-    from transformers import AutoConfig
-
-    trust_remote_code = section.trust_remote_code
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
         raise RequestError(Problem(f"{folder} holds no weights (*.safetensors)", key="model.name_or_path"))
+    config = _made(folder, lambda: _read_config(folder, section))
+    if trained_here:
+        check_config(config, section)
+    model = _made(folder, lambda: _empty_model(config, section))
+    if section.liger:
+        check_liger(str(config.model_type))
+    facts = _made(folder, lambda: model_sizes(folder, config, model))
+    if trained_here:
+        facts = facts.model_copy(update=_checked(folder, section, config, model, facts.parameters))
+    if section.lora is None and not section.freeze:
+        return facts
+    model = choose_trained(model, section)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return facts.model_copy(update={"trainable_parameters": trained, "adapted_modules": adapted_modules(model)})
+
+
+def _made(folder: Path, make: Callable[[], T]) -> T:
+    """Raises RequestError for whatever transformers, or code that comes with the model, raises."""
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        model = _empty_model(config, trust_remote_code)
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        reason = first_line(error)
+        return make()
+    except Exception as error:
+        # Of a config that does not fit its class anything may come: KeyError, AssertionError, ZeroDivisionError.
+        reason = first_line(error) if isinstance(error, ValueError | OSError | ImportError) else _named(error)
         raise RequestError(
             Problem(
                 f"no causal language model can be made from {folder}: {reason}",
@@ -93,14 +121,21 @@ def measure_model(folder: Path, section: ModelSection) -> ModelFacts:
                 hint="a newer transformers may know it; model.trust_remote_code: true runs code that comes with it",
             )
         ) from None
-    if section.liger:
-        check_liger(str(config.model_type))
-    facts = _facts(folder, config, model)
-    if section.lora is None and not section.freeze:
-        return facts
-    model = choose_trained(model, section)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return facts.model_copy(update={"trainable_parameters": trained, "adapted_modules": adapted_modules(model)})
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _checked(folder: Path, section: ModelSection, config: Any, model: Any, parameters: int) -> dict[str, Any]:
+    """Facts that need the checkpoint's list of weights and a small instance. Raises RequestError."""
+    loading = _made(folder, lambda: _loading_report(folder, section))
+    seen = probe(type(model), model.config, parameters)
+    check_probe(config, seen)
+    check_weights(loading, {name for name, _ in model.named_parameters(remove_duplicate=False)}, str(folder))
+    coefficient = router_loss_coefficient(config, seen)
+    notes = (*unused_weights(loading), *kind_notes(config, seen, coefficient))
+    return {"router_loss_coefficient": coefficient, "notes": notes}
 
 
 def check_liger(model_type: str) -> None:
@@ -117,50 +152,36 @@ def check_liger(model_type: str) -> None:
         )
 
 
-def _empty_model(config: Any, trust_remote_code: bool) -> Any:
+def _read_config(folder: Path, section: ModelSection) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+
+
+def _empty_model(config: Any, section: ModelSection) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        # Some classes change the config that they are given.
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=section.trust_remote_code)
 
 
-def _facts(folder: Path, config: Any, model: Any) -> ModelFacts:
-    text = config.get_text_config()
-    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
-    embedding = {id(e.weight): e.weight.numel() for e in embeddings if e is not None}
-    hidden = int(text.hidden_size)
-    parameters = sum(p.numel() for p in model.parameters())
-    return ModelFacts(
-        folder=str(folder),
-        model_type=str(config.model_type),
-        parameters=parameters,
-        trainable_parameters=parameters,
-        embedding_parameters=sum(embedding.values()),
-        hidden_size=hidden,
-        intermediate_size=int(getattr(text, "intermediate_size", None) or 4 * hidden),
-        layers=int(text.num_hidden_layers),
-        attention_heads=int(text.num_attention_heads),
-        key_value_heads=getattr(text, "num_key_value_heads", None),
-        whole_attention=_whole_attention(text, model),
-        vocab_size=int(text.vocab_size),
-        max_positions=getattr(text, "max_position_embeddings", None),
-        tied_embeddings=len(embedding) == 1,
-        stored_dtype=str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
-        supports_gradient_checkpointing=bool(model.supports_gradient_checkpointing),
-        has_chat_template=_has_chat_template(folder),
-    )
+def _loading_report(folder: Path, section: ModelSection) -> dict[str, Any]:
+    """Which weights are missing, unexpected or of another shape; no weight is read."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-
-def _whole_attention(text: Any, model: Any) -> bool:
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    exchangeable = bool(getattr(model, "_supports_attention_backend", False))
-    return exchangeable and kinds == {"full_attention"} and window is None
-
-
-def _has_chat_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").is_file():
-        return True
-    config = folder / "tokenizer_config.json"
-    return config.is_file() and '"chat_template"' in config.read_text()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        _, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=section.trust_remote_code,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    return dict(loading)

@@ -15,7 +15,7 @@ from launcher.prepare import sources
 from launcher.run_dir import write_atomic
 
 Progress = Callable[..., None]
-_FORMAT_VERSION = 2
+_MODEL_VERSION = 2
 _DATA_VERSION = 3
 
 
@@ -103,7 +103,7 @@ def _measure_model(request: Request | ModelRequest, progress: Progress) -> Model
             models.convert_gguf(folder, section.gguf_file, target, progress)
         folder = target
     progress(message="measuring the model")
-    facts = models.measure_model(folder.resolve(), section)
+    facts = models.measure_model(folder.resolve(), section, trained_here=isinstance(request, Request))
     file = _model_facts_file(request)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, facts.model_dump_json(indent=2))
@@ -135,7 +135,7 @@ def _model_facts_file(request: Request | ModelRequest) -> Path:
     section = request.model
     folder = sources.find_model_folder(section.name_or_path, section.gguf_file)
     stamp = sources.model_stamp(folder) if folder else f"{section.name_or_path}@{section.revision}"
-    parts = [_FORMAT_VERSION, stamp, section.gguf_file, _method(section)]
+    parts = [_MODEL_VERSION, stamp, section.gguf_file, _method(section), isinstance(request, Request)]
     return request.cache / "models" / f"{sources.fingerprint(parts)}.json"
 
 

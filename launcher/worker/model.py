@@ -15,6 +15,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from launcher.errors import RunFailed
 from launcher.methods import choose_trained
 from launcher.plan.model import Plan
+from launcher.worker.experts import gather_experts_together
 from launcher.worker.scheduler import client_scheduler
 from launcher.worker.sequence import exchange_attention
 
@@ -63,6 +64,8 @@ def make_engine(plan: Plan, model: Any, *, universal: bool = False) -> Any:
     if universal != checkpoint.get("load_universal", False):
         config = {**config, "checkpoint": {**checkpoint, "load_universal": universal}}
     scheduler = client_scheduler(plan)
+    if plan.zero_stage == 3:
+        gather_experts_together(model)
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model),

@@ -24,7 +24,7 @@ from launcher.worker.evaluate import evaluate
 from launcher.worker.export import export_model
 from launcher.worker.guard import Guard
 from launcher.worker.journal import Journal
-from launcher.worker.loss import summed_loss
+from launcher.worker.loss import summed_losses
 from launcher.worker.model import load_model, make_engine
 from launcher.worker.norm import norm_before_step, norm_of_step
 from launcher.worker.own_time import OwnTime
@@ -67,6 +67,8 @@ class Training:
         self.eval_store = TokenStore(Path(plan.data.eval.folder)) if plan.data.eval else None
         self.progress = Progress(update=0, samples=0)
         self.stopped = False
+        self.router_loss = 0.0
+        """Of the update's mean loss the part that balances the experts' routers."""
 
     def begin(self, start: Start | None) -> None:
         """Stands where the first update begins: of a fresh run, or after a checkpoint."""
@@ -84,18 +86,20 @@ class Training:
 
     def train(self) -> None:
         """The updates of the plan that are still to be made, or those until a stop."""
-        summed = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        fused = self.plan.job.model.liger
+        summed = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        fused, coefficient = self.plan.job.model.liger, self.plan.model.router_loss_coefficient
         for batch in self.batches():
             with self.own_time:
                 tensors = (batch.input_ids, batch.attention_mask, batch.labels)
-                loss = summed_loss(self.engine, *tensors, fused=fused, part=self.part)
+                loss, router_loss = summed_losses(
+                    self.engine, *tensors, fused=fused, part=self.part, router_coefficient=coefficient
+                )
             self.engine.backward(loss * self.loss_scale(batch))
-            summed += loss.detach()
+            summed += torch.stack((loss.detach(), router_loss.detach().to(loss.device)))
             if not batch.last_of_update:
                 self.engine.step()
                 continue
-            mean, stop = self.reduce(float(summed), batch)
+            mean, stop = self.reduce(summed.tolist(), batch)
             rate = self.in_step.check(self.engine, batch.update)
             grad_norm = norm_before_step(self.engine, self.plan)
             if self.guard.refuses(batch.update, mean, grad_norm):
@@ -128,10 +132,14 @@ class Training:
         """
         return averaged_over(self.plan) * self.plan.gradient_accumulation_steps / max(1, batch.update_targets)
 
-    def reduce(self, summed: float, batch: MicroBatch) -> tuple[float, bool]:
-        """(the update's mean loss, whether any rank was asked to stop): the same on every rank."""
+    def reduce(self, summed: Sequence[float], batch: MicroBatch) -> tuple[float, bool]:
+        """(the update's mean loss, whether any rank was asked to stop): the same on every rank.
+
+        `summed` are this rank's loss, and the part of it that balances routers.
+        """
         words = self.in_step.words(self.engine, batch.update)
-        total, stops, *table = self.ranks.sum([summed, float(self.control.stop.is_set()), *words])
+        total, router, stops, *table = self.ranks.sum([*summed, float(self.control.stop.is_set()), *words])
+        self.router_loss = router / max(1, batch.update_targets)
         self.in_step.compare(table, batch.update)
         return total / max(1, batch.update_targets), stops > 0
 
@@ -149,6 +157,7 @@ class Training:
             lr=rate,
             grad_norm=norm,
             skipped=skipped,
+            **({} if self.plan.model.router_loss_coefficient is None else {"router_loss": self.router_loss}),
         )
         self.control.report("update", update=batch.update, **self.journal.pulse(), own_seconds=self.own_time.take())
         self.guard.watch(batch.update, loss, norm, skipped=skipped)

@@ -17,7 +17,7 @@ from launcher.methods import choose_trained
 from launcher.plan.model import Plan
 from launcher.plan.rate import planned_rates
 from launcher.plan.resume import Start
-from launcher.prepare.model import _whole_attention
+from launcher.prepare.model_sizes import whole_attention
 from launcher.run_dir import RunDir
 from launcher.worker import scheduler
 from launcher.worker.batches import SampleOrder, Share, TokenStore, micro_batches
@@ -256,5 +256,5 @@ def test_only_models_whose_layers_attend_to_everything_may_share_sequences():
         config = AutoConfig.for_model(kind, **sizes, **options, vocab_size=64)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        found[kind] = _whole_attention(config.get_text_config(), model)
+        found[kind] = whole_attention(config.get_text_config(), model)
     assert found == {"llama": True, "qwen3": True, "mistral": False, "gemma3_text": False}

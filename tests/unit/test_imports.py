@@ -50,7 +50,13 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"worker"}
 MAY_IMPORT["__main__"] = {"cli"}
 
 HEAVY_PLACES = {
-    "torch": ("worker/", "prepare/model.py", "ds_config/build_catalogue.py"),
+    "torch": (
+        "worker/",
+        "prepare/model.py",
+        "prepare/model_sizes.py",
+        "prepare/probe.py",
+        "ds_config/build_catalogue.py",
+    ),
     "deepspeed": ("worker/", "ds_config/build_catalogue.py"),
     "transformers": ("worker/", "prepare/model.py", "prepare/tokenise.py"),
     "datasets": ("worker/", "prepare/hub_rows.py"),
