@@ -30,7 +30,7 @@ lint: install ## format, lint and types alone
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: install packages ## install what the tests need, and run them all
+test: install ## run all tests; `make packages` installs what those of tests/cluster need
 	$(BIN)/python examples/fetch_quickstart.py
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15
 
@@ -38,7 +38,7 @@ test: install packages ## install what the tests need, and run them all
 # makes. Without them, and outside CI, those tests skip and say why.
 PACKAGES := g++ slurm-wlm munge openssh-server openssh-client rsync iproute2
 .PHONY: packages
-packages:
+packages: ## install Debian packages that some tests need (root)
 	@PATH="$$PATH:/usr/sbin:/sbin"; missing=; \
 	  for command in g++ sbatch munged sshd ssh rsync ip; do command -v $$command >/dev/null || missing=1; done; \
 	  test -z "$$missing" || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq \
