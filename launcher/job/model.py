@@ -133,7 +133,10 @@ class ModelSection(Section):
 class DataSection(Section):
     """The text to learn from."""
 
-    train: Name | list[Name] = Field(description="File(s), glob(s) or a hub name: jsonl, json, parquet, csv or txt.")
+    train: Name | list[Name] = Field(
+        description="File(s), glob(s), a folder (of files, or written by save_to_disk) or a hub name: jsonl, json, "
+        "parquet, csv, tsv or txt."
+    )
     eval: Annotated[Annotated[Number, Field(gt=0, lt=1)] | Name | list[Name] | None, BeforeValidator(_parsed)] = Field(
         None, description="File(s) as for train, or a fraction of the training rows such as 0.02."
     )

@@ -36,4 +36,8 @@ def eval_warnings(job: Job, data: DataFacts) -> list[str]:
 
 def _another_split(job: Job) -> str:
     same = job.data.eval == job.data.train and job.data.eval_split in (None, job.data.split)
-    return "; data.eval_split takes another split of a hub data set" if same else ""
+    return (
+        "; data.eval names the same as data.train (of a hub data set, data.eval_split takes another split)"
+        if same
+        else ""
+    )

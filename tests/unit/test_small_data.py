@@ -64,7 +64,7 @@ def test_what_happens_to_evaluation_rows_is_reported() -> None:
     assert data_warnings(job, data) == [
         "a note of reading",
         "4 of 10 evaluation rows are training rows too, so the evaluation loss says less about new text; "
-        "data.eval_split takes another split of a hub data set",
+        "data.eval names the same as data.train (of a hub data set, data.eval_split takes another split)",
         "3 of 10 evaluation rows are cut at 77 tokens",
         "2 of 10 evaluation rows have no target and are left out",
         "in 1 evaluation conversations some assistant turns are not counted: the chat template rewrites them once "
