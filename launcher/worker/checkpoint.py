@@ -119,7 +119,8 @@ def _readable(folder: Path) -> Iterator[None]:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise RunFailed(
             f"the checkpoint {folder} is damaged and cannot be read ({reason})\n"
-            f"  Hint: mv {folder} {folder}.damaged; launcher resume then uses the checkpoint before it"
+            f"  Hint: mv {folder} {folder}.damaged; launcher resume then uses the checkpoint before it",
+            code=FailureCode.CHECKPOINT_DAMAGED,
         ) from error
 
 
