@@ -189,8 +189,8 @@ def test_a_claim_that_a_crash_left_behind_does_not_last(path: Path) -> None:
 def test_a_user_who_may_only_read_cannot_lock_it(tmp_path: Path, before: int | None) -> None:
     """Whatever the folder's mode is, and also in a run directory of an earlier version."""
     run = RunDir.create(tmp_path, "job")
-    folders = [run.path, *run.path.parents[:3]]
-    for folder in folders:
+    closed = {path: path.stat().st_mode for path in (run.path, *run.path.parents) if path.stat().st_mode & 0o5 != 0o5}
+    for folder in closed:
         folder.chmod(0o755)
     if before is not None:
         run.lock_file.touch(mode=before)
@@ -202,8 +202,8 @@ def test_a_user_who_may_only_read_cannot_lock_it(tmp_path: Path, before: int | N
         "fcntl.flock(f, fcntl.LOCK_SH)"
     )
     done = subprocess.run([sys.executable, "-c", locking, str(run.lock_file)], capture_output=True, text=True)
-    for folder in folders:
-        folder.chmod(0o700)
+    for folder, mode in closed.items():
+        folder.chmod(mode)
     # The file is seen, and cannot be opened.
     assert "PermissionError" in done.stderr and "line 4" in done.stderr
     with run.held() as held:

@@ -59,7 +59,8 @@ def test_another_version_is_a_problem(package: str) -> None:
 def test_a_package_that_the_json_needs_is_a_problem_where_it_is_missing() -> None:
     wanted = replace(WANTED, packages=needed_packages({"wandb": {"enabled": True}, "tensorboard": {"enabled": False}}))
     (problem,) = machine_problems(replace(FACTS, missing=frozenset({"wandb", "tensorboard", "mup"})), wanted, NODE)
-    assert "wandb is not installed, which wandb.enabled in the DeepSpeed JSON needs" in problem
+    assert problem.code is FailureCode.PACKAGE_MISSING
+    assert "wandb is not installed, which wandb.enabled in the DeepSpeed JSON needs" in problem.text
     assert machine_problems(replace(FACTS, missing=frozenset({"mup"})), wanted, NODE) == []
 
 
