@@ -223,7 +223,7 @@ def _job_with(old: Plan, overrides: list[str], machine: MachineFacts) -> tuple[J
                 Problem(
                     "a run goes on with the model and the data that it began with",
                     key=key,
-                    hint=f"launcher run starts anew; of the model {', '.join(_CHANGES_NO_WEIGHT)} may change",
+                    hint=f"launcher run starts a new run; of the model {', '.join(_CHANGES_NO_WEIGHT)} may change",
                 )
             )
     train = data.setdefault("train", {})

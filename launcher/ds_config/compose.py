@@ -308,7 +308,7 @@ def _printing(draft: Draft, decisions: Decisions) -> None:
     del decisions
     draft.as_number("steps_per_print")
     if draft.get("steps_per_print") == math.inf:
-        draft.put("steps_per_print", None, "never: null says so in JSON, which has no infinity")
+        draft.put("steps_per_print", None, "never: null means that in JSON, which has no infinity")
 
 
 def _device_limits(draft: Draft, decisions: Decisions) -> None:

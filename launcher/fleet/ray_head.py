@@ -1,6 +1,6 @@
 """Whether Ray's head process still runs, without which a run cannot go on.
 
-Nothing of Ray's own says so: calls wait, the agents end by themselves, and after a minute Ray ends this process.
+Ray itself does not report this: calls wait, the agents end by themselves, and after a minute Ray ends this process.
 """
 
 from __future__ import annotations
