@@ -36,9 +36,8 @@ def refuse_other_state(old: Plan, new: Plan) -> None:
         found = f"the checkpoint has the optimizer states of {before}, and {after} is asked for"
         hint = f"resume with {before}, or start a new run from a model that was exported"
         raise RequestError(Problem(found, key="deepspeed", hint=hint))
-    # Only parts are converted for another number of ranks, and only ZeRO loads what is converted.
-    lacks_parts = 0 in (old.zero_stage, new.zero_stage)
-    if _SHARDS[old.zero_stage] != _SHARDS[new.zero_stage] and (lacks_parts or old.world.size == new.world.size):
+    # A checkpoint that is converted for another number of ranks keeps its form too: DeepSpeed fails on it as well.
+    if _SHARDS[old.zero_stage] != _SHARDS[new.zero_stage]:
         found = f"the checkpoint is of ZeRO-{old.zero_stage}, whose parts ZeRO-{new.zero_stage} cannot load"
         hint = f"resume under ZeRO-{old.zero_stage}, or start a new run from a model that was exported"
         raise RequestError(Problem(found, key="deepspeed", hint=hint))

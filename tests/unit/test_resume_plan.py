@@ -164,8 +164,8 @@ def test_states_of_another_kind_are_refused(config: dict[str, Any], words: str) 
         refuse_other_state(saved_with({}), saved_with(same))
 
 
-@pytest.mark.parametrize(("before", "after"), [(0, 2), (0, 3), (2, 0), (3, 0)])
-def test_with_and_without_zero_are_kept_apart_on_any_number_of_ranks(before: int, after: int) -> None:
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (0, 3), (2, 0), (3, 0), (2, 3), (3, 1)])
+def test_stages_of_other_parts_are_kept_apart_on_any_number_of_ranks(before: int, after: int) -> None:
     old, new = (saved_with({"zero_optimization": {"stage": stage}}) for stage in (before, after))
     fewer = new.model_copy(update={"world": new.world.model_copy(update={"processes_per_node": 4})})
     with pytest.raises(RequestError, match=f"of ZeRO-{before}, whose parts ZeRO-{after} cannot load"):
