@@ -262,3 +262,11 @@ def test_a_large_model_is_probed_by_a_small_one_of_its_kind() -> None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         assert probe(type(model), model.config, 110_000_000).causal is causal
+
+
+def test_heads_of_a_prime_number_are_made_fewer_too() -> None:
+    """Falcon 7B's 71: at its full width a probe takes minutes."""
+    small = shrunk(transformers.FalconConfig(hidden_size=4544, num_attention_heads=71))
+    assert (small.num_attention_heads, small.hidden_size) == (1, 64)
+    seen = probe(transformers.FalconForCausalLM, transformers.FalconConfig(), 7_000_000_000)
+    assert (seen.causal, seen.failure) == (True, None)
