@@ -33,6 +33,9 @@ OPEN_BLOCKS = (
     "datastates_ckpt",
 )
 
+DEEPSPEED_SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest")
+"""Its own; it takes PyTorch's too."""
+
 
 @dataclass(frozen=True)
 class Key:
@@ -171,9 +174,21 @@ def from_json(raw: dict[str, Any]) -> Catalogue:
         removed=raw["removed"],
         optimizers=optimizers,
         zero_optimizers=frozenset(name for name, found in raw["optimizers"].items() if found["zero"]),
-        schedulers={name: Block(_keys(params)) for name, params in raw["schedulers"].items()},
+        schedulers={name: Block(_scheduler_keys(name, params)) for name, params in raw["schedulers"].items()},
         classes={name: Block(_keys(params)) for name, params in raw["classes"].items()},
     )
+
+
+def _scheduler_keys(name: str, raw: dict[str, Any]) -> dict[str, Key]:
+    """The parameters of a scheduler. Those of DeepSpeed's own that show no type are numbers; null where optional."""
+    keys = _keys(raw)
+    if name not in DEEPSPEED_SCHEDULERS:
+        return keys
+    optional = ("int", "float", "null")
+    return {
+        name: key if key.types else replace(key, types=optional[:2] if key.required else optional)
+        for name, key in keys.items()
+    }
 
 
 def _keys(raw: dict[str, Any], blocks: Mapping[str, Any] | None = None, path: str = "") -> dict[str, Key]:

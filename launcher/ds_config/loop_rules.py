@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from launcher.ds_config.case import Case, Rule
+from launcher.ds_config.catalogue import DEEPSPEED_SCHEDULERS
 from launcher.ds_config.facts import AUTO, as_bool, as_number
 from launcher.ds_config.findings import Finding
 
@@ -57,6 +58,10 @@ def _own_loop(case: Case) -> Iterator[Finding]:
         if case.config.get(f"optimizer.params.{name}") not in (None, AUTO):
             message = f"a learning rate for a part of the parameters: {_ONE_RATE}"
             yield case.found("error", f"optimizer.params.{name}", message, "Take it out, and write lr.")
+    kind = case.config.get("scheduler.type")
+    if not case.stage and kind in case.keys.schedulers and kind not in DEEPSPEED_SCHEDULERS:
+        message = f"{kind} is PyTorch's, and a plan knows the learning rates of DeepSpeed's own schedulers only"
+        yield case.found("error", "scheduler.type", message, f"Take one of {', '.join(DEEPSPEED_SCHEDULERS)}.")
     params = case.config.get("scheduler.params")
     for name, value in (params if isinstance(params, dict) else {}).items():
         if isinstance(value, list) and any(one != value[0] for one in value):

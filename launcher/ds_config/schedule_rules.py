@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from launcher.ds_config.case import Case, Rule
-from launcher.ds_config.catalogue import Catalogue
+from launcher.ds_config.catalogue import DEEPSPEED_SCHEDULERS, Catalogue
 from launcher.ds_config.facts import AUTO, as_bool, as_number, open_warmup
 from launcher.ds_config.findings import Finding, Severity, finding, rewrite
 from launcher.ds_config.read import DsConfig
@@ -19,6 +19,7 @@ DEFAULT_WARMUP_UPDATES = 1000
 PARAMETER_GROUPS = 2
 """Of the launcher's loop: matrices, which decay, and vectors, which do not."""
 _RATES = ("warmup_min_lr", "warmup_max_lr", "cycle_min_lr", "cycle_max_lr", "lr_range_test_min_lr")
+_MOMENTA = ("cycle_min_mom", "cycle_max_mom")
 _RATIOS = ("warmup_min_ratio", "cos_min_ratio")
 _FALLING = {
     "lr_range_test_step_rate": "the learning rate falls below 0",
@@ -66,7 +67,7 @@ def _lists(case: Case) -> Iterator[Finding]:
         path = f"scheduler.params.{name}"
         if not isinstance(value, list):
             continue
-        if name not in _RATES and name not in ("cycle_min_mom", "cycle_max_mom"):
+        if name not in (*_RATES, *_MOMENTA):
             yield case.found("error", path, f"found {value!r}", "Write one number: it takes no list.")
         elif len(value) != PARAMETER_GROUPS and not case.target.script:
             message = f"{len(value)} values, and the launcher trains {PARAMETER_GROUPS} parameter groups: it fails"
@@ -86,14 +87,24 @@ def _below_zero(config: DsConfig) -> Iterator[Finding]:
         elif name in _RATIOS and any(not 0 <= one <= 1 for one in numbers):
             message = f"found {value!r}: a share of the peak is from 0 to 1"
             yield finding(config, "error", path, message, "Write a number from 0 to 1.")
+        elif name in _MOMENTA and any(not 0 <= one < 1 for one in numbers):
+            message = f"found {value!r}: momentum is from 0 to below 1"
+            yield finding(config, "error", path, message, "Write a number from 0 to below 1.")
         elif name in _FALLING and any(one < 0 for one in numbers):
             message = f"found {value!r}: {_FALLING[name]}"
             yield finding(config, "error", path, message, "Write a number from 0 up.")
 
 
 def _lengths(config: DsConfig) -> Iterator[Finding]:
-    """Lengths of OneCycle and LRRangeTest that DeepSpeed refuses. Those of the warm-ups have their own."""
+    """A cycle upside down, and lengths of OneCycle and LRRangeTest that DeepSpeed refuses.
+
+    Those of the warm-ups have their own.
+    """
     params = _params(config)
+    low, high = (_rate(config, f"scheduler.params.cycle_{end}_lr") for end in ("min", "max"))
+    if low is not None and high is not None and low > high:
+        message = f"starts at {low:g}, above the peak of {high:g}: the learning rate would fall before it climbs"
+        yield finding(config, "error", "scheduler.params.cycle_min_lr", message, "Write a lower number.")
     first, second = (as_number(params.get(f"cycle_{half}_step_size")) for half in ("first", "second"))
     steps = params.get("lr_range_test_step_size")
     if _is_number(first) and first <= 0:
@@ -116,7 +127,7 @@ def _params(config: DsConfig) -> dict[str, Any]:
 
 def _is_deepspeeds(kind: str) -> bool:
     """Whether a scheduler is one of DeepSpeed's own."""
-    return kind in (*WARMUPS, "OneCycle", "LRRangeTest")
+    return kind in DEEPSPEED_SCHEDULERS
 
 
 def _unknown(config: DsConfig, kind: str, keys: Catalogue) -> Finding:

@@ -36,7 +36,8 @@ def refuse_other_state(old: Plan, new: Plan) -> None:
         found = f"the checkpoint has the optimizer states of {before}, and {after} is asked for"
         hint = f"resume with {before}, or start a new run from a model that was exported"
         raise RequestError(Problem(found, key="deepspeed", hint=hint))
-    if _SHARDS[old.zero_stage] != _SHARDS[new.zero_stage] and old.world.size == new.world.size:
+    # A checkpoint that is converted for another number of ranks keeps its form too: DeepSpeed fails on it as well.
+    if _SHARDS[old.zero_stage] != _SHARDS[new.zero_stage]:
         found = f"the checkpoint is of ZeRO-{old.zero_stage}, whose parts ZeRO-{new.zero_stage} cannot load"
         hint = f"resume under ZeRO-{old.zero_stage}, or start a new run from a model that was exported"
         raise RequestError(Problem(found, key="deepspeed", hint=hint))

@@ -64,11 +64,21 @@ def kept_or_generated(job: Job, situation: Situation, user: DsConfig, *, limited
     `limited`: whether the peak is held to what is published for the situation's method and size. Raises RequestError.
     """
     written, lr = scheduler_of(user), (optimizer_of(user) or {}).get("params", {}).get("lr")
-    if written is None or "schedule.shape" in explicit_keys(job):
-        return generate(job, situation, lr, limited=limited)
-    if shape := _SHAPES.get(open_scheduler(user) or ""):
-        return generate(job, situation, lr, shape, limited=limited)
+    asked = "schedule.shape" in explicit_keys(job)
+    shape = None if asked else _SHAPES.get(open_scheduler(user) or "")
+    if written is None or asked or shape:
+        try:
+            return generate(job, situation, lr, shape, limited=limited)
+        except RequestError as error:
+            raise RequestError(*(_of_peak(problem, job, user, lr) for problem in error.problems)) from None
     return _written(job, _filled(job, written, user, situation, lr), user, situation, limited)
+
+
+def _of_peak(problem: Problem, job: Job, user: DsConfig, lr: float | None) -> Problem:
+    """A problem of a peak that the JSON's optimizer names, at its place there."""
+    if problem.key != "schedule.peak_lr" or job.schedule.peak_lr != "auto" or lr is None:
+        return problem
+    return user.problem("optimizer.params.lr", problem.message, problem.hint)
 
 
 def _filled(
@@ -79,7 +89,7 @@ def _filled(
     autos = [name for name, value in (raw if isinstance(raw, dict) else {}).items() if value == "auto"]
     if not autos:
         return written
-    chosen = _choose(job, situation, lr)
+    chosen = _choose(job, situation, lr, _SHAPES.get(written["type"]))
     known = {
         "total_num_steps": situation.total_updates,
         "warmup_num_steps": chosen["warmup"].value,
@@ -257,9 +267,12 @@ def _idle(params: Params, rates: Sequence[float], user: DsConfig) -> Iterator[Pr
     """Updates that train nothing once the peak is past. Before it, a warm-up from 0 has its own."""
     idle = rates[rates.index(max(rates)) :].count(0.0)
     if idle:
-        path = "scheduler.params.total_num_steps" if "total_num_steps" in params else "scheduler.params"
         message = f"{idle} of the run's {len(rates)} updates run at rate 0 and train nothing"
-        yield user.problem(path, message, f'write {len(rates)}, or "auto"; {ALLOW}')
+        if "total_num_steps" in params and max(rates) > 0:
+            hint = f'write {len(rates)}, or "auto"; {ALLOW}'
+            yield user.problem("scheduler.params.total_num_steps", message, hint)
+        else:
+            yield user.problem("scheduler.params", message, f"give it a learning rate above 0; {ALLOW}")
 
 
 def _refuse_other_length(job: Job, params: Params, user: DsConfig, updates: int) -> None:

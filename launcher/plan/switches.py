@@ -10,7 +10,6 @@ from launcher.errors import Problem, RequestError
 from launcher.job import Job
 from launcher.plan.facts import MachineFacts, ModelFacts
 from launcher.plan.model import World
-from launcher.plan.unsupported import unsupported_problems
 
 _FLASH = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}
 """The package of each; without it transformers takes the one of `kernels`."""
@@ -26,7 +25,6 @@ def check_switches(job: Job, user: DsConfig, world: World, machine: MachineFacts
         *_attention(job, world, machine),
         *_sequence_parallel(job, user),
         *_other_parallelism(user),
-        *unsupported_problems(job, user),
     ]
     if problems:
         raise RequestError(*problems)

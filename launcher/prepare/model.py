@@ -23,6 +23,7 @@ from launcher.prepare.model_kind import (
 )
 from launcher.prepare.model_sizes import model_sizes
 from launcher.prepare.probe import probe
+from launcher.prepare.stored_weights import check_adapter, check_stored_types
 from launcher.token_store import publish_folder
 
 Progress = Callable[..., None]
@@ -89,11 +90,14 @@ def measure_model(folder: Path, section: ModelSection, *, trained_here: bool = T
     A model that is `trained_here`, and not in a script of the user's, is also checked: its kind, its weights, and on a
     small instance its logits. Raises RequestError.
     """
+    if trained_here:
+        check_adapter(folder)
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
         raise RequestError(Problem(f"{folder} holds no weights (*.safetensors)", key="model.name_or_path"))
     config = _made(folder, lambda: _read_config(folder, section))
     if trained_here:
         check_config(config, section)
+        check_stored_types(folder)
     model = _made(folder, lambda: _empty_model(config, section))
     if section.liger:
         check_liger(str(config.model_type))

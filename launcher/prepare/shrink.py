@@ -99,7 +99,7 @@ def _narrower(data: dict[str, Any], free: bool) -> dict[str, Any]:
     heads, hidden = data[head_key], data[hidden_key]
     groups = next((key for key in _KEY_VALUE_KEYS if isinstance(data.get(key), int)), None)
     each = heads // data[groups] if groups and data[groups] else 1
-    fewer = each if each > 1 else min(heads, 4)
+    fewer = each if each > 1 else next(few for few in (4, 3, 2, 1) if heads % few == 0)
     if heads % fewer or hidden * fewer % heads:
         return data
     data[head_key] = fewer

@@ -78,7 +78,9 @@ def settled(scheduler_type: str, params: Params, group: int = 0) -> dict[str, An
     if scheduler_type not in DEFAULTS:
         close = nearest(scheduler_type, DEFAULTS)
         hint = f"did you mean {close}?" if close else f"one of {', '.join(DEFAULTS)}"
-        raise RequestError(Problem(f"DeepSpeed has no scheduler {scheduler_type!r}", key="scheduler.type", hint=hint))
+        raise RequestError(
+            Problem(f"{scheduler_type} is not one of DeepSpeed's schedulers", key="scheduler.type", hint=hint)
+        )
     defaults = DEFAULTS[scheduler_type]
     for key in params:
         if key not in defaults:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.errors import RequestError
@@ -136,6 +137,44 @@ def test_the_quantised_text_part_of_a_nested_config_is_found(tmp_path: Path) -> 
     assert "(awq)" in refused(folder)
 
 
+@pytest.mark.parametrize(("dtype", "name"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_quantised_weights_without_a_word_in_the_config_are_refused(
+    dtype: torch.dtype, name: str, tmp_path: Path
+) -> None:
+    file = saved(tmp_path, "LlamaForCausalLM") / "model.safetensors"
+    weights = load_file(file)
+    weights = {key: value.to(dtype) if "proj" in key else value for key, value in weights.items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    assert f"stores model.layers.0.mlp.down_proj.weight as {name}" in refused(tmp_path)
+    assert "cannot be trained" in refused(tmp_path, lora={})
+
+
+def test_integer_buffers_are_not_quantised_weights(tmp_path: Path) -> None:
+    file = saved(tmp_path, "LlamaForCausalLM") / "model.safetensors"
+    buffers = {"model.layers.0.mask": torch.ones(3, dtype=torch.uint8), "position_ids": torch.arange(3)}
+    save_file({**load_file(file), **buffers}, file, metadata={"format": "pt"})
+    assert measured(tmp_path).parameters > 0
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_folder_with_an_adapter_is_refused(whole: bool, tmp_path: Path) -> None:
+    """transformers would put the adapter into the model, or load another base model."""
+    folder = saved(tmp_path, "LlamaForCausalLM")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
+    (folder / "adapter_model.safetensors").touch()
+    if not whole:
+        (folder / "model.safetensors").unlink()
+    assert "holds an adapter (adapter_config.json), not just a model" in refused(folder)
+    assert "name the base model, org/base" in refused(folder)
+
+
+def test_a_weight_file_that_is_a_pointer_is_named(tmp_path: Path) -> None:
+    file = saved(tmp_path, "LlamaForCausalLM") / "model.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert "model.safetensors cannot be read as safetensors" in refused(tmp_path)
+    assert "git lfs pull" in refused(tmp_path)
+
+
 def test_weights_that_would_be_random_are_refused(tmp_path: Path) -> None:
     saved(tmp_path / "classifier", "LlamaForSequenceClassification")
     assert "lacks lm_head.weight, which would be trained from random values" in refused(tmp_path / "classifier")
@@ -223,3 +262,11 @@ def test_a_large_model_is_probed_by_a_small_one_of_its_kind() -> None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         assert probe(type(model), model.config, 110_000_000).causal is causal
+
+
+def test_heads_of_a_prime_number_are_made_fewer_too() -> None:
+    """Falcon 7B's 71: at its full width a probe takes minutes."""
+    small = shrunk(transformers.FalconConfig(hidden_size=4544, num_attention_heads=71))
+    assert (small.num_attention_heads, small.hidden_size) == (1, 64)
+    seen = probe(transformers.FalconForCausalLM, transformers.FalconConfig(), 7_000_000_000)
+    assert (seen.causal, seen.failure) == (True, None)

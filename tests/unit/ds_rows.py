@@ -168,6 +168,32 @@ SCHEDULERS = [
         ("below 0",),
         seen=False,
     ),
+    Row(
+        cycle(cycle_min_lr=1e-4, cycle_momentum=False),
+        f"{SCHEDULE}.cycle_min_lr",
+        ("starts at 0.0001, above the peak of 1e-05",),
+        seen=False,
+    ),
+    Row(cycle(cycle_max_mom=1.5), f"{SCHEDULE}.cycle_max_mom", ("momentum is from 0 to below 1",), seen=False),
+    Row(scheduler("WarmupLR", **LINEAR, warmup_max_lr="1e-5x"), f"{SCHEDULE}.warmup_max_lr", ("number",), seen=False),
+    Row(
+        scheduler("WarmupLR", **LINEAR, warmup_max_lr=True),
+        f"{SCHEDULE}.warmup_max_lr",
+        ("takes for the number 1",),
+        seen=False,
+    ),
+    Row(
+        scheduler("WarmupDecayLR", **LINEAR, warmup_max_lr=1e-5, total_num_steps=float("nan")),
+        f"{SCHEDULE}.total_num_steps",
+        ("which JSON does not have",),
+        seen=False,
+    ),
+    Row(
+        {**zero(0), **scheduler("StepLR", step_size=3)},
+        "scheduler.type",
+        ("StepLR is PyTorch's", "WarmupDecayLR"),
+        seen=False,
+    ),
     *(
         Row(
             scheduler("WarmupCosineLR", total_num_steps=8, **LINEAR, **{name: value}),

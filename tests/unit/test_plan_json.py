@@ -318,6 +318,30 @@ def test_a_cosine_of_the_users_climbs_to_the_advised_peak_where_nothing_says_it(
     assert plan.learning_rate.reasons[0].sources
 
 
+def test_a_floor_that_is_left_open_is_that_of_a_cosine() -> None:
+    user = {"scheduler": {"type": "WarmupCosineLR", "params": {**COSINE, "cos_min_ratio": "auto"}}}
+    plan = plan_of(job_of(train={"max_steps": 100}), user=user)
+    assert plan.ds_config["scheduler"]["params"]["cos_min_ratio"] == 0.1
+
+
+@pytest.mark.parametrize(("lr", "words"), [(0, "must be above 0"), (1, "a peak of 1 is high")])
+def test_a_peak_of_the_jsons_optimizer_is_refused_there(lr: float, words: str) -> None:
+    user = {"optimizer": {"type": "AdamW", "params": {"lr": lr}}}
+    told = refusal(user, train={"max_steps": 100})
+    assert told.startswith("ds.json: optimizer.params.lr: ")
+    assert words in told
+    own_peak = refusal(user, train={"max_steps": 100}, schedule={"peak_lr": 0.5})
+    assert own_peak.startswith("schedule.peak_lr: ")
+
+
+def test_a_run_at_rate_0_is_not_advised_another_length() -> None:
+    user = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0, "warmup_num_steps": 2}}}
+    user["scheduler"]["params"]["warmup_type"] = "linear"
+    told = refusal(user, train={"max_steps": 100})
+    assert "100 of the run's 100 updates run at rate 0" in told
+    assert "give it a learning rate above 0" in told
+
+
 def test_ratios_and_starts_that_are_left_open_are_filled() -> None:
     user = {"scheduler": {"type": "WarmupCosineLR", "params": {**COSINE, "cos_min_ratio": "auto"}}}
     user["scheduler"]["params"]["last_batch_iteration"] = "auto"

@@ -15,6 +15,7 @@ from launcher.job import explicit_keys
 from launcher.plan.convert import must_convert, ranks_known, refuse_other_state
 from launcher.plan.model import Plan
 from launcher.plan.resolve import check_request, resolve
+from launcher.planning import lint_ds_config
 from launcher.run_dir import MANIFEST, RunDir, write_manifest
 from tests.unit.given import (
     command,
@@ -79,7 +80,7 @@ REFUSED = [
 def test_what_the_loop_does_not_carry_out_is_refused_before_a_run(config: dict[str, Any], key: str) -> None:
     user = from_mapping({"zero_optimization": {"stage": 2}, **config}, "ds.json")
     with pytest.raises(RequestError) as refused:
-        check_request(job_of(**STEPS), user, machine_facts(8))
+        lint_ds_config(job_of(**STEPS), user, machine_facts(8))
     assert [(problem.file, problem.key) for problem in refused.value.problems] == [("ds.json", key)]
     assert refused.value.problems[0].hint
 
@@ -95,12 +96,12 @@ def test_what_the_loop_does_not_carry_out_is_refused_before_a_run(config: dict[s
 )
 def test_what_is_the_same_for_every_group_is_planned(config: dict[str, Any]) -> None:
     user = from_mapping({"zero_optimization": {"stage": 2}, **config}, "ds.json")
-    check_request(job_of(**STEPS, schedule={"allow_unsafe": True}), user, machine_facts(8))
+    lint_ds_config(job_of(**STEPS, schedule={"allow_unsafe": True}), user, machine_facts(8))
 
 
 def test_lists_in_a_scheduler_that_a_generated_one_replaces_do_not_count() -> None:
     user = from_mapping({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": [1e-5, 1e-6]}}}, "ds.json")
-    check_request(job_of(**STEPS, schedule={"shape": "linear"}), user, machine_facts(8))
+    lint_ds_config(job_of(**STEPS, schedule={"shape": "linear"}), user, machine_facts(8))
 
 
 def test_load_universal_of_the_json_is_reported_as_not_used() -> None:
@@ -161,6 +162,14 @@ def test_states_of_another_kind_are_refused(config: dict[str, Any], words: str) 
         refuse_other_state(saved_with({}), saved_with(config))
     for same in ({"zero_optimization": {"stage": 1}}, {"optimizer": {"type": "Adam", "params": {"lr": 1e-5}}}):
         refuse_other_state(saved_with({}), saved_with(same))
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (0, 3), (2, 0), (3, 0), (2, 3), (3, 1)])
+def test_stages_of_other_parts_are_kept_apart_on_any_number_of_ranks(before: int, after: int) -> None:
+    old, new = (saved_with({"zero_optimization": {"stage": stage}}) for stage in (before, after))
+    fewer = new.model_copy(update={"world": new.world.model_copy(update={"processes_per_node": 4})})
+    with pytest.raises(RequestError, match=f"of ZeRO-{before}, whose parts ZeRO-{after} cannot load"):
+        refuse_other_state(old, fewer)
 
 
 @pytest.mark.parametrize(
