@@ -127,7 +127,7 @@ class Reader:
             rendered.text,
             spans,
             complete=True,
-            partly=any(i not in rendered.turns for i in wanted),
+            partly=rendered.divided or any(i not in rendered.turns for i in wanted),
             shortened=rendered.shortened,
             open_ended=rendered.open_ended,
             unwritten=rendered.unwritten,
