@@ -55,7 +55,13 @@ class ParquetFile:
 
 
 def look_at_table(name: str, rows: int, schema: Any) -> Found:
-    """The rows and columns of a table, and a note on each column whose texts datasets may have altered."""
+    """The rows and columns of a table, and a note on each column whose texts datasets may have altered.
+
+    Raises BadFile where two columns that say something have one name.
+    """
+    twice = sorted({column for column in meaningful(schema.names) if schema.names.count(column) > 1})
+    if twice:
+        raise BadFile(name, f"cannot be read: it has more than one column {', '.join(twice)}")
     notes = []
     for field in schema:
         if field.name in MEANINGFUL and _converter(field.type, field.name) is not None:

@@ -74,8 +74,8 @@ class Rendered:
 
     `turns` has the spans of each assistant turn that was found. `shortened`: the template leaves out part of what an
     assistant turn says, such as its reasoning. `open_ended`: nothing that can be learned ends the last turn.
-    `unwritten`: what of the
-    generation prompt the template does not write in front of the last turn.
+    `unwritten`: what of the generation prompt the template does not write in front of the last turn. `divided`: it
+    writes another message in the middle of a turn, of which only the part before that is in `turns`.
     """
 
     text: str
@@ -83,6 +83,7 @@ class Rendered:
     shortened: bool
     open_ended: bool
     unwritten: str = ""
+    divided: bool = False
 
 
 class ChatTemplate:
@@ -121,17 +122,18 @@ class ChatTemplate:
     def render(self, conversation: Conversation, wanted: Iterable[int]) -> Rendered:
         """The conversation and the spans of the assistant turns `wanted`. Raises BadRow."""
         wanted = list(wanted)
-        errors: list[BadRow] = []
+        errors: list[tuple[tuple[int, bool, bool], BadRow]] = []
         for form in self._forms(conversation):
             try:
                 spanned = self._finder(form, conversation).find(conversation.messages, conversation.tools, wanted)
                 self._check(conversation, spanned.marked, form)
             except BadRow as error:
-                errors.append(error)
+                depth = error.depth if isinstance(error, LeftOut) else -1
+                errors.append(((depth, not form.parts, form.no_content == "empty"), error))
                 continue
             self._form = form
             return _rendered(spanned, wanted)
-        raise max(errors, key=lambda error: error.depth if isinstance(error, LeftOut) else -1)
+        raise max(errors, key=lambda found: found[0])[1]  # of the form that goes furthest
 
     def _forms(self, conversation: Conversation) -> Iterator[Form]:
         """The forms to try, of those that make a difference: what worked last, then the others."""
@@ -239,6 +241,7 @@ def _rendered(spanned: Spanned, wanted: list[int]) -> Rendered:
         shortened=shortened,
         open_ended=last is not None and not last.closed,
         unwritten=last.unwritten if last is not None else "",
+        divided=any(turn.divided for turn in spanned.turns.values()),
     )
 
 

@@ -25,7 +25,8 @@ _SHAREGPT = {
     "function_response": "tool",
     "observation": "tool",
 }
-_SWITCHES = ("weight", "train")
+_SWITCHES = ("weight", "train", "training", "loss")
+_ARGUMENTS = ("arguments", "parameters", "input")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -185,7 +186,8 @@ def _is_learned(message: Message) -> bool:
         raise BadRow(f"weight must be 0 or 1, found {weight!r}")
     if not isinstance(train, bool) and train not in (0, 1):
         raise BadRow(f"train must be true or false, found {train!r}")
-    return bool(weight) and bool(train)
+    others = (message.get(key) for key in ("training", "loss"))  # a loss may be a figure, which decides nothing
+    return bool(weight) and bool(train) and not any(isinstance(one, int) and one == 0 for one in others)
 
 
 def _tool_calls(message: Message, padded: bool) -> list[Message]:
@@ -207,7 +209,7 @@ def _tool_call(call: Any, padded: bool) -> Message:
     function = from_json(call["function"], "the function of a tool call")
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise BadRow(f"a tool call needs a function with a name, found {str(call)[:80]}")
-    given = function.get("arguments")
+    given = next((function[key] for key in _ARGUMENTS if function.get(key) is not None), None)
     if given is None or given == "":
         given = {}
     arguments = (
@@ -215,7 +217,7 @@ def _tool_call(call: Any, padded: bool) -> Message:
     )
     if not isinstance(arguments, Mapping):
         raise BadRow(f"arguments of {function['name']} must be an object, found {kind_of(arguments)}")
-    function = {key: value for key, value in function.items() if value is not None}
+    function = {key: value for key, value in function.items() if value is not None and key not in _ARGUMENTS}
     return {"type": "function", **call, "function": {**function, "arguments": dict(arguments)}}
 
 

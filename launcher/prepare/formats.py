@@ -93,7 +93,7 @@ class Reader:
         if not answer.strip():
             return Reason.EMPTY
         if extra.strip():
-            asked = f"{asked}\n\n{extra}"
+            asked = f"{asked}\n\n{extra}" if asked.strip() else extra
         turns = [*_history(row), {"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         if self.template is not None:
             return self._conversation(turns, row)
@@ -127,7 +127,7 @@ class Reader:
             rendered.text,
             spans,
             complete=True,
-            partly=any(i not in rendered.turns for i in wanted),
+            partly=rendered.divided or any(i not in rendered.turns for i in wanted),
             shortened=rendered.shortened,
             open_ended=rendered.open_ended,
             unwritten=rendered.unwritten,

@@ -16,6 +16,12 @@ _LONGEST_LITERAL = len("-Infinity") + 3
 _EXAMPLE = 'a row is an object, such as {"text": "…"}'
 
 
+class _Repeated(dict[str, Any]):
+    """An object in which `keys_twice` are written more than once: the first value of each is lost."""
+
+    keys_twice: set[str]
+
+
 class JsonFile:
     """A file of JSON rows, of which only a little more than one row is in memory at a time."""
 
@@ -48,6 +54,9 @@ class JsonFile:
                     "remove the \\ud8xx to \\udfxx escape that stands alone, or write the character itself",
                     line,
                 )
+            if text.repeated and (twice := _written_twice(value)):
+                message = f"row {number} cannot be read: `{twice}` is written twice in one object"
+                raise BadFile(self.name, message, "keep one of the two", line)
             yield Row(value, Place(self.name, number, line))
 
 
@@ -58,8 +67,8 @@ class _Text:
         self.path, self.chunks = path, text_chunks(path)
         self.text, self.at, self.line, self.ended = "", 0, 1, False
         self.row = 1
-        self.escaped_surrogate = False
-        self._decoder = json.JSONDecoder()
+        self.escaped_surrogate = self.repeated = False
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
 
     def peek(self) -> str:
         """The next character that is not blank; "" at the end."""
@@ -78,6 +87,7 @@ class _Text:
         """The line that the next value begins on, and the value. Raises BadFile."""
         self.peek()
         line = self.line
+        self.repeated = False
         while True:
             try:
                 value, stop = self._decoder.raw_decode(self.text, self.at)
@@ -87,7 +97,7 @@ class _Text:
             except RecursionError:
                 raise self._bad(f"row {self.row} cannot be read: it is nested too deeply", self.line) from None
             except ValueError:  # a number of more digits than Python takes for a whole one
-                self._decoder = json.JSONDecoder(parse_int=float)
+                self._decoder = json.JSONDecoder(parse_int=float, object_pairs_hook=self._object)
                 continue
             else:
                 if stop < len(self.text) or self.ended or self.text[stop - 1] in '}]"':
@@ -98,6 +108,16 @@ class _Text:
         self._go_to(stop)
         self.row += 1
         return line, value
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) == len(pairs):
+            return value
+        self.repeated = True
+        keys = [key for key, _ in pairs]
+        repeated = _Repeated(value)
+        repeated.keys_twice = {key for key in keys if keys.count(key) > 1}
+        return repeated
 
     def unexpected(self, wanted: str, hint: str | None = None) -> BadFile:
         """The error for a next character that does not belong here."""
@@ -133,12 +153,13 @@ class _Text:
                 json.loads(first)
             except json.JSONDecodeError as own:
                 column = own.pos + 1 + self.at - (self.text.rfind("\n", 0, self.at) + 1)
-                return self._broken_at(own.msg, self.line, column, stop < 0 and own.pos >= len(first.rstrip()))
+                at_end = stop < 0 and own.pos >= len(first.rstrip())
+                return self._broken_at(own.msg, self.line, column, at_end, self.at + own.pos)
         line = self.line + self.text.count("\n", self.at, error.pos)
         at_end = error.pos >= len(self.text.rstrip())
-        return self._broken_at(error.msg, line, error.pos - self.text.rfind("\n", 0, error.pos), at_end)
+        return self._broken_at(error.msg, line, error.pos - self.text.rfind("\n", 0, error.pos), at_end, error.pos)
 
-    def _broken_at(self, reason: str, line: int, column: int, at_end: bool) -> BadFile:
+    def _broken_at(self, reason: str, line: int, column: int, at_end: bool, place: int) -> BadFile:
         if at_end or reason.startswith("Unterminated string"):
             reason = f"the row is cut off ({reason})"
         hint = None
@@ -146,8 +167,16 @@ class _Text:
             hint = "JSON has double quotes: write rows with json.dumps"
         elif reason.startswith("Invalid control character"):
             hint = "a line break within a text is written as \\n"
+        elif self._comma_is_too_many(place):
+            hint = "remove the comma: rows that have a line each have none between them, and a list has none at its end"
         message = f"row {self.row} cannot be read: not valid JSON in column {column}: {reason}"
         return self._bad(message, line, hint)
+
+    def _comma_is_too_many(self, place: int) -> bool:
+        """Whether a comma is what is wrong at `place`: it begins a row, or nothing follows it."""
+        if self.text.startswith(("]", ","), self.at):
+            return True
+        return self.text.startswith(("]", "}"), place) and self.text[self.at : place].rstrip().endswith(",")
 
     def _bad(self, message: str, line: int, hint: str | None = None) -> BadFile:
         return BadFile(str(self.path), message, hint, line)
@@ -201,6 +230,21 @@ def _the_one_array(document: Any, path: Path) -> list[Any] | None:
         message = f"cannot be read: it has several arrays of rows: {', '.join(found)}"
         raise BadFile(str(path), message, "write the one that is meant to a file of its own")
     return document[found[0]] if found else None
+
+
+def _written_twice(row: dict[str, Any]) -> str | None:
+    """A key that says something about what is learned and is written twice in one object."""
+    own = row.keys_twice if isinstance(row, _Repeated) else set()
+    if found := sorted(own & set(MEANINGFUL)):
+        return found[0]
+    return next((twice for name in MEANINGFUL if (twice := _twice_within(row.get(name)))), None)
+
+
+def _twice_within(value: Any) -> str | None:
+    if isinstance(value, _Repeated):
+        return min(value.keys_twice)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((twice for one in inner if (twice := _twice_within(one))), None)
 
 
 def _half_of_a_pair(row: dict[str, Any]) -> str | None:

@@ -102,7 +102,11 @@ class Alphabet:
         return render(marked, add_generation_prompt=prompt, tools=named or tools)
 
     def read(self, text: str | None) -> tuple[str, dict[Mark, int]] | None:
-        """(text without marks, the last place of each mark in it)."""
+        """(text without marks, the place of each mark in it).
+
+        It is the last place for texts, of which templates may write the beginning twice, but the first for the name of
+        a tool call, which templates write again in front of the call's result.
+        """
         if text is None:
             return None
         places: dict[Mark, int] = {}
@@ -112,7 +116,9 @@ class Alphabet:
             pieces.append(text[begin : found.start()])
             length += found.start() - begin
             begin = found.end()
-            places[self._mark[found.group()]] = length
+            mark = self._mark[found.group()]
+            if mark.what != "call" or mark not in places:
+                places[mark] = length
         return "".join([*pieces, text[begin:]]), places
 
 

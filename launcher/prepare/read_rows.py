@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ _TEXTS = {
     "text": ("text",),
 }
 _MAY_BE_MESSAGES = ("prompt", "completion")
+_TRAIN, _HELD_OUT = re.compile(r"\btrain", re.I), re.compile(r"\b(test|valid|validation|val|eval|dev)\b", re.I)
 _LEFT_OUT = ("messages", "completion", "output", "text")
 
 
@@ -123,6 +126,8 @@ class Rows:
         for name, times in Counter(reader.name for reader in self.readers).items():
             if times > 1:
                 notes.append(f"{self.key} names {name} {times} times: its rows count as often")
+        if self.key == "data.train":
+            notes += _held_out_notes([reader.name for reader in self.readers])
         return sum(look.rows for look in looks), tuple(columns), tuple(notes)
 
     def _check(self, row: Row) -> None:
@@ -225,6 +230,16 @@ def _format_of(asked: str, rows: Rows) -> str:
     except BadRow as error:
         hint = "rename the columns, or set data.format"
         raise RequestError(Problem(str(error), file=rows.readers[0].name, key="data.format", hint=hint)) from None
+
+
+def _held_out_notes(names: Sequence[str]) -> list[str]:
+    """A note where files that are named as another split are read beside files of a train split."""
+    words = {name: re.sub(r"[_\d]+", " ", Path(name).name) for name in names}
+    if not any(_TRAIN.search(word) for word in words.values()):
+        return []
+    others = [name for name, word in words.items() if _HELD_OUT.search(word) and not _TRAIN.search(word)]
+    named = ", ".join(others[:3])
+    return [f"data.train holds {named}, whose rows are trained on: name the files to leave it out"] if others else []
 
 
 def _check_texts(row: Row, columns: Sequence[str]) -> None:

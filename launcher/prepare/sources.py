@@ -237,7 +237,7 @@ def _no_data_in(folder: Path, name: str, key: str) -> Problem:
 
 def _kind_suffix(path: Path) -> str:
     """The suffix that tells the kind, that of x.jsonl.gz being .jsonl."""
-    suffixes = [s for s in path.suffixes if s not in (".gz", ".zst", ".xz", ".bz2")]
+    suffixes = [s for s in path.suffixes if s.lower() not in (".gz", ".zst", ".xz", ".bz2")]
     return suffixes[-1].lower() if suffixes else ""
 
 
@@ -253,5 +253,5 @@ def _missing(name: str, key: str) -> Problem:
 def _neighbour(path: Path) -> str | None:
     parent = path.parent
     names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
-    match = nearest(path.name, names)
+    match = nearest(path.name, [name for name in names if name != path.name])
     return f"did you mean {parent / match}?" if match else None

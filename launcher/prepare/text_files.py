@@ -26,6 +26,14 @@ _OTHER_MARKS = {  # UTF-32's marks begin with UTF-16's, so they come first
 }
 
 
+_BINARY = {  # what a file of another kind begins with, under a name of text
+    b"\x1f\x8b": ("gzip", ".gz"),
+    b"BZh91AY&SY": ("bzip2", ".bz2"),
+    b"\xfd7zXZ": ("xz", ".xz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", ".zst"),
+}
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
     """The bytes of a file, decompressed by its suffix. Raises BadFile for what goes wrong while it is open."""
@@ -72,13 +80,14 @@ def text_lines(path: Path) -> Iterator[str]:
 
 
 def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
         return cast(IO[bytes], gzip.open(path, "rb"))
-    if path.suffix == ".bz2":
+    if suffix == ".bz2":
         return cast(IO[bytes], bz2.open(path, "rb"))
-    if path.suffix == ".xz":
+    if suffix == ".xz":
         return cast(IO[bytes], lzma.open(path, "rb"))
-    if path.suffix == ".zst":
+    if suffix == ".zst":
         return _open_zstd(path)
     return path.open("rb")
 
@@ -94,7 +103,10 @@ def _open_zstd(path: Path) -> IO[bytes]:
 
 
 def _check_mark(path: Path, start: bytes) -> None:
-    """Raises BadFile for a text in UTF-16 or UTF-32, with a mark or without."""
+    """Raises BadFile for a text in UTF-16 or UTF-32, with a mark or without, and for a compressed file."""
+    for magic, (kind, suffix) in _BINARY.items():
+        if start.startswith(magic):
+            raise BadFile(str(path), f"cannot be read: it is compressed with {kind}", f"add {suffix} to its name")
     name = next((name for mark, name in _OTHER_MARKS.items() if start.startswith(mark)), None)
     if name is None and b"\0" in start[:4]:
         name = "UTF-16"

@@ -36,12 +36,13 @@ class Turn:
     """The spans of an assistant turn.
 
     `closed`: something that can be learned ends it. `unwritten`: the end of the generation prompt that is not in front
-    of the turn.
+    of the turn. `divided`: the template writes another message in the middle of it; `spans` end in front of that.
     """
 
     spans: list[Span]
     closed: bool
     unwritten: str = ""
+    divided: bool = False
 
 
 @dataclass
@@ -78,11 +79,12 @@ class TurnFinder:
         for i in wanted:
             if not marked.of(i):
                 continue
-            stop, closed = self._stop(whole, i)
+            anchor, divided = whole.anchor_in(i)
             start, unwritten = self._start(whole, i)
+            stop, closed = self._stop(whole, i, anchor, start)
             spans = [(start, stop)] if generated is None else self._generated(whole, i, generated, stop)
             if spans:
-                turns[i] = Turn(spans, closed, unwritten)
+                turns[i] = Turn(spans, closed, unwritten, divided and generated is None)
         return Spanned(marked, turns)
 
     def _generated(self, whole: _Whole, i: int, blocks: list[Span], stop: int) -> list[Span]:
@@ -113,28 +115,48 @@ class TurnFinder:
         header = self._header(whole, i, anchor)
         return begin + (self._shared(header, written, first - begin) if header is not None else first - begin), ""
 
-    def _stop(self, whole: _Whole, i: int) -> tuple[int, bool]:
-        """(where turn `i` ends, whether anything that can be learned closes it)."""
-        anchor = max((m for m in whole.marked.places if m.message == i), key=whole.marked.places.__getitem__)
-        last = whole.marked.places[anchor]
+    def _stop(self, whole: _Whole, i: int, anchor: Mark, start: int) -> tuple[int, bool]:
+        """(where turn `i` ends, whether anything that can be learned closes it).
+
+        The turn begins at `start`, and `anchor` is the last of its marks.
+        """
+        last, before = whole.marked.places[anchor], whole.text[:start]
         if i == len(whole.messages) - 1:
-            return len(whole.text), bool(whole.text[last:].strip())
+            tail = whole.text[last:]
+            if self._may_end_in_a_prompt(before, tail):
+                tail = self._without_prompt(whole, anchor, tail)
+            return last + len(tail), bool(tail.strip())
         later = [p for m, p in whole.marked.places.items() if m.message > i and p >= last]
         gap = whole.text[last : min(later, default=len(whole.text))]
         spaces = whole.spaces_after(i, gap)
         tails = self._tails(whole, i + 1, anchor, gap)
         if tails is None:
             return last + spaces, False
-        shared = self._shared(tails.plain, gap, spaces)
-        if shared <= spaces and tails.plain.strip():
+        always = tails.plain == tails.prompted and self._may_end_in_a_prompt(before, tails.plain)
+        shared = 0 if always else self._shared(tails.plain, gap, spaces)
+        if shared <= spaces:
             shared = max(spaces, self._before_opener(tails.prompted, gap))
         return last + shared, bool(gap[:shared].strip())
+
+    def _without_prompt(self, whole: _Whole, anchor: Mark, tail: str) -> str:
+        """The end of the last turn without a generation prompt, for a template that writes one in any case."""
+        tails = self._tails(whole, len(whole.messages), anchor, tail)
+        if tails is None or tails.plain != tails.prompted:
+            return tail
+        asked = whole.tail(self.render, [*whole.messages, {"role": "user", "content": "?"}], anchor, False)
+        return tail if asked is None else tail[: self._before_opener(tail, asked)]
+
+    def _may_end_in_a_prompt(self, before: str, tail: str) -> bool:
+        """Whether `tail` ends in what is in front of the turn too, which is what a generation prompt is."""
+        starts = (at for atom in self._atom.finditer(tail) for at in atom.span())
+        return any(tail[:at].strip() and tail[at:].strip() and before.endswith(tail[at:]) for at in starts)
 
     def _before_opener(self, prompted: str, gap: str) -> int:
         """The end of a turn that is closed otherwise than the last (gpt-oss): what it shares with the text in front of
         a generation prompt, without the token that opens the next turn."""
         shared = self._shared(prompted, gap)
-        if self._atom.match(prompted, shared) and self._atom.match(gap, shared):
+        complete = shared == len(prompted) or self._atom.match(prompted, shared)
+        if complete and self._atom.match(gap, shared):
             return shared
         atoms = list(self._atom.finditer(gap, 0, shared))
         return atoms[-1].start() if atoms else 0
@@ -216,6 +238,14 @@ class _Whole:
         earlier = [(place, k) for k, (m, place) in enumerate(self.marked.places.items()) if 0 <= m.message < i]
         near = [(place, k) for place, k in earlier if place <= first]
         return list(self.marked.places)[max(near)[1]] if near else None
+
+    def anchor_in(self, i: int) -> tuple[Mark, bool]:
+        """The last mark of message `i` before any mark of another message, and whether there are more behind."""
+        own = sorted((place, k) for k, (m, place) in enumerate(self.marked.places.items()) if m.message == i)
+        first = own[0][0]
+        others = [place for m, place in self.marked.places.items() if m.message not in (i, -1) and place > first]
+        before = [one for one in own if one[0] <= min(others, default=len(self.text))]
+        return list(self.marked.places)[before[-1][1]], len(before) < len(own)
 
     def spaces_after(self, i: int, gap: str) -> int:
         """How much of the gap behind the text of message `i` is the white space that the text ends with."""

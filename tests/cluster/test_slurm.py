@@ -123,7 +123,9 @@ def looked_into(hosts: Hosts, folder: Path, **jobs: str) -> list[str]:
     told = hosts.run("h1", [str(BIN / "ray"), "status", "--address", addresses[0]], **secret).stdout
     assert "/4.0 GPU" in told, told
     # It would end the agent where what ZeRO offloads fills a node's memory.
-    monitors = hosts.run("h1", ["sh", "-c", "grep -h 'MemoryMonitor' /tmp/lr-*/session_latest/logs/raylet.out"]).stdout
+    monitors = hosts.run(
+        "h1", ["sh", "-c", "grep -h 'MemoryMonitor' /tmp/lr-*/r/session_latest/logs/raylet.out"]
+    ).stdout
     assert [" disabled." in line for line in monitors.splitlines()] == [True] * len(runs)
     return addresses
 

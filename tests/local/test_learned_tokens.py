@@ -259,7 +259,12 @@ def _generation(turn: dict[str, Any], _where: Where) -> str:
     return _content(turn).strip() + calls + "<|im_end|>"
 
 
+def _always_prompt(turn: dict[str, Any], _where: Where) -> str:
+    return _calls("[%s: %s]")(turn) + _content(turn) + "<|eot_id|>"
+
+
 ANSWERS: dict[str, Callable[..., str]] = {
+    "always_prompt": _always_prompt,
     "chatml": _plain("<|im_end|>\n"),
     "deepseek_r1": _r1,
     "end_only": _plain("", last_end="</s>"),
@@ -277,7 +282,7 @@ ANSWERS: dict[str, Callable[..., str]] = {
     "qwen25": _qwen25,
     "qwen3": _qwen3,
 }
-WITH_CALLS = ("generation", "harmony", "llama3", "mistral", "qwen25", "qwen3")
+WITH_CALLS = ("always_prompt", "generation", "harmony", "llama3", "mistral", "qwen25", "qwen3")
 TEXT = st.lists(
     st.sampled_from(
         ["alpha", "beta", " ", "\n", "  ", "é", "漢", "\U0001f600", '{"a": 1}', "1.50", "null", "'", "\\", "\r\n"]

@@ -25,6 +25,7 @@ CALLED = [*chat("q1"), call(), {"role": "tool", "content": "7"}, {"role": "assis
 QWEN_CALL = '<tool_call>\n{"name": "get", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>\n'
 
 ENDS = {
+    "always_prompt": ("<|eot_id|>", "<|eot_id|>"),
     "chatml": ("<|im_end|>\n", "<|im_end|>\n"),
     "deepseek_r1": ("</s>", "</s>"),
     "end_only": ("", "</s>"),
@@ -39,6 +40,8 @@ ENDS = {
     "parts": ("<|im_end|>\n", "<|im_end|>\n"),
     "phi": ("<|end|>\n", "<|end|>\n</s>"),
     "qwen25": ("<|im_end|>\n", "<|im_end|>\n"),
+    "results_inside": ("<end_of_turn>\n", "<end_of_turn>\n"),
+    "unclosed_last": ("<|im_end|>\n", ""),
 }
 """What ends an earlier and the last turn."""
 
@@ -52,7 +55,7 @@ def test_each_answer_is_learned_with_its_end(name: str, tokens: bool) -> None:
     assert learned(example) == [f"a1{earlier}", f"a2{last}"]
     assert isinstance(example, Example)
     assert (example.partly, example.shortened) == (False, False)
-    assert example.open_ended is (name == "no_end")
+    assert example.open_ended is (name in ("no_end", "unclosed_last"))
 
 
 @pytest.mark.parametrize(
@@ -99,6 +102,9 @@ def test_each_answer_is_learned_with_its_end(name: str, tokens: bool) -> None:
                 "<|channel|>final<|message|>a1<|return|>",
             ],
         ),
+        ("always_prompt", CALLED, ['[get: {"city": "Paris"}]<|eot_id|>', "a1<|eot_id|>"]),
+        ("always_prompt", CALLED[:2], ['[get: {"city": "Paris"}]<|eot_id|>']),
+        ("results_inside", CALLED, ['<call>get{"city": "Paris"}</call>', "a1<end_of_turn>\n"]),
         ("merging", [*chat("q", "a0"), {"role": "assistant", "content": "a1"}], ["a0\n\na1<|end|>"]),
         ("llama3", chat(" q ", "\n a \n"), ["a<|eot_id|>"]),
         ("chatml", chat(" q ", "\n a \n"), ["\n a \n<|im_end|>\n"]),
@@ -162,6 +168,7 @@ def test_a_generation_prompt_that_the_answers_do_not_have_is_reported() -> None:
         ("phi", [*chat("q", "a"), {"role": "tool", "content": "7"}], "leaves out the turn of role tool"),
         ("system_before_the_last_question", SYSTEM, "leaves out the turn of role system"),
         ("gemma", chat("q", "a")[1:], "gemma refuses these messages: roles must alternate"),
+        ("gemma", CALLED, "gemma refuses these messages: roles must alternate"),
         ("llama3", [*chat("q"), call(tool_calls=call()["tool_calls"] * 2)], "one tool call at a time"),
     ],
 )
@@ -209,6 +216,14 @@ def test_turns_outside_of_generation_blocks_are_not_learned() -> None:
     assert isinstance(found, Example)
     assert found.partly
     assert Reader("messages", ChatTemplate(source, "marked")).read({"messages": TWO[:3]}) is Reason.NOT_FOUND
+
+
+def test_a_result_that_a_template_writes_into_the_turn_that_asked_for_it_is_not_learned() -> None:
+    spoken = [*chat("q"), call(content="let me look"), {"role": "tool", "content": "7"}]
+    example = reader("results_inside").read({"messages": [*spoken, {"role": "assistant", "content": "a1"}]})
+    assert learned(example) == ['<call>get{"city": "Paris"}</call>', "a1<end_of_turn>\n"]
+    assert isinstance(example, Example)
+    assert example.partly
 
 
 def test_the_last_turn_alone() -> None:

@@ -59,7 +59,9 @@ def test_empty_answers_are_not_learned(empty: Any) -> None:
     assert learned(reader("llama3").read(row)) == ["a2<|eot_id|>"]
 
 
-@pytest.mark.parametrize("switch", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+@pytest.mark.parametrize(
+    "switch", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}, {"loss": False}]
+)
 def test_turns_can_be_switched_off(switch: dict[str, Any]) -> None:
     messages = [
         said("user", "q1"),
@@ -70,6 +72,12 @@ def test_turns_can_be_switched_off(switch: dict[str, Any]) -> None:
     assert learned(Reader("messages", plain()).read({"messages": messages})) == ["a2<end>"]
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", **switch}]
     assert Reader("messages", plain()).read({"conversations": turns}) is Reason.SWITCHED_OFF
+
+
+@pytest.mark.parametrize("figure", [{"loss": 0.0}, {"loss": 2.5}, {"loss": True}, {"training": 1}])
+def test_a_figure_that_is_called_loss_switches_nothing_off(figure: dict[str, Any]) -> None:
+    found = Reader("messages", plain()).read({"messages": [said("user", "q"), said("assistant", "a", **figure)]})
+    assert learned(found) == ["a<end>"]
 
 
 @pytest.mark.parametrize("switch", [{"weight": 0.5}, {"weight": "0"}, {"train": "no"}])
@@ -146,6 +154,16 @@ def test_nulls_of_tools_are_removed_at_every_depth() -> None:
     text = reader("qwen25").read(row).text  # type: ignore[union-attr]
     assert '"more": {"y": 1}' in text
     assert "null" not in text
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters", "input"])
+def test_arguments_by_another_name_are_written(key: str) -> None:
+    given = said("assistant", None, tool_calls=[{"name": "get", key: {"city": "Paris"}}])
+    for name, written in (
+        ("qwen25", QWEN % '{"city": "Paris"}'),
+        ("always_prompt", '[get: {"city": "Paris"}]<|eot_id|>'),
+    ):
+        assert learned(reader(name).read({"messages": [said("user", "q"), given]})) == [written]
 
 
 def test_calls_may_be_json_text_or_bare_functions() -> None:

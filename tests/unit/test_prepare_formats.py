@@ -160,6 +160,7 @@ def test_instructions_without_and_with_a_template() -> None:
     assert learned(rendered) == ["3<end>"]
     for empty in (None, "", "  "):
         assert "Add.\n\n###" in bare({**row, "input": empty}, "instruction").text
+    assert "### Instruction:\n1 2\n\n###" in bare({**row, "instruction": ""}, "instruction").text
 
 
 def test_instructions_with_system_and_history() -> None:

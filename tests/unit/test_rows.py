@@ -180,6 +180,13 @@ def test_zstd_needs_no_package_of_its_own(tmp_path: Path) -> None:
         ("x.json", '[[{"role": "user"}]]', "row 1 cannot be read: it is a list", 1),
         ("x.jsonl", '{"text": "a"}\n5\n', "row 2 cannot be read: it is 5 alone", 2),
         ("x.json", '{"a": [{"text": "a"}], "b": [{"text": "b"}]}', "several arrays of rows: a, b", None),
+        ("x.jsonl", '{"text": "a"}\n{"text": "b", "text": "c"}\n', "row 2 cannot be read: `text` is written twice", 2),
+        (
+            "x.jsonl",
+            '{"messages": [{"role": "user", "content": "a", "content": "b"}]}\n',
+            "row 1 cannot be read: `content` is written twice",
+            1,
+        ),
         ("x.jsonl", '{"text": "a"}\n{"text": "\\ud83d"}\n', "row 2 cannot be read: `text` has half", 2),
         ("x.jsonl", '{"text": "a"}\n{"text": ' + "[" * 200_000, "nested too deeply", 2),
         ("x.csv", "prompt,completion\na,b\nc,d,e\n", "row 2 cannot be read: 3 cells, and the header has 2", 3),
@@ -214,6 +221,53 @@ def test_other_encodings_are_refused_with_a_hint(suffix: str, tmp_path: Path) ->
         wide = refused(tmp_path / f"x{suffix}", text.encode(encoding))
         assert "UTF-8 is needed" in wide.message
         assert "save it as UTF-8" in str(wide.hint)
+
+
+def test_a_compressed_file_under_another_name_is_refused_as_one(tmp_path: Path) -> None:
+    problem = refused(tmp_path / "x.jsonl", gzip.compress(b'{"text": "a"}'))
+    assert (problem.message, problem.hint) == (
+        "cannot be read: it is compressed with gzip",
+        "add .gz to its name",
+    )
+    assert rows_of(tmp_path / "y.jsonl.GZ", gzip.compress(b'{"text": "a"}')) == [{"text": "a"}]
+
+
+@pytest.mark.parametrize("content", ['{"text": "a"},\n{"text": "b"}\n', '[{"text": "a"},]', '{"text": "a",}\n'])
+def test_a_comma_too_many_has_a_hint(content: str, tmp_path: Path) -> None:
+    assert "remove the comma" in str(refused(tmp_path / "x.json", content).hint)
+    assert "comma" not in str(refused(tmp_path / "y.jsonl", '{"text": "a,] b" "c"}').hint)
+
+
+def test_a_key_that_nobody_needs_may_be_written_twice(tmp_path: Path) -> None:
+    rows = '{"text": "a", "m": {"x": 1, "x": 2}, "n": 1, "n": 2}\n'
+    assert [row["text"] for row in rows_of(tmp_path / "x.jsonl", rows)] == ["a"]
+
+
+def test_two_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=["text", "text"]), file)
+    with pytest.raises(RequestError, match="more than one column text"):
+        loaded(file)
+
+
+@pytest.mark.parametrize(
+    ("names", "noted"),
+    [
+        (("train", "test"), ["test"]),
+        (("train-00000-of-00001", "validation-00000-of-00001"), ["validation-00000-of-00001"]),
+        (("my_train", "my_dev"), ["my_dev"]),
+        (("train_1", "train_2"), []),
+        (("contest", "training"), []),
+        (("test", "other"), []),
+    ],
+)
+def test_files_of_other_splits_in_a_folder_are_noted(names: tuple[str, ...], noted: list[str], tmp_path: Path) -> None:
+    for name in names:
+        write(tmp_path / f"{name}.jsonl", [{"text": "a"}])
+    found = [note for note in loaded(tmp_path).train.notes if "whose rows are trained on" in note]
+    assert len(found) == len(noted)
+    assert all(name in found[0] for name in noted)
 
 
 def test_columns_and_types_may_differ_where_nobody_needs_them(tmp_path: Path) -> None:
