@@ -89,7 +89,7 @@ def _weights_fault(file: Path) -> str | None:
         whole = size == 8 + length + max(ends, default=0)
     except OSError as error:
         return f"{file.name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return f"{file.name} is damaged"
     return None if whole else f"{file.name} is not whole"
 

@@ -51,7 +51,7 @@ def saved_at(directory: RunDir, update: int) -> Saved:
 
 def refuse_script(directory: RunDir) -> None:
     """Raises RequestError if the run is that of a script of the user's own."""
-    plan = Plan.from_json(directory.plan_file.read_text())
+    plan = Plan.read(directory.plan_file)
     if isinstance(plan, ScriptPlan):
         raise RequestError(
             Problem(
@@ -73,9 +73,8 @@ def _saved(directory: RunDir, folder: Path) -> Saved:
     assert manifest is not None
     update, samples, world_size = (manifest[key] for key in ("update", "samples", "world_size"))
     for file in (directory.plan_file, *directory.plan_revisions()):
-        text = file.read_text()
-        plan = Plan.from_json(text)
-        if manifest["plan_sha256"] in (plan.sha256, hash_in(text)):
+        plan = Plan.read(file)
+        if manifest["plan_sha256"] in (plan.sha256, hash_in(file.read_text())):
             return Saved(folder, update, samples, world_size, plan, file)
     found = f"the plan {manifest['plan_sha256'][:12]}… that made {folder.name} is gone"
     raise RequestError(Problem(found, file=str(directory.path)))

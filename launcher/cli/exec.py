@@ -65,7 +65,7 @@ def run_again(directory: RunDir) -> None:
     """Runs a run's script once more, in the directory where it finds what its earlier start saved."""
     console = RunConsole()
     with console.closing(), interruptible(console, directory) as interrupts:
-        plan = Plan.from_json(directory.plan_file.read_text())
+        plan = Plan.read(directory.plan_file)
         console.note("running the script again, in the run directory that it had before")
         # `launcher.report` takes those back that are not made again: where a script goes on, only it knows.
         directory.rewind(samples=0, update=-1)

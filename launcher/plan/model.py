@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -164,10 +165,17 @@ class Plan(Part):
         return json.dumps(document, indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
+    def read(cls, file: Path) -> Plan:
+        """The plan in a file, as `from_json`. Raises LauncherError, naming the file, and OSError."""
+        # What is not UTF-8 is not a plan either: it is reported like any other damage.
+        return cls.from_json(file.read_bytes().decode(errors="replace"), str(file))
+
+    @classmethod
+    def from_json(cls, text: str, name: str = "plan.json") -> Plan:
         """The plan that `to_json` wrote, now or in format 1. Raises LauncherError where its content was changed.
 
-        Of a job in format 1 the keys count as set whose values differ from the defaults.
+        Of a job in format 1 the keys count as set whose values differ from the defaults. `name` is that of the file,
+        for messages.
         """
         try:
             document = json.loads(text)
@@ -178,12 +186,12 @@ class Plan(Part):
             plan = kind.model_validate(data)
             keys = document["set_keys"] if form == FORMAT else changed_keys(plan.job)
             plan = plan.model_copy(update={"job": with_set_keys(plan.job, keys)})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = first_line(error)
-            message = f"plan.json is damaged, or of another version of the launcher: {reason}"
+            message = f"{name} is damaged, or of another version of the launcher: {reason}"
             raise LauncherError(message, code=FailureCode.PLAN_DAMAGED) from None
         if (found := _hash(data)) != named:
-            message = f"plan.json was altered: it names the hash {named[:12]}… and has {found[:12]}…"
+            message = f"{name} was altered: it names the hash {named[:12]}… and has {found[:12]}…"
             raise LauncherError(message, code=FailureCode.PLAN_DAMAGED)
         return plan
 

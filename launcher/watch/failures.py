@@ -6,7 +6,6 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from launcher.aftermath import (
     LOG_LINES,
@@ -23,7 +22,7 @@ from launcher.errors import FailureCode, known_code
 from launcher.run_dir import RunDir
 from launcher.tail import last_lines, untimed
 from launcher.watch import older
-from launcher.watch.session import Record
+from launcher.watch.session import Record, number_of, text_of, whole_of
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,9 @@ class Failures:
 
 def failures_of(event: Record, run: RunDir) -> Failures:
     """The failures that a "failure" event tells of, in their roles."""
-    listed: list[Any] = event.get("failures") or [event]
-    found = [_with_log(_failed(one), run) for one in listed if isinstance(one, dict)]
+    failures = event.get("failures")
+    listed = [one for one in failures if isinstance(one, dict)] if isinstance(failures, list) else []
+    found = [_with_log(_failed(one), run) for one in listed or [event]]
     waited = only_timed_out(found)
     first = next(filter(timed_out, found)) if waited else first_of(found)
     hosts = sorted({one.host for one in found}, key=len, reverse=True)
@@ -96,21 +96,22 @@ def failures_of(event: Record, run: RunDir) -> Failures:
 
 
 def _failed(record: Record) -> Failed:
-    time, how, error = record.get("time"), str(record.get("how", "in an unknown way")), record.get("error")
-    exit_code = record["exit_code"] if "exit_code" in record else older.exit_code_of(how)
+    how, error = text_of(record.get("how")) or "in an unknown way", text_of(record.get("error"))
+    exit_code = whole_of(record["exit_code"]) if "exit_code" in record else older.exit_code_of(how)
     code = known_code(record.get("code"))
     if code is None:
         code = code_of_exit(exit_code) if error is None else older.code_of(error)
+        code = older.code_of(how) if code is FailureCode.UNKNOWN else code
     return Failed(
-        rank=record.get("rank"),
-        node_rank=int(record.get("node_rank") or 0),
-        host=str(record.get("host", "?")),
-        time=float(time) if isinstance(time, int | float) else None,
+        rank=whole_of(record.get("rank")),
+        node_rank=whole_of(record.get("node_rank")) or 0,
+        host=text_of(record.get("host")) or "?",
+        time=number_of(record.get("time")),
         how=how,
         error=error,
-        traceback=record.get("traceback"),
+        traceback=text_of(record.get("traceback")),
         exit_code=exit_code,
-        code=older.code_of(how) if code is FailureCode.UNKNOWN else code,
+        code=code,
     )
 
 

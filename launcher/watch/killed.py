@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from launcher.errors import FailureCode
 from launcher.run_dir import RunDir
 from launcher.watch.causes import KILLED_FOR_MEMORY, MEMORY_REFUSED, Cause, named
-from launcher.watch.session import read_json
+from launcher.watch.session import number_of, read_json, whole_of
 
 _FULL, _LOW = 0.95, 0.8
 _FIND_OUT = (
@@ -45,9 +45,9 @@ class NodeMemory:
 def memory_of(run: RunDir, node_rank: int, host: str) -> NodeMemory:
     """What node.json says of the node's memory."""
     record = read_json(run.node_file(node_rank, host)) or {}
-    used, total = record.get("memory_peak_bytes") or record.get("memory_used_bytes"), record.get("memory_bytes")
-    kills = record.get("oom_kills")
-    return NodeMemory(host, used / total if used and total else None, kills if isinstance(kills, int) else None)
+    used, total = (number_of(record.get(key)) for key in ("memory_peak_bytes", "memory_bytes"))
+    used = used or number_of(record.get("memory_used_bytes"))
+    return NodeMemory(host, used / total if used and total else None, whole_of(record.get("oom_kills")))
 
 
 def cause_of_kill(memory: NodeMemory) -> Cause:

@@ -11,7 +11,7 @@ from typing import Any
 
 from launcher.aftermath import Place
 from launcher.run_dir import RunDir
-from launcher.watch.session import Record, Session, read_json, seconds_of
+from launcher.watch.session import Record, Session, number_of, read_json, seconds_of, text_of, whole_of
 
 STALE_SECONDS = 30.0
 STRAGGLER_RATIO = 1.25
@@ -72,10 +72,10 @@ def places_of(run: RunDir, session: Session) -> list[Place] | None:
     """Every rank and where it is; None while a node has not told of its ranks."""
     places = []
     for node_rank, host in _named(run, session):
-        ranks = (read_json(run.node_file(node_rank, host)) or {}).get("ranks")
+        ranks = _ranks_in(read_json(run.node_file(node_rank, host)) or {})
         if not ranks:
             return None
-        places += [Place(int(rank["rank"]), node_rank, host) for rank in ranks]
+        places += [Place(rank["rank"], node_rank, host) for rank in ranks]
     return places or None
 
 
@@ -99,7 +99,7 @@ def _is_older(record: Record, session: Session, offset: float) -> bool:
 
 
 def _row(bare: NodeStatus, record: Record, offset: float, now: float) -> NodeStatus:
-    ranks: list[Record] = record.get("ranks") or []
+    ranks = _ranks_in(record)
     time = seconds_of(record.get("time"))
     age = None if time is None else max(0.0, now - (time - offset))
     ended = bool(record.get("ended"))
@@ -107,21 +107,31 @@ def _row(bare: NodeStatus, record: Record, offset: float, now: float) -> NodeSta
         bare,
         ranks=tuple(rank["rank"] for rank in ranks),
         ranks_alive=sum(bool(rank.get("alive")) for rank in ranks),
-        exit_codes=tuple(sorted({rank["exit_code"] for rank in ranks if rank.get("exit_code")})),
-        phase=_common(rank.get("phase") for rank in ranks),
-        updates=min((rank["updates"] for rank in ranks if rank.get("updates") is not None), default=None),
+        exit_codes=tuple(sorted({code for rank in ranks if (code := whole_of(rank.get("exit_code")))})),
+        phase=_common(text_of(rank.get("phase")) for rank in ranks),
+        updates=min((made for rank in ranks if (made := whole_of(rank.get("updates"))) is not None), default=None),
         step_seconds=_of(statistics.median, ranks, "step_seconds"),
         own_seconds=_of(max, ranks, "own_seconds"),
-        rank_own_seconds=tuple(rank.get("own_seconds") for rank in ranks),
-        cpus=record.get("cpus"),
-        cpu_percent=record.get("cpu_percent"),
-        memory_used_bytes=record.get("memory_used_bytes"),
-        memory_bytes=record.get("memory_bytes"),
-        **_gpus(record.get("gpus") or []),
+        rank_own_seconds=tuple(number_of(rank.get("own_seconds")) for rank in ranks),
+        cpus=whole_of(record.get("cpus")),
+        cpu_percent=number_of(record.get("cpu_percent")),
+        memory_used_bytes=whole_of(record.get("memory_used_bytes")),
+        memory_bytes=whole_of(record.get("memory_bytes")),
+        **_gpus(_records_in(record, "gpus")),
         heartbeat_seconds=age,
         stale=not ended and age is not None and age > STALE_SECONDS,
         ended=ended,
     )
+
+
+def _ranks_in(record: Record) -> list[Record]:
+    return [rank for rank in _records_in(record, "ranks") if whole_of(rank.get("rank")) is not None]
+
+
+def _records_in(record: Record, key: str) -> list[Record]:
+    """The records in a list; those that damage left as something else are left out."""
+    found = record.get(key)
+    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
 def _gpus(gpus: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -135,7 +145,7 @@ def _gpus(gpus: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _of(combine: Any, items: Iterable[Mapping[str, Any]], key: str) -> Any:
-    values = [item[key] for item in items if item.get(key) is not None]
+    values = [value for item in items if (value := number_of(item.get(key))) is not None]
     return combine(values) if values else None
 
 

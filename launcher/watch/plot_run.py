@@ -10,6 +10,8 @@ from launcher.plan.model import Plan
 from launcher.plan.revise import extensions, schedule_of
 from launcher.run_dir import RunDir
 from launcher.watch.curves import Curve, plan_curve
+from launcher.watch.session import number_of
+from launcher.watch.words import number as number_text
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class RunCurves:
 
 def run_curves(run: RunDir) -> RunCurves:
     """What was planned and what was applied. Raises LauncherError for a damaged plan."""
-    plans = [Plan.from_json(path.read_text()) for path in (run.plan_file, *run.plan_revisions())]
+    plans = [Plan.read(path) for path in (run.plan_file, *run.plan_revisions())]
     planned = [plan_curve(plan, name) for plan, name in zip(plans, _names(plans), strict=True)]
     applied = applied_curve(run)
     notes, warnings = _extension_notes(run), []
@@ -63,19 +65,19 @@ def applied_curve(run: RunDir) -> Curve:
     """
     rates: dict[int, float] = {}
     for line in run.metrics():
-        if "lr" not in line:  # a script of one's own tells what it likes
+        update, rate = line["update"], number_of(line.get("lr"))
+        if rate is None:  # a script of one's own tells what it likes
             continue
-        update = int(line["update"])
         if rates and update <= max(rates):
-            rates = {done: rate for done, rate in rates.items() if done < update}
-        rates[update] = float(line["lr"])
+            rates = {done: earlier for done, earlier in rates.items() if done < update}
+        rates[update] = rate
     return Curve("applied", tuple(rates.values()), tuple(rates))
 
 
 def _extension_notes(run: RunDir) -> list[str]:
     return [
-        f"At update {event['update']} the warm-up was lengthened to {event['warmup_updates']} updates, "
-        f"to a peak of {event['peak_lr']:g}."
+        f"At update {event.get('update')} the warm-up was lengthened to {event.get('warmup_updates')} updates, "
+        f"to a peak of {number_text(number_of(event.get('peak_lr')), 'g')}."
         for event in run.events()
         if event["event"] == "warmup_extended"
     ]

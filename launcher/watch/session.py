@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import socket
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -61,9 +62,11 @@ def read_session(run: RunDir) -> Session:
         if kind == "resume" or (kind == "state" and event.get("state") == "placing"):
             nodes, failure, placed = {}, None, heard
         elif kind == "node":
-            key = (int(event["node_rank"]), str(event["host"]))
-            nodes[key] = event
-            offsets[run.node_logs(*key).name] = float(event.get("clock_offset_seconds") or 0.0)
+            rank, host = whole_of(event.get("node_rank")), text_of(event.get("host"))
+            if rank is None or host is None:
+                continue
+            nodes[rank, host] = event
+            offsets[run.node_logs(rank, host).name] = number_of(event.get("clock_offset_seconds")) or 0.0
         elif kind == "failure":
             failure = event
         if kind == "state" and event.get("state") not in ENDED:
@@ -89,8 +92,28 @@ def seconds_of(time: Any) -> float | None:
     """Seconds since the epoch of a time as the run's files write it; None where it is none."""
     try:
         return datetime.fromisoformat(time).timestamp()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, OSError):
         return None
+
+
+def number_of(value: Any) -> float | None:
+    """A finite number from a file of the run; None for anything else, as damage leaves it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:  # an integer beyond every float
+        return None
+
+
+def whole_of(value: Any) -> int | None:
+    """A whole number from a file of the run; None for anything else."""
+    return int(value) if isinstance(value, int) and number_of(value) is not None else None
+
+
+def text_of(value: Any) -> str | None:
+    """A text from a file of the run, without what cannot be printed; None for anything else."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else None
 
 
 def touched(run: RunDir) -> float | None:

@@ -15,12 +15,15 @@ from launcher.watch.session import (
     Record,
     Session,
     is_held,
+    number_of,
     parsed,
     read_json,
     read_session,
     seconds_of,
     supervisor_gone,
+    text_of,
     touched,
+    whole_of,
 )
 
 LOST = "lost"
@@ -106,18 +109,18 @@ def _status(run: RunDir, session: Session, nodes: Sequence[NodeStatus], now: flo
         state=LOST if lost else session.name,
         written_state=session.name,
         state_seconds=_age(heard if lost else since, now),
-        reason=session.state.get("reason"),
+        reason=_text(session.state.get("reason")),
         code=_text(session.state.get("code")),
         began=None if session.began is None else utc_text(session.began),
-        host=session.state.get("host"),
-        pid=session.state.get("pid"),
+        host=text_of(session.state.get("host")),
+        pid=whole_of(session.state.get("pid")),
         slurm_job_id=_text(session.state.get("slurm_job_id")),
         ray_job_id=_text(session.state.get("ray_job_id")),
         updates=updates,
         total_updates=total,
         left_seconds=None if lost or session.ended else _left(recent, session.placed, updates, total),
-        loss=last.get("loss"),
-        lr=last.get("lr"),
+        loss=_measured(last.get("loss")),
+        lr=number_of(last.get("lr")),
         tokens_per_second=_median(recent[-_RECENT_UPDATES:], "tokens_per_second"),
         step_seconds=_median(recent[-_RECENT_UPDATES:], "step_seconds"),
         silent_seconds=_age(heard, now),
@@ -126,8 +129,8 @@ def _status(run: RunDir, session: Session, nodes: Sequence[NodeStatus], now: flo
 
 def _updates(last: Record, nodes: Sequence[NodeStatus]) -> int:
     """Updates done: what metrics.jsonl says, or the nodes where a script of the user's own writes none."""
-    if isinstance(last.get("update"), int):
-        return int(last["update"]) + 1
+    if (update := whole_of(last.get("update"))) is not None:
+        return update + 1
     return min((node.updates for node in nodes if node.updates is not None), default=0)
 
 
@@ -143,7 +146,7 @@ def total_updates(run: RunDir) -> int | None:
         if document is not None:
             try:
                 return int(document["plan"]["length"]["total_updates"])
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, OverflowError):
                 continue
     return None
 
@@ -177,9 +180,14 @@ def _age(time: float | None, now: float) -> float | None:
 
 
 def _median(lines: Sequence[Record], key: str) -> float | None:
-    values = [line[key] for line in lines if isinstance(line.get(key), int | float)]
+    values = [value for line in lines if (value := number_of(line.get(key))) is not None]
     return statistics.median(values) if values else None
 
 
+def _measured(value: Any) -> float | str | None:
+    """A number, or what stands for NaN and infinity; None for anything else."""
+    return number_of(value) if number_of(value) is not None else text_of(value)
+
+
 def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
+    return None if value is None else text_of(str(value))

@@ -58,7 +58,7 @@ def export_checkpoint(request: ExportRequest, progress: Callable[[str], None]) -
 
     The weights are those that the run itself would export at that update, bit for bit, in the dtype that it trains in.
     """
-    trained = Plan.from_json(request.plan_file.read_text())
+    trained = Plan.read(request.plan_file)
     plan = in_this_process(trained, request)
     progress("reading the pretrained model")
     model = load_model(plan).to(DTYPES[plan.precision])

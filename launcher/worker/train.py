@@ -35,7 +35,7 @@ from launcher.worker.soundness import check_weights
 
 def work(run_path: Path, plan_file: Path, start: Start | None, control: Control) -> None:
     """Carries out the plan on this rank. Raises whatever went wrong."""
-    run, plan = RunDir(run_path), Plan.from_json(plan_file.read_text())
+    run, plan = RunDir(run_path), Plan.read(plan_file)
     transformers_logging.disable_progress_bar()
     ranks = join_ranks(plan)
     hosts = same_plan(ranks, plan)
