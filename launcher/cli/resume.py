@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 
 from launcher.cli.console import RunConsole
+from launcher.cli.failing import record_failure
 from launcher.cli.run import (
     Interrupts,
     _summarise,
@@ -22,7 +23,7 @@ from launcher.cli.run import (
     note_damaged_lines,
 )
 from launcher.cli.watching import OUTPUT_DIR, RUN
-from launcher.errors import Problem, RequestError, first_line
+from launcher.errors import Problem, RequestError
 from launcher.exporting import export_fault, export_saved, export_temporary
 from launcher.job import Job, validate_job
 from launcher.job.model import LENGTHS
@@ -143,8 +144,7 @@ def _export(rest: Rest, directory: RunDir, console: RunConsole, interrupts: Inte
             directory.enter("stopped", reason=interrupts.reason)
         raise
     except BaseException as error:
-        with suppress(OSError):
-            directory.enter("failed", reason=first_line(error), message=str(error))
+        record_failure(directory, error, console.note)
         raise
     directory.enter("finished", update=update, reason=None)
     _summarise(rest.plan, directory, console, Outcome("finished", update))
