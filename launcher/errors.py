@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -149,6 +150,19 @@ def code_of(error: BaseException) -> FailureCode:
     if isinstance(error, OSError) and error.errno is not None:
         return _ERRNO_CODES.get(error.errno, FailureCode.UNKNOWN)
     return FailureCode.UNKNOWN
+
+
+def os_error_text(error: OSError) -> str:
+    """The file that could not be used, if it is known, and why."""
+    if error.strerror is None:
+        return first_line(error)
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    return ": ".join([" -> ".join(names), error.strerror] if names else [error.strerror])
+
+
+def needs_no_traceback(error: BaseException) -> bool:
+    """Whether an error is that of a full disk or of missing rights, which no traceback explains any better."""
+    return isinstance(error, OSError) and code_of(error) in (FailureCode.DISK_FULL, FailureCode.PERMISSION)
 
 
 def known_code(value: object) -> FailureCode | None:

@@ -14,7 +14,7 @@ from typing import IO, Any, Literal, get_args
 
 from pydantic import BaseModel
 
-from launcher.errors import RunFailed
+from launcher.errors import RunFailed, known_code
 from launcher.files import read_json, replace_folder
 from launcher.saved import Saved
 
@@ -121,5 +121,5 @@ def _ask(request: ExportRequest, on_progress: OnProgress, log: IO[bytes]) -> Non
 
 def _hear(answer: dict[str, Any], on_progress: OnProgress) -> None:
     if "error" in answer:
-        raise RunFailed(answer["error"])
+        raise RunFailed(answer["error"], code=known_code(answer["code"]))
     on_progress(answer["progress"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from launcher.errors import Problem, RequestError
 from launcher.manifest import checkpoint_fault, checkpoint_number, read_manifest
 from launcher.plan.model import Plan, ScriptPlan, hash_in
+from launcher.plan_file import read_plan
 from launcher.run_dir import DamagedCheckpoint, RunDir
 
 
@@ -51,7 +52,7 @@ def saved_at(directory: RunDir, update: int) -> Saved:
 
 def refuse_script(directory: RunDir) -> None:
     """Raises RequestError if the run is that of a script of the user's own."""
-    plan = Plan.read(directory.plan_file)
+    plan = read_plan(directory.plan_file)
     if isinstance(plan, ScriptPlan):
         raise RequestError(
             Problem(
@@ -73,7 +74,7 @@ def _saved(directory: RunDir, folder: Path) -> Saved:
     assert manifest is not None
     update, samples, world_size = (manifest[key] for key in ("update", "samples", "world_size"))
     for file in (directory.plan_file, *directory.plan_revisions()):
-        plan = Plan.read(file)
+        plan = read_plan(file)
         if manifest["plan_sha256"] in (plan.sha256, hash_in(file.read_text())):
             return Saved(folder, update, samples, world_size, plan, file)
     found = f"the plan {manifest['plan_sha256'][:12]}… that made {folder.name} is gone"

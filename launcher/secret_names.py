@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import re
 
-_WORDS = frozenset({"KEY", "KEYS", "PASS", "PWD", "AUTH", "JWT", "COOKIES", "CREDENTIALS"})
+_WORDS = frozenset(
+    {
+        *("KEY", "KEYS", "PASS", "PASSCODE", "PWD", "PW", "BINDPW", "AUTH", "OAUTH", "AUTHORIZATION", "JWT", "PAT"),
+        *("COOKIES", "CREDENTIALS", "CRED", "CREDS", "DSN", "WEBHOOK"),
+    }
+)
 """Words that stand alone between underscores: MONKEY and NCCL_IB_PKEY hold no key."""
 _ENDINGS = (
     *("TOKEN", "SECRET", "SECRETS", "PASSWORD", "PASSWORDS", "PASSWD", "PASSPHRASE"),

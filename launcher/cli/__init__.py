@@ -29,7 +29,7 @@ from launcher.cli import (
     watch,
     why,
 )
-from launcher.errors import LauncherError, Problem, RequestError, first_line
+from launcher.errors import LauncherError, Problem, RequestError, os_error_text
 from launcher.files import keep_private
 
 app = typer.Typer(
@@ -84,19 +84,11 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        show_error(LauncherError(_os_error_text(error)))
+        show_error(LauncherError(os_error_text(error)))
         sys.exit(1)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted", style="yellow")
         sys.exit(130)
-
-
-def _os_error_text(error: OSError) -> str:
-    """The file that could not be used, if it is known, and why."""
-    if error.strerror is None:
-        return first_line(error)
-    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
-    return ": ".join([" -> ".join(names), error.strerror] if names else [error.strerror])
 
 
 def show_error(error: LauncherError) -> None:

@@ -17,8 +17,9 @@ from launcher.cli.plan import show_plan
 from launcher.cli.run import alone_in, carry_out, check_reach, interruptible, plan_and_carry_out
 from launcher.errors import Problem, RequestError
 from launcher.job import ScriptJob, placing, read_script_job
-from launcher.plan.model import Plan, Script
+from launcher.plan.model import Script
 from launcher.plan.script import filled_arguments
+from launcher.plan_file import read_plan
 from launcher.planning import Checked, check_script_job, make_script_plan
 from launcher.run_dir import RunDir
 
@@ -65,7 +66,7 @@ def run_again(directory: RunDir) -> None:
     """Runs a run's script once more, in the directory where it finds what its earlier start saved."""
     console = RunConsole()
     with console.closing(), interruptible(console, directory) as interrupts:
-        plan = Plan.read(directory.plan_file)
+        plan = read_plan(directory.plan_file)
         console.note("running the script again, in the run directory that it had before")
         # `launcher.report` takes those back that are not made again: where a script goes on, only it knows.
         directory.rewind(samples=0, update=-1)

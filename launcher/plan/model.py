@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -163,12 +162,6 @@ class Plan(Part):
         plan = self.model_dump(mode="json")
         document = {"format": FORMAT, "sha256": _hash(plan), "set_keys": set_keys(self.job), "plan": plan}
         return json.dumps(document, indent=2) + "\n"
-
-    @classmethod
-    def read(cls, file: Path) -> Plan:
-        """The plan in a file, as `from_json`. Raises LauncherError, naming the file, and OSError."""
-        # What is not UTF-8 is not a plan either: it is reported like any other damage.
-        return cls.from_json(file.read_bytes().decode(errors="replace"), str(file))
 
     @classmethod
     def from_json(cls, text: str, name: str = "plan.json") -> Plan:

@@ -11,7 +11,7 @@ from typing import IO
 
 from pydantic import BaseModel
 
-from launcher.errors import FailureCode, LauncherError, Problem, RequestError
+from launcher.errors import FailureCode, LauncherError, Problem, RequestError, known_code
 from launcher.job import Job
 from launcher.job.model import ModelSection
 from launcher.plan.facts import ModelFacts
@@ -69,6 +69,9 @@ def _answer(message: dict[str, object], on_progress: OnProgress) -> object | Non
         return None
     if "problems" in message:
         raise RequestError(*(Problem(**problem) for problem in message["problems"]))  # type: ignore[attr-defined]
+    if "failed" in message:
+        hint = "the cache lies in output_dir/.cache, or where data.cache_dir says"
+        raise LauncherError(f"measuring failed: {message['failed']}\n  {hint}", code=known_code(message["code"]))
     if "fault" in message:
         raise LauncherError(f"measuring failed:\n{message['fault']}", code=FailureCode.PREPARE_FAILED)
     return message["prepared"]

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from launcher.errors import RequestError
+from launcher.errors import RequestError, code_of, needs_no_traceback, os_error_text
 from launcher.files import keep_private
 from launcher.prepare.request import ModelRequest, Request, carry_out, measured
 
@@ -35,8 +35,12 @@ def main() -> int:
     except RequestError as error:
         tell(problems=[vars(problem) for problem in error.problems])
         return 2
-    except Exception:
-        tell(fault=traceback.format_exc())
+    except Exception as error:
+        if isinstance(error, OSError) and needs_no_traceback(error):
+            traceback.print_exc()
+            tell(failed=os_error_text(error), code=code_of(error))
+        else:
+            tell(fault=traceback.format_exc())
         return 1
     tell(prepared=prepared.model_dump())
     return 0

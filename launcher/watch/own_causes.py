@@ -59,7 +59,8 @@ CERTAIN = dict(
             FailureCode.RAY_LOST,
             "Ray was not reached, or its head process ended",
             "see that Ray's head process (gcs_server) runs and that cluster.address names it; its log and the head "
-            "node's kernel log (dmesg) say why it ended. Then continue with launcher resume",
+            "node's kernel log (dmesg) say why it ended. Then continue with launcher resume, or launcher run if "
+            "nothing was saved",
         ),
         _cause(
             FailureCode.SUPERVISOR_LOST,

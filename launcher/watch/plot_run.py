@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from launcher.plan.model import Plan
 from launcher.plan.revise import extensions, schedule_of
+from launcher.plan_file import read_plan
 from launcher.run_dir import RunDir
 from launcher.watch.curves import Curve, plan_curve
 from launcher.watch.session import number_of
@@ -26,7 +27,7 @@ class RunCurves:
 
 def run_curves(run: RunDir) -> RunCurves:
     """What was planned and what was applied. Raises LauncherError for a damaged plan."""
-    plans = [Plan.read(path) for path in (run.plan_file, *run.plan_revisions())]
+    plans = [read_plan(path) for path in (run.plan_file, *run.plan_revisions())]
     planned = [plan_curve(plan, name) for plan, name in zip(plans, _names(plans), strict=True)]
     applied = applied_curve(run)
     notes, warnings = _extension_notes(run), []

@@ -18,10 +18,11 @@ import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from transformers.utils import logging as transformers_logging
 
-from launcher.errors import LauncherError, RunFailed
+from launcher.errors import LauncherError, RunFailed, code_of, needs_no_traceback, os_error_text
 from launcher.exporting import ExportRequest
 from launcher.files import keep_private
 from launcher.plan.model import Plan
+from launcher.plan_file import read_plan
 from launcher.worker.export import trained_weights, write_export
 from launcher.worker.model import DTYPES, load_model
 
@@ -45,10 +46,12 @@ def main() -> int:
     try:
         export_checkpoint(request, lambda text: answer(progress=text))
     except LauncherError as error:
-        answer(error=str(error))
+        answer(error=str(error), code=error.code)
         return 1
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        if isinstance(error, OSError) and needs_no_traceback(error):
+            answer(error=f"the export could not be written: {os_error_text(error)}", code=code_of(error))
         return 1
     return 0
 
@@ -58,7 +61,7 @@ def export_checkpoint(request: ExportRequest, progress: Callable[[str], None]) -
 
     The weights are those that the run itself would export at that update, bit for bit, in the dtype that it trains in.
     """
-    trained = Plan.read(request.plan_file)
+    trained = read_plan(request.plan_file)
     plan = in_this_process(trained, request)
     progress("reading the pretrained model")
     model = load_model(plan).to(DTYPES[plan.precision])

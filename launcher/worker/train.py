@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from launcher.plan.model import Plan
 from launcher.plan.resume import Start
+from launcher.plan_file import read_plan
 from launcher.run_dir import RunDir
 from launcher.token_store import TokenStore
 from launcher.worker import scheduler
@@ -35,7 +36,7 @@ from launcher.worker.soundness import check_weights
 
 def work(run_path: Path, plan_file: Path, start: Start | None, control: Control) -> None:
     """Carries out the plan on this rank. Raises whatever went wrong."""
-    run, plan = RunDir(run_path), Plan.read(plan_file)
+    run, plan = RunDir(run_path), read_plan(plan_file)
     transformers_logging.disable_progress_bar()
     ranks = join_ranks(plan)
     hosts = same_plan(ranks, plan)

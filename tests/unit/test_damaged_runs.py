@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from launcher.errors import FailureCode, LauncherError
-from launcher.plan.model import Plan
+from launcher.plan_file import read_plan
 from launcher.watch.plot_run import run_curves
 from launcher.watch.status import read_status
 from launcher.watch.status_report import one_line, runs_view, status_json, status_view
@@ -91,7 +91,7 @@ def test_a_damaged_plan_is_reported_with_its_file(built: Built, name: str, conte
     file = built.run.path / name
     file.write_bytes(content)
     with pytest.raises(LauncherError, match=rf"/{name} is damaged") as caught:
-        Plan.read(file)
+        read_plan(file)
     assert caught.value.code is FailureCode.PLAN_DAMAGED
     ended = command("lr", str(built.run.path))
     assert ended.status == 1 and f"/{name} is damaged" in ended.err
