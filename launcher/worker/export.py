@@ -80,6 +80,9 @@ def _save_adapters(model: Any, weights: dict[str, torch.Tensor], plan: Plan, fol
     adapters = folder / "adapter" if lora.merge else folder
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = _base_name(plan)
+    if isinstance(config.target_modules, set):
+        # The order of a set differs between processes, and equal exports must be equal files.
+        config.target_modules = sorted(config.target_modules)
     # Embeddings are frozen here; left to itself, peft would ask the hub whether they have grown.
     model.save_pretrained(adapters, state_dict=weights, save_embedding_layers=False)
     if lora.merge:
