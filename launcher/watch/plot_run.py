@@ -67,7 +67,7 @@ def applied_curve(run: RunDir) -> Curve:
     rates: dict[int, float] = {}
     for line in run.metrics():
         update, rate = line["update"], number_of(line.get("lr"))
-        if rate is None:  # a script of one's own tells what it likes
+        if rate is None:  # a user's own script reports what it likes
             continue
         if rates and update <= max(rates):
             rates = {done: earlier for done, earlier in rates.items() if done < update}
