@@ -22,13 +22,14 @@ quickstart: install ## fine-tune a real model on real text, in a few minutes on 
 	$(BIN)/python examples/fetch_quickstart.py
 	$(BIN)/launcher run examples/quickstart.yaml
 
-check: lint ## format, lint, types and fast tests, in about a minute
+check: lint ## format, lint, types, import contracts and unit tests
 	$(BIN)/python -m pytest -q -n 2 tests/unit
 
-lint: install ## format, lint and types alone
+lint: install ## format, lint, types and import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 test: install ## run all tests; `make packages` installs what those of tests/cluster need
 	$(BIN)/python examples/fetch_quickstart.py

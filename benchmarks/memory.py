@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from launcher.plan.facts import ModelFacts
-    from launcher.plan.model import Plan
+    from launcher.plan.schema import Plan
 
 MIB = 1024**2
 RANKS, UPDATES, ACCUMULATION = 2, 2, 2
@@ -193,7 +193,7 @@ def rank(small: Path, large: Path, learned: float) -> None:
 
     Prints bytes: on a CPU those of the process, on a GPU what was in use and what was held at most.
     """
-    from launcher.plan.model import Plan
+    from launcher.plan.schema import Plan
     from launcher.worker.ranks import join_ranks
 
     plans = [Plan.from_json(path.read_text()) for path in (small, large)]

@@ -30,7 +30,7 @@ import ray
 from launcher.fleet.agent import Agent, NodeTask
 from launcher.fleet.nodes import Needs, Node, Nodes
 from launcher.fleet.preflight import Wanted, look
-from launcher.plan.model import World
+from launcher.plan.schema import World
 from launcher.prepare.machine import installed_versions
 from launcher.run_dir import RunDir, utc_now, write_json
 

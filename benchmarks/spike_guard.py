@@ -160,8 +160,8 @@ def begin_process() -> None:
 def carry_out(job: dict[str, Any]) -> RunDir:
     """The run directory of a job that this process, as its one rank, worked off."""
     from launcher.job import validate_job
-    from launcher.planning import check_job, make_plan
     from launcher.run_dir import RunDir, write_atomic
+    from launcher.runs.planning import check_job, make_plan
     from launcher.worker.control import Control
     from launcher.worker.train import work
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.plan.model import Plan
+from launcher.plan.schema import Plan
 
 
 def read_plan(file: Path) -> Plan:

@@ -9,7 +9,6 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from launcher import __version__
 from launcher.cli import (
     cancel,
     doctor,
@@ -31,6 +30,7 @@ from launcher.cli import (
 )
 from launcher.errors import LauncherError, Problem, RequestError, os_error_text
 from launcher.files import keep_private
+from launcher.version import __version__
 
 app = typer.Typer(
     name="launcher",

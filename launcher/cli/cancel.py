@@ -60,7 +60,7 @@ def _cancel(directory: RunDir, *, now: bool, wait: bool) -> None:
 
 def _end_queued_job(directory: RunDir, state: dict[str, Any]) -> None:
     """Of a run that has ended nothing is to be stopped, but that Slurm may hold its job to start it again."""
-    from launcher.submit.cancel import cancel_slurm_job, slurm_job_state
+    from launcher.slurm.queue import cancel_slurm_job, slurm_job_state
 
     name, job = directory.path.name, state.get("slurm_job_id")
     if state["state"] == "finished" or not job or slurm_job_state(job) != "PENDING":
@@ -112,7 +112,7 @@ def _heard(directory: RunDir, requests: int, state: dict[str, Any], *, now: bool
 
 
 def _cancel_job(directory: RunDir, job: str) -> None:
-    from launcher.submit.cancel import cancel_slurm_job
+    from launcher.slurm.queue import cancel_slurm_job
 
     cancel_slurm_job(job)
     directory.enter("stopped", reason=f"Slurm job {job} was cancelled")

@@ -15,11 +15,11 @@ from launcher.cli.console import RunConsole, preflight_table, print_whole
 from launcher.cli.run import check_reach
 from launcher.errors import Problem, RequestError
 from launcher.job import placing, read_job
-from launcher.job.model import Job
-from launcher.plan.model import World
+from launcher.job.schema import Job
 from launcher.plan.resolve import resolve_world
-from launcher.planning import check_job
+from launcher.plan.schema import World
 from launcher.run_dir import RunDir
+from launcher.runs.planning import check_job
 
 
 def doctor(

@@ -17,11 +17,11 @@ from launcher.cli.plan import show_plan
 from launcher.cli.run import alone_in, carry_out, check_reach, interruptible, plan_and_carry_out
 from launcher.errors import Problem, RequestError
 from launcher.job import ScriptJob, placing, read_script_job
-from launcher.plan.model import Script
+from launcher.plan.schema import Script
 from launcher.plan.script import filled_arguments
 from launcher.plan_file import read_plan
-from launcher.planning import Checked, check_script_job, make_script_plan
 from launcher.run_dir import RunDir
+from launcher.runs.planning import Checked, check_script_job, make_script_plan
 
 _USAGE = "launcher exec job.yaml [section.key=value]... -- train.py arguments..."
 CONTEXT = {"allow_interspersed_args": False}

@@ -13,9 +13,9 @@ from launcher.cli.watching import OUTPUT_DIR, RUN
 from launcher.errors import Problem, RequestError, nearest
 
 if TYPE_CHECKING:
-    from launcher.exporting import DType
+    from launcher.export_folder import DType
     from launcher.run_dir import RunDir
-    from launcher.saved import Saved
+    from launcher.runs.checkpoints import Saved
 
 
 def export(
@@ -39,9 +39,9 @@ def export(
     run itself exports at that update. With --dtype float32, a run in bfloat16 or float16 under ZeRO exports the float32
     weights that its optimizer keeps.
     """
-    from launcher.exporting import export_saved
     from launcher.run_dir import RunDir
-    from launcher.saved import newest_saved, saved_at
+    from launcher.runs.checkpoints import newest_saved, saved_at
+    from launcher.runs.export import export_saved
     from launcher.watch.find import find_run
 
     console = Console(highlight=False, soft_wrap=True)
@@ -64,7 +64,7 @@ def export(
 
 
 def _dtype(name: str | None) -> DType | None:
-    from launcher.exporting import DTYPES
+    from launcher.export_folder import DTYPES
 
     for dtype in DTYPES:
         if name == dtype:
@@ -89,7 +89,7 @@ def _free(output: Path) -> Path:
 
 def _default_folder(directory: RunDir, saved: Saved, dtype: DType | None, merge: bool) -> Path:
     """In the run directory: "export" if the run's own is missing and this is the same, else a name that says what."""
-    from launcher.exporting import export_fault
+    from launcher.export_folder import export_fault
 
     final = saved.update == saved.plan.length.total_updates and dtype is None and not merge
     if final and export_fault(directory.export) is not None:

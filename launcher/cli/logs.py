@@ -64,7 +64,7 @@ def _past(run: RunDir, choice: Choice, wanted: Wanted, since: float | None, tail
 
 
 def _follow(run: RunDir, choice: Choice, wanted: Wanted, since: float | None, tail: int | None) -> None:
-    from launcher.watch.alive import EndOfRun
+    from launcher.watch.end_of_run import EndOfRun
     from launcher.watch.follow import Follower
     from launcher.watch.lines import merged
     from launcher.watch.print_lines import Printer

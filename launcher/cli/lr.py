@@ -12,9 +12,9 @@ import typer
 from launcher.errors import Problem, RequestError, nearest
 
 if TYPE_CHECKING:
-    from launcher.plan.model import Plan
-    from launcher.watch.curves import Curve
-    from launcher.watch.plot_report import Report
+    from launcher.lr_report.curves import Curve
+    from launcher.lr_report.report import Report
+    from launcher.plan.schema import Plan
 
 
 def lr(
@@ -48,7 +48,7 @@ def lr(
     if updates is not None and deepspeed is None:
         raise RequestError(Problem("it goes with --deepspeed", key="--updates", hint="train.max_steps=N sets a job's"))
     if deepspeed is not None:
-        from launcher.cli.lr_deepspeed import deepspeed_report
+        from launcher.lr_report.deepspeed_json import deepspeed_report
 
         report = deepspeed_report(deepspeed, given, updates, shapes)
     else:
@@ -60,7 +60,7 @@ def lr(
 def _show(report: Report, as_json: bool) -> None:
     from rich.console import Console
 
-    from launcher.watch.plot_report import print_report, report_json
+    from launcher.lr_report.report import print_report, report_json
 
     if as_json:
         typer.echo(report_json(report))
@@ -69,7 +69,7 @@ def _show(report: Report, as_json: bool) -> None:
 
 
 def _write_files(report: Report, png: Path | None, csv: Path | None) -> None:
-    from launcher.watch.plot_file import csv_text, png_bytes, write_file
+    from launcher.lr_report.files import csv_text, png_bytes, write_file
 
     if png is not None:
         write_file(png, png_bytes(report.curves, report.title), "--png")
@@ -109,8 +109,8 @@ def _shapes(compare: str | None) -> list[str]:
 
 
 def _of_job(path: Path, overrides: list[str], shapes: Sequence[str]) -> Report:
-    from launcher.planning import plan_job_file
-    from launcher.watch.curves import compared, plan_curve
+    from launcher.lr_report.curves import compared, plan_curve
+    from launcher.runs.planning import plan_job_file
 
     plan = plan_job_file(path, overrides, lambda progress: typer.echo(f"{progress['message']} …", err=True))
     rate, total = plan.learning_rate, plan.length.total_updates
@@ -120,9 +120,9 @@ def _of_job(path: Path, overrides: list[str], shapes: Sequence[str]) -> Report:
 
 
 def _of_run(path: Path, shapes: Sequence[str]) -> Report:
+    from launcher.lr_report.curves import compared
+    from launcher.lr_report.run_curves import run_curves
     from launcher.run_dir import RunDir
-    from launcher.watch.curves import compared
-    from launcher.watch.plot_run import run_curves
 
     run = RunDir(path.resolve())
     if not run.plan_file.is_file():
@@ -140,8 +140,8 @@ def _of_run(path: Path, shapes: Sequence[str]) -> Report:
 
 
 def _of_plan(plan: Plan, title: str, curves: Sequence[Curve]) -> Report:
-    from launcher.watch.curves import plan_marks
-    from launcher.watch.plot_report import Report
+    from launcher.lr_report.curves import plan_marks
+    from launcher.lr_report.report import Report
 
     names: tuple[str, ...] = ("optimizer", "scheduler")
     blocks = {name: plan.ds_config[name] for name in names if name in plan.ds_config}
@@ -158,8 +158,8 @@ def _of_plan(plan: Plan, title: str, curves: Sequence[Curve]) -> Report:
 
 def _pasted(plan: Plan, blocks: dict[str, Any]) -> tuple[str, ...]:
     """What differs where the blocks are pasted into a DeepSpeed script of one's own."""
-    from launcher.plan.revise import extensions
-    from launcher.watch.plot_report import late_notes
+    from launcher.lr_report.report import late_notes
+    from launcher.plan.revision import extensions
 
     if plan.learning_rate.schedule is None:
         return ("The scheduler is your own: DeepSpeed starts and steps it, here as in any script.",)

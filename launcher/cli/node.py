@@ -21,16 +21,16 @@ from launcher.cli.failing import record_failure
 from launcher.cli.resume import go_on, planned_run, rest_of, where_to_go_on
 from launcher.cli.run import MakePlan, alone_in, interruptible, plan_and_carry_out
 from launcher.errors import Problem, RequestError
-from launcher.fleet.allocation import Allocation, read_allocation, run_stamp
-from launcher.fleet.refusals import Refusals
 from launcher.job import Job, ScriptJob, placing, read_job, read_script_job
 from launcher.job.read import override_key
 from launcher.plan.facts import MachineFacts
-from launcher.plan.model import Script
 from launcher.plan.resolve import resolve_world
-from launcher.planning import Checked, check_job, check_script_job, make_plan, make_script_plan
+from launcher.plan.schema import Script
 from launcher.prepare.machine import measure_machine
 from launcher.run_dir import ENDED, RunDir
+from launcher.runs.planning import Checked, check_job, check_script_job, make_plan, make_script_plan
+from launcher.slurm.allocation import Allocation, read_allocation, run_stamp
+from launcher.slurm.startup_errors import Refusals
 
 _THIS_MACHINE, _OWN_RAY = "local", "cluster.address=auto"
 _DOCTOR = ".doctor"
@@ -124,7 +124,7 @@ def _with_a_ray(
     job: Job, allocation: Allocation, directory: RunDir, refusals: Refusals, act: Callable[[], None]
 ) -> None:
     """Does what the first node is for, on a Ray of all nodes. It may be cancelled while that is brought up."""
-    from launcher.fleet.allocated import first_node
+    from launcher.slurm.ray_cluster import first_node
 
     console = RunConsole()
     with alone_in(directory), _end_told(directory), ExitStack() as listening:
@@ -161,7 +161,7 @@ def _resume(run: Path, overrides: list[str], stop: bool) -> None:
 
 
 def _examine_first(work: _Work, allocation: Allocation, refusals: Refusals, machine: MachineFacts) -> None:
-    from launcher.fleet.allocated import first_node
+    from launcher.slurm.ray_cluster import first_node
 
     job, output_dir = work.job, Path(work.job.output_dir).expanduser()
     # What a doctor that was killed in this allocation left behind: this one goes by the same name.
@@ -211,7 +211,7 @@ def _stopped_by(directory: RunDir) -> str:
 
 def _attend(job: Job, allocation: Allocation, directory: RunDir, refusals: Refusals) -> None:
     """Lends this node to the first one."""
-    from launcher.fleet.allocated import other_node
+    from launcher.slurm.ray_cluster import other_node
 
     other_node(allocation, directory, job.cluster.wait_seconds, refusals, _leave_the_end_to_the_first)
 

@@ -13,11 +13,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from launcher.lr_report.curves import rate_lines
 from launcher.plan.facts import ModelFacts
 from launcher.plan.fit import GIB
-from launcher.plan.model import Plan, Recommendation, ScriptPlan, World
-from launcher.planning import plan_job_file
-from launcher.watch.curves import rate_lines
+from launcher.plan.schema import Plan, Recommendation, ScriptPlan, World
+from launcher.runs.planning import plan_job_file
 
 _PARTS = (
     *("parameters", "gradients", "optimizer_states", "buffers", "activations", "logits"),

@@ -24,20 +24,21 @@ from launcher.cli.run import (
 )
 from launcher.cli.watching import OUTPUT_DIR, RUN
 from launcher.errors import Problem, RequestError
-from launcher.exporting import export_fault, export_saved, export_temporary
+from launcher.export_folder import export_fault, export_temporary
 from launcher.job import Job, validate_job
-from launcher.job.model import LENGTHS
 from launcher.job.read import apply_overrides
+from launcher.job.schema import LENGTHS
 from launcher.plan.batch import KEYS
-from launcher.plan.convert import must_convert, ranks_known, refuse_other_state
+from launcher.plan.checkpoint_conversion import must_convert, ranks_known, refuse_other_state
 from launcher.plan.facts import MachineFacts
-from launcher.plan.model import Plan
 from launcher.plan.resolve import resolve_world
 from launcher.plan.resume import Start, continued
-from launcher.planning import check_job, make_plan
+from launcher.plan.schema import Plan
 from launcher.prepare.machine import measure_machine
 from launcher.run_dir import DamagedCheckpoint, RunDir, universal_folder, write_atomic
-from launcher.saved import Saved, newest_saved
+from launcher.runs.checkpoints import Saved, newest_saved
+from launcher.runs.export import export_saved
+from launcher.runs.planning import check_job, make_plan
 from launcher.watch.find import find_run
 
 _ORIGIN = "the resumed job"
@@ -128,7 +129,7 @@ def _report_damage(rest: Rest, directory: RunDir, console: RunConsole) -> None:
 
 def _export(rest: Rest, directory: RunDir, console: RunConsole, interrupts: Interrupts) -> None:
     """Makes the export that a run lacks whose updates are all made."""
-    from launcher.fleet.supervisor import Outcome
+    from launcher.runs.supervisor import Outcome
 
     update = rest.start.update
     console.note(f"all {update} updates are made: only the export is missing ({export_fault(directory.export)})")

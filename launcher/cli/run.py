@@ -21,16 +21,16 @@ from launcher.cli.console import RunConsole, number_text
 from launcher.cli.failing import record_failure
 from launcher.errors import Problem, RequestError, RunFailed, code_of
 from launcher.job import Job, placing, read_job
-from launcher.job.model import ClusterSection
+from launcher.job.schema import ClusterSection
 from launcher.lock import STALE_SECONDS
 from launcher.plan.facts import MachineFacts
-from launcher.plan.model import Plan, ScriptPlan
 from launcher.plan.resume import Start
-from launcher.planning import OnProgress, check_job, make_plan
+from launcher.plan.schema import Plan, ScriptPlan
 from launcher.run_dir import RunDir, write_atomic, write_json
+from launcher.runs.planning import OnProgress, check_job, make_plan
 
 if TYPE_CHECKING:
-    from launcher.fleet.supervisor import Outcome, Supervisor
+    from launcher.runs.supervisor import Outcome, Supervisor
 
 MakePlan = Callable[[OnProgress, IO[bytes]], Plan]
 _REQUEST_SECONDS = 1.0
@@ -156,10 +156,10 @@ def carry_out(
 
 def _supervisor(plan: Plan, plan_file: Path, directory: RunDir, console: RunConsole) -> Supervisor:
     if isinstance(plan, ScriptPlan):
-        from launcher.fleet.script import ScriptSupervisor
+        from launcher.runs.script_supervisor import ScriptSupervisor
 
         return ScriptSupervisor(plan, plan_file, directory, console)
-    from launcher.fleet.supervisor import Supervisor
+    from launcher.runs.supervisor import Supervisor
 
     return Supervisor(plan, plan_file, directory, console)
 

@@ -21,11 +21,11 @@ from launcher.cli.resume import job_of_run, planned_run
 from launcher.errors import Problem, RequestError
 from launcher.job import Job, ScriptJob, is_for_a_script, placing, read_job, read_script_job
 from launcher.plan.facts import MachineFacts
-from launcher.plan.model import Script
 from launcher.plan.resolve import check_request
-from launcher.planning import check_job, check_script_job, lint_ds_config, load_ds_config
+from launcher.plan.schema import Script
 from launcher.prepare.machine import measure_machine
 from launcher.prepare.sources import find_data, find_model_folder
+from launcher.runs.planning import check_job, check_script_job, lint_ds_config, load_ds_config
 
 
 class Target(StrEnum):
@@ -132,8 +132,8 @@ def _to_slurm(
     parsable: bool,
     resume: bool,
 ) -> None:
-    from launcher.submit.slurm import described, read_templates, slurm_request, submit_request, surroundings
-    from launcher.submit.slurm_options import gpus_per_node
+    from launcher.slurm.options import gpus_per_node
+    from launcher.slurm.submit import described, read_templates, slurm_request, submit_request, surroundings
 
     messages = Console(stderr=True, highlight=False, soft_wrap=True)
     cluster = job.cluster.model_copy(update={"gpus_per_node": gpus_per_node(job)})
@@ -181,7 +181,7 @@ def _to_ray(
     parsable: bool,
     follow: bool,
 ) -> None:
-    from launcher.submit.ray import dashboard_address, ray_request, submit_to_ray
+    from launcher.ray_jobs import dashboard_address, ray_request, submit_to_ray
 
     where = dashboard_address(address, os.environ)
     request = ray_request(job, job_file.absolute(), overrides, where, Path.cwd())
@@ -193,7 +193,7 @@ def _to_ray(
 
 def _check_uploaded(job: Job) -> None:
     """Raises RequestError for a model or data that would be uploaded from this folder and are not in it."""
-    from launcher.submit.ray import uploaded_as
+    from launcher.ray_jobs import uploaded_as
 
     here = Path.cwd()
     if uploaded_as(job.model.name_or_path, here):
@@ -207,7 +207,7 @@ def _check_uploaded(job: Job) -> None:
 
 def _check_for_elsewhere(job: Job, job_file: Path) -> None:
     """Raises RequestError for what is wrong wherever the job runs. Paths of the cluster's own are not looked at."""
-    from launcher.submit.ray import uploaded_as
+    from launcher.ray_jobs import uploaded_as
 
     if isinstance(job.deepspeed, str) and not uploaded_as(job.deepspeed, Path.cwd()):
         return

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.ds_config.built import Built, built_optimizer
 from launcher.ds_config.catalogue import Catalogue
 from launcher.ds_config.facts import Offload, as_bool, as_number, bf16_key, offload
 from launcher.ds_config.findings import Finding, Severity, finding
+from launcher.ds_config.optimizer_class import Built, built_optimizer
 from launcher.ds_config.read import DsConfig
 from launcher.ds_config.target import Target
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from launcher.ds_config.built import ADAM_TYPES, TORCH_ADAM, fills_torch_adam
 from launcher.ds_config.draft import Change, Draft
 from launcher.ds_config.facts import (
     AUTO,
@@ -26,6 +25,7 @@ from launcher.ds_config.facts import (
     precision_of,
     zero_stage,
 )
+from launcher.ds_config.optimizer_class import ADAM_TYPES, TORCH_ADAM, fills_torch_adam
 from launcher.ds_config.read import DsConfig
 from launcher.ds_config.target import Device
 from launcher.errors import RequestError

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterator
 from typing import Any
 
-from launcher.ds_config import meant
+from launcher.ds_config import aliases
 from launcher.ds_config.case import Case, case_of
 from launcher.ds_config.catalogue import Block, Catalogue, Key
 from launcher.ds_config.facts import AUTO, as_bool, as_number
@@ -93,8 +93,8 @@ def _unknown(config: DsConfig, path: str, block: Block, keys: Catalogue) -> Iter
 
 def _elsewhere(path: str, name: str, keys: Catalogue) -> str | None:
     """Where a key stands that was written one level too high or too low, or under another tool's name."""
-    if "." not in path and name in meant.KEYS:
-        return meant.KEYS[name]
+    if "." not in path and name in aliases.KEYS:
+        return aliases.KEYS[name]
     homes = [home for home, block in keys.blocks.items() if name in block.names and name != "enabled"]
     return f"{homes[0]}.{name}".lstrip(".") if len(homes) == 1 else None
 
@@ -156,7 +156,7 @@ def _params(case: Case) -> Iterator[Finding]:
 def _unknown_param(case: Case, name: str, written: str, key: str, block: Block) -> Finding:
     if name == "optimizer":
         return unknown_parameter(case, written, key, block)
-    said = meant.scheduler_param(written, key)
+    said = aliases.scheduler_param(written, key)
     close, sure = nearest(key, block.names), None if said else sure_match(key, block.names)
     guess = f"Did you mean {close}?" if close else f"It takes {', '.join(sorted(block.names))}."
     path = f"scheduler.params.{key}"
@@ -180,12 +180,12 @@ def _value(config: DsConfig, path: str, value: Any, key: Key, model: bool) -> It
         return
     problem = _type_problem(value, key)
     if problem:
-        yield finding(config, "error", path, problem, meant.value(path, value) or f"Write {_expected(key)}.")
+        yield finding(config, "error", path, problem, aliases.value(path, value) or f"Write {_expected(key)}.")
     elif key.choices and value not in key.choices:
         choices = [str(choice) for choice in key.choices]
         close, sure = nearest(str(value), choices), sure_match(str(value), choices)
         guess = f"Did you mean {close}?" if close else f"Take one of {', '.join(choices)}."
-        hint = meant.value(path, value) or guess
+        hint = aliases.value(path, value) or guess
         fix = rewrite(config, path, f'"{sure}"') if sure and isinstance(value, str) else None
         yield finding(config, "error", path, f"{shown(value)} is none of its values", hint, fix)
     else:

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from launcher.ds_config import meant
-from launcher.ds_config.built import ADAM_TYPES, CPU_ADAM, TORCH_ADAM, fills_torch_adam
+from launcher.ds_config import aliases
 from launcher.ds_config.case import ZERO, Case, Rule
 from launcher.ds_config.catalogue import Block
 from launcher.ds_config.facts import AUTO, BATCH_KEYS, is_open
 from launcher.ds_config.findings import Finding, finding, rename, sure_match
+from launcher.ds_config.optimizer_class import ADAM_TYPES, CPU_ADAM, TORCH_ADAM, fills_torch_adam
 from launcher.errors import nearest
 
 _SWITCHES = ("torch_adam", "adam_w_mode", "fp32_optimizer_states")
@@ -68,7 +68,7 @@ def _optimizer(case: Case) -> Iterator[Finding]:
         same = (known for known in case.keys.optimizers if known.lower() == written.lower())
         close = next(same, None) or nearest(written, case.keys.optimizers)
         guess = f"Did you mean {close}?" if close else "Take AdamW, or another of torch.optim."
-        hint = meant.OPTIMIZERS.get(written.lower(), guess)
+        hint = aliases.OPTIMIZERS.get(written.lower(), guess)
         yield case.found("error", "optimizer.type", f"{written} is not an optimizer of DeepSpeed or PyTorch", hint)
         return
     refused = list(_cannot_run(case, written, name))

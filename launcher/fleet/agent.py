@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.fleet import examine
+from launcher.fleet import inspect_node
+from launcher.fleet.copy_data import provide
 from launcher.fleet.heartbeat import Heartbeat, given_gpus
 from launcher.fleet.network import Doorbell, Reached, free_ports, interface_of, reach
 from launcher.fleet.process import RankProcess, stop_all
-from launcher.fleet.provide import provide
-from launcher.plan.model import Plan
+from launcher.plan.schema import Plan
 from launcher.run_dir import utc_now
 
 Event = dict[str, Any]
@@ -105,17 +105,17 @@ class Agent:
         except OSError as error:
             return f"{type(error).__name__}: {error.strerror or error}"
 
-    def look(self, run_dir: str, mark: str) -> examine.NodeFacts:
+    def look(self, run_dir: str, mark: str) -> inspect_node.NodeFacts:
         """What the node has; leaves a mark in the run directory."""
-        return examine.look(run_dir, mark)
+        return inspect_node.look(run_dir, mark)
 
     def unseen(self, run_dir: str, marks: list[str]) -> list[str]:
         """The other nodes' marks that this node does not see."""
-        return examine.unseen(run_dir, marks)
+        return inspect_node.unseen(run_dir, marks)
 
     def rehearse(self, environment: dict[str, str], timeout_seconds: float) -> str | None:
         """Takes part in one small all-reduce of the nodes. None, or what went wrong."""
-        return examine.rehearse({**self._inherited(), **environment}, timeout_seconds)
+        return inspect_node.rehearse({**self._inherited(), **environment}, timeout_seconds)
 
     def free_port(self) -> int:
         """A TCP port that nothing listens on, outside the range from which the kernel serves outgoing connections.

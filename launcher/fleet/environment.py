@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from launcher.plan.model import World
+from launcher.plan.schema import World
 from launcher.secret_names import is_secret
 
 _FORWARDED = (

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from launcher.fleet.memory import ControlGroup
+from launcher.fleet.cgroup import ControlGroup
 from launcher.fleet.process import RankProcess
 from launcher.run_dir import NODE_FILE, utc_now, utc_text, write_atomic
 

@@ -18,7 +18,7 @@ from launcher.fleet.agent import Event, NodeTask
 from launcher.fleet.network import LOOPBACK
 from launcher.fleet.ray_folder import RayFolder
 from launcher.fleet.ray_settings import LOOPBACK_ONLY, job_config, quiet_ray, use_token, write_token
-from launcher.plan.model import Plan, World
+from launcher.plan.schema import Plan, World
 
 Tell = Callable[[str], None]
 _POLL_SECONDS = 2.0

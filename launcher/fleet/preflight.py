@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from launcher.errors import FailureCode, RunFailed
 from launcher.fleet.environment import rank_environment
-from launcher.fleet.examine import NodeFacts, unseen
+from launcher.fleet.inspect_node import NodeFacts, unseen
 from launcher.fleet.nodes import Node, Nodes
-from launcher.plan.model import Plan, World
+from launcher.plan.schema import Plan, World
 from launcher.run_dir import RunDir
 
 _SAME_VERSIONS = ("launcher", "torch", "deepspeed", "transformers")

@@ -1,8 +1,8 @@
 """What the user asks for: the typed, validated job file."""
 
-from launcher.job.model import Job
 from launcher.job.place import placing
 from launcher.job.read import explicit_keys, read_job, validate_job
+from launcher.job.schema import Job
 from launcher.job.script import ScriptJob, is_for_a_script, read_script_job
 
 __all__ = [

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.errors import Problem, RequestError
-from launcher.job.model import Job
 from launcher.job.read import COMMAND_LINE, Lines, load_yaml, override_key, place_of, read_text
+from launcher.job.schema import Job
 
 
 @contextmanager

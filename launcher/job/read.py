@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from launcher.errors import Problem, RequestError, nearest
-from launcher.job.model import JOB_NAME_PATTERN, LENGTHS, NAME_PATTERN, Job
+from launcher.job.schema import JOB_NAME_PATTERN, LENGTHS, NAME_PATTERN, Job
 
 KeyPath = tuple[str, ...]
 Lines = dict[KeyPath, int]

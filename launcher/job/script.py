@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.job.model import DataSection, Job, ModelSection
 from launcher.job.read import load_job, validate_as
+from launcher.job.schema import DataSection, Job, ModelSection
 
 
 class ScriptJob(Job):

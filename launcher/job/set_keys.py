@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from launcher.job.model import Job
+from launcher.job.schema import Job
 
 AnySection = TypeVar("AnySection", bound=BaseModel)
 

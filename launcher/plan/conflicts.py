@@ -7,8 +7,8 @@ from launcher.ds_config.facts import Precision
 from launcher.job import Job, explicit_keys
 from launcher.plan.batch import BatchSizes
 from launcher.plan.decisions import decisions_of
-from launcher.plan.model import World
-from launcher.plan.rate import refuse_unused
+from launcher.plan.learning_rate import refuse_unused
+from launcher.plan.schema import World
 
 _ANY_RATE, _ANY_LENGTH, _ANY_WIDTH = 1e-5, 1000, 1024
 """Stand-ins for what is decided later: they are compared with nothing, since only keys that the user set are."""

@@ -9,7 +9,7 @@ from launcher.ds_config import Decisions
 from launcher.ds_config.facts import Precision
 from launcher.job import Job
 from launcher.plan.batch import BatchSizes
-from launcher.plan.model import World
+from launcher.plan.schema import World
 
 
 def decisions_of(

@@ -9,7 +9,7 @@ from launcher.ds_config.sizes import zero_sizes
 from launcher.job import Job
 from launcher.plan.facts import MachineFacts, ModelFacts
 from launcher.plan.memory import MemoryEstimate, Work, estimate_memory, export_bytes, host_bytes
-from launcher.plan.model import World
+from launcher.plan.schema import World
 
 _USABLE = 0.9
 """The share of a memory that a plan counts on: the rest is for the system, CUDA's context and NCCL."""

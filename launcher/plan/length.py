@@ -8,7 +8,7 @@ from dataclasses import replace
 from launcher.errors import Problem, RequestError
 from launcher.job import Job
 from launcher.plan.facts import DataFacts, ModelFacts
-from launcher.plan.model import Length
+from launcher.plan.schema import Length
 
 _BATCH_OF_THE_JOB = Problem("", key="train.train_batch_size")
 

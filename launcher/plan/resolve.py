@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from launcher import __version__
 from launcher.ds_config import Composed, DsConfig, batch_keys, compose, precision_of, zero_stage
 from launcher.ds_config.facts import Precision
 from launcher.errors import Problem, RequestError
@@ -13,10 +12,11 @@ from launcher.plan.data_warnings import data_warnings
 from launcher.plan.decisions import decisions_of
 from launcher.plan.facts import DataFacts, MachineFacts, ModelFacts
 from launcher.plan.fit import Needs, memory_warnings, room_of
+from launcher.plan.learning_rate import decide_rate
 from launcher.plan.length import check_token_ids, length_warnings, open_batch_limit, resolve_length
-from launcher.plan.model import Change, Length, Plan, World
-from launcher.plan.rate import decide_rate
-from launcher.plan.switches import check_switches, sequence_parallel_problems, switch_warnings
+from launcher.plan.model_options import check_switches, sequence_parallel_problems, switch_warnings
+from launcher.plan.schema import Change, Length, Plan, World
+from launcher.version import __version__
 
 _PRECISIONS: dict[str, Precision] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 

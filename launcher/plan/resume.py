@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from launcher.errors import Problem, RequestError
-from launcher.plan.model import Part, Plan, Resumed
-from launcher.plan.revise import schedule_of, with_schedule
+from launcher.plan.revision import schedule_of, with_schedule
+from launcher.plan.schema import Part, Plan, Resumed
 from launcher.schedule.curve import Schedule, rate_at
 from launcher.schedule.progress import convert_updates, rescale
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from launcher import __version__
 from launcher.ds_config import (
     Change,
     Composed,
@@ -26,13 +25,14 @@ from launcher.job import ScriptJob, explicit_keys
 from launcher.plan.batch import KEYS, BatchSizes, resolve_batch
 from launcher.plan.decisions import decisions_of
 from launcher.plan.facts import MachineFacts, ModelFacts
-from launcher.plan.model import LearningRate, Length, Reason, Script, ScriptPlan, World
-from launcher.plan.rate import Decided, kept_or_generated
+from launcher.plan.learning_rate import Decided, kept_or_generated
 from launcher.plan.resolve import changes_of, given_batch, precision_without_model, resolve_precision, resolve_world
+from launcher.plan.schema import LearningRate, Length, Reason, Script, ScriptPlan, World
 from launcher.schedule.advice import Situation
 from launcher.schedule.curve import DEEPSPEED_TYPES
-from launcher.schedule.replica import replica
+from launcher.schedule.deepspeed_schedulers import replica
 from launcher.schedule.safety import deepspeed_warnings
+from launcher.version import __version__
 
 _UNUSED = (
     *("data.", "checkpoint.", "export", "train.eval_every", "train.seed"),

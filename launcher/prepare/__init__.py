@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from launcher.errors import FailureCode, LauncherError, Problem, RequestError, known_code
 from launcher.job import Job
-from launcher.job.model import ModelSection
+from launcher.job.schema import ModelSection
 from launcher.plan.facts import ModelFacts
 from launcher.prepare.request import ModelRequest, Prepared, Request, cached, cached_model
 

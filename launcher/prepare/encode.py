@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.prepare.formats import Example
+from launcher.prepare.row_formats import Example
 
 Piece = tuple[str, int]
 Tokens = list[int]

@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import psutil
 
-from launcher import __version__
 from launcher.plan.facts import MachineFacts
+from launcher.version import __version__
 
 _PACKAGES = (
     *("torch", "deepspeed", "transformers", "datasets", "ray", "peft", "liger-kernel", "triton"),

@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator
 from typing import Any
 
 from launcher.errors import Problem, RequestError
-from launcher.job.model import ModelSection
+from launcher.job.schema import ModelSection
 from launcher.prepare.probe import Probe
 
 _KEY = "model.name_or_path"

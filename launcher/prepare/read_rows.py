@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from launcher.errors import Problem, RequestError
-from launcher.prepare.formats import NEEDED, detect_format
 from launcher.prepare.read_files import file_reader
+from launcher.prepare.row_formats import NEEDED, detect_format
 from launcher.prepare.row_values import BadRow, without_nulls
 from launcher.prepare.rows import MEANINGFUL, BadFile, Place, Row, RowReader
 from launcher.prepare.sources import DataSource

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from launcher.job import Job
-from launcher.job.model import ModelSection
+from launcher.job.schema import ModelSection
 from launcher.plan.facts import DataFacts, ModelFacts
 from launcher.plan.resolve import check_model
 from launcher.prepare import sources
@@ -87,23 +87,23 @@ def cached_data(request: Request, model_folder: Path) -> DataFacts | None:
 
 
 def _measure_model(request: Request | ModelRequest, progress: Progress) -> ModelFacts:
-    from launcher.prepare import model as models
+    from launcher.prepare import model_facts
 
     section = request.model
     folder = sources.find_model_folder(section.name_or_path, section.gguf_file)
     if folder is None:
         progress(message=f"fetching {section.name_or_path}")
-        folder = models.download(section.name_or_path, section.revision)
+        folder = model_facts.download(section.name_or_path, section.revision)
     if section.gguf_file:
         target = (
             request.cache / "models" / f"gguf-{sources.fingerprint(sources.file_stamps([folder / section.gguf_file]))}"
         )
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.is_dir():
-            models.convert_gguf(folder, section.gguf_file, target, progress)
+            model_facts.convert_gguf(folder, section.gguf_file, target, progress)
         folder = target
     progress(message="measuring the model")
-    facts = models.measure_model(folder.resolve(), section, trained_here=isinstance(request, Request))
+    facts = model_facts.measure_model(folder.resolve(), section, trained_here=isinstance(request, Request))
     file = _model_facts_file(request)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, facts.model_dump_json(indent=2))

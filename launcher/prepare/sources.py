@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import Problem, RequestError, nearest
-from launcher.job.model import DataSection
+from launcher.job.schema import DataSection
 
 BUILDERS = {
     ".jsonl": "json",

@@ -13,8 +13,8 @@ from launcher.errors import Problem, RequestError
 from launcher.plan.facts import DataFacts, SplitFacts
 from launcher.prepare.chat_template import ChatTemplate, read_template
 from launcher.prepare.encode import Encoder
-from launcher.prepare.formats import Reader
 from launcher.prepare.read_rows import Rows, load_rows
+from launcher.prepare.row_formats import Reader
 from launcher.prepare.sources import DataSource
 from launcher.prepare.write_split import SplitWriter
 from launcher.token_store import publish_folder

@@ -13,7 +13,7 @@ from launcher.plan.facts import SplitFacts
 from launcher.prepare.chat_template import date_note
 from launcher.prepare.conversations import Reason
 from launcher.prepare.encode import Encoded, Encoder
-from launcher.prepare.formats import Example, Reader, unused_columns
+from launcher.prepare.row_formats import Example, Reader, unused_columns
 from launcher.prepare.row_values import BadRow
 from launcher.prepare.rows import Row
 from launcher.token_store import TokenWriter

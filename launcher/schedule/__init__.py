@@ -20,8 +20,8 @@ from launcher.schedule.curve import (
     rates,
     warmup_at,
 )
+from launcher.schedule.deepspeed_schedulers import simulate_deepspeed
 from launcher.schedule.progress import convert_updates, rescale
-from launcher.schedule.replica import simulate_deepspeed
 from launcher.schedule.safety import check_safety, deepspeed_warnings, peak_limit
 from launcher.schedule.spikes import SpikeDetector, Verdict
 

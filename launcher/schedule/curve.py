@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import Any
 
 from launcher.errors import Problem, RequestError, nearest
-from launcher.schedule.replica import Replica, replica
+from launcher.schedule.deepspeed_schedulers import Replica, replica
 from launcher.schedule.segments import SEGMENT_SHAPES, Segment, build_segments, share_at
 
 DEEPSPEED_TYPES = {"linear": "WarmupDecayLR", "cosine": "WarmupCosineLR", "constant": "WarmupLR"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from launcher.errors import Problem
 from launcher.schedule.curve import Schedule
-from launcher.schedule.replica import Params, replica, settled, simulate_deepspeed
+from launcher.schedule.deepspeed_schedulers import Params, replica, settled, simulate_deepspeed
 
 ALLOW = "schedule.allow_unsafe: true runs it all the same"
 

@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from launcher.aftermath import (
+from launcher.errors import FailureCode, known_code
+from launcher.first_failure import (
     LOG_LINES,
     Place,
     code_of_exit,
@@ -18,10 +19,9 @@ from launcher.aftermath import (
     timed_out,
     was_ended,
 )
-from launcher.errors import FailureCode, known_code
 from launcher.run_dir import RunDir
 from launcher.tail import last_lines, untimed
-from launcher.watch import older
+from launcher.watch import runs_without_codes
 from launcher.watch.session import Record, number_of, text_of, whole_of
 
 
@@ -97,11 +97,11 @@ def failures_of(event: Record, run: RunDir) -> Failures:
 
 def _failed(record: Record) -> Failed:
     how, error = text_of(record.get("how")) or "in an unknown way", text_of(record.get("error"))
-    exit_code = whole_of(record["exit_code"]) if "exit_code" in record else older.exit_code_of(how)
+    exit_code = whole_of(record["exit_code"]) if "exit_code" in record else runs_without_codes.exit_code_of(how)
     code = known_code(record.get("code"))
     if code is None:
-        code = code_of_exit(exit_code) if error is None else older.code_of(error)
-        code = older.code_of(how) if code is FailureCode.UNKNOWN else code
+        code = code_of_exit(exit_code) if error is None else runs_without_codes.code_of(error)
+        code = runs_without_codes.code_of(how) if code is FailureCode.UNKNOWN else code
     return Failed(
         rank=whole_of(record.get("rank")),
         node_rank=whole_of(record.get("node_rank")) or 0,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.aftermath import Place
+from launcher.first_failure import Place
 from launcher.run_dir import RunDir
 from launcher.watch.session import Record, Session, number_of, read_json, seconds_of, text_of, whole_of
 

@@ -9,8 +9,8 @@ from typing import TextIO
 from rich.console import Console
 
 from launcher.watch.lines import STAMP_WIDTH, Line
-from launcher.watch.plain import RESET, coloured, plain
 from launcher.watch.sources import Source
+from launcher.watch.terminal_safe import RESET, coloured, plain
 
 _COLOURS = ("36", "33", "32", "35", "34", "96", "93", "92", "95", "94")
 _AT_ONCE = 1000

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.aftermath import Place
 from launcher.errors import Problem, RequestError, nearest
+from launcher.first_failure import Place
 from launcher.run_dir import RunDir
 from launcher.watch.nodes import places_of
 from launcher.watch.session import Session

@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.watch.nodes import STALE_SECONDS, STRAGGLER_RATIO, NodeStatus
-from launcher.watch.plain import plain
+from launcher.watch.number_format import duration, memory, number
 from launcher.watch.status import LOST, UNREADABLE, RunStatus
-from launcher.watch.words import duration, memory, number
+from launcher.watch.terminal_safe import plain
 
 _STYLES = {"finished": "green", "failed": "bold red", LOST: "bold red", "stopped": "yellow", "unknown": "dim"}
 _COMPARED = {"own_seconds": "the time of its own work in an update", "step_seconds": "the time of an update"}

@@ -8,21 +8,21 @@ from pathlib import Path
 
 from rich.text import Text
 
-from launcher.aftermath import timed_out_headline, where
 from launcher.errors import FailureCode, known_code
+from launcher.first_failure import timed_out_headline, where
 from launcher.run_dir import RunDir
 from launcher.tail import last_lines
-from launcher.watch import older
+from launcher.watch import runs_without_codes
 from launcher.watch.causes import Cause, cause_of_signal, find_cause
 from launcher.watch.failures import Failed, Failures, failures_of, log_end
-from launcher.watch.killed import cause_of_kill, evidence_of_memory, memory_of
-from launcher.watch.lost import cause_of_loss
+from launcher.watch.lost_launcher import cause_of_loss
+from launcher.watch.memory_evidence import cause_of_kill, evidence_of_memory, memory_of
 from launcher.watch.nodes import places_of
+from launcher.watch.number_format import duration
 from launcher.watch.own_causes import CERTAIN, cause_of
-from launcher.watch.plain import plain
 from launcher.watch.session import Session, read_session
 from launcher.watch.status import LOST, RunStatus, read_status
-from launcher.watch.words import duration
+from launcher.watch.terminal_safe import plain
 
 _SHOWN_LINES = 20
 _SEARCHED_LINES = 60
@@ -82,7 +82,7 @@ def _of_stopped(session: Session, status: RunStatus) -> Explanation:
 
 def _written_code(session: Session, *texts: str | None) -> FailureCode:
     """The code in state.json; of a run that is older than codes, that of its sentences."""
-    return known_code(session.state.get("code")) or older.code_of(*texts)
+    return known_code(session.state.get("code")) or runs_without_codes.code_of(*texts)
 
 
 def _of_failed(run: RunDir, session: Session) -> Explanation:

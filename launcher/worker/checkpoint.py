@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from launcher.errors import FailureCode, RunFailed, first_line
-from launcher.plan.model import Plan
 from launcher.plan.resume import Start
+from launcher.plan.schema import Plan
 from launcher.run_dir import MANIFEST, RunDir, read_manifest, universal_folder, write_manifest
 from launcher.worker.control import Tell
 from launcher.worker.ranks import Ranks

@@ -13,7 +13,7 @@ from launcher.token_store import TokenStore
 from launcher.worker.batches import IGNORED, collate
 from launcher.worker.loss import summed_loss
 from launcher.worker.ranks import Ranks
-from launcher.worker.sequence import WHOLE, Part
+from launcher.worker.ulysses import WHOLE, Part
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import deepspeed
 import torch
 from transformers import AutoModelForCausalLM
 
-from launcher.exporting import export_temporary
+from launcher.export_folder import export_temporary
 from launcher.files import replace_folder
-from launcher.plan.model import Plan
+from launcher.plan.schema import Plan
 from launcher.worker.model import DTYPES, load_tokenizer
 from launcher.worker.ranks import Ranks
 

@@ -1,6 +1,6 @@
 """The exporting process: `python -m launcher.worker.exporter` makes a Hugging Face folder of a checkpoint.
 
-It reads a request (launcher/exporting.py) from standard input and answers in JSON lines: {"progress": text}, or
+It reads a request (launcher/runs/export.py) from standard input and answers in JSON lines: {"progress": text}, or
 {"error": text}.
 """
 
@@ -19,9 +19,9 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from transformers.utils import logging as transformers_logging
 
 from launcher.errors import LauncherError, RunFailed, code_of, needs_no_traceback, os_error_text
-from launcher.exporting import ExportRequest
+from launcher.export_folder import ExportRequest
 from launcher.files import keep_private
-from launcher.plan.model import Plan
+from launcher.plan.schema import Plan
 from launcher.plan_file import read_plan
 from launcher.worker.export import trained_weights, write_export
 from launcher.worker.model import DTYPES, load_model

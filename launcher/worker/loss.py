@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from launcher.errors import LauncherError
 from launcher.worker.batches import IGNORED
-from launcher.worker.sequence import WHOLE, Part
+from launcher.worker.ulysses import WHOLE, Part
 
 
 def summed_loss(

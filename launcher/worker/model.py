@@ -13,11 +13,11 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.liger import apply_liger_kernel
 
 from launcher.errors import RunFailed
-from launcher.methods import choose_trained
-from launcher.plan.model import Plan
+from launcher.plan.schema import Plan
+from launcher.trainable import choose_trained
 from launcher.worker.experts import gather_experts_together
 from launcher.worker.scheduler import client_scheduler
-from launcher.worker.sequence import exchange_attention
+from launcher.worker.ulysses import exchange_attention
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launcher.plan.model import Plan
+from launcher.plan.schema import Plan
 
 
 @dataclass(frozen=True)

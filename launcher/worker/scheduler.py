@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from launcher.plan.model import Plan
-from launcher.plan.revise import schedule_of
+from launcher.plan.revision import schedule_of
+from launcher.plan.schema import Plan
 from launcher.schedule.curve import DEEPSPEED_TYPES, Schedule, live_attributes, rate_at
 
 

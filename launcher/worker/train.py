@@ -11,27 +11,27 @@ import torch
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from launcher.plan.model import Plan
 from launcher.plan.resume import Start
+from launcher.plan.schema import Plan
 from launcher.plan_file import read_plan
 from launcher.run_dir import RunDir
 from launcher.token_store import TokenStore
 from launcher.worker import scheduler
-from launcher.worker.agreement import InStep, same_plan
 from launcher.worker.batches import MicroBatch, SampleOrder, Share, micro_batches
 from launcher.worker.checkpoint import Checkpoints, Progress
+from launcher.worker.compute_time import OwnTime
 from launcher.worker.control import Control
 from launcher.worker.evaluate import evaluate
 from launcher.worker.export import export_model
-from launcher.worker.guard import Guard
-from launcher.worker.journal import Journal
+from launcher.worker.finite_weights import check_weights
+from launcher.worker.gradient_norm import norm_before_step, norm_of_step
 from launcher.worker.loss import summed_losses
+from launcher.worker.lr_check import InStep, same_plan
+from launcher.worker.metrics import Journal
 from launcher.worker.model import load_model, make_engine
-from launcher.worker.norm import norm_before_step, norm_of_step
-from launcher.worker.own_time import OwnTime
 from launcher.worker.ranks import Ranks, join_ranks
-from launcher.worker.sequence import averaged_over, part_of
-from launcher.worker.soundness import check_weights
+from launcher.worker.spike_guard import Guard
+from launcher.worker.ulysses import averaged_over, part_of
 
 
 def work(run_path: Path, plan_file: Path, start: Start | None, control: Control) -> None:

@@ -22,7 +22,7 @@ import yaml
 from launcher.errors import RunFailed
 from launcher.job import validate_job
 from launcher.presets import shipped_folder
-from launcher.submit.ray import ADDRESS_VARIABLES, ray_request, submit_to_ray
+from launcher.ray_jobs import ADDRESS_VARIABLES, ray_request, submit_to_ray
 from tests.cluster import ssh
 from tests.cluster.conftest import need
 from tests.cluster.hosts import Hosts, missing, several_hosts

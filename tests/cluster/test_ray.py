@@ -178,7 +178,7 @@ def test_what_is_excluded_is_what_ray_leaves_out(tmp_path: Path) -> None:
     from ray._private.runtime_env.packaging import create_package
 
     from launcher.job import read_job
-    from launcher.submit.ray import ray_request
+    from launcher.ray_jobs import ray_request
 
     job = write_tiny_job(tmp_path, output_dir=str(tmp_path / "out" / "ru*ns"))
     for name in ("out/ru*ns/a/plan.json", "out/rubens/kept.txt", "ds/out/ru*ns/kept.json"):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.slurm import Slurm
-from tests.unit.given import JOB, write_folder
+from tests.unit.inputs import JOB, write_folder
 
 pytestmark = pytest.mark.cluster
 

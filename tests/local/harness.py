@@ -11,10 +11,10 @@ from typing import Any
 
 from launcher.fleet.agent import Agent, Event, NodeTask
 from launcher.job import validate_job
-from launcher.plan.model import Plan
 from launcher.plan.resume import Start
-from launcher.planning import check_job, make_plan
+from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir, write_atomic, write_json
+from launcher.runs.planning import check_job, make_plan
 from tests.local.warm import forked_ranks
 from tests.patience import PATIENCE_SECONDS
 

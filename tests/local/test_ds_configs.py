@@ -18,8 +18,8 @@ from launcher.ds_config.lint import lint
 from launcher.ds_config.read import parse_ds_config
 from launcher.ds_config.target import Target
 from launcher.plan.resolve import resolve
-from tests.unit.given import data_facts, job_of, machine_facts, model_facts
-from tests.unit.templates import TEMPLATES
+from tests.unit.ds_config.public_shapes import TEMPLATES
+from tests.unit.inputs import data_facts, job_of, machine_facts, model_facts
 
 pytestmark = pytest.mark.local
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from launcher.errors import RunFailed
-from launcher.plan.model import Plan
+from launcher.plan.schema import Plan
 from launcher.worker import scheduler
-from launcher.worker.agreement import InStep, OutOfStep
 from launcher.worker.checkpoint import _group_settings, _restore_settings
+from launcher.worker.gradient_norm import norm_before_step, norm_of_step
+from launcher.worker.lr_check import InStep, OutOfStep
 from launcher.worker.model import load_model, make_engine, parameter_groups
-from launcher.worker.norm import norm_before_step, norm_of_step
 from launcher.worker.ranks import Ranks
 from tests.local.harness import merged, plan_of
 from tests.local.test_losses import zero_config

@@ -14,8 +14,8 @@ import psutil
 import pytest
 import yaml
 
-from launcher.plan.model import Plan, ScriptPlan
-from launcher.plan.rate import planned_rates
+from launcher.plan.learning_rate import planned_rates
+from launcher.plan.schema import Plan, ScriptPlan
 from launcher.run_dir import RunDir
 from tests.local.processes import Command, a_ray, run_folder, state_of
 from tests.unit import given

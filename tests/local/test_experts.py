@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from launcher.errors import RequestError
-from launcher.job.model import ModelSection
-from launcher.prepare.model import measure_model
+from launcher.job.schema import ModelSection
+from launcher.prepare.model_facts import measure_model
 from launcher.token_store import TokenStore
 from launcher.worker.batches import IGNORED, SampleOrder, Share, micro_batches
 from launcher.worker.experts import gather_experts_together

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from launcher.errors import RunFailed
-from launcher.plan.model import Plan
+from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
 from launcher.worker.exporter import fill
 from tests.local.harness import fine_tuned, logs, merged, plan_of, run_directory, run_ranks

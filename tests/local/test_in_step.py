@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from launcher.fleet.failure import first_failure
-from launcher.plan.rate import planned_rates
+from launcher.fleet.failures import first_failure
+from launcher.plan.learning_rate import planned_rates
 from tests.local.harness import fine_tuned, logs, merged, plan_of, run_directory, run_ranks
 
 pytestmark = pytest.mark.local

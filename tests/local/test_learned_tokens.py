@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from launcher.prepare.conversations import Reason
 from launcher.prepare.encode import Encoder
-from launcher.prepare.formats import Example, Reader
+from launcher.prepare.row_formats import Example, Reader
 from launcher.prepare.row_values import BadRow
 from launcher.prepare.template_environment import DATE
-from tests.unit.chats import MARKERS, TEMPLATES, call, chat, template, tool
+from tests.unit.prepare.chats import MARKERS, TEMPLATES, call, chat, template, tool
 
 pytestmark = pytest.mark.local
 

@@ -16,7 +16,7 @@ from launcher.ds_config.target import Device
 from launcher.errors import RequestError
 from launcher.prepare.machine import missing_packages
 from tests.local.deepspeed_truth import NOT_COMPILED, WORLD_SIZE
-from tests.unit.ds_rows import FINE, REFUSED
+from tests.unit.ds_config.failing_jsons import FINE, REFUSED
 
 pytestmark = pytest.mark.local
 

@@ -13,8 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launcher.plan.model import Plan
 from launcher.plan.resume import Start
+from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir, read_manifest
 from launcher.token_store import TokenStore
 from launcher.worker.export import export_model

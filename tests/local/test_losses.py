@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launcher.plan.model import Plan
+from launcher.plan.schema import Plan
 from launcher.token_store import TokenStore
 from launcher.worker.batches import IGNORED
 from launcher.worker.loss import summed_loss

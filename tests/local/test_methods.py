@@ -12,13 +12,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.errors import RequestError
-from launcher.job.model import ModelSection
-from launcher.methods import choose_trained
-from launcher.plan.model import Plan
-from launcher.plan.rate import planned_rates
+from launcher.job.schema import ModelSection
+from launcher.plan.learning_rate import planned_rates
 from launcher.plan.resume import Start
+from launcher.plan.schema import Plan
 from launcher.prepare.model_sizes import whole_attention
 from launcher.run_dir import RunDir
+from launcher.trainable import choose_trained
 from launcher.worker import scheduler
 from launcher.worker.batches import SampleOrder, Share, TokenStore, micro_batches
 from launcher.worker.checkpoint import Checkpoints, Progress

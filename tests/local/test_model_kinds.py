@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.errors import RequestError
-from launcher.job.model import ModelSection
+from launcher.job.schema import ModelSection
 from launcher.plan.facts import ModelFacts
-from launcher.prepare.model import measure_model
+from launcher.prepare.model_facts import measure_model
 from launcher.prepare.probe import probe
 from launcher.prepare.shrink import shrunk
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from launcher.plan.resume import Start
 from launcher.run_dir import RunDir, read_manifest
-from launcher.worker.soundness import UnsoundWeights, check_weights, held_by_rank
+from launcher.worker.finite_weights import UnsoundWeights, check_weights, held_by_rank
 from tests.local.harness import fine_tuned, logs, merged, plan_of, run_ranks
 from tests.local.processes import Command, run_folder, write_job
-from tests.unit.given import command
+from tests.unit.inputs import command
 
 pytestmark = pytest.mark.local
 

@@ -8,7 +8,7 @@ import pytest
 from launcher.run_dir import RunDir
 from tests.local.harness import merged
 from tests.local.processes import Command, run_folder, updates_made, write_job
-from tests.unit.given import command
+from tests.unit.inputs import command
 
 pytestmark = pytest.mark.local
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from launcher.plan.model import Plan
-from launcher.plan.rate import planned_rates
+from launcher.plan.learning_rate import planned_rates
+from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
 from tests.local.harness import fine_tuned, merged, plan_of, run_directory, run_ranks
 from tests.local.processes import Command

@@ -12,7 +12,7 @@ import pytest
 from launcher.cli.console import RunConsole
 from launcher.cli.resume import rest_of
 from launcher.errors import RequestError
-from launcher.plan.rate import planned_rates
+from launcher.plan.learning_rate import planned_rates
 from launcher.prepare.universal import make_universal
 from launcher.run_dir import RunDir, universal_folder, write_atomic
 from tests.local.harness import fine_tuned, logs, merged, plan_of, run_ranks

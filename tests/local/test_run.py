@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
-from launcher.plan.model import Plan
+from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
 from tests.local.harness import fine_tuned, merged, plan_of
 from tests.local.processes import Command, a_ray, run_folder, state_of, updates_made, write_job

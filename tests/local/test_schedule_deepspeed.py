@@ -23,7 +23,7 @@ from launcher.schedule.curve import (
     rate_at,
     rates,
 )
-from launcher.schedule.replica import simulate_deepspeed
+from launcher.schedule.deepspeed_schedulers import simulate_deepspeed
 
 pytestmark = pytest.mark.local
 

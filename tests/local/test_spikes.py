@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.plan.model import Plan
-from launcher.plan.rate import planned_rates
+from launcher.plan.learning_rate import planned_rates
 from launcher.plan.resume import Start
+from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir, read_manifest
 from tests.local.harness import WORKER, logs, merged, plan_of, run_directory, run_ranks
 

@@ -20,8 +20,8 @@ from launcher.prepare.sources import DataSource
 from launcher.prepare.tokenise import TextRequest, tokenise
 from launcher.token_store import TokenStore
 from tests.tiny import make_tiny_tokenizer
-from tests.unit.chats import TEMPLATES, call, chat, tool
-from tests.unit.given import model_facts
+from tests.unit.inputs import model_facts
+from tests.unit.prepare.chats import TEMPLATES, call, chat, tool
 
 pytestmark = pytest.mark.local
 

@@ -17,13 +17,13 @@ from tests.local import processes
 from tests.local.harness import merged
 from tests.local.processes import Command, run_folder, updates_made, write_job
 from tests.patience import PATIENCE_SECONDS
-from tests.unit.given import command
+from tests.unit.inputs import command
 
 pytestmark = pytest.mark.local
 
 REPOSITORY = Path(__file__).parents[2]
 RAISING = (
-    "import launcher.fleet.supervisor as s; s.WORKER = ('-m', 'tests.local.raising_worker'); "
+    "import launcher.runs.supervisor as s; s.WORKER = ('-m', 'tests.local.raising_worker'); "
     "from launcher.cli import main; main()"
 )
 HOST = socket.gethostname()

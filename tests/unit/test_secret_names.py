@@ -9,11 +9,11 @@ import pytest
 from launcher.errors import RequestError
 from launcher.fleet.environment import forwarded_environment
 from launcher.job import read_job, validate_job
-from launcher.planning import check_job
+from launcher.runs.planning import check_job
 from launcher.secret_names import is_secret
-from tests.unit.given import job_of, write_folder
-from tests.unit.test_submit_ray import refused as refused_by_ray
-from tests.unit.test_submit_slurm import request_of
+from tests.unit.inputs import job_of, write_folder
+from tests.unit.slurm.test_submit import request_of
+from tests.unit.test_ray_jobs import refused as refused_by_ray
 
 SECRETS = [
     "HF_TOKEN",

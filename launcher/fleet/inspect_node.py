@@ -1,0 +1,75 @@
+"""What one node has and sees, looked at by its agent before ranks are started."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.fleet.process import finished
+from launcher.plan.packages import MONITORS_AND_OPTIMIZERS
+from launcher.prepare.machine import installed_versions, measure_machine, missing_packages
+from launcher.run_dir import RunDir
+
+# A network file system may go on saying for some seconds that a file is not there once it has been asked too early.
+_APPEAR_SECONDS = 10.0
+_REHEARSAL = ("-P", "-m", "launcher.worker.collective_check")
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """A node's versions, devices and room; `unwritable` says why it cannot write to the run directory.
+
+    `missing`: of the packages that a DeepSpeed JSON can need, those that are not installed.
+    """
+
+    versions: dict[str, str]
+    gpus: int
+    gpu_name: str
+    free_bytes: int
+    unwritable: str | None
+    nvcc: bool = True
+    missing: frozenset[str] = frozenset()
+
+
+def look(run_dir: str, mark: str) -> NodeFacts:
+    """This node's facts. Leaves the file `mark` in the run directory, for the other nodes to see."""
+    machine = measure_machine()
+    unwritable, free = None, 0
+    try:
+        (RunDir(Path(run_dir)).marks / mark).write_text(mark)
+        free = shutil.disk_usage(run_dir).free
+    except OSError as error:
+        unwritable = f"{type(error).__name__}: {error.strerror or error}"
+    missing = missing_packages(MONITORS_AND_OPTIMIZERS)
+    return NodeFacts(installed_versions(), machine.gpus, machine.device_name, free, unwritable, _has_nvcc(), missing)
+
+
+def _has_nvcc() -> bool:
+    """Whether DeepSpeed would find a CUDA compiler, as torch looks for one."""
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    return bool(shutil.which("nvcc")) or any((Path(home) / "bin" / "nvcc").exists() for home in homes if home)
+
+
+def unseen(run_dir: str, marks: Sequence[str]) -> list[str]:
+    """Those of the marks that are not in the run directory as this node sees it."""
+    folder, deadline = RunDir(Path(run_dir)).marks, time.monotonic() + _APPEAR_SECONDS
+    missing = list(marks)
+    while True:
+        missing = [mark for mark in missing if not (folder / mark).is_file()]
+        if not missing or time.monotonic() > deadline:
+            return missing
+        time.sleep(0.1)
+
+
+def rehearse(environment: Mapping[str, str], timeout_seconds: float) -> str | None:
+    """One small all-reduce with the other nodes, in a process of its own. None, or what went wrong."""
+    code, output = finished((sys.executable, *_REHEARSAL), environment, timeout_seconds)
+    if code == 0:
+        return None
+    lines = [line for line in output.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else f"it ended with {code}"

@@ -1,0 +1,376 @@
+"""The supervisor: brings a planned run through its states, from placing its nodes to its end."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.markup import escape
+
+from launcher.errors import FailureCode, RunFailed, first_line, known_code
+from launcher.first_failure import (
+    LOG_LINES,
+    Place,
+    code_of_collective,
+    fell,
+    only_timed_out,
+    raised_at,
+    said,
+    timed_out_headline,
+)
+from launcher.fleet.agent import Event, NodeTask
+from launcher.fleet.environment import rank_environment
+from launcher.fleet.failures import Failure, all_failures, first_failure, in_order
+from launcher.fleet.nodes import Needs, Node, Nodes, address_of
+from launcher.fleet.preflight import NodeCheck, Wanted, preflight, refuse, room_bytes
+from launcher.fleet.ray_head import RayHead, head_of_this_ray
+from launcher.plan.packages import needed_packages
+from launcher.plan.resume import Start
+from launcher.plan.schema import Plan
+from launcher.run_dir import RunDir
+from launcher.tail import Tail, last_lines, untimed
+
+_GRACE_SECONDS = 5.0
+_SETTLE_SECONDS = 1.0
+# Ray's health checks take some fifteen seconds to give a silent node up.
+_LOST_NODE_SECONDS = 30.0
+_STOP_GRACE_SECONDS = 0.0
+_TOLD = {
+    "outlier": "one odd update",
+    "spike": "a spike",
+    "warmup_extended": "the learning rate yields",
+    "not_extended": "the warm-up stays",
+}
+WORKER = ("-P", "-m", "launcher.worker")
+
+
+class Console(Protocol):
+    """Who is told how the run goes."""
+
+    def state(self, name: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def preflight(self, checks: list[NodeCheck]) -> None: ...
+
+    def update(self, metrics: dict[str, Any]) -> None: ...
+
+    def evaluation(self, evaluation: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: "finished", or "stopped" after `updates` updates; by itself if there is a reason, with its code.
+
+    `updates` is None where a script did not report any.
+    """
+
+    state: str
+    updates: int | None
+    reason: str | None = None
+    code: FailureCode | None = None
+
+
+class RayLost(RunFailed):
+    """Ray's head process is gone."""
+
+    code = FailureCode.RAY_LOST
+
+
+class Supervisor:
+    """Carries out one plan in one run directory."""
+
+    stops_by = "stopping after this update, then saving"
+
+    def __init__(self, plan: Plan, plan_file: Path, run: RunDir, console: Console) -> None:
+        self.plan_file = plan_file
+        self.plan, self.run_dir, self.console = plan, run, console
+        self.nodes = Nodes(Needs.of(plan.world), console.note)
+        self.events: list[Event] = []
+        self.stop_signal = 0
+        self.phase: str | None = None
+        self._head: RayHead | None = None
+        self._logged: dict[int, Failure] = {}
+        self._metrics, self._evaluations = Tail(run.metrics_file), Tail(run.evaluations_file)
+
+    def run(self, start: Start | None = None) -> Outcome:
+        """Places, starts and follows the ranks until all have ended well. Raises RunFailed where one has not.
+
+        Whatever way it ends, nothing of the run is left behind.
+        """
+        if start is not None:
+            self._metrics.skip()
+            self._evaluations.skip()
+        try:
+            self.place()
+            self.start(start)
+            outcome = self.follow()
+        except RayLost:
+            # Nothing can be given back: every call would wait until Ray ends this process, and the agents are gone.
+            raise
+        except BaseException:
+            self._give_back_after_failure()
+            raise
+        self._give_back()
+        return outcome
+
+    def _give_back(self) -> None:
+        try:
+            self.nodes.end(_GRACE_SECONDS if not self.stopping else _STOP_GRACE_SECONDS)
+        finally:
+            self.nodes.close()
+
+    def _give_back_after_failure(self) -> None:
+        """Gives the nodes back. What goes wrong with that is printed: the failure before it is the one that counts."""
+        with self._noted("the nodes could not be given back"):
+            self._give_back()
+
+    @contextmanager
+    def _noted(self, what: str) -> Iterator[None]:
+        """Prints what goes wrong inside the block, which happens after a failure and must not hide it."""
+        try:
+            yield
+        except Exception as error:
+            self.console.note(f"          {what}: {escape(first_line(error))}")
+
+    def place(self) -> None:
+        self.enter("placing")
+        address = address_of(self.plan.job.cluster.address)
+        self.nodes.connect(address)
+        self._head = head_of_this_ray(own=address == "local")
+        for rank, node in enumerate(self.nodes.place(self.plan.job.cluster.wait_seconds)):
+            self.run_dir.event(
+                "node",
+                node_rank=rank,
+                host=node.host,
+                address=node.address,
+                interface=node.interface,
+                gpus=list(node.gpus),
+                clock_offset_seconds=node.clock_offset_seconds,
+            )
+
+    def start(self, start: Start | None) -> None:
+        self.enter("starting")
+        self.check_nodes()
+        self.provide_data()
+        self.nodes.start([self._task(rank, node) for rank, node in enumerate(self.nodes.nodes)])
+        rendezvous = {"MASTER_ADDR": self._master(), "MASTER_PORT": str(self.nodes.free_port(0))}
+        rendezvous |= {"LAUNCHER_PLAN": str(self.plan_file), "LAUNCHER_PLAN_SHA256": self.plan.sha256}
+        self.nodes.order(go={"env": rendezvous, "start": start.model_dump() if start else None})
+
+    def check_nodes(self) -> None:
+        """Looks at the nodes before anything is started on them. Raises RunFailed, naming each that will not do."""
+        versions = self.plan.machine.versions
+        packages = needed_packages(self.plan.ds_config)
+        env = self.plan.job.cluster.env
+        wanted = Wanted(self.plan.world, versions, self._room_bytes(), os.environ, env, packages)
+        checks = preflight(self.nodes, wanted, self.run_dir)
+        self.console.preflight(checks)
+        refuse(checks)
+
+    def follow(self) -> Outcome:
+        """Hears the ranks until the last has ended."""
+        ended: dict[int, int] = {}
+        for event in self._heard():
+            if event["report"] == "phase":
+                self._phase(event)
+            elif event["report"] == "event":
+                self._write_down(event)
+            elif event["report"] == "exit":
+                ended[event["rank"]] = event["code"]
+            if first_failure([event]):
+                self._fail()
+            if len(ended) == self.plan.world.size:
+                break
+        self._show_progress()
+        stops = [event for event in self.events if event["report"] == "stopped"]
+        if stops:
+            return Outcome("stopped", stops[0]["update"], stops[0]["reason"], known_code(stops[0].get("code")))
+        return Outcome("finished", self.plan.length.total_updates)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a stop was asked for."""
+        return self.stop_signal != 0
+
+    def request_stop(self, signal_number: int) -> bool:
+        """Has the ranks stop after the update they are at, because of a signal. False where they do not train yet."""
+        if self.phase is None:
+            return False
+        self.stop_signal = signal_number
+        return True
+
+    def enter(self, state: str, **details: Any) -> None:
+        """Writes the state down and shows it."""
+        self.run_dir.enter(state, **details)
+        self.console.state(state)
+
+    def _heard(self) -> Iterator[Event]:
+        """Every event of the ranks, as it comes; shows progress meanwhile and passes a stop on."""
+        told_to_stop = False
+        while True:
+            heard = self.nodes.events(timeout_seconds=0.5)
+            # All at once: whoever stops listening at one of them has heard the others as well.
+            self.events += heard
+            yield from heard
+            self._show_progress()
+            self._check_head()
+            if self.stopping and not told_to_stop:
+                told_to_stop = True
+                self.nodes.order(stop=True)
+
+    def _check_head(self) -> None:
+        """Raises RayLost if Ray's head process is gone, once that is written down: Ray may end this process soon."""
+        if self._head is None or not self._head.gone():
+            return
+        error = RayLost(f"Ray's head process (gcs_server) at {self._head.address} no longer answers")
+        with self._noted("the failure could not be written to the run directory"):
+            self.run_dir.enter("failed", reason=str(error), message=str(error), code=error.code)
+        raise error
+
+    def _show_progress(self) -> None:
+        for line in self._evaluations.new():
+            self.console.evaluation(line)
+        for line in self._metrics.new():
+            self._show_update(line)
+
+    def _show_update(self, line: dict[str, Any]) -> None:
+        self.console.update(line)
+
+    def _phase(self, event: Event) -> None:
+        if event["phase"] == "loading":
+            return
+        self.phase = event["phase"]
+        self._show_progress()
+        self.enter(event["phase"], update=event["update"])
+
+    def _write_down(self, event: Event) -> None:
+        """What the first rank has to tell; one writer keeps the lines of events.jsonl whole on every file system."""
+        kind, details = event["event"], event["details"]
+        self.run_dir.event(kind, **details)
+        if kind in _TOLD:
+            self.console.note(f"          {_TOLD[kind]}: {details.get('reason', details)}")
+
+    def _room_bytes(self) -> int:
+        return room_bytes(self.plan)
+
+    def provide_data(self) -> None:
+        """Sees to it that every node has the plan, the model and the data. Raises RunFailed."""
+        data = self.plan.data
+        prepared = [self.plan.model.folder, data.train.folder, *([data.eval.folder] if data.eval else [])]
+        self.nodes.check_sees([str(self.plan_file)])
+        self.nodes.provide(self.plan, prepared)
+        self.nodes.check_sees(prepared)
+
+    def _fail(self) -> None:
+        """Ends all ranks and raises RunFailed, which names the first that failed, once late news has settled."""
+        self._settle()
+        self._show_progress()
+        failures = self._failures()
+        with self._noted("the ranks could not be ended"):
+            self.nodes.end(_GRACE_SECONDS)
+        with self._noted(f"the failure could not be written to {self.run_dir.events_file}"):
+            self._write_failures(failures)
+        raise RunFailed(self._tell(failures), code=failures[0].code)
+
+    def _write_failures(self, failures: Sequence[Failure]) -> None:
+        first, nodes = failures[0], self.nodes.nodes
+        self.run_dir.event(
+            "failure",
+            rank=first.rank,
+            node_rank=first.node_rank,
+            host=nodes[first.node_rank].host,
+            how=first.how,
+            exit_code=first.exit_code,
+            code=first.code,
+            error=first.error,
+            failures=[{**asdict(each), "host": nodes[each.node_rank].host} for each in failures],
+        )
+
+    def _settle(self) -> None:
+        """Hears late news: for longer while all that failed only lost a peer, since a node's end is noticed late."""
+        began = time.monotonic()
+        while True:
+            waited = time.monotonic() - began
+            only_fell = all(fell(failure) for failure in self._failures())
+            exits = sum(event["report"] == "exit" for event in self.events)
+            if waited >= (_LOST_NODE_SECONDS if only_fell and exits < self.plan.world.size else _SETTLE_SECONDS):
+                return
+            self.events += self.nodes.events(_SETTLE_SECONDS / 2)
+
+    def _failures(self) -> list[Failure]:
+        found = all_failures(self.events, [node.clock_offset_seconds for node in self.nodes.nodes])
+        return [_with_code(failure) for failure in in_order(map(self._with_log, found))]
+
+    def _with_log(self, failure: Failure) -> Failure:
+        """With what the log ends with, where the rank has told nothing: a script, or one that C++ ended."""
+        rank = failure.rank
+        if rank is None or failure.error:
+            return failure
+        if rank not in self._logged:
+            lines = last_lines(self._rank_log(rank, failure.node_rank), LOG_LINES)
+            error, traceback = said(untimed(lines), failure.exit_code)
+            raised = raised_at(lines, failure.exit_code)
+            ahead = self.nodes.nodes[failure.node_rank].clock_offset_seconds
+            time = failure.time if raised is None else min(failure.time, round(raised - ahead, 3))
+            self._logged[rank] = replace(failure, error=error, traceback=traceback, time=time)
+        return self._logged[rank]
+
+    def _tell(self, failures: Sequence[Failure]) -> str:
+        failure = failures[0]
+        node = f"node {failure.node_rank} ({self.nodes.nodes[failure.node_rank].host})"
+        if failure.rank is None:
+            return f"{node} is lost: {failure.how}"
+        if only_timed_out(failures):
+            head = timed_out_headline(self._absent(failures))
+        else:
+            head = f"rank {failure.rank} on {node} failed first, with {failure.how}"
+            head += f": {failure.error}" if failure.error else ""
+        log = self._rank_log(failure.rank, failure.node_rank)
+        tail = "\n".join(f"    {line}" for line in last_lines(log, 20))
+        return f"{head}\n  the end of {log}:\n{tail}"
+
+    def _absent(self, failures: Sequence[Failure]) -> list[Place]:
+        """The ranks that did not fail."""
+        world, failed = self.plan.world, {failure.rank for failure in failures}
+        nodes = [(rank, rank // world.processes_per_node) for rank in range(world.size) if rank not in failed]
+        return [Place(rank, node, self.nodes.nodes[node].host) for rank, node in nodes]
+
+    def _task(self, node_rank: int, node: Node) -> NodeTask:
+        world = self.plan.world
+        return NodeTask(
+            node_rank=node_rank,
+            first_rank=node_rank * world.processes_per_node,
+            processes=world.processes_per_node,
+            world_size=world.size,
+            run_dir=str(self.run_dir.path),
+            log_folder=str(self._log_folder(node_rank, node)),
+            environment=self._environment(node),
+            address=node.address,
+            interface=node.interface,
+            arguments=WORKER,
+        )
+
+    def _environment(self, node: Node) -> dict[str, str]:
+        return rank_environment(self.plan.world, node.interface, os.environ, self.plan.job.cluster.env)
+
+    def _master(self) -> str:
+        return "127.0.0.1" if self.plan.world.nodes == 1 else self.nodes.nodes[0].address
+
+    def _log_folder(self, node_rank: int, node: Node) -> Path:
+        return self.run_dir.node_logs(node_rank, node.host)
+
+    def _rank_log(self, rank: int, node_rank: int) -> Path:
+        return self._log_folder(node_rank, self.nodes.nodes[node_rank]) / f"rank-{rank}.log"
+
+
+def _with_code(failure: Failure) -> Failure:
+    """With the code of a collective that failed, if nothing else is known of the failure."""
+    if failure.code is not FailureCode.UNKNOWN:
+        return failure
+    return replace(failure, code=code_of_collective(failure))

@@ -1,0 +1,54 @@
+"""A container around the launcher on a node: what srun or apptainer is told, so that it sees the job as outside."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from launcher.errors import Problem, RequestError
+from launcher.job.schema import SlurmSection
+
+
+def container_words(slurm: SlurmSection, cwd: Path, folders: Iterable[Path]) -> tuple[list[str], list[str]]:
+    """What srun is told about the container, and the launcher as it is called on a node.
+
+    The launcher starts in `cwd`, as without a container, and finds `cwd` and `folders` at their own paths. Raises
+    RequestError where one of them cannot be mounted.
+    """
+    if slurm.container is None:
+        return [], ["launcher"]
+    image, users = _home(slurm.container), [_home(mount) for mount in slurm.container_mounts]
+    mounts = ",".join([*(f"{folder}:{folder}" for folder in _own_mounts([cwd, *folders], users)), *users])
+    if slurm.container_runtime == "apptainer":
+        binding = ["--bind", mounts] if mounts else []
+        return [], ["apptainer", "exec", "--nv", "--pwd", str(cwd), *binding, image, "launcher"]
+    mounted = [f"--container-mounts={mounts}"] if mounts else []
+    return [f"--container-image={image}", f"--container-workdir={cwd}", *mounted], ["launcher"]
+
+
+def _own_mounts(folders: Iterable[Path], users: Iterable[str]) -> list[Path]:
+    """Those folders that neither the user mounts nor another one of them holds."""
+    # /outside:/inside:ro, or /both
+    inside = [Path([*mount.split(":"), mount][1]) for mount in users]
+    found: list[Path] = []
+    for folder in sorted({Path(os.path.normpath(folder)) for folder in folders}):
+        if not any(folder.is_relative_to(other) for other in (*inside, *found)):
+            _check(folder)
+            found.append(folder)
+    return found
+
+
+def _check(folder: Path) -> None:
+    if folder == Path("/"):
+        found = "the root of the file system would be mounted over the container's own"
+    elif set(",:") & set(str(folder)):
+        found = f"{folder} holds a comma or a colon, which divide mounts from each other"
+    else:
+        return
+    hint = "submit from another folder, with the job file and output_dir in others, or name a mount of your own"
+    raise RequestError(Problem(found, key="slurm.container_mounts", hint=hint))
+
+
+def _home(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path

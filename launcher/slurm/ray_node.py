@@ -1,0 +1,161 @@
+"""A Ray of one's own on a node of an allocation: started with ports of its own, ended by process id."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import IO
+
+import psutil
+
+from launcher.errors import FailureCode, RunFailed
+from launcher.fleet.network import free_ports
+from launcher.fleet.nodes import NODE_LABEL, OBJECT_STORE_BYTES
+from launcher.fleet.ray_folder import RayFolder
+from launcher.slurm.allocation import Allocation
+
+_TRIES = 3
+_UP_SECONDS = 90.0
+_END_SECONDS = 10.0
+_LOG_SECONDS = 3.0
+_UP = "Ray runtime started"
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_prestart_worker_first_driver": "false",
+    # Where a node's memory is nearly full, as with what ZeRO offloads, Ray would kill its only worker, the agent.
+    "RAY_memory_monitor_refresh_ms": "0",
+}
+_PORT_OPTIONS = (
+    "--node-manager-port",
+    "--object-manager-port",
+    "--dashboard-agent-listen-port",
+    "--dashboard-agent-grpc-port",
+    "--runtime-env-agent-port",
+    "--metrics-export-port",
+)
+_HEAD_PORT_OPTIONS = ("--ray-client-server-port", "--dashboard-port")
+
+
+class OwnRay:
+    """The Ray processes of one node. `address` is that of the whole Ray."""
+
+    def __init__(self, allocation: Allocation, node_address: str, head_address: str | None, log: IO[bytes]) -> None:
+        self._allocation, self._log = allocation, log
+        self._node_address, self._head_address = node_address, head_address
+        self._folder = RayFolder()
+        self._process: subprocess.Popen[bytes] | None = None
+        self.address = head_address or ""
+
+    def start(self) -> None:
+        """Starts the node's part. A port that was taken meanwhile leads to another try. Raises RunFailed."""
+        for attempt in range(_TRIES):
+            ports = free_ports(f"{self._allocation.job_id}-{self._allocation.node}-{attempt}")
+            if self._up(ports):
+                return
+            self._stop()
+        message = f"Ray did not start on {socket.gethostname()} in {_TRIES} tries"
+        raise RunFailed(message, code=FailureCode.RAY_LOST)
+
+    def end(self) -> None:
+        """Ends every process that this started, and removes their files."""
+        self._stop()
+        self._folder.remove()
+
+    def _up(self, ports: Iterator[int]) -> bool:
+        command, head_port = self._command(ports)
+        with _sigterm_blocked():
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **_ENVIRONMENT},
+                start_new_session=True,
+            )
+        up = threading.Event()
+        self._copier = threading.Thread(target=self._copy, args=(self._process.stdout, up), daemon=True)
+        self._copier.start()
+        deadline = time.monotonic() + _UP_SECONDS
+        while not up.wait(0.1):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                return False
+        if self._head_address is None:
+            self.address = f"{self._node_address}:{head_port}"
+        return True
+
+    def _command(self, ports: Iterator[int]) -> tuple[list[str], int]:
+        """`ray start` for this node, and the port that is the head's."""
+        options = {name: str(next(ports)) for name in _PORT_OPTIONS}
+        port = next(ports)
+        if self._head_address is None:
+            options |= {name: str(next(ports)) for name in _HEAD_PORT_OPTIONS} | {"--port": str(port)}
+            options |= {"--include-dashboard": "false", "--dashboard-host": "127.0.0.1"}
+        else:
+            options["--address"] = self._head_address
+        options |= {
+            "--node-ip-address": self._node_address,
+            "--num-cpus": str(self._allocation.cpus),
+            "--num-gpus": str(self._allocation.gpus),
+            "--labels": f"{NODE_LABEL}={self._allocation.node}",
+            "--object-store-memory": str(OBJECT_STORE_BYTES),
+            "--temp-dir": str(self._folder.ray),
+            # 0: whatever is free. Ray's own range is the same for every Ray on a node.
+            "--min-worker-port": "0",
+            "--max-worker-port": "0",
+        }
+        head = ["--head"] if self._head_address is None else []
+        given = [f"{name}={value}" for name, value in options.items()]
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+        return [*ray, "--log-color=false", *head, *given], port
+
+    def _copy(self, source: IO[bytes] | None, up: threading.Event) -> None:
+        assert source is not None
+        with source:
+            for line in source:
+                self._log.write(line)
+                self._log.flush()
+                if _UP.encode() in line:
+                    up.set()
+
+    def _stop(self) -> None:
+        """Kills what was started, by process id: none of it takes SIGTERM, and nothing of it is needed any more."""
+        if self._process is None:
+            return
+        started = _below(self._process.pid)
+        self._process.kill()
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()
+        psutil.wait_procs(started, timeout=_END_SECONDS)
+        # The log is closed by whoever opened it, once everything is in it.
+        self._copier.join(_LOG_SECONDS)
+        self._process = None
+
+
+@contextlib.contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Blocks SIGTERM for what is started inside the block, and for all that this starts in turn.
+
+    Slurm's scancel and requeue send SIGTERM to every process of a job's tasks at once. Ray's processes and the ranks
+    would end, where the run is to save first; the launcher alone takes the signal, and ends the others itself.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _below(pid: int) -> list[psutil.Process]:
+    try:
+        return list(psutil.Process(pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []

@@ -1,0 +1,70 @@
+"""Sequences that several ranks share (DeepSpeed's Ulysses): each has its part of the positions, attention is exchanged.
+
+Ulysses: arXiv 2309.14509; for transformers: arXiv 2506.13996.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from launcher.plan.schema import Plan, World
+from launcher.worker.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which of `size` equal parts of every sequence is this rank's."""
+
+    index: int = 0
+    size: int = 1
+
+    def cut(self, tensor: torch.Tensor, padding: int) -> torch.Tensor:
+        """This rank's columns of [sequences, length], which is first padded to a multiple of `size`."""
+        whole = functional.pad(tensor, (0, -tensor.shape[1] % self.size), value=padding)
+        return whole.chunk(self.size, dim=1)[self.index].contiguous()
+
+
+WHOLE = Part()
+
+
+def part_of(world: World, ranks: Ranks) -> Part:
+    """The part of this rank: ranks in a row share their sequences."""
+    return Part(ranks.rank % world.sequence_parallel_size, world.sequence_parallel_size)
+
+
+def exchange_attention(plan: Plan, model: Any) -> Any:
+    """Has attention in this process gather whole sequences; the groups of ranks that deepspeed.initialize asks for.
+
+    None where every rank has sequences of its own.
+    """
+    size = plan.world.sequence_parallel_size
+    if size == 1:
+        return None
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    text = model.config.get_text_config()
+    if getattr(text, "head_dim", 0) is None:
+        # Some configs leave it to the model to divide; DeepSpeed takes the None for the number.
+        text.head_dim = text.hidden_size // text.num_attention_heads
+    return UlyssesSPAttentionHF.register_with_transformers(
+        model_name_or_path=model,
+        core_attn_implementation=model.config._attn_implementation,
+        sequence_parallel_size=size,
+        micro_batch_size=plan.train_micro_batch_size_per_gpu,
+        seq_length_is_variable=True,
+    )
+
+
+def averaged_over(plan: Plan) -> int:
+    """By how much DeepSpeed divides the sum of all ranks' gradients.
+
+    Stages 0 to 2 divide by the groups that share sequences, and not at all where the JSON asks for sums; stage 3's
+    reduce-scatter divides by all ranks (runtime/engine.py and runtime/comm/coalesced_collectives.py of 0.19.8).
+    """
+    if str(plan.ds_config.get("gradient_allreduce_op", "")).lower() == "sum":
+        return 1
+    return plan.world.size if plan.zero_stage == 3 else plan.world.data_parallel_size

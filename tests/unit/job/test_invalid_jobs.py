@@ -1,0 +1,520 @@
+"""Bad jobs, each with the words that its message must hold; nothing is started and nothing is left behind."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.ds_config.catalogue import load_catalogue
+from tests.unit.inputs import JOB, command, data_facts, model_facts, remember, write_folder
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A job file's text, overrides and extra files, and what the error must say."""
+
+    id: str
+    says: tuple[str, ...] | str
+    text: str | bytes = JOB
+    overrides: tuple[str, ...] = ()
+    files: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """A job that only the measured model or data show to be wrong."""
+
+    id: str
+    says: tuple[str, ...] | str
+    text: str = ""
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+def with_model(value: str) -> str:
+    return JOB.replace("{name_or_path: model}", value)
+
+
+def with_data(value: str) -> str:
+    return JOB.replace("{train: data/train.jsonl}", value)
+
+
+def with_cluster(value: str) -> str:
+    return JOB.replace("{gpus_per_node: 0, processes_per_node: 4}", value)
+
+
+SHAPE_OF_FILE = [
+    Bad("empty file", ("job.yaml: a job file is a mapping", "found nothing", "launcher init"), text=""),
+    Bad("only comments", ("found nothing", "launcher init"), text="# model:\n# data:\n"),
+    Bad("list at top", ("a job file is a mapping", "found a list"), text="- model\n- data\n"),
+    Bad("one word", ("a job file is a mapping", "found text"), text="fine-tune\n"),
+    Bad(
+        "tab",
+        ("job.yaml:5: not valid YAML", "'\\t'", "spaces, not tabs"),
+        text=JOB + "train:\n\tmax_steps: 3\n",
+    ),
+    Bad("brace left open", ("job.yaml:5: not valid YAML", "expected ',' or '}'"), text=JOB + "train: {max_steps: 3\n"),
+    Bad(
+        "quote left open",
+        ("job.yaml:5: not valid YAML", "while scanning a quoted scalar"),
+        text=JOB + "output_dir: 'runs\n",
+    ),
+    Bad("two documents", ("job.yaml:4", "expected a single document"), text=JOB + "---\nname: b\n"),
+    Bad("holds itself", ("job.yaml", "a value holds itself"), text="model: &m {name_or_path: *m}\n"),
+    Bad("no such date", ("job.yaml", "month must be in 1..12", "quotes"), text=JOB + "name: 2026-13-45\n"),
+    Bad("control character", ("job.yaml:4", "U+0007", "remove it"), text=JOB + "name: a\x07b\n"),
+    Bad("not UTF-8", ("job.yaml: not UTF-8 text", "byte 0"), text=b"\xff\xfea: b"),
+    Bad(
+        "duplicated section", ("job.yaml:4: data is given twice", "line 2", "keep one"), text=JOB + "data: {train: x}\n"
+    ),
+    Bad(
+        "duplicated key",
+        ("job.yaml:6: max_steps is given twice", "line 5"),
+        text=JOB + "train:\n  max_steps: 3\n  max_steps: 4\n",
+    ),
+    Bad("python tag", ("job.yaml:4: not valid YAML", "python/object"), text=JOB + "name: !!python/object:os.x {}\n"),
+]
+
+KEYS = [
+    Bad(
+        "misspelt section", ("job.yaml:4: schedul: there is no such key", "did you mean schedule?"), JOB + "schedul: {}"
+    ),
+    Bad(
+        "misspelt key",
+        ("job.yaml:5: train.max_stps: there is no such key", "did you mean max_steps?"),
+        text=JOB + "train:\n  max_stps: 3\n",
+    ),
+    Bad(
+        "misspelt key in a list of sections",
+        ("job.yaml:7: schedule.segments.0.kid: there is no such key", "did you mean kind?", "kind: this key is needed"),
+        text=JOB + "schedule:\n  shape: compound\n  segments:\n  - {kid: linear, until: 1.0, to: 0}\n",
+    ),
+    Bad("section's key at the top", ("job.yaml:4: seed", "it belongs in train.seed"), text=JOB + "seed: 3\n"),
+    Bad("key in the wrong section", ("train.peak_lr", "belongs in schedule.peak_lr"), JOB + "train: {peak_lr: 1e-5}\n"),
+    Bad("dotted key", ("train.max_steps: there is no such key", "max_steps under train"), JOB + "train.max_steps: 3\n"),
+    Bad("number as a key", ("job.yaml:4: 1: a key must be text, found 1"), text=JOB + "1: 2\n"),
+    Bad("unlike any key", ("train.zzz", "valid here: num_train_epochs, max_steps"), JOB + "train: {zzz: 3}\n"),
+    Bad("no model", ("model: this key is needed", "name_or_path"), text="data: {train: data/train.jsonl}\n"),
+    Bad("no data", ("data: this key is needed", "train, eval"), text="model: {name_or_path: model}\n"),
+    Bad("no training data", ("job.yaml:2: data.train: this key is needed", "jsonl"), with_data("{eval: 0.1}")),
+    Bad("empty section", ("job.yaml:4: train: must be a mapping of keys, found nothing"), text=JOB + "train:\n"),
+]
+
+
+def value(name: str, text: str, *says: str) -> Bad:
+    """A job with a bad value on line 4."""
+    return Bad(name, ("job.yaml:4", *says), text=JOB + text + "\n")
+
+
+VALUES = [
+    value("yes for a number", "train: {max_steps: yes}", "train.max_steps: must be a whole number, found true"),
+    value("on for a rate", "schedule: {peak_lr: on}", "schedule.peak_lr: must be a number or 'auto', found true"),
+    value("text for a number", "train: {max_steps: lots}", "must be a whole number, found 'lots'"),
+    value("negative", "train: {max_steps: -3}", "must be greater than 0, found -3"),
+    value("zero", "train: {train_batch_size: 0}", "must be greater than 0 or 'auto', found 0"),
+    value("float for an int", "train: {max_steps: 2.5}", "must be a whole number, found 2.5"),
+    value("not a number", "schedule: {peak_lr: .nan}", "must be a finite number or 'auto', found nan"),
+    value("infinite", "train: {num_train_epochs: .inf}", "must be a finite number, found inf"),
+    value("infinite as text", "train: {weight_decay: '1e999'}", "must be a finite number"),
+    value("number for a switch", "export: 3", "export: must be true or false, found 3"),
+    value("seed too large", "train: {seed: 4294967296}", "train.seed: must be less than 4294967296"),
+    value(
+        "both lengths", "train: {num_train_epochs: 3, max_steps: 9}", "num_train_epochs and max_steps are both given"
+    ),
+    value("beta of one", "train: {betas: [0.9, 1.0]}", "betas must lie in [0, 1), found [0.9, 1.0]"),
+    value("one beta", "train: {betas: [0.9]}", "train.betas: it has too few values", "beta1 and beta2"),
+    value("name with a slash", "name: a/b", "must be letters, digits", "found 'a/b'"),
+    value("name with a newline", 'name: "a\\nb"', "must be letters, digits", "found 'a\\nb'"),
+    value("newline in a value", 'output_dir: "runs\\nx"', "output_dir: must be text without line breaks", "'runs\\nx'"),
+    value("empty text", "output_dir: ''", "output_dir: must not be empty"),
+    value("misspelt shape", "schedule: {shape: liner}", "found 'liner'", "did you mean linear?"),
+    value("unknown shape", "schedule: {shape: 7}", "'cosine_restarts' or 'compound', found 7"),
+    value("floor above the peak", "schedule: {floor: 2}", "schedule.floor: must be less than or equal to 1"),
+    value("list for a JSON", "deepspeed: [1]", "deepspeed: must be text or a mapping of keys, found [1]"),
+    Bad(
+        "unknown format",
+        ("job.yaml:2: data.format", "found 'chat'"),
+        with_data("{train: data/train.jsonl, format: chat}"),
+    ),
+    Bad(
+        "messages for a template",
+        ("job.yaml:2: data.chat_template_kwargs", "messages cannot be set for a chat template"),
+        with_data("{train: x, chat_template_kwargs: {messages: []}}"),
+    ),
+    Bad(
+        "learns the first", ("job.yaml:2: data.learn", "must be 'all' or 'last'"), with_data("{train: x, learn: first}")
+    ),
+    Bad("evaluates on all", ("job.yaml:2: data.eval", "less than 1", "found 1.5"), with_data("{train: x, eval: 1.5}")),
+    Bad("length of zero", ("data.max_length: must be greater than 0"), with_data("{train: x, max_length: 0}")),
+    Bad("environment of numbers", ("job.yaml:3: cluster.env.A: must be text, found 1"), with_cluster("{env: {A: 1}}")),
+]
+
+OVERRIDES = [
+    Bad("override without =", ("an override reads section.key=value", "train.max_steps=20"), overrides=("train.x",)),
+    Bad("override without a key", ("an override reads section.key=value", "'=3'"), overrides=("=3",)),
+    Bad(
+        "misspelt override",
+        ("command line: train.max_stps", "did you mean max_steps?"),
+        overrides=("train.max_stps=3",),
+    ),
+    Bad("bad value in an override", ("command line: train.max_steps", "found 'x'"), overrides=("train.max_steps=x",)),
+    Bad("override into a scalar", ("name is 'job' in the job file", "name.x"), overrides=("name.x=1",)),
+    Bad("override of a section", ("command line: train: must be a mapping of keys, found 3",), overrides=("train=3",)),
+    Bad("override with half a list", ("'train.betas=[0.9'", "not valid YAML"), overrides=("train.betas=[0.9",)),
+    Bad(
+        "overrides of two lengths",
+        ("num_train_epochs and max_steps are both given",),
+        overrides=("train.max_steps=20", "train.num_train_epochs=1"),
+    ),
+]
+
+FILES = [
+    Bad(
+        "data file missing",
+        ("job.yaml:2: data.train: no file matches data/trian.jsonl", "did you mean data/train.jsonl?"),
+        with_data("{train: data/trian.jsonl}"),
+    ),
+    Bad("empty glob", ("no file matches data/*.parquet", "looked from"), text=with_data("{train: 'data/*.parquet'}")),
+    Bad("one of two missing", ("no file matches data/b.jsonl"), with_data("{train: [data/train.jsonl, data/b.jsonl]}")),
+    Bad(
+        "two kinds",
+        ("job.yaml:2: data.train: files of one kind are needed, found .csv, .jsonl"),
+        with_data("{train: [data/train.jsonl, data/a.csv]}"),
+        files={"data/a.csv": "text\na\n"},
+    ),
+    Bad(
+        "unknown suffix",
+        ("data/a.xlsx is of no kind", "valid: .jsonl"),
+        with_data("{train: data/a.xlsx}"),
+        files={"data/a.xlsx": "?"},
+    ),
+    Bad(
+        "folder without data",
+        ("data.train: the folder model/sub holds no data", ".csv"),
+        with_data("{train: model/sub}"),
+        files={"model/sub/readme.md": "?"},
+    ),
+    Bad(
+        "evaluation data missing",
+        ("data.eval: no file matches data/held-ot.jsonl", "data/held-out.jsonl?"),
+        with_data("{train: data/train.jsonl, eval: data/held-ot.jsonl}"),
+    ),
+    Bad(
+        "model folder missing",
+        ("job.yaml:1: model.name_or_path: there is no folder modle", "did you mean model?"),
+        with_model("{name_or_path: ./modle}"),
+    ),
+    Bad(
+        "model folder without config",
+        ("data holds no config.json", "not a Hugging Face model"),
+        with_model("{name_or_path: data}"),
+    ),
+    Bad(
+        "folder of a GGUF",
+        ("holds no config.json", "model.gguf_file"),
+        with_model("{name_or_path: gg}"),
+        files={"gg/a.gguf": "GGUF"},
+    ),
+    Bad(
+        "model is a file",
+        ("is a file; a folder is needed", "model.gguf_file"),
+        with_model("{name_or_path: model/config.json}"),
+    ),
+    Bad(
+        "GGUF missing",
+        ("model.gguf_file: there is no b.gguf in gg", "found there: a.gguf"),
+        with_model("{name_or_path: gg, gguf_file: b.gguf}"),
+        files={"gg/a.gguf": "GGUF"},
+    ),
+    Bad("JSON missing", ("job.yaml: deepspeed: there is no file my.json", "looked from"), JOB + "deepspeed: my.json\n"),
+    Bad(
+        "misspelt preset",
+        ("deepspeed: there is no file zero3_cpu_ofload", "did you mean the preset zero3_cpu_offload?"),
+        JOB + "deepspeed: zero3_cpu_ofload\n",
+    ),
+    Bad("unlike any preset", ("presets: zero1, zero2, zero3"), JOB + "deepspeed: qqq\n"),
+    Bad(
+        "broken JSON",
+        ("ds.json:3: not valid JSON"),
+        JOB + "deepspeed: ds.json\n",
+        files={"ds.json": '{\n  "zero_optimization": {},\n  "bf16" {}\n}\n'},
+    ),
+    Bad(
+        "key twice in the JSON",
+        ("ds.json:3: bf16", "stands twice"),
+        JOB + "deepspeed: ds.json\n",
+        files={"ds.json": '{\n"bf16": {},\n"bf16": {}\n}\n'},
+    ),
+    Bad(
+        "output on a file",
+        ("job.yaml: output_dir", "is a file; a folder is needed"),
+        JOB + "output_dir: data/train.jsonl/runs\n",
+    ),
+]
+
+NUMBERS = [
+    Bad(
+        "batch and world size",
+        ("train_batch_size 30 does not divide by world size 4", "28 or 32"),
+        JOB + "train: {train_batch_size: 30}\n",
+    ),
+    Bad(
+        "batch and micro-batch",
+        ("world size 4 x train_micro_batch_size_per_gpu 3 = 12", "24 or 36"),
+        JOB + "train: {train_batch_size: 32, train_micro_batch_size_per_gpu: 3}\n",
+    ),
+    Bad(
+        "batch below the world size",
+        ("does not divide", "the nearest that does: 4"),
+        JOB + "train: {train_batch_size: 2}\n",
+    ),
+    Bad(
+        "all three",
+        ("micro-batch 2 x accumulation 3 x world size 4 = 24", "make it 24", "it comes to 4"),
+        JOB + "train: {train_batch_size: 32, train_micro_batch_size_per_gpu: 2, gradient_accumulation_steps: 3}\n",
+    ),
+    Bad(
+        "batch sizes of job and JSON",
+        ("does not divide by world size 4 x train_micro_batch_size_per_gpu 3",),
+        JOB + "train: {train_batch_size: 32}\ndeepspeed: {train_micro_batch_size_per_gpu: 3}\n",
+    ),
+    Bad(
+        "evaluates too late",
+        ("job.yaml:4: train.eval_every: 50 is beyond the run, which has 20 updates", "at most 20"),
+        JOB + "train: {max_steps: 20, eval_every: 50}\n",
+    ),
+    Bad(
+        "evaluates on nothing",
+        ("train.eval_every: there is nothing to evaluate on", "data.eval"),
+        JOB + "train: {max_steps: 20, eval_every: 5}\n",
+    ),
+    Bad(
+        "GPUs and processes",
+        ("job.yaml:3: cluster.processes_per_node: 3 processes and 8 GPUs", "one rank a GPU"),
+        with_cluster("{gpus_per_node: 8, processes_per_node: 3}"),
+    ),
+    Bad(
+        "ZeRO stage 4",
+        ("zero_optimization.stage", "4 is none of its values", "one of 0, 1, 2, 3"),
+        JOB + "deepspeed: {zero_optimization: {stage: 4}}\n",
+    ),
+    Bad(
+        "both half precisions",
+        ("fp16 and bf16 are both on",),
+        JOB + "deepspeed: {fp16: {enabled: true}, bf16: {enabled: true}}\n",
+    ),
+]
+
+MISSHAPEN = [
+    Bad(
+        f"misshapen {name}",
+        (f"job.yaml:{line}: deepspeed.{key}: found", "Write a block"),
+        text=JOB + f"deepspeed:\n  {text}\n",
+    )
+    for name, key, line, text in (
+        ("scheduler params", "scheduler.params", 5, "scheduler: {type: WarmupLR, params: 5}"),
+        ("scheduler", "scheduler", 5, "scheduler: 5"),
+        ("optimizer params", "optimizer.params", 5, "optimizer: {type: AdamW, params: 5}"),
+        ("optimizer", "optimizer", 5, "optimizer: [AdamW]"),
+        ("precision", "bf16", 5, "bf16: true"),
+        ("ZeRO block", "zero_optimization", 5, "zero_optimization: 3"),
+    )
+]
+
+TABLE = [*SHAPE_OF_FILE, *KEYS, *VALUES, *OVERRIDES, *FILES, *NUMBERS, *MISSHAPEN]
+
+CONTRADICTIONS = [
+    Contradiction(
+        "beyond the positions",
+        ("job.yaml:2: data.max_length: 2048 is more than the 1024 positions", "at most 1024"),
+        model={"max_positions": 1024},
+    ),
+    Contradiction(
+        "no gradient checkpointing",
+        ("model.gradient_checkpointing: llama does not support it", "false"),
+        text="model: {name_or_path: model, gradient_checkpointing: true}\n",
+        model={"supports_gradient_checkpointing": False},
+    ),
+    Contradiction(
+        "no chat template",
+        ("data.format: this model's tokenizer has no chat template", "instruct"),
+        text="data: {train: data/train.jsonl, format: messages}\n",
+        model={"has_chat_template": False},
+    ),
+    Contradiction(
+        "epochs below a batch",
+        ("train.train_batch_size: 20 sequences in all are less than one batch of 64", "at most 20"),
+        text="train: {train_batch_size: 64}\n",
+        data={"sequences": 20},
+    ),
+    Contradiction(
+        "evaluates beyond the epochs",
+        ("train.eval_every: 40 is beyond the run, which has 32 updates",),
+        text="train: {train_batch_size: 32, eval_every: 40}\ndata: {train: data/train.jsonl, eval: 0.1}\n",
+        data={"evaluated": 100},
+    ),
+    Contradiction(
+        "peak unsafe",
+        ("job.yaml:4: schedule.peak_lr: a peak of 0.0002 is high", "at most 5e-05", "schedule.allow_unsafe: true"),
+        text="schedule: {peak_lr: 2e-4}\n",
+    ),
+    Contradiction(
+        "warm-up beyond the run",
+        ("schedule.warmup: the warm-up of 500 updates is longer than the run of 20", "warm up for 4 updates"),
+        text="train: {max_steps: 20}\nschedule: {warmup: 500}\n",
+    ),
+    Contradiction(
+        "log warm-up by default",
+        ("scheduler.params.warmup_type: The log ramp is the default", "schedule.allow_unsafe: true"),
+        text="train: {max_steps: 20}\ndeepspeed: {optimizer: {type: AdamW, params: {lr: 1e-5}}, scheduler: {type: "
+        "WarmupDecayLR, params: {total_num_steps: 20, warmup_num_steps: 10, warmup_max_lr: 1e-5}}}\n",
+    ),
+    Contradiction(
+        "DeepSpeed's inherited 1e-3",
+        ("job.yaml:5: deepspeed.scheduler.params: no warmup_max_lr", "peaks at 1e-3"),
+        text="train: {max_steps: 20}\ndeepspeed: {optimizer: {type: AdamW, params: {lr: 1e-5}}, scheduler: {type: "
+        "WarmupDecayLR, params: {total_num_steps: 20, warmup_num_steps: 10, warmup_type: linear}}}\n",
+    ),
+    Contradiction("warm-up of no kind", ("schedule.warmup", "'soon'"), text="schedule: {warmup: soon}\n"),
+    Contradiction(
+        "segments end early",
+        ("schedule.segments", "until: 1.0"),
+        text="schedule: {shape: compound, segments: [{kind: linear, until: 0.5, to: 0}]}\n",
+    ),
+    Contradiction(
+        "rates of job and JSON",
+        ("optimizer.params.lr", "schedule.peak_lr in the job is 1e-05", "2e-05 here"),
+        text="schedule: {peak_lr: 1e-5}\ndeepspeed: {optimizer: {type: AdamW, params: {lr: 2e-5}}}\n",
+    ),
+    Contradiction(
+        "batches of job and JSON",
+        ("train_batch_size: 16 here, but train.train_batch_size in the job is 32",),
+        text="train: {train_batch_size: 32}\ndeepspeed: {train_batch_size: 16}\n",
+    ),
+    Contradiction(
+        "clipping of job and JSON",
+        ("gradient_clipping: 0.5 here", "in the job is 1.0"),
+        text="train: {gradient_clipping: 1.0}\ndeepspeed: {gradient_clipping: 0.5}\n",
+    ),
+    Contradiction(
+        "precision of job and JSON",
+        ("the JSON trains in bf16", "model.dtype in the job"),
+        text="model: {name_or_path: model, dtype: float32}\ndeepspeed: {bf16: {enabled: true}}\n",
+    ),
+    Contradiction(
+        "a parameter that the optimizer lacks",
+        ("job.yaml:4: train.betas: SGD does not take it", "job.yaml:4: train.eps: SGD does not", "weight_decay"),
+        text="train: {betas: [0.9, 0.95], eps: 1e-7, weight_decay: 0.1}\n"
+        "deepspeed: {optimizer: {type: SGD, params: {lr: 1e-6}}}\n",
+    ),
+    Contradiction(
+        "a parameter of another kind",
+        ("train.eps: Adafactor does not take it",),
+        text="train: {eps: 1e-7}\ndeepspeed: {optimizer: {type: Adafactor, params: {lr: 1e-6}}}\n",
+    ),
+    Contradiction(
+        "fp16 on CPUs",
+        ("fp16.enabled", "DeepSpeed has no fp16 on a CPU"),
+        text="model: {name_or_path: model, dtype: float16}\n",
+    ),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def keys_at_hand() -> None:
+    """DeepSpeed's keys, for which a process is started where another version than the shipped one is not cached yet."""
+    load_catalogue()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, in which a good job, its model and its data lie. A process that is started is a failure."""
+
+    def trip(*arguments: object, **_: object) -> None:
+        raise AssertionError(f"a process was started: {arguments}")
+
+    write_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", trip)
+    return tmp_path
+
+
+def tree(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+def told(err: str, says: tuple[str, ...] | str) -> None:
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    for words in (says,) if isinstance(says, str) else says:
+        assert words in err
+
+
+def test_the_table_is_long_and_its_rows_differ() -> None:
+    assert len(TABLE) + len(CONTRADICTIONS) >= 35
+    names = [row.id for row in (*TABLE, *CONTRADICTIONS)]
+    assert len(set(names)) == len(names)
+
+
+def test_the_job_that_the_table_spoils_is_good(folder: Path) -> None:
+    remember(folder / "job.yaml", (), model_facts(), data_facts())
+    ended = command("plan", "job.yaml")
+    assert ended.status == 0, ended.err
+
+
+RUNS = [pytest.param("run", row, id=row.id) for row in TABLE]
+PLANS = [pytest.param("plan", row, id=f"{row.id}, planned") for row in (*NUMBERS, *MISSHAPEN)]
+
+
+@pytest.mark.parametrize(("verb", "row"), RUNS + PLANS)
+def test_a_bad_job_is_told_before_anything_starts(verb: str, row: Bad, folder: Path) -> None:
+    for name, content in row.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    (folder / "job.yaml").write_bytes(row.text if isinstance(row.text, bytes) else row.text.encode())
+    before = tree(folder)
+
+    ended = command(verb, "job.yaml", *row.overrides)
+
+    told(ended.err, row.says)
+    assert (ended.status, ended.out) == (2, "")
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize("verb", ["run", "plan"])
+@pytest.mark.parametrize("row", CONTRADICTIONS, ids=lambda row: row.id)
+def test_a_contradiction_with_model_or_data_leaves_no_run(row: Contradiction, verb: str, folder: Path) -> None:
+    sections = [line for line in JOB.splitlines() if f"{line.split(':')[0]}:" not in row.text]
+    (folder / "job.yaml").write_text("\n".join(sections) + "\n" + row.text)
+    remember(folder / "job.yaml", (), model_facts(**row.model), data_facts(**row.data))
+    before = tree(folder)
+
+    ended = command(verb, "job.yaml")
+
+    told(ended.err, row.says)
+    assert ended.status == 2
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("nothing.yaml", "there is no such job file"), ("data", "this is a folder, not a job file")]
+)
+def test_a_job_file_that_is_not_one(name: str, says: str) -> None:
+    ended = command("run", name)
+    told(ended.err, (says, name))
+    assert ended.status == 2
+
+
+def test_every_fault_is_told_at_once(folder: Path) -> None:
+    (folder / "job.yaml").write_text(JOB + "train: {max_steps: no, sed: 3}\nschedule: {shape: sine}\n")
+    ended = command("run", "job.yaml")
+    assert ended.status == 2
+    assert [line.split(": ")[2] for line in ended.err.splitlines() if line.startswith("error: ")] == [
+        "train.max_steps",
+        "train.sed",
+        "schedule.shape",
+    ]

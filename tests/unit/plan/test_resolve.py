@@ -1,0 +1,334 @@
+"""Planning: lengths, ranks, what the plan says, and its hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launcher.ds_config import from_mapping
+from launcher.errors import LauncherError, RequestError
+from launcher.job import Job, explicit_keys, validate_job
+from launcher.job.set_keys import changed_keys, set_keys, with_set_keys
+from launcher.plan.learning_rate import planned_rates
+from launcher.plan.length import length_warnings, resolve_length
+from launcher.plan.resolve import resolve, resolve_precision, resolve_world
+from launcher.plan.schema import Plan, hash_in
+from tests.unit.inputs import GIB, data_facts, job_of, machine_facts, model_facts, plan_of
+
+EPOCHS = st.one_of(st.none(), st.floats(0.01, 20.0))
+
+
+@given(sequences=st.integers(1, 5000), epochs=EPOCHS, batch=st.integers(1, 600))
+def test_the_samples_of_all_epochs_are_taken_and_none_is_dropped(
+    sequences: int, epochs: float | None, batch: int
+) -> None:
+    job = job_of(train={"num_train_epochs": epochs} if epochs else {})
+    wanted = max(1, round(sequences * (epochs or 1.0)))
+    if wanted < batch:
+        with pytest.raises(RequestError, match=f"at most {wanted},"):
+            resolve_length(job, data_facts(sequences), batch)
+        batch = wanted
+    length = resolve_length(job, data_facts(sequences), batch)
+    assert length.samples == length.total_updates * batch == wanted + length.refilled_samples
+    assert 0 <= length.refilled_samples < batch
+    assert math.isclose(length.updates_per_epoch * batch, sequences)
+    assert math.isclose(length.tokens_per_update, 100 * batch)
+
+
+@given(sequences=st.integers(1, 5000), steps=st.integers(1, 10_000), batch=st.integers(1, 600))
+def test_max_steps_is_the_number_of_updates(sequences: int, steps: int, batch: int) -> None:
+    length = resolve_length(job_of(train={"max_steps": steps}), data_facts(sequences), batch)
+    assert (length.total_updates, length.samples, length.refilled_samples) == (steps, steps * batch, 0)
+
+
+def test_a_token_without_an_embedding_is_refused() -> None:
+    job, user = job_of(train={"max_steps": 3}), from_mapping({}, "ds.json")
+    model = model_facts(vocab_size=300)
+    resolve(job, user, model, data_facts(64, largest_token=299), machine_facts(1))
+    with pytest.raises(RequestError, match="token 300, and the model has 300 embeddings") as caught:
+        resolve(job, user, model, data_facts(64, largest_token=300), machine_facts(1))
+    assert caught.value.problems[0].key == "model.name_or_path"
+
+
+def test_what_happens_to_rows_and_batches_is_told() -> None:
+    reasons = {"are empty": 1, "have no assistant turn": 1}
+    data = data_facts(10, cut=3, dropped=2, partly_learned=1, dropped_because=reasons, notes=("the template is odd",))
+    job = job_of(train={"num_train_epochs": 2}, data={"max_length": 77})
+    told = "\n".join(length_warnings(job, data, 16, resolve_length(job, data, 16)))
+    for words in (
+        "filled up with 12 samples",
+        "a batch of 16 takes some of the 10",
+        "3 of 10 rows are cut at 77",
+        "2 of 10 rows leave nothing to learn and are left out: 1 are empty, 1 have no assistant turn",
+        "the template is odd",
+    ):
+        assert words in told
+    assert "in 1 conversations" in told
+    assert length_warnings(job, data_facts(8), 16, resolve_length(job, data_facts(8), 16))[0].startswith(
+        "a batch of 16"
+    )
+    assert length_warnings(job, data_facts(32), 16, resolve_length(job, data_facts(32), 16)) == []
+
+
+@pytest.mark.parametrize(
+    ("cluster", "gpus", "world"),
+    [
+        ({}, 8, (1, 8, "cuda", "nccl")),
+        ({"nodes": 3}, 8, (3, 8, "cuda", "nccl")),
+        ({"gpus_per_node": 4}, 0, (1, 4, "cuda", "nccl")),
+        ({"gpus_per_node": 2, "processes_per_node": 2}, 8, (1, 2, "cuda", "nccl")),
+        ({"gpus_per_node": 0}, 8, (1, 1, "cpu", "gloo")),
+        ({"processes_per_node": 2}, 0, (1, 2, "cpu", "gloo")),
+        ({"processes_per_node": 2}, 8, (1, 8, "cuda", "nccl")),
+        ({}, 0, (1, 1, "cpu", "gloo")),
+    ],
+)
+def test_ranks_and_their_device(cluster: dict[str, Any], gpus: int, world: tuple[int, int, str, str]) -> None:
+    found = resolve_world(job_of(cluster=cluster), machine_facts(gpus))
+    assert (found.nodes, found.processes_per_node, found.device, found.backend) == world
+    assert found.size == found.nodes * found.processes_per_node
+    assert 1 <= found.threads_per_process <= 64
+
+
+@pytest.mark.parametrize(
+    ("dtype", "user", "machine", "precision"),
+    [
+        ("auto", {}, machine_facts(8), "bf16"),
+        ("auto", {}, machine_facts(8, bf16=False), "fp16"),
+        ("auto", {}, machine_facts(0), "fp32"),
+        ("auto", {"fp16": {"enabled": True}}, machine_facts(8), "fp16"),
+        ("float32", {}, machine_facts(8), "fp32"),
+        ("bfloat16", {"bf16": {"enabled": True}}, machine_facts(0), "bf16"),
+    ],
+)
+def test_precision(dtype: str, user: dict[str, Any], machine: Any, precision: str) -> None:
+    job = job_of(model={"dtype": dtype})
+    assert resolve_precision(job, from_mapping(user, "ds.json"), resolve_world(job, machine), machine) == precision
+
+
+def test_a_plan_says_the_same_thing_everywhere() -> None:
+    job = job_of(
+        train={"max_steps": 1000, "train_batch_size": 128},
+        schedule={"shape": "linear", "peak_lr": 2e-5, "warmup": 100},
+        data={"eval": 0.1},
+    )
+    plan = plan_of(job, data=data_facts(10_000, evaluated=100), machine=machine_facts(8))
+    config = plan.ds_config
+    assert "auto" not in json.dumps(config)
+    assert (config["train_batch_size"], plan.train_batch_size) == (128, 128)
+    assert plan.train_micro_batch_size_per_gpu * plan.gradient_accumulation_steps * plan.world.size == 128
+    assert config["scheduler"]["params"]["total_num_steps"] == plan.length.total_updates == 1000
+    assert config["optimizer"]["params"]["lr"] == plan.learning_rate.peak_lr == 2e-5
+    rate = planned_rates(plan)
+    rates = [rate(update) for update in range(1000)]
+    assert max(rates) == rates[100] == pytest.approx(2e-5)
+    assert rates[0] == pytest.approx(2e-5 / 101)
+    assert {change.key for change in plan.ds_config_changes} >= {"optimizer", "scheduler", "train_batch_size"}
+
+
+def test_the_micro_batch_follows_the_memory() -> None:
+    model, job = model_facts(parameters=500_000_000), job_of(train={"train_batch_size": 256})
+    sizes = [
+        plan_of(job, model=model, machine=machine_facts(8, gpu_gib=gib)).train_micro_batch_size_per_gpu
+        for gib in (8, 80)
+    ]
+    assert sizes[0] < sizes[1] == 16
+
+
+def test_too_little_memory_is_told_with_its_numbers() -> None:
+    job = job_of(train={"train_micro_batch_size_per_gpu": 1})
+    plan = plan_of(job, machine=machine_facts(2, gpu_gib=24))
+    need = plan.memory["device_total"] / GIB
+    assert any(f"about {need:.1f} GiB" in warning and "21.6 GiB" in warning for warning in plan.warnings)
+    unseen = plan_of(job_of(cluster={"gpus_per_node": 8}), machine=machine_facts(0))
+    (told,) = (warning for warning in unseen.warnings if "no GPU is seen from here" in warning)
+    assert "a micro-batch that is left open is 1" in told
+
+
+@pytest.mark.parametrize("gib", [1, 1024])
+@pytest.mark.parametrize(("train", "batch"), [({}, 32), ({"train_batch_size": 64}, 64)])
+def test_where_no_gpu_is_seen_an_open_micro_batch_is_one(train: dict[str, int], batch: int, gib: int) -> None:
+    """However small or large the login node is."""
+    login_node = machine_facts(0, memory_bytes=gib * GIB)
+    job = job_of(cluster={"gpus_per_node": 8}, train=train)
+    plan = plan_of(job, machine=login_node)
+    assert (plan.train_micro_batch_size_per_gpu, plan.train_batch_size) == (1, batch)
+    assert not any("GiB" in warning for warning in plan.warnings)
+    given = job_of(cluster={"gpus_per_node": 8}, train={**train, "train_micro_batch_size_per_gpu": 4})
+    assert plan_of(given, machine=login_node).train_micro_batch_size_per_gpu == 4
+
+
+def test_a_checkpoint_beyond_the_run_is_told() -> None:
+    plan = plan_of(job_of(train={"max_steps": 10}, checkpoint={"every": 50}))
+    assert any("checkpoint.every 50 is beyond" in warning for warning in plan.warnings)
+
+
+def test_a_scheduler_of_ones_own_is_kept_as_deepspeed_drives_it() -> None:
+    params = {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-5, "warmup_num_steps": 10, "total_num_steps": 50}
+    scheduler = {"type": "WarmupDecayLR", "params": {**params, "warmup_type": "linear"}}
+    user = {"scheduler": scheduler, "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}}}
+    plan = plan_of(job_of(train={"max_steps": 50}), user=user)
+    assert plan.ds_config["scheduler"] == scheduler
+    assert (plan.learning_rate.schedule, plan.learning_rate.advance) == (None, 0)
+    rate = planned_rates(plan)
+    assert [rate(0), rate(1), rate(2)] == pytest.approx([0.0, 0.0, 1e-6])
+
+    asked = plan_of(job_of(train={"max_steps": 50}, schedule={"shape": "cosine", "peak_lr": 1e-5}), user=user)
+    assert asked.ds_config["scheduler"]["type"] == "WarmupCosineLR"
+
+
+JOBS = st.builds(
+    lambda steps, batch, seed, shape, eps: job_of(
+        train={"max_steps": steps, "train_batch_size": 8 * batch, "seed": seed, "eps": eps},
+        schedule={"shape": shape, "warmup": 1},
+    ),
+    st.integers(3, 5),
+    st.integers(1, 3),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(["linear", "cosine", "constant", "wsd"]),
+    st.floats(1e-12, 1e-3),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(one=JOBS, other=JOBS)
+def test_hashes_are_equal_where_plans_are(one: Job, other: Job) -> None:
+    first, second = plan_of(one), plan_of(other)
+    assert (first.sha256 == second.sha256) == (first == second) == (one == other)
+    assert plan_of(one).sha256 == first.sha256
+
+
+@settings(max_examples=60, deadline=None)
+@given(job=JOBS)
+def test_a_plan_comes_back_from_its_json(job: Job) -> None:
+    plan = plan_of(job)
+    back = Plan.from_json(plan.to_json())
+    assert back == plan
+    assert back.sha256 == plan.sha256
+    assert back.to_json() == plan.to_json()
+
+
+SEGMENTS = [{"kind": "constant", "until": 100, "to": 1.0}, {"kind": "linear", "until": 1.0, "to": 0.0}]
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        job_of(train={"max_steps": 200}, schedule={"shape": "compound", "segments": SEGMENTS}),
+        job_of(train={"max_steps": 200}, schedule={"shape": "step", "decay_at": [0.5, 150]}),
+        job_of(train={"max_steps": 200}, data={"eval": "2e-2"}, schedule={"warmup": "3%"}),
+    ],
+)
+def test_whole_numbers_and_shares_stay_what_they_are(job: Job) -> None:
+    plan = plan_of(job)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+WITH_PEFT = machine_facts(8, versions={"deepspeed": "0.19.8", "peft": "0.18"})
+EXPLICIT = [
+    job_of(train={"max_steps": 9}),
+    job_of(train={"max_steps": 9, "weight_decay": 0.0, "betas": [0.9, 0.999]}, schedule={"warmup_type": "linear"}),
+    job_of(train={"max_steps": 9, "train_batch_size": "auto"}, schedule={"shape": "auto"}, cluster={"env": {}}),
+    job_of(model={"lora": {}}, data={"eval": None}, checkpoint={"every": None, "keep": 2}),
+    job_of(model={"lora": {"r": 4}}, schedule={"shape": "compound", "segments": SEGMENTS}, train={"max_steps": 200}),
+    job_of(model={"freeze": []}, deepspeed={"zero_optimization": {"stage": 2}}, export=True),
+]
+
+
+@pytest.mark.parametrize("job", EXPLICIT)
+def test_a_plan_keeps_which_keys_were_set(job: Job) -> None:
+    plan = plan_of(job, machine=WITH_PEFT)
+    back = Plan.from_json(plan.to_json())
+    assert explicit_keys(back.job) == explicit_keys(job)
+    assert back.job.model_dump(mode="json", exclude_unset=True) == job.model_dump(mode="json", exclude_unset=True)
+    assert validate_job(back.job.model_dump(mode="json", exclude_unset=True)) == job
+
+
+def old_format(plan: Plan) -> dict[str, Any]:
+    """plan.json as it was written before it kept which keys were set."""
+    document = json.loads(plan.to_json())
+    return {"sha256": document["sha256"], "plan": document["plan"]}
+
+
+def test_a_plan_in_the_old_format_has_set_what_differs_from_the_defaults() -> None:
+    job = job_of(train={"max_steps": 9, "weight_decay": 0.1, "eps": 1e-8}, model={"lora": {}})
+    plan = plan_of(job, machine=WITH_PEFT)
+    back = Plan.from_json(json.dumps(old_format(plan)))
+    assert back == plan
+    names = {"name", "model.name_or_path", "data.train", "train.max_steps", "train.weight_decay"}
+    assert explicit_keys(back.job) == names
+    assert back.job.model_fields_set == {"name", "model", "data", "train"}
+    assert "lora" in back.job.model.model_fields_set
+
+
+def test_a_plan_without_a_newer_key_of_the_job_is_read_and_names_its_own_hash() -> None:
+    document = old_format(plan_of(job_of(train={"max_steps": 9})))
+    del document["plan"]["job"]["train"]["eval_every"]
+    text = json.dumps(document)
+    with pytest.raises(LauncherError, match="altered"):
+        Plan.from_json(text)
+    document["sha256"] = hashlib.sha256(
+        json.dumps(document["plan"], sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
+    text = json.dumps(document)
+    assert Plan.from_json(text).job.train.eval_every is None
+    assert hash_in(text) == document["sha256"]
+
+
+def test_a_plan_of_a_newer_format_is_refused() -> None:
+    document = json.loads(plan_of(job_of(train={"max_steps": 9})).to_json())
+    with pytest.raises(LauncherError, match="it has format 3, and this launcher reads formats 1 and 2"):
+        Plan.from_json(json.dumps({**document, "format": 3}))
+
+
+def test_set_keys_are_marked_and_unknown_ones_refused() -> None:
+    job = job_of(train={"max_steps": 9, "seed": 42})
+    assert "train.seed" in set_keys(job)
+    assert "train.seed" not in changed_keys(job)
+    assert set_keys(with_set_keys(job, ["train", "train.seed"])) == ["train", "train.seed"]
+    with pytest.raises(ValueError, match=r"no key train\.sed"):
+        with_set_keys(job, ["train.sed"])
+
+
+def leaves(node: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    found = [path for key, value in inner for path in leaves(value, (*at, key))]
+    return found or [at]
+
+
+def altered(document: dict[str, Any], path: tuple[Any, ...]) -> str:
+    copied = json.loads(json.dumps(document))
+    node = copied
+    for key in path[:-1]:
+        node = node[key]
+    before = node[path[-1]]
+    numbers = {bool: lambda: not before, int: lambda: before + 1, float: lambda: before + 0.5}
+    node[path[-1]] = numbers.get(type(before), lambda: f"{before}x")()
+    return json.dumps(copied)
+
+
+def test_a_plan_that_was_altered_anywhere_is_detected() -> None:
+    document = json.loads(plan_of(job_of(train={"max_steps": 9}), data=data_facts(50, evaluated=5)).to_json())
+    paths = leaves(document)
+    assert len(paths) > 150
+    for path in paths:
+        with pytest.raises(LauncherError, match=r"altered|damaged"):
+            Plan.from_json(altered(document, path))
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"sha256": "0"}', '{"sha256": "0", "plan": {}}', "null"])
+def test_a_damaged_plan_is_told(text: str) -> None:
+    with pytest.raises(LauncherError, match=r"plan\.json is damaged"):
+        Plan.from_json(text)
+
+
+def test_half_a_plan_is_told() -> None:
+    text = plan_of().to_json()
+    with pytest.raises(LauncherError, match="damaged"):
+        Plan.from_json(text[: len(text) // 2])

@@ -1,0 +1,242 @@
+"""Planning a resume: what the JSON says for itself, what the loop does not carry out, and what can be converted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.ds_config import from_mapping
+from launcher.errors import RequestError
+from launcher.job import explicit_keys
+from launcher.plan.checkpoint_conversion import must_convert, ranks_known, refuse_other_state
+from launcher.plan.resolve import check_request, resolve
+from launcher.plan.schema import Plan
+from launcher.run_dir import MANIFEST, RunDir, write_manifest
+from launcher.runs.planning import lint_ds_config
+from tests.unit.inputs import (
+    command,
+    data_facts,
+    job_of,
+    machine_facts,
+    model_facts,
+    plan_of,
+    remember,
+    write_folder,
+)
+
+STEPS = {"train": {"max_steps": 6}}
+ADAM_OF_ITS_OWN = {"type": "AdamW", "params": {"lr": 1e-5, "weight_decay": 0.1, "betas": [0.8, 0.9], "eps": 1e-6}}
+LOG = {"total_num_steps": 6, "warmup_num_steps": 3, "warmup_max_lr": 1e-5, "warmup_type": "log"}
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"optimizer": ADAM_OF_ITS_OWN},
+        {"optimizer": {"type": "SGD", "params": {"lr": 1e-5, "momentum": 0.9}}},
+        {"optimizer": ADAM_OF_ITS_OWN, "scheduler": {"type": "WarmupDecayLR", "params": LOG}},
+        {"scheduler": {"type": "WarmupLR", "params": {**LOG, "total_num_steps": None}}},
+        {"gradient_clipping": 0.5, "train_micro_batch_size_per_gpu": 2, "bf16": {"enabled": True}},
+    ],
+)
+def test_what_the_json_says_for_itself_can_be_planned_again_from_plan_json(own: dict[str, Any]) -> None:
+    config = {"zero_optimization": {"stage": 1}, **own}
+    params = config.get("scheduler", {}).get("params", {})
+    if "total_num_steps" in params and params["total_num_steps"] is None:
+        del params["total_num_steps"]
+    user = from_mapping(config, "ds.json")
+    job = job_of(**STEPS, schedule={"allow_unsafe": True})
+    facts = (model_facts(), data_facts(), machine_facts(8))
+    plan = resolve(job, user, *facts)
+    again = Plan.from_json(plan.to_json()).job
+    assert explicit_keys(again) == explicit_keys(job)
+    check_request(again, user, machine_facts(8))
+    assert resolve(again, user, *facts) == plan
+
+
+REFUSED = [
+    ({"optimizer": {"type": "Muon", "params": {"lr": 1e-4, "muon_lr": 5e-4}}}, "optimizer.params.muon_lr"),
+    ({"optimizer": {"type": "Muon", "params": {"adam_lr": 2e-5}}}, "optimizer.params.adam_lr"),
+    ({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": [1e-5, 1e-6]}}}, "scheduler.params.warmup_max_lr"),
+    (
+        {"scheduler": {"type": "WarmupDecayLR", "params": {**LOG, "warmup_min_lr": [1e-6, 1e-7]}}},
+        "scheduler.params.warmup_min_lr",
+    ),
+    (
+        {"scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": [1e-6, 1e-7], "cycle_max_lr": 1e-5}}},
+        "scheduler.params.cycle_min_lr",
+    ),
+    ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation"),
+    ({"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}, "zero_optimization.elastic_checkpoint"),
+    ({"zero_optimization": {"stage": 3, "elastic_checkpoint": "true"}}, "zero_optimization.elastic_checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("config", "key"), REFUSED)
+def test_what_the_loop_does_not_carry_out_is_refused_before_a_run(config: dict[str, Any], key: str) -> None:
+    user = from_mapping({"zero_optimization": {"stage": 2}, **config}, "ds.json")
+    with pytest.raises(RequestError) as refused:
+        lint_ds_config(job_of(**STEPS), user, machine_facts(8))
+    assert [(problem.file, problem.key) for problem in refused.value.problems] == [("ds.json", key)]
+    assert refused.value.problems[0].hint
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"optimizer": {"type": "Muon", "params": {"lr": 1e-5, "momentum": 0.9}}},
+        {"scheduler": {"type": "WarmupDecayLR", "params": {**LOG, "warmup_min_lr": [0.0, 0.0]}}},
+        {"managed_gradient_accumulation": True, "checkpoint": {"load_universal": True}},
+        {"zero_optimization": {"stage": 2, "elastic_checkpoint": False}},
+    ],
+)
+def test_what_is_the_same_for_every_group_is_planned(config: dict[str, Any]) -> None:
+    user = from_mapping({"zero_optimization": {"stage": 2}, **config}, "ds.json")
+    lint_ds_config(job_of(**STEPS, schedule={"allow_unsafe": True}), user, machine_facts(8))
+
+
+def test_lists_in_a_scheduler_that_a_generated_one_replaces_do_not_count() -> None:
+    user = from_mapping({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": [1e-5, 1e-6]}}}, "ds.json")
+    lint_ds_config(job_of(**STEPS, schedule={"shape": "linear"}), user, machine_facts(8))
+
+
+def test_load_universal_of_the_json_is_reported_as_not_used() -> None:
+    plan = saved_with({"checkpoint": {"load_universal": True}})
+    assert any("checkpoint.load_universal" in warning for warning in plan.warnings)
+    assert not any("checkpoint.load_universal" in warning for warning in saved_with({}).warnings)
+
+
+def saved_with(config: dict[str, Any]) -> Plan:
+    return plan_of(job_of(**STEPS, schedule={"peak_lr": 1e-5}), user={"zero_optimization": {"stage": 2}, **config})
+
+
+@pytest.mark.parametrize("kind", ["Adam", "AdamW", "adamw"])
+def test_adams_states_are_converted_for_another_number_of_ranks(kind: str) -> None:
+    plan = saved_with({"optimizer": {"type": kind, "params": {"lr": 1e-5}}})
+    assert must_convert(plan, 8, 4)
+    assert not must_convert(plan, 8, 8)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Lion", "Lamb", "Muon"])
+def test_other_states_are_refused_by_the_optimizers_name_where_the_ranks_change(kind: str) -> None:
+    plan = saved_with({"optimizer": {"type": kind, "params": {"lr": 1e-5}}})
+    assert not must_convert(plan, 8, 8)
+    with pytest.raises(RequestError, match=f"for 4: the optimizer is {kind}") as refused:
+        must_convert(plan, 8, 4)
+    assert "resume on 8 ranks" in str(refused.value.problems[0].hint)
+    whole = saved_with({"zero_optimization": {"stage": 0}, "optimizer": {"type": kind, "params": {"lr": 1e-5}}})
+    assert not must_convert(whole, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "amsgrad": True}}}, "amsgrad"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}},
+            "NVMe",
+        ),
+        ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "ZenFlow"),
+    ],
+)
+def test_states_that_the_converter_does_not_keep_are_refused(config: dict[str, Any], words: str) -> None:
+    plan = saved_with(config)
+    with pytest.raises(RequestError, match=words):
+        must_convert(plan, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"optimizer": {"type": "SGD", "params": {"lr": 1e-5}}}, "the optimizer states of AdamW, and SGD is asked"),
+        ({"zero_optimization": {"stage": 3}}, "of ZeRO-2, whose parts ZeRO-3 cannot load"),
+        ({"zero_optimization": {"stage": 0}}, "of ZeRO-2, whose parts ZeRO-0 cannot load"),
+    ],
+)
+def test_states_of_another_kind_are_refused(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        refuse_other_state(saved_with({}), saved_with(config))
+    for same in ({"zero_optimization": {"stage": 1}}, {"optimizer": {"type": "Adam", "params": {"lr": 1e-5}}}):
+        refuse_other_state(saved_with({}), saved_with(same))
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (0, 3), (2, 0), (3, 0), (2, 3), (3, 1)])
+def test_stages_of_other_parts_are_kept_apart_on_any_number_of_ranks(before: int, after: int) -> None:
+    old, new = (saved_with({"zero_optimization": {"stage": stage}}) for stage in (before, after))
+    fewer = new.model_copy(update={"world": new.world.model_copy(update={"processes_per_node": 4})})
+    with pytest.raises(RequestError, match=f"of ZeRO-{before}, whose parts ZeRO-{after} cannot load"):
+        refuse_other_state(old, fewer)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "ranks"),
+    [
+        ({}, 8),
+        ({"nodes": 2}, 16),
+        ({"nodes": 2, "gpus_per_node": 4}, 8),
+        ({"gpus_per_node": 0, "processes_per_node": 3}, 3),
+        ({"gpus_per_node": 0}, None),
+    ],
+)
+def test_the_ranks_of_a_resume_are_known_away_from_its_nodes(cluster: dict[str, Any], ranks: int | None) -> None:
+    assert ranks_known(saved_with({}), job_of(cluster=cluster).cluster) == ranks
+
+
+def a_run(folder: Path, optimizer: dict[str, Any]) -> RunDir:
+    """A run of job.yaml with an optimizer and a log scheduler of its JSON's own, stopped after update 2."""
+    config: dict[str, Any] = {"zero_optimization": {"stage": 2}, "optimizer": optimizer}
+    config["zero_allow_untested_optimizer"] = True
+    config["scheduler"] = {"type": "WarmupDecayLR", "params": LOG}
+    (folder / "ds.json").write_text(json.dumps(config))
+    overrides = ("train.max_steps=6", "deepspeed=ds.json", "schedule.allow_unsafe=true")
+    remember(folder / "job.yaml", overrides, model_facts(), data_facts())
+    text = command("plan", "job.yaml", "--json", *overrides).out
+    run = RunDir.create(folder / "runs", "tiny")
+    run.plan_file.write_text(text)
+    run.checkpoint(2).mkdir()
+    write_manifest(run.checkpoint(2), update=2, samples=64, world_size=4, plan_sha256=Plan.from_json(text).sha256)
+    return run
+
+
+def test_a_run_with_a_json_of_its_own_is_resumed_on_more_nodes(tmp_path: Path, monkeypatch: Any) -> None:
+    write_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run = a_run(tmp_path, ADAM_OF_ITS_OWN)
+    ended = command("submit", "--to", "slurm", "--dry-run", "--resume", str(run.path), "cluster.nodes=2")
+    assert (ended.status, ended.err.count("but train.weight_decay")) == (0, 0), ended.err
+    assert "#SBATCH --nodes=2" in ended.out
+
+
+def test_a_run_that_was_planned_in_the_old_format_is_resumed(tmp_path: Path, monkeypatch: Any) -> None:
+    write_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run = a_run(tmp_path, ADAM_OF_ITS_OWN)
+    plan = json.loads(run.plan_file.read_text())["plan"]
+    del plan["job"]["train"]["eval_every"]  # as if the key had come since
+    named = hashlib.sha256(json.dumps(plan, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    run.plan_file.write_text(json.dumps({"sha256": named, "plan": plan}))
+    (run.checkpoint(2) / MANIFEST).unlink()
+    write_manifest(run.checkpoint(2), update=2, samples=64, world_size=4, plan_sha256=named)
+    ended = command("submit", "--to", "slurm", "--dry-run", "--resume", str(run.path), "cluster.nodes=2")
+    assert ended.status == 0, ended.err
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("cluster.nodes=2", "saved on 4 ranks and cannot be converted for 8: the optimizer is NAdam"),
+        ("train.weight_decay=0.3", "train.weight_decay"),
+    ],
+)
+def test_a_resume_that_is_refused_names_its_cause(tmp_path: Path, monkeypatch: Any, override: str, words: str) -> None:
+    write_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run = a_run(tmp_path, {"type": "NAdam", "params": {"lr": 1e-5, "weight_decay": 0.1}})
+    ended = command("submit", "--to", "slurm", "--dry-run", "--resume", str(run.path), override)
+    assert (ended.status, ended.out) == (2, "")
+    assert words in ended.err
+    assert "this is a folder" not in ended.err

@@ -1,0 +1,107 @@
+"""What Slurm's variables say about a task."""
+
+from __future__ import annotations
+
+import pytest
+
+from launcher.cli.node import _check_allocation, _settled_by
+from launcher.errors import RequestError
+from launcher.slurm.allocation import expand_hosts, read_allocation, run_stamp
+from tests.unit.inputs import job_of, machine_facts
+
+TASK = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_NODEID": "1",
+    "SLURM_JOB_NODELIST": "gpu[01-03]",
+    "SLURM_NTASKS": "3",
+    "SLURM_LOCALID": "0",
+    "SLURM_CPUS_ON_NODE": "64",
+    "SLURM_GPUS_ON_NODE": "8",
+}
+
+
+@pytest.mark.parametrize(
+    ("listed", "hosts"),
+    [
+        ("login", ("login",)),
+        ("a,b", ("a", "b")),
+        ("gpu[01-03,7],login", ("gpu01", "gpu02", "gpu03", "gpu7", "login")),
+        ("n[098-101]", ("n098", "n099", "n100", "n101")),
+        ("r[1-2]n[1-2]", ("r1n1", "r1n2", "r2n1", "r2n2")),
+        ("h[3,1]-ib", ("h3-ib", "h1-ib")),
+    ],
+)
+def test_hosts_are_expanded_in_order(listed: str, hosts: tuple[str, ...]) -> None:
+    assert expand_hosts(listed) == hosts
+
+
+def test_a_task_knows_its_place_and_what_it_was_given() -> None:
+    allocation = read_allocation(TASK)
+    assert (allocation.node, allocation.nodes, allocation.cpus, allocation.gpus) == (1, 3, 64, 8)
+    assert allocation.hosts == ("gpu01", "gpu02", "gpu03")
+    assert (allocation.stamp, allocation.restart) == ("slurm-77", 0)
+    assert read_allocation({**TASK, "SLURM_CPUS_PER_TASK": "16", "SLURM_RESTART_COUNT": "2"}).restart == 2
+    assert read_allocation({**TASK, "SLURM_CPUS_PER_TASK": "16"}).cpus == 16
+    # A step may have fewer nodes than its job.
+    assert read_allocation({**TASK, "SLURM_STEP_NODELIST": "gpu[02-04]"}).hosts == ("gpu02", "gpu03", "gpu04")
+
+
+def test_an_array_has_a_stamp_for_each_of_its_jobs() -> None:
+    array = {"SLURM_JOB_ID": "78", "SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "4"}
+    assert run_stamp(array) == "slurm-77_4"
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({}, ("not inside a Slurm job", "launcher submit")),
+        ({"SLURM_JOB_ID": "77"}, ("not a task of srun", "srun launcher node")),
+        ({**TASK, "SLURM_NTASKS": "24"}, ("24 tasks on 3 nodes", "--ntasks-per-node=1")),
+        ({**TASK, "SLURM_LOCALID": "1"}, ("3 tasks on 3 nodes", "--ntasks-per-node=1")),
+    ],
+)
+def test_what_is_no_task_of_its_own_is_refused(environment: dict[str, str], words: tuple[str, ...]) -> None:
+    with pytest.raises(RequestError) as refused:
+        read_allocation(environment)
+    assert all(word in str(refused.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "given", "words"),
+    [
+        ({"nodes": 2}, {}, ("asks for 2 nodes, and Slurm gave 3", "--nodes=2")),
+        (
+            {},
+            {"SLURM_GPUS_ON_NODE": "4"},
+            ("auto: Slurm gave 4 GPUs of this node, and 8 are seen", "--gpus-per-node=8"),
+        ),
+        ({"gpus_per_node": 4}, {"SLURM_GPUS_ON_NODE": "2"}, ("4 GPUs a node, and Slurm gave 2", "--gpus-per-node=4")),
+        ({}, {"SLURM_CPUS_PER_TASK": "4"}, ("8 ranks a node, and Slurm gave 4", "--cpus-per-task=8")),
+        ({"gpus_per_node": 0, "processes_per_node": 80}, {}, ("80 ranks a node, and Slurm gave 64",)),
+        ({"address": "head:6379"}, {}, ("head:6379", "leave it out")),
+    ],
+)
+def test_what_slurm_did_not_give_is_refused(cluster: dict, given: dict[str, str], words: tuple[str, ...]) -> None:
+    job = job_of(cluster={"nodes": 3, **cluster})
+    with pytest.raises(RequestError) as refused:
+        _check_allocation(job, read_allocation({**TASK, **given}), machine_facts(gpus=8))
+    assert all(word in str(refused.value) for word in words), refused.value
+
+
+@pytest.mark.parametrize(
+    ("cluster", "overrides"),
+    [
+        ({}, ["cluster.nodes=3"]),
+        ({"nodes": 2}, []),
+        # Ray is started for the job already, on all of its nodes.
+        ({"nodes": 3, "address": "local"}, ["cluster.address=auto"]),
+    ],
+)
+def test_the_allocation_settles_what_the_job_leaves_open(cluster: dict, overrides: list[str]) -> None:
+    assert list(_settled_by(read_allocation(TASK), job_of(cluster=cluster))) == overrides
+
+
+def test_each_call_of_srun_is_told_from_the_others() -> None:
+    first = read_allocation({**TASK, "SLURM_STEP_ID": "0"}).start
+    again = [{"SLURM_STEP_ID": "1"}, {"SLURM_STEP_ID": "0", "SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "78"}]
+    assert len({first, *(read_allocation({**TASK, **more}).start for more in again)}) == 4

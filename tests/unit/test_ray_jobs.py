@@ -1,0 +1,244 @@
+"""The request for a Ray cluster: what is in it, what is not, and what is refused before anything is sent."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher import ray_jobs
+from launcher.errors import RequestError
+from launcher.job import validate_job
+from launcher.ray_jobs import ON_THE_HEAD, dashboard_address, ray_request, submit_to_ray
+from launcher.run_dir import RunDir
+from tests.unit.inputs import command, write_folder
+
+HERE = Path("/shared/project")
+ADDRESS = "http://head:8265"
+
+
+def job(**sections: Any):
+    given = {"name": "tune", "model": {"name_or_path": "m"}, "data": {"train": "t.jsonl"}, "output_dir": "/shared/runs"}
+    return validate_job({**given, **sections})
+
+
+def request(overrides=(), address=ADDRESS, job_file=HERE / "jobs/my job.yaml", **sections: Any):
+    return ray_request(job(**sections), job_file, overrides, address, HERE)
+
+
+def refused(**options: Any) -> str:
+    with pytest.raises(RequestError) as error:
+        request(**options)
+    return str(error.value)
+
+
+def test_the_request_is_what_ray_is_told(capsys):
+    made = request(
+        ["train.max_steps=5", "schedule.warmup=2M tokens"], cluster={"nodes": 2, "env": {"NCCL_DEBUG": "INFO"}}
+    )
+    words = ["launcher", "run", "jobs/my job.yaml", "train.max_steps=5", "schedule.warmup=2M tokens"]
+    assert made.arguments() == {
+        "entrypoint": shlex.join(["sh", "-c", ON_THE_HEAD, *words]),
+        "runtime_env": {"working_dir": "/shared/project", "excludes": [], "env_vars": {"NCCL_DEBUG": "INFO"}},
+        "metadata": {"launcher_job": "tune", "launcher_output_dir": "/shared/runs"},
+    }
+    assert submit_to_ray(made, print, dry_run=True, parsable=False, follow=False) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown == {"address": ADDRESS, **made.arguments()}
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=4), st.text("a b'$`;&\"\\\n|*", min_size=1))
+def test_arguments_arrive_through_the_shell_unharmed(overrides, name):
+    made = request(overrides, job_file=HERE / f"x{name}.yaml")
+    assert shlex.split(made.entrypoint)[3:] == ["launcher", "run", f"x{name}.yaml", *overrides]
+
+
+@pytest.fixture
+def programs(tmp_path):
+    """A folder for the PATH that has what a shell needs, and no launcher and no Python."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    for name in ("sh", "tr", "sed"):
+        (folder / name).symlink_to(shutil.which(name))
+    return folder
+
+
+def on_the_head(programs: Path, cwd: Path, python: str) -> subprocess.CompletedProcess[str]:
+    """Runs an entrypoint as Ray's job supervisor does, below a raylet that was started with `python`."""
+    entrypoint = shlex.join(["sh", "-c", ON_THE_HEAD, "launcher", "run", "my job.yaml", "a=$b 'c'"])
+    raylet = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1], shell=True).returncode)"
+    told = f"--python_worker_command={python} /ray/default_worker.py --port=1"
+    command = [sys.executable, "-c", raylet, entrypoint, told]
+    return subprocess.run(command, cwd=cwd, env={"PATH": str(programs)}, capture_output=True, text=True)
+
+
+def test_the_launcher_is_found_without_the_path_of_the_cluster(tmp_path, programs):
+    """In the Python that Ray runs; and a launcher.py of the user's in the job's folder is not taken for it."""
+    (tmp_path / "launcher.py").write_text("raise SystemExit('the wrong one')")
+    done = on_the_head(programs, tmp_path, sys.executable)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "my job.yaml" in done.stderr and "the wrong one" not in done.stderr
+
+    done = on_the_head(programs, tmp_path, "/nowhere/python")
+    assert done.returncode == 127
+    assert f"launcher is not on the PATH of this Ray ({programs}), nor in its Python (/nowhere/python)" in done.stderr
+
+    (programs / "launcher").write_text("#!/bin/sh\nprintf '%s,' \"$@\"\n")
+    (programs / "launcher").chmod(0o755)
+    done = on_the_head(programs, tmp_path, "/nowhere/python")
+    assert (done.returncode, done.stdout) == (0, "run,my job.yaml,a=$b 'c',"), done.stderr
+
+
+class YoungRay(BaseHTTPRequestHandler):
+    """The dashboard of a Ray whose agent is not up yet, as Ray's own client sees it; the second attempt succeeds."""
+
+    attempts = 0
+
+    def do_GET(self):
+        version = {"version": "4", "ray_version": "2.60.0", "ray_commit": "0", "session_name": "s"}
+        self._answer(200, json.dumps(version if self.path == "/api/version" else {}))
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        YoungRay.attempts += 1
+        if YoungRay.attempts == 1:
+            self._answer(500, "No available agent to submit job, please try again later.")
+        else:
+            self._answer(200, json.dumps({"job_id": "1", "submission_id": "raysubmit_1"}))
+
+    def _answer(self, status, text):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_ray_that_does_not_take_jobs_yet_is_tried_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ray_jobs, "_RETRY_SECONDS", 0.0)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with HTTPServer(("127.0.0.1", 0), YoungRay) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        made = ray_request(job(), tmp_path / "job.yaml", [], address, tmp_path)
+        assert submit_to_ray(made, print, dry_run=False, parsable=True, follow=False) == 0
+        server.shutdown()
+    told = capsys.readouterr()
+    assert told.out == "raysubmit_1\n"
+    assert told.err.count(f"the Ray at {address} does not take jobs yet: trying again for up to 60 s\n") == 1
+    assert YoungRay.attempts == 2
+
+
+def test_what_runs_write_is_not_uploaded():
+    made = request(output_dir="/shared/project/out/run*s", data={"train": "t", "cache_dir": "/shared/project/cache"})
+    assert made.excludes == ("/out/run\\*s/", "/cache/")
+    assert request(output_dir="/shared/project").excludes == ()
+
+
+def test_paths_are_read_as_on_the_way_from_this_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/shared")
+    made = request(output_dir="~/project/runs", data={"train": "t", "cache_dir": "build/../cache"})
+    assert made.excludes == ("/runs/", "/cache/")
+    assert request(data={"train": "t", "cache_dir": "../cache"}).excludes == ()
+    assert shlex.split(request(job_file=HERE / "a/../job.yaml").entrypoint)[5] == "job.yaml"
+    assert "does not lie under /shared/project" in refused(job_file=HERE / "../job.yaml")
+
+
+TO_RAY = ("submit", "job.yaml", "--to", "ray", "--address", ADDRESS, "--dry-run", "output_dir=/shared/runs")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_is_not_here_but_on_the_cluster_is_not_looked_for():
+    there = ("model.name_or_path=/there/model", "data.train=[/there/a.jsonl]", "deepspeed=/there/ds.json")
+    for more in ((), there, ("cluster.gpus_per_node=auto", "cluster.processes_per_node=auto"), ("model.lora={r: 8}",)):
+        ended = command(*TO_RAY, *more)
+        assert ended.status == 0, ended.err
+        assert shlex.split(yaml.safe_load(ended.out)["entrypoint"])[6:] == ["output_dir=/shared/runs", *more]
+        assert ("the cluster alone sees how many ranks" in ended.err) == ("cluster.gpus_per_node=auto" in more)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.name_or_path=./modle", "model.name_or_path: there is no folder modle"),
+        ("data.train=data/trian.jsonl", "data.train: no file matches data/trian.jsonl"),
+        ("data.eval=data/none.jsonl", "data.eval: no file matches data/none.jsonl"),
+        ("deepspeed=zero9", "there is no file zero9"),
+        ("deepspeed={zero_optimisation: {stage: 2}}", "zero_optimisation"),
+        ("train.train_batch_size=3", "train_batch_size"),
+        ("cluster.gpus_per_node=3", "4 processes and 3 GPUs a node"),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_what_is_wrong_wherever_it_runs_is_told_before_it_is_sent(override, words):
+    ended = command(*TO_RAY, override)
+    assert (ended.status, ended.out) == (2, "")
+    assert words in ended.err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"address": "head:8265"}, "'head:8265' is no address that jobs are submitted to"),
+        ({"address": "ray://head:10001"}, "http://HEAD:8265"),
+        ({"address": "http://me:pudding@head:8265"}, "RAY_AUTH_TOKEN_PATH"),
+        ({"output_dir": "runs"}, "output_dir: runs would lie in the job's working directory"),
+        ({"cluster": {"address": "local"}}, "cluster.address: local is not where a run joins"),
+        ({"cluster": {"address": "http://head:8265"}}, "give the dashboard's address with --address"),
+        ({"cluster": {"env": {"HF_TOKEN": "hf_abc"}}}, "cluster.env.HF_TOKEN: looks like a secret"),
+        ({"cluster": {"env": {"AWS_SECRET_ACCESS_KEY": "abc"}}}, "set it on the nodes themselves"),
+        ({"job_file": Path("/elsewhere/job.yaml")}, "does not lie under /shared/project"),
+    ],
+)
+def test_a_request_that_would_fail_or_tell_is_refused(options, words):
+    assert words in refused(**options)
+
+
+def test_a_refusal_tells_no_secret_and_every_problem():
+    told = refused(address="nowhere", output_dir="runs", cluster={"env": {"API_KEY": "sesame"}})
+    assert "sesame" not in told
+    assert [key in told for key in ("--address", "output_dir", "API_KEY")] == [True] * 3
+    assert "pudding" not in refused(address="http://me:pudding@head:8265")
+
+
+def test_names_that_only_sound_like_secrets_pass():
+    env = {"TOKENIZERS_PARALLELISM": "false", "KEYBOARD": "uk", "MONKEY_PATCH": "1"}
+    assert request(cluster={"env": env}).env_vars == env
+
+
+def test_the_address_is_given_or_stands_where_ray_looks_for_it():
+    there = {"RAY_API_SERVER_ADDRESS": "http://a:1", "RAY_ADDRESS": "http://b:2"}
+    assert dashboard_address("http://c:3", there) == "http://c:3"
+    assert dashboard_address(None, there) == "http://a:1"
+    assert dashboard_address(None, {"RAY_ADDRESS": "http://b:2"}) == "http://b:2"
+    with pytest.raises(RequestError, match="--address http://HEAD:8265"):
+        dashboard_address(None, {})
+
+
+def test_a_run_knows_the_ray_job_that_it_runs_in(tmp_path, monkeypatch):
+    run = RunDir.create(tmp_path, "tune")
+    run.enter("planning")
+    assert "ray_job_id" not in run.state()
+    told = {"runtime_env": {}, "metadata": {"job_submission_id": "raysubmit_1", "job_name": "x"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(told))
+    run.enter("training")
+    assert run.state()["ray_job_id"] == "raysubmit_1"

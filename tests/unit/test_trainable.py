@@ -1,0 +1,244 @@
+"""What of a model is trained and by what means: names, refusals, rates, and what the plan tells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.cli.resume import _settled
+from launcher.errors import RequestError
+from launcher.job.schema import ModelSection
+from launcher.plan.resolve import check_request
+from launcher.plan.schema import Plan
+from launcher.trainable import frozen_names
+from tests.unit.inputs import command, data_facts, job_of, machine_facts, model_facts, plan_of, preset, remember
+from tests.unit.inputs import write_folder as write_project
+
+NAMES = [
+    "model.embed_tokens.weight",
+    *(f"model.layers.{i}.{part}.weight" for i in (0, 1, 10) for part in ("self_attn.q_proj", "mlp.up_proj", "norm")),
+    "model.norm.weight",
+    "lm_head.weight",
+]
+
+
+def problem(error: pytest.ExceptionInfo[RequestError]) -> tuple[str | None, str]:
+    (found,) = error.value.problems
+    return found.key, str(found)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "frozen"),
+    [
+        (["model.embed_tokens"], {"model.embed_tokens.weight"}),
+        (["model.embed_tokens.weight"], {"model.embed_tokens.weight"}),
+        (["model.layers.1"], {name for name in NAMES if ".1." in name}),
+        (["model.layers.[01]"], {name for name in NAMES if ".0." in name or ".1." in name}),
+        (["*.norm"], {name for name in NAMES if name.endswith("norm.weight")}),
+        (["*.q_proj", "lm_head"], {name for name in NAMES if "q_proj" in name or "head" in name}),
+    ],
+)
+def test_a_pattern_names_parameters_or_the_modules_around_them(patterns: list[str], frozen: set[str]) -> None:
+    assert frozen_names(NAMES, patterns) == frozen
+
+
+@given(st.sets(st.sampled_from(NAMES), min_size=1, max_size=len(NAMES) - 1))
+def test_full_names_freeze_themselves_and_nothing_else(chosen: set[str]) -> None:
+    assert frozen_names(NAMES, sorted(chosen)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("patterns", "words"),
+    [
+        (["model.embed_token"], "did you mean model.embed_tokens?"),
+        (["model.layers.2"], "did you mean model.layers"),
+        (["zzz*"], "there are: lm_head, model"),
+        (["*"], "nothing is left to train"),
+        (["model", "lm_head"], "nothing is left to train"),
+    ],
+)
+def test_a_pattern_that_cannot_be_meant_is_refused(patterns: list[str], words: str) -> None:
+    with pytest.raises(RequestError) as error:
+        frozen_names(NAMES, patterns)
+    key, text = problem(error)
+    assert key == "model.freeze" and words in text
+
+
+HERE = {"deepspeed": "0.19.8", "peft": "0.21.2", "liger-kernel": "0.6.0", "triton": "3.4.0", "flash-attn": "2.8.3"}
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "lacks", "words"),
+    [
+        ({"lora": {}}, 0, ("peft",), "pip install peft"),
+        ({"liger": True}, 0, (), "need GPUs; this run is on CPUs"),
+        ({"liger": True}, 8, ("liger-kernel",), "pip install liger-kernel"),
+        ({"torch_compile": True}, 0, ("compiler",), "install g++"),
+        ({"torch_compile": True}, 8, ("triton",), "install the triton"),
+        ({"attn_implementation": "flash_attention_2"}, 0, (), "needs GPUs, and this run is on CPUs"),
+        ({"attn_implementation": "flash_attention_2"}, 8, ("flash-attn",), "pip install flash-attn, or leave it out"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_told_before_anything_is_measured(model, gpus, lacks, words) -> None:
+    job = job_of(model=model)
+    (key,) = (f"model.{name}" for name in model)
+
+    def machine(missing: tuple[str, ...]):
+        versions = {name: "missing" if name in missing else version for name, version in HERE.items()}
+        return machine_facts(gpus, versions=versions, compiler=None if "compiler" in missing else "/usr/bin/g++")
+
+    with pytest.raises(RequestError) as error:
+        check_request(job, preset("zero2"), machine(lacks))
+    found, text = problem(error)
+    assert found == key and words in text
+    if lacks:
+        check_request(job, preset("zero2"), machine(()))
+
+
+@pytest.mark.parametrize(
+    ("model", "key", "words"),
+    [
+        ({"lora": {}, "freeze": ["lm_head"]}, "model", "leave freeze out, or lora"),
+        ({"lora": {"r": 0}}, "model.lora.r", "greater than 0"),
+        ({"lora": {"dropout": 1}}, "model.lora.dropout", "less than 1"),
+        ({"lora": {"rank": 8}}, "model.lora.rank", "valid here: r, alpha, dropout, target_modules, merge"),
+        ({"freeze": "lm_head"}, "model.freeze", "must be a list"),
+    ],
+)
+def test_a_malformed_method_is_refused(model: dict, key: str, words: str) -> None:
+    with pytest.raises(RequestError) as error:
+        job_of(model=model)
+    found, text = problem(error)
+    assert found == key and words in text
+
+
+def test_compiling_under_zero_3_gains_little_and_that_is_told() -> None:
+    told = {}
+    for stage in (2, 3):
+        job = job_of(model={"torch_compile": True}, deepspeed=f"zero{stage}")
+        plan = plan_of(
+            job,
+            machine=machine_facts(8, versions=HERE, compiler="/usr/bin/g++"),
+            user=dict(preset(f"zero{stage}").data),
+        )
+        told[stage] = [warning for warning in plan.warnings if "torch_compile under ZeRO-3" in warning]
+    assert told[2] == [] and len(told[3]) == 1
+
+
+LORA_FACTS = {"trainable_parameters": 20_000_000, "adapted_modules": ("q_proj", "v_proj")}
+
+
+def lora_plan(**sections: object) -> Plan:
+    facts = model_facts(**LORA_FACTS)
+    return plan_of(job_of(model={"lora": {"r": 8}}, **sections), model=facts, machine=machine_facts(8, versions=HERE))
+
+
+def test_adapters_are_advised_the_rates_of_adapters() -> None:
+    full, lora = plan_of(), lora_plan()
+    assert lora.learning_rate.reasons[0].value == "lora"
+    assert lora.learning_rate.peak_lr == pytest.approx(2.0e-4 * (8 / 7) ** -0.3, rel=0.02)
+    assert lora.learning_rate.peak_lr > 5 * full.learning_rate.peak_lr
+    # What is unsafe for all weights is usual for adapters.
+    assert lora_plan(schedule={"peak_lr": 3e-4}).learning_rate.peak_lr == 3e-4
+    with pytest.raises(RequestError, match="peak_lr"):
+        plan_of(job_of(schedule={"peak_lr": 3e-4}))
+
+
+def test_what_changes_no_weight_may_be_other_from_a_checkpoint_on() -> None:
+    free = ["gradient_checkpointing", "attn_implementation", "torch_compile", "liger"]
+    assert not any(_settled(f"model.{name}") for name in free)
+    others = [name for name in ModelSection.model_fields if name not in free]
+    assert all(_settled(f"model.{name}") for name in others) and _settled("model.lora.r")
+    # As a whole a section may hold anything.
+    assert _settled("model") and _settled("data") and _settled("data.train") and _settled("train.seed")
+    assert not _settled("train.max_steps") and not _settled("train.seeds")
+
+
+CPU_JOB = """\
+model: {{name_or_path: model, {method}}}
+data: {{train: data/train.jsonl}}
+cluster: {{gpus_per_node: 0, processes_per_node: 2}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "words"),
+    [
+        ("lora: {r: 8}", LORA_FACTS, ["20,000,000 parameters (0.25%) in adapters of rank 8 (alpha 16) on q_proj"]),
+        ("freeze: [lm_head]", {"trainable_parameters": 6_000_000_000}, ["(75.00%); frozen: lm_head"]),
+        ("gradient_checkpointing: true", {}, ["all parameters; gradient checkpointing"]),
+    ],
+    ids=["lora", "freeze", "switch"],
+)
+def test_plan_and_lr_tell_what_is_trained(method, changes, words, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_project(tmp_path, CPU_JOB.format(method=method))
+    remember(tmp_path / "job.yaml", (), model_facts(**changes), data_facts())
+    shown = command("plan", "job.yaml")
+    assert shown.status == 0, shown.err
+    text = " ".join(shown.out.split())
+    assert all(word in text for word in words)
+    rates = command("lr", "job.yaml")
+    assert rates.status == 0, rates.err
+    assert ("Published lora recipes" in " ".join(rates.out.split())) == ("lora" in method)
+
+
+SHARING = {"key_value_heads": 8, "whole_attention": True}
+
+
+def shared_plan(size: int, user: dict | None = None, facts: dict | None = None, **sections: object) -> Plan:
+    job = job_of(**{"model": {"sequence_parallel_size": size}, **sections})
+    return plan_of(job, user, model_facts(**(SHARING if facts is None else facts)), machine=machine_facts(8))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_ranks_that_share_sequences_count_as_one_in_the_batch(size: int) -> None:
+    plan = shared_plan(size, train={"train_batch_size": 64, "train_micro_batch_size_per_gpu": 2})
+    assert (plan.world.size, plan.world.data_parallel_size) == (8, 8 // size)
+    assert plan.gradient_accumulation_steps == 64 // 2 // (8 // size)
+    # DeepSpeed checks the batch against the groups only where it is told their size.
+    assert plan.ds_config.get("sequence_parallel_size", 1) == size
+
+
+def test_sharing_makes_room_for_activations() -> None:
+    train = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 8}
+    alone, shared = (shared_plan(size, train=train).memory for size in (1, 4))
+    assert shared["activations"] < 0.4 * alone["activations"]
+    assert shared["parameters"] == alone["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "words"),
+    [
+        (3, {}, "8 ranks cannot be divided into groups of 3"),
+        (4, {"facts": {**SHARING, "whole_attention": False}}, "layers that all attend to everything before"),
+        (4, {"facts": {"whole_attention": True}}, "layers that all attend to everything before"),
+        (8, {"facts": {**SHARING, "attention_heads": 12}}, "8 ranks cannot share 12 attention heads"),
+        (8, {"facts": {**SHARING, "attention_heads": 24, "key_value_heads": 6}}, "24 attention heads with 6"),
+        (2, {"user": {"zero_optimization": {"stage": 3, "reduce_scatter": False}}}, "reduce_scatter: false"),
+        (2, {"user": {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}}, "gradients: true"),
+    ],
+)
+def test_sequences_that_cannot_be_shared_rightly_are_refused(size: int, changes: dict, words: str) -> None:
+    with pytest.raises(RequestError) as error:
+        shared_plan(size, **changes)
+    key, text = problem(error)
+    assert key == "model.sequence_parallel_size" and words in text
+
+
+@pytest.mark.parametrize("other", [{"torch_compile": True}, {"liger": True}, {"attn_implementation": "eager"}])
+def test_what_was_not_shown_to_go_together_is_refused(other: dict) -> None:
+    job = job_of(model={"sequence_parallel_size": 2, **other})
+    machine = machine_facts(8, versions=HERE, compiler="/usr/bin/g++")
+    with pytest.raises(RequestError) as error:
+        check_request(job, preset("zero2"), machine)
+    key, _ = problem(error)
+    assert key == "model.sequence_parallel_size"
+
+
+def test_a_json_that_shares_sequences_otherwise_than_the_job_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"2 here, but model.sequence_parallel_size in the job is 1"):
+        shared_plan(1, user={"sequence_parallel_size": 2, "zero_optimization": {"stage": 2}})
