@@ -1,0 +1,183 @@
+"""The line between a rank and its agent, over real pipes: orders in, reports out, and the end of either side."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import IO, Any
+
+import pytest
+
+from launcher.errors import AGENT_LOST_EXIT
+from launcher.worker.control import Control
+from tests.patience import PATIENCE_SECONDS
+
+HEAD = """
+import json, os, sys, time
+from launcher.worker.control import Control
+control = Control.from_environment()
+"""
+
+
+class Rank:
+    """A Python process as an agent starts a rank: orders on standard input, reports on a pipe of their own."""
+
+    def __init__(self, body: str) -> None:
+        report_in, report_out = os.pipe()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", HEAD + body],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "LAUNCHER_REPORT_FD": str(report_out)},
+            pass_fds=(report_out,),
+        )
+        os.close(report_out)
+        self.reports = os.fdopen(report_in, "rb")
+
+    @property
+    def orders(self) -> IO[bytes]:
+        assert self.process.stdin is not None
+        return self.process.stdin
+
+    def order(self, **order: Any) -> None:
+        self.orders.write(json.dumps(order).encode() + b"\n")
+        self.orders.flush()
+
+    def report(self) -> dict[str, Any]:
+        """The next report, which is waited for."""
+        found: dict[str, Any] = json.loads(self.reports.readline())
+        return found
+
+    def exit_status(self) -> int:
+        return self.process.wait(PATIENCE_SECONDS)
+
+    def errors(self) -> str:
+        assert self.process.stderr is not None
+        return self.process.stderr.read().decode()
+
+
+@contextlib.contextmanager
+def rank_that(body: str) -> Iterator[Rank]:
+    rank = Rank(body)
+    try:
+        yield rank
+    finally:
+        rank.process.kill()
+        rank.process.wait()
+        rank.reports.close()
+        for pipe in (rank.process.stdin, rank.process.stderr):
+            with contextlib.suppress(OSError):
+                assert pipe is not None
+                pipe.close()
+
+
+def test_the_order_to_go_is_returned_and_a_report_reaches_the_agent() -> None:
+    with rank_that("control.report('got', go=control.wait_for_go()); control.wait_for_go()") as rank:
+        before = time.time()
+        rank.order(go={"env": {"MASTER_PORT": "1"}, "start": None})
+        report = rank.report()
+        assert before <= report.pop("time") <= time.time()
+        assert report == {"report": "got", "go": {"env": {"MASTER_PORT": "1"}, "start": None}}
+
+
+def test_an_order_that_comes_before_it_is_waited_for_is_kept() -> None:
+    with rank_that("time.sleep(0.2); control.report('got', go=control.wait_for_go())") as rank:
+        rank.order(go={"number": 1})
+        assert rank.report()["go"] == {"number": 1}
+        assert rank.exit_status() == 0
+
+
+def test_an_order_to_stop_sets_stop_and_is_no_order_to_go() -> None:
+    body = """
+control.report("stop", set=control.stop.is_set())
+control.report("stop", set=control.stop.wait(60))
+control.report("got", go=control.wait_for_go())
+"""
+    with rank_that(body) as rank:
+        assert rank.report()["set"] is False
+        rank.order(stop=True)
+        assert rank.report()["set"] is True
+        rank.order(go={"number": 2})
+        assert rank.report()["go"] == {"number": 2}
+
+
+def test_an_unknown_order_is_ignored() -> None:
+    with rank_that("go = control.wait_for_go(); control.report('got', go=go, stop=control.stop.is_set())") as rank:
+        rank.order(other=True)
+        rank.order(go={})
+        report = rank.report()
+        assert (report["go"], report["stop"]) == ({}, False)
+
+
+def test_an_event_names_its_kind_and_its_details() -> None:
+    with rank_that("control.tell('spike', update=42, lr=1e-5)") as rank:
+        report = rank.report()
+        assert report.pop("time") > 0
+        assert report == {"report": "event", "event": "spike", "details": {"update": 42, "lr": 1e-5}}
+
+
+def test_a_rank_ends_itself_once_its_agent_is_gone() -> None:
+    """Also one that computes and waits for no order; what holds its report pipe open does not keep it."""
+    with rank_that("control.report('at work')\nwhile True: time.sleep(0.01)") as rank:
+        assert rank.report()["report"] == "at work"
+        rank.orders.close()
+        assert rank.exit_status() == AGENT_LOST_EXIT == 113
+        assert rank.reports.read() == b""
+
+
+def test_a_rank_that_waits_for_its_order_ends_itself_too() -> None:
+    with rank_that("control.report('ready'); control.wait_for_go(); control.report('never')") as rank:
+        assert rank.report()["report"] == "ready"
+        rank.orders.close()
+        assert rank.exit_status() == AGENT_LOST_EXIT
+        assert rank.reports.read() == b""
+
+
+def test_a_report_into_a_broken_pipe_raises() -> None:
+    body = """
+control.wait_for_go()
+try:
+    control.report("lost")
+except BrokenPipeError:
+    os._exit(7)
+"""
+    with rank_that(body) as rank:
+        rank.reports.close()
+        rank.order(go={})
+        assert rank.exit_status() == 7, rank.errors()
+
+
+def test_without_an_agent_nothing_is_waited_for_and_reports_go_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LAUNCHER_REPORT_FD", raising=False)
+    threads = threading.active_count()
+    control = Control.from_environment()
+    assert control.wait_for_go() == {}
+    control.report("phase", phase="training")
+    control.tell("spike")
+    assert not control.stop.is_set()
+    assert threading.active_count() == threads
+
+
+def test_what_a_rank_starts_does_not_inherit_the_name_of_its_pipe() -> None:
+    with rank_that("control.report('left', name=os.environ.get('LAUNCHER_REPORT_FD'))") as rank:
+        assert rank.report()["name"] is None
+
+
+def test_reports_of_several_threads_are_whole_lines() -> None:
+    """Longer than a pipe takes in one write."""
+    body = """
+import threading
+threads = [threading.Thread(target=control.report, args=("long",), kwargs={"text": str(n) * 100_000}) for n in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+    with rank_that(body) as rank:
+        texts = sorted(json.loads(line)["text"] for line in rank.reports)
+        assert texts == [str(number) * 100_000 for number in range(8)]
+        assert rank.exit_status() == 0
