@@ -37,11 +37,11 @@ test: install ## run all tests; `make packages` installs what those of tests/clu
 
 # DeepSpeed compiles its CPU Adam when a test offloads the optimizer; tests/cluster runs Slurm and sshd on hosts that it
 # makes. Without them, and outside CI, those tests skip and say why.
-PACKAGES := g++ slurm-wlm munge openssh-server openssh-client rsync iproute2
+PACKAGES := g++ slurm-wlm munge openssh-server openssh-client rsync iproute2 shellcheck
 .PHONY: packages
 packages: ## install Debian packages that some tests need (root)
 	@PATH="$$PATH:/usr/sbin:/sbin"; missing=; \
-	  for command in g++ sbatch munged sshd ssh rsync ip; do command -v $$command >/dev/null || missing=1; done; \
+	  for command in g++ sbatch munged sshd ssh rsync ip shellcheck; do command -v $$command >/dev/null || missing=1; done; \
 	  test -z "$$missing" || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq \
 	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(PACKAGES) >/dev/null; } \
 	  || echo 'missing, and some tests need them: $(PACKAGES)'

@@ -146,13 +146,11 @@ def test_two_and_three_nodes_at_once_learn_what_one_node_does(slurm: Slurm, shar
     assert hosts_of_ranks(run_two) == {0: "h1", 1: "h2"}
     assert hosts_of_ranks(run_three) == {0: "h1", 1: "h2", 2: "h3"}
     assert len(losses(run_one)) == 4
-    for run in (run_two, run_three):
+    for run, job, names in ((run_two, two, ("h1", "h2")), (run_three, three, ("h1", "h2", "h3"))):
         np.testing.assert_allclose(losses(run), losses(run_one), rtol=2e-5)
         nodes = [event for event in run.events() if event["event"] == "node"]
-        assert [(node["host"], node["interface"]) for node in nodes] == [
-            (host, "eth0") for host in ("h1", "h2", "h3")[: len(nodes)]
-        ]
-        assert run.state()["state"] == "finished" and run.state()["slurm_job_id"] in (two, three)
+        assert [(node["host"], node["interface"]) for node in nodes] == [(name, "eth0") for name in names]
+        assert run.state()["state"] == "finished" and run.state()["slurm_job_id"] == job
         assert not run.cluster.exists()
     begun, over = zip(*(span(run) for run in (run_two, run_three)), strict=True)
     assert max(begun) < min(over), "they ran side by side"

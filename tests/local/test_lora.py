@@ -82,7 +82,9 @@ def test_adapters_go_on_under_zero_3_on_one_rank_and_with_less_memory(job_dict, 
 def saved_halfway(plan: Plan, run: RunDir) -> Start:
     """The checkpoint in the middle, which holds the adapters and of the frozen weights the tied head at most."""
     checkpoint = run.checkpoint(SAVED)
-    for file in checkpoint.glob("*model_states.pt"):
+    files = list(checkpoint.glob("*model_states.pt"))
+    assert files
+    for file in files:
         state = torch.load(file, weights_only=False)
         frozen = {name for name in state["module"] if ".lora_" not in name}
         assert frozen <= {"base_model.model.lm_head.weight"} and len(state["module"]) > len(frozen)

@@ -16,7 +16,7 @@ from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
 from tests.local.harness import fine_tuned, merged, plan_of
 from tests.local.processes import Command, a_ray, run_folder, state_of, updates_made, write_job
-from tests.unit import given
+from tests.unit import inputs
 
 pytestmark = pytest.mark.local
 
@@ -55,11 +55,13 @@ def test_a_run_from_job_file_to_model(job_dict, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["agent.log", "node.json", "rank-0.log", "rank-1.log"]
     pulse = json.loads((folder / "node.json").read_text())
     assert pulse["ended"] and pulse["memory_bytes"] > pulse["memory_used_bytes"] > 0
+    assert len(pulse["ranks"]) == 2
     for number, rank in enumerate(pulse["ranks"]):
         assert (rank["rank"], rank["updates"], rank["exit_code"], rank["alive"]) == (number, 5, 0, False)
         assert 0 < rank["own_seconds"] < rank["step_seconds"]
     for rank in (0, 1):
         text = (folder / f"rank-{rank}.log").read_text()
+        assert text
         assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ", line) for line in text.splitlines())
         assert f"[Rank {1 - rank}]" not in text
 
@@ -144,8 +146,8 @@ def test_nothing_is_left_of_a_launcher_that_was_killed(job_dict, tmp_path):
     command.process.wait()
     # Its lock is free from now on, so that nobody takes it for alive.
     run = run_folder(tmp_path)
-    assert json.loads(given.command("status", str(run), "--json").out)["state"] == "lost"
-    why = given.command("why", str(run)).out
+    assert json.loads(inputs.command("status", str(run), "--json").out)["state"] == "lost"
+    why = inputs.command("why", str(run)).out
     assert why.startswith(f"the run is lost: its supervisor, process {command.process.pid} on {socket.gethostname()}, ")
     assert "out of memory" not in why
     # Ray's own two agents try for a minute to tell a head that is gone; they end by themselves then.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from typing import Any
 
+import deepspeed
 import pytest
+import torch
+import transformers
+from deepspeed.runtime import lr_schedules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,10 +29,6 @@ from launcher.schedule.curve import (
 from launcher.schedule.deepspeed_schedulers import simulate_deepspeed
 
 pytestmark = pytest.mark.local
-
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-torch = pytest.importorskip("torch")
-lr_schedules = pytest.importorskip("deepspeed.runtime.lr_schedules")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -245,7 +244,6 @@ def test_what_deepspeed_refuses_is_a_bad_request(kind: str, params: dict[str, An
 
 
 def an_engine(schedule: Schedule, accumulation: int, precision: dict[str, Any]) -> Any:
-    deepspeed = pytest.importorskip("deepspeed")
     torch.manual_seed(0)
     blocks = deepspeed_blocks(schedule)
     blocks["optimizer"]["params"]["torch_adam"] = True
@@ -301,7 +299,6 @@ def test_a_skipped_update_spends_none_of_the_schedule() -> None:
 
 
 def peer_rates(name: str, peak: float, warmup: int, total: int) -> list[float]:
-    transformers = pytest.importorskip("transformers")
     optimizer = an_optimizer([peak])
     scheduler = getattr(transformers, name)(optimizer, warmup, total)
     seen = []

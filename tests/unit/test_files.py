@@ -64,7 +64,7 @@ def test_an_append_starts_on_a_line_of_its_own(tmp_path: Path, tail: bytes, foun
         file.write(tail)
     append_line(path, {"update": 2})
     assert [line["update"] for line in read_lines(path)] == found
-    assert path.read_bytes().count(b"\n") == 3 if tail else 2
+    assert path.read_bytes().count(b"\n") == (3 if tail else 2)
 
 
 def test_a_short_write_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

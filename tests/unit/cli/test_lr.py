@@ -133,7 +133,6 @@ def test_a_shape_that_deepspeed_lacks_has_no_block(known: Path) -> None:
 
 
 def test_the_png_is_one(known: Path, folder: Path) -> None:
-    pytest.importorskip("matplotlib")
     ended = command("lr", str(known), *THOUSAND, "--png", "out.png")
     assert (ended.status, "wrote out.png" in ended.err) == (0, True)
     assert (folder / "out.png").read_bytes().startswith(b"\x89PNG\r\n")

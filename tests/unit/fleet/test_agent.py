@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from launcher.fleet.agent import Agent, NodeTask
@@ -73,8 +74,10 @@ def test_a_full_disk_does_not_keep_the_agent_from_ending_its_ranks(agent: Agent,
 
 def test_a_log_that_cannot_be_made_starts_nothing(agent: Agent, tmp_path: Path) -> None:
     (tmp_path / "node-0-h0" / "rank-0.log").mkdir(parents=True)
+    before = psutil.Process().children()
     with pytest.raises(IsADirectoryError):
         agent.start(task(tmp_path / "node-0-h0", SLEEPS))
+    assert psutil.Process().children() == before
     agent.end(0.0)
 
 

@@ -114,7 +114,7 @@ def test_a_gradient_norm_that_is_not_known_is_null(tmp_path: Path, clock: Clock)
     assert line["grad_norm"] is None
 
 
-def test_an_evaluation_is_one_line(tmp_path: Path, clock: Clock) -> None:
+def test_an_evaluation_is_one_line(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     Journal(run, fake_ranks()).evaluated(update=3, loss=2.0, perplexity=7.4, targets=60)
     (line,) = lines(run.evaluations_file)
