@@ -12,7 +12,6 @@ import psutil
 import pytest
 
 from launcher.fleet.agent import Agent, NodeTask
-from launcher.tail import Tail
 from tests.patience import PATIENCE_SECONDS
 
 LINES = 50_000
@@ -79,13 +78,3 @@ def test_a_log_that_cannot_be_made_starts_nothing(agent: Agent, tmp_path: Path) 
         agent.start(task(tmp_path / "node-0-h0", SLEEPS))
     assert psutil.Process().children() == before
     agent.end(0.0)
-
-
-def test_damaged_lines_are_passed_over_by_those_who_follow(tmp_path: Path) -> None:
-    file = tmp_path / "metrics.jsonl"
-    file.write_bytes(b'{"update": 0}\n{"upd\x00\n[1]\n\xff\n{"update": 1}\n{"upd')
-    tail = Tail(file)
-    assert tail.new() == [{"update": 0}, {"update": 1}]
-    with file.open("a") as more:
-        more.write('ate": 2}\n')
-    assert tail.new() == [{"update": 2}]

@@ -1,33 +1,14 @@
-"""Which rank failed first."""
+"""Which rank failed first, from what agents report."""
 
 from __future__ import annotations
 
-import errno
-import pickle
 import random
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import launcher.cli.run as run_verb
-from launcher.cli.console import RunConsole
-from launcher.errors import FailureCode, LauncherError, RequestError, RunFailed, code_of
-from launcher.first_failure import raised_at, said
+from launcher.errors import FailureCode
 from launcher.fleet.failures import Failure, all_failures, describe_exit, first_failure
-from launcher.fleet.nodes import Node, Nodes
-from launcher.runs import supervisor as supervision
-from launcher.runs.supervisor import Supervisor
-from launcher.tail import untimed
-from tests.unit.inputs import command, job_of, machine_facts, plan_of
-from tests.unit.run_directories import Built, rank, stamp
-
-
-class Coded(RunFailed):
-    """An error whose kind has a code of its own."""
-
-    code = FailureCode.OUT_OF_STEP
 
 
 def failed(rank: int, time: float, message: str = "boom") -> dict[str, Any]:
@@ -80,30 +61,6 @@ def test_what_a_rank_reports_counts_before_its_exit() -> None:
     assert found is not None and found.code is FailureCode.UNKNOWN
 
 
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (RunFailed("a", code=FailureCode.NETWORK), "network"),
-        (RunFailed("a"), "unknown"),
-        (Coded("a"), "out_of_step"),
-        (Coded("a", code=FailureCode.PLAN_DIFFERS), "plan_differs"),
-        (RequestError("a"), "user_error"),
-        (OSError(errno.ENOSPC, "a"), "disk_full"),
-        (OSError(errno.EDQUOT, "a"), "disk_full"),
-        (PermissionError(errno.EACCES, "a"), "permission"),
-        (FileNotFoundError(errno.ENOENT, "a"), "missing_file"),
-        (OSError("without a number"), "unknown"),
-        (MemoryError(), "out_of_memory"),
-        (ValueError("a"), "unknown"),
-    ],
-)
-def test_every_error_has_a_code(error: BaseException, code: str) -> None:
-    assert code_of(error) == code
-    # As it goes from an agent through Ray.
-    again = pickle.loads(pickle.dumps(error))
-    assert (code_of(again), str(again)) == (code, str(error))
-
-
 def test_an_exception_counts_before_its_exit_was_seen() -> None:
     assert first_failure([failed(2, 5.0)]) == Failure(2, 1, 5.0, "an exception", "ValueError: boom")
 
@@ -133,170 +90,3 @@ def test_times_are_corrected_by_the_nodes_clocks() -> None:
     # Node 1's clock is five seconds ahead.
     found = all_failures([failed(0, 101.0), failed(2, 105.5)], [0.0, 5.0])
     assert [(failure.rank, failure.time) for failure in found] == [(2, 100.5), (0, 101.0)]
-
-
-NCCL = "[rank{}]:[E ProcessGroupNCCL.cpp:607] [Rank {}] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=9"
-
-
-class Heard(Nodes):
-    """Two nodes whose ranks' news is given, an item a look."""
-
-    def __init__(self, *news: list[dict[str, Any]]) -> None:
-        self.nodes = [Node(None, f"h{rank}", f"10.0.0.{rank}", ()) for rank in range(2)]
-        self._news = list(news)
-
-    def events(self, timeout_seconds: float) -> list[dict[str, Any]]:
-        del timeout_seconds
-        return self._news.pop(0) if self._news else []
-
-    def end(self, grace_seconds: float) -> None:
-        """Nothing runs here."""
-
-
-class Silent:
-    """A console that shows nothing but keeps the notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def __getattr__(self, _: str) -> Any:
-        return lambda *_: None
-
-
-class Placed(Supervisor):
-    """A supervisor whose ranks were started already."""
-
-    def place(self) -> None:
-        """There are nodes."""
-
-    def start(self, start: Any) -> None:
-        """Ranks run."""
-
-
-def supervised(built: Built, *news: list[dict[str, Any]]) -> Supervisor:
-    """The supervisor of eight ranks on two nodes, placed."""
-    plan = plan_of(job_of(cluster={"nodes": 2, "gpus_per_node": 4}), machine=machine_facts(4))
-    found = Placed(plan, built.run.plan_file, built.run, Silent())
-    found.nodes = Heard(*news)
-    return found
-
-
-def on_eight(rank_number: int, time: float, code: int) -> dict[str, Any]:
-    return {"report": "exit", "rank": rank_number, "node_rank": rank_number // 4, "time": time, "code": code}
-
-
-@pytest.fixture
-def built(tmp_path: Path) -> Built:
-    return Built(tmp_path / "runs")
-
-
-def test_aborts_after_a_time_out_are_waited_for_and_the_rank_that_did_not_come_is_named(
-    built: Built, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """NCCL's watchdogs give up within some seconds of each other; C++ ends a rank without a word to its agent."""
-    monkeypatch.setattr(supervision, "_SETTLE_SECONDS", 0.0)
-    monkeypatch.setattr(supervision, "_LOST_NODE_SECONDS", 0.5)
-    built.nodes(["h0", "h1"])
-    built.state("training", 5.0)
-    for number in (0, 1, 2, 3, 4, 6, 7):
-        built.log(number // 4, f"h{number // 4}", f"rank-{number}", (39.0, NCCL.format(number, number)), (39.1, "what"))
-    for node in range(2):
-        built.node_json(node, f"h{node}", 38.0, [rank(4 * node + local) for local in range(4)])
-    first, *late = ([on_eight(number, 40.0 + number, -6)] for number in (0, 1, 2, 3, 4, 6, 7))
-    with pytest.raises(RunFailed) as ended:
-        supervised(built, first, [], *late).follow()
-    headline = "a collective timed out; these ranks did not come to it: rank 5 on node 1 (h1)"
-    assert str(ended.value).startswith(f"{headline}\n  the end of {built.run.node_logs(0, 'h0') / 'rank-0.log'}:")
-    (failure,) = [event for event in built.run.events() if event["event"] == "failure"]
-    assert [one["rank"] for one in failure["failures"]] == [0, 1, 2, 3, 4, 6, 7]
-    assert all("Watchdog caught" in one["error"] for one in failure["failures"])
-    assert ended.value.code == failure["code"] == failure["failures"][6]["code"] == "timeout"
-    assert failure["exit_code"] == -6
-    built.state("failed", 50.0, reason=str(ended.value).splitlines()[0])
-    assert command("why", str(built.run.path)).out.startswith(f"{headline}\n")
-
-
-def test_what_is_heard_together_with_a_lost_peer_is_not_lost(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first node's rank notices at once, and both tell in the same look."""
-    monkeypatch.setattr(supervision, "_SETTLE_SECONDS", 0.0)
-    lost = failed(0, 40.01, "[gloo] Connection closed by peer [10.0.0.1]:4242")
-    news = [lost, failed(4, 40.0, "a bad sample") | {"node_rank": 1}]
-    with pytest.raises(RunFailed) as ended:
-        supervised(built, news).follow()
-    first = "rank 4 on node 1 (h1) failed first, with an exception: ValueError: a bad sample"
-    assert str(ended.value).splitlines()[0] == first
-
-
-def test_a_full_disk_does_not_hide_the_failure(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervision, "_SETTLE_SECONDS", 0.0)
-    built.run.events_file.unlink()
-    built.run.events_file.symlink_to("/dev/full")
-    built.log(1, "h1", "rank-4", (39.0, "OSError: [Errno 28] No space left on device"))
-    supervisor = supervised(built, [on_eight(4, 40.0, 1)])
-    with pytest.raises(RunFailed, match=r"rank 4 on node 1 \(h1\) failed first, with exit code 1\n.*\n.*No space left"):
-        supervisor.follow()
-    # What went wrong with writing it down is printed beside it.
-    (note,) = supervisor.console.notes  # type: ignore[attr-defined]
-    assert "the failure could not be written to" in note and "No space left on device" in note
-    assert stamp(39.0) in built.run.node_logs(1, "h1").joinpath("rank-4.log").read_text()
-
-
-class Broken(Heard):
-    """Nodes whose Ray is gone."""
-
-    def end(self, _grace_seconds: float) -> None:
-        raise ConnectionError("Ray does not answer")
-
-    def close(self) -> None:
-        raise ConnectionError("Ray is gone")
-
-
-def test_what_goes_wrong_after_a_failure_is_printed_and_does_not_hide_it(
-    built: Built, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(supervision, "_SETTLE_SECONDS", 0.0)
-    supervisor = supervised(built)
-    supervisor.nodes = Broken([failed(4, 40.0, "a bad sample") | {"node_rank": 1}])
-    with pytest.raises(RunFailed, match=r"^rank 4 on node 1"):
-        supervisor.run()
-    assert [note.strip() for note in supervisor.console.notes] == [  # type: ignore[attr-defined]
-        "the ranks could not be ended: Ray does not answer",
-        "the nodes could not be given back: Ray is gone",
-    ]
-    assert [event["event"] for event in built.run.events()][-1] == "failure"
-
-
-def test_a_failure_that_cannot_be_written_is_still_the_one_that_is_raised(
-    built: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def make(_progress: Any, _log: Any) -> Any:
-        built.run.events_file.unlink()
-        built.run.events_file.symlink_to("/dev/full")
-        raise LauncherError("the first error", code=FailureCode.PREPARE_FAILED)
-
-    job = tmp_path / "job.yaml"
-    job.write_text("name: tiny\n")
-    with pytest.raises(LauncherError, match=r"^the first error$") as raised:
-        run_verb._planned(make, job, [], built.run, RunConsole())
-    assert (raised.value.exit_status, raised.value.code) == (1, "prepare_failed")
-    told = " ".join(capsys.readouterr().out.split())
-    assert "the failure could not be written to" in told and "No space left on device" in told
-    assert built.run.state()["code"] == "prepare_failed"
-
-
-def test_a_rank_raised_when_it_said_so_and_not_when_it_ended() -> None:
-    log = [
-        "2026-01-02T03:04:05.500Z step 1",
-        "2026-01-02T03:04:06.250Z [rank1]: Traceback (most recent call last):",
-        "2026-01-02T03:04:06.251Z [rank1]: ValueError: no such file",
-        "2026-01-02T03:04:09.000Z terminate called without an active exception",
-    ]
-    assert said(untimed(log), -6)[0] == "ValueError: no such file"
-    raised = datetime(2026, 1, 2, 3, 4, 6, 250_000, UTC).timestamp()
-    assert [raised_at(log, exit_code) for exit_code in (1, -6)] == [raised, raised]
-    # What was raised and handled long ago did not end a rank that something killed, or that was told to end.
-    assert [raised_at(log, exit_code) for exit_code in (-9, -15, 113)] == [None] * 3
-    assert raised_at(log[:1], 1) is None and raised_at(untimed(log), 1) is None

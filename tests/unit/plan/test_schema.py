@@ -1,387 +1,167 @@
-"""The user's DeepSpeed JSON in `launcher plan` and `launcher run`: linted, compared with the job, and completed.
-
-What is wrong is told before model or data are looked at: the folder here holds neither weights nor a tokenizer.
-"""
+"""A plan as JSON: its hash, the keys that were set, earlier formats, and damage."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from launcher.ds_config import from_mapping
-from launcher.errors import RequestError
-from launcher.job import ScriptJob
-from launcher.job.read import validate_as
-from launcher.plan.learning_rate import planned_rates
-from launcher.plan.resolve import check_request
-from launcher.plan.schema import Script
-from launcher.plan.script import resolve_script
-from tests.unit.inputs import (
-    Ended,
-    command,
-    data_facts,
-    job_of,
-    machine_facts,
-    model_facts,
-    plan_of,
-    remember,
-    write_folder,
+from launcher.errors import LauncherError
+from launcher.job import Job, explicit_keys, validate_job
+from launcher.job.set_keys import changed_keys, set_keys, with_set_keys
+from launcher.plan.schema import Plan, hash_in
+from tests.unit.inputs import data_facts, job_of, machine_facts, plan_of
+
+JOBS = st.builds(
+    lambda steps, batch, seed, shape, eps: job_of(
+        train={"max_steps": steps, "train_batch_size": 8 * batch, "seed": seed, "eps": eps},
+        schedule={"shape": shape, "warmup": 1},
+    ),
+    st.integers(3, 5),
+    st.integers(1, 3),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(["linear", "cosine", "constant", "wsd"]),
+    st.floats(1e-12, 1e-3),
 )
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    write_folder(tmp_path)
-    return tmp_path
+@settings(max_examples=60, deadline=None)
+@given(one=JOBS, other=JOBS)
+def test_hashes_are_equal_where_plans_are(one: Job, other: Job) -> None:
+    first, second = plan_of(one), plan_of(other)
+    assert (first.sha256 == second.sha256) == (first == second) == (one == other)
+    assert plan_of(one).sha256 == first.sha256
 
 
-def tried(text: str, *overrides: str, verb: str = "plan") -> Ended:
-    """`launcher VERB` on the job with ds.json holding `text`."""
-    Path("ds.json").write_text(text)
-    return command(verb, "job.yaml", "deepspeed=ds.json", *overrides)
+@settings(max_examples=60, deadline=None)
+@given(job=JOBS)
+def test_a_plan_comes_back_from_its_json(job: Job) -> None:
+    plan = plan_of(job)
+    back = Plan.from_json(plan.to_json())
+    assert back == plan
+    assert back.sha256 == plan.sha256
+    assert back.to_json() == plan.to_json()
 
 
-@pytest.mark.parametrize("verb", ["plan", "run"])
+SEGMENTS = [{"kind": "constant", "until": 100, "to": 1.0}, {"kind": "linear", "until": 1.0, "to": 0.0}]
+
+
 @pytest.mark.parametrize(
-    ("text", "says"),
+    "job",
     [
-        ('{\n  "zero_optimisation": {"stage": 2}\n}', "ds.json:2: zero_optimisation: DeepSpeed has no such key here"),
-        ('{\n  "fp16": {"enabled": true},\n  "bf16": {"enabled": true}\n}', "fp16.enabled: fp16 and bf16 are both on"),
-        ('{"zero_optimization": {"stage": 2,\n "reduce_bucket_size": "many"}}', "ds.json:2: zero_optimization.reduce"),
-        ('{"amp": {"enabled": true}}', "ds.json:1: amp: DeepSpeed refuses this key"),
-        ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', "NVMe offload without nvme_path"),
+        job_of(train={"max_steps": 200}, schedule={"shape": "compound", "segments": SEGMENTS}),
+        job_of(train={"max_steps": 200}, schedule={"shape": "step", "decay_at": [0.5, 150]}),
+        job_of(train={"max_steps": 200}, data={"eval": "2e-2"}, schedule={"warmup": "3%"}),
     ],
 )
-def test_an_error_of_lint_refuses(text: str, says: str, verb: str, folder: Path) -> None:
-    ended = tried(text, verb=verb)
-    assert ended.status == 2
-    assert says in ended.err
-    assert not (folder / "runs").exists()
+def test_whole_numbers_and_shares_stay_what_they_are(job: Job) -> None:
+    plan = plan_of(job)
+    assert Plan.from_json(plan.to_json()) == plan
 
 
-@pytest.mark.usefixtures("folder")
-def test_a_warning_of_lint_is_shown_with_line_and_mend() -> None:
-    remember(Path("job.yaml"), (), model_facts(), data_facts())
-    ended = tried('{"zero_optimization": {"stage": 2,\n  "stage3_max_live_parameters": 1e9}}')
-    assert ended.status == 0, ended.err
-    assert "note: ds.json:2: zero_optimization.stage3_max_live_parameters: has no effect under stage 2" in ended.out
-    assert "Set stage to 3, or take it out." in ended.out
+WITH_PEFT = machine_facts(8, versions={"deepspeed": "0.19.8", "peft": "0.18"})
+EXPLICIT = [
+    job_of(train={"max_steps": 9}),
+    job_of(train={"max_steps": 9, "weight_decay": 0.0, "betas": [0.9, 0.999]}, schedule={"warmup_type": "linear"}),
+    job_of(train={"max_steps": 9, "train_batch_size": "auto"}, schedule={"shape": "auto"}, cluster={"env": {}}),
+    job_of(model={"lora": {}}, data={"eval": None}, checkpoint={"every": None, "keep": 2}),
+    job_of(model={"lora": {"r": 4}}, schedule={"shape": "compound", "segments": SEGMENTS}, train={"max_steps": 200}),
+    job_of(model={"freeze": []}, deepspeed={"zero_optimization": {"stage": 2}}, export=True),
+]
 
 
-@pytest.mark.usefixtures("folder")
-def test_keys_inside_the_job_file_are_told_with_its_lines() -> None:
-    with Path("job.yaml").open("a") as job:
-        job.write("deepspeed:\n  zero_optimization:\n    stage: 2\n    overlap_com: true\n")
-    ended = command("plan", "job.yaml")
-    assert ended.status == 2
-    assert "job.yaml:7: deepspeed.zero_optimization.overlap_com: DeepSpeed has no such key here" in ended.err
+@pytest.mark.parametrize("job", EXPLICIT)
+def test_a_plan_keeps_which_keys_were_set(job: Job) -> None:
+    plan = plan_of(job, machine=WITH_PEFT)
+    back = Plan.from_json(plan.to_json())
+    assert explicit_keys(back.job) == explicit_keys(job)
+    assert back.job.model_dump(mode="json", exclude_unset=True) == job.model_dump(mode="json", exclude_unset=True)
+    assert validate_job(back.job.model_dump(mode="json", exclude_unset=True)) == job
 
 
-@pytest.mark.usefixtures("folder")
-def test_yaml_numbers_with_exponents_are_numbers() -> None:
-    """YAML 1.1 reads 5e7 and 2e-5 as text."""
-    remember(Path("job.yaml"), (), model_facts(), data_facts())
-    with Path("job.yaml").open("a") as job:
-        job.write("deepspeed:\n  zero_optimization: {stage: 2, reduce_bucket_size: 5e7}\n")
-        job.write("  optimizer: {type: AdamW, params: {lr: 2e-6}}\n")
-    ended = command("plan", "--json", "job.yaml")
-    assert ended.status == 0, ended.err
-    config = json.loads(ended.out)["plan"]["ds_config"]
-    assert config["zero_optimization"]["reduce_bucket_size"] == 50_000_000
-    assert config["optimizer"]["params"]["lr"] == 2e-6
+def old_format(plan: Plan) -> dict[str, Any]:
+    """plan.json as it was written before it kept which keys were set."""
+    document = json.loads(plan.to_json())
+    return {"sha256": document["sha256"], "plan": document["plan"]}
 
 
-SCHEDULER = '{"optimizer": {"type": "AdamW", "params": {"lr": 1e-5}}, "scheduler": {"type": "WarmupDecayLR", "params": '
-SCHEDULER += '{"warmup_max_lr": 1e-5, "warmup_type": "linear",\n"warmup_num_steps": 5, "total_num_steps": 500}}}'
-CONFLICTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "batch": ('{\n"train_batch_size": 64}', "train.train_batch_size=32", ("ds.json:2: train_batch_size", "64", "32")),
-    "precision": ('{"bf16": {\n"enabled": true}}', "model.dtype=float32", ("ds.json:1: bf16", "bf16", "fp32")),
-    "rate": (
-        '{"optimizer": {"type": "AdamW", "params": {\n"lr": 3e-6}}}',
-        "schedule.peak_lr=1e-6",
-        ("ds.json:2: optimizer.params.lr: 3e-06 here", "schedule.peak_lr in the job is 1e-06"),
-    ),
-    "clipping": (
-        '{\n"gradient_clipping": 0.5}',
-        "train.gradient_clipping=2.0",
-        ("ds.json:2: gradient_clipping: 0.5 here", "train.gradient_clipping in the job is 2.0"),
-    ),
-    "total steps": (
-        SCHEDULER,
-        "train.max_steps=100",
-        ("train.max_steps: 100 in the job", "total_num_steps 500 in ds.json"),
-    ),
-}
+def test_a_plan_in_the_old_format_has_set_what_differs_from_the_defaults() -> None:
+    job = job_of(train={"max_steps": 9, "weight_decay": 0.1, "eps": 1e-8}, model={"lora": {}})
+    plan = plan_of(job, machine=WITH_PEFT)
+    back = Plan.from_json(json.dumps(old_format(plan)))
+    assert back == plan
+    names = {"name", "model.name_or_path", "data.train", "train.max_steps", "train.weight_decay"}
+    assert explicit_keys(back.job) == names
+    assert back.job.model_fields_set == {"name", "model", "data", "train"}
+    assert "lora" in back.job.model.model_fields_set
 
 
-@pytest.mark.parametrize("name", CONFLICTS)
-def test_conflicts_are_told_before_anything_is_measured(name: str, folder: Path) -> None:
-    text, override, says = CONFLICTS[name]
-    ended = tried(text, override)
-    assert ended.status == 2
-    assert all(words in ended.err for words in says), ended.err
-    assert not (folder / "runs").exists(), "the model was looked at"
+def test_a_plan_without_a_newer_key_of_the_job_is_read_and_names_its_own_hash() -> None:
+    document = old_format(plan_of(job_of(train={"max_steps": 9})))
+    del document["plan"]["job"]["train"]["eval_every"]
+    text = json.dumps(document)
+    with pytest.raises(LauncherError, match="altered"):
+        Plan.from_json(text)
+    document["sha256"] = hashlib.sha256(
+        json.dumps(document["plan"], sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
+    text = json.dumps(document)
+    assert Plan.from_json(text).job.train.eval_every is None
+    assert hash_in(text) == document["sha256"]
 
 
-@pytest.mark.usefixtures("folder")
-@pytest.mark.parametrize("name", CONFLICTS)
-def test_equal_values_are_no_conflict(name: str) -> None:
-    text, override, _ = CONFLICTS[name]
-    key = override.partition("=")[0]
-    same = {"train.train_batch_size": "64", "model.dtype": "bfloat16", "schedule.peak_lr": "3e-6"}
-    same |= {"train.gradient_clipping": "0.5", "train.max_steps": "500"}
-    remember(Path("job.yaml"), (f"{key}={same[key]}",), model_facts(), data_facts())
-    ended = tried(text, f"{key}={same[key]}")
-    assert ended.status == 0, ended.err
+def test_a_plan_of_a_newer_format_is_refused() -> None:
+    document = json.loads(plan_of(job_of(train={"max_steps": 9})).to_json())
+    with pytest.raises(LauncherError, match="it has format 3, and this launcher reads formats 1 and 2"):
+        Plan.from_json(json.dumps({**document, "format": 3}))
 
 
-TEMPLATE: dict[str, Any] = {
-    "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16},
-    "bf16": {"enabled": "auto"},
-    "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
-    "zero_optimization": {
-        "stage": 3,
-        "overlap_comm": True,
-        "contiguous_gradients": True,
-        "reduce_bucket_size": "auto",
-        "stage3_prefetch_bucket_size": "auto",
-        "stage3_param_persistence_threshold": "auto",
-        "stage3_gather_16bit_weights_on_model_save": True,
-    },
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-    "train_batch_size": "auto",
-    "train_micro_batch_size_per_gpu": "auto",
-    "wall_clock_breakdown": False,
-    "my_tool": {"keeps": ["this"]},
-}
-WARMUP = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps")
+def test_set_keys_are_marked_and_unknown_ones_refused() -> None:
+    job = job_of(train={"max_steps": 9, "seed": 42})
+    assert "train.seed" in set_keys(job)
+    assert "train.seed" not in changed_keys(job)
+    assert set_keys(with_set_keys(job, ["train", "train.seed"])) == ["train", "train.seed"]
+    with pytest.raises(ValueError, match=r"no key train\.sed"):
+        with_set_keys(job, ["train.sed"])
 
 
-@pytest.mark.parametrize(
-    ("kind", "names", "shape"),
-    [("WarmupLR", WARMUP, "constant"), ("WarmupDecayLR", (*WARMUP, "total_num_steps"), "linear")],
-)
-def test_a_template_of_transformers_is_completed(kind: str, names: tuple[str, ...], shape: str) -> None:
-    user = {**TEMPLATE, "scheduler": {"type": kind, "params": dict.fromkeys(names, "auto")}}
-    plan = plan_of(job_of(train={"max_steps": 100}, schedule={"warmup": 7}), user=user)
-    config = plan.ds_config
-    assert '"auto"' not in json.dumps(config)
-    assert (plan.learning_rate.shape, plan.learning_rate.warmup_updates) == (shape, 7)
-    assert config["scheduler"]["type"] == kind
-    assert config["scheduler"]["params"]["warmup_num_steps"] == 7
-    assert config["scheduler"]["params"]["warmup_type"] == "linear"
-    assert config["scheduler"]["params"]["warmup_max_lr"] == config["optimizer"]["params"]["lr"]
-    kept = ("my_tool", "wall_clock_breakdown")
-    assert {key: config[key] for key in kept} == {key: user[key] for key in kept}
-    changed = {change.key for change in plan.ds_config_changes}
-    assert not any(key.startswith(kept) for key in changed)
-    assert {"optimizer.params.lr", "scheduler.params.warmup_type", "zero_optimization.reduce_bucket_size"} <= changed
+def leaves(node: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    found = [path for key, value in inner for path in leaves(value, (*at, key))]
+    return found or [at]
 
 
-def test_a_scheduler_with_one_value_open_is_the_users_own() -> None:
-    params = {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-6, "warmup_num_steps": "auto", "warmup_type": "linear"}
-    user = {"scheduler": {"type": "WarmupDecayLR", "params": {**params, "total_num_steps": "auto"}}}
-    plan = plan_of(job_of(train={"max_steps": 100}, schedule={"warmup": 7}), user=user)
-    made = {**params, "warmup_num_steps": 7, "total_num_steps": 100}
-    assert plan.ds_config["scheduler"]["params"] == made
-    assert (plan.learning_rate.schedule, plan.learning_rate.advance) == (None, 0)
-    assert "warmup_max_lr" not in {change.key.rpartition(".")[2] for change in plan.ds_config_changes}
+def altered(document: dict[str, Any], path: tuple[Any, ...]) -> str:
+    copied = json.loads(json.dumps(document))
+    node = copied
+    for key in path[:-1]:
+        node = node[key]
+    before = node[path[-1]]
+    numbers = {bool: lambda: not before, int: lambda: before + 1, float: lambda: before + 0.5}
+    node[path[-1]] = numbers.get(type(before), lambda: f"{before}x")()
+    return json.dumps(copied)
 
 
-@pytest.mark.usefixtures("folder")
-def test_a_safe_scheduler_is_asked_for_and_an_unsafe_one_needs_the_users_word() -> None:
-    text = SCHEDULER.replace('"warmup_max_lr": 1e-5, ', "")
-    assert "no warmup_max_lr: WarmupDecayLR then peaks at 1e-3" in tried(text).err
-    remember(Path("job.yaml"), ("train.max_steps=500",), model_facts(), data_facts())
-    ended = tried(text, "train.max_steps=500", "schedule.allow_unsafe=true")
-    assert ended.status == 0, ended.err
-    assert "note: ds.json:1: scheduler.params: no warmup_max_lr" in ended.out
+def test_a_plan_that_was_altered_anywhere_is_detected() -> None:
+    document = json.loads(plan_of(job_of(train={"max_steps": 9}), data=data_facts(50, evaluated=5)).to_json())
+    paths = leaves(document)
+    assert len(paths) > 150
+    for path in paths:
+        with pytest.raises(LauncherError, match=r"altered|damaged"):
+            Plan.from_json(altered(document, path))
 
 
-@pytest.mark.usefixtures("folder")
-def test_numbers_in_quotes_are_taken_where_they_are_converted() -> None:
-    remember(Path("job.yaml"), (), model_facts(), data_facts())
-    ended = tried('{"gradient_clipping": "0.7", "train_batch_size": "64" # kept\n}')
-    assert ended.status == 0, ended.err
-    assert "a number written as text" in ended.out
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"sha256": "0"}', '{"sha256": "0", "plan": {}}', "null"])
+def test_a_damaged_plan_is_told(text: str) -> None:
+    with pytest.raises(LauncherError, match=r"plan\.json is damaged"):
+        Plan.from_json(text)
 
 
-def test_a_scheduler_of_the_users_is_held_to_the_rules_for_ours() -> None:
-    user = {
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-6}},
-    }
-    with pytest.raises(RequestError, match="log"):
-        plan_of(job_of(train={"max_steps": 100}), user=user)
-
-
-@pytest.mark.usefixtures("folder")
-def test_the_diff_is_told_key_by_key_with_reasons() -> None:
-    remember(Path("job.yaml"), (), model_facts(), data_facts())
-    ended = tried('{"gradient_clipping": "auto", "steps_per_print": 10, "zero_optimization": {"stage": 1}}')
-    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in ended.out.splitlines() if "→" in line}
-    assert rows["gradient_clipping"] == "auto → 1 the global gradient norm is held below this"
-    assert rows["optimizer.type"].startswith("not set → AdamW the plan's optimizer")
-    assert rows["scheduler.params.warmup_type"].startswith("not set → linear the generated schedule")
-    assert rows["optimizer.params.torch_adam"].startswith("not set → true on a CPU PyTorch's own Adam is used")
-    assert not {"steps_per_print", "zero_optimization.stage"} & set(rows)
-
-
-def own(total: object, **params: object) -> dict[str, Any]:
-    """A JSON with a whole scheduler and its rate."""
-    rates = {"warmup_min_lr": 0, "warmup_max_lr": 1e-6, "warmup_num_steps": 5, "warmup_type": "linear"}
-    scheduler = {"type": "WarmupDecayLR", "params": {**rates, "total_num_steps": total, **params}}
-    return {"optimizer": {"type": "AdamW", "params": {"lr": 1e-6}}, "scheduler": scheduler}
-
-
-def refusal(user: dict[str, Any], **sections: Any) -> str:
-    with pytest.raises(RequestError) as error:
-        plan_of(job_of(**sections), user=user, data=data_facts(10_000))
-    return str(error.value)
-
-
-@pytest.mark.parametrize("train", [{"num_train_epochs": 3}, {"total_samples": 30_000}])
-def test_a_scheduler_for_a_run_of_another_length_is_refused(train: dict[str, Any]) -> None:
-    (key, value), *_ = train.items()
-    told = refusal(own(200), train=train)
-    assert f"train.{key}: {value}" in told
-    assert "in the job comes to 938 updates, and total_num_steps is 200 in ds.json" in told
-    assert 'write 938 there, or "auto"' in told
-    for total in (938, "auto"):
-        plan = plan_of(job_of(train=train), user=own(total), data=data_facts(10_000))
-        assert plan.ds_config["scheduler"]["params"]["total_num_steps"] == plan.length.total_updates == 938
-
-
-def test_updates_at_rate_0_need_the_users_word_where_the_job_names_no_length() -> None:
-    told = refusal(own(200))
-    assert "scheduler.params.total_num_steps: 112 of the run's 313 updates run at rate 0 and train nothing" in told
-    assert "schedule.allow_unsafe: true" in told
-    plan = plan_of(job_of(schedule={"allow_unsafe": True}), user=own(200), data=data_facts(10_000))
-    rate = planned_rates(plan)
-    assert [rate(update) for update in range(313)][5:].count(0.0) == 112
-    assert plan_of(job_of(), user=own(400), data=data_facts(10_000)).length.total_updates == 313
-
-
-@pytest.mark.usefixtures("folder")
-def test_what_is_wrong_with_a_scheduler_is_told_at_its_line() -> None:
-    remember(Path("job.yaml"), (), model_facts(), data_facts())
-    text = json.dumps(own(200, warmup_num_steps=40), indent=1)
-    line = 1 + text[: text.index('"total_num_steps"')].count("\n")
-    job = ("train.max_steps=300", "schedule.warmup=30")
-    told = tried(text, *job).err
-    assert f"train.max_steps: 300 in the job, and total_num_steps 200 in ds.json:{line}" in told
-    assert "schedule.warmup: ds.json:8 has a WarmupDecayLR of its own" in told
-    remember(Path("job.yaml"), ("train.max_steps=200",), model_facts(), data_facts())
-    ramp = json.dumps(own(200, warmup_num_steps=40, warmup_max_lr=1e-2, warmup_min_lr=0), indent=1)
-    told = tried(ramp, "train.max_steps=200").err
-    assert "ds.json:12: scheduler.params.warmup_max_lr: a peak of 0.01 is high for full training" in told
-
-
-def test_equal_words_about_a_warm_up_are_no_conflict() -> None:
-    sections: dict[str, Any] = {"train": {"max_steps": 100}, "schedule": {"warmup": 5, "warmup_type": "linear"}}
-    assert plan_of(job_of(**sections), user=own(100)).ds_config["scheduler"]["params"]["warmup_num_steps"] == 5
-    assert "schedule.warmup: ds.json has a" in refusal(own(100), **{**sections, "schedule": {"warmup": 6}})
-
-
-def test_an_open_warm_up_is_linear_and_told_to_be() -> None:
-    user = own("auto", warmup_num_steps="auto")
-    del user["scheduler"]["params"]["warmup_type"]
-    job = job_of(train={"max_steps": 100}, schedule={"warmup_type": "linear"})
-    check_request(job, from_mapping(user, "ds.json"), machine_facts(8))
-    plan = plan_of(job, user=user)
-    assert plan.ds_config["scheduler"]["params"]["warmup_type"] == "linear"
-    (change,) = (one for one in plan.ds_config_changes if one.key == "scheduler.params.warmup_type")
-    assert "steep log ramp" in change.reason
-
-
-COSINE = {"total_num_steps": "auto", "warmup_num_steps": 5, "warmup_min_ratio": "auto", "warmup_type": "linear"}
-
-
-def test_a_cosine_of_the_users_climbs_to_the_advised_peak_where_nothing_says_it() -> None:
-    user = {
-        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": ["auto", "auto"]}},
-        "scheduler": {"type": "WarmupCosineLR", "params": {**COSINE, "cos_min_ratio": 0.2}},
-    }
-    advised = plan_of(job_of(train={"max_steps": 100})).learning_rate.peak_lr
-    plan = plan_of(job_of(train={"max_steps": 100}), user=user)
-    optimizer, scheduler = (plan.ds_config[name]["params"] for name in ("optimizer", "scheduler"))
-    assert (optimizer["lr"], optimizer["betas"]) == (advised, [0.9, 0.999])
-    assert (scheduler["warmup_min_ratio"], scheduler["cos_min_ratio"], scheduler["total_num_steps"]) == (0.0, 0.2, 100)
-    assert plan.learning_rate.peak_lr == pytest.approx(advised, rel=1e-3)
-    assert plan.learning_rate.reasons[0].choice == "peak_lr"
-    assert plan.learning_rate.reasons[0].sources
-
-
-def test_a_floor_that_is_left_open_is_that_of_a_cosine() -> None:
-    user = {"scheduler": {"type": "WarmupCosineLR", "params": {**COSINE, "cos_min_ratio": "auto"}}}
-    plan = plan_of(job_of(train={"max_steps": 100}), user=user)
-    assert plan.ds_config["scheduler"]["params"]["cos_min_ratio"] == 0.1
-
-
-@pytest.mark.parametrize(("lr", "words"), [(0, "must be above 0"), (1, "a peak of 1 is high")])
-def test_a_peak_of_the_jsons_optimizer_is_refused_there(lr: float, words: str) -> None:
-    user = {"optimizer": {"type": "AdamW", "params": {"lr": lr}}}
-    told = refusal(user, train={"max_steps": 100})
-    assert told.startswith("ds.json: optimizer.params.lr: ")
-    assert words in told
-    own_peak = refusal(user, train={"max_steps": 100}, schedule={"peak_lr": 0.5})
-    assert own_peak.startswith("schedule.peak_lr: ")
-
-
-def test_a_run_at_rate_0_is_not_advised_another_length() -> None:
-    user = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0, "warmup_num_steps": 2}}}
-    user["scheduler"]["params"]["warmup_type"] = "linear"
-    told = refusal(user, train={"max_steps": 100})
-    assert "100 of the run's 100 updates run at rate 0" in told
-    assert "give it a learning rate above 0" in told
-
-
-def test_ratios_and_starts_that_are_left_open_are_filled() -> None:
-    user = {"scheduler": {"type": "WarmupCosineLR", "params": {**COSINE, "cos_min_ratio": "auto"}}}
-    user["scheduler"]["params"]["last_batch_iteration"] = "auto"
-    job = job_of(train={"max_steps": 100}, schedule={"floor": 0.25})
-    check_request(job, from_mapping(user, "ds.json"), machine_facts(8))
-    params = plan_of(job, user=user).ds_config["scheduler"]["params"]
-    assert (params["warmup_min_ratio"], params["last_batch_iteration"]) == (0.0, -1)
-    assert params["cos_min_ratio"] == 0.25
-
-
-@pytest.mark.usefixtures("folder")
-def test_what_a_plan_writes_by_itself_is_not_warned_of() -> None:
-    remember(Path("job.yaml"), (), model_facts(), data_facts())
-    ended = tried('{"optimizer": {"type": "AdamW", "params": {"weight_decay": 0.1}}}')
-    assert ended.status == 0, ended.err
-    assert "no lr" not in ended.out
-    assert "optimizer.params.lr" in ended.out
-
-
-DIVIDED = {
-    "tensor_parallel.autotp_size": {"tensor_parallel": {"autotp_size": 4}},
-    "tensor_parallel.tp.tp_size": {"tensor_parallel": {"tp": {"tp_size": "2"}}},
-    "pipeline": {"pipeline": {"stages": 2}},
-    "expert_parallel": {"expert_parallel": {"enabled": "true", "autoep_size": 2}},
-}
-
-
-@pytest.mark.parametrize("key", DIVIDED)
-def test_other_ways_to_divide_a_model_are_left_to_scripts(key: str) -> None:
-    told = refusal(DIVIDED[key])
-    assert f"ds.json: {key}: no " in told
-    assert "launcher exec" in told
-    train = {"max_steps": 10, "train_micro_batch_size_per_gpu": 1}
-    schedule = {"shape": "linear", "peak_lr": 1e-5, "warmup": 2}
-    job = validate_as(ScriptJob, {"name": "mine", "train": train, "schedule": schedule}, None, "job.yaml")
-    script = Script(arguments=("train.py",), folder="/work")
-    config = resolve_script(job, from_mapping(DIVIDED[key], "ds.json"), None, machine_facts(8), script).ds_config
-    assert config[key.partition(".")[0]] == DIVIDED[key][key.partition(".")[0]]
-
-
-def test_a_model_that_is_not_divided_may_say_so() -> None:
-    user = {"tensor_parallel": {"autotp_size": 1}, "expert_parallel": {"enabled": False}, "pipeline": {}}
-    assert plan_of(user=user).ds_config["tensor_parallel"] == {"autotp_size": 1}
+def test_half_a_plan_is_told() -> None:
+    text = plan_of().to_json()
+    with pytest.raises(LauncherError, match="damaged"):
+        Plan.from_json(text[: len(text) // 2])

@@ -1,0 +1,263 @@
+"""The learning rate of a plan where the user's DeepSpeed JSON has a scheduler: filled, kept or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.ds_config import from_mapping
+from launcher.errors import RequestError
+from launcher.job import ScriptJob
+from launcher.job.read import validate_as
+from launcher.plan.learning_rate import planned_rates
+from launcher.plan.resolve import check_request
+from launcher.plan.schema import Script
+from launcher.plan.script import resolve_script
+from tests.unit.inputs import (
+    Ended,
+    command,
+    data_facts,
+    job_of,
+    machine_facts,
+    model_facts,
+    plan_of,
+    remember,
+    write_folder,
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    write_folder(tmp_path)
+    return tmp_path
+
+
+def tried(text: str, *overrides: str, verb: str = "plan") -> Ended:
+    """`launcher VERB` on the job with ds.json holding `text`."""
+    Path("ds.json").write_text(text)
+    return command(verb, "job.yaml", "deepspeed=ds.json", *overrides)
+
+
+SCHEDULER = '{"optimizer": {"type": "AdamW", "params": {"lr": 1e-5}}, "scheduler": {"type": "WarmupDecayLR", "params": '
+SCHEDULER += '{"warmup_max_lr": 1e-5, "warmup_type": "linear",\n"warmup_num_steps": 5, "total_num_steps": 500}}}'
+TEMPLATE: dict[str, Any] = {
+    "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16},
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "wall_clock_breakdown": False,
+    "my_tool": {"keeps": ["this"]},
+}
+WARMUP = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps")
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "shape"),
+    [("WarmupLR", WARMUP, "constant"), ("WarmupDecayLR", (*WARMUP, "total_num_steps"), "linear")],
+)
+def test_a_template_of_transformers_is_completed(kind: str, names: tuple[str, ...], shape: str) -> None:
+    user = {**TEMPLATE, "scheduler": {"type": kind, "params": dict.fromkeys(names, "auto")}}
+    plan = plan_of(job_of(train={"max_steps": 100}, schedule={"warmup": 7}), user=user)
+    config = plan.ds_config
+    assert '"auto"' not in json.dumps(config)
+    assert (plan.learning_rate.shape, plan.learning_rate.warmup_updates) == (shape, 7)
+    assert config["scheduler"]["type"] == kind
+    assert config["scheduler"]["params"]["warmup_num_steps"] == 7
+    assert config["scheduler"]["params"]["warmup_type"] == "linear"
+    assert config["scheduler"]["params"]["warmup_max_lr"] == config["optimizer"]["params"]["lr"]
+    kept = ("my_tool", "wall_clock_breakdown")
+    assert {key: config[key] for key in kept} == {key: user[key] for key in kept}
+    changed = {change.key for change in plan.ds_config_changes}
+    assert not any(key.startswith(kept) for key in changed)
+    assert {"optimizer.params.lr", "scheduler.params.warmup_type", "zero_optimization.reduce_bucket_size"} <= changed
+
+
+def test_a_scheduler_with_one_value_open_is_the_users_own() -> None:
+    params = {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-6, "warmup_num_steps": "auto", "warmup_type": "linear"}
+    user = {"scheduler": {"type": "WarmupDecayLR", "params": {**params, "total_num_steps": "auto"}}}
+    plan = plan_of(job_of(train={"max_steps": 100}, schedule={"warmup": 7}), user=user)
+    made = {**params, "warmup_num_steps": 7, "total_num_steps": 100}
+    assert plan.ds_config["scheduler"]["params"] == made
+    assert (plan.learning_rate.schedule, plan.learning_rate.advance) == (None, 0)
+    assert "warmup_max_lr" not in {change.key.rpartition(".")[2] for change in plan.ds_config_changes}
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_safe_scheduler_is_asked_for_and_an_unsafe_one_needs_the_users_word() -> None:
+    text = SCHEDULER.replace('"warmup_max_lr": 1e-5, ', "")
+    assert "no warmup_max_lr: WarmupDecayLR then peaks at 1e-3" in tried(text).err
+    remember(Path("job.yaml"), ("train.max_steps=500",), model_facts(), data_facts())
+    ended = tried(text, "train.max_steps=500", "schedule.allow_unsafe=true")
+    assert ended.status == 0, ended.err
+    assert "note: ds.json:1: scheduler.params: no warmup_max_lr" in ended.out
+
+
+def test_a_scheduler_of_the_users_is_held_to_the_rules_for_ours() -> None:
+    user = {
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-6}},
+    }
+    with pytest.raises(RequestError, match="log"):
+        plan_of(job_of(train={"max_steps": 100}), user=user)
+
+
+def own(total: object, **params: object) -> dict[str, Any]:
+    """A JSON with a whole scheduler and its rate."""
+    rates = {"warmup_min_lr": 0, "warmup_max_lr": 1e-6, "warmup_num_steps": 5, "warmup_type": "linear"}
+    scheduler = {"type": "WarmupDecayLR", "params": {**rates, "total_num_steps": total, **params}}
+    return {"optimizer": {"type": "AdamW", "params": {"lr": 1e-6}}, "scheduler": scheduler}
+
+
+def refusal(user: dict[str, Any], **sections: Any) -> str:
+    with pytest.raises(RequestError) as error:
+        plan_of(job_of(**sections), user=user, data=data_facts(10_000))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("train", [{"num_train_epochs": 3}, {"total_samples": 30_000}])
+def test_a_scheduler_for_a_run_of_another_length_is_refused(train: dict[str, Any]) -> None:
+    (key, value), *_ = train.items()
+    told = refusal(own(200), train=train)
+    assert f"train.{key}: {value}" in told
+    assert "in the job comes to 938 updates, and total_num_steps is 200 in ds.json" in told
+    assert 'write 938 there, or "auto"' in told
+    for total in (938, "auto"):
+        plan = plan_of(job_of(train=train), user=own(total), data=data_facts(10_000))
+        assert plan.ds_config["scheduler"]["params"]["total_num_steps"] == plan.length.total_updates == 938
+
+
+def test_updates_at_rate_0_need_the_users_word_where_the_job_names_no_length() -> None:
+    told = refusal(own(200))
+    assert "scheduler.params.total_num_steps: 112 of the run's 313 updates run at rate 0 and train nothing" in told
+    assert "schedule.allow_unsafe: true" in told
+    plan = plan_of(job_of(schedule={"allow_unsafe": True}), user=own(200), data=data_facts(10_000))
+    rate = planned_rates(plan)
+    assert [rate(update) for update in range(313)][5:].count(0.0) == 112
+    assert plan_of(job_of(), user=own(400), data=data_facts(10_000)).length.total_updates == 313
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_is_wrong_with_a_scheduler_is_told_at_its_line() -> None:
+    remember(Path("job.yaml"), (), model_facts(), data_facts())
+    text = json.dumps(own(200, warmup_num_steps=40), indent=1)
+    line = 1 + text[: text.index('"total_num_steps"')].count("\n")
+    job = ("train.max_steps=300", "schedule.warmup=30")
+    told = tried(text, *job).err
+    assert f"train.max_steps: 300 in the job, and total_num_steps 200 in ds.json:{line}" in told
+    assert "schedule.warmup: ds.json:8 has a WarmupDecayLR of its own" in told
+    remember(Path("job.yaml"), ("train.max_steps=200",), model_facts(), data_facts())
+    ramp = json.dumps(own(200, warmup_num_steps=40, warmup_max_lr=1e-2, warmup_min_lr=0), indent=1)
+    told = tried(ramp, "train.max_steps=200").err
+    assert "ds.json:12: scheduler.params.warmup_max_lr: a peak of 0.01 is high for full training" in told
+
+
+def test_equal_words_about_a_warm_up_are_no_conflict() -> None:
+    sections: dict[str, Any] = {"train": {"max_steps": 100}, "schedule": {"warmup": 5, "warmup_type": "linear"}}
+    assert plan_of(job_of(**sections), user=own(100)).ds_config["scheduler"]["params"]["warmup_num_steps"] == 5
+    assert "schedule.warmup: ds.json has a" in refusal(own(100), **{**sections, "schedule": {"warmup": 6}})
+
+
+def test_an_open_warm_up_is_linear_and_told_to_be() -> None:
+    user = own("auto", warmup_num_steps="auto")
+    del user["scheduler"]["params"]["warmup_type"]
+    job = job_of(train={"max_steps": 100}, schedule={"warmup_type": "linear"})
+    check_request(job, from_mapping(user, "ds.json"), machine_facts(8))
+    plan = plan_of(job, user=user)
+    assert plan.ds_config["scheduler"]["params"]["warmup_type"] == "linear"
+    (change,) = (one for one in plan.ds_config_changes if one.key == "scheduler.params.warmup_type")
+    assert "steep log ramp" in change.reason
+
+
+COSINE = {"total_num_steps": "auto", "warmup_num_steps": 5, "warmup_min_ratio": "auto", "warmup_type": "linear"}
+
+
+def test_a_cosine_of_the_users_climbs_to_the_advised_peak_where_nothing_says_it() -> None:
+    user = {
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": ["auto", "auto"]}},
+        "scheduler": {"type": "WarmupCosineLR", "params": {**COSINE, "cos_min_ratio": 0.2}},
+    }
+    advised = plan_of(job_of(train={"max_steps": 100})).learning_rate.peak_lr
+    plan = plan_of(job_of(train={"max_steps": 100}), user=user)
+    optimizer, scheduler = (plan.ds_config[name]["params"] for name in ("optimizer", "scheduler"))
+    assert (optimizer["lr"], optimizer["betas"]) == (advised, [0.9, 0.999])
+    assert (scheduler["warmup_min_ratio"], scheduler["cos_min_ratio"], scheduler["total_num_steps"]) == (0.0, 0.2, 100)
+    assert plan.learning_rate.peak_lr == pytest.approx(advised, rel=1e-3)
+    assert plan.learning_rate.reasons[0].choice == "peak_lr"
+    assert plan.learning_rate.reasons[0].sources
+
+
+def test_a_floor_that_is_left_open_is_that_of_a_cosine() -> None:
+    user = {"scheduler": {"type": "WarmupCosineLR", "params": {**COSINE, "cos_min_ratio": "auto"}}}
+    plan = plan_of(job_of(train={"max_steps": 100}), user=user)
+    assert plan.ds_config["scheduler"]["params"]["cos_min_ratio"] == 0.1
+
+
+@pytest.mark.parametrize(("lr", "words"), [(0, "must be above 0"), (1, "a peak of 1 is high")])
+def test_a_peak_of_the_jsons_optimizer_is_refused_there(lr: float, words: str) -> None:
+    user = {"optimizer": {"type": "AdamW", "params": {"lr": lr}}}
+    told = refusal(user, train={"max_steps": 100})
+    assert told.startswith("ds.json: optimizer.params.lr: ")
+    assert words in told
+    own_peak = refusal(user, train={"max_steps": 100}, schedule={"peak_lr": 0.5})
+    assert own_peak.startswith("schedule.peak_lr: ")
+
+
+def test_a_run_at_rate_0_is_not_advised_another_length() -> None:
+    user = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0, "warmup_num_steps": 2}}}
+    user["scheduler"]["params"]["warmup_type"] = "linear"
+    told = refusal(user, train={"max_steps": 100})
+    assert "100 of the run's 100 updates run at rate 0" in told
+    assert "give it a learning rate above 0" in told
+
+
+def test_ratios_and_starts_that_are_left_open_are_filled() -> None:
+    user = {"scheduler": {"type": "WarmupCosineLR", "params": {**COSINE, "cos_min_ratio": "auto"}}}
+    user["scheduler"]["params"]["last_batch_iteration"] = "auto"
+    job = job_of(train={"max_steps": 100}, schedule={"floor": 0.25})
+    check_request(job, from_mapping(user, "ds.json"), machine_facts(8))
+    params = plan_of(job, user=user).ds_config["scheduler"]["params"]
+    assert (params["warmup_min_ratio"], params["last_batch_iteration"]) == (0.0, -1)
+    assert params["cos_min_ratio"] == 0.25
+
+
+DIVIDED = {
+    "tensor_parallel.autotp_size": {"tensor_parallel": {"autotp_size": 4}},
+    "tensor_parallel.tp.tp_size": {"tensor_parallel": {"tp": {"tp_size": "2"}}},
+    "pipeline": {"pipeline": {"stages": 2}},
+    "expert_parallel": {"expert_parallel": {"enabled": "true", "autoep_size": 2}},
+}
+
+
+@pytest.mark.parametrize("key", DIVIDED)
+def test_other_ways_to_divide_a_model_are_left_to_scripts(key: str) -> None:
+    told = refusal(DIVIDED[key])
+    assert f"ds.json: {key}: no " in told
+    assert "launcher exec" in told
+    train = {"max_steps": 10, "train_micro_batch_size_per_gpu": 1}
+    schedule = {"shape": "linear", "peak_lr": 1e-5, "warmup": 2}
+    job = validate_as(ScriptJob, {"name": "mine", "train": train, "schedule": schedule}, None, "job.yaml")
+    script = Script(arguments=("train.py",), folder="/work")
+    config = resolve_script(job, from_mapping(DIVIDED[key], "ds.json"), None, machine_facts(8), script).ds_config
+    assert config[key.partition(".")[0]] == DIVIDED[key][key.partition(".")[0]]
+
+
+def test_a_model_that_is_not_divided_may_say_so() -> None:
+    user = {"tensor_parallel": {"autotp_size": 1}, "expert_parallel": {"enabled": False}, "pipeline": {}}
+    assert plan_of(user=user).ds_config["tensor_parallel"] == {"autotp_size": 1}

@@ -1,0 +1,160 @@
+"""How the supervisor reports and writes a failure of its ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.errors import RunFailed
+from launcher.fleet.nodes import Node, Nodes
+from launcher.runs import supervisor as supervision
+from launcher.runs.supervisor import Supervisor
+from tests.unit.inputs import command, job_of, machine_facts, plan_of
+from tests.unit.run_directories import Built, rank, stamp
+
+
+def failed(rank: int, time: float, message: str = "boom") -> dict[str, Any]:
+    return {
+        "report": "failed",
+        "rank": rank,
+        "node_rank": rank // 2,
+        "time": time,
+        "error": "ValueError",
+        "message": message,
+    }
+
+
+NCCL = "[rank{}]:[E ProcessGroupNCCL.cpp:607] [Rank {}] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=9"
+
+
+class Heard(Nodes):
+    """Two nodes whose ranks' news is given, an item a look."""
+
+    def __init__(self, *news: list[dict[str, Any]]) -> None:
+        self.nodes = [Node(None, f"h{rank}", f"10.0.0.{rank}", ()) for rank in range(2)]
+        self._news = list(news)
+
+    def events(self, timeout_seconds: float) -> list[dict[str, Any]]:
+        del timeout_seconds
+        return self._news.pop(0) if self._news else []
+
+    def end(self, grace_seconds: float) -> None:
+        """Nothing runs here."""
+
+
+class Silent:
+    """A console that shows nothing but keeps the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def __getattr__(self, _: str) -> Any:
+        return lambda *_: None
+
+
+class Placed(Supervisor):
+    """A supervisor whose ranks were started already."""
+
+    def place(self) -> None:
+        """There are nodes."""
+
+    def start(self, start: Any) -> None:
+        """Ranks run."""
+
+
+def supervised(built: Built, *news: list[dict[str, Any]]) -> Supervisor:
+    """The supervisor of eight ranks on two nodes, placed."""
+    plan = plan_of(job_of(cluster={"nodes": 2, "gpus_per_node": 4}), machine=machine_facts(4))
+    found = Placed(plan, built.run.plan_file, built.run, Silent())
+    found.nodes = Heard(*news)
+    return found
+
+
+def on_eight(rank_number: int, time: float, code: int) -> dict[str, Any]:
+    return {"report": "exit", "rank": rank_number, "node_rank": rank_number // 4, "time": time, "code": code}
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Built:
+    return Built(tmp_path / "runs")
+
+
+def test_aborts_after_a_time_out_are_waited_for_and_the_rank_that_did_not_come_is_named(
+    built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL's watchdogs give up within some seconds of each other; C++ ends a rank without a word to its agent."""
+    monkeypatch.setattr(supervision, "_SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(supervision, "_LOST_NODE_SECONDS", 0.5)
+    built.nodes(["h0", "h1"])
+    built.state("training", 5.0)
+    for number in (0, 1, 2, 3, 4, 6, 7):
+        built.log(number // 4, f"h{number // 4}", f"rank-{number}", (39.0, NCCL.format(number, number)), (39.1, "what"))
+    for node in range(2):
+        built.node_json(node, f"h{node}", 38.0, [rank(4 * node + local) for local in range(4)])
+    first, *late = ([on_eight(number, 40.0 + number, -6)] for number in (0, 1, 2, 3, 4, 6, 7))
+    with pytest.raises(RunFailed) as ended:
+        supervised(built, first, [], *late).follow()
+    headline = "a collective timed out; these ranks did not come to it: rank 5 on node 1 (h1)"
+    assert str(ended.value).startswith(f"{headline}\n  the end of {built.run.node_logs(0, 'h0') / 'rank-0.log'}:")
+    (failure,) = [event for event in built.run.events() if event["event"] == "failure"]
+    assert [one["rank"] for one in failure["failures"]] == [0, 1, 2, 3, 4, 6, 7]
+    assert all("Watchdog caught" in one["error"] for one in failure["failures"])
+    assert ended.value.code == failure["code"] == failure["failures"][6]["code"] == "timeout"
+    assert failure["exit_code"] == -6
+    built.state("failed", 50.0, reason=str(ended.value).splitlines()[0])
+    assert command("why", str(built.run.path)).out.startswith(f"{headline}\n")
+
+
+def test_what_is_heard_together_with_a_lost_peer_is_not_lost(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first node's rank notices at once, and both tell in the same look."""
+    monkeypatch.setattr(supervision, "_SETTLE_SECONDS", 0.0)
+    lost = failed(0, 40.01, "[gloo] Connection closed by peer [10.0.0.1]:4242")
+    news = [lost, failed(4, 40.0, "a bad sample") | {"node_rank": 1}]
+    with pytest.raises(RunFailed) as ended:
+        supervised(built, news).follow()
+    first = "rank 4 on node 1 (h1) failed first, with an exception: ValueError: a bad sample"
+    assert str(ended.value).splitlines()[0] == first
+
+
+def test_a_full_disk_does_not_hide_the_failure(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "_SETTLE_SECONDS", 0.0)
+    built.run.events_file.unlink()
+    built.run.events_file.symlink_to("/dev/full")
+    built.log(1, "h1", "rank-4", (39.0, "OSError: [Errno 28] No space left on device"))
+    supervisor = supervised(built, [on_eight(4, 40.0, 1)])
+    with pytest.raises(RunFailed, match=r"rank 4 on node 1 \(h1\) failed first, with exit code 1\n.*\n.*No space left"):
+        supervisor.follow()
+    # What went wrong with writing it down is printed beside it.
+    (note,) = supervisor.console.notes  # type: ignore[attr-defined]
+    assert "the failure could not be written to" in note and "No space left on device" in note
+    assert stamp(39.0) in built.run.node_logs(1, "h1").joinpath("rank-4.log").read_text()
+
+
+class Broken(Heard):
+    """Nodes whose Ray is gone."""
+
+    def end(self, _grace_seconds: float) -> None:
+        raise ConnectionError("Ray does not answer")
+
+    def close(self) -> None:
+        raise ConnectionError("Ray is gone")
+
+
+def test_what_goes_wrong_after_a_failure_is_printed_and_does_not_hide_it(
+    built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervision, "_SETTLE_SECONDS", 0.0)
+    supervisor = supervised(built)
+    supervisor.nodes = Broken([failed(4, 40.0, "a bad sample") | {"node_rank": 1}])
+    with pytest.raises(RunFailed, match=r"^rank 4 on node 1"):
+        supervisor.run()
+    assert [note.strip() for note in supervisor.console.notes] == [  # type: ignore[attr-defined]
+        "the ranks could not be ended: Ray does not answer",
+        "the nodes could not be given back: Ray is gone",
+    ]
+    assert [event["event"] for event in built.run.events()][-1] == "failure"
