@@ -8,6 +8,7 @@ os.environ.update(HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
 os.environ.pop("RAY_ADDRESS", None)
 
 import json
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -39,6 +40,16 @@ def _umask() -> Iterator[None]:
     os.umask(before)
     yield
     os.umask(before)
+
+
+@pytest.fixture
+def _east_of_utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Local time is nine hours ahead of UTC: on a machine in UTC they would be the same."""
+    monkeypatch.setenv("TZ", "JST-9")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
 
 
 @pytest.fixture(scope="session")

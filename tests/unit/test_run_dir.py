@@ -163,6 +163,7 @@ def test_a_manifest_names_every_file_but_itself(run: RunDir) -> None:
     assert checkpoint_is_complete(folder)
 
 
+@pytest.mark.usefixtures("_east_of_utc")
 def test_times_are_utc_and_can_be_read_back() -> None:
     assert utc_now().endswith("Z")
     assert 0 <= time.time() - datetime.fromisoformat(utc_now()).timestamp() < PATIENCE_SECONDS

@@ -253,6 +253,7 @@ def test_since_is_ago(text: str, seconds: float) -> None:
     assert _since(text, START) == START - seconds
 
 
+@pytest.mark.usefixtures("_east_of_utc")
 def test_since_is_a_time() -> None:
     assert _since("2026-03-01T12:00:00Z", 0.0) == START
     assert _since("2026-03-01T13:00:00+01:00", 0.0) == START
