@@ -64,7 +64,7 @@ def test_a_scheduler_that_leaves_the_plan_in_mid_run_stops_it(job_dict, tmp_path
     # Nothing was made at a wrong rate on the rank that is right, and the run did not go on.
     planned = planned_rates(plan)
     assert [line["lr"] for line in run.metrics()] == [planned(u) for u in range(len(run.metrics()))]
-    assert len(run.metrics()) <= 6
+    assert 5 <= len(run.metrics()) <= 6
 
 
 def test_the_first_rank_that_raises_is_the_one_named(job_dict, tmp_path):
