@@ -145,6 +145,7 @@ def plan_for(row: Row, folder: Path, gpus: int = 0) -> Plan:
     from launcher.ds_config import from_mapping
     from launcher.job import validate_job
     from launcher.plan.facts import DataFacts, MachineFacts, SplitFacts
+    from launcher.plan.inputs import plan_inputs
     from launcher.plan.resolve import resolve
 
     facts = facts_of(row.model, folder)
@@ -167,7 +168,8 @@ def plan_for(row: Row, folder: Path, gpus: int = 0) -> Plan:
     machine = MachineFacts(device="cpu", device_name="CPU", gpus=0, gpu_memory_bytes=0, bf16=False, **host)
     if gpus:
         machine = MachineFacts(device="cuda", device_name="", gpus=gpus, gpu_memory_bytes=2**36, bf16=True, **host)
-    return resolve(job, from_mapping({"zero_optimization": row.zero}, "ds.json"), facts, data, machine)
+    inputs = plan_inputs(job, from_mapping({"zero_optimization": row.zero}, "ds.json"), machine)
+    return resolve(inputs, facts, data)
 
 
 def updates(plan: Plan, learned: float) -> None:
@@ -179,9 +181,9 @@ def updates(plan: Plan, learned: float) -> None:
     from launcher.worker.model import load_model, make_engine
 
     engine = make_engine(plan, load_model(plan))
-    shape = (plan.train_micro_batch_size_per_gpu, plan.job.data.max_length)
+    shape = (plan.train_micro_batch_size_per_gpu, plan.training.job.data.max_length)
     for _ in range(UPDATES * plan.gradient_accumulation_steps):
-        tokens = torch.randint(plan.model.vocab_size, shape, device=engine.device)
+        tokens = torch.randint(plan.training.model.vocab_size, shape, device=engine.device)
         labels = torch.where(torch.rand(shape, device=engine.device) < learned, tokens, IGNORED)
         engine.backward(summed_loss(engine, tokens, torch.ones_like(tokens), labels) / labels.numel())
         engine.step()
@@ -264,7 +266,7 @@ def measure(row: Row, folder: Path, gpus: int = 0) -> dict[str, Any]:
     else:
         runs = {"in_use": GIVES_BACK, "resident": {}}
         taken = {name: largest_taken(row, folder, allocator)["taken"] for name, allocator in runs.items()}
-    return {"row": row.name, **taken, "memory": plans["large"].memory}
+    return {"row": row.name, **taken, "memory": plans["large"].training.memory}
 
 
 def largest_taken(row: Row, folder: Path, allocator: dict[str, str], gpus: int = 0) -> dict[str, int]:

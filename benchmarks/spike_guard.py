@@ -159,9 +159,9 @@ def begin_process() -> None:
 
 def carry_out(job: dict[str, Any]) -> RunDir:
     """The run directory of a job that this process, as its one rank, worked off."""
-    from launcher.job import validate_job
+    from launcher.job import load_job
     from launcher.run_dir import RunDir, write_atomic
-    from launcher.runs.planning import check_job, make_plan
+    from launcher.runs.planning import make_plan
     from launcher.worker.control import Control
     from launcher.worker.train import work
 
@@ -171,8 +171,7 @@ def carry_out(job: dict[str, Any]) -> RunDir:
         def tell(self, kind: str, **details: Any) -> None:
             run.event(kind, **details)
 
-    valid = validate_job(job)
-    plan = make_plan(valid, check_job(valid, "spike_guard"), lambda _: None)
+    plan = make_plan(load_job(job))
     run = RunDir.create(Path(job["output_dir"]), job["name"])
     write_atomic(run.plan_file, plan.to_json())
     work(run.path, run.plan_file, None, WrittenDown(None))

@@ -20,6 +20,7 @@ import yaml
 
 from launcher.errors import Problem, RequestError, RunFailed, first_line
 from launcher.job import Job
+from launcher.job.user_path import user_path
 from launcher.secret_names import is_secret
 
 Tell = Callable[[str], None]
@@ -133,7 +134,7 @@ def _job_problems(job: Job) -> list[Problem]:
         found = f"{job.cluster.address} is not where a run joins the cluster that it was submitted to"
         hint = "leave it out, and give the dashboard's address with --address"
         problems.append(Problem(found, key="cluster.address", hint=hint))
-    if not Path(job.output_dir).expanduser().is_absolute():
+    if not user_path(job.output_dir, "output_dir").is_absolute():
         found = f"{job.output_dir} would lie in the job's working directory, which Ray removes at its end"
         hint = "give an absolute path on storage that all nodes see"
         problems.append(Problem(found, key="output_dir", hint=hint))
@@ -160,7 +161,7 @@ def _excludes(job: Job, working_dir: Path) -> list[str]:
 
 def uploaded_as(name: str, working_dir: Path) -> Path | None:
     """Where a path of the job lies in the folder that is uploaded; None where it lies elsewhere."""
-    path = Path(os.path.normpath(working_dir / Path(name).expanduser()))
+    path = Path(os.path.normpath(working_dir / user_path(name)))
     return path.relative_to(working_dir) if path.is_relative_to(working_dir) else None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from launcher.cli.watching import OUTPUT_DIR, reading
+from launcher.cli.options import OUTPUT_DIR, reading
 
 
 def status(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.cli.watching import OUTPUT_DIR, RUN, reading
+from launcher.cli.options import OUTPUT_DIR, RUN, reading
 
 
 def watch(run: str = RUN, output_dir: Path = OUTPUT_DIR) -> None:

@@ -21,11 +21,11 @@ def provide(plan: Plan, working_directory: str) -> str | None:
     """
     try:
         with contextlib.chdir(working_directory):
-            prepared = prepare(plan.job, lambda _progress: None)
-        _put(prepared.model.folder, plan.model.folder)
+            prepared = prepare(plan.training.job, lambda _progress: None)
+        _put(prepared.model.folder, plan.training.model.folder)
         for name, there, here in (
-            ("data.train", plan.data.train, prepared.data.train),
-            ("data.eval", plan.data.eval, prepared.data.eval),
+            ("data.train", plan.training.data.train, prepared.data.train),
+            ("data.eval", plan.training.data.eval, prepared.data.eval),
         ):
             if there and here:
                 _check_same(name, there, here)

@@ -120,8 +120,8 @@ def room_bytes(plan: Plan) -> int:
     A checkpoint has float32 weights and Adam's two moments (12 bytes) of what is trained and the weights themselves.
     """
     width = 4 if plan.precision == "fp32" else 2
-    weights = plan.model.parameters * width
-    checkpoint = weights + 12 * plan.model.trainable_parameters
+    weights = plan.training.model.parameters * width
+    checkpoint = weights + 12 * plan.training.model.trainable_parameters
     kept = plan.job.checkpoint.keep + 1 if plan.job.checkpoint.every else int(plan.job.checkpoint.save_final)
     return kept * checkpoint + (weights if plan.job.export else 0)
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from launcher.errors import FailureCode, LauncherError, Problem, RequestError, known_code
 from launcher.job import Job
 from launcher.job.schema import ModelSection
+from launcher.job.user_path import user_path
 from launcher.plan.facts import ModelFacts
 from launcher.prepare.request import ModelRequest, Prepared, Request, cached, cached_model
 
@@ -23,7 +24,7 @@ __all__ = ["Prepared", "cache_folder", "prepare", "prepare_model"]
 
 def cache_folder(job: Job) -> Path:
     """Where a job's measured and tokenised things are kept: storage that all nodes see."""
-    return Path(job.data.cache_dir or Path(job.output_dir) / ".cache").expanduser().resolve()
+    return user_path(job.data.cache_dir or Path(job.output_dir) / ".cache").resolve()
 
 
 def prepare(job: Job, on_progress: OnProgress, log: IO[bytes] | int = subprocess.DEVNULL) -> Prepared:

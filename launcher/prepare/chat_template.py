@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
 
 from launcher.errors import Problem, RequestError
+from launcher.job.user_path import user_path
 from launcher.prepare.conversations import Conversation, Message, Messages
 from launcher.prepare.marks import Mark, Marked
 from launcher.prepare.row_values import BadRow
@@ -206,7 +206,7 @@ def read_template(value: str) -> tuple[str, str]:
     """(source, name) of `data.chat_template`: a file, or the template itself. Raises RequestError."""
     if "{{" in value or "{%" in value:
         return value, "the chat template of the job"
-    path = Path(value).expanduser()
+    path = user_path(value, "data.chat_template")
     try:
         return path.read_text(encoding="utf-8"), f"the chat template {path}"
     except (OSError, ValueError) as error:

@@ -14,6 +14,7 @@ from typing import Any
 
 from launcher.errors import Problem, RequestError, nearest
 from launcher.job.schema import DataSection
+from launcher.job.user_path import user_path
 
 BUILDERS = {
     ".jsonl": "json",
@@ -56,7 +57,7 @@ def find_data(value: str | Sequence[str], key: str) -> DataSource:
     names = [value] if isinstance(value, str) else list(value)
     files: list[Path] = []
     for name in names:
-        folder = Path(name).expanduser()
+        folder = user_path(name, key)
         if is_saved(folder):
             if len(names) > 1:
                 message = f"{name} is a folder that save_to_disk wrote, and cannot be combined with other files"
@@ -144,7 +145,7 @@ def _builder(files: Sequence[Path], key: str) -> str:
 
 def find_model_folder(name_or_path: str, gguf_file: str | None) -> Path | None:
     """The model's folder where it is one on disk, None for a hub name. Raises RequestError."""
-    key, folder = "model.name_or_path", Path(name_or_path).expanduser()
+    key, folder = "model.name_or_path", user_path(name_or_path, "model.name_or_path")
     if folder.is_file():
         raise RequestError(
             Problem(
@@ -199,7 +200,7 @@ def fingerprint(value: Any) -> str:
 
 
 def _expand(name: str) -> list[Path]:
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_file():
         return [path]
     if path.is_dir():

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +33,7 @@ from launcher.plan.packages import needed_packages
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
+from launcher.runs.outcome import Outcome
 from launcher.tail import Tail, last_lines, untimed
 
 _GRACE_SECONDS = 5.0
@@ -61,19 +62,6 @@ class Console(Protocol):
     def update(self, metrics: dict[str, Any]) -> None: ...
 
     def evaluation(self, evaluation: dict[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended: "finished", or "stopped" after `updates` updates; by itself if there is a reason, with its code.
-
-    `updates` is None where a script did not report any.
-    """
-
-    state: str
-    updates: int | None
-    reason: str | None = None
-    code: FailureCode | None = None
 
 
 class RayLost(RunFailed):
@@ -261,8 +249,8 @@ class Supervisor:
 
     def provide_data(self) -> None:
         """Sees to it that every node has the plan, the model and the data. Raises RunFailed."""
-        data = self.plan.data
-        prepared = [self.plan.model.folder, data.train.folder, *([data.eval.folder] if data.eval else [])]
+        data = self.plan.training.data
+        prepared = [self.plan.training.model.folder, data.train.folder, *([data.eval.folder] if data.eval else [])]
         self.nodes.check_sees([str(self.plan_file)])
         self.nodes.provide(self.plan, prepared)
         self.nodes.check_sees(prepared)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launcher.errors import Problem, RequestError
 from launcher.job.schema import SlurmSection
+from launcher.job.user_path import user_path
 
 
 def container_words(slurm: SlurmSection, cwd: Path, folders: Iterable[Path]) -> tuple[list[str], list[str]]:
@@ -51,4 +52,4 @@ def _check(folder: Path) -> None:
 
 
 def _home(path: str) -> str:
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    return str(user_path(path)) if path.startswith("~") else path

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import Problem, RequestError
-from launcher.job import Job, explicit_keys
+from launcher.job import AnyJob, explicit_keys
 from launcher.job.slurm import gres_gpus
 
 _BARE = re.compile(r"[A-Za-z0-9_.,:=@%+*?&|!~/()\[\]-]*")
@@ -34,7 +34,7 @@ class Option:
         return f'#SBATCH --{self.name}="{escaped}"'
 
 
-def sbatch_options(job: Job, folder: Path) -> tuple[Option, ...]:
+def sbatch_options(job: AnyJob, folder: Path) -> tuple[Option, ...]:
     """Every option of the job, whose run directories are made in `folder`. Raises RequestError for contradictions."""
     slurm, asked = job.slurm, explicit_keys(job)
     options = [
@@ -66,7 +66,7 @@ def sbatch_options(job: Job, folder: Path) -> tuple[Option, ...]:
     return (*(option for option in options if option.value is not None), *flags, *map(_extra, slurm.extra))
 
 
-def gpus_per_node(job: Job) -> int:
+def gpus_per_node(job: AnyJob) -> int:
     """GPUs that Slurm is asked for on a node. Raises RequestError where nobody says how many."""
     named = gres_gpus(job.slurm.gres) if job.slurm.gres else None
     asked = job.cluster.gpus_per_node
@@ -89,7 +89,7 @@ def gpus_per_node(job: Job) -> int:
     return named if asked == "auto" and named is not None else int(asked)
 
 
-def log_file(job: Job, folder: Path) -> str:
+def log_file(job: AnyJob, folder: Path) -> str:
     """Where Slurm writes what the job prints, with Slurm's %j, or %A and %a, for the job's id."""
     return f"{folder}/{job.name}-slurm-{'%A_%a' if job.slurm.array else '%j'}.log"
 
@@ -107,7 +107,7 @@ def _of_a_job(name: str) -> bool:
     return name.startswith(("SLURM_", "SLURMD_", "SRUN_")) and name not in _SETTINGS
 
 
-def _cpus(job: Job) -> str | None:
+def _cpus(job: AnyJob) -> str | None:
     """Processors of a node: as many as ranks where there are no GPUs; with GPUs the site's own share of a GPU."""
     gpus, processes, cpus = gpus_per_node(job), job.cluster.processes_per_node, job.slurm.cpus_per_task
     ranks = gpus or (1 if processes == "auto" else processes)
@@ -119,7 +119,7 @@ def _cpus(job: Job) -> str | None:
     return None if cpus is None else str(cpus)
 
 
-def _gres(job: Job) -> str | None:
+def _gres(job: AnyJob) -> str | None:
     gres, gpus = job.slurm.gres, gpus_per_node(job)
     if gpus == 0 or (gres and gres_gpus(gres) is not None):
         return gres

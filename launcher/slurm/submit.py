@@ -18,8 +18,9 @@ from jinja2 import FunctionLoader, StrictUndefined, TemplateError, TemplateNotFo
 from jinja2.sandbox import SandboxedEnvironment
 
 from launcher.errors import LauncherError, Problem, RequestError
-from launcher.job import Job
+from launcher.job import AnyJob
 from launcher.job.slurm import is_plain
+from launcher.job.user_path import user_path
 from launcher.presets import shipped_folder
 from launcher.secret_names import is_secret
 from launcher.slurm.allocation import run_stamp
@@ -93,7 +94,7 @@ def surroundings() -> Surroundings:
 
 
 def slurm_request(
-    job: Job,
+    job: AnyJob,
     job_file: Path,
     overrides: Sequence[str],
     surroundings: Surroundings,
@@ -134,7 +135,7 @@ def slurm_request(
 
 
 def template_values(
-    job: Job, words: Sequence[str], options: Iterable[Option], surroundings: Surroundings, folders: Iterable[Path]
+    job: AnyJob, words: Sequence[str], options: Iterable[Option], surroundings: Surroundings, folders: Iterable[Path]
 ) -> dict[str, Any]:
     """The names that a template may use; `words` are for `launcher node`, which needs the folders."""
     slurm, cwd = job.slurm, surroundings.cwd
@@ -179,7 +180,7 @@ def render(templates: Templates, values: Mapping[str, Any]) -> str:
     return script
 
 
-def read_templates(job: Job, cwd: Path) -> Templates:
+def read_templates(job: AnyJob, cwd: Path) -> Templates:
     """The shipped template and the job's own, where it names one. Raises RequestError where that cannot be read."""
     shipped = (shipped_folder("slurm") / SHIPPED).read_text(encoding="utf-8")
     if job.slurm.template is None:
@@ -265,7 +266,7 @@ def _check_words(words: Iterable[str]) -> None:
 
 
 def _absolute(path: str, cwd: Path) -> Path:
-    return cwd / Path(path).expanduser()
+    return cwd / user_path(path)
 
 
 def _activate_script(path: str, cwd: Path) -> str:

@@ -24,7 +24,7 @@ def export_model(engine: Any, plan: Plan, ranks: Ranks, folder: Path) -> None:
     """
     module = engine.module
     if plan.zero_stage == 3:
-        weights = _gathered(module, ranks, only_trained=plan.job.model.lora is not None)
+        weights = _gathered(module, ranks, only_trained=plan.training.job.model.lora is not None)
     else:
         weights = trained_weights(module, plan)
     if ranks.first:
@@ -41,18 +41,18 @@ def write_export(module: Any, weights: dict[str, torch.Tensor], plan: Plan, fold
     Under model.lora these are the adapters alone; if they are to be merged, the whole model with them in it, and the
     adapters in `folder`/adapter.
     """
-    if plan.job.model.lora is None:
+    if plan.training.job.model.lora is None:
         module.save_pretrained(folder, state_dict=weights)
     else:
         _save_adapters(module, weights, plan, folder)
     tokenizer = load_tokenizer(plan)
-    tokenizer.chat_template = plan.data.chat_template or tokenizer.chat_template
+    tokenizer.chat_template = plan.training.data.chat_template or tokenizer.chat_template
     tokenizer.save_pretrained(folder)
 
 
 def trained_weights(module: Any, plan: Plan) -> dict[str, torch.Tensor]:
     """The weights of an unsharded model that its export holds: all of them, or the adapters'."""
-    if plan.job.model.lora is not None:
+    if plan.training.job.model.lora is not None:
         return {name: p.detach().cpu() for name, p in module.named_parameters() if p.requires_grad}
     weights: dict[str, torch.Tensor] = module.state_dict()
     return weights
@@ -75,7 +75,7 @@ def _gathered(module: Any, ranks: Ranks, *, only_trained: bool) -> dict[str, tor
 
 
 def _save_adapters(model: Any, weights: dict[str, torch.Tensor], plan: Plan, folder: Path) -> None:
-    lora = plan.job.model.lora
+    lora = plan.training.job.model.lora
     assert lora is not None
     adapters = folder / "adapter" if lora.merge else folder
     config = model.peft_config["default"]
@@ -91,7 +91,7 @@ def _save_adapters(model: Any, weights: dict[str, torch.Tensor], plan: Plan, fol
 
 def _base_name(plan: Plan) -> tuple[str, str | None]:
     """The pretrained model's hub name and revision, or its folder where it came from one."""
-    section, folder = plan.job.model, Path(plan.model.folder)
+    section, folder = plan.training.job.model, Path(plan.training.model.folder)
     if f"models--{section.name_or_path.replace('/', '--')}" in folder.parts:
         return section.name_or_path, section.revision
     return str(folder), None
@@ -102,6 +102,8 @@ def _merged(plan: Plan, adapters: Path) -> Any:
     from peft import PeftModel
 
     base = AutoModelForCausalLM.from_pretrained(
-        plan.model.folder, dtype=DTYPES[plan.precision], trust_remote_code=plan.job.model.trust_remote_code
+        plan.training.model.folder,
+        dtype=DTYPES[plan.precision],
+        trust_remote_code=plan.training.job.model.trust_remote_code,
     )
     return PeftModel.from_pretrained(base, adapters, torch_device="cpu").merge_and_unload(safe_merge=True)

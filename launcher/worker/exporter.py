@@ -73,7 +73,7 @@ def export_checkpoint(request: ExportRequest, progress: Callable[[str], None]) -
 def in_this_process(plan: Plan, request: ExportRequest) -> Plan:
     """The plan as far as the model of it is concerned: unsharded, in the dtype asked for, without what is for GPUs."""
     precision = _PRECISIONS[request.dtype] if request.dtype else plan.precision
-    section = plan.job.model
+    section = plan.training.job.model
     changes: dict[str, Any] = {"attn_implementation": "auto", "liger": False, "gradient_checkpointing": False}
     if section.lora is not None and request.merge:
         changes["lora"] = section.lora.model_copy(update={"merge": True})

@@ -27,13 +27,13 @@ def load_model(plan: Plan) -> Any:
 
     Under ZeRO-3 each rank holds its part of the pretrained weights from the start.
     """
-    model_section = plan.job.model
+    model_section = plan.training.job.model
     options: dict[str, Any] = {}
     if model_section.attn_implementation != "auto":
         options["attn_implementation"] = model_section.attn_implementation
     with _sharded_loading(plan):
         model = AutoModelForCausalLM.from_pretrained(
-            plan.model.folder,
+            plan.training.model.folder,
             dtype=DTYPES[plan.precision],
             trust_remote_code=model_section.trust_remote_code,
             **options,
@@ -51,7 +51,9 @@ def load_model(plan: Plan) -> Any:
 
 def load_tokenizer(plan: Plan) -> Any:
     """The model's tokenizer."""
-    return AutoTokenizer.from_pretrained(plan.model.folder, trust_remote_code=plan.job.model.trust_remote_code)
+    return AutoTokenizer.from_pretrained(
+        plan.training.model.folder, trust_remote_code=plan.training.job.model.trust_remote_code
+    )
 
 
 def make_engine(plan: Plan, model: Any, *, universal: bool = False) -> Any:
@@ -74,7 +76,7 @@ def make_engine(plan: Plan, model: Any, *, universal: bool = False) -> Any:
         mpu=exchange_attention(plan, model),
         dist_init_required=False,
     )
-    if plan.job.model.torch_compile:
+    if plan.training.job.model.torch_compile:
         engine.compile()
     return engine
 

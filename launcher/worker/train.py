@@ -44,7 +44,7 @@ def work(run_path: Path, plan_file: Path, start: Start | None, control: Control)
     control.report("phase", phase="loading")
     engine = make_engine(plan, load_model(plan), universal=start is not None and start.convert)
     if start is None:
-        check_weights(engine.module, ranks, plan.model.folder)
+        check_weights(engine.module, ranks, plan.training.model.folder)
     training = Training(run, plan, ranks, engine, control, hosts)
     training.begin(start)
     training.train()
@@ -64,8 +64,8 @@ class Training:
         self.checkpoints = Checkpoints(run, plan, ranks, control.tell)
         self.in_step = InStep(ranks, plan, hosts)
         self.guard = Guard(run, plan, ranks, engine, self.in_step, control.tell)
-        self.train_store = TokenStore(Path(plan.data.train.folder))
-        self.eval_store = TokenStore(Path(plan.data.eval.folder)) if plan.data.eval else None
+        self.train_store = TokenStore(Path(plan.training.data.train.folder))
+        self.eval_store = TokenStore(Path(plan.training.data.eval.folder)) if plan.training.data.eval else None
         self.progress = Progress(update=0, samples=0)
         self.stopped = False
         self.router_loss = 0.0
@@ -79,7 +79,7 @@ class Training:
             self.evaluate()
         else:
             self.progress, guard_state = self.checkpoints.load(self.engine, start)
-            check_weights(self.engine.module, self.ranks, self.plan.model.folder, start.checkpoint)
+            check_weights(self.engine.module, self.ranks, self.plan.training.model.folder, start.checkpoint)
             self.guard.load_state_dict(guard_state)
             scheduler.resume(self.engine)
             self.phase("training")
@@ -88,7 +88,7 @@ class Training:
     def train(self) -> None:
         """The updates of the plan that are still to be made, or those until a stop."""
         summed = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
-        fused, coefficient = self.plan.job.model.liger, self.plan.model.router_loss_coefficient
+        fused, coefficient = self.plan.training.job.model.liger, self.plan.training.model.router_loss_coefficient
         for batch in self.batches():
             with self.own_time:
                 tensors = (batch.input_ids, batch.attention_mask, batch.labels)
@@ -158,7 +158,7 @@ class Training:
             lr=rate,
             grad_norm=norm,
             skipped=skipped,
-            **({} if self.plan.model.router_loss_coefficient is None else {"router_loss": self.router_loss}),
+            **({} if self.plan.training.model.router_loss_coefficient is None else {"router_loss": self.router_loss}),
         )
         self.control.report("update", update=batch.update, **self.journal.pulse(), own_seconds=self.own_time.take())
         self.guard.watch(batch.update, loss, norm, skipped=skipped)

@@ -177,14 +177,14 @@ def test_what_is_excluded_is_what_ray_leaves_out(tmp_path: Path) -> None:
     """The patterns of a request against Ray's own packing."""
     from ray._private.runtime_env.packaging import create_package
 
-    from launcher.job import read_job
+    from launcher.job import load_job
     from launcher.ray_jobs import ray_request
 
     job = write_tiny_job(tmp_path, output_dir=str(tmp_path / "out" / "ru*ns"))
     for name in ("out/ru*ns/a/plan.json", "out/rubens/kept.txt", "ds/out/ru*ns/kept.json"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(json.dumps(name))
-    request = ray_request(read_job(job), job, [], "http://head:8265", tmp_path)
+    request = ray_request(load_job(job).job, job, [], "http://head:8265", tmp_path)
     package = tmp_path.parent / f"{tmp_path.name}.zip"
     create_package(request.working_dir, package, include_gitignore=True, excludes=list(request.excludes))
     with zipfile.ZipFile(package) as packed:

@@ -309,12 +309,12 @@ def test_the_interface_that_reaches_the_others_is_found() -> None:
         left.cluster.mkdir(parents=True)
         command = ["srun", "--nodes=2", "--cpus-per-task=2", str(wrapper)]
         good = hosts.run("ctl", command, seconds=240, **WITH_LAUNCHER)
-        assert "every node will do" in good.stdout and not left.path.exists()
+        assert "every node is fit" in good.stdout and not left.path.exists()
         assert good.stdout.count("eth0") == 2 and "dead0" not in good.stdout
         bad = hosts.run("ctl", [*command, "other"], seconds=240, check=False, **WITH_LAUNCHER)
         assert bad.returncode == 1
         assert "node 1 (h2): transformers 4.0.0, and" in bad.stderr
-        assert "will not do" in bad.stdout
+        assert "unfit" in bad.stdout
         assert [path.name for path in (hosts.shared / "runs").iterdir() if path.name.startswith(".doctor")] == []
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher.fleet.agent import Agent, Event, NodeTask
-from launcher.job import validate_job
+from launcher.job import load_job
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir, write_atomic, write_json
-from launcher.runs.planning import check_job, make_plan
+from launcher.runs.planning import make_plan
 from tests.local.warm import forked_ranks
 from tests.patience import PATIENCE_SECONDS
 
@@ -30,8 +30,7 @@ def merged(job: dict[str, Any], **sections: Any) -> dict[str, Any]:
 
 
 def plan_of(job: dict[str, Any]) -> Plan:
-    valid = validate_job(job)
-    return make_plan(valid, check_job(valid, "test"), lambda _: None)
+    return make_plan(load_job(job))
 
 
 def run_directory(plan: Plan, folder: Path) -> RunDir:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from launcher.plan.learning_rate import planned_rates
-from launcher.plan.schema import Plan, ScriptPlan
+from launcher.plan.schema import Plan, Script
 from launcher.run_dir import RunDir
 from tests.local.processes import Command, a_ray, run_folder, state_of
 from tests.unit import given
@@ -54,14 +54,14 @@ def execute(tmp_path, shared_ray):
     return start
 
 
-def finished(command: Command, tmp_path: Path) -> tuple[RunDir, ScriptPlan]:
+def finished(command: Command, tmp_path: Path) -> tuple[RunDir, Plan]:
     """The run of a command that ended well, and its plan."""
     assert command.wait() == 0, command.output
     run = RunDir(run_folder(tmp_path))
     assert run.state()["state"] == "finished"
     assert "Traceback" not in command.output
     plan = Plan.from_json(run.plan_file.read_text())
-    assert isinstance(plan, ScriptPlan)
+    assert isinstance(plan.workload, Script)
     assert json.loads(run.ds_config_file.read_text()) == plan.ds_config
     return run, plan
 

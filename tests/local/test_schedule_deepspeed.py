@@ -62,7 +62,7 @@ def real_rates(
 
 
 lr = st.floats(1e-9, 1e-1)
-ratio = st.floats(0.0, 1.0)
+ratio = st.floats(0.0, 1.0, allow_subnormal=False)
 steps = st.one_of(st.integers(1, 5), st.integers(1, 400))
 ramps = {"warmup_num_steps": steps, "warmup_type": st.sampled_from(["log", "linear", "cubic"])}
 start = {"last_batch_iteration": st.sampled_from([-1, -1, 0, 7])}

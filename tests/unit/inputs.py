@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import os
@@ -15,8 +16,9 @@ from unittest.mock import patch
 
 from launcher import cli
 from launcher.ds_config import DsConfig, from_mapping, read_ds_config
-from launcher.job import Job, read_job, validate_job
+from launcher.job import Job, load_job, validate_job
 from launcher.plan.facts import DataFacts, MachineFacts, ModelFacts, SplitFacts
+from launcher.plan.inputs import plan_inputs
 from launcher.plan.resolve import resolve
 from launcher.plan.schema import Plan
 from launcher.prepare import cache_folder
@@ -106,7 +108,21 @@ def plan_of(
 ) -> Plan:
     """The plan of a job on facts; whatever is not given is ordinary."""
     config = preset("zero2") if user is None else from_mapping(user, "ds.json")
-    return resolve(job or job_of(), config, model or model_facts(), data or data_facts(), machine or machine_facts(8))
+    inputs = plan_inputs(job or job_of(), config, machine or machine_facts(8))
+    return resolve(inputs, model or model_facts(), data or data_facts())
+
+
+def in_format_1(plan: Plan) -> dict[str, Any]:
+    """plan.json of a training as the first version of the launcher wrote it."""
+    data = plan.model_dump(mode="json")
+    workload = data.pop("workload")
+    del workload["kind"]
+    data |= workload
+    return {"sha256": format_1_hash(data), "plan": data}
+
+
+def format_1_hash(plan: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plan, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -177,7 +193,7 @@ def write_folder(folder: Path, job: str = JOB) -> None:
 
 def remember(job_file: Path, overrides: tuple[str, ...], model: ModelFacts, data: DataFacts) -> None:
     """Puts facts into the job's cache as if they had been measured. To be called in the job's folder."""
-    job = read_job(job_file, overrides)
+    job = load_job(job_file, *overrides).job
     request = Request(job=job, cache=cache_folder(job))
     folder = Path(job.model.name_or_path).resolve()
     _write(_model_facts_file(request), model.model_copy(update={"folder": str(folder)}).model_dump_json())

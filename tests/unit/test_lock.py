@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 
 from launcher import lock
-from launcher.cli.run import alone_in
 from launcher.errors import RequestError
 from launcher.lock import STALE_SECONDS, heartbeat_age, hold, read_holder
 from launcher.run_dir import RunDir
+from launcher.runs.run_lock import only_launcher_of
 
 HOLDING = """
 import sys
@@ -214,7 +214,7 @@ def test_who_holds_a_run_is_named(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path, "job")
     run.enter("training")
     written(run.lock_file, 1.0, host="node7", pid=4711)
-    with pytest.raises(RequestError) as refused, alone_in(run):
+    with pytest.raises(RequestError) as refused, only_launcher_of(run):
         pass
     (problem,) = refused.value.problems
     assert "another launcher holds this run: training, process 4711 on node7, since 20" in problem.message

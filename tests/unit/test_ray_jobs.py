@@ -173,7 +173,7 @@ def test_what_is_not_here_but_on_the_cluster_is_not_looked_for():
         ended = command(*TO_RAY, *more)
         assert ended.status == 0, ended.err
         assert shlex.split(yaml.safe_load(ended.out)["entrypoint"])[6:] == ["output_dir=/shared/runs", *more]
-        assert ("the cluster alone sees how many ranks" in ended.err) == ("cluster.gpus_per_node=auto" in more)
+        assert ("only the cluster knows how many ranks" in ended.err) == ("cluster.gpus_per_node=auto" in more)
 
 
 @pytest.mark.parametrize(
@@ -182,10 +182,10 @@ def test_what_is_not_here_but_on_the_cluster_is_not_looked_for():
         ("model.name_or_path=./modle", "model.name_or_path: there is no folder modle"),
         ("data.train=data/trian.jsonl", "data.train: no file matches data/trian.jsonl"),
         ("data.eval=data/none.jsonl", "data.eval: no file matches data/none.jsonl"),
-        ("deepspeed=zero9", "there is no file zero9"),
+        ("deepspeed=zero9", "the file zero9 does not exist"),
         ("deepspeed={zero_optimisation: {stage: 2}}", "zero_optimisation"),
         ("train.train_batch_size=3", "train_batch_size"),
-        ("cluster.gpus_per_node=3", "4 processes and 3 GPUs a node"),
+        ("cluster.gpus_per_node=3", "4 processes and 3 GPUs per node"),
     ],
 )
 @pytest.mark.usefixtures("folder")

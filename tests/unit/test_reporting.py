@@ -15,8 +15,8 @@ from rich.console import Console
 
 import launcher
 from launcher import reporting
-from launcher.cli.console import RunConsole
 from launcher.run_dir import RunDir
+from launcher.runs.console import RunConsole
 
 
 class Tensor:

@@ -8,7 +8,7 @@ import pytest
 
 from launcher.errors import RequestError
 from launcher.fleet.environment import forwarded_environment
-from launcher.job import read_job, validate_job
+from launcher.job import load_job, validate_job
 from launcher.runs.planning import check_job
 from launcher.secret_names import is_secret
 from tests.unit.inputs import job_of, write_folder
@@ -126,6 +126,6 @@ def test_a_plan_warns_of_a_secret_in_the_job_file_and_does_not_repeat_it(
 ) -> None:
     write_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
-    job = read_job(tmp_path / "job.yaml", ["cluster.env={HF_TOKEN: sesame, NCCL_DEBUG: INFO}"])
-    [note] = [note for note in check_job(job, "job.yaml").notes if "secret" in note]
+    job = load_job(tmp_path / "job.yaml", "cluster.env={HF_TOKEN: sesame, NCCL_DEBUG: INFO}")
+    [note] = [note for note in check_job(job).notes if "secret" in note]
     assert note.startswith("cluster.env.HF_TOKEN looks like a secret") and "sesame" not in note

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.cli.resume import _settled
 from launcher.errors import RequestError
 from launcher.job.schema import ModelSection
-from launcher.plan.resolve import check_request
+from launcher.plan.inputs import plan_inputs
+from launcher.plan.resolve import check_inputs
 from launcher.plan.schema import Plan
+from launcher.runs.rest import _is_fixed
 from launcher.trainable import frozen_names
 from tests.unit.inputs import command, data_facts, job_of, machine_facts, model_facts, plan_of, preset, remember
 from tests.unit.inputs import write_folder as write_project
@@ -91,11 +92,11 @@ def test_what_the_machine_cannot_do_is_told_before_anything_is_measured(model, g
         return machine_facts(gpus, versions=versions, compiler=None if "compiler" in missing else "/usr/bin/g++")
 
     with pytest.raises(RequestError) as error:
-        check_request(job, preset("zero2"), machine(lacks))
+        check_inputs(plan_inputs(job, preset("zero2"), machine(lacks)))
     found, text = problem(error)
     assert found == key and words in text
     if lacks:
-        check_request(job, preset("zero2"), machine(()))
+        check_inputs(plan_inputs(job, preset("zero2"), machine(())))
 
 
 @pytest.mark.parametrize(
@@ -149,12 +150,12 @@ def test_adapters_are_advised_the_rates_of_adapters() -> None:
 
 def test_what_changes_no_weight_may_be_other_from_a_checkpoint_on() -> None:
     free = ["gradient_checkpointing", "attn_implementation", "torch_compile", "liger"]
-    assert not any(_settled(f"model.{name}") for name in free)
+    assert not any(_is_fixed(f"model.{name}") for name in free)
     others = [name for name in ModelSection.model_fields if name not in free]
-    assert all(_settled(f"model.{name}") for name in others) and _settled("model.lora.r")
+    assert all(_is_fixed(f"model.{name}") for name in others) and _is_fixed("model.lora.r")
     # As a whole a section may hold anything.
-    assert _settled("model") and _settled("data") and _settled("data.train") and _settled("train.seed")
-    assert not _settled("train.max_steps") and not _settled("train.seeds")
+    assert _is_fixed("model") and _is_fixed("data") and _is_fixed("data.train") and _is_fixed("train.seed")
+    assert not _is_fixed("train.max_steps") and not _is_fixed("train.seeds")
 
 
 CPU_JOB = """\
@@ -205,7 +206,7 @@ def test_ranks_that_share_sequences_count_as_one_in_the_batch(size: int) -> None
 
 def test_sharing_makes_room_for_activations() -> None:
     train = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 8}
-    alone, shared = (shared_plan(size, train=train).memory for size in (1, 4))
+    alone, shared = (shared_plan(size, train=train).training.memory for size in (1, 4))
     assert shared["activations"] < 0.4 * alone["activations"]
     assert shared["parameters"] == alone["parameters"]
 
@@ -234,7 +235,7 @@ def test_what_was_not_shown_to_go_together_is_refused(other: dict) -> None:
     job = job_of(model={"sequence_parallel_size": 2, **other})
     machine = machine_facts(8, versions=HERE, compiler="/usr/bin/g++")
     with pytest.raises(RequestError) as error:
-        check_request(job, preset("zero2"), machine)
+        check_inputs(plan_inputs(job, preset("zero2"), machine))
     key, _ = problem(error)
     assert key == "model.sequence_parallel_size"
 

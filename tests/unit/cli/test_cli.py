@@ -15,13 +15,13 @@ import yaml
 from rich.console import Console
 
 import launcher
-from launcher.cli.console import RunConsole
-from launcher.cli.run import _summarise
-from launcher.job import Job, read_job
+from launcher.job import Job, load_job
 from launcher.plan.schema import Plan
 from launcher.presets import preset_names, shipped_folder
 from launcher.run_dir import RunDir, write_manifest
-from launcher.runs.supervisor import Outcome
+from launcher.runs.console import RunConsole
+from launcher.runs.outcome import Outcome
+from launcher.runs.summary import print_summary
 from tests.unit.inputs import command, data_facts, model_facts, plan_of, remember, write_folder
 
 
@@ -52,11 +52,11 @@ def test_a_plan_is_shown_and_nothing_is_written(folder: Path) -> None:
         "4 ranks: 1 node x 4 on CPU, gloo, fp32",
         "320 sequences, 32,000 tokens, 19,200 learned",
         "32 = micro-batch 8 x accumulation 1 x world size 4",
-        "10 in all, 10.0 an epoch",
+        "10 in all, 10.0 per epoch",
         "learning rate",
         "memory of a process",
         "under ZeRO-2",
-        "filled in or altered",
+        "filled in or changed",
     ):
         assert words in ended.out
     assert set(folder.rglob("*")) == before
@@ -76,7 +76,7 @@ def test_a_plan_as_json_is_the_plan(folder: Path) -> None:
 def test_init_writes_a_job_that_is_valid_and_never_overwrites(folder: Path) -> None:
     ended = command("init", "new", "--model", "models/ä \U0001f600", "--data", "d/*.jsonl", "--name", "mine")
     assert ended.status == 0
-    job = read_job(folder / "new/mine.yaml")
+    job = load_job(folder / "new/mine.yaml").job
     assert (job.name, job.model.name_or_path, job.data.train) == ("mine", "models/ä \U0001f600", "d/*.jsonl")
     for name in preset_names():
         copied = folder / f"new/ds_configs/{name}.json"
@@ -133,7 +133,7 @@ def test_every_key_of_the_schema_is_explained() -> None:
         assert section["description"], name
         for key, value in section["properties"].items():
             assert "description" in value or "$ref" in value, f"{name}.{key}"
-    assert set(schema["properties"]) == set(Job.model_fields)
+    assert set(schema["properties"]) == set(Job.model_fields) | {"script"}
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 def test_a_run_continues_when_nobody_reads_what_it_shows(folder: Path) -> None:
     code = (
-        "from launcher.cli.console import RunConsole\nconsole = RunConsole()\n"
+        "from launcher.runs.console import RunConsole\nconsole = RunConsole()\n"
         "for update in range(99): console.note('x' * 9999)\nopen('end', 'w').close()"
     )
     read, write = os.pipe()
@@ -221,7 +221,7 @@ def test_the_summary_of_a_run_survives_damaged_evaluations(tmp_path: Path) -> No
     lines = ['{"update": 0, "loss": "nan"}', "{}", '{"update": 8, "loss": 1.25}', '{"update": 9, "lo']
     run.evaluations_file.write_text("\n".join(lines))
     console = RunConsole(Console(width=500, record=True))
-    _summarise(plan_of(), run, console, Outcome("finished", 8))
+    print_summary(plan_of(), run, console, Outcome("finished", 8))
     text = console.console.export_text()
     assert "evaluation loss  nan before, 1.2500 after" in text
     assert "evaluations.jsonl has 1 damaged line, which is skipped" in text

@@ -239,7 +239,7 @@ def test_a_run_shows_what_was_planned_extended_and_applied(folder: Path) -> None
     assert found["curves"][2]["updates"] == list(range(20))
     assert found["curves"][2]["rates"] == rates(schedule)[:20]
     assert found["blocks_notes"] == [
-        "The blocks hold the warm-up in force now; the curve before it was lengthened is not in them."
+        "The blocks have the present warm-up; the curve before it was lengthened is not in them."
     ]
     assert found["blocks"]["scheduler"]["params"]["warmup_num_steps"] == 40
     ended = command("lr", str(run.path))
@@ -287,7 +287,7 @@ def test_a_json_that_gives_no_curve_is_refused_in_its_place(
         ((), "a job file, a run directory or a DeepSpeed JSON is needed"),
         (("missing.yaml",), "there is no such job file"),
         (("--deepspeed", "missing.json"), "missing.json: --deepspeed: there is no such file"),
-        (("data",), "this is not a run directory"),
+        (("data",), "so it is not a run directory"),
         (("model/config.json",), "launcher lr --deepspeed model/config.json"),
         (("job.yaml", "--updates", "3"), "train.max_steps=N"),
         (("job.yaml", "--compare", "linear,cosin"), "did you mean cosine?"),

@@ -16,6 +16,7 @@ from launcher.ds_config.lint import lint
 from launcher.ds_config.loop_rules import MONITORS_AND_OPTIMIZERS
 from launcher.ds_config.target import Device, Target
 from launcher.errors import RequestError
+from launcher.job import LoadedJob
 from launcher.prepare import Prepared
 from launcher.prepare.machine import missing_packages
 from launcher.runs import planning
@@ -127,8 +128,7 @@ def plan_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
         data = {"train": "data/train.jsonl"}
         job = job_of(deepspeed=config, cluster=cluster, train=train, data=data, **sections)
         try:
-            checked = planning.check_job(job, "job.yaml", machine_facts(gpus))
-            planning.make_plan(job, checked, lambda _: None)
+            planning.make_plan(planning.check_job(LoadedJob(job, "job.yaml"), machine_facts(gpus)))
         except RequestError as error:
             return str(error)
         return ""

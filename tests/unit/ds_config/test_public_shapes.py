@@ -11,8 +11,9 @@ from launcher.ds_config import parse_ds_config
 from launcher.ds_config.catalogue import load_catalogue
 from launcher.ds_config.lint import lint
 from launcher.ds_config.target import Target
+from launcher.plan.inputs import plan_inputs
 from launcher.plan.learning_rate import planned_rates
-from launcher.plan.resolve import check_request, resolve
+from launcher.plan.resolve import check_inputs, resolve
 from tests.unit.ds_config.public_shapes import TEMPLATES
 from tests.unit.inputs import data_facts, job_of, machine_facts, model_facts
 
@@ -33,8 +34,9 @@ def test_a_template_lints_clean_and_is_planned(name: str) -> None:
     found = lint(user, Target("cuda", 8), load_catalogue())
     assert [one for one in found if one.severity != "note"] == []
 
-    check_request(JOB, user, machine_facts(8))
-    plan = resolve(JOB, user, model_facts(), data_facts(), machine_facts(8))
+    inputs = plan_inputs(JOB, user, machine_facts(8))
+    check_inputs(inputs)
+    plan = resolve(inputs, model_facts(), data_facts())
     made = dict(leaves(plan.ds_config))
     assert not [path for path, value in made.items() if "auto" in (value if isinstance(value, list) else [value])]
     assert (made["bf16.enabled"], made.get("fp16.enabled", False)) == (True, False)

@@ -11,16 +11,19 @@ from typing import Any
 
 import pytest
 
-import launcher.cli.run as run_verb
-from launcher.cli.console import RunConsole
 from launcher.errors import FailureCode, LauncherError, RequestError, RunFailed, code_of
 from launcher.first_failure import raised_at, said
 from launcher.fleet.failures import Failure, all_failures, describe_exit, first_failure
 from launcher.fleet.nodes import Node, Nodes
+from launcher.job import LoadedJob
+from launcher.plan.inputs import plan_inputs
+from launcher.runs import run as run_module
 from launcher.runs import supervisor as supervision
+from launcher.runs.console import RunConsole
+from launcher.runs.planning import CheckedJob
 from launcher.runs.supervisor import Supervisor
 from launcher.tail import untimed
-from tests.unit.inputs import command, job_of, machine_facts, plan_of
+from tests.unit.inputs import command, job_of, machine_facts, plan_of, preset
 from tests.unit.run_directories import Built, rank, stamp
 
 
@@ -270,17 +273,17 @@ def test_what_goes_wrong_after_a_failure_is_printed_and_does_not_hide_it(
 
 
 def test_a_failure_that_cannot_be_written_is_still_the_one_that_is_raised(
-    built: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    built: Built, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def make(_progress: Any, _log: Any) -> Any:
+    def make(_job: Any, **_options: Any) -> Any:
         built.run.events_file.unlink()
         built.run.events_file.symlink_to("/dev/full")
         raise LauncherError("the first error", code=FailureCode.PREPARE_FAILED)
 
-    job = tmp_path / "job.yaml"
-    job.write_text("name: tiny\n")
+    monkeypatch.setattr(run_module, "make_plan", make)
+    checked = CheckedJob(LoadedJob(job_of(), "the job"), plan_inputs(job_of(), preset("zero2"), machine_facts(8)), ())
     with pytest.raises(LauncherError, match=r"^the first error$") as raised:
-        run_verb._planned(make, job, [], built.run, RunConsole())
+        run_module._planned(checked, built.run, RunConsole())
     assert (raised.value.exit_status, raised.value.code) == (1, "prepare_failed")
     told = " ".join(capsys.readouterr().out.split())
     assert "the failure could not be written to" in told and "No space left on device" in told

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launcher.cli.console import preflight_table
 from launcher.errors import FailureCode, RunFailed
 from launcher.fleet import inspect_node
 from launcher.fleet.copy_data import _put
@@ -33,6 +32,7 @@ from launcher.plan.packages import needed_packages
 from launcher.plan.schema import World
 from launcher.prepare.machine import installed_versions
 from launcher.run_dir import RunDir
+from launcher.runs.console import preflight_table
 from tests.unit.inputs import JOB, command, write_folder
 
 VERSIONS = {"launcher": "0.1", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0", "ray": "2.60.0"}

@@ -230,10 +230,19 @@ FILES = [
         with_model("{name_or_path: gg, gguf_file: b.gguf}"),
         files={"gg/a.gguf": "GGUF"},
     ),
-    Bad("JSON missing", ("job.yaml: deepspeed: there is no file my.json", "looked from"), JOB + "deepspeed: my.json\n"),
+    Bad(
+        "home directory of an unknown user",
+        ("job.yaml:4: output_dir: ~no-such-user/runs: the user of ~no-such-user is unknown", "write ./~no-such-user"),
+        JOB + "output_dir: ~no-such-user/runs\n",
+    ),
+    Bad(
+        "JSON missing",
+        ("job.yaml: deepspeed: the file my.json does not exist", "looked from"),
+        JOB + "deepspeed: my.json\n",
+    ),
     Bad(
         "misspelt preset",
-        ("deepspeed: there is no file zero3_cpu_ofload", "did you mean the preset zero3_cpu_offload?"),
+        ("deepspeed: the file zero3_cpu_ofload does not exist", "did you mean the preset zero3_cpu_offload?"),
         JOB + "deepspeed: zero3_cpu_ofload\n",
     ),
     Bad("unlike any preset", ("presets: zero1, zero2, zero3"), JOB + "deepspeed: qqq\n"),
@@ -289,12 +298,12 @@ NUMBERS = [
     ),
     Bad(
         "evaluates on nothing",
-        ("train.eval_every: there is nothing to evaluate on", "data.eval"),
+        ("train.eval_every: the job has no evaluation data", "data.eval"),
         JOB + "train: {max_steps: 20, eval_every: 5}\n",
     ),
     Bad(
         "GPUs and processes",
-        ("job.yaml:3: cluster.processes_per_node: 3 processes and 8 GPUs", "one rank a GPU"),
+        ("job.yaml:3: cluster.processes_per_node: 3 processes and 8 GPUs", "each GPU has one rank"),
         with_cluster("{gpus_per_node: 8, processes_per_node: 3}"),
     ),
     Bad(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +16,17 @@ from launcher.ds_config import from_mapping
 from launcher.errors import LauncherError, RequestError
 from launcher.job import Job, explicit_keys, validate_job
 from launcher.job.set_keys import changed_keys, set_keys, with_set_keys
+from launcher.plan.inputs import plan_inputs
 from launcher.plan.learning_rate import planned_rates
 from launcher.plan.length import length_warnings, resolve_length
-from launcher.plan.resolve import resolve, resolve_precision, resolve_world
+from launcher.plan.resolve import resolve
 from launcher.plan.schema import Plan, hash_in
-from tests.unit.inputs import GIB, data_facts, job_of, machine_facts, model_facts, plan_of
+from tests.unit.inputs import GIB, data_facts, in_format_1, job_of, machine_facts, model_facts, plan_of
 
 EPOCHS = st.one_of(st.none(), st.floats(0.01, 20.0))
+
+PLANS = Path(__file__).parents[2] / "data/plans"
+"""plan.json as earlier versions of the launcher wrote it."""
 
 
 @given(sequences=st.integers(1, 5000), epochs=EPOCHS, batch=st.integers(1, 600))
@@ -49,10 +54,10 @@ def test_max_steps_is_the_number_of_updates(sequences: int, steps: int, batch: i
 
 def test_a_token_without_an_embedding_is_refused() -> None:
     job, user = job_of(train={"max_steps": 3}), from_mapping({}, "ds.json")
-    model = model_facts(vocab_size=300)
-    resolve(job, user, model, data_facts(64, largest_token=299), machine_facts(1))
+    model, inputs = model_facts(vocab_size=300), plan_inputs(job, user, machine_facts(1))
+    resolve(inputs, model, data_facts(64, largest_token=299))
     with pytest.raises(RequestError, match="token 300, and the model has 300 embeddings") as caught:
-        resolve(job, user, model, data_facts(64, largest_token=300), machine_facts(1))
+        resolve(inputs, model, data_facts(64, largest_token=300))
     assert caught.value.problems[0].key == "model.name_or_path"
 
 
@@ -90,7 +95,7 @@ def test_what_happens_to_rows_and_batches_is_told() -> None:
     ],
 )
 def test_ranks_and_their_device(cluster: dict[str, Any], gpus: int, world: tuple[int, int, str, str]) -> None:
-    found = resolve_world(job_of(cluster=cluster), machine_facts(gpus))
+    found = plan_inputs(job_of(cluster=cluster), from_mapping({}, "ds.json"), machine_facts(gpus)).world
     assert (found.nodes, found.processes_per_node, found.device, found.backend) == world
     assert found.size == found.nodes * found.processes_per_node
     assert 1 <= found.threads_per_process <= 64
@@ -109,7 +114,7 @@ def test_ranks_and_their_device(cluster: dict[str, Any], gpus: int, world: tuple
 )
 def test_precision(dtype: str, user: dict[str, Any], machine: Any, precision: str) -> None:
     job = job_of(model={"dtype": dtype})
-    assert resolve_precision(job, from_mapping(user, "ds.json"), resolve_world(job, machine), machine) == precision
+    assert plan_inputs(job, from_mapping(user, "ds.json"), machine).precision == precision
 
 
 def test_a_plan_says_the_same_thing_everywhere() -> None:
@@ -144,7 +149,7 @@ def test_the_micro_batch_follows_the_memory() -> None:
 def test_too_little_memory_is_told_with_its_numbers() -> None:
     job = job_of(train={"train_micro_batch_size_per_gpu": 1})
     plan = plan_of(job, machine=machine_facts(2, gpu_gib=24))
-    need = plan.memory["device_total"] / GIB
+    need = plan.training.memory["device_total"] / GIB
     assert any(f"about {need:.1f} GiB" in warning and "21.6 GiB" in warning for warning in plan.warnings)
     unseen = plan_of(job_of(cluster={"gpus_per_node": 8}), machine=machine_facts(0))
     (told,) = (warning for warning in unseen.warnings if "no GPU is seen from here" in warning)
@@ -250,16 +255,10 @@ def test_a_plan_keeps_which_keys_were_set(job: Job) -> None:
     assert validate_job(back.job.model_dump(mode="json", exclude_unset=True)) == job
 
 
-def old_format(plan: Plan) -> dict[str, Any]:
-    """plan.json as it was written before it kept which keys were set."""
-    document = json.loads(plan.to_json())
-    return {"sha256": document["sha256"], "plan": document["plan"]}
-
-
 def test_a_plan_in_the_old_format_has_set_what_differs_from_the_defaults() -> None:
     job = job_of(train={"max_steps": 9, "weight_decay": 0.1, "eps": 1e-8}, model={"lora": {}})
     plan = plan_of(job, machine=WITH_PEFT)
-    back = Plan.from_json(json.dumps(old_format(plan)))
+    back = Plan.from_json(json.dumps(in_format_1(plan)))
     assert back == plan
     names = {"name", "model.name_or_path", "data.train", "train.max_steps", "train.weight_decay"}
     assert explicit_keys(back.job) == names
@@ -268,7 +267,7 @@ def test_a_plan_in_the_old_format_has_set_what_differs_from_the_defaults() -> No
 
 
 def test_a_plan_without_a_newer_key_of_the_job_is_read_and_names_its_own_hash() -> None:
-    document = old_format(plan_of(job_of(train={"max_steps": 9})))
+    document = in_format_1(plan_of(job_of(train={"max_steps": 9})))
     del document["plan"]["job"]["train"]["eval_every"]
     text = json.dumps(document)
     with pytest.raises(LauncherError, match="altered"):
@@ -281,10 +280,34 @@ def test_a_plan_without_a_newer_key_of_the_job_is_read_and_names_its_own_hash() 
     assert hash_in(text) == document["sha256"]
 
 
+@pytest.mark.parametrize("name", ["training", "script"])
+def test_a_plan_that_an_earlier_version_wrote_is_read(name: str) -> None:
+    text = (PLANS / f"{name}-format-2.json").read_text()
+    old = json.loads(text)["plan"]
+    plan = Plan.from_json(text)
+    assert plan.workload.kind == name
+    assert hash_in(text) != plan.sha256
+    written = json.loads(plan.to_json())["plan"]
+    workload = written.pop("workload")
+    moved = {key: old[key] for key in ("job", "model") if key in old}
+    moved |= old["script"] if name == "script" else {key: old[key] for key in ("data", "memory", "recommendation")}
+    assert {key: workload[key] for key in moved if key != "job"} == {key: moved[key] for key in moved if key != "job"}
+    assert {key: workload["job"][key] for key in old["job"]} == old["job"]
+    assert {key: written[key] for key in written} == {key: old[key] for key in written}
+    with pytest.raises(LauncherError, match="altered"):
+        Plan.from_json(text.replace('"zero_stage": 2', '"zero_stage": 1'))
+
+
+def test_the_hash_depends_on_the_format() -> None:
+    document = json.loads(plan_of().to_json())
+    with pytest.raises(LauncherError, match="damaged"):
+        Plan.from_json(json.dumps({**document, "format": 2}))
+
+
 def test_a_plan_of_a_newer_format_is_refused() -> None:
     document = json.loads(plan_of(job_of(train={"max_steps": 9})).to_json())
-    with pytest.raises(LauncherError, match="it has format 3, and this launcher reads formats 1 and 2"):
-        Plan.from_json(json.dumps({**document, "format": 3}))
+    with pytest.raises(LauncherError, match="it has format 4, and this launcher reads formats 1 to 3"):
+        Plan.from_json(json.dumps({**document, "format": 4}))
 
 
 def test_set_keys_are_marked_and_unknown_ones_refused() -> None:

@@ -13,12 +13,12 @@ import pytest
 
 from launcher.ds_config import from_mapping
 from launcher.errors import RequestError
-from launcher.job import ScriptJob
-from launcher.job.read import validate_as
+from launcher.job import validate_job
+from launcher.plan.inputs import plan_inputs
 from launcher.plan.learning_rate import planned_rates
-from launcher.plan.resolve import check_request
-from launcher.plan.schema import Script
+from launcher.plan.resolve import check_inputs
 from launcher.plan.script import resolve_script
+from launcher.runs.planning import lint_ds_config
 from tests.unit.inputs import (
     Ended,
     command,
@@ -293,7 +293,7 @@ def test_an_open_warm_up_is_linear_and_told_to_be() -> None:
     user = own("auto", warmup_num_steps="auto")
     del user["scheduler"]["params"]["warmup_type"]
     job = job_of(train={"max_steps": 100}, schedule={"warmup_type": "linear"})
-    check_request(job, from_mapping(user, "ds.json"), machine_facts(8))
+    check_inputs(plan_inputs(job, from_mapping(user, "ds.json"), machine_facts(8)))
     plan = plan_of(job, user=user)
     assert plan.ds_config["scheduler"]["params"]["warmup_type"] == "linear"
     (change,) = (one for one in plan.ds_config_changes if one.key == "scheduler.params.warmup_type")
@@ -346,7 +346,7 @@ def test_ratios_and_starts_that_are_left_open_are_filled() -> None:
     user = {"scheduler": {"type": "WarmupCosineLR", "params": {**COSINE, "cos_min_ratio": "auto"}}}
     user["scheduler"]["params"]["last_batch_iteration"] = "auto"
     job = job_of(train={"max_steps": 100}, schedule={"floor": 0.25})
-    check_request(job, from_mapping(user, "ds.json"), machine_facts(8))
+    check_inputs(plan_inputs(job, from_mapping(user, "ds.json"), machine_facts(8)))
     params = plan_of(job, user=user).ds_config["scheduler"]["params"]
     assert (params["warmup_min_ratio"], params["last_batch_iteration"]) == (0.0, -1)
     assert params["cos_min_ratio"] == 0.25
@@ -365,20 +365,21 @@ DIVIDED = {
     "tensor_parallel.autotp_size": {"tensor_parallel": {"autotp_size": 4}},
     "tensor_parallel.tp.tp_size": {"tensor_parallel": {"tp": {"tp_size": "2"}}},
     "pipeline": {"pipeline": {"stages": 2}},
-    "expert_parallel": {"expert_parallel": {"enabled": "true", "autoep_size": 2}},
+    "expert_parallel": {"expert_parallel": {"enabled": True, "autoep_size": 2}},
 }
 
 
 @pytest.mark.parametrize("key", DIVIDED)
 def test_other_ways_to_divide_a_model_are_left_to_scripts(key: str) -> None:
-    told = refusal(DIVIDED[key])
-    assert f"ds.json: {key}: no " in told
-    assert "launcher exec" in told
+    with pytest.raises(RequestError, match=f"ds.json: {key}: .*") as refused:
+        lint_ds_config(plan_inputs(job_of(), from_mapping(DIVIDED[key], "ds.json"), machine_facts(8)))
+    assert "launcher exec" in str(refused.value)
     train = {"max_steps": 10, "train_micro_batch_size_per_gpu": 1}
     schedule = {"shape": "linear", "peak_lr": 1e-5, "warmup": 2}
-    job = validate_as(ScriptJob, {"name": "mine", "train": train, "schedule": schedule}, None, "job.yaml")
-    script = Script(arguments=("train.py",), folder="/work")
-    config = resolve_script(job, from_mapping(DIVIDED[key], "ds.json"), None, machine_facts(8), script).ds_config
+    job = validate_job({"script": {"command": "train.py"}, "train": train, "schedule": schedule})
+    inputs = plan_inputs(job, from_mapping(DIVIDED[key], "ds.json"), machine_facts(8))
+    lint_ds_config(inputs)
+    config = resolve_script(inputs, None, "/work").ds_config
     assert config[key.partition(".")[0]] == DIVIDED[key][key.partition(".")[0]]
 
 

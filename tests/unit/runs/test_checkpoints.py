@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launcher.cli.console import RunConsole
-from launcher.cli.resume import _report_damage, rest_of, where_to_go_on
 from launcher.errors import RequestError
 from launcher.export_folder import export_fault
 from launcher.manifest import MANIFEST, write_manifest
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
 from launcher.runs.checkpoints import saved_at
+from launcher.runs.console import RunConsole
+from launcher.runs.rest import rest_as_planned, rest_of
+from launcher.runs.resume import _report_damage
 from tests.unit.inputs import command, plan_of
 
 NEWEST, BEFORE = 8, 4
@@ -78,7 +79,7 @@ DAMAGE = {
 @pytest.mark.parametrize("reason", DAMAGE)
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_used(run: RunDir, reason: str) -> None:
     DAMAGE[reason](run.checkpoint(NEWEST))
-    rest = where_to_go_on(run)
+    rest = rest_as_planned(run)
     assert (rest.start.update, rest.saved.folder) == (BEFORE, run.checkpoint(BEFORE))
     console = RunConsole(Console(width=500, record=True))
     _report_damage(rest, run, console)
@@ -92,12 +93,12 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_used(run: Run
 
 def test_the_end_of_a_file_that_was_never_written_is_seen(run: RunDir) -> None:
     end_is_zeros(run.checkpoint(NEWEST))
-    assert where_to_go_on(run).start.update == BEFORE
+    assert rest_as_planned(run).start.update == BEFORE
 
 
 def test_an_older_damaged_checkpoint_is_not_spoken_of(run: RunDir) -> None:
     cut(run.checkpoint(BEFORE))
-    rest = where_to_go_on(run)
+    rest = rest_as_planned(run)
     assert (rest.start.update, rest.damaged) == (NEWEST, ())
 
 
@@ -107,7 +108,7 @@ def test_a_newer_one_may_have_a_lower_number(run: RunDir) -> None:
     run.checkpoint(BEFORE).rename(folder)
     other_manifest(folder, update=BEFORE - 1, samples=10**6)
     zeros(folder)
-    rest = where_to_go_on(run)
+    rest = rest_as_planned(run)
     assert [each.path for each in rest.damaged] == [folder]
 
 

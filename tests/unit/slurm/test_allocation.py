@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.cli.node import _check_allocation, _settled_by
 from launcher.errors import RequestError
+from launcher.runs.slurm_node import _check_allocation, _decided_by
 from launcher.slurm.allocation import expand_hosts, read_allocation, run_stamp
 from tests.unit.inputs import job_of, machine_facts
 
@@ -73,11 +73,11 @@ def test_what_is_no_task_of_its_own_is_refused(environment: dict[str, str], word
         (
             {},
             {"SLURM_GPUS_ON_NODE": "4"},
-            ("auto: Slurm gave 4 GPUs of this node, and 8 are seen", "--gpus-per-node=8"),
+            ("auto: Slurm gave 4 GPUs of this node, and 8 are visible", "--gpus-per-node=8"),
         ),
-        ({"gpus_per_node": 4}, {"SLURM_GPUS_ON_NODE": "2"}, ("4 GPUs a node, and Slurm gave 2", "--gpus-per-node=4")),
-        ({}, {"SLURM_CPUS_PER_TASK": "4"}, ("8 ranks a node, and Slurm gave 4", "--cpus-per-task=8")),
-        ({"gpus_per_node": 0, "processes_per_node": 80}, {}, ("80 ranks a node, and Slurm gave 64",)),
+        ({"gpus_per_node": 4}, {"SLURM_GPUS_ON_NODE": "2"}, ("4 GPUs per node, and Slurm gave 2", "--gpus-per-node=4")),
+        ({}, {"SLURM_CPUS_PER_TASK": "4"}, ("8 ranks per node, and Slurm gave 4", "--cpus-per-task=8")),
+        ({"gpus_per_node": 0, "processes_per_node": 80}, {}, ("80 ranks per node, and Slurm gave 64",)),
         ({"address": "head:6379"}, {}, ("head:6379", "leave it out")),
     ],
 )
@@ -98,7 +98,7 @@ def test_what_slurm_did_not_give_is_refused(cluster: dict, given: dict[str, str]
     ],
 )
 def test_the_allocation_settles_what_the_job_leaves_open(cluster: dict, overrides: list[str]) -> None:
-    assert list(_settled_by(read_allocation(TASK), job_of(cluster=cluster))) == overrides
+    assert list(_decided_by(read_allocation(TASK), job_of(cluster=cluster))) == overrides
 
 
 def test_each_call_of_srun_is_told_from_the_others() -> None:

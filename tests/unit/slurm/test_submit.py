@@ -19,7 +19,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from launcher.errors import RequestError
-from launcher.job import Job, read_job
+from launcher.job import Job, load_job
 from launcher.job.slurm import OWNED, gres_gpus, time_seconds
 from launcher.presets import shipped_folder
 from launcher.slurm.options import sbatch_options
@@ -396,9 +396,9 @@ def test_no_value_becomes_another_line_or_word_of_the_script(key_and_text: tuple
     more = {"time": {"signal_seconds": 1}}.get(key, {})
     try:
         job = on_cpus(**{key: [value] if key in LISTS else value}, **more)
+        made = request_of(job)
     except RequestError:
         return
-    made = request_of(job)
     assert not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", value)
     options = sbatch_options(job, HERE.cwd / "runs")
     lines = {"modules": 1, "activate": 1}.get(key, len(options) - len(sbatch_options(on_cpus(), HERE.cwd / "runs")))
@@ -700,7 +700,7 @@ def test_a_dry_run_prints_what_is_then_submitted(folder: Path, monkeypatch: pyte
 
     (line,) = (line for line in shown.out.splitlines() if line.startswith("job=("))
     file, *overrides = shlex.split(line.removeprefix("job=(").removesuffix(")"))
-    assert read_job(Path(file), [*overrides, "train.seed=2"]).slurm.array_key == "train.seed"
+    assert load_job(Path(file), *overrides, "train.seed=2").job.slurm.array_key == "train.seed"
 
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     ended = submit_with(folder, monkeypatch, "echo '91;far'", *words, "--parsable")
@@ -759,8 +759,8 @@ def test_what_slurm_refuses_is_told(
         (("model.name_or_path=./nowhere",), "nowhere"),
         (("name=a/b",), "name: must be letters"),
         (("cluster.env.A=a\n",), "holds a line break"),
-        (("--address", "http://h:8265", "--array", "0-1"), "--array is for slurm, and the job goes to ray"),
-        (("--to", "slurm", "--address", "http://h:8265"), "--address is for ray, and the job goes to slurm"),
+        (("--address", "http://h:8265", "--array", "0-1"), "--array is for slurm, and the job is submitted to ray"),
+        (("--to", "slurm", "--address", "http://h:8265"), "--address is for ray, and the job is submitted to slurm"),
         (("--to", "pbs"), "'pbs' is not one of"),
     ],
 )
@@ -822,14 +822,14 @@ def test_a_script_of_ones_own_is_submitted(folder: Path, before: tuple[str, ...]
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "launcher submit JOB.YAML -- SCRIPT [ARGUMENT]..."),
+        ((), "A job that runs your own script has a section `script` instead"),
         (("--",), "no script is named after --"),
-        (("--", "none.py"), "there is no script none.py"),
-        (("--", "--lr", "1"), "after -- stands a Python script or -m MODULE, found --lr"),
+        (("--", "none.py"), "the script none.py does not exist"),
+        (("--", "--lr", "1"), "the command must begin with a Python script or -m MODULE, found --lr"),
         (("--", "train.py", "a\nb"), "holds a line break"),
-        (("--array=0-1", "slurm.array_key=train.seed", "--", "train.py"), "slurm.array_key: the index would stand"),
+        (("--array=0-1", "slurm.array_key=train.seed", "--", "train.py"), "slurm.array_key: the index would follow"),
         (("deepspeed=auto", "--", "train.py"), "deepspeed: a preset is chosen by the memory"),
-        (("--resume", "--", "train.py"), "--resume goes on with a run, as it was planned"),
+        (("--resume", "--", "train.py"), "--resume continues a run as it was planned"),
         (("--to", "ray", "--address=http://h:8265", "--", "train.py"), "launcher exec JOB.YAML -- SCRIPT"),
     ],
 )

@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.cli.logs import _since
 from launcher.errors import RequestError
 from launcher.tail import lines_backwards
 from launcher.watch import end_of_run
 from launcher.watch.follow import HOLD_SECONDS, Follower
 from launcher.watch.lines import Line, merged
 from launcher.watch.print_lines import Printer
+from launcher.watch.print_logs import since_seconds
 from launcher.watch.session import read_session
 from launcher.watch.sources import Source, sources_of
 from launcher.watch.terminal_safe import coloured, plain
@@ -250,16 +250,16 @@ def test_no_logs_yet_is_told(built: Built) -> None:
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("2d", 172_800)])
 def test_since_is_ago(text: str, seconds: float) -> None:
-    assert _since(text, START) == START - seconds
+    assert since_seconds(text, START) == START - seconds
 
 
 def test_since_is_a_time() -> None:
-    assert _since("2026-03-01T12:00:00Z", 0.0) == START
-    assert _since("2026-03-01T13:00:00+01:00", 0.0) == START
-    assert _since("2026-03-01 12:00", 0.0) == START
-    assert _since(None, 0.0) is None
+    assert since_seconds("2026-03-01T12:00:00Z", 0.0) == START
+    assert since_seconds("2026-03-01T13:00:00+01:00", 0.0) == START
+    assert since_seconds("2026-03-01 12:00", 0.0) == START
+    assert since_seconds(None, 0.0) is None
     with pytest.raises(RequestError):
-        _since("10", 0.0)
+        since_seconds("10", 0.0)
 
 
 class Terminal(io.StringIO):

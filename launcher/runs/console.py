@@ -157,7 +157,7 @@ def preflight_table(checks: list[NodeCheck]) -> Table:
             f"{facts.gpus} {facts.gpu_name}" if facts.gpus else "0",
             f"{facts.free_bytes / 1024**3:.0f} GiB",
             *(facts.versions.get(name, "missing") for name in versions),
-            "[red]will not do[/]" if check.problems else "[green]good[/]",
+            "[red]unfit[/]" if check.problems else "[green]good[/]",
         )
     return table
 

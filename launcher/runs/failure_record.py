@@ -15,11 +15,10 @@ def record_failure(
 ) -> None:
     """Writes the state "failed" with the error and its code. Raises nothing.
 
-    What goes wrong with the writing, as on a full disk, is printed by `note`: the first error is the one that counts.
+    If that cannot be written, as on a full disk, `note` prints why: the first error is the important one.
     """
     try:
         directory.enter("failed", reason=first_line(error), message=str(error), code=code or code_of(error))
     except Exception as second:
-        note(
-            f"          the failure could not be written to {escape(str(directory.path))}: {escape(first_line(second))}"
-        )
+        path, reason = escape(str(directory.path)), escape(first_line(second))
+        note(f"          the failure could not be written to {path}: {reason}")
