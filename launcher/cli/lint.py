@@ -84,7 +84,7 @@ def _lint_file(path: Path, fix: bool, target: Target, keys: Catalogue) -> Linted
 
 
 def _linted(path: Path, fix: bool, target: Target, keys: Catalogue) -> Linted:
-    from launcher.ds_config.findings import apply_fixes, made_fixes
+    from launcher.ds_config.findings import applicable_fixes, apply_fixes
     from launcher.ds_config.lint import lint
     from launcher.ds_config.read import parse_ds_config, read_ds_config
 
@@ -93,7 +93,7 @@ def _linted(path: Path, fix: bool, target: Target, keys: Catalogue) -> Linted:
     # A fixed name can show that its value needs fixing too.
     while fix and (text_after := apply_fixes(config.text or "", findings)) != config.text:
         text = config.text or ""
-        for one, made in made_fixes(findings):
+        for one, made in applicable_fixes(findings):
             fixed.append((one.line, one.column, one.key_path, text[made.start : made.end], made.replacement))
         config = parse_ds_config(text_after, str(path))
         findings = lint(config, target, keys)

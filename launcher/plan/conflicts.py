@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.ds_config import DsConfig, compose, open_scheduler, scheduler_of
+from launcher.ds_config import DsConfig, auto_scheduler, compose, scheduler_of
 from launcher.ds_config.facts import Precision
 from launcher.job import Job, explicit_keys
 from launcher.plan.batch import BatchSizes
@@ -18,7 +18,7 @@ def check_conflicts(job: Job, user: DsConfig, world: World, precision: Precision
     """Raises RequestError for each value that the job and the JSON set differently, and for what compose refuses."""
     explicit = explicit_keys(job)
     written = scheduler_of(user)
-    if written is not None and open_scheduler(user) is None and "schedule.shape" not in explicit:
+    if written is not None and auto_scheduler(user) is None and "schedule.shape" not in explicit:
         refuse_unused(job, written["type"], written["params"], user)
     rate = _ANY_RATE if job.schedule.peak_lr == "auto" else job.schedule.peak_lr
     length = job.train.max_steps or _ANY_LENGTH

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.ds_config import DsConfig, open_scheduler, open_warmup, optimizer_of, scheduler_of
+from launcher.ds_config import DsConfig, auto_scheduler, has_auto_warmup, optimizer_of, scheduler_of
 from launcher.errors import Problem, RequestError
 from launcher.job import Job, explicit_keys
 from launcher.plan.facts import DataFacts, ModelFacts
@@ -65,7 +65,7 @@ def kept_or_generated(job: Job, situation: Situation, user: DsConfig, *, limited
     """
     written, lr = scheduler_of(user), (optimizer_of(user) or {}).get("params", {}).get("lr")
     asked = "schedule.shape" in explicit_keys(job)
-    shape = None if asked else _SHAPES.get(open_scheduler(user) or "")
+    shape = None if asked else _SHAPES.get(auto_scheduler(user) or "")
     if written is None or asked or shape:
         try:
             return generate(job, situation, lr, shape, limited=limited)
@@ -101,7 +101,7 @@ def _filled(
         "last_batch_iteration": -1,
     }
     filled = {name: known[name] for name in autos if name in known}
-    gentle = {"warmup_type": "linear"} if open_warmup(user) else {}
+    gentle = {"warmup_type": "linear"} if has_auto_warmup(user) else {}
     return {**written, "params": {**written["params"], **filled, **gentle}}
 
 
@@ -287,7 +287,7 @@ def _refuse_other_length(job: Job, params: Params, user: DsConfig, updates: int)
 
 def _where(user: DsConfig, path: str) -> str:
     """File and line of a key of the JSON."""
-    place = user.place(path)
+    place = user.location(path)
     return f"{user.file or user.origin}:{place.line}" if place else user.origin
 
 
@@ -298,7 +298,7 @@ def refuse_unused(job: Job, kind: str, params: Params, user: DsConfig) -> None:
     filled = {"warmup": "warmup_num_steps", "floor": "cos_min_ratio"}
     used |= {f"schedule.{name}" for name, param in filled.items() if user.get(f"scheduler.params.{param}") == "auto"}
     same = {"warmup": params.get("warmup_num_steps"), "warmup_type": params.get("warmup_type")}
-    if open_warmup(user) or user.get("scheduler.params.warmup_type") == "auto":
+    if has_auto_warmup(user) or user.get("scheduler.params.warmup_type") == "auto":
         same["warmup_type"] = "linear"
     used |= {f"schedule.{name}" for name, value in same.items() if getattr(job.schedule, name) == value}
     hint = "name a schedule.shape, and a schedule is generated; or leave it to the JSON"

@@ -12,8 +12,8 @@ from launcher.ds_config import (
     Change,
     Composed,
     DsConfig,
+    auto_scheduler,
     compose,
-    open_scheduler,
     optimizer_of,
     scheduler_of,
     zero_stage,
@@ -48,7 +48,7 @@ def resolve_script(
     job: ScriptJob, user: DsConfig, model: ModelFacts | None, machine: MachineFacts, script: Script
 ) -> ScriptPlan:
     """The plan of `script`. `model` are the facts of the model that the job names. Raises RequestError."""
-    user, shape = _with_open_scheduler(user)
+    user, shape = _with_auto_scheduler(user)
     world = resolve_world(job, machine)
     precision = _precision(job, user, world, machine)
     batch = _batch(job, user, world)
@@ -78,7 +78,7 @@ def resolve_script(
 
 def check_script_request(job: ScriptJob, user: DsConfig, machine: MachineFacts) -> None:
     """What can be told before the model is measured. Raises RequestError."""
-    user, shape = _with_open_scheduler(user)
+    user, shape = _with_auto_scheduler(user)
     world = resolve_world(job, machine)
     _precision(job, user, world, machine)
     zero_stage(user)
@@ -175,12 +175,12 @@ def _length(job: ScriptJob, batch: int) -> Length:
     )
 
 
-def _with_open_scheduler(user: DsConfig) -> tuple[DsConfig, str | None]:
+def _with_auto_scheduler(user: DsConfig) -> tuple[DsConfig, str | None]:
     """A scheduler whose parameters are all "auto" is left to the plan, but for its shape; None where there is none.
 
     That is how transformers' examples are written, for a Trainer to fill in.
     """
-    written = open_scheduler(user)
+    written = auto_scheduler(user)
     if written is None:
         return user, None
     shape = next((shape for shape, kind in DEEPSPEED_TYPES.items() if kind == written), None)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from launcher.ds_config import DsConfig, from_job, open_scheduler, read_ds_config
-from launcher.ds_config.approval import approve, approve_completed, refuse_untaken
+from launcher.ds_config import DsConfig, auto_scheduler, from_job, read_ds_config
 from launcher.ds_config.catalogue import load_catalogue
+from launcher.ds_config.check import check_completed_config, check_config, check_optimizer_keys
 from launcher.ds_config.facts import Precision
 from launcher.ds_config.loop_rules import needed_packages
 from launcher.ds_config.target import Target
@@ -173,10 +173,11 @@ def lint_ds_config(job: Job, user: DsConfig, machine: MachineFacts) -> tuple[str
     explicit = explicit_keys(job)
     keys, target = load_catalogue(), _target(job, user, machine)
     replaced, unsafe = _replaced(job, user), job.schedule.allow_unsafe
-    told = approve(user, target, keys, replaced=replaced, allow_unsafe=unsafe)
+    told = check_config(user, target, keys, replaced=replaced, allow_unsafe=unsafe)
     train = job.train
     asked = {"betas": list(train.betas), "eps": train.eps, "weight_decay": train.weight_decay}
-    refuse_untaken(user, {name: value for name, value in asked.items() if f"train.{name}" in explicit}, target, keys)
+    requested = {name: value for name, value in asked.items() if f"train.{name}" in explicit}
+    check_optimizer_keys(user, requested, target, keys)
     return (keys.warning, *told) if keys.warning else told
 
 
@@ -199,7 +200,7 @@ def _precision(job: Job, user: DsConfig, world: World, machine: MachineFacts) ->
 
 def _replaced(job: Job, user: DsConfig) -> tuple[str, ...]:
     """Blocks of the JSON that the plan writes itself."""
-    generated = "schedule.shape" in explicit_keys(job) or open_scheduler(user) is not None
+    generated = "schedule.shape" in explicit_keys(job) or auto_scheduler(user) is not None
     return ("scheduler",) if generated else ()
 
 
@@ -210,7 +211,7 @@ def _with_notes(plan: P, checked: Checked) -> P:
     """
     job, user = plan.job, checked.ds_config
     replaced = ("scheduler",) if plan.learning_rate.schedule is not None else _replaced(job, user)
-    approve_completed(
+    check_completed_config(
         user,
         plan.ds_config,
         _target(job, user, checked.machine),

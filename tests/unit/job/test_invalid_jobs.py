@@ -245,7 +245,7 @@ FILES = [
     ),
     Bad(
         "key twice in the JSON",
-        ("ds.json:3: bf16", "stands twice"),
+        ("ds.json:3: bf16", "duplicate key"),
         JOB + "deepspeed: ds.json\n",
         files={"ds.json": '{\n"bf16": {},\n"bf16": {}\n}\n'},
     ),
@@ -299,7 +299,7 @@ NUMBERS = [
     ),
     Bad(
         "ZeRO stage 4",
-        ("zero_optimization.stage", "4 is none of its values", "one of 0, 1, 2, 3"),
+        ("zero_optimization.stage", "4 is not an allowed value", "one of 0, 1, 2, 3"),
         JOB + "deepspeed: {zero_optimization: {stage: 4}}\n",
     ),
     Bad(
@@ -402,23 +402,23 @@ CONTRADICTIONS = [
     ),
     Contradiction(
         "precision of job and JSON",
-        ("the JSON trains in bf16", "model.dtype in the job"),
+        ("the JSON sets bf16", "model.dtype in the job"),
         text="model: {name_or_path: model, dtype: float32}\ndeepspeed: {bf16: {enabled: true}}\n",
     ),
     Contradiction(
         "a parameter that the optimizer lacks",
-        ("job.yaml:4: train.betas: SGD does not take it", "job.yaml:4: train.eps: SGD does not", "weight_decay"),
+        ("job.yaml:4: train.betas: SGD does not accept it", "job.yaml:4: train.eps: SGD does not", "weight_decay"),
         text="train: {betas: [0.9, 0.95], eps: 1e-7, weight_decay: 0.1}\n"
         "deepspeed: {optimizer: {type: SGD, params: {lr: 1e-6}}}\n",
     ),
     Contradiction(
         "a parameter of another kind",
-        ("train.eps: Adafactor does not take it",),
+        ("train.eps: Adafactor does not accept it",),
         text="train: {eps: 1e-7}\ndeepspeed: {optimizer: {type: Adafactor, params: {lr: 1e-6}}}\n",
     ),
     Contradiction(
         "fp16 on CPUs",
-        ("fp16.enabled", "DeepSpeed has no fp16 on a CPU"),
+        ("fp16.enabled", "DeepSpeed does not support fp16 on CPUs"),
         text="model: {name_or_path: model, dtype: float16}\n",
     ),
 ]
