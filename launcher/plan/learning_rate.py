@@ -13,7 +13,7 @@ from launcher.plan.facts import DataFacts, ModelFacts
 from launcher.plan.revision import schedule_of
 from launcher.plan.schema import LearningRate, Length, Plan, Reason
 from launcher.schedule.advice import Choice, Situation, advise, parse_warmup
-from launcher.schedule.curve import DEEPSPEED_TYPES, Schedule, deepspeed_blocks, make_schedule, rate_at
+from launcher.schedule.curve import DEEPSPEED_TYPES, Schedule, deepspeed_blocks, lr_at, make_schedule
 from launcher.schedule.deepspeed_schedulers import Params, replica
 from launcher.schedule.safety import ALLOW, check_safety, deepspeed_warnings, log_ramp, unsafe_scheduler
 
@@ -152,9 +152,9 @@ def planned_rates(plan: Plan) -> Callable[[int], float]:
     """The rate that the plan gives the update of each number (from 0; skipped ones do not count)."""
     if plan.learning_rate.schedule is None or not plan.learning_rate.advance:
         scheduler, optimizer = plan.ds_config["scheduler"], plan.ds_config["optimizer"]
-        return replica(scheduler["type"], scheduler["params"], optimizer["params"]["lr"]).after
+        return replica(scheduler["type"], scheduler["params"], optimizer["params"]["lr"]).lr_after
     schedule = schedule_of(plan)
-    return lambda update: rate_at(schedule, update)
+    return lambda update: lr_at(schedule, update)
 
 
 def _choose(
@@ -230,7 +230,7 @@ def _written(job: Job, scheduler: dict[str, Any], user: DsConfig, situation: Sit
         advised = _advised_peak(job, kind, user, situation, limited)
         lr = float(advised.value)
     curve = replica(kind, params, lr)
-    rates = [curve.after(update) for update in range(updates)]
+    rates = [curve.lr_after(update) for update in range(updates)]
     problems = unsafe_scheduler(kind, params, lr, updates, method=method, parameters=situation.parameters)
     problems = [*(_in_json(problem, user) for problem in problems), *_idle(params, rates, user)]
     if problems and not job.schedule.allow_unsafe:

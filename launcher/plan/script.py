@@ -301,7 +301,7 @@ def _warnings(
         told += _two_peaks(scheduler["params"].get("warmup_max_lr"), config["optimizer"]["params"]["lr"])
     if scheduler is not None:
         curve = replica(scheduler["type"], scheduler["params"], config["optimizer"]["params"]["lr"])
-        highest = max(curve.after(update) for update in range(length.total_updates))
+        highest = max(curve.lr_after(update) for update in range(length.total_updates))
         if highest < _NEAR_THE_PEAK * rate.peak_lr:
             told.append(
                 f"the peak of {rate.peak_lr:g} is not reached in {length.total_updates} updates: {highest:g} is"
