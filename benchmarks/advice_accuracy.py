@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
-from launcher.schedule.advice import FAMILIES, Family, family_rate, peak_rate
+from launcher.schedule.advice import FAMILIES, Family, advised_peak_lr, family_lr
 
 RECIPES = Path(__file__).parents[1] / "launcher" / "schedule" / "recipes.csv"
 BASELINE = {"full": 1e-5, "lora": 2e-4, "preference": 5e-7, "preference-lora": 5e-6, "encoder": 1e-5}
@@ -100,7 +100,7 @@ def _fit_one(method: str, recipes: Sequence[Recipe]) -> Family:
     mine = [recipe for recipe in recipes if recipe.method == method]
     share = Counter(recipe.organisation for recipe in mine)
     weights = [1 / share[recipe.organisation] for recipe in mine]
-    points = [math.log(recipe.peak_lr / family_rate(unit, recipe.parameters, recipe.tokens)) for recipe in mine]
+    points = [math.log(recipe.peak_lr / family_lr(unit, recipe.parameters, recipe.tokens)) for recipe in mine]
     return replace(unit, base_lr=math.exp(_centre(points, weights, math.log(BASELINE[method]))))
 
 
@@ -120,7 +120,7 @@ def held_out(recipes: Sequence[Recipe]) -> dict[str, float]:
         families = fit([recipe for recipe in recipes if recipe.organisation != organisation])
         for recipe in recipes:
             if recipe.organisation == organisation:
-                predicted[recipe.name] = peak_rate(recipe.method, recipe.parameters, recipe.tokens, families)
+                predicted[recipe.name] = advised_peak_lr(recipe.method, recipe.parameters, recipe.tokens, families)
     return predicted
 
 
@@ -148,7 +148,7 @@ def evaluate(recipes: Sequence[Recipe]) -> dict[str, dict[str, Score]]:
     predictors: dict[str, Predict] = {
         "baseline": lambda recipe: BASELINE[recipe.method],
         "held out": lambda recipe: unseen[recipe.name],
-        "shipped": lambda recipe: peak_rate(recipe.method, recipe.parameters, recipe.tokens),
+        "shipped": lambda recipe: advised_peak_lr(recipe.method, recipe.parameters, recipe.tokens),
     }
     groups = {group: [r for r in recipes if belongs(r)] for group, belongs in GROUPS.items()}
     return {

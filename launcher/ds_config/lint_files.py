@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.ds_config.catalogue import Catalogue
-from launcher.ds_config.findings import Finding, apply_fixes, made_fixes
+from launcher.ds_config.findings import Finding, applicable_fixes, apply_fixes
 from launcher.ds_config.lint import lint
 from launcher.ds_config.read import parse_ds_config, read_ds_config
 from launcher.ds_config.target import Target
@@ -38,7 +38,7 @@ def _linted(path: Path, fix: bool, target: Target, keys: Catalogue) -> Linted:
     # A fixed name can show that its value needs fixing too.
     while fix and (text_after := apply_fixes(config.text or "", findings)) != config.text:
         text = config.text or ""
-        for one, made in made_fixes(findings):
+        for one, made in applicable_fixes(findings):
             fixed.append((one.line, one.column, one.key_path, text[made.start : made.end], made.replacement))
         config = parse_ds_config(text_after, str(path))
         findings = lint(config, target, keys)

@@ -12,7 +12,7 @@ from typing import Any
 from launcher.plan.learning_rate import planned_rates
 from launcher.plan.revision import schedule_of
 from launcher.plan.schema import Plan, Reason
-from launcher.schedule.curve import Schedule, make_schedule, rates
+from launcher.schedule.curve import Schedule, lr_curve, make_schedule
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -131,7 +131,7 @@ def compared(own: Curve, shapes: Sequence[str], peak_lr: float, warmup: int, tot
 def schedule_curve(schedule: Schedule, name: str | None = None) -> Curve:
     """The rate that the schedule gives every update."""
     floor = schedule.floor_lr if schedule.floor_lr < schedule.peak_lr else None
-    return Curve.of(name or schedule.shape, rates(schedule), floor)
+    return Curve.of(name or schedule.shape, lr_curve(schedule), floor)
 
 
 def sparkline(rates: Sequence[float], width: int = 60) -> str:
@@ -143,7 +143,7 @@ def sparkline(rates: Sequence[float], width: int = 60) -> str:
     return "".join(BARS[max(0, math.ceil(height / top * len(BARS)) - 1)] for height in heights)
 
 
-def rate_lines(plan: Plan) -> list[str]:
+def lr_lines(plan: Plan) -> list[str]:
     """The learning rate of a plan in a few lines: what it does, a small plot, the figures, and a reason each."""
     rate, curve = plan.learning_rate, plan_curve(plan)
     found = figures(curve)

@@ -15,7 +15,7 @@ from launcher.errors import Problem, RequestError, nearest
 from launcher.lr_report.curves import Curve, compared, schedule_curve
 from launcher.lr_report.report import Report, late_notes
 from launcher.schedule.curve import Schedule, deepspeed_blocks, make_schedule
-from launcher.schedule.deepspeed_schedulers import DEFAULTS, settled, simulate_deepspeed
+from launcher.schedule.deepspeed_schedulers import DEFAULTS, resolved_params, simulate_deepspeed
 from launcher.schedule.safety import deepspeed_warnings
 
 SHAPES_OF = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
@@ -100,7 +100,7 @@ def _written(config: DsConfig, updates: int | None) -> _Written:
     notes = _fill_auto(config, params, updates)
     if any(isinstance(value, list) for value in params.values()):
         notes.append("A list has one rate for each parameter group: shown is the first group.")
-    total = settled(kind, params).get("total_num_steps", 0)
+    total = resolved_params(kind, params).get("total_num_steps", 0)
     length = updates or (int(total) if total >= 1 else _needed_updates(None))
     return _Written(kind, params, _rate_before(config, kind, params), length, tuple(notes))
 
@@ -209,7 +209,7 @@ def _without_scheduler(path: Path, written: _Written, shapes: Sequence[str]) -> 
 def _fixed(written: _Written) -> tuple[Schedule | None, tuple[str, ...]]:
     """The schedule that was probably meant, and what to say of it."""
     kind = written.kind or ""
-    full = settled(kind, written.params)
+    full = resolved_params(kind, written.params)
     if kind not in SHAPES_OF:
         return None, (f"{kind} has no warm-up schedule in its place; a job file gives one: launcher lr job.yaml.",)
     warmup, total = full["warmup_num_steps"], written.updates

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.ds_config import compose, open_scheduler, scheduler_of
+from launcher.ds_config import auto_scheduler, compose, scheduler_of
 from launcher.job import Job
 from launcher.plan.batch import BatchSizes
 from launcher.plan.decisions import decisions_of
@@ -17,7 +17,7 @@ def check_conflicts(inputs: PlanInputs[Job], batch: BatchSizes) -> None:
     """Raises RequestError for each value that the job and the JSON set differently, and for what compose refuses."""
     job, user, explicit = inputs.job, inputs.ds_config, inputs.explicit
     written = scheduler_of(user)
-    if written is not None and open_scheduler(user) is None and "schedule.shape" not in explicit:
+    if written is not None and auto_scheduler(user) is None and "schedule.shape" not in explicit:
         refuse_unused(inputs, written["type"], written["params"])
     rate = _ANY_RATE if job.schedule.peak_lr == "auto" else job.schedule.peak_lr
     length = job.train.max_steps or _ANY_LENGTH

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.ds_config import DsConfig, open_scheduler, open_warmup, optimizer_of, scheduler_of
+from launcher.ds_config import DsConfig, auto_scheduler, has_auto_warmup, optimizer_of, scheduler_of
 from launcher.errors import Problem, RequestError
 from launcher.job import AnyJob, Job
 from launcher.plan.facts import DataFacts, ModelFacts
@@ -14,7 +14,7 @@ from launcher.plan.inputs import J, PlanInputs
 from launcher.plan.revision import schedule_of
 from launcher.plan.schema import LearningRate, Length, Plan, Reason
 from launcher.schedule.advice import Choice, Situation, advise, parse_warmup
-from launcher.schedule.curve import DEEPSPEED_TYPES, Schedule, deepspeed_blocks, make_schedule, rate_at
+from launcher.schedule.curve import DEEPSPEED_TYPES, Schedule, deepspeed_blocks, lr_at, make_schedule
 from launcher.schedule.deepspeed_schedulers import Params, replica
 from launcher.schedule.safety import ALLOW, check_safety, deepspeed_warnings, log_ramp, unsafe_scheduler
 
@@ -63,7 +63,7 @@ def kept_or_generated(inputs: PlanInputs[J], situation: Situation, *, limited: b
     job, user = inputs.job, inputs.ds_config
     written, lr = scheduler_of(user), (optimizer_of(user) or {}).get("params", {}).get("lr")
     asked = "schedule.shape" in inputs.explicit
-    shape = None if asked else _SHAPES.get(open_scheduler(user) or "")
+    shape = None if asked else _SHAPES.get(auto_scheduler(user) or "")
     if written is None or asked or shape:
         try:
             return generate(job, situation, lr, shape, limited=limited)
@@ -99,7 +99,7 @@ def _filled(
         "last_batch_iteration": -1,
     }
     filled = {name: known[name] for name in autos if name in known}
-    gentle = {"warmup_type": "linear"} if open_warmup(user) else {}
+    gentle = {"warmup_type": "linear"} if has_auto_warmup(user) else {}
     return {**written, "params": {**written["params"], **filled, **gentle}}
 
 
@@ -150,9 +150,9 @@ def planned_rates(plan: Plan) -> Callable[[int], float]:
     """The rate that the plan gives the update of each number (from 0; skipped ones do not count)."""
     if plan.learning_rate.schedule is None or not plan.learning_rate.advance:
         scheduler, optimizer = plan.ds_config["scheduler"], plan.ds_config["optimizer"]
-        return replica(scheduler["type"], scheduler["params"], optimizer["params"]["lr"]).after
+        return replica(scheduler["type"], scheduler["params"], optimizer["params"]["lr"]).lr_after
     schedule = schedule_of(plan)
-    return lambda update: rate_at(schedule, update)
+    return lambda update: lr_at(schedule, update)
 
 
 def _choose(
@@ -229,7 +229,7 @@ def _written(inputs: PlanInputs[J], scheduler: dict[str, Any], situation: Situat
         advised = _advised_peak(job, kind, user, situation, limited)
         lr = float(advised.value)
     curve = replica(kind, params, lr)
-    rates = [curve.after(update) for update in range(updates)]
+    rates = [curve.lr_after(update) for update in range(updates)]
     problems = unsafe_scheduler(kind, params, lr, updates, method=method, parameters=situation.parameters)
     problems = [*(_in_json(problem, user) for problem in problems), *_idle(params, rates, user)]
     if problems and not job.schedule.allow_unsafe:
@@ -286,7 +286,7 @@ def _refuse_other_length(inputs: PlanInputs[J], params: Params, updates: int) ->
 
 def _where(user: DsConfig, path: str) -> str:
     """File and line of a key of the JSON."""
-    place = user.place(path)
+    place = user.location(path)
     return f"{user.file or user.origin}:{place.line}" if place else user.origin
 
 
@@ -298,7 +298,7 @@ def refuse_unused(inputs: PlanInputs[J], kind: str, params: Params) -> None:
     filled = {"warmup": "warmup_num_steps", "floor": "cos_min_ratio"}
     used |= {f"schedule.{name}" for name, param in filled.items() if user.get(f"scheduler.params.{param}") == "auto"}
     same = {"warmup": params.get("warmup_num_steps"), "warmup_type": params.get("warmup_type")}
-    if open_warmup(user) or user.get("scheduler.params.warmup_type") == "auto":
+    if has_auto_warmup(user) or user.get("scheduler.params.warmup_type") == "auto":
         same["warmup_type"] = "linear"
     used |= {f"schedule.{name}" for name, value in same.items() if getattr(job.schedule, name) == value}
     hint = "name a schedule.shape, and a schedule is generated; or leave it to the JSON"

@@ -12,8 +12,8 @@ from launcher.ds_config import (
     Change,
     Composed,
     DsConfig,
+    auto_scheduler,
     compose,
-    open_scheduler,
     optimizer_of,
     scheduler_of,
     zero_stage,
@@ -49,7 +49,7 @@ def resolve_script(inputs: PlanInputs[ScriptJob], model: ModelFacts | None, fold
 
     Raises RequestError.
     """
-    inputs, shape = _with_open_scheduler(inputs)
+    inputs, shape = _with_auto_scheduler(inputs)
     job, user = inputs.job, inputs.ds_config
     batch = _batch(inputs)
     length = _length(job, batch.train_batch_size)
@@ -75,7 +75,7 @@ def resolve_script(inputs: PlanInputs[ScriptJob], model: ModelFacts | None, fold
 
 def check_script_inputs(inputs: PlanInputs[ScriptJob]) -> None:
     """Raises RequestError for what is wrong whatever the model is."""
-    inputs, shape = _with_open_scheduler(inputs)
+    inputs, shape = _with_auto_scheduler(inputs)
     zero_stage(inputs.ds_config)
     length = _length(inputs.job, _batch(inputs).train_batch_size)
     if inputs.job.model is None:
@@ -164,13 +164,13 @@ def _length(job: ScriptJob, batch: int) -> Length:
     )
 
 
-def _with_open_scheduler(inputs: PlanInputs[ScriptJob]) -> tuple[PlanInputs[ScriptJob], str | None]:
+def _with_auto_scheduler(inputs: PlanInputs[ScriptJob]) -> tuple[PlanInputs[ScriptJob], str | None]:
     """A scheduler whose parameters are all "auto" is left to the plan, but for its shape; None where there is none.
 
     That is how transformers' examples are written, for a Trainer to fill in.
     """
     user = inputs.ds_config
-    written = open_scheduler(user)
+    written = auto_scheduler(user)
     if written is None:
         return inputs, None
     shape = next((shape for shape, kind in DEEPSPEED_TYPES.items() if kind == written), None)
@@ -284,7 +284,7 @@ def _warnings(
         told += _two_peaks(scheduler["params"].get("warmup_max_lr"), config["optimizer"]["params"]["lr"])
     if scheduler is not None:
         curve = replica(scheduler["type"], scheduler["params"], config["optimizer"]["params"]["lr"])
-        highest = max(curve.after(update) for update in range(length.total_updates))
+        highest = max(curve.lr_after(update) for update in range(length.total_updates))
         if highest < _NEAR_THE_PEAK * rate.peak_lr:
             told.append(
                 f"the peak of {rate.peak_lr:g} is not reached in {length.total_updates} updates: {highest:g} is"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from launcher.ds_config import DsConfig, from_job, open_scheduler, read_ds_config
-from launcher.ds_config.approval import approve, approve_completed, refuse_untaken
+from launcher.ds_config import DsConfig, auto_scheduler, from_job, read_ds_config
 from launcher.ds_config.catalogue import load_catalogue
+from launcher.ds_config.check import check_completed_config, check_config, check_optimizer_keys
 from launcher.ds_config.loop_rules import needed_packages
 from launcher.ds_config.target import Target
 from launcher.errors import Problem, RequestError, nearest
@@ -168,11 +168,11 @@ def lint_ds_config(inputs: PlanInputs[AnyJob]) -> tuple[str, ...]:
     """
     job, user = inputs.job, inputs.ds_config
     keys, target = load_catalogue(), _target(inputs)
-    warnings = approve(user, target, keys, replaced=_replaced(inputs), allow_unsafe=job.schedule.allow_unsafe)
+    warnings = check_config(user, target, keys, replaced=_replaced(inputs), allow_unsafe=job.schedule.allow_unsafe)
     train = job.train
     asked = {"betas": list(train.betas), "eps": train.eps, "weight_decay": train.weight_decay}
     set_in_job = {name: value for name, value in asked.items() if f"train.{name}" in inputs.explicit}
-    refuse_untaken(user, set_in_job, target, keys)
+    check_optimizer_keys(user, set_in_job, target, keys)
     return (keys.warning, *warnings) if keys.warning else warnings
 
 
@@ -188,7 +188,7 @@ def _target(inputs: PlanInputs[AnyJob]) -> Target:
 
 def _replaced(inputs: PlanInputs[AnyJob]) -> tuple[str, ...]:
     """Blocks of the JSON that the plan writes itself."""
-    generated = "schedule.shape" in inputs.explicit or open_scheduler(inputs.ds_config) is not None
+    generated = "schedule.shape" in inputs.explicit or auto_scheduler(inputs.ds_config) is not None
     return ("scheduler",) if generated else ()
 
 
@@ -200,7 +200,7 @@ def _with_notes(plan: Plan, checked: CheckedJob) -> Plan:
     inputs = checked.inputs
     user = inputs.ds_config
     replaced = ("scheduler",) if plan.learning_rate.schedule is not None else _replaced(inputs)
-    approve_completed(
+    check_completed_config(
         user,
         plan.ds_config,
         _target(inputs),

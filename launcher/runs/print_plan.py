@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from launcher.lr_report.curves import rate_lines
+from launcher.lr_report.curves import lr_lines
 from launcher.plan.facts import ModelFacts
 from launcher.plan.fit import GIB
 from launcher.plan.schema import Plan, Recommendation, Script, Training, World
@@ -121,7 +121,7 @@ def _share(facts: ModelFacts) -> str:
 
 
 def _print_lr(made: Plan, console: Console) -> None:
-    first, *others = rate_lines(made)
+    first, *others = lr_lines(made)
     console.print(Text.assemble("\n", ("learning rate", "bold"), f"  {first}"))
     for line in others:
         console.print(Padding(Text(line), (0, 0, 0, 2)))

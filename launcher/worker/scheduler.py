@@ -7,7 +7,7 @@ from typing import Any
 
 from launcher.plan.revision import schedule_of
 from launcher.plan.schema import Plan
-from launcher.schedule.curve import DEEPSPEED_TYPES, Schedule, live_attributes, rate_at
+from launcher.schedule.curve import DEEPSPEED_TYPES, Schedule, live_attributes, lr_at
 
 
 class PlannedLR:
@@ -22,7 +22,7 @@ class PlannedLR:
         self._apply(0)
 
     def get_lr(self) -> list[float]:
-        rate = rate_at(self.schedule, max(0, self.last_batch_iteration))
+        rate = lr_at(self.schedule, max(0, self.last_batch_iteration))
         return [rate] * len(self.optimizer.param_groups)
 
     def get_last_lr(self) -> list[float]:
@@ -42,7 +42,7 @@ class PlannedLR:
         self.last_batch_iteration = state["last_batch_iteration"]
 
     def _apply(self, update: int) -> None:
-        self._last_lr = [rate_at(self.schedule, update)] * len(self.optimizer.param_groups)
+        self._last_lr = [lr_at(self.schedule, update)] * len(self.optimizer.param_groups)
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = rate
 

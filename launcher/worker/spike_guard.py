@@ -9,7 +9,7 @@ from launcher.errors import FailureCode, RequestError
 from launcher.plan.revision import extensions, schedule_of, with_longer_warmup, with_lower_peak
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir, write_atomic
-from launcher.schedule.curve import in_force
+from launcher.schedule.curve import effective_schedule
 from launcher.schedule.spikes import SpikeDetector
 from launcher.worker import scheduler
 from launcher.worker.control import Tell
@@ -89,7 +89,7 @@ class Guard:
         self._detector.cool_down(update)
         if self._ranks.first:
             write_atomic(self._run.next_plan_revision(), self.plan.to_json())
-        now = in_force(schedule_of(self.plan), at)
+        now = effective_schedule(schedule_of(self.plan), at)
         self._event(
             "warmup_extended",
             update=at,

@@ -23,7 +23,7 @@ HOMES = {
         "worker/",
         "prepare/model_facts.py",
         "prepare/model_sizes.py",
-        "prepare/probe.py",
+        "prepare/small_model_probe.py",
         "ds_config/build_catalogue.py",
     ),
     "deepspeed": ("worker/", "ds_config/build_catalogue.py"),

@@ -23,7 +23,7 @@ def test_a_full_disk_and_missing_rights_need_no_traceback(number: int, plain: bo
 
 
 def test_the_code_comes_through_from_the_process() -> None:
-    with pytest.raises(LauncherError, match=r"measuring failed: /cache/x: full\n  the cache lies in") as caught:
+    with pytest.raises(LauncherError, match=r"measuring failed: /cache/x: full\n  the cache is in") as caught:
         _answer({"failed": "/cache/x: full", "code": "disk_full"}, lambda _: None)
     assert caught.value.code is FailureCode.DISK_FULL
     with pytest.raises(LauncherError, match="not written") as caught:

@@ -1,4 +1,4 @@
-"""JSONs as people have them: nothing to fix in them, and a plan that keeps what they say."""
+"""JSONs as real projects write them: lint finds nothing to fix, and the plan keeps their values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_lints_clean_and_is_planned(name: str) -> None:
+def test_a_template_lints_clean_and_can_be_planned(name: str) -> None:
     user = parse_ds_config(TEMPLATES[name], "ds.json")
     found = lint(user, Target("cuda", 8), load_catalogue())
     assert [one for one in found if one.severity != "note"] == []
@@ -41,15 +41,15 @@ def test_a_template_lints_clean_and_is_planned(name: str) -> None:
     assert not [path for path, value in made.items() if "auto" in (value if isinstance(value, list) else [value])]
     assert (made["bf16.enabled"], made.get("fp16.enabled", False)) == (True, False)
     assert made["train_batch_size"] == made["train_micro_batch_size_per_gpu"] * made["gradient_accumulation_steps"] * 8
-    told = {change.key for change in plan.ds_config_changes}
+    changed = {change.key for change in plan.ds_config_changes}
     for path, value in leaves(user.data):
         kept = made.get(path) is value or made.get(path) == value
-        assert kept or any(path == key or path.startswith(f"{key}.") for key in told), path
+        assert kept or any(path == key or path.startswith(f"{key}.") for key in changed), path
 
-    rate = planned_rates(plan)
-    rates = [rate(update) for update in range(100)]
-    highest = rates.index(max(rates))
+    lr_at = planned_rates(plan)
+    lrs = [lr_at(update) for update in range(100)]
+    highest = lrs.index(max(lrs))
     assert made["scheduler.params.warmup_type"] == "linear"
-    assert max(rates) == pytest.approx(plan.learning_rate.peak_lr)
-    assert rates[: highest + 1] == sorted(rates[: highest + 1])
-    assert rates[highest:].count(0.0) == 0
+    assert max(lrs) == pytest.approx(plan.learning_rate.peak_lr)
+    assert lrs[: highest + 1] == sorted(lrs[: highest + 1])
+    assert lrs[highest:].count(0.0) == 0

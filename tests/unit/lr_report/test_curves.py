@@ -17,8 +17,8 @@ from launcher.lr_report.curves import (
     compared,
     figures,
     interesting,
+    lr_lines,
     plan_curve,
-    rate_lines,
     schedule_curve,
     schedule_marks,
     sparkline,
@@ -29,7 +29,7 @@ from launcher.lr_report.terminal_plot import plot_text, round_ticks, thinned
 from launcher.plan.revision import schedule_of, with_longer_warmup
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir, append_line, write_atomic
-from launcher.schedule.curve import SHAPES, Schedule, make_schedule, rate_at, rates
+from launcher.schedule.curve import SHAPES, Schedule, lr_at, lr_curve, make_schedule
 from launcher.schedule.deepspeed_schedulers import simulate_deepspeed
 from tests.unit.inputs import job_of, plan_of
 
@@ -79,7 +79,7 @@ def test_the_floor_is_what_the_rate_decays_to() -> None:
     assert found.floor_lr == PEAK * 0.1
     # Nine updates of the ramp lie below a tenth of the peak, and the last one comes down to it.
     assert found.at_floor == 11
-    assert sum(rate < PEAK * 0.1 for rate in rates(thousand("cosine"))) == 10
+    assert sum(rate < PEAK * 0.1 for rate in lr_curve(thousand("cosine"))) == 10
     assert figures(Curve.of("flat", [1e-5] * 4)).at_floor == 4
     written = Curve.of("json", simulate_deepspeed("WarmupDecayLR", {"total_num_steps": 50}, 1e-5, 50))
     assert (figures(written).floor_lr, figures(written).at_floor) == (0.0, 2)
@@ -101,7 +101,7 @@ def test_compared_shapes_have_the_same_peak_warmup_and_length() -> None:
     assert curves[0] is own
     assert [curve.name for curve in curves] == [shape for shape in SHAPES if shape != "compound"]
     for curve in curves[1:]:
-        assert list(curve.rates) == rates(thousand(curve.name))
+        assert list(curve.rates) == lr_curve(thousand(curve.name))
         assert curve.rates[0] == pytest.approx(own.rates[0], rel=1e-12)
         assert max(curve.rates) == pytest.approx(PEAK, rel=1e-5)
 
@@ -110,7 +110,7 @@ def test_csv_has_every_digit_and_gaps_where_a_curve_has_no_update() -> None:
     whole, part = schedule_curve(thousand()), Curve("applied", (1 / 3e5, math.pi * 1e-6), (3, 5))
     rows = list(csv.DictReader(io.StringIO(csv_text([whole, part]))))
     assert [int(row["update"]) for row in rows] == list(range(1000))
-    assert [float(row["linear"]) for row in rows] == rates(thousand())
+    assert [float(row["linear"]) for row in rows] == lr_curve(thousand())
     assert {int(row["update"]): float(row["applied"]) for row in rows if row["applied"]} == {
         3: 1 / 3e5,
         5: math.pi * 1e-6,
@@ -161,7 +161,7 @@ def test_the_plot_rises_and_falls_where_the_curve_does() -> None:
 
 
 def test_a_sparkline_has_the_curve_in_a_line() -> None:
-    line = sparkline(rates(thousand()), 50)
+    line = sparkline(lr_curve(thousand()), 50)
     assert len(line) == 50
     assert line[5] == BARS[-1] and line[-1] == BARS[0]
     assert line[:5] == "".join(sorted(line[:5]))
@@ -171,12 +171,12 @@ def test_a_sparkline_has_the_curve_in_a_line() -> None:
 
 def test_the_short_form_says_what_and_why() -> None:
     plan = plan_of(job_of(train={"max_steps": 1000}, schedule={"shape": "linear", "peak_lr": 2e-5, "warmup": 100}))
-    first, line, figures_line, *reasons = rate_lines(plan)
+    first, line, figures_line, *reasons = lr_lines(plan)
     assert first == "linear: up to 2e-05 in 100 updates of warm-up, then 2.2e-07 at the last of 1000"
-    assert line == sparkline(rates(thousand()))
+    assert line == sparkline(lr_curve(thousand()))
     assert "half of the peak at update 50, the peak at 100; as much as 505 updates" in figures_line
     assert reasons[0] == "peak lr 2e-05: schedule.peak_lr in the job is 2e-05."
-    advised = rate_lines(plan_of())
+    advised = lr_lines(plan_of())
     assert any(text.startswith("warmup") and text.endswith("(heuristic)") for text in advised)
     assert any(text.startswith("peak lr") and " to " in text.split(":")[0] for text in advised)
 
@@ -211,7 +211,7 @@ def test_an_extension_is_beside_the_original(tmp_path: Path) -> None:
     found = run_curves(run)
     extended, planned, applied = found.curves
     assert [curve.name for curve in found.curves] == ["extended at 20", "planned", "applied"]
-    assert planned.rates == tuple(rates(schedule_of(plan)))
+    assert planned.rates == tuple(lr_curve(schedule_of(plan)))
     assert extended.rates[:20] == planned.rates[:20]
     assert extended.rates[20] == pytest.approx(planned.rates[20] * 0.58, rel=0.05)
     assert extended.rates[40] == 2e-5
@@ -247,7 +247,7 @@ def test_what_was_made_again_counts_as_made_last(tmp_path: Path) -> None:
 def test_the_curve_in_the_plan_is_the_schedules_own() -> None:
     plan = plan_of(job_of(train={"max_steps": 50}, schedule={"shape": "cosine", "peak_lr": 2e-5, "warmup": 5}))
     schedule = schedule_of(plan)
-    assert plan_curve(plan).rates == tuple(rate_at(schedule, update) for update in range(50))
+    assert plan_curve(plan).rates == tuple(lr_at(schedule, update) for update in range(50))
 
 
 def test_damaged_lines_of_a_run_are_left_out_and_counted(tmp_path: Path) -> None:

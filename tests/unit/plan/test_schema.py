@@ -53,7 +53,7 @@ def tried(text: str, *overrides: str, verb: str = "plan") -> Ended:
         ('{\n  "zero_optimisation": {"stage": 2}\n}', "ds.json:2: zero_optimisation: DeepSpeed has no such key here"),
         ('{\n  "fp16": {"enabled": true},\n  "bf16": {"enabled": true}\n}', "fp16.enabled: fp16 and bf16 are both on"),
         ('{"zero_optimization": {"stage": 2,\n "reduce_bucket_size": "many"}}', "ds.json:2: zero_optimization.reduce"),
-        ('{"amp": {"enabled": true}}', "ds.json:1: amp: DeepSpeed refuses this key"),
+        ('{"amp": {"enabled": true}}', "ds.json:1: amp: DeepSpeed rejects this key"),
         ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', "NVMe offload without nvme_path"),
     ],
 )
@@ -70,7 +70,7 @@ def test_a_warning_of_lint_is_shown_with_line_and_mend() -> None:
     ended = tried('{"zero_optimization": {"stage": 2,\n  "stage3_max_live_parameters": 1e9}}')
     assert ended.status == 0, ended.err
     assert "note: ds.json:2: zero_optimization.stage3_max_live_parameters: has no effect under stage 2" in ended.out
-    assert "Set stage to 3, or take it out." in ended.out
+    assert "Set stage to 3, or remove it." in ended.out
 
 
 @pytest.mark.usefixtures("folder")
@@ -197,7 +197,7 @@ def test_a_scheduler_with_one_value_open_is_the_users_own() -> None:
 @pytest.mark.usefixtures("folder")
 def test_a_safe_scheduler_is_asked_for_and_an_unsafe_one_needs_the_users_word() -> None:
     text = SCHEDULER.replace('"warmup_max_lr": 1e-5, ', "")
-    assert "no warmup_max_lr: WarmupDecayLR then peaks at 1e-3" in tried(text).err
+    assert "no warmup_max_lr: WarmupDecayLR peaks at 1e-3" in tried(text).err
     remember(Path("job.yaml"), ("train.max_steps=500",), model_facts(), data_facts())
     ended = tried(text, "train.max_steps=500", "schedule.allow_unsafe=true")
     assert ended.status == 0, ended.err
@@ -226,10 +226,10 @@ def test_the_diff_is_told_key_by_key_with_reasons() -> None:
     remember(Path("job.yaml"), (), model_facts(), data_facts())
     ended = tried('{"gradient_clipping": "auto", "steps_per_print": 10, "zero_optimization": {"stage": 1}}')
     rows = {line.split()[0]: " ".join(line.split()[1:]) for line in ended.out.splitlines() if "→" in line}
-    assert rows["gradient_clipping"] == "auto → 1 the global gradient norm is held below this"
+    assert rows["gradient_clipping"] == "auto → 1 the largest global gradient norm"
     assert rows["optimizer.type"].startswith("not set → AdamW the plan's optimizer")
     assert rows["scheduler.params.warmup_type"].startswith("not set → linear the generated schedule")
-    assert rows["optimizer.params.torch_adam"].startswith("not set → true on a CPU PyTorch's own Adam is used")
+    assert rows["optimizer.params.torch_adam"].startswith("not set → true on CPUs the launcher uses PyTorch's Adam")
     assert not {"steps_per_print", "zero_optimization.stage"} & set(rows)
 
 

@@ -104,7 +104,7 @@ def test_the_planned_rates_are_those_that_the_engine_applies(shape: str) -> None
     assert driven(plan)[11] == pytest.approx(1e-3, rel=1e-3)
     assert plan.learning_rate.advance == 0
     words = " ".join(reason.reason for reason in plan.learning_rate.reasons)
-    assert ("Update 0 runs at 0" if shape == "cosine" else "Updates 0 and 1 both run at") in words
+    assert ("Update 0 uses 0" if shape == "cosine" else "Updates 0 and 1 both use") in words
 
 
 def test_a_scheduler_of_the_users_own_is_kept() -> None:

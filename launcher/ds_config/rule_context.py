@@ -1,4 +1,4 @@
-"""One JSON under the rules, with what they ask of it over and over."""
+"""What every lint rule receives: the JSON, the target, and facts derived from both."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from launcher.ds_config.catalogue import Catalogue
 from launcher.ds_config.facts import Offload, as_bool, as_number, bf16_key, offload
 from launcher.ds_config.findings import Finding, Severity, finding
-from launcher.ds_config.optimizer_class import Built, built_optimizer
+from launcher.ds_config.optimizer_class import OptimizerClass, optimizer_class_of
 from launcher.ds_config.read import DsConfig
 from launcher.ds_config.target import Target
 
@@ -17,21 +17,21 @@ ZERO = "zero_optimization"
 
 
 @dataclass(frozen=True)
-class Case:
-    """`stage` is None where it is "auto" or unreadable; `built` as `built_optimizer` has it."""
+class RuleContext:
+    """`stage` is None if it is "auto" or invalid; `optimizer_class` comes from `optimizer_class_of`."""
 
     config: DsConfig
     target: Target
     keys: Catalogue
     stage: int | None
     offload: Offload
-    built: Built | None
+    optimizer_class: OptimizerClass | None
 
-    def found(self, severity: Severity, path: str, message: str, hint: str) -> Finding:
+    def finding(self, severity: Severity, path: str, message: str, hint: str) -> Finding:
         return finding(self.config, severity, path, message, hint)
 
     def number(self, path: str) -> Any:
-        """The number at `path`; None where there is none, or "auto"."""
+        """The number at `path`; None if it is missing, "auto" or not a number."""
         value = as_number(self.config.get(path))
         return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
@@ -47,24 +47,24 @@ class Case:
 
     @property
     def offloaded(self) -> bool:
-        """Whether DeepSpeed builds an optimizer for states in host memory."""
+        """Whether optimizer states are offloaded to host memory or NVMe."""
         return self.offload.optimizer != "none"
 
     @property
     def dtype(self) -> str | None:
-        """The precision of weights that the JSON fixes, else the target's: bf16, fp16 or fp32; None if not known."""
+        """The precision of the weights in the JSON, else the target's: bf16, fp16 or fp32; None if unknown."""
         bf16, fp16 = (as_bool(self.config.get(f"{block}.enabled")) for block in (bf16_key(self.config), "fp16"))
         if bf16 or fp16:
             return "bf16" if bf16 else "fp16"
         return "fp32" if bf16 is False and fp16 in (False, None) else self.target.dtype
 
 
-Rule = Callable[[Case], Iterator[Finding]]
+Rule = Callable[[RuleContext], Iterator[Finding]]
 
 
-def case_of(config: DsConfig, target: Target, keys: Catalogue) -> Case:
-    """The case of `config` for ranks at `target`."""
-    return Case(config, target, keys, _stage(config), offload(config), built_optimizer(config, target.device))
+def context_of(config: DsConfig, target: Target, keys: Catalogue) -> RuleContext:
+    """The context of the rules for `config` on `target`."""
+    return RuleContext(config, target, keys, _stage(config), offload(config), optimizer_class_of(config, target.device))
 
 
 def _stage(config: DsConfig) -> int | None:

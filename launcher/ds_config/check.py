@@ -1,4 +1,4 @@
-"""What lint finds in a JSON that is about to be used: errors refuse it, warnings are printed."""
+"""Runs lint on a JSON that a plan uses: raises the errors, returns the warnings."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from launcher.ds_config.case import case_of
 from launcher.ds_config.catalogue import Catalogue, Key
 from launcher.ds_config.facts import BATCH_KEYS, as_number
 from launcher.ds_config.findings import Finding
 from launcher.ds_config.lint import lint
 from launcher.ds_config.optimizer_rules import parameters_of
 from launcher.ds_config.read import DsConfig
+from launcher.ds_config.rule_context import context_of
 from launcher.ds_config.target import Target
 from launcher.errors import Problem, RequestError
 
 _CONVERTED = (*BATCH_KEYS, "gradient_clipping", "steps_per_print", "optimizer.params.", "scheduler.params.")
-"""Where `compose` turns numbers in quotes into numbers, and says so."""
+"""Where `compose` converts quoted numbers and records the change."""
 
 
-def approve(
+def check_config(
     config: DsConfig,
     target: Target,
     keys: Catalogue,
@@ -28,21 +28,21 @@ def approve(
     replaced: tuple[str, ...] = (),
     allow_unsafe: bool = False,
 ) -> tuple[str, ...]:
-    """The warnings about `config` that a plan does not answer by itself, each with its line and hint.
+    """The warnings about `config` that the plan does not resolve, each with its line and hint.
 
-    `replaced` are blocks that the launcher writes itself, so that their contents do not count; `allow_unsafe` accepts
-    what runs and is not safe. Raises RequestError with every error.
+    `replaced`: blocks that the launcher replaces, and whose contents are not checked. `allow_unsafe`: unsafe findings
+    are warnings. Raises RequestError with all errors.
     """
     found = [one for one in lint(config, target, keys) if not one.key_path.startswith(replaced)]
-    taken = [one for one in found if _converted(config, one) or (one.unsafe and allow_unsafe)]
-    errors = [one for one in found if one.severity == "error" and one not in taken]
+    accepted = [one for one in found if _converted(config, one) or (one.unsafe and allow_unsafe)]
+    errors = [one for one in found if one.severity == "error" and one not in accepted]
     if errors:
         raise RequestError(*(_problem(config, one) for one in errors))
-    told = [one for one in found if (one.severity == "warning" and not one.filled) or (one.unsafe and allow_unsafe)]
-    return tuple(str(_problem(config, one)) for one in told)
+    reported = [one for one in found if (one.severity == "warning" and not one.filled) or (one.unsafe and allow_unsafe)]
+    return tuple(str(_problem(config, one)) for one in reported)
 
 
-def approve_completed(
+def check_completed_config(
     user: DsConfig,
     completed: Mapping[str, Any],
     target: Target,
@@ -51,24 +51,24 @@ def approve_completed(
     replaced: tuple[str, ...] = (),
     allow_unsafe: bool = False,
 ) -> None:
-    """Raises RequestError where what a plan filled in goes wrong with what the user wrote, at the user's own key."""
+    """Raises RequestError if values that the plan filled in conflict with what the user wrote, at the user's key."""
     config = replace(user, data=dict(completed))
-    approve(config, target, keys, replaced=replaced, allow_unsafe=allow_unsafe)
+    check_config(config, target, keys, replaced=replaced, allow_unsafe=allow_unsafe)
 
 
-def refuse_untaken(config: DsConfig, asked: Mapping[str, Any], target: Target, keys: Catalogue) -> None:
-    """Raises RequestError for what a job `asked` of the optimizer (parameter: value) that the JSON's does not take.
+def check_optimizer_keys(config: DsConfig, requested: Mapping[str, Any], target: Target, keys: Catalogue) -> None:
+    """Raises RequestError for parameters `requested` in the job that the JSON's optimizer does not accept.
 
-    A type whose parameters are not known is believed to take them all.
+    A type with unknown parameters is assumed to accept all of them.
     """
     written = config.get("optimizer.type")
-    block = parameters_of(case_of(config, target, keys), written) if isinstance(written, str) else None
+    block = parameters_of(context_of(config, target, keys), written) if isinstance(written, str) else None
     if block is None:
         return
-    hint = f"leave it out, or set in {config.origin} what {written} has: {', '.join(sorted(block.names))}"
+    hint = f"remove it, or set a parameter of {written} in {config.origin}: {', '.join(sorted(block.names))}"
     problems = [
-        Problem(f"{written} does not take it", key=f"train.{name}", hint=hint)
-        for name, value in asked.items()
+        Problem(f"{written} does not accept it", key=f"train.{name}", hint=hint)
+        for name, value in requested.items()
         if name not in block.keys or not _of_type(value, block.keys[name])
     ]
     if problems:

@@ -1,4 +1,4 @@
-"""A DeepSpeed JSON under construction, which notes every change made to what the user wrote."""
+"""Builds a DeepSpeed JSON from the user's and records every change."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.ds_config.facts import AUTO, as_number, is_open
+from launcher.ds_config.facts import AUTO, as_number, has_auto
 from launcher.ds_config.read import DsConfig
 from launcher.errors import Problem, RequestError
 
 
 @dataclass(frozen=True)
 class Change:
-    """One key of the user's JSON that DeepSpeed is given otherwise. `before` is None where it was missing."""
+    """One key whose value differs from the user's JSON. `before` is None if missing, `after` if removed."""
 
     key_path: str
     before: Any
@@ -25,8 +25,8 @@ class Change:
         return f"{self.key_path}: {_shown(self.before)} → {_shown(self.after)}  ({self.reason})"
 
 
-class Draft:
-    """The config under construction, with the changes and problems met so far."""
+class ConfigBuilder:
+    """The config so far, with the changes and problems so far."""
 
     def __init__(self, user: DsConfig) -> None:
         self.user = user
@@ -34,15 +34,15 @@ class Draft:
         self.changes: list[Change] = []
         self.problems: list[Problem] = []
 
-    def attempt(self, step: Callable[[Draft], None]) -> None:
-        """Runs `step` on this draft and collects the problems that it raises."""
+    def run(self, step: Callable[[ConfigBuilder], None]) -> None:
+        """Runs `step` on this builder and collects the problems that it raises."""
         try:
             step(self)
         except RequestError as error:
             self.problems.extend(error.problems)
 
     def get(self, path: str) -> Any:
-        """The value at a dotted path, None where it is missing."""
+        """The value at a dotted path; None if it is missing."""
         node: Any = self.config
         for key in path.split("."):
             if not isinstance(node, dict) or key not in node:
@@ -50,47 +50,47 @@ class Draft:
             node = node[key]
         return node
 
-    def put(self, path: str, value: Any, reason: str) -> None:
-        """Sets `path` and notes the change; blocks on the way are made."""
+    def set(self, path: str, value: Any, reason: str) -> None:
+        """Sets `path`, creates missing blocks on the way, and records the change."""
         *blocks, last = path.split(".")
         node = self.config
         for depth, key in enumerate(blocks):
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
                 block = ".".join(blocks[: depth + 1])
-                raise RequestError(self.user.problem(block, f"a block {{…}} was expected, found {node!r}"))
+                raise RequestError(self.user.problem(block, f"expected a block {{…}}, found {node!r}"))
         before = node.get(last)
         if last not in node or type(before) is not type(value) or before != value:
             node[last] = copy.deepcopy(value)
             self.changes.append(Change(path, before, copy.deepcopy(value), reason))
 
-    def drop(self, path: str, reason: str) -> None:
-        """Removes a key and notes the change."""
+    def remove(self, path: str, reason: str) -> None:
+        """Removes a key and records the change."""
         block, _, last = path.rpartition(".")
         node = self.get(block) if block else self.config
         self.changes.append(Change(path, node.pop(last), None, reason))
 
-    def settle(self, path: str, value: Any, job_key: str, explicit: bool, reason: str) -> None:
-        """Fills a missing or "auto" key, and refuses a value that contradicts one set in the job."""
+    def fill(self, path: str, value: Any, job_key: str, explicit: bool, reason: str) -> None:
+        """Fills a missing or "auto" key. A value that contradicts an explicit one of the job is a problem."""
         found = self.get(path)
-        if isinstance(found, list) and isinstance(value, list) and len(found) == len(value) and is_open(found):
+        if isinstance(found, list) and isinstance(value, list) and len(found) == len(value) and has_auto(found):
             filled = [new if old == AUTO else old for old, new in zip(found, value, strict=True)]
-            self.put(path, filled, reason)
+            self.set(path, filled, reason)
             found = filled
         if found is None or found == AUTO:
-            self.put(path, value, reason)
+            self.set(path, value, reason)
         elif as_number(found) == value or not explicit:
-            self.as_number(path)
+            self.convert_number(path)
         else:
             message = f"{found!r} here, but {job_key} in the job is {value!r}"
             hint = f'Set one of the two, or write "auto" here to take the job\'s {value!r}.'
             self.problems.append(self.user.problem(path, message, hint))
 
-    def as_number(self, path: str) -> None:
-        """Turns a number written as text into the number: DeepSpeed does so in its pydantic models only."""
+    def convert_number(self, path: str) -> None:
+        """Converts a number written as text: DeepSpeed converts it only in its pydantic models."""
         found = self.get(path)
         if isinstance(found, str) and as_number(found) is not found:
-            self.put(path, as_number(found), "a number written as text, which DeepSpeed does not convert here")
+            self.set(path, as_number(found), "a number written as text, which DeepSpeed does not convert here")
 
 
 def _shown(value: Any) -> str:

@@ -1,7 +1,7 @@
-"""What a small model of the same architecture shows: whether it is causal, and which loss it has by itself.
+"""Probes a small model of the same architecture: whether it is causal, and which loss it computes.
 
-Configs do not say whether a later token changes an earlier logit (`is_decoder`, masks built in the code, models that
-bring code of their own). A small instance with random weights does, in about a second.
+A config does not show whether a later token changes an earlier logit (`is_decoder`, masks built in the code, remote
+code). A small instance with random weights shows it in about a second.
 """
 
 from __future__ import annotations
@@ -13,25 +13,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.errors import first_line
-from launcher.prepare.shrink import shrunk, shrunk_most, with_fewer_layers
+from launcher.prepare.small_config import config_with_fewer_layers, small_config, smallest_config
 
 _SMALL = 20_000_000
-"""Parameters up to which a model is tried as it is."""
+"""Up to this number of parameters, the model itself is run."""
 _AFFORDABLE = 300_000_000
 _LENGTH = 12
 _TOLERANCE = 1e-3
-"""Of the logits' spread. Experts that get other rows round otherwise; a token that is seen changes far more."""
+"""As a fraction of the logits' standard deviation: above the rounding in experts, far below a visible token."""
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What was seen of a small instance. `failure` says why nothing was, and the rest is None then.
+class ProbeResult:
+    """The result for a small instance. `failure`: why there is none; the other fields are None then.
 
-    `causal`: no later token changes an earlier logit. `own_loss` is the loss that the model computes from labels and
-    `plain_loss` the mean next-token cross entropy of its logits, both in nats; `shifts_labels`: `own_loss` is for the
-    next token (a few old classes leave shifting the labels to the caller). `router_loss` is the balance loss of its
-    routers before its coefficient; None where the config does not ask for one, or the class has none.
-    `has_router_loss`: it has one when it is asked.
+    `causal`: no later token changes an earlier logit. `own_loss` is the loss that the model computes from labels,
+    `plain_loss` the mean next-token cross entropy of its logits, both in nats. `shifts_labels`: `own_loss` is for the
+    next token (a few old classes expect shifted labels). `router_loss` is the balance loss of the routers before its
+    coefficient; None if the config does not enable it or the class has none. `has_router_loss`: the class has one.
     """
 
     causal: bool | None = None
@@ -43,35 +42,35 @@ class Probe:
     failure: str | None = None
 
 
-def probe(model_class: type, config: Any, parameters: int) -> Probe:
-    """Builds a small `model_class` after `config`, whose full size is `parameters`, and looks at its logits."""
+def probe_small_model(model_class: type, config: Any, parameters: int) -> ProbeResult:
+    """Builds a small `model_class` from `config`, whose full size is `parameters`, and probes its logits."""
     import torch
 
-    failure = "it is too large to be tried"
+    failure = "it is too large to run"
     for smaller in _attempts(parameters):
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 model = _instance(model_class, smaller(config))
-                found = _look(model) if model is not None else None
-        except Exception as error:  # Code of any model, with a config that may not suit it.
+                found = _probe(model) if model is not None else None
+        except Exception as error:  # The model's code can raise anything for such a config.
             failure = f"{type(error).__name__}: {first_line(error)}"
             continue
         if found is not None:
             return found
-    return Probe(failure=failure)
+    return ProbeResult(failure=failure)
 
 
 def _attempts(parameters: int) -> Iterator[Callable[[Any], Any]]:
     if parameters <= _SMALL:
         yield copy.deepcopy
-    yield shrunk_most
-    yield shrunk
-    yield with_fewer_layers
+    yield smallest_config
+    yield small_config
+    yield config_with_fewer_layers
 
 
 def _instance(model_class: Any, config: Any) -> Any:
-    """A model on the CPU in float32 whose layers matter to the logits; None where it would take too much memory."""
+    """A float32 model on the CPU whose layers affect the logits; None if it needs too much memory."""
     import torch
 
     with torch.device("meta"):
@@ -81,7 +80,7 @@ def _instance(model_class: Any, config: Any) -> Any:
     model = model_class._from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            # As initialised, attention hardly shows in the logits; gates that begin at zero hide it altogether.
+            # With the default initialisation attention hardly affects the logits; zero-initialised gates hide it.
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 1.0 / math.sqrt(parameter.shape[-1]))
             else:
@@ -89,8 +88,8 @@ def _instance(model_class: Any, config: Any) -> Any:
     return model
 
 
-def _look(model: Any) -> Probe | None:
-    """None where the logits show nothing: NaN, or the same whatever the input."""
+def _probe(model: Any) -> ProbeResult | None:
+    """The result; None if the logits are NaN or Inf, or do not depend on the input."""
     import torch
 
     with torch.no_grad():
@@ -100,20 +99,20 @@ def _look(model: Any) -> Probe | None:
         if logits.shape[0] != ids.shape[1] or not bool(torch.isfinite(logits).all()):
             return None
         causal = _causal(model, ids, logits)
-        return None if causal is None else Probe(causal=causal, **_losses(model, ids, output))
+        return None if causal is None else ProbeResult(causal=causal, **_losses(model, ids, output))
 
 
 def _causal(model: Any, ids: Any, logits: Any) -> bool | None:
-    """Whether earlier logits stay as they are if the second or the last token changes; None if none change."""
-    least = _TOLERANCE * float(logits.std())
+    """Whether changing the second or the last token leaves earlier logits unchanged; None if no logits change."""
+    threshold = _TOLERANCE * float(logits.std())
     causal = True
     for position in (1, ids.shape[1] - 1):
         changed = ids.clone()
         changed[0, position] = ids[0, position - 1]
         difference = (_forward(model, changed).logits[0].float() - logits).abs().amax(dim=-1)
-        if not float(difference[position]) > least:
+        if not float(difference[position]) > threshold:
             return None
-        causal &= float(difference[:position].max()) <= least
+        causal &= float(difference[:position].max()) <= threshold
     return causal
 
 
@@ -133,7 +132,7 @@ def _losses(model: Any, ids: Any, output: Any) -> dict[str, Any]:
 
 
 def _tokens(config: Any) -> Any:
-    """[1, length] of distinct tokens that are nothing special to the model."""
+    """[1, length] distinct tokens that are not special tokens."""
     import torch
 
     text = config.get_text_config()
@@ -142,8 +141,8 @@ def _tokens(config: Any) -> Any:
         for key, value in part.to_dict().items():
             if "token" in key:
                 special |= {value} if isinstance(value, int) else set(value) if _are_ids(value) else set()
-    usual = [token for token in range(int(text.vocab_size)) if token not in special]
-    return torch.tensor([usual[len(usual) // 3 :][:_LENGTH]])
+    normal = [token for token in range(int(text.vocab_size)) if token not in special]
+    return torch.tensor([normal[len(normal) // 3 :][:_LENGTH]])
 
 
 def _are_ids(value: Any) -> bool:
@@ -174,7 +173,7 @@ def _has_router_loss(model: Any, ids: Any) -> bool:
 
 
 def _number(output: Any, name: str) -> float | None:
-    """A loss of the output; None where there is none, or a constant stands in for it."""
+    """A loss of the output; None if it is missing or a constant."""
     import torch
 
     value = getattr(output, name, None)

@@ -1,4 +1,4 @@
-"""A config of the same architecture with few layers and small sizes, for a model that is built in moments."""
+"""Configs of the same architecture with few layers and small sizes, for models that are quick to build."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import re
 from typing import Any
 
 VOCABULARY = 512
-"""Rows of the embeddings of a shrunk model."""
+"""Rows of the embeddings of a small model."""
 _LAYERS = 6
-"""Enough for a pattern that only a period in the config describes."""
+"""Enough for a repeating layer pattern that the config only gives as a period."""
 _FIRST_LAYERS = 3
-"""Kept where the config lists its layers, with the first of each further kind."""
+"""Kept if the config lists its layers, plus the first layer of each further kind."""
 _WIDTH = 64
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_APART = "per_layer_config"
-"""What differs in single layers, by their numbers."""
+_PER_LAYER = "per_layer_config"
+"""Settings of single layers, by layer number."""
 _HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _KEY_VALUE_KEYS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
 _HIDDEN_KEYS = ("hidden_size", "n_embd", "d_model", "dim_model")
@@ -27,18 +27,18 @@ _INNER = re.compile(r"intermediate|ffn_dim|n_inner|^d_ff$|dim_ff|ffn_hidden")
 _TOKEN = re.compile(r"_token_(id|index)$|^(pad|bos|eos)_token_id$|_token_ids$")
 
 
-def shrunk(config: Any) -> Any:
+def small_config(config: Any) -> Any:
     """A copy of `config` with few layers (one of each kind), few heads, few experts and a small vocabulary."""
     return type(config).from_dict(_smaller(config.to_dict(), narrow=True))
 
 
-def shrunk_most(config: Any) -> Any:
-    """As `shrunk`, with a hidden size that does not follow the heads, where heads have a size of their own."""
+def smallest_config(config: Any) -> Any:
+    """As `small_config`, with a hidden size independent of the heads if the config has a head size."""
     return type(config).from_dict(_smaller(config.to_dict(), narrow=True, free=True))
 
 
-def with_fewer_layers(config: Any) -> Any:
-    """A copy of `config` with fewer layers and tokens, all widths being kept."""
+def config_with_fewer_layers(config: Any) -> Any:
+    """A copy of `config` with fewer layers and tokens and unchanged widths."""
     return type(config).from_dict(_smaller(config.to_dict(), narrow=False))
 
 
@@ -62,9 +62,9 @@ def _fewer_layers(data: dict[str, Any]) -> dict[str, Any]:
     if count is None or count <= _LAYERS:
         return data
     per_layer = {key: value for key, value in data.items() if isinstance(value, list) and len(value) == count}
-    apart = {int(layer): value for layer, value in (data.get(_APART) or {}).items()}
-    if apart:
-        per_layer[_APART] = [apart.get(layer) for layer in range(count)]
+    overrides = {int(layer): value for layer, value in (data.get(_PER_LAYER) or {}).items()}
+    if overrides:
+        per_layer[_PER_LAYER] = [overrides.get(layer) for layer in range(count)]
     kept = list(range(_FIRST_LAYERS if per_layer else _LAYERS))
     seen = {_kind(per_layer, layer) for layer in kept}
     for layer in range(len(kept), count):
@@ -73,12 +73,12 @@ def _fewer_layers(data: dict[str, Any]) -> dict[str, Any]:
             seen.add(kind)
     data = {**data, **{key: len(kept) for key in _LAYER_KEYS if data.get(key) == count}}
     data.update({key: [copy.deepcopy(value[layer]) for layer in kept] for key, value in per_layer.items()})
-    if apart:
-        data[_APART] = {place: value for place, value in enumerate(data[_APART]) if value is not None}
+    if overrides:
+        data[_PER_LAYER] = {layer: value for layer, value in enumerate(data[_PER_LAYER]) if value is not None}
     if "first_k_dense_replace" in data:
         data["first_k_dense_replace"] = min(1, data["first_k_dense_replace"] or 0)
     if data.get("num_kv_shared_layers"):
-        # Sharing layers come last and take keys from a layer of their kind before them.
+        # Sharing layers come last and use the keys of an earlier layer of their kind.
         data["num_kv_shared_layers"] = 1
     return data
 
@@ -109,7 +109,7 @@ def _narrower(data: dict[str, Any], free: bool) -> dict[str, Any]:
     if free and isinstance(data.get("head_dim"), int):
         narrowed = min(narrowed, 2 * _WIDTH)
     data.update({key: data[key] * narrowed // hidden for key in _FOLLOWING_KEYS if isinstance(data.get(key), int)})
-    # Sizes that equal the hidden size, such as that of an embedding beside it, follow it.
+    # Sizes equal to the hidden size, such as another embedding's, change with it.
     return {key: narrowed if _is_size(key, value, hidden) else value for key, value in data.items()}
 
 
