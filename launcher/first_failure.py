@@ -51,7 +51,7 @@ LOG_LINES = 300
 """How far back in a log the end of a rank is looked for: C++ adds the stacks of all its threads."""
 
 
-class Noticed(Protocol):
+class ObservedFailure(Protocol):
     """A failure as it was noticed: when (seconds since the epoch, None if unknown), the exit status, and what was said.
 
     The exit status is negative for a signal, and None for a node, or while the rank has not ended.
@@ -70,7 +70,7 @@ class Noticed(Protocol):
     def traceback(self) -> str | None: ...
 
 
-F = TypeVar("F", bound=Noticed)
+F = TypeVar("F", bound=ObservedFailure)
 
 
 def code_of_exit(exit_code: int | None) -> FailureCode:
@@ -78,52 +78,52 @@ def code_of_exit(exit_code: int | None) -> FailureCode:
     return FailureCode.UNKNOWN if exit_code is None else _EXIT_CODES.get(exit_code, FailureCode.UNKNOWN)
 
 
-def was_ended(exit_code: int | None) -> bool:
+def was_terminated(exit_code: int | None) -> bool:
     """Whether a rank ended because it was told to, or because its agent was gone."""
     return code_of_exit(exit_code) in (FailureCode.ENDED, FailureCode.AGENT_LOST)
 
 
-def code_of_collective(noticed: Noticed) -> FailureCode:
+def code_of_collective(noticed: ObservedFailure) -> FailureCode:
     """The code of a failure in a collective; unknown if it was none."""
     if timed_out(noticed):
         return FailureCode.TIMEOUT
-    return FailureCode.PEER_LOST if fell(noticed) else FailureCode.UNKNOWN
+    return FailureCode.PEER_LOST if lost_peer(noticed) else FailureCode.UNKNOWN
 
 
-def first_of(noticed: Sequence[F]) -> F:
+def find_first(noticed: Sequence[F]) -> F:
     """The first in time; but not one that only lost a peer, where that peer's own failure was noticed right after."""
     begun = noticed[0]
     for one in noticed:
         near = one.time is None or begun.time is None or one.time - begun.time <= _AT_ONCE_SECONDS
-        if near and not fell(one) and not was_ended(one.exit_code):
+        if near and not lost_peer(one) and not was_terminated(one.exit_code):
             return one
     return begun
 
 
-def fell(noticed: Noticed) -> bool:
+def lost_peer(noticed: ObservedFailure) -> bool:
     """Whether it fell in a collective because another one had gone."""
     return any(LOST_PEER.search(text) for text in (noticed.error, noticed.traceback) if text)
 
 
-def only_timed_out(noticed: Sequence[Noticed]) -> bool:
+def only_timeouts(noticed: Sequence[ObservedFailure]) -> bool:
     """Whether nothing failed but a collective that some waited in for too long: the cause is a rank not among them."""
-    waited = [one for one in noticed if not was_ended(one.exit_code) or one.error]
-    return any(map(timed_out, waited)) and all(map(fell, waited))
+    waited = [one for one in noticed if not was_terminated(one.exit_code) or one.error]
+    return any(map(timed_out, waited)) and all(map(lost_peer, waited))
 
 
-def timed_out(noticed: Noticed) -> bool:
+def timed_out(noticed: ObservedFailure) -> bool:
     """Whether it says that it waited in a collective for too long."""
     return any(TIMED_OUT.search(text) for text in (noticed.error, noticed.traceback) if text)
 
 
-def may_have_fallen(exit_code: int | None) -> bool:
+def ended_by_itself(exit_code: int | None) -> bool:
     """Whether a rank with this exit status may have failed in a collective: it exited itself, or C++ aborted it."""
-    if exit_code is None or was_ended(exit_code):
+    if exit_code is None or was_terminated(exit_code):
         return False
     return exit_code >= 0 or exit_code == -signal.SIGABRT
 
 
-def last_word(lines: Sequence[str]) -> str | None:
+def collective_error_in_log(lines: Sequence[str]) -> str | None:
     """The last line of a log that tells of a collective that fell; None where there is none, or a Python traceback."""
     if any(TRACEBACK in line for line in lines):
         return None
@@ -134,23 +134,23 @@ def last_word(lines: Sequence[str]) -> str | None:
     return None
 
 
-def said(lines: Sequence[str], exit_code: int | None) -> tuple[str | None, str | None]:
+def error_in_log(lines: Sequence[str], exit_code: int | None) -> tuple[str | None, str | None]:
     """(error, traceback) at the end of the log of a rank with this exit status; None for what it does not have."""
     traceback = last_traceback(lines)
     if traceback is None:
-        return (last_word(lines) if may_have_fallen(exit_code) else None), None
+        return (collective_error_in_log(lines) if ended_by_itself(exit_code) else None), None
     raised = [line for line in traceback.splitlines() if _RAISED.match(line)]
     return (_BY_RANK.sub("", raised[-1]) if raised else None), traceback
 
 
-def raised_at(lines: Sequence[str], exit_code: int | None) -> float | None:
+def traceback_time(lines: Sequence[str], exit_code: int | None) -> float | None:
     """When the last traceback of a log, with its times, was begun: seconds since the epoch by its node's clock.
 
     None where there is none, and where something else ended the rank. A process may end much later than it raises, and
     after those that fell because of it.
     """
     starts = [line for line in lines if TRACEBACK in line]
-    if not starts or not may_have_fallen(exit_code):
+    if not starts or not ended_by_itself(exit_code):
         return None
     try:
         return datetime.fromisoformat(starts[-1].partition(" ")[0]).timestamp()
@@ -177,16 +177,16 @@ class Place(NamedTuple):
     host: str
 
 
-def timed_out_headline(absent: Sequence[Place] | None) -> str:
+def timeout_headline(absent: Sequence[Place] | None) -> str:
     """What happened where a collective timed out, and nothing else failed; `absent` is None where it is not known."""
     if absent is None:
         return "a collective timed out; which ranks did not come to it is not known"
     if not absent:
         return "a collective timed out on every rank: they were not in the same one, or the network is stuck"
-    return f"a collective timed out; these ranks did not come to it: {where(absent)}"
+    return f"a collective timed out; these ranks did not come to it: {describe_places(absent)}"
 
 
-def where(places: Iterable[Place], most: int = 6) -> str:
+def describe_places(places: Iterable[Place], most: int = 6) -> str:
     """Which ranks, by node: ranks 0-3 on node 0 (h1), rank 5 on node 1 (h2)."""
     ordered = sorted(places, key=lambda one: (one.node_rank, one.host, -1 if one.rank is None else one.rank))
     groups = [

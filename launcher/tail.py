@@ -51,7 +51,7 @@ def last_lines(path: Path, count: int, most_bytes: int = 64 * 1024) -> list[str]
     return lines[-count:]
 
 
-def untimed(lines: Iterable[str]) -> list[str]:
+def strip_times(lines: Iterable[str]) -> list[str]:
     """Log lines without their times."""
     return [_STAMP.sub("", line) for line in lines]
 

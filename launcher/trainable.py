@@ -17,7 +17,7 @@ _NOTHING_LEFT = Problem(
 )
 
 
-def choose_trained(model: Any, section: ModelSection) -> Any:
+def set_trainable(model: Any, section: ModelSection) -> Any:
     """The model with `requires_grad` as the job asks; under model.lora peft's model around it. Raises RequestError."""
     if section.lora is not None:
         return _with_adapters(model, section.lora)

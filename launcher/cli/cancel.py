@@ -33,7 +33,7 @@ def cancel(
     of life; with --now the run's Slurm job is cancelled instead. Of a run that has ended, a Slurm job that was queued
     again is cancelled.
     """
-    from launcher.watch.find import find_run
+    from launcher.watch.find_run import find_run
 
     with reading():
         _cancel(find_run(run, output_dir), now=now, wait=wait)
@@ -131,13 +131,13 @@ def _unheard(directory: RunDir, state: dict[str, Any]) -> str:
 
 
 def _state(directory: RunDir) -> dict[str, Any]:
-    from launcher.watch.session import read_json
+    from launcher.watch.run_session import read_json
 
     return read_json(directory.state_file) or {}
 
 
 def _times_heard(directory: RunDir) -> int:
-    from launcher.watch.session import records
+    from launcher.watch.run_session import records
 
     return sum(event.get("event") == "stop_requested" for event in records(directory.events_file))
 
@@ -158,9 +158,9 @@ def _updates(directory: RunDir) -> int:
 
 
 def _brief(directory: RunDir) -> RunStatus:
-    from launcher.watch.status import read_brief
+    from launcher.watch.status import read_status_without_nodes
 
-    return read_brief(directory, time.time())
+    return read_status_without_nodes(directory, time.time())
 
 
 def _until(condition: Callable[[], bool], seconds: float | None) -> bool:

@@ -16,8 +16,8 @@ from launcher.errors import Problem, RequestError
 
 if TYPE_CHECKING:
     from launcher.run_dir import RunDir
-    from launcher.watch.lines import Wanted
-    from launcher.watch.sources import Choice, Source
+    from launcher.watch.log_files import LogFile, LogSelection
+    from launcher.watch.log_lines import Wanted
 
 FOLLOWED_FROM = 100
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -39,54 +39,54 @@ def logs(
     Times are by the supervisor's clock: those of nodes whose clocks differ are moved by the difference. A line without
     a time follows the one before it. With -f the last 100 lines come first, unless --tail or --since says otherwise.
     """
-    from launcher.watch.find import find_run
-    from launcher.watch.sources import Choice
+    from launcher.watch.find_run import find_run
+    from launcher.watch.log_files import LogSelection
 
     wanted, start = _pattern(grep), _since(since, time.time())
     with reading():
-        found, choice = find_run(run, output_dir), Choice(node, rank)
+        found, choice = find_run(run, output_dir), LogSelection(node, rank)
         if follow:
             _follow(found, choice, wanted, start, tail)
         else:
             _past(found, choice, wanted, start, tail)
 
 
-def _past(run: RunDir, choice: Choice, wanted: Wanted, since: float | None, tail: int | None) -> None:
-    from launcher.watch.lines import merged
+def _past(run: RunDir, choice: LogSelection, wanted: Wanted, since: float | None, tail: int | None) -> None:
+    from launcher.watch.log_files import check_selection, log_files_of
+    from launcher.watch.log_lines import merged
     from launcher.watch.print_lines import Printer
-    from launcher.watch.session import read_session
-    from launcher.watch.sources import check_choice, sources_of
+    from launcher.watch.run_session import read_session
 
-    check_choice(run, choice)
-    sources = sources_of(run, read_session(run).offsets, choice)
+    check_selection(run, choice)
+    sources = log_files_of(run, read_session(run).offsets, choice)
     printer = Printer(sys.stdout)
     printer.print(merged(sources, since=since, last=tail, wanted=wanted), sources)
 
 
-def _follow(run: RunDir, choice: Choice, wanted: Wanted, since: float | None, tail: int | None) -> None:
+def _follow(run: RunDir, choice: LogSelection, wanted: Wanted, since: float | None, tail: int | None) -> None:
     from launcher.watch.end_of_run import EndOfRun
-    from launcher.watch.follow import Follower
-    from launcher.watch.lines import merged
+    from launcher.watch.follow_logs import Follower
+    from launcher.watch.log_files import check_live_selection, log_files_of
+    from launcher.watch.log_lines import merged
     from launcher.watch.print_lines import Printer
-    from launcher.watch.session import read_session
-    from launcher.watch.sources import check_expected, sources_of
+    from launcher.watch.run_session import read_session
     from launcher.watch.status import LOST
 
-    def find() -> list[Source]:
+    def find() -> list[LogFile]:
         session = read_session(run)
-        found = sources_of(run, session.offsets, choice)
+        found = log_files_of(run, session.offsets, choice)
         if not found:
-            check_expected(run, session, choice)
+            check_live_selection(run, session, choice)
         return found
 
     follower = Follower(find)
     end, printer = EndOfRun(run), Printer(sys.stdout)
     if tail is None and since is None:
         tail = FOLLOWED_FROM
-    past = merged(follower.sources, since=since, last=tail, wanted=wanted, ends=follower.ends)
-    printer.print(past, follower.sources)
+    past = merged(follower.log_files, since=since, last=tail, wanted=wanted, ends=follower.ends)
+    printer.print(past, follower.log_files)
     for lines in follower.batches(lambda: end.reached(follower.quiet_seconds)):
-        printer.print(filter(wanted, lines), follower.sources)
+        printer.print(filter(wanted, lines), follower.log_files)
     if end.state == LOST:
         typer.echo(f"the run is lost; launcher why {run.path} says more", err=True)
 

@@ -39,7 +39,7 @@ from launcher.run_dir import DamagedCheckpoint, RunDir, universal_folder, write_
 from launcher.runs.checkpoints import Saved, newest_saved
 from launcher.runs.export import export_saved
 from launcher.runs.planning import check_job, make_plan
-from launcher.watch.find import find_run
+from launcher.watch.find_run import find_run
 
 _ORIGIN = "the resumed job"
 _SETTLED = ("name", "model", "data", "output_dir", "train.seed")

@@ -14,12 +14,12 @@ import pytest
 import launcher.cli.run as run_verb
 from launcher.cli.console import RunConsole
 from launcher.errors import FailureCode, LauncherError, RequestError, RunFailed, code_of
-from launcher.first_failure import raised_at, said
+from launcher.first_failure import error_in_log, traceback_time
 from launcher.fleet.failures import Failure, all_failures, describe_exit, first_failure
 from launcher.fleet.nodes import Node, Nodes
 from launcher.runs import supervisor as supervision
 from launcher.runs.supervisor import Supervisor
-from launcher.tail import untimed
+from launcher.tail import strip_times
 from tests.unit.inputs import command, job_of, machine_facts, plan_of
 from tests.unit.run_directories import Built, rank, stamp
 
@@ -294,9 +294,9 @@ def test_a_rank_raised_when_it_said_so_and_not_when_it_ended() -> None:
         "2026-01-02T03:04:06.251Z [rank1]: ValueError: no such file",
         "2026-01-02T03:04:09.000Z terminate called without an active exception",
     ]
-    assert said(untimed(log), -6)[0] == "ValueError: no such file"
+    assert error_in_log(strip_times(log), -6)[0] == "ValueError: no such file"
     raised = datetime(2026, 1, 2, 3, 4, 6, 250_000, UTC).timestamp()
-    assert [raised_at(log, exit_code) for exit_code in (1, -6)] == [raised, raised]
+    assert [traceback_time(log, exit_code) for exit_code in (1, -6)] == [raised, raised]
     # What was raised and handled long ago did not end a rank that something killed, or that was told to end.
-    assert [raised_at(log, exit_code) for exit_code in (-9, -15, 113)] == [None] * 3
-    assert raised_at(log[:1], 1) is None and raised_at(untimed(log), 1) is None
+    assert [traceback_time(log, exit_code) for exit_code in (-9, -15, 113)] == [None] * 3
+    assert traceback_time(log[:1], 1) is None and traceback_time(strip_times(log), 1) is None
