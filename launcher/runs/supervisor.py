@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from rich.markup import escape
 
 from launcher.errors import FailureCode, RunFailed, first_line, known_code
+from launcher.files import Tail, last_lines, strip_times
 from launcher.first_failure import (
     LOG_LINES,
     Place,
@@ -33,7 +34,6 @@ from launcher.plan.packages import needed_packages
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
-from launcher.tail import Tail, last_lines, strip_times
 
 _GRACE_SECONDS = 5.0
 _SETTLE_SECONDS = 1.0

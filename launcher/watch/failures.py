@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from launcher.errors import FailureCode, known_code
+from launcher.files import last_lines, strip_times
 from launcher.first_failure import (
     LOG_LINES,
     Place,
@@ -20,7 +21,6 @@ from launcher.first_failure import (
     was_terminated,
 )
 from launcher.run_dir import RunDir
-from launcher.tail import last_lines, strip_times
 from launcher.watch import runs_without_codes
 from launcher.watch.run_session import Record, int_of, number_of, text_of
 

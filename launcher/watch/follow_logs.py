@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from launcher.tail import lines_backwards
+from launcher.files import lines_backwards
 from launcher.watch.log_files import LogFile
 from launcher.watch.log_lines import Line, LineParser
 

@@ -10,8 +10,8 @@ from datetime import datetime
 from itertools import islice
 from typing import NamedTuple
 
+from launcher.files import lines_backwards
 from launcher.run_dir import utc_text
-from launcher.tail import lines_backwards
 from launcher.watch.log_files import LogFile
 
 _STAMP = re.compile(rb"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z(?: |$)")

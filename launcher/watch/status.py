@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+from launcher.files import lines_backwards
 from launcher.run_dir import ENDED, RunDir, utc_text
-from launcher.tail import lines_backwards
 from launcher.watch.node_status import NodeStatus, mark_stragglers, read_node_statuses
 from launcher.watch.run_session import (
     Record,

@@ -9,9 +9,9 @@ from pathlib import Path
 from rich.text import Text
 
 from launcher.errors import FailureCode, known_code
+from launcher.files import last_lines
 from launcher.first_failure import describe_places, timeout_headline
 from launcher.run_dir import RunDir
-from launcher.tail import last_lines
 from launcher.watch import runs_without_codes
 from launcher.watch.causes_by_code import CAUSE_BY_CODE, cause_of
 from launcher.watch.causes_by_message import Cause, cause_of_signal, find_cause

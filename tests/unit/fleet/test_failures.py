@@ -14,12 +14,12 @@ import pytest
 import launcher.cli.run as run_verb
 from launcher.cli.console import RunConsole
 from launcher.errors import FailureCode, LauncherError, RequestError, RunFailed, code_of
+from launcher.files import strip_times
 from launcher.first_failure import error_in_log, traceback_time
 from launcher.fleet.failures import Failure, all_failures, describe_exit, first_failure
 from launcher.fleet.nodes import Node, Nodes
 from launcher.runs import supervisor as supervision
 from launcher.runs.supervisor import Supervisor
-from launcher.tail import strip_times
 from tests.unit.inputs import command, job_of, machine_facts, plan_of
 from tests.unit.run_directories import Built, rank, stamp
 
@@ -208,7 +208,7 @@ def test_aborts_after_a_time_out_are_waited_for_and_the_rank_that_did_not_come_i
     first, *late = ([on_eight(number, 40.0 + number, -6)] for number in (0, 1, 2, 3, 4, 6, 7))
     with pytest.raises(RunFailed) as ended:
         supervised(built, first, [], *late).follow()
-    headline = "a collective timed out; these ranks did not come to it: rank 5 on node 1 (h1)"
+    headline = "a collective timed out; these ranks did not join it: rank 5 on node 1 (h1)"
     assert str(ended.value).startswith(f"{headline}\n  the end of {built.run.node_logs(0, 'h0') / 'rank-0.log'}:")
     (failure,) = [event for event in built.run.events() if event["event"] == "failure"]
     assert [one["rank"] for one in failure["failures"]] == [0, 1, 2, 3, 4, 6, 7]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from launcher.cli.logs import _since
 from launcher.errors import RequestError
-from launcher.tail import lines_backwards
+from launcher.files import lines_backwards
 from launcher.watch import end_of_run
 from launcher.watch.follow_logs import REORDER_SECONDS, Follower
 from launcher.watch.log_files import LogFile, log_files_of

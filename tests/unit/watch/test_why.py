@@ -409,7 +409,7 @@ def aborted(built: Built, *numbers: int, node_json: bool = True) -> list[dict[st
 def test_ranks_missing_from_a_collective_that_timed_out_are_named(built: Built) -> None:
     others = aborted(built, 0, 1, 2, 3, 4, 6, 7)
     found, text = why(built, *others)
-    assert text.startswith("a collective timed out; these ranks did not come to it: rank 5 on node 1 (h1)\n")
+    assert text.startswith("a collective timed out; these ranks did not join it: rank 5 on node 1 (h1)\n")
     assert "7 ranks timed out in it: ranks 0-3 on node 0 (h0), ranks 4, 6-7 on node 1 (h1)\n" in text
     assert "failed first" not in text and "same error" not in text
     assert found.cause is not None and found.cause.name == "a collective timed out (NCCL)"
@@ -418,9 +418,9 @@ def test_ranks_missing_from_a_collective_that_timed_out_are_named(built: Built) 
 
 def test_a_timeout_on_every_rank_or_with_unknown_ranks_is_reported(built: Built) -> None:
     failures = aborted(built, 0, node_json=False)
-    assert why(built, *failures)[1].startswith("a collective timed out; which ranks did not come to it is not known\n")
+    assert why(built, *failures)[1].startswith("a collective timed out; it is not known which ranks did not join it\n")
     _, text = why(built, *aborted(built, *range(8)))
-    assert text.startswith("a collective timed out on every rank: they were not in the same one, or the network")
+    assert text.startswith("a collective timed out on every rank: they were in different collectives, or the network")
 
 
 def test_timeouts_after_a_failure_are_followers(built: Built) -> None:
