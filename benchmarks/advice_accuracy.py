@@ -97,10 +97,10 @@ def fit(recipes: Sequence[Recipe]) -> dict[str, Family]:
 
 def _fit_one(method: str, recipes: Sequence[Recipe]) -> Family:
     unit = replace(FAMILIES[method], base_lr=1.0)
-    mine = [recipe for recipe in recipes if recipe.method == method]
-    share = Counter(recipe.organisation for recipe in mine)
-    weights = [1 / share[recipe.organisation] for recipe in mine]
-    points = [math.log(recipe.peak_lr / family_rate(unit, recipe.parameters, recipe.tokens)) for recipe in mine]
+    same_method = [recipe for recipe in recipes if recipe.method == method]
+    share = Counter(recipe.organisation for recipe in same_method)
+    weights = [1 / share[recipe.organisation] for recipe in same_method]
+    points = [math.log(recipe.peak_lr / family_rate(unit, recipe.parameters, recipe.tokens)) for recipe in same_method]
     return replace(unit, base_lr=math.exp(_centre(points, weights, math.log(BASELINE[method]))))
 
 
@@ -169,11 +169,11 @@ def show(results: Mapping[str, Mapping[str, Score]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compares the advised peak learning rate with published recipes")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     recipes = read_recipes()
     results = evaluate(recipes)
     bases = {method: family.base_lr for method, family in fit(recipes).items()}
-    if asked.json:
+    if options.json:
         scores = {group: {name: asdict(s) for name, s in row.items()} for group, row in results.items()}
         print(json.dumps({"scores": scores, "bases_fitted_on_all": bases}, indent=2))
         return

@@ -38,7 +38,7 @@ PLAIN_SCRIPT = Path(__file__).with_name("plain_script.py")
 RANKS, WARM_UPDATES = 2, 20
 BUSY_PERCENT = 5.0
 FRESH, JOINED, TORCHRUN, DEEPSPEED = "launcher, fresh Ray", "launcher, running Ray", "torchrun", "deepspeed"
-AIMS = {
+TARGETS = {
     ("update", FRESH, TORCHRUN): 1.01,
     ("update", JOINED, TORCHRUN): 1.01,
     ("first", JOINED, DEEPSPEED): 1.15,
@@ -155,7 +155,7 @@ def measure(contender: Contender, folder: Path) -> Measured:
     log = folder / "output.txt"
     with contender.around() as variables, log.open("wb") as output:
         busy = psutil.cpu_percent(interval=2.0)
-        began = time.time()
+        start = time.time()
         status = subprocess.run(
             contender.command(folder),
             env={**base_environment(), **variables},
@@ -170,7 +170,7 @@ def measure(contender: Contender, folder: Path) -> Measured:
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     steps = [line["step_seconds"] for line in lines[WARM_UPDATES:]]
     return Measured(
-        first=_seconds(lines[0]["time"]) - began,
+        first=_seconds(lines[0]["time"]) - start,
         update=median(steps),
         quick=quantiles(steps, n=10)[0],
         busy_percent=busy,
@@ -262,9 +262,9 @@ def _end_tree(head: subprocess.Popen[bytes]) -> None:
 
 
 def time_command(*command: str) -> float:
-    began = time.perf_counter()
+    start = time.perf_counter()
     subprocess.run(command, env=base_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def ratio(rounds: Sequence[Mapping[str, Measured]], what: str, name: str, other: str) -> list[float]:
@@ -282,7 +282,7 @@ def report(rounds: Sequence[Mapping[str, Measured]], commands: Mapping[str, Sequ
             "of": what,
             "name": name,
             "against": other,
-            "aim": AIMS.get((what, name, other)),
+            "aim": TARGETS.get((what, name, other)),
             **_spread(ratio(rounds, what, name, other)),
         }
         for what in TITLES
@@ -351,12 +351,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default 5)")
     parser.add_argument("--updates", type=int, default=150, help=f"updates per run, more than {WARM_UPDATES}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to FILE")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="overhead-", ignore_cleanup_errors=True) as folder:
-        figures = run_rounds(Path(folder), asked.rounds, asked.updates)
+        figures = run_rounds(Path(folder), options.rounds, options.updates)
     show(figures)
-    if asked.json:
-        asked.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -50,9 +50,9 @@ def write_lines(folder: Path, files: int, rate: float, seconds: float) -> None:
         path = folder / f"logs/node-{rank // RANKS_PER_NODE}-h{rank // RANKS_PER_NODE}/rank-{rank}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         logs.append(path.open("ab", buffering=0))
-    began, pause = time.monotonic(), 1 / (files * rate)
+    start, pause = time.monotonic(), 1 / (files * rate)
     for number in range(int(seconds * rate * files)):
-        wait = began + number * pause - time.monotonic()
+        wait = start + number * pause - time.monotonic()
         if wait > 0:
             time.sleep(wait)
         logs[number % files].write(f"{utc_now()} line {number} of a rank that prints this much\n".encode())
@@ -71,11 +71,11 @@ def measure(files: int, rate: float, seconds: float) -> Measured:
             reader = threading.Thread(target=_read, args=(follower, arrivals))
             reader.start()
             time.sleep(_START_SECONDS)
-            process, began = psutil.Process(follower.pid), time.monotonic()
+            process, start = psutil.Process(follower.pid), time.monotonic()
             before = sum(process.cpu_times()[:2])
             writer.wait()
             busy = sum(process.cpu_times()[:2]) - before
-            core = busy / (time.monotonic() - began)
+            core = busy / (time.monotonic() - start)
             run.enter("finished")
             reader.join()
     settled = [(written, arrived) for written, arrived in arrivals if written >= arrivals[0][1]]
@@ -100,9 +100,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--files", type=int, default=64)
     parser.add_argument("--rate", type=float, default=10.0, help="lines per second in each file")
     parser.add_argument("--seconds", type=float, default=20.0)
-    given = parser.parse_args(arguments)
-    found = measure(given.files, given.rate, given.seconds)
-    print(f"{given.files} files at {given.rate:g} lines/s each, {os.cpu_count()} cores: {found.written} lines followed")
+    options = parser.parse_args(arguments)
+    found = measure(options.files, options.rate, options.seconds)
+    print(
+        f"{options.files} files, {options.rate:g} lines/s each, {os.cpu_count()} cores: {found.written} lines followed"
+    )
     print(f"  lag      median {found.lag(0.5):.2f} s, 99% {found.lag(0.99):.2f} s, longest {found.lags[-1]:.2f} s")
     print(f"  order    {found.misplaced} lines came after a later one")
     print(f"  CPU      {found.core:.1%} of a core")

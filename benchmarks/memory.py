@@ -50,7 +50,7 @@ RANKS, UPDATES, ACCUMULATION = 2, 2, 2
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 SHAPE = ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
 HEADS, POSITIONS = 4, 2048
-GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+RETURN_FREED_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 MODELS = {
     "tiny": {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 64, "intermediate_size": 32},
     "5M": {"hidden_size": 224, "num_hidden_layers": 6, "vocab_size": 4096, "intermediate_size": 608},
@@ -108,13 +108,13 @@ def make_model(name: str, folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    made = folder / name
-    if not made.exists():
+    model_folder = folder / name
+    if not model_folder.exists():
         torch.manual_seed(0)
         heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "tie_word_embeddings": False}
         model = LlamaForCausalLM(LlamaConfig(**MODELS[name], **heads, max_position_embeddings=POSITIONS))
         assert model.num_parameters() == facts_of(name, folder).parameters
-        model.save_pretrained(made)
+        model.save_pretrained(model_folder)
 
 
 def facts_of(name: str, folder: Path) -> ModelFacts:
@@ -203,20 +203,20 @@ def rank(small: Path, large: Path, learned: float) -> None:
     updates(plans[0], 1.0)
     gc.collect()
     ranks.barrier()
-    taken = (taken_on_gpu if plans[1].world.device == "cuda" else taken_on_cpu)(plans[1], learned)
-    print(json.dumps(taken), file=sys.__stdout__, flush=True)
+    peak = (peak_on_gpu if plans[1].world.device == "cuda" else peak_on_cpu)(plans[1], learned)
+    print(json.dumps(peak), file=sys.__stdout__, flush=True)
     os._exit(0)
 
 
-def taken_on_cpu(plan: Plan, learned: float) -> dict[str, int]:
+def peak_on_cpu(plan: Plan, learned: float) -> dict[str, int]:
     """The peak of the process's bytes above those before; glibc's settings determine whether freed blocks count."""
     before = resident_bytes()
     with sampled() as largest:
         updates(plan, learned)
-    return {"taken": largest() - before}
+    return {"peak": largest() - before}
 
 
-def taken_on_gpu(plan: Plan, learned: float) -> dict[str, int]:
+def peak_on_gpu(plan: Plan, learned: float) -> dict[str, int]:
     """The peaks of the GPU's bytes above those allocated before: allocated, and reserved by PyTorch's allocator."""
     import torch
 
@@ -262,14 +262,14 @@ def measure(row: Row, folder: Path, gpus: int = 0) -> dict[str, Any]:
     for name, plan in plans.items():
         (folder / f"{name}.json").write_text(plan.to_json())
     if gpus:
-        taken = largest_taken(row, folder, {}, gpus)
+        peak = largest_peak(row, folder, {}, gpus)
     else:
-        runs = {"in_use": GIVES_BACK, "resident": {}}
-        taken = {name: largest_taken(row, folder, allocator)["taken"] for name, allocator in runs.items()}
-    return {"row": row.name, **taken, "memory": plans["large"].memory}
+        runs = {"in_use": RETURN_FREED_BLOCKS, "resident": {}}
+        peak = {name: largest_peak(row, folder, allocator)["peak"] for name, allocator in runs.items()}
+    return {"row": row.name, **peak, "memory": plans["large"].memory}
 
 
-def largest_taken(row: Row, folder: Path, allocator: dict[str, str], gpus: int = 0) -> dict[str, int]:
+def largest_peak(row: Row, folder: Path, allocator: dict[str, str], gpus: int = 0) -> dict[str, int]:
     """Runs all ranks at once; returns the largest bytes of any rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -307,7 +307,7 @@ def show(found: dict[str, Any]) -> None:
     memory, (in_use, resident) = found["memory"], errors_of(found)
     whole = on_device(memory)
     numbers = [(whole - memory["fragmentation"], found["in_use"], in_use), (whole, found["resident"], resident)]
-    cells = "   ".join(f"{mine / MIB:6.0f} {taken / MIB:6.0f} {error:+5.0%}" for mine, taken, error in numbers)
+    cells = "   ".join(f"{estimated / MIB:6.0f} {peak / MIB:6.0f} {error:+5.0%}" for estimated, peak, error in numbers)
     print(f"{found['row']:62} {cells}", flush=True)
 
 

@@ -126,14 +126,14 @@ def main() -> None:
     parser.add_argument("plan", type=Path, help="plan.json of the run to match")
     parser.add_argument("metrics", type=Path, help="path of the metrics.jsonl to write")
     parser.add_argument("--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", 0)))
-    asked = parser.parse_args()
-    plan = json.loads(asked.plan.read_text())["plan"]
+    options = parser.parse_args()
+    plan = json.loads(options.plan.read_text())["plan"]
     # As in the launcher's ranks: this kernel is only for inference, and slow to load.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     seed = plan["job"]["train"]["seed"]
     torch.manual_seed(seed)
-    train(make_engine(plan), Data(Path(plan["data"]["train"]["folder"]), seed), plan, asked.metrics)
+    train(make_engine(plan), Data(Path(plan["data"]["train"]["folder"]), seed), plan, options.metrics)
     dist.destroy_process_group()
 
 

@@ -81,9 +81,9 @@ def simulated_nodes(count: int) -> Nodes:
 
 
 def timed(action: Callable[[], Any]) -> float:
-    began = time.perf_counter()
+    start = time.perf_counter()
     action()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def supervise(count: int, seconds: float) -> dict[str, float]:
@@ -103,10 +103,10 @@ def supervise(count: int, seconds: float) -> dict[str, float]:
             "order": timed(lambda: nodes.order(go={"env": {}, "start": None})),
         }
         process = psutil.Process()
-        before, began = process.cpu_times(), time.perf_counter()
-        while time.perf_counter() - began < seconds:
+        before, start = process.cpu_times(), time.perf_counter()
+        while time.perf_counter() - start < seconds:
             nodes.events(0.5)
-        after, lasted = process.cpu_times(), time.perf_counter() - began
+        after, lasted = process.cpu_times(), time.perf_counter() - start
         busy = after.user + after.system - before.user - before.system
         found |= {"cpu_percent": 100 * busy / lasted, "rss_mib": process.memory_info().rss / 1024**2}
         found["end"] = timed(lambda: nodes.end(0.0))

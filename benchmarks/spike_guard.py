@@ -187,7 +187,7 @@ def make_base(folder: Path) -> Path:
 
 
 def fine_tune(folder: Path, peak: float, seed: int, remedy: str) -> Outcome:
-    began = time.monotonic()
+    start = time.monotonic()
     train = {"max_steps": UPDATES, "seed": seed}
     schedule = {"peak_lr": peak, "warmup": WARMUP, "on_spike": remedy}
     run = carry_out(job_dict(folder, "base", "docs", train, schedule))
@@ -205,7 +205,7 @@ def fine_tune(folder: Path, peak: float, seed: int, remedy: str) -> Outcome:
         norms=tuple(float(line["grad_norm"]) for line in lines),
         spikes=tuple(event["update"] for event in events if event["event"] == "spike"),
         extended=extended,
-        seconds=time.monotonic() - began,
+        seconds=time.monotonic() - start,
     )
 
 
@@ -302,14 +302,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="runs per peak and remedy (default 5; with --quick 2)")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="runs at once (default 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and all runs to FILE")
-    asked = parser.parse_args()
-    peaks = (PEAKS[0], PEAKS[-1]) if asked.quick else PEAKS
+    options = parser.parse_args()
+    peaks = (PEAKS[0], PEAKS[-1]) if options.quick else PEAKS
     with tempfile.TemporaryDirectory(prefix="spikes-", ignore_cleanup_errors=True) as folder:
-        outcomes = run_all(Path(folder), peaks, asked.seeds or (2 if asked.quick else 5), asked.processes)
+        outcomes = run_all(Path(folder), peaks, options.seeds or (2 if options.quick else 5), options.processes)
     show(outcomes)
-    if asked.json:
+    if options.json:
         figures = {"summary": summary(outcomes), "detection": detection(outcomes)}
-        asked.json.write_text(json.dumps({**figures, "runs": [as_written(o) for o in outcomes]}) + "\n")
+        options.json.write_text(json.dumps({**figures, "runs": [as_written(o) for o in outcomes]}) + "\n")
 
 
 if __name__ == "__main__":

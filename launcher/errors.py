@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 AGENT_LOST_EXIT = 113
-"""Exit status of a rank whose agent disappeared."""
+"""Exit status of a rank whose agent was lost."""
 
 
 class FailureCode(StrEnum):

@@ -74,7 +74,7 @@ _REVISION = re.compile(r"^plan\.revision-(\d+)\.json$")
 
 @dataclass(frozen=True)
 class DamagedCheckpoint:
-    """A checkpoint that cannot be used, and why."""
+    """A checkpoint that cannot be used, and the reason."""
 
     path: Path
     reason: str

@@ -21,6 +21,8 @@ def cause_of_loss(run: RunDir, nodes: Sequence[NodeStatus], now: float) -> Cause
 
 
 def _agents_ended_first(run: RunDir, nodes: Sequence[NodeStatus], now: float) -> bool:
-    beats = [now - node.heartbeat_seconds for node in nodes if node.heartbeat_seconds is not None and not node.ended]
+    heartbeats = [
+        now - node.heartbeat_seconds for node in nodes if node.heartbeat_seconds is not None and not node.ended
+    ]
     launcher_beat = lock_touch_time(run)
-    return bool(beats) and launcher_beat is not None and launcher_beat - max(beats) > _RAY_SECONDS
+    return bool(heartbeats) and launcher_beat is not None and launcher_beat - max(heartbeats) > _RAY_SECONDS

@@ -109,7 +109,7 @@ def _row(bare: NodeStatus, record: Record, offset: float, now: float) -> NodeSta
         ranks_alive=sum(bool(rank.get("alive")) for rank in ranks),
         exit_codes=tuple(sorted({code for rank in ranks if (code := int_of(rank.get("exit_code")))})),
         phase=_common(text_of(rank.get("phase")) for rank in ranks),
-        updates=min((made for rank in ranks if (made := int_of(rank.get("updates"))) is not None), default=None),
+        updates=min((count for rank in ranks if (count := int_of(rank.get("updates"))) is not None), default=None),
         step_seconds=_combined(statistics.median, ranks, "step_seconds"),
         own_seconds=_combined(max, ranks, "own_seconds"),
         rank_own_seconds=tuple(number_of(rank.get("own_seconds")) for rank in ranks),

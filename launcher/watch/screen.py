@@ -43,12 +43,12 @@ def _show_on_screen(run: RunDir, console: Console) -> RunStatus:
     status = read_status(run, time.time())
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while status.live:
-            began = time.monotonic()
+            start = time.monotonic()
             status = read_status(run, time.time())
             live.update(_screen(status, sampled(run.metrics_file), console), refresh=True)
             if status.live:
                 # A status that takes long to read (many nodes, a slow file system) is read less often.
-                time.sleep(max(EVERY_SECONDS, (time.monotonic() - began) / _MAX_CPU_SHARE))
+                time.sleep(max(EVERY_SECONDS, (time.monotonic() - start) / _MAX_CPU_SHARE))
     return status
 
 

@@ -164,10 +164,10 @@ def _last_activity(
     run: RunDir, session: Session, last: Record, nodes: Sequence[NodeStatus], now: float
 ) -> float | None:
     """When the run last wrote anything (seconds since the epoch): a heartbeat, an event, a state or a metrics line."""
-    beats = [now - node.heartbeat_seconds for node in nodes if node.heartbeat_seconds is not None]
+    heartbeats = [now - node.heartbeat_seconds for node in nodes if node.heartbeat_seconds is not None]
     state_time, metrics_time = seconds_of(session.state.get("since")), seconds_of(last.get("time"))
     written = (lock_touch_time(run), session.last_event_time, state_time, metrics_time)
-    return max([*beats, *(time for time in written if time is not None)], default=None)
+    return max([*heartbeats, *(time for time in written if time is not None)], default=None)
 
 
 def _is_lost(run: RunDir, session: Session, active: float | None, now: float) -> bool:
