@@ -1,8 +1,8 @@
-"""How the supervisor and the watching commands grow with the number of nodes.
+"""How the time of the supervisor and of the watching commands grows with the number of nodes.
 
-Real agents without ranks answer the real supervisor's calls, many of them in each of a few processes: 512 processes do
-not fit here. What is placed through Ray's own scheduler is told apart, on as many real Ray nodes as the machine bears.
-The watching commands read run directories of as many nodes, with eight ranks each.
+Real agents without ranks answer the real supervisor's calls; a few processes contain many agents each, since one
+machine has no room for 512 processes. Placement by Ray's scheduler is measured separately, on a few real Ray nodes. The
+watching commands read run directories of the same numbers of nodes, with eight ranks each.
 
     python benchmarks/scale.py [--nodes 8 64 512] [--ray-nodes 2 4 8] [--seconds 20] [--json FILE]
 """
@@ -40,7 +40,7 @@ UPDATES, ROUNDS = 50_000, 5
 
 
 class Hub:
-    """A process with many agents in it."""
+    """A Ray actor that contains many agents."""
 
     def __init__(self, count: int) -> None:
         self.agents = [Agent() for _ in range(count)]
@@ -49,8 +49,8 @@ class Hub:
         return getattr(self.agents[index], method)(*arguments)
 
 
-class Line:
-    """An agent of a hub, called as a Ray actor of its own would be."""
+class AgentInHub:
+    """An agent of a hub, with the interface of a Ray actor."""
 
     def __init__(self, hub: Any, index: int) -> None:
         self._hub, self._index = hub, index
@@ -66,29 +66,29 @@ class Line:
         return Call
 
 
-def pretended(count: int) -> Nodes:
-    """Nodes whose agents live in a few processes of this machine."""
+def simulated_nodes(count: int) -> Nodes:
+    """Nodes whose agents are in a few processes on this machine."""
     hubs = min(HUBS, count)
     each = count // hubs
-    # Every agent has one call that waits for news, besides those that are answered at once.
+    # Every agent has one call that waits for events, in addition to calls that return at once.
     remote = ray.remote(Hub).options(num_cpus=1, max_concurrency=2 * each + 8)
     actors = [remote.remote(each) for _ in range(hubs)]
     nodes = Nodes(Needs(count, cpus=1, gpus=0), print)
-    lines = [Line(actors[index % hubs], index // hubs) for index in range(count)]
-    nodes.nodes = [Node(line, f"host-{index:03d}", "127.0.0.1", (), "lo") for index, line in enumerate(lines)]
+    agents = [AgentInHub(actors[index % hubs], index // hubs) for index in range(count)]
+    nodes.nodes = [Node(agent, f"host-{index:03d}", "127.0.0.1", (), "lo") for index, agent in enumerate(agents)]
     nodes.ask("describe", [()] * count)
     return nodes
 
 
 def timed(action: Callable[[], Any]) -> float:
-    began = time.perf_counter()
+    start = time.perf_counter()
     action()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def supervise(count: int, seconds: float) -> dict[str, float]:
-    """What the supervisor does with `count` nodes, in seconds, and what it takes of a processor while all is quiet."""
-    nodes = pretended(count)
+    """The seconds of the supervisor's calls to `count` nodes, and its CPU and memory use while it waits for events."""
+    nodes = simulated_nodes(count)
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir.create(Path(folder), "scale")
         world = World(nodes=1, processes_per_node=RANKS, device="cpu", backend="gloo", threads_per_process=1)
@@ -96,17 +96,17 @@ def supervise(count: int, seconds: float) -> dict[str, float]:
         found = {
             "ways": timed(nodes._find_interfaces),
             "clocks": timed(nodes._compare_clocks),
-            # Without the all-reduce, which would take a process a node.
+            # Without the all-reduce, which would need one process per node.
             "preflight": timed(lambda: look(nodes, wanted, run)),
             "start": timed(lambda: nodes.start([task(run, rank) for rank in range(count)])),
             "port": timed(lambda: nodes.free_port(0)),
             "order": timed(lambda: nodes.order(go={"env": {}, "start": None})),
         }
         process = psutil.Process()
-        before, began = process.cpu_times(), time.perf_counter()
-        while time.perf_counter() - began < seconds:
+        before, start = process.cpu_times(), time.perf_counter()
+        while time.perf_counter() - start < seconds:
             nodes.events(0.5)
-        after, lasted = process.cpu_times(), time.perf_counter() - began
+        after, lasted = process.cpu_times(), time.perf_counter() - start
         busy = after.user + after.system - before.user - before.system
         found |= {"cpu_percent": 100 * busy / lasted, "rss_mib": process.memory_info().rss / 1024**2}
         found["end"] = timed(lambda: nodes.end(0.0))
@@ -129,7 +129,7 @@ def task(run: RunDir, rank: int) -> NodeTask:
 
 
 def place(count: int) -> float:
-    """Seconds until an agent of its own stands on each of `count` real Ray nodes, which are there already."""
+    """The seconds to place one agent on each of `count` real Ray nodes, which are already running."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -145,7 +145,7 @@ def place(count: int) -> float:
 
 
 def watch(count: int) -> dict[str, float]:
-    """Median seconds of each watching command on a run of `count` nodes."""
+    """The median seconds of each watching command on a run with `count` nodes."""
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir.create(Path(folder), "scale")
         write_run(run, count)
@@ -165,7 +165,7 @@ def command(*words: str) -> None:
 
 
 def write_run(run: RunDir, count: int) -> None:
-    """A run of which a rank on the last node has just failed, after many updates."""
+    """Writes a run that failed after many updates; the first failed rank is on the last node."""
     run.enter("training")
     lines = (
         {"update": n, "samples": n, "tokens": 1, "loss": 2.0, "lr": 1e-5, "step_seconds": 0.5, "tokens_per_second": 9.0}

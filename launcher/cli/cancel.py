@@ -22,7 +22,7 @@ def cancel(
     that job is cancelled.
     """
     from launcher.runs.cancel import cancel_run
-    from launcher.watch.find import find_run
+    from launcher.watch.find_run import find_run
 
     with reading():
         cancel_run(find_run(run, output_dir), now=now, wait=wait, echo=typer.echo)

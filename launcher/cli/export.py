@@ -43,7 +43,7 @@ def export(
     from launcher.run_dir import RunDir
     from launcher.runs.checkpoints import newest_saved, saved_at
     from launcher.runs.export import export_saved
-    from launcher.watch.find import find_run
+    from launcher.watch.find_run import find_run
 
     console = Console(highlight=False, soft_wrap=True)
     chosen = _dtype(dtype)

@@ -25,13 +25,13 @@ def logs(
     Times are by the supervisor's clock: those of nodes whose clocks differ are moved by the difference. A line without
     a time follows the one before it. With -f the last 100 lines come first, unless --tail or --since says otherwise.
     """
-    from launcher.watch.find import find_run
+    from launcher.watch.find_run import find_run
+    from launcher.watch.log_files import LogSelection
     from launcher.watch.print_logs import follow_logs, matcher, print_logs, since_seconds
-    from launcher.watch.sources import Choice
 
     wanted, start = matcher(grep), since_seconds(since, time.time())
     with reading():
-        found, choice = find_run(run, output_dir), Choice(node, rank)
+        found, choice = find_run(run, output_dir), LogSelection(node, rank)
         if follow:
             follow_logs(found, choice, wanted, start, tail)
         else:

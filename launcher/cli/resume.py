@@ -8,7 +8,7 @@ import typer
 
 from launcher.cli.options import OUTPUT_DIR, OVERRIDES, RUN
 from launcher.runs.resume import resume as resume_run
-from launcher.watch.find import find_run
+from launcher.watch.find_run import find_run
 
 
 def resume(

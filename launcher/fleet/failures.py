@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.errors import FailureCode, known_code
-from launcher.first_failure import code_of_exit, first_of
+from launcher.first_failure import code_of_exit, find_first
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def all_failures(events: Iterable[dict[str, Any]], clock_offsets: Sequence[float
 def in_order(failures: Iterable[Failure]) -> list[Failure]:
     """That which began it, then the others in order of time."""
     ordered = sorted(failures, key=lambda failure: failure.time)
-    first = first_of(ordered) if ordered else None
+    first = find_first(ordered) if ordered else None
     return sorted(ordered, key=lambda failure: failure is not first)
 
 

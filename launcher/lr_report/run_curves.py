@@ -12,7 +12,7 @@ from launcher.plan.schema import Plan
 from launcher.plan_file import read_plan
 from launcher.run_dir import RunDir
 from launcher.watch.number_format import number as number_text
-from launcher.watch.session import number_of
+from launcher.watch.run_session import number_of
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from launcher.prepare.model_sizes import model_sizes
 from launcher.prepare.small_model_probe import probe_small_model
 from launcher.prepare.stored_weights import check_adapter, check_stored_types
 from launcher.token_store import publish_folder
-from launcher.trainable import adapted_modules, choose_trained
+from launcher.trainable import adapted_modules, set_trainable
 
 Progress = Callable[..., None]
 T = TypeVar("T")
@@ -106,7 +106,7 @@ def measure_model(folder: Path, section: ModelSection, *, trained_here: bool = T
         facts = facts.model_copy(update=_checked(folder, section, config, model, facts.parameters))
     if section.lora is None and not section.freeze:
         return facts
-    model = choose_trained(model, section)
+    model = set_trainable(model, section)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return facts.model_copy(update={"trainable_parameters": trained, "adapted_modules": adapted_modules(model)})
 

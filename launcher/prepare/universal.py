@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from launcher.errors import LauncherError
-from launcher.tail import last_lines
+from launcher.files import last_lines
 from launcher.token_store import publish_folder
 
 

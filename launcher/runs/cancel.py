@@ -115,13 +115,13 @@ def _not_received(directory: RunDir, state: dict[str, Any]) -> str:
 
 
 def _state(directory: RunDir) -> dict[str, Any]:
-    from launcher.watch.session import read_json
+    from launcher.watch.run_session import read_json
 
     return read_json(directory.state_file) or {}
 
 
 def _requests_received(directory: RunDir) -> int:
-    from launcher.watch.session import records
+    from launcher.watch.run_session import records
 
     return sum(event.get("event") == "stop_requested" for event in records(directory.events_file))
 
@@ -142,9 +142,9 @@ def _updates(directory: RunDir) -> int:
 
 
 def _brief(directory: RunDir) -> RunStatus:
-    from launcher.watch.status import read_brief
+    from launcher.watch.status import read_status_without_nodes
 
-    return read_brief(directory, time.time())
+    return read_status_without_nodes(directory, time.time())
 
 
 def _until(condition: Callable[[], bool], seconds: float | None) -> bool:

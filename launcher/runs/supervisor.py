@@ -13,15 +13,16 @@ from typing import Any, Protocol
 from rich.markup import escape
 
 from launcher.errors import FailureCode, RunFailed, first_line, known_code
+from launcher.files import Tail, last_lines, strip_times
 from launcher.first_failure import (
     LOG_LINES,
     Place,
     code_of_collective,
-    fell,
-    only_timed_out,
-    raised_at,
-    said,
-    timed_out_headline,
+    error_in_log,
+    lost_peer,
+    only_timeouts,
+    timeout_headline,
+    traceback_time,
 )
 from launcher.fleet.agent import Event, NodeTask
 from launcher.fleet.environment import rank_environment
@@ -34,7 +35,6 @@ from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
 from launcher.runs.outcome import Outcome
-from launcher.tail import Tail, last_lines, untimed
 
 _GRACE_SECONDS = 5.0
 _SETTLE_SECONDS = 1.0
@@ -285,7 +285,7 @@ class Supervisor:
         began = time.monotonic()
         while True:
             waited = time.monotonic() - began
-            only_fell = all(fell(failure) for failure in self._failures())
+            only_fell = all(lost_peer(failure) for failure in self._failures())
             exits = sum(event["report"] == "exit" for event in self.events)
             if waited >= (_LOST_NODE_SECONDS if only_fell and exits < self.plan.world.size else _SETTLE_SECONDS):
                 return
@@ -302,8 +302,8 @@ class Supervisor:
             return failure
         if rank not in self._logged:
             lines = last_lines(self._rank_log(rank, failure.node_rank), LOG_LINES)
-            error, traceback = said(untimed(lines), failure.exit_code)
-            raised = raised_at(lines, failure.exit_code)
+            error, traceback = error_in_log(strip_times(lines), failure.exit_code)
+            raised = traceback_time(lines, failure.exit_code)
             ahead = self.nodes.nodes[failure.node_rank].clock_offset_seconds
             time = failure.time if raised is None else min(failure.time, round(raised - ahead, 3))
             self._logged[rank] = replace(failure, error=error, traceback=traceback, time=time)
@@ -314,8 +314,8 @@ class Supervisor:
         node = f"node {failure.node_rank} ({self.nodes.nodes[failure.node_rank].host})"
         if failure.rank is None:
             return f"{node} is lost: {failure.how}"
-        if only_timed_out(failures):
-            head = timed_out_headline(self._absent(failures))
+        if only_timeouts(failures):
+            head = timeout_headline(self._absent(failures))
         else:
             head = f"rank {failure.rank} on {node} failed first, with {failure.how}"
             head += f": {failure.error}" if failure.error else ""

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from launcher.errors import FailureCode, LauncherError, RunFailed, code_of, known_code
+from launcher.files import last_lines
 from launcher.fleet.network import LOOPBACK
 from launcher.fleet.ray_settings import LOOPBACK_ONLY, use_token, write_token
 from launcher.run_dir import RunDir
@@ -17,7 +18,6 @@ from launcher.slurm.allocation import Allocation
 from launcher.slurm.ray_node import OwnRay
 from launcher.slurm.rendezvous import Guest, Meeting, attend, common_address
 from launcher.slurm.startup_errors import Refusals
-from launcher.tail import last_lines
 
 _STARTED_SECONDS = 300.0
 _LOG_LINES = 20

@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from launcher.errors import Problem, RequestError
 from launcher.run_dir import RunDir
 from launcher.watch.end_of_run import EndOfRun
-from launcher.watch.follow import Follower
-from launcher.watch.lines import Wanted, merged
+from launcher.watch.follow_logs import Follower
+from launcher.watch.log_files import LogFile, LogSelection, check_live_selection, check_selection, log_files_of
+from launcher.watch.log_lines import Wanted, merged
 from launcher.watch.print_lines import Printer
-from launcher.watch.session import read_session
-from launcher.watch.sources import Choice, Source, check_choice, check_expected, sources_of
+from launcher.watch.run_session import read_session
 from launcher.watch.status import LOST
 
 FOLLOWED_FROM = 100
@@ -21,29 +21,29 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _SINCE = re.compile(r"^(\d+(?:\.\d+)?)([smhd])$")
 
 
-def print_logs(run: RunDir, choice: Choice, wanted: Wanted, since: float | None, tail: int | None) -> None:
-    check_choice(run, choice)
-    sources = sources_of(run, read_session(run).offsets, choice)
+def print_logs(run: RunDir, choice: LogSelection, wanted: Wanted, since: float | None, tail: int | None) -> None:
+    check_selection(run, choice)
+    sources = log_files_of(run, read_session(run).offsets, choice)
     printer = Printer(sys.stdout)
     printer.print(merged(sources, since=since, last=tail, wanted=wanted), sources)
 
 
-def follow_logs(run: RunDir, choice: Choice, wanted: Wanted, since: float | None, tail: int | None) -> None:
-    def find() -> list[Source]:
+def follow_logs(run: RunDir, choice: LogSelection, wanted: Wanted, since: float | None, tail: int | None) -> None:
+    def find() -> list[LogFile]:
         session = read_session(run)
-        found = sources_of(run, session.offsets, choice)
+        found = log_files_of(run, session.offsets, choice)
         if not found:
-            check_expected(run, session, choice)
+            check_live_selection(run, session, choice)
         return found
 
     follower = Follower(find)
     end, printer = EndOfRun(run), Printer(sys.stdout)
     if tail is None and since is None:
         tail = FOLLOWED_FROM
-    past = merged(follower.sources, since=since, last=tail, wanted=wanted, ends=follower.ends)
-    printer.print(past, follower.sources)
+    past = merged(follower.log_files, since=since, last=tail, wanted=wanted, ends=follower.ends)
+    printer.print(past, follower.log_files)
     for lines in follower.batches(lambda: end.reached(follower.quiet_seconds)):
-        printer.print(filter(wanted, lines), follower.sources)
+        printer.print(filter(wanted, lines), follower.log_files)
     if end.state == LOST:
         print(f"the run is lost; launcher why {run.path} reports more", file=sys.stderr)
 

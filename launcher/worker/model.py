@@ -14,7 +14,7 @@ from transformers.integrations.liger import apply_liger_kernel
 
 from launcher.errors import RunFailed
 from launcher.plan.schema import Plan
-from launcher.trainable import choose_trained
+from launcher.trainable import set_trainable
 from launcher.worker.experts import gather_experts_together
 from launcher.worker.scheduler import client_scheduler
 from launcher.worker.ulysses import exchange_attention
@@ -44,7 +44,7 @@ def load_model(plan: Plan) -> Any:
         apply_liger_kernel(model, None)
     # Adapters begin at random: at the same random on every rank and under every ZeRO stage.
     set_seed(plan.job.train.seed)
-    model = choose_trained(model, model_section)
+    model = set_trainable(model, model_section)
     model.train()
     return model
 

@@ -192,7 +192,7 @@ def test_a_rank_that_raises_on_the_second_node_is_told_from_a_login_node(slurm: 
     first = "rank 1 on node 1 (h2) failed first, with exit code 1: ValueError: a bad sample on this node"
     for told in (output, launcher(hosts, "why", str(run.path))):
         assert first in told
-        assert "1 other rank fell in a collective only afterwards: rank 0 on node 0 (h1)" in told
+        assert "1 other rank failed because a peer was lost: rank 0 on node 0 (h1)" in told
     logs = launcher(hosts, "logs", str(run.path))
     assert "a bad sample on this node" in logs and "rank 0" in logs
     own = launcher(hosts, "logs", str(run.path), "--node", "h2", "--grep", "ValueError")

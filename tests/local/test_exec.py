@@ -200,12 +200,12 @@ def test_ctrl_c_is_a_sigterm_for_the_script(execute, tmp_path):
     command.wait_for(at_work)
     command.wait_for(shown)
     run = run_folder(tmp_path)
-    assert "it still runs: training" in given.command("why", str(run)).out
+    assert "the run is still active: training" in given.command("why", str(run)).out
     command.interrupt()
     assert command.wait() == 128 + signal.SIGINT, command.output
     assert "SIGTERM for the script" in command.output and "stopped" in command.output
     assert state_of(tmp_path)["state"] == "stopped"
-    assert "nothing failed: it was stopped" in given.command("why", str(run)).out
+    assert "no failure: the run was stopped" in given.command("why", str(run)).out
     agent = (RunDir(run_folder(tmp_path)).node_logs(0, socket.gethostname()) / "agent.log").read_text()
     for rank in (0, 1):
         assert f"rank {rank} ended with -{int(signal.SIGTERM)}" in agent

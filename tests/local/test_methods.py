@@ -18,7 +18,7 @@ from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.prepare.model_sizes import whole_attention
 from launcher.run_dir import RunDir
-from launcher.trainable import choose_trained
+from launcher.trainable import set_trainable
 from launcher.worker import scheduler
 from launcher.worker.batches import SampleOrder, Share, TokenStore, micro_batches
 from launcher.worker.checkpoint import Checkpoints, Progress
@@ -129,7 +129,7 @@ def test_frozen_weights_stay_and_the_rest_learns(job_dict, tmp_path, stage):
 def test_a_tied_head_does_not_hide_that_all_is_frozen(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     with pytest.raises(RequestError, match="nothing is left to train"):
-        choose_trained(model, ModelSection(name_or_path=str(tiny_model), freeze=["model"]))
+        set_trainable(model, ModelSection(name_or_path=str(tiny_model), freeze=["model"]))
 
 
 @pytest.mark.parametrize(("stage", "lora"), [(0, None), (2, None), (3, None), (3, ADAPTERS)])

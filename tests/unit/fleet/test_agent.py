@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from launcher.files import Tail
 from launcher.fleet.agent import Agent, NodeTask
-from launcher.tail import Tail
 from tests.patience import PATIENCE_SECONDS
 
 LINES = 50_000

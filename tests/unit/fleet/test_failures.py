@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from launcher.errors import FailureCode, LauncherError, RequestError, RunFailed, code_of
-from launcher.first_failure import raised_at, said
+from launcher.files import strip_times
+from launcher.first_failure import error_in_log, traceback_time
 from launcher.fleet.failures import Failure, all_failures, describe_exit, first_failure
 from launcher.fleet.nodes import Node, Nodes
 from launcher.job import LoadedJob
@@ -22,7 +23,6 @@ from launcher.runs import supervisor as supervision
 from launcher.runs.console import RunConsole
 from launcher.runs.planning import CheckedJob
 from launcher.runs.supervisor import Supervisor
-from launcher.tail import untimed
 from tests.unit.inputs import command, job_of, machine_facts, plan_of, preset
 from tests.unit.run_directories import Built, rank, stamp
 
@@ -211,7 +211,7 @@ def test_aborts_after_a_time_out_are_waited_for_and_the_rank_that_did_not_come_i
     first, *late = ([on_eight(number, 40.0 + number, -6)] for number in (0, 1, 2, 3, 4, 6, 7))
     with pytest.raises(RunFailed) as ended:
         supervised(built, first, [], *late).follow()
-    headline = "a collective timed out; these ranks did not come to it: rank 5 on node 1 (h1)"
+    headline = "a collective timed out; these ranks did not join it: rank 5 on node 1 (h1)"
     assert str(ended.value).startswith(f"{headline}\n  the end of {built.run.node_logs(0, 'h0') / 'rank-0.log'}:")
     (failure,) = [event for event in built.run.events() if event["event"] == "failure"]
     assert [one["rank"] for one in failure["failures"]] == [0, 1, 2, 3, 4, 6, 7]
@@ -297,9 +297,9 @@ def test_a_rank_raised_when_it_said_so_and_not_when_it_ended() -> None:
         "2026-01-02T03:04:06.251Z [rank1]: ValueError: no such file",
         "2026-01-02T03:04:09.000Z terminate called without an active exception",
     ]
-    assert said(untimed(log), -6)[0] == "ValueError: no such file"
+    assert error_in_log(strip_times(log), -6)[0] == "ValueError: no such file"
     raised = datetime(2026, 1, 2, 3, 4, 6, 250_000, UTC).timestamp()
-    assert [raised_at(log, exit_code) for exit_code in (1, -6)] == [raised, raised]
+    assert [traceback_time(log, exit_code) for exit_code in (1, -6)] == [raised, raised]
     # What was raised and handled long ago did not end a rank that something killed, or that was told to end.
-    assert [raised_at(log, exit_code) for exit_code in (-9, -15, 113)] == [None] * 3
-    assert raised_at(log[:1], 1) is None and raised_at(untimed(log), 1) is None
+    assert [traceback_time(log, exit_code) for exit_code in (-9, -15, 113)] == [None] * 3
+    assert traceback_time(log[:1], 1) is None and traceback_time(strip_times(log), 1) is None

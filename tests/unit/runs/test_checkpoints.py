@@ -67,12 +67,12 @@ DAMAGE = {
     "optim_states.pt is missing": lambda folder: (folder / "optim_states.pt").unlink(),
     "optim_states.pt is not a PyTorch file": zeros,
     "model_states.pt is missing": lambda folder: (folder / "model_states.pt").unlink(),
-    "it has no manifest.json: saving it was not finished": lambda folder: (folder / MANIFEST).unlink(),
-    "manifest.json is not readable JSON": lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"),
+    "it has no manifest.json: it was not saved completely": lambda folder: (folder / MANIFEST).unlink(),
+    "manifest.json is not valid JSON": lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"),
     "manifest.json has no valid 'samples'": lambda folder: other_manifest(folder, samples="64"),
     "manifest.json has no valid 'plan_sha256'": lambda folder: other_manifest(folder, plan_sha256=None),
     "manifest.json has no valid 'world_size'": lambda folder: other_manifest(folder, world_size=True),
-    "manifest.json is that of update 3": lambda folder: other_manifest(folder, update=3),
+    "manifest.json belongs to update 3": lambda folder: other_manifest(folder, update=3),
 }
 
 
@@ -156,7 +156,7 @@ def test_an_export_is_whole_or_it_is_said_what_is_wrong(tmp_path: Path) -> None:
     weights = folder / "model.safetensors"
     data = weights.read_bytes()
     for content, fault in (
-        (data[:-1], "model.safetensors is not whole"),
+        (data[:-1], "model.safetensors is incomplete"),
         (data[:20], "model.safetensors is damaged"),
         (bytes(len(data)), "model.safetensors is damaged"),
         (b"", "model.safetensors is damaged"),

@@ -1,4 +1,4 @@
-"""A row a node: what the nodes' agents last wrote of themselves and their ranks."""
+"""One row per node: the status of the node and its ranks, as its agent last wrote it."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any
 
 from launcher.first_failure import Place
 from launcher.run_dir import RunDir
-from launcher.watch.session import Record, Session, number_of, read_json, seconds_of, text_of, whole_of
+from launcher.watch.run_session import Record, Session, int_of, number_of, read_json, seconds_of, text_of
 
 STALE_SECONDS = 30.0
 STRAGGLER_RATIO = 1.25
-"""A node whose time is beyond this many times the median of all nodes is marked."""
-_LEAST_SECONDS = 0.01
+"""A node that takes more than this many times the median of all nodes is marked."""
+_MIN_DIFFERENCE_SECONDS = 0.01
 _FOLDER = re.compile(r"^node-(\d+)-(.+)$")
 
 
 @dataclass(frozen=True)
 class NodeStatus:
-    """One node. None stands for what is not known: a node that has written nothing yet has its name alone.
+    """One node; None for an unknown value. A node that has not written anything yet has only its rank and host.
 
-    `updates` are those that all its ranks have done. `step_seconds` is the median over its ranks of the time of an
-    update, `own_seconds` the longest of its ranks' own work in it, `rank_own_seconds` that of each of `ranks`; `ratio`
-    is the one that is compared against the median of all nodes. `slow_ranks` are those of a straggler whose own work
-    is what makes it one. `heartbeat_seconds` is the age of what it wrote last; beyond 30 it is `stale`.
+    `updates` is the number that all its ranks have completed. `step_seconds` is the median over its ranks of the time
+    per update, `own_seconds` the longest time of a rank's own work in it, `rank_own_seconds` that time for each of
+    `ranks`; `ratio` is the compared time divided by the median of all nodes. `slow_ranks` are the ranks of a straggler
+    whose own work is slow. `heartbeat_seconds` is the age of its last report; above 30 it is `stale`.
     """
 
     node_rank: int
@@ -56,10 +56,10 @@ class NodeStatus:
     ended: bool | None = None
 
 
-def node_statuses(run: RunDir, session: Session, now: float) -> list[NodeStatus]:
-    """The nodes that the run has now, by node rank; those whose folders there are where no event names any."""
+def read_node_statuses(run: RunDir, session: Session, now: float) -> list[NodeStatus]:
+    """The run's present nodes, by node rank; the nodes with a log folder if no event names a node."""
     rows = []
-    for (node_rank, host), offset in sorted(_named(run, session).items()):
+    for (node_rank, host), offset in sorted(_clock_offsets(run, session).items()):
         record = read_json(run.node_file(node_rank, host))
         if record is not None and _is_older(record, session, offset):
             record = None
@@ -68,10 +68,10 @@ def node_statuses(run: RunDir, session: Session, now: float) -> list[NodeStatus]
     return rows
 
 
-def places_of(run: RunDir, session: Session) -> list[Place] | None:
-    """Every rank and where it is; None while a node has not told of its ranks."""
+def rank_places(run: RunDir, session: Session) -> list[Place] | None:
+    """Every rank with its node; None if a node has not reported its ranks yet."""
     places = []
-    for node_rank, host in _named(run, session):
+    for node_rank, host in _clock_offsets(run, session):
         ranks = _ranks_in(read_json(run.node_file(node_rank, host)) or {})
         if not ranks:
             return None
@@ -79,8 +79,8 @@ def places_of(run: RunDir, session: Session) -> list[Place] | None:
     return places or None
 
 
-def _named(run: RunDir, session: Session) -> dict[tuple[int, str], float]:
-    """The nodes with the offsets of their clocks."""
+def _clock_offsets(run: RunDir, session: Session) -> dict[tuple[int, str], float]:
+    """The clock offset in seconds of each node (node rank, host)."""
     keys = session.nodes or [(int(m[1]), m[2]) for path in _folders(run.logs) if (m := _FOLDER.match(path.name))]
     return {key: session.offsets.get(run.node_logs(*key).name, 0.0) for key in keys}
 
@@ -93,9 +93,9 @@ def _folders(logs: Path) -> list[Path]:
 
 
 def _is_older(record: Record, session: Session, offset: float) -> bool:
-    """Whether a node's file was left by an earlier session of the run."""
-    time = seconds_of(record.get("time"))
-    return time is not None and session.placed is not None and time - offset < session.placed - STALE_SECONDS
+    """Whether a node's file is from an earlier session of the run."""
+    time, placed = seconds_of(record.get("time")), session.placed_time
+    return time is not None and placed is not None and time - offset < placed - STALE_SECONDS
 
 
 def _row(bare: NodeStatus, record: Record, offset: float, now: float) -> NodeStatus:
@@ -107,16 +107,16 @@ def _row(bare: NodeStatus, record: Record, offset: float, now: float) -> NodeSta
         bare,
         ranks=tuple(rank["rank"] for rank in ranks),
         ranks_alive=sum(bool(rank.get("alive")) for rank in ranks),
-        exit_codes=tuple(sorted({code for rank in ranks if (code := whole_of(rank.get("exit_code")))})),
+        exit_codes=tuple(sorted({code for rank in ranks if (code := int_of(rank.get("exit_code")))})),
         phase=_common(text_of(rank.get("phase")) for rank in ranks),
-        updates=min((made for rank in ranks if (made := whole_of(rank.get("updates"))) is not None), default=None),
-        step_seconds=_of(statistics.median, ranks, "step_seconds"),
-        own_seconds=_of(max, ranks, "own_seconds"),
+        updates=min((count for rank in ranks if (count := int_of(rank.get("updates"))) is not None), default=None),
+        step_seconds=_combined(statistics.median, ranks, "step_seconds"),
+        own_seconds=_combined(max, ranks, "own_seconds"),
         rank_own_seconds=tuple(number_of(rank.get("own_seconds")) for rank in ranks),
-        cpus=whole_of(record.get("cpus")),
+        cpus=int_of(record.get("cpus")),
         cpu_percent=number_of(record.get("cpu_percent")),
-        memory_used_bytes=whole_of(record.get("memory_used_bytes")),
-        memory_bytes=whole_of(record.get("memory_bytes")),
+        memory_used_bytes=int_of(record.get("memory_used_bytes")),
+        memory_bytes=int_of(record.get("memory_bytes")),
         **_gpus(_records_in(record, "gpus")),
         heartbeat_seconds=age,
         stale=not ended and age is not None and age > STALE_SECONDS,
@@ -125,53 +125,53 @@ def _row(bare: NodeStatus, record: Record, offset: float, now: float) -> NodeSta
 
 
 def _ranks_in(record: Record) -> list[Record]:
-    return [rank for rank in _records_in(record, "ranks") if whole_of(rank.get("rank")) is not None]
+    return [rank for rank in _records_in(record, "ranks") if int_of(rank.get("rank")) is not None]
 
 
 def _records_in(record: Record, key: str) -> list[Record]:
-    """The records in a list; those that damage left as something else are left out."""
+    """The records in a list, without damaged ones."""
     found = record.get(key)
     return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
 def _gpus(gpus: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How many GPUs a node has, the mean of their use, and their memory together."""
+    """A node's number of GPUs, their mean utilization, and their total memory."""
     return {
         "gpus": len(gpus),
-        "gpu_percent": _of(statistics.fmean, gpus, "utilization_percent"),
-        "gpu_memory_used_bytes": _of(sum, gpus, "memory_used_bytes"),
-        "gpu_memory_bytes": _of(sum, gpus, "memory_bytes"),
+        "gpu_percent": _combined(statistics.fmean, gpus, "utilization_percent"),
+        "gpu_memory_used_bytes": _combined(sum, gpus, "memory_used_bytes"),
+        "gpu_memory_bytes": _combined(sum, gpus, "memory_bytes"),
     }
 
 
-def _of(combine: Any, items: Iterable[Mapping[str, Any]], key: str) -> Any:
+def _combined(combine: Any, items: Iterable[Mapping[str, Any]], key: str) -> Any:
     values = [value for item in items if (value := number_of(item.get(key))) is not None]
     return combine(values) if values else None
 
 
 def _common(values: Iterable[Any]) -> str | None:
-    """The one value that all have; several are named together."""
+    """The value, or different values joined by a slash."""
     found = sorted({str(value) for value in values if value is not None})
     return "/".join(found) or None
 
 
-def straggling(nodes: Sequence[NodeStatus]) -> tuple[str | None, list[NodeStatus]]:
-    """(the time that was compared, the nodes with their ratio to the median, stragglers marked).
+def mark_stragglers(nodes: Sequence[NodeStatus]) -> tuple[str | None, list[NodeStatus]]:
+    """(the name of the compared time, the nodes with their ratio to the median and stragglers marked).
 
-    Ranks wait for each other in an update's collectives, so that its time is the same on all of them: where the time of
-    their own work is known, that is compared. Of an even number of nodes the lower median counts, so that the slow one
-    of two is not half of its own measure.
+    Ranks wait for each other in collectives, so the time per update is the same on all of them: if the time of their
+    own work is known, that is compared. For an even number of nodes the lower median is used: with two nodes, a mean of
+    both would include the slow one.
     """
     for key in ("own_seconds", "step_seconds"):
         values = [value for node in nodes if (value := getattr(node, key))]
         if len(values) >= 2:
             middle = statistics.median_low(values)
-            compared = [_against(node, getattr(node, key), middle) for node in nodes]
+            compared = [_with_ratio(node, getattr(node, key), middle) for node in nodes]
             return key, [_with_slow_ranks(node, middle) for node in compared] if key == "own_seconds" else compared
     return None, list(nodes)
 
 
-def _against(node: NodeStatus, value: float | None, middle: float) -> NodeStatus:
+def _with_ratio(node: NodeStatus, value: float | None, middle: float) -> NodeStatus:
     if value is None:
         return node
     return replace(node, ratio=value / middle, straggler=_is_slow(value, middle))
@@ -183,4 +183,4 @@ def _with_slow_ranks(node: NodeStatus, middle: float) -> NodeStatus:
 
 
 def _is_slow(seconds: float, middle: float) -> bool:
-    return seconds > STRAGGLER_RATIO * middle and seconds - middle > _LEAST_SECONDS
+    return seconds > STRAGGLER_RATIO * middle and seconds - middle > _MIN_DIFFERENCE_SECONDS

@@ -1,7 +1,7 @@
-"""Well-known causes in the messages of other people's software, each with its hint in a line.
+"""Known causes, recognised by the messages of other software, each with a one-line hint.
 
-The patterns match what torch, NCCL, CUDA, Ray, Slurm, the kernel and Python say, never what the launcher says itself:
-its own failures have codes (own_causes.py).
+The patterns match messages of torch, NCCL, CUDA, Ray, Slurm, the kernel and Python, never the launcher's own: its
+failures have codes (causes_by_code.py).
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ from launcher.errors import FailureCode
 
 @dataclass(frozen=True)
 class Cause:
-    """A cause: its kind, what it is, the hint, and the hint for a run on its only node where that is another."""
+    """A cause: what it is, the hint, its code, and the hint for a run on a single node if that differs."""
 
     name: str
     hint: str
     code: FailureCode = FailureCode.UNKNOWN
-    hint_alone: str | None = None
+    hint_single_node: str | None = None
 
 
 @dataclass(frozen=True)
 class TextCause(Cause):
-    """A cause that is recognised by a message."""
+    """A cause that a message shows."""
 
     pattern: re.Pattern[str] = re.compile("(?!)")
 
 
 def _cause(
-    name: str, hint: str, *patterns: str, code: FailureCode = FailureCode.UNKNOWN, hint_alone: str | None = None
+    name: str, hint: str, *patterns: str, code: FailureCode = FailureCode.UNKNOWN, hint_single_node: str | None = None
 ) -> TextCause:
-    return TextCause(name, hint, code, hint_alone, re.compile("|".join(patterns)))
+    return TextCause(name, hint, code, hint_single_node, re.compile("|".join(patterns)))
 
 
 KILLED_FOR_MEMORY = "out of memory on the node"
-MEMORY_REFUSED = "the node refused to give memory"
-SHARED_MEMORY = "the shared memory of the node is full"
+ALLOCATION_FAILED = "a memory allocation on the node failed"
+SHARED_MEMORY_FULL = "the node's shared memory is full"
 
 CAUSES = (
     _cause(
         "out of GPU memory",
-        "take a smaller train.train_micro_batch_size_per_gpu (the batch stays, by accumulation) or set "
-        "model.gradient_checkpointing: true, which launcher resume takes as well; in a new run a higher ZeRO stage, "
+        "set a smaller train.train_micro_batch_size_per_gpu (gradient accumulation keeps the batch size) or "
+        "model.gradient_checkpointing: true, both also in launcher resume; in a new run also a higher ZeRO stage, "
         "offload, or a shorter data.max_length",
         r"CUDA out of memory",
         r"CUDA error: out of memory",
@@ -55,8 +55,8 @@ CAUSES = (
     ),
     _cause(
         KILLED_FOR_MEMORY,
-        "ask for more memory per node (slurm.mem), start fewer ranks per node, offload less to it, or take a higher "
-        "ZeRO stage; the node's kernel log (dmesg) names the process that was killed",
+        "request more memory per node (slurm.mem), start fewer ranks per node, offload less to CPU memory, or use a "
+        "higher ZeRO stage; the node's kernel log (dmesg) names the killed process",
         r"\boom[-_]kill",
         r"OOM Killed",
         r"Out of memory: Kill",
@@ -65,23 +65,23 @@ CAUSES = (
         code=FailureCode.OUT_OF_MEMORY,
     ),
     _cause(
-        "a worker of a DataLoader was killed",
-        "if the node's memory was nearly full, give the DataLoader fewer workers or the node more memory (slurm.mem); "
-        "if not, find out who ended it",
+        "a DataLoader worker was killed",
+        "if the node's memory was nearly full, use fewer DataLoader workers or request more memory (slurm.mem); "
+        "if not, find out what killed it",
         r"DataLoader worker .* is killed by signal: Killed",
         code=FailureCode.RANK_KILLED,
     ),
     _cause(
-        MEMORY_REFUSED,
-        "see in the message how much was asked for: ask for more memory per node (slurm.mem), start fewer ranks per "
-        "node, offload less to it, or take a higher ZeRO stage",
+        ALLOCATION_FAILED,
+        "the message shows the size of the allocation: request more memory per node (slurm.mem), start fewer ranks "
+        "per node, offload less to CPU memory, or use a higher ZeRO stage",
         r"DefaultCPUAllocator: (?:can't|not enough) ",
         r"Cannot allocate memory",
         r"\bMemoryError\b",
         code=FailureCode.OUT_OF_MEMORY,
     ),
     _cause(
-        SHARED_MEMORY,
+        SHARED_MEMORY_FULL,
         "give the container or node a larger /dev/shm (docker --shm-size=8g, an emptyDir of medium Memory)",
         r"unable to (?:allocate|write to|open|resize) (?:shared memory|file </torch_)",
         r"unable to open shared memory object",
@@ -90,8 +90,8 @@ CAUSES = (
     ),
     _cause(
         "the disk is full",
-        "make room where the run directory lies or take another output_dir, keep fewer checkpoints (checkpoint.keep), "
-        "and look at quotas and at /tmp",
+        "free space in the file system of the run directory or set another output_dir, keep fewer checkpoints "
+        "(checkpoint.keep), and check quotas and /tmp",
         r"No space left on device",
         r"Disk quota exceeded",
         r"enforce fail at inline_container\.cc.*unexpected pos",
@@ -101,16 +101,16 @@ CAUSES = (
     ),
     _cause(
         "a network address is in use",
-        "another process took the port in the meantime: start the run again, and look for a process of an earlier run "
-        "that was left on the node",
+        "another process took the port: start the run again, and look for a process that an earlier run left on the "
+        "node",
         r"EADDRINUSE",
         r"[Aa]ddress already in use",
         code=FailureCode.NETWORK,
     ),
     _cause(
         "a collective timed out (NCCL)",
-        "one rank did not come to the collective that the others waited in: look for a rank that is slow, hangs or "
-        "waits for storage (launcher status), and for a network that is stuck (cluster.env: NCCL_DEBUG: INFO)",
+        "a rank did not join the collective that the others waited in: look for a rank that is slow, hangs or waits "
+        "for storage (launcher status), and for a network problem (cluster.env: NCCL_DEBUG: INFO)",
         r"Watchdog caught collective operation timeout",
         r"Some NCCL operations have failed or timed out",
         r"wait timeout after \d+ms",
@@ -118,15 +118,15 @@ CAUSES = (
     ),
     _cause(
         "a collective timed out (gloo)",
-        "one rank did not come to the collective that the others waited in: look for a rank that is slow, hangs or "
-        "waits for storage (launcher status)",
+        "a rank did not join the collective that the others waited in: look for a rank that is slow, hangs or waits "
+        "for storage (launcher status)",
         r"Timed out waiting \d+ms for (?:recv|send) operation",
         r"Application timeout caused pair closure",
         code=FailureCode.TIMEOUT,
     ),
     _cause(
-        "the GPU driver does not fit this torch",
-        "update the driver of the node, or install a torch that was built for its CUDA version",
+        "the GPU driver does not support this torch",
+        "update the node's driver, or install a torch built for its CUDA version",
         r"NVIDIA driver on your system is too old",
         r"CUDA driver version is insufficient",
         r"Driver/library version mismatch",
@@ -134,31 +134,31 @@ CAUSES = (
         r"driver shutting down|system not yet initialized",
     ),
     _cause(
-        "no code for this kind of GPU",
-        "install a torch (and other compiled packages) built for this GPU's architecture, or take other nodes",
+        "a package was not compiled for this GPU architecture",
+        "install a torch (and other compiled packages) built for this GPU architecture, or use other nodes",
         r"no kernel image is available for execution on the device",
         r"not compatible with the current PyTorch installation",
     ),
     _cause(
         "a GPU is broken",
-        "leave the node out (slurm.exclude) and have its GPU looked at: nvidia-smi -q, and Xid messages in dmesg",
+        "exclude the node (slurm.exclude) and check its GPU: nvidia-smi -q, and Xid messages in dmesg",
         r"uncorrectable (?:NVLink|ECC) error",
         r"uncorrectable ECC error encountered",
         r"fallen off the bus",
         r"\bXid\b",
         r"CUDA error: unspecified launch failure",
-        hint_alone="have the GPU looked at: nvidia-smi -q, and Xid messages in dmesg; a reset or a reboot may help",
+        hint_single_node="check the GPU: nvidia-smi -q, and Xid messages in dmesg; a reset or a reboot may help",
     ),
     _cause(
-        "a GPU kernel was given wrong indices or addresses",
-        "mostly a token id beyond the vocabulary, or a bug: run once on one GPU with CUDA_LAUNCH_BLOCKING=1 in "
+        "a GPU kernel got an invalid index or address",
+        "usually a token id beyond the vocabulary, or a bug: run on one GPU with CUDA_LAUNCH_BLOCKING=1 in "
         "cluster.env to see where",
         r"device-side assert triggered",
         r"an illegal memory access was encountered",
     ),
     _cause(
-        "this torch knows no GPU",
-        "install a torch with CUDA on every node, or train on processors with cluster.gpus_per_node=0",
+        "torch finds no GPU",
+        "install a torch with CUDA on every node, or train on CPUs with cluster.gpus_per_node=0",
         r"Torch not compiled with CUDA enabled",
         r"doesn't have NCCL built in",
         r"No CUDA GPUs are available",
@@ -166,8 +166,8 @@ CAUSES = (
         r"Found no NVIDIA driver",
     ),
     _cause(
-        "the network interface is not there",
-        "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names an interface that this node has not: leave it out of "
+        "the network interface does not exist",
+        "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names an interface that this node does not have: remove it from "
         "cluster.env and the environment, or name one that all nodes have",
         r"Unable to find address for: ",
         r"[Nn]o socket interface found",
@@ -182,8 +182,8 @@ CAUSES = (
         code=FailureCode.VERSIONS_DIFFER,
     ),
     _cause(
-        "an installed package does not fit the others",
-        "a compiled package was built for another torch, CUDA or system library: install it anew on the nodes",
+        "an installed package is incompatible with the others",
+        "a compiled package was built for another torch, CUDA or system library: reinstall it on the nodes",
         r"undefined symbol",
         r"version `(?:GLIBC|GLIBCXX|CXXABI)_[\d.]+' not found",
         r"ImportError: .*\.so(?:\.\d+)*: cannot open shared object file",
@@ -198,8 +198,8 @@ CAUSES = (
     ),
     _cause(
         "DeepSpeed cannot compile its kernels",
-        "install a compiler on the nodes (g++, ninja, and for GPUs a CUDA toolkit in CUDA_HOME that fits torch's "
-        "CUDA), or build them before with DS_BUILD_OPS",
+        "install a compiler on the nodes (g++, ninja, and for GPUs a CUDA toolkit in CUDA_HOME that matches torch's "
+        "CUDA version), or build the kernels in advance with DS_BUILD_OPS",
         r"CUDA_HOME does not exist",
         r"CUDAMismatchException",
         r"Ninja is required to load C\+\+ extensions",
@@ -208,8 +208,8 @@ CAUSES = (
         r"fatal error: cuda_runtime",
     ),
     _cause(
-        "a model or data set is not on this machine, and the internet was not asked",
-        "fetch it once where there is internet (the ranks are offline), or give the folder that it lies in",
+        "a model or data set is not on this machine, and downloads are disabled",
+        "download it once on a machine with internet access (the ranks are offline), or give its local folder",
         r"couldn't connect to 'https://huggingface\.co'",
         r"outgoing traffic has been disabled",
         r"OfflineModeIsEnabled",
@@ -217,7 +217,7 @@ CAUSES = (
     ),
     _cause(
         "the hub refuses the model or data set",
-        "accept its conditions on the hub's page, and log in with a token that may read it (HF_TOKEN)",
+        "accept its conditions on its hub page, and log in with a token that has read access (HF_TOKEN)",
         r"GatedRepoError",
         r"[Cc]annot access gated repo",
         r"401 Client Error",
@@ -225,7 +225,7 @@ CAUSES = (
     ),
     _cause(
         "a file is damaged",
-        "a download or copy broke off: fetch it again, or resume from the checkpoint before",
+        "a download or copy was interrupted: download it again, or resume from the previous checkpoint",
         r"Error while deserializing header",
         r"SafetensorError",
         r"PytorchStreamReader failed",
@@ -249,12 +249,12 @@ CAUSES = (
         r"NotADirectoryError",
         r"Stale file handle",
         code=FailureCode.MISSING_FILE,
-        hint_alone="look whether the path in the message exists on the node, and whether something removed it",
+        hint_single_node="check whether the path in the message exists on the node, and whether something removed it",
     ),
     _cause(
-        "the first rank was not reached",
-        "a firewall or the wrong network lies between the nodes, or the first rank ended early: launcher doctor checks "
-        "the way between them",
+        "rank 0 cannot be reached",
+        "a firewall or the wrong network is between the nodes, or rank 0 ended early: launcher doctor checks the "
+        "connections between them",
         r"client socket has timed out",
         r"client socket has failed to connect",
         r"No route to host",
@@ -267,47 +267,47 @@ CAUSES = (
     _cause(
         "the loss is NaN or Inf",
         "resume from the checkpoint with a lower learning rate (launcher resume RUN schedule.peak_lr=…), and look for "
-        "odd rows in the data around that update",
+        "unusual rows in the data around that update",
         r"Current loss scale already at minimum",
         code=FailureCode.NAN_LOSS,
     ),
     _cause(
-        "weights do not fit the model",
-        "the checkpoint or folder belongs to another model or vocabulary: take the one that the run began with",
+        "weights do not match the model",
+        "the checkpoint or folder belongs to another model or vocabulary: use the one that the run started with",
         r"Error\(s\) in loading state_dict",
         r"size mismatch for ",
         code=FailureCode.WEIGHTS_DIFFER,
     ),
     _cause(
         "Slurm ended the job at its time limit",
-        "continue with launcher resume, and ask for more time (slurm.time) or save more often (checkpoint.every)",
+        "continue with launcher resume, and request more time (slurm.time) or save more often (checkpoint.every)",
         r"DUE TO TIME LIMIT",
     ),
     _cause(
-        "Slurm gave the nodes to another job",
-        "continue with launcher resume; with slurm.requeue the job queues itself again",
+        "Slurm preempted the job",
+        "continue with launcher resume; with slurm.requeue Slurm queues the job again",
         r"DUE TO PREEMPTION",
     ),
     _cause(
-        "a node broke down",
-        "continue with launcher resume on other nodes, and leave that node out (slurm.exclude)",
+        "a node failed",
+        "continue with launcher resume on other nodes, and exclude that node (slurm.exclude)",
         r"DUE TO NODE FAILURE",
         r"NODE_FAIL",
         code=FailureCode.NODE_LOST,
-        hint_alone="its agent, a process of Ray, ended: the kernel log (dmesg) shows whether it was killed for lack of "
-        "memory; if not, an operator or a limit ended it. Continue with launcher resume",
+        hint_single_node="its agent, a Ray process, ended: the kernel log (dmesg) shows whether the kernel killed it "
+        "for lack of memory; if not, an operator or a limit ended it. Continue with launcher resume",
     ),
     _cause(
         "Ray's head process ended",
-        "continue with launcher resume; look in the head node's kernel log (dmesg) and Ray's gcs_server log for why it "
-        "ended, and whether the node was short of memory",
+        "continue with launcher resume; the head node's kernel log (dmesg) and Ray's gcs_server log show why it ended, "
+        "and whether the node was short of memory",
         r"Failed to connect to GCS within",
         r"GCS may have been killed",
         code=FailureCode.RAY_LOST,
     ),
     _cause(
-        "another rank went away in the middle of a collective",
-        "this rank only noticed it: look for the rank or node that ended first, in its log and its node's kernel log",
+        "another rank ended during a collective",
+        "this rank only lost its peer: find the rank or node that ended first, in its log and its node's kernel log",
         r"Connection (?:closed|reset) by (?:remote )?peer",
         r"remote process exited or there was a network error",
         r"ncclRemoteError",
@@ -324,29 +324,30 @@ CAUSES = (
         r"NCCL error",
     ),
 )
-"""The first whose pattern is found counts: what is more telling comes first."""
+"""The first cause with a matching pattern counts: more specific patterns come first."""
 
 _BY_SIGNAL = {
     -signal.SIGSEGV: Cause(
         "a crash in compiled code",
-        "a compiled package does not fit the others or the hardware: PYTHONFAULTHANDLER=1 in cluster.env shows where",
+        "a compiled package is incompatible with the others or the hardware: PYTHONFAULTHANDLER=1 in cluster.env shows "
+        "where it crashed",
         FailureCode.RANK_CRASHED,
     ),
     -signal.SIGILL: Cause(
-        "compiled code that this processor does not know",
-        "what was compiled on a newer node was run on an older one: give each kind its TORCH_EXTENSIONS_DIR",
+        "compiled code uses instructions that this CPU does not have",
+        "it was compiled on a newer node and run on an older one: set another TORCH_EXTENSIONS_DIR for each CPU type",
         FailureCode.RANK_CRASHED,
     ),
 }
 
 
-def named(name: str) -> Cause:
+def cause_named(name: str) -> Cause:
     """The cause with this name."""
     return next(cause for cause in CAUSES if cause.name == name)
 
 
 def find_cause(*texts: str | None) -> Cause | None:
-    """The cause that the first telling text shows; None if none does."""
+    """The cause of the first text that matches a known one; None if none does."""
     for text in texts:
         found = next((cause for cause in CAUSES if text and cause.pattern.search(text)), None)
         if found is not None:
@@ -355,7 +356,7 @@ def find_cause(*texts: str | None) -> Cause | None:
 
 
 def cause_of_signal(exit_code: int | None) -> Cause | None:
-    """What is mostly behind an end by this signal, other than SIGKILL; a negative exit status names the signal."""
+    """The usual cause of an end by this signal (a negative exit status), other than SIGKILL; None if not known."""
     if exit_code == -signal.SIGBUS:
-        return named(SHARED_MEMORY)
+        return cause_named(SHARED_MEMORY_FULL)
     return None if exit_code is None else _BY_SIGNAL.get(exit_code)

@@ -1,4 +1,4 @@
-"""The whole of a long metrics.jsonl in a few points, without reading it whole."""
+"""Samples a long metrics.jsonl without reading all of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.watch.session import Record, parsed
+from launcher.watch.run_session import Record, parsed
 
 POINTS = 200
 _WHOLE_BYTES = 128 * 1024
@@ -14,9 +14,9 @@ _LINE_BYTES = 4 * 1024
 
 
 def sampled(path: Path, points: int = POINTS) -> list[Record]:
-    """Lines spread evenly over a file of JSON lines, its first and its last whole ones among them; all of a short one.
+    """Lines spread evenly over a file of JSON lines, with its first and last complete ones; all lines of a short file.
 
-    Lines are taken as they are: what lies between them is not averaged.
+    Lines in between are skipped, not averaged.
     """
     try:
         file = path.open("rb")
@@ -31,16 +31,16 @@ def sampled(path: Path, points: int = POINTS) -> list[Record]:
 
 
 def _spread(file: int, size: int, points: int) -> Iterator[Record]:
-    """One line at each of the points, none twice."""
-    past = -1
+    """One line at each point, none twice."""
+    end = -1
     for point in range(points):
-        wanted = point * (size - _LINE_BYTES) // (points - 1)
-        if wanted <= past:
+        position = point * (size - _LINE_BYTES) // (points - 1)
+        if position <= end:
             continue
-        data = os.pread(file, _LINE_BYTES, wanted)
-        begin = 0 if wanted == 0 else data.find(b"\n") + 1
-        lines = data[begin:].split(b"\n")[:-1]
-        # The last block is wanted for its last line.
+        data = os.pread(file, _LINE_BYTES, position)
+        start = 0 if position == 0 else data.find(b"\n") + 1
+        lines = data[start:].split(b"\n")[:-1]
+        # At the last point, the file's last line is chosen.
         chosen = lines[-1:] if point == points - 1 else lines[:1]
         yield from parsed(chosen)
-        past = wanted + begin + len(chosen[0]) if chosen else past
+        end = position + start + len(chosen[0]) if chosen else end

@@ -1,4 +1,4 @@
-"""What a run directory says of its run at this moment: the state, the nodes it has now, and how it failed."""
+"""A run's present session, read from its directory: the state, the nodes, and the failure."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ records, parsed = read_lines, parse_lines
 
 @dataclass(frozen=True)
 class Session:
-    """The state as state.json has it, and what events.jsonl tells of the time since the run was last placed.
+    """The record in state.json, and the events of events.jsonl since the run was last placed on nodes.
 
-    `nodes` are the "node" events by (node rank, host). `offsets` has for each log folder ever named how many seconds
-    that node's clock is ahead of the supervisor's. `began` is the time of the run's first event. `failure` is the last
-    "failure" event of this time, None without one. `last_phase` is the last state before the run ended.
+    Times are in seconds since the epoch; `start_time` is that of the run's first event. `nodes` are the "node" events
+    by (node rank, host). `offsets` are the seconds by which a node's clock is ahead of the supervisor's, by log folder.
+    `failure` is the session's last "failure" event, or None. `last_phase` is the last state before the run ended.
     """
 
     state: Record
-    began: float | None = None
-    placed: float | None = None
-    heard: float | None = None
+    start_time: float | None = None
+    placed_time: float | None = None
+    last_event_time: float | None = None
     nodes: dict[tuple[int, str], Record] = field(default_factory=dict)
     offsets: dict[str, float] = field(default_factory=dict)
     failure: Record | None = None
@@ -40,7 +40,7 @@ class Session:
 
     @property
     def name(self) -> str:
-        """The state's name; "unknown" where there is no state.json."""
+        """The state's name; "unknown" without a state.json."""
         return str(self.state.get("state", "unknown"))
 
     @property
@@ -49,20 +49,20 @@ class Session:
 
 
 def read_session(run: RunDir) -> Session:
-    """The session of a run; whatever is missing or damaged is left out."""
-    began, placed, heard = None, None, None
+    """The session of a run, without missing or damaged records."""
+    start, placed, last = None, None, None
     nodes: dict[tuple[int, str], Record] = {}
     offsets: dict[str, float] = {}
     failure: Record | None = None
     phase = "planning"
     for event in records(run.events_file):
-        heard = seconds_of(event.get("time")) or heard
-        began = began or heard
+        last = seconds_of(event.get("time")) or last
+        start = start or last
         kind = event.get("event")
         if kind == "resume" or (kind == "state" and event.get("state") == "placing"):
-            nodes, failure, placed = {}, None, heard
+            nodes, failure, placed = {}, None, last
         elif kind == "node":
-            rank, host = whole_of(event.get("node_rank")), text_of(event.get("host"))
+            rank, host = int_of(event.get("node_rank")), text_of(event.get("host"))
             if rank is None or host is None:
                 continue
             nodes[rank, host] = event
@@ -71,11 +71,11 @@ def read_session(run: RunDir) -> Session:
             failure = event
         if kind == "state" and event.get("state") not in ENDED:
             phase = str(event.get("state"))
-    return Session(read_json(run.state_file) or {}, began, placed, heard, nodes, offsets, failure, phase)
+    return Session(read_json(run.state_file) or {}, start, placed, last, nodes, offsets, failure, phase)
 
 
-def is_gone(run: RunDir) -> bool:
-    """Whether the run directory is no longer there."""
+def is_removed(run: RunDir) -> bool:
+    """Whether the run directory no longer exists."""
     try:
         run.path.stat()
     except OSError as error:
@@ -83,13 +83,13 @@ def is_gone(run: RunDir) -> bool:
     return False
 
 
-def gone(run: RunDir) -> RunFailed:
-    """What is told of a run that was removed while it was watched."""
-    return RunFailed(f"the run is gone: {run.path} was removed while it was watched")
+def run_removed(run: RunDir) -> RunFailed:
+    """The error for a run that is removed while it is being watched."""
+    return RunFailed(f"the run directory {run.path} was removed while it was being watched")
 
 
 def seconds_of(time: Any) -> float | None:
-    """Seconds since the epoch of a time as the run's files write it; None where it is none."""
+    """A time from a file of the run, in seconds since the epoch; None for anything else."""
     try:
         return datetime.fromisoformat(time).timestamp()
     except (TypeError, ValueError, OverflowError, OSError):
@@ -97,46 +97,46 @@ def seconds_of(time: Any) -> float | None:
 
 
 def number_of(value: Any) -> float | None:
-    """A finite number from a file of the run; None for anything else, as damage leaves it."""
+    """A finite number from a file of the run; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         return value if math.isfinite(value) else None
-    except OverflowError:  # an integer beyond every float
+    except OverflowError:  # an integer that is too large for a float
         return None
 
 
-def whole_of(value: Any) -> int | None:
-    """A whole number from a file of the run; None for anything else."""
+def int_of(value: Any) -> int | None:
+    """An integer from a file of the run; None for anything else."""
     return int(value) if isinstance(value, int) and number_of(value) is not None else None
 
 
 def text_of(value: Any) -> str | None:
-    """A text from a file of the run, without what cannot be printed; None for anything else."""
+    """A string from a file of the run, with unprintable characters replaced; None for anything else."""
     return value.encode(errors="replace").decode() if isinstance(value, str) else None
 
 
-def touched(run: RunDir) -> float | None:
-    """When the launcher at work last touched its lock, by the file system's clock."""
+def lock_touch_time(run: RunDir) -> float | None:
+    """When the launcher last touched its lock file: seconds since the epoch, by the file system's clock."""
     try:
         return run.lock_file.stat().st_mtime
     except OSError:
         return None
 
 
-def supervisor_gone(run: RunDir, state: Record) -> bool:
-    """Whether the launcher that wrote this state surely ended: it was on this host, and nobody holds the run.
+def supervisor_ended(run: RunDir, state: Record) -> bool:
+    """Whether the launcher that wrote this state has certainly ended: it ran on this host, and the lock is free.
 
-    From another host a free lock may only mean that locks are not seen there: then its heartbeat decides.
+    On another host a free lock is no proof, since locks may not be visible there: then the heartbeat decides.
     """
-    return state.get("host") == socket.gethostname() and is_held(run) is False
+    return state.get("host") == socket.gethostname() and is_locked(run) is False
 
 
-def is_held(run: RunDir) -> bool | None:
-    """Whether a launcher works in the run directory; None if that cannot be known from here."""
+def is_locked(run: RunDir) -> bool | None:
+    """Whether a launcher holds the lock of the run directory; None if this host cannot find out."""
     try:
         with run.lock_file.open("rb") as lock:
-            # A shared lock can be asked for without the right to write.
+            # A shared lock needs no write permission.
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
