@@ -109,18 +109,18 @@ def _shapes(compare: str | None) -> list[str]:
 
 
 def _of_job(path: Path, overrides: list[str], shapes: Sequence[str]) -> Report:
-    from launcher.lr_report.curves import compared, plan_curve
+    from launcher.lr_report.curves import plan_curve, with_shapes
     from launcher.runs.planning import plan_job_file
 
     plan = plan_job_file(path, overrides, lambda progress: typer.echo(f"{progress['message']} …", err=True))
     rate, total = plan.learning_rate, plan.length.total_updates
-    curves = compared(plan_curve(plan), shapes, rate.peak_lr, rate.warmup_updates, total)
+    curves = with_shapes(plan_curve(plan), shapes, rate.peak_lr, rate.warmup_updates, total)
     title = f"{plan.job.name}: {rate.shape}, {total:,} updates, {rate.warmup_updates:,} of warm-up"
     return replace(_of_plan(plan, title, curves), warnings=_own_scheduler_warnings(plan))
 
 
 def _of_run(path: Path, shapes: Sequence[str]) -> Report:
-    from launcher.lr_report.curves import compared
+    from launcher.lr_report.curves import with_shapes
     from launcher.lr_report.run_curves import run_curves
     from launcher.run_dir import RunDir
 
@@ -130,7 +130,7 @@ def _of_run(path: Path, shapes: Sequence[str]) -> Report:
     found = run_curves(run)
     rate, total = found.plan.learning_rate, found.plan.length.total_updates
     first, *others = found.curves
-    overlaid = compared(first, shapes, rate.peak_lr, rate.warmup_updates, total)
+    overlaid = with_shapes(first, shapes, rate.peak_lr, rate.warmup_updates, total)
     title = f"{path.name}: {rate.shape}, {total:,} updates, {rate.warmup_updates:,} of warm-up"
     return replace(
         _of_plan(found.plan, title, [*overlaid, *others]),
@@ -158,7 +158,7 @@ def _of_plan(plan: Plan, title: str, curves: Sequence[Curve]) -> Report:
 
 def _pasted(plan: Plan, blocks: dict[str, Any]) -> tuple[str, ...]:
     """What differs where the blocks are pasted into a DeepSpeed script of one's own."""
-    from launcher.lr_report.report import late_notes
+    from launcher.lr_report.report import paste_notes
     from launcher.plan.revision import extensions
 
     if plan.learning_rate.schedule is None:
@@ -173,7 +173,7 @@ def _pasted(plan: Plan, blocks: dict[str, Any]) -> tuple[str, ...]:
         )
     if extensions(plan):
         return ("The blocks hold the warm-up in force now; the curve before it was lengthened is not in them.",)
-    return late_notes(blocks["scheduler"], blocks["optimizer"]["params"]["lr"])
+    return paste_notes(blocks["scheduler"], blocks["optimizer"]["params"]["lr"])
 
 
 def _own_scheduler_warnings(plan: Plan) -> tuple[str, ...]:
