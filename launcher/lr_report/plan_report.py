@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import Problem, RequestError
-from launcher.lr_report.curves import Curve, compared, plan_curve, plan_marks
-from launcher.lr_report.report import Report, late_notes
+from launcher.lr_report.curves import Curve, plan_curve, plan_marks, with_shapes
+from launcher.lr_report.report import Report, paste_notes
 from launcher.lr_report.run_curves import run_curves
 from launcher.plan.revision import extensions
 from launcher.plan.schema import Plan
@@ -20,7 +20,7 @@ from launcher.schedule.safety import deepspeed_warnings
 def plan_report(plan: Plan, shapes: Sequence[str]) -> Report:
     """The planned curve, with the `shapes` overlaid that have the same peak, warm-up and length."""
     planned, total = plan.learning_rate, plan.length.total_updates
-    curves = compared(plan_curve(plan), shapes, planned.peak_lr, planned.warmup_updates, total)
+    curves = with_shapes(plan_curve(plan), shapes, planned.peak_lr, planned.warmup_updates, total)
     return replace(_of_plan(plan, _title(plan, plan.job.name), curves), warnings=_own_scheduler_warnings(plan))
 
 
@@ -32,7 +32,7 @@ def run_report(path: Path, shapes: Sequence[str]) -> Report:
     found = run_curves(run)
     planned, total = found.plan.learning_rate, found.plan.length.total_updates
     first, *others = found.curves
-    overlaid = compared(first, shapes, planned.peak_lr, planned.warmup_updates, total)
+    overlaid = with_shapes(first, shapes, planned.peak_lr, planned.warmup_updates, total)
     return replace(
         _of_plan(found.plan, _title(found.plan, path.name), [*overlaid, *others]),
         notes=found.notes,
@@ -73,7 +73,7 @@ def _pasted(plan: Plan, blocks: dict[str, Any]) -> tuple[str, ...]:
         )
     if extensions(plan):
         return ("The blocks have the present warm-up; the curve before it was lengthened is not in them.",)
-    return late_notes(blocks["scheduler"], blocks["optimizer"]["params"]["lr"])
+    return paste_notes(blocks["scheduler"], blocks["optimizer"]["params"]["lr"])
 
 
 def _own_scheduler_warnings(plan: Plan) -> tuple[str, ...]:

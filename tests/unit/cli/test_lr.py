@@ -88,7 +88,7 @@ def test_a_job_is_shown_on_80_columns_without_colour(known: Path) -> None:
         "in updates at the peak 505.0",
         "updates at the floor 1",
         "schedule.warmup in the job is 100.",
-        "every rate comes one update later: updates 0 and 1 both run at 1.98e-07",
+        "every learning rate comes one update later: updates 0 and 1 both use 1.98e-07",
         "engine.lr_scheduler.step() once after a fresh deepspeed.initialize",
         '"warmup_max_lr": 2e-05',
     ):
@@ -191,7 +191,7 @@ def test_a_cosine_json_keeps_its_floor_in_the_mend(folder: Path) -> None:
     schedule = make_schedule("cosine", peak_lr=1e-5, warmup_updates=20, total_updates=200, floor=0.05)
     assert found["curves"][1]["rates"] == lr_curve(schedule)
     assert found["blocks"]["optimizer"] == optimizer
-    assert "update 0 runs at 0, and update 1 at 4.762e-07" in found["blocks_notes"][1]
+    assert "update 0 uses 0, and update 1 uses 4.762e-07" in found["blocks_notes"][1]
 
 
 def test_auto_values_are_explained(folder: Path) -> None:
@@ -220,7 +220,7 @@ def test_schedulers_without_a_mend_are_shown(folder: Path) -> None:
     assert found["curves"][0]["rates"] == simulate_deepspeed("OneCycle", params, 1e-3, 30)
     assert (found["blocks"], len(found["curves"])) == (None, 1)
     short = decay_json(folder / "short.json", total_num_steps=10, warmup_num_steps=20)
-    assert "leaves nothing of a run of 10" in as_json("--deepspeed", short)["blocks_notes"][0]
+    assert "is not shorter than the run of 10" in as_json("--deepspeed", short)["blocks_notes"][0]
 
 
 def test_a_run_shows_what_was_planned_extended_and_applied(folder: Path) -> None:
@@ -243,7 +243,7 @@ def test_a_run_shows_what_was_planned_extended_and_applied(folder: Path) -> None
     ]
     assert found["blocks"]["scheduler"]["params"]["warmup_num_steps"] == 40
     ended = command("lr", str(run.path))
-    for said in ("warm-up now 40 updates", "lengthened to 40 updates", "every one at exactly the planned rate"):
+    for said in ("warm-up now 40 updates", "lengthened to 40 updates", "all at exactly the planned learning rate"):
         assert said in " ".join(ended.out.split())
     assert max(len(line) for line in ended.out.splitlines()) <= 80
 
@@ -256,8 +256,8 @@ WARMUP = {"total_num_steps": 10, "warmup_num_steps": 2}
     [
         ({"type": "WarmupDekayLR", "params": {}}, ("scheduler.type", "did you mean WarmupDecayLR?")),
         ({"type": "CosineAnnealingLR", "params": {}}, ("not one of DeepSpeed's schedulers",)),
-        ({"params": {}}, ("a block", "was expected")),
-        ("WarmupLR", ("a block", "was expected")),
+        ({"params": {}}, ("expected a block",)),
+        ("WarmupLR", ("expected a block",)),
         ({"type": "WarmupLR", "params": 3}, ("scheduler.params", "found 3")),
         ({"type": "WarmupDecayLR", "params": {"warmup_num_steps": 5}}, ("total_num_steps is required",)),
         ({"type": "WarmupDecayLR", "params": {**WARMUP, "warmup_num_stps": 1}}, ("did you mean warmup_num_steps?",)),
@@ -266,7 +266,7 @@ WARMUP = {"total_num_steps": 10, "warmup_num_steps": 2}
         ({"type": "WarmupCosineLR", "params": WARMUP}, ("optimizer.params.lr", "is not in this JSON")),
         ({"type": "WarmupLR", "params": {"warmup_max_lr": 1e-5}}, ("--updates N",)),
         ({"type": "WarmupDecayLR", "params": {**WARMUP, "total_num_steps": "auto"}}, ("--updates N",)),
-        (None, ("optimizer.params.lr", "no scheduler names a rate")),
+        (None, ("optimizer.params.lr", "no scheduler sets one")),
     ],
     ids=str,
 )
@@ -286,14 +286,14 @@ def test_a_json_that_gives_no_curve_is_refused_in_its_place(
     [
         ((), "a job file, a run directory or a DeepSpeed JSON is needed"),
         (("missing.yaml",), "there is no such job file"),
-        (("--deepspeed", "missing.json"), "missing.json: --deepspeed: there is no such file"),
+        (("--deepspeed", "missing.json"), "missing.json: --deepspeed: file not found"),
         (("data",), "so it is not a run directory"),
         (("model/config.json",), "launcher lr --deepspeed model/config.json"),
         (("job.yaml", "--updates", "3"), "train.max_steps=N"),
         (("job.yaml", "--compare", "linear,cosin"), "did you mean cosine?"),
         (("job.yaml", "--compare", "zigzag"), "one or more of linear, cosine"),
         (("job.yaml", "--compare", ""), "no shape ''"),
-        (("--deepspeed", "model/config.json", "job.yaml"), "'job.yaml' is no setting"),
+        (("--deepspeed", "model/config.json", "job.yaml"), "'job.yaml' is not a setting"),
         (("job.yaml", "--csv", "nowhere/x.csv"), "nowhere/x.csv: --csv: cannot be written"),
         (("job.yaml", "--png", "data"), "data: --png: cannot be written"),
         (("job.yaml", "schedule.peek_lr=1"), "peak_lr"),
