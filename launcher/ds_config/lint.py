@@ -73,22 +73,22 @@ def _unknown(config: DsConfig, path: str, block: Block, keys: Catalogue) -> Iter
     if block.open and close is None:
         return
     sure = unambiguous_match(name, block.names)
-    silently = "DeepSpeed has no such key here, and " + ("fails on it" if block.model else "silently ignores it")
+    message = "DeepSpeed has no such key here, and " + ("fails on it" if block.model else "silently ignores it")
     # An ignored key is an error if it was certainly meant to have an effect.
     severity: Severity = "error" if block.model or sure or elsewhere else "warning"
     if elsewhere and sure is None:
-        yield finding(config, severity, path, silently, f"Use {elsewhere}.")
+        yield finding(config, severity, path, message, f"Use {elsewhere}.")
     elif close:
         yield finding(
             config,
             severity,
             path,
-            silently,
+            message,
             f"Did you mean {close}?",
             rename(config, path, sure) if sure else None,
         )
     else:
-        yield finding(config, severity, path, silently, "Remove it, or check its name.")
+        yield finding(config, severity, path, message, "Remove it, or check its name.")
 
 
 def _elsewhere(path: str, name: str, keys: Catalogue) -> str | None:
@@ -120,7 +120,7 @@ def _deprecated(config: DsConfig, path: str, value: Any, found_in: Block) -> Ite
     elif name == "stage3_gather_fp16_weights_on_model_save":
         fix = rename(config, path, "stage3_gather_16bit_weights_on_model_save")
     hint = f"Use {new_name} instead." if new_name and not switched_off else "Remove it."
-    if any(config.get(f"{block}.{beside}") is not None for beside in (key.deprecated, new_name)):
+    if any(config.get(f"{block}.{other}") is not None for other in (key.deprecated, new_name)):
         message = f"deprecated, and DeepSpeed fails if {new_name} is set too"
         yield finding(config, "error", path, message, "Remove this one.")
     else:

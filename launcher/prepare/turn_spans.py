@@ -143,8 +143,8 @@ class TurnFinder:
         tails = self._tails(whole, len(whole.messages), anchor, tail)
         if tails is None or tails.plain != tails.prompted:
             return tail
-        asked = whole.tail(self.render, [*whole.messages, {"role": "user", "content": "?"}], anchor, False)
-        return tail if asked is None else tail[: self._before_opener(tail, asked)]
+        with_question = whole.tail(self.render, [*whole.messages, {"role": "user", "content": "?"}], anchor, False)
+        return tail if with_question is None else tail[: self._before_opener(tail, with_question)]
 
     def _may_end_in_a_prompt(self, before: str, tail: str) -> bool:
         """Whether `tail` ends with the text before the turn, as a generation prompt does."""

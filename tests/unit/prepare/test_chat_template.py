@@ -160,7 +160,7 @@ def test_a_generation_prompt_missing_before_answers_is_reported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "messages", "says"),
+    ("name", "messages", "words"),
     [
         ("no_tools", CALLED, r"no_tools does not write tool_calls \(message 2\)"),
         ("chatml", CALLED, "chatml does not write tool_calls"),
@@ -173,9 +173,9 @@ def test_a_generation_prompt_missing_before_answers_is_reported() -> None:
     ],
 )
 def test_rows_with_parts_that_a_template_drops_are_rejected(
-    name: str, messages: list[dict[str, Any]], says: str
+    name: str, messages: list[dict[str, Any]], words: str
 ) -> None:
-    with pytest.raises(BadRow, match=says):
+    with pytest.raises(BadRow, match=words):
         reader(name).read({"messages": messages})
 
 

@@ -29,7 +29,7 @@ def test_parts_are_joined_to_text(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "words"),
     [
         ([{"type": "image_url", "image_url": {"url": "x"}}], "a part of type image_url"),
         ([{"type": "text", "text": "x"}, {"type": "input_audio", "input_audio": {}}], "a part of type input_audio"),
@@ -41,8 +41,8 @@ def test_parts_are_joined_to_text(name: str) -> None:
         (True, "content must be text, found bool"),
     ],
 )
-def test_content_that_is_not_text_is_rejected(content: Any, says: str) -> None:
-    with pytest.raises(BadRow, match=says):
+def test_content_that_is_not_text_is_rejected(content: Any, words: str) -> None:
+    with pytest.raises(BadRow, match=words):
         reader("llama3").read({"messages": [message("user", "q"), message("assistant", content)]})
 
 
@@ -183,7 +183,7 @@ def test_calls_may_be_json_text_or_bare_functions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("calls", "says"),
+    ("calls", "words"),
     [
         ("[…", "tool_calls is text that is not JSON"),
         ([{"function": {"name": "get", "arguments": "{…"}}], "arguments of get is text that is not JSON"),
@@ -192,8 +192,8 @@ def test_calls_may_be_json_text_or_bare_functions() -> None:
         ([3], "a tool call must be an object, found int"),
     ],
 )
-def test_invalid_calls_are_rejected(calls: Any, says: str) -> None:
-    with pytest.raises(BadRow, match=says):
+def test_invalid_calls_are_rejected(calls: Any, words: str) -> None:
+    with pytest.raises(BadRow, match=words):
         reader("qwen25").read({"messages": [*chat("q"), call(tool_calls=calls)]})
 
 

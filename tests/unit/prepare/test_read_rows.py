@@ -167,7 +167,7 @@ def test_zstd_needs_no_extra_package(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says", "line"),
+    ("name", "content", "words", "line"),
     [
         ("x.jsonl", '{"text": "a"}\n{"text": \n', "row 2 cannot be read: not valid JSON in column 10", 2),
         ("x.jsonl", '{"text": \n{"text": "b"}\n', "row 1 cannot be read", 1),
@@ -210,9 +210,11 @@ def test_zstd_needs_no_extra_package(tmp_path: Path) -> None:
         ("x.jsonl", '{"question": "a"}', "columns question do not match any format", None),
     ],
 )
-def test_errors_name_the_row_and_the_line(name: str, content: str, says: str, line: int | None, tmp_path: Path) -> None:
+def test_errors_name_the_row_and_the_line(
+    name: str, content: str, words: str, line: int | None, tmp_path: Path
+) -> None:
     problem = rejected(tmp_path / name, content)
-    assert says in problem.message
+    assert words in problem.message
     assert problem.line == line
     assert (problem.key or "").startswith("data.")
 
@@ -301,14 +303,14 @@ def test_every_type_of_text_in_parquet(kind: Any, dictionary: bool, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "words"),
     [([b"a"], "row 1: text must be text, found bytes"), ([1], "row 1: text must be text, found a number (1)")],
 )
-def test_parquet_columns_that_are_not_text_are_rejected_by_name(values: list[Any], says: str, tmp_path: Path) -> None:
+def test_parquet_columns_without_text_are_rejected_by_name(values: list[Any], words: str, tmp_path: Path) -> None:
     write(tmp_path / "x.parquet", [{"text": value} for value in values])
     with pytest.raises(RequestError) as caught:
         rows_of(tmp_path / "x.parquet")
-    assert says in caught.value.problems[0].message
+    assert words in caught.value.problems[0].message
 
 
 @pytest.mark.parametrize("column", ["messages", "conversations"])

@@ -216,7 +216,7 @@ def test_rows_without_anything_to_learn(row: Row, kind: str, reason: Reason) -> 
 
 
 @pytest.mark.parametrize(
-    ("row", "kind", "says"),
+    ("row", "kind", "words"),
     [
         ({"messages": "hello"}, "messages", "messages is text that is not JSON"),
         ({"messages": 3}, "messages", "messages must be a list, found int"),
@@ -233,8 +233,8 @@ def test_rows_without_anything_to_learn(row: Row, kind: str, reason: Reason) -> 
         ({"messages": chat("q", "a"), "tools": {"a": 1}}, "messages", "tools must be a list of objects"),
     ],
 )
-def test_invalid_rows_are_rejected(row: Row, kind: str, says: str) -> None:
-    with pytest.raises(BadRow, match=says):
+def test_invalid_rows_are_rejected(row: Row, kind: str, words: str) -> None:
+    with pytest.raises(BadRow, match=words):
         read(row, kind)
 
 
