@@ -74,7 +74,7 @@ F = TypeVar("F", bound=ObservedFailure)
 
 
 def code_of_exit(exit_code: int | None) -> FailureCode:
-    """The code of a failure of which only the exit status is known."""
+    """The code for an exit status alone; unknown if it does not determine one."""
     return FailureCode.UNKNOWN if exit_code is None else _EXIT_CODES.get(exit_code, FailureCode.UNKNOWN)
 
 

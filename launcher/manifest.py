@@ -1,4 +1,4 @@
-"""A checkpoint's manifest: it lists every file with its size; since it is written last, it marks completeness."""
+"""A checkpoint's manifest lists every file with its size. It is written last: without it a checkpoint is incomplete."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def checkpoint_fault(checkpoint: Path) -> str | None:
 
 
 def universal_folder(checkpoint: Path) -> Path:
-    """The folder of a checkpoint's universal version, which is for any world size."""
+    """The folder of the checkpoint in universal format, which any world size can load."""
     return checkpoint.with_name(f"{checkpoint.name}-universal")
 
 

@@ -212,7 +212,7 @@ class RunDir:
         append_line(self.events_file, {"time": utc_now(), "event": kind, **details})
 
     def request_stop(self, *, now: bool) -> None:
-        """Requests the run's supervisor, on any host, to stop: `now`, or after this update and a checkpoint."""
+        """Asks the supervisor to stop the run: at once if `now`, else after this update and a checkpoint."""
         by = f"{os.environ.get('USER', os.getuid())}@{socket.gethostname()}"
         write_json(self.stop_file, {"time": utc_now(), "now": now, "by": by})
 

@@ -37,6 +37,7 @@ class Line(NamedTuple):
 
 
 Wanted = Callable[[Line], bool]
+"""Whether a line is selected."""
 
 
 class LineParser:
