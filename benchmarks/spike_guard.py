@@ -158,24 +158,24 @@ def begin_process() -> None:
 
 
 def carry_out(job: dict[str, Any]) -> RunDir:
-    """The run directory of a job that this process, as its one rank, worked off."""
+    """Runs a job in this process as its only rank; returns the run directory."""
     from launcher.job import validate_job
     from launcher.run_dir import RunDir, write_atomic
     from launcher.runs.planning import check_job, make_plan
     from launcher.worker.control import Control
-    from launcher.worker.train import work
+    from launcher.worker.train import run_rank
 
-    class WrittenDown(Control):
-        """The line of a rank without an agent, whose events go where the supervisor would write them."""
+    class RecordingControl(Control):
+        """The control of a rank without an agent: writes the events that the supervisor would write."""
 
-        def tell(self, kind: str, **details: Any) -> None:
+        def record_event(self, kind: str, **details: Any) -> None:
             run.event(kind, **details)
 
     valid = validate_job(job)
     plan = make_plan(valid, check_job(valid, "spike_guard"), lambda _: None)
     run = RunDir.create(Path(job["output_dir"]), job["name"])
     write_atomic(run.plan_file, plan.to_json())
-    work(run.path, run.plan_file, None, WrittenDown(None))
+    run_rank(run.path, run.plan_file, None, RecordingControl(None))
     return run
 
 
@@ -194,7 +194,7 @@ def fine_tune(folder: Path, peak: float, seed: int, remedy: str) -> Outcome:
     lines, evaluations, events = run.metrics(), run.evaluations(), run.events()
     extended = tuple(event["update"] for event in events if event["event"] == "warmup_extended")
     if len(extended) != len(run.plan_revisions()):
-        raise RuntimeError(f"{len(run.plan_revisions())} plan revisions and {len(extended)} events that tell of them")
+        raise RuntimeError(f"{len(run.plan_revisions())} plan revisions and {len(extended)} warmup_extended events")
     return Outcome(
         peak,
         seed,
