@@ -1,4 +1,4 @@
-"""`launcher doctor`: look at the nodes that a job would run on."""
+"""`launcher doctor`: check the nodes that a job would run on."""
 
 from __future__ import annotations
 
@@ -53,23 +53,23 @@ def _check_not_for_slurm(job: Job, job_file: Path) -> None:
 
 def examine(job: Job, world: World, versions: dict[str, str]) -> None:
     """Shows the nodes as they are found. Raises RunFailed where one will not do."""
-    from launcher.fleet.nodes import Needs, Nodes, address_of
-    from launcher.fleet.preflight import Wanted, preflight, refuse
+    from launcher.fleet.nodes import NodeResources, Nodes, address_of
+    from launcher.fleet.preflight import Requirements, preflight, raise_problems
 
     console, shown = RunConsole(), Console(highlight=False, soft_wrap=True)
     output_dir = Path(job.output_dir).expanduser()
     output_dir.mkdir(parents=True, exist_ok=True)
-    nodes = Nodes(Needs.of(world), console.note)
+    nodes = Nodes(NodeResources.of(world), console.note)
     with tempfile.TemporaryDirectory(prefix=".doctor-", dir=output_dir) as folder:
         try:
             nodes.connect(address_of(job.cluster.address))
             nodes.place(job.cluster.wait_seconds)
-            wanted = Wanted(world, versions, 0, os.environ, job.cluster.env)
-            checks = preflight(nodes, wanted, RunDir(Path(folder).resolve()))
+            required = Requirements(world, versions, 0, os.environ, job.cluster.env)
+            checks = preflight(nodes, required, RunDir(Path(folder).resolve()))
         finally:
             nodes.end(0.0)
             nodes.close()
     print_whole(shown, Padding(preflight_table(checks), (0, 0, 1, 0)))
     console.preflight_notes(checks)
-    refuse(checks)
+    raise_problems(checks)
     console.note("[bold green]every node will do[/]")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import Problem, RequestError, RunFailed
-from launcher.fleet.network import Doorbell, free_ports, interface_of, own_addresses, reach
+from launcher.fleet.network import ProbePort, free_ports, interface_of, own_addresses, reach
 from launcher.run_dir import RunDir
 from launcher.slurm import rendezvous
 from launcher.slurm.allocation import Allocation
@@ -165,12 +165,12 @@ def test_a_node_that_came_and_failed_is_told_with_the_log_of_its_own_host(tmp_pa
 
 
 def test_a_doorbell_shows_the_interface_by_which_it_is_reached() -> None:
-    doorbell = Doorbell()
-    reached = reach("127.0.0.1", doorbell.port, 5.0)
+    probe_port = ProbePort()
+    reached = reach("127.0.0.1", probe_port.port, 5.0)
     assert (reached.address, reached.interface) == ("127.0.0.1", "lo")
-    doorbell.close()
+    probe_port.close()
     with pytest.raises(OSError):
-        reach("127.0.0.1", doorbell.port, 1.0)
+        reach("127.0.0.1", probe_port.port, 1.0)
     assert interface_of("192.0.2.77") is None
 
 
