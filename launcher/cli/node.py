@@ -30,7 +30,7 @@ from launcher.prepare.machine import measure_machine
 from launcher.run_dir import ENDED, RunDir
 from launcher.runs.planning import Checked, check_job, check_script_job, make_plan, make_script_plan
 from launcher.slurm.allocation import Allocation, read_allocation, run_stamp
-from launcher.slurm.startup_errors import Refusals
+from launcher.slurm.startup_errors import StartupErrors
 
 _THIS_MACHINE, _OWN_RAY = "local", "cluster.address=auto"
 _DOCTOR = ".doctor"
@@ -90,38 +90,38 @@ def node(
     with placing(job_file, overrides):
         allocation = read_allocation(os.environ)
     directory = _run_directory(job, _DOCTOR if doctor else job.name, allocation.stamp)
-    with _refusing(directory, allocation) as refusals:
+    with _refusing(directory, allocation) as startup_errors:
         overrides = [*overrides, *_settled_by(allocation, job)]
         job = read(job_file, overrides)
         work = _Work(job, job_file, overrides, script_here(arguments) if arguments else None)
         checked = _checked(work, allocation)
         if allocation.node != 0:
-            _attend(job, allocation, directory, refusals)
+            _attend(job, allocation, directory, startup_errors)
         elif doctor:
-            _examine_first(work, allocation, refusals, checked.machine)
+            _examine_first(work, allocation, startup_errors, checked.machine)
         else:
-            _first(work, allocation, refusals, checked)
+            _first(work, allocation, startup_errors, checked)
 
 
 @contextmanager
-def _refusing(directory: RunDir, allocation: Allocation) -> Iterator[Refusals]:
+def _refusing(directory: RunDir, allocation: Allocation) -> Iterator[StartupErrors]:
     """Where a node ends before it has met the others, they are told, and none waits for it."""
     signal.signal(signal.SIGTERM, _interrupt)
-    refusals = Refusals(directory, allocation)
-    with refusals.told():
-        yield refusals
+    startup_errors = StartupErrors(directory, allocation)
+    with startup_errors.reported():
+        yield startup_errors
 
 
-def _first(work: _Work, allocation: Allocation, refusals: Refusals, checked: Checked) -> None:
+def _first(work: _Work, allocation: Allocation, startup_errors: StartupErrors, checked: Checked) -> None:
     directory, again = _directory(work.job, allocation)
     act = partial(work.carry_out, checked, directory)
     if again:
         act = partial(run_again, directory) if work.script else partial(go_on, directory, [], RunConsole())
-    _with_a_ray(work.job, allocation, directory, refusals, act)
+    _with_a_ray(work.job, allocation, directory, startup_errors, act)
 
 
 def _with_a_ray(
-    job: Job, allocation: Allocation, directory: RunDir, refusals: Refusals, act: Callable[[], None]
+    job: Job, allocation: Allocation, directory: RunDir, startup_errors: StartupErrors, act: Callable[[], None]
 ) -> None:
     """Does what the first node is for, on a Ray of all nodes. It may be cancelled while that is brought up."""
     from launcher.slurm.ray_cluster import first_node
@@ -131,7 +131,7 @@ def _with_a_ray(
         listening.enter_context(interruptible(console, directory))
         directory.enter("placing")
         console.note(_bringing_up(allocation))
-        with first_node(allocation, directory, job.cluster.wait_seconds, refusals):
+        with first_node(allocation, directory, job.cluster.wait_seconds, startup_errors):
             # Two that listen would take one request for two: from here on `act` does.
             listening.close()
             act()
@@ -143,7 +143,7 @@ def _resume(run: Path, overrides: list[str], stop: bool) -> None:
         _request_stop(planned_run(run))
         return
     allocation = read_allocation(os.environ)
-    with _refusing(RunDir(run.resolve()), allocation) as refusals:
+    with _refusing(RunDir(run.resolve()), allocation) as startup_errors:
         directory = planned_run(run)
         before = where_to_go_on(directory).plan
         if before.world.nodes != allocation.nodes and not _names(overrides, "nodes"):
@@ -154,13 +154,13 @@ def _resume(run: Path, overrides: list[str], stop: bool) -> None:
         job = rest.plan.job
         _check_allocation(job, allocation, measure_machine())
         if allocation.node != 0:
-            _attend(job, allocation, directory, refusals)
+            _attend(job, allocation, directory, startup_errors)
             return
         act = partial(go_on, directory, overrides, RunConsole(), rest)
-        _with_a_ray(job, allocation, directory, refusals, act)
+        _with_a_ray(job, allocation, directory, startup_errors, act)
 
 
-def _examine_first(work: _Work, allocation: Allocation, refusals: Refusals, machine: MachineFacts) -> None:
+def _examine_first(work: _Work, allocation: Allocation, startup_errors: StartupErrors, machine: MachineFacts) -> None:
     from launcher.slurm.ray_cluster import first_node
 
     job, output_dir = work.job, Path(work.job.output_dir).expanduser()
@@ -169,7 +169,7 @@ def _examine_first(work: _Work, allocation: Allocation, refusals: Refusals, mach
     directory = RunDir.create(output_dir, _DOCTOR, allocation.stamp)
     try:
         RunConsole().note(_bringing_up(allocation))
-        with first_node(allocation, directory, job.cluster.wait_seconds, refusals):
+        with first_node(allocation, directory, job.cluster.wait_seconds, startup_errors):
             examine(job, resolve_world(job, machine), machine.versions)
     finally:
         shutil.rmtree(directory.path)
@@ -209,11 +209,11 @@ def _stopped_by(directory: RunDir) -> str:
     return f"cancelled by {request['by']}" if request else "interrupted"
 
 
-def _attend(job: Job, allocation: Allocation, directory: RunDir, refusals: Refusals) -> None:
+def _attend(job: Job, allocation: Allocation, directory: RunDir, startup_errors: StartupErrors) -> None:
     """Lends this node to the first one."""
     from launcher.slurm.ray_cluster import other_node
 
-    other_node(allocation, directory, job.cluster.wait_seconds, refusals, _leave_the_end_to_the_first)
+    other_node(allocation, directory, job.cluster.wait_seconds, startup_errors, _leave_the_end_to_the_first)
 
 
 def _leave_the_end_to_the_first() -> None:

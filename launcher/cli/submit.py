@@ -133,13 +133,13 @@ def _to_slurm(
     resume: bool,
 ) -> None:
     from launcher.slurm.options import gpus_per_node
-    from launcher.slurm.submit import described, read_templates, slurm_request, submit_request, surroundings
+    from launcher.slurm.submit import describe_submission, read_templates, slurm_request, submit_context, submit_request
 
     messages = Console(stderr=True, highlight=False, soft_wrap=True)
     cluster = job.cluster.model_copy(update={"gpus_per_node": gpus_per_node(job)})
     if overrides or not resume:
         _check(job.model_copy(update={"cluster": cluster}), job_file, script)
-    here = surroundings()
+    here = submit_context()
     words = [*overrides, *(["--", *script.arguments] if script else [])]
     request = slurm_request(job, job_file, words, here, read_templates(job, here.cwd), resume=resume)
     if cluster.gpus_per_node and job.slurm.cpus_per_task is None and not job.slurm.exclusive:
@@ -151,7 +151,7 @@ def _to_slurm(
     submitted, said = submit_request(request, os.environ)
     if said:
         _note(messages, said)
-    typer.echo(str(submitted) if parsable else described(request, submitted))
+    typer.echo(str(submitted) if parsable else describe_submission(request, submitted))
 
 
 def _check(job: Job, job_file: Path, script: Script | None) -> None:
@@ -193,23 +193,23 @@ def _to_ray(
 
 def _check_uploaded(job: Job) -> None:
     """Raises RequestError for a model or data that would be uploaded from this folder and are not in it."""
-    from launcher.ray_jobs import uploaded_as
+    from launcher.ray_jobs import path_in_upload
 
     here = Path.cwd()
-    if uploaded_as(job.model.name_or_path, here):
+    if path_in_upload(job.model.name_or_path, here):
         find_model_folder(job.model.name_or_path, job.model.gguf_file)
     for key in ("train", "eval"):
         named = getattr(job.data, key)
         names = [named] if isinstance(named, str) else named if isinstance(named, list) else []
-        if names and all(uploaded_as(name, here) for name in names):
+        if names and all(path_in_upload(name, here) for name in names):
             find_data(named, f"data.{key}")
 
 
 def _check_for_elsewhere(job: Job, job_file: Path) -> None:
     """Raises RequestError for what is wrong wherever the job runs. Paths of the cluster's own are not looked at."""
-    from launcher.ray_jobs import uploaded_as
+    from launcher.ray_jobs import path_in_upload
 
-    if isinstance(job.deepspeed, str) and not uploaded_as(job.deepspeed, Path.cwd()):
+    if isinstance(job.deepspeed, str) and not path_in_upload(job.deepspeed, Path.cwd()):
         return
     user = load_ds_config(job, str(job_file))
     if job.cluster.gpus_per_node == "auto":
