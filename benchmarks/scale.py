@@ -28,8 +28,8 @@ import psutil
 import ray
 
 from launcher.fleet.agent import Agent, NodeTask
-from launcher.fleet.nodes import Needs, Node, Nodes
-from launcher.fleet.preflight import Wanted, look
+from launcher.fleet.nodes import Node, NodeResources, Nodes
+from launcher.fleet.preflight import Requirements, inspect_nodes
 from launcher.plan.schema import World
 from launcher.prepare.machine import installed_versions
 from launcher.run_dir import RunDir, utc_now, write_json
@@ -73,7 +73,7 @@ def simulated_nodes(count: int) -> Nodes:
     # Every agent has one call that waits for events, in addition to calls that return at once.
     remote = ray.remote(Hub).options(num_cpus=1, max_concurrency=2 * each + 8)
     actors = [remote.remote(each) for _ in range(hubs)]
-    nodes = Nodes(Needs(count, cpus=1, gpus=0), print)
+    nodes = Nodes(NodeResources(count, cpus=1, gpus=0), print)
     agents = [AgentInHub(actors[index % hubs], index // hubs) for index in range(count)]
     nodes.nodes = [Node(agent, f"host-{index:03d}", "127.0.0.1", (), "lo") for index, agent in enumerate(agents)]
     nodes.ask("describe", [()] * count)
@@ -92,12 +92,12 @@ def supervise(count: int, seconds: float) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir.create(Path(folder), "scale")
         world = World(nodes=1, processes_per_node=RANKS, device="cpu", backend="gloo", threads_per_process=1)
-        wanted = Wanted(world, installed_versions(), 0, {}, {})
+        required = Requirements(world, installed_versions(), 0, {}, {})
         found = {
             "ways": timed(nodes._find_interfaces),
             "clocks": timed(nodes._compare_clocks),
-            # Without the all-reduce, which would need one process per node.
-            "preflight": timed(lambda: look(nodes, wanted, run)),
+            # Without the all-reduce, which would take a process a node.
+            "preflight": timed(lambda: inspect_nodes(nodes, required, run)),
             "start": timed(lambda: nodes.start([task(run, rank) for rank in range(count)])),
             "port": timed(lambda: nodes.free_port(0)),
             "order": timed(lambda: nodes.order(go={"env": {}, "start": None})),
@@ -137,7 +137,7 @@ def place(count: int) -> float:
         for _ in range(count - 1):
             cluster.add_node(num_cpus=1)
         ray.init(address=cluster.address, log_to_driver=False)
-        nodes = Nodes(Needs(count, cpus=1, gpus=0), print)
+        nodes = Nodes(NodeResources(count, cpus=1, gpus=0), print)
         return timed(lambda: nodes.place(120.0))
     finally:
         ray.shutdown()

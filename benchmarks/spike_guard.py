@@ -158,23 +158,23 @@ def begin_process() -> None:
 
 
 def carry_out(job: dict[str, Any]) -> RunDir:
-    """Runs a job in this process, as its single rank; returns its run directory."""
+    """Runs a job in this process as its only rank; returns the run directory."""
     from launcher.job import load_job
     from launcher.run_dir import RunDir, write_atomic
     from launcher.runs.planning import make_plan
     from launcher.worker.control import Control
-    from launcher.worker.train import work
+    from launcher.worker.train import run_rank
 
-    class EventWriter(Control):
-        """The connection of a rank without an agent: it writes events itself, like the supervisor."""
+    class RecordingControl(Control):
+        """The control of a rank without an agent: writes the events that the supervisor would write."""
 
-        def tell(self, kind: str, **details: Any) -> None:
+        def record_event(self, kind: str, **details: Any) -> None:
             run.event(kind, **details)
 
     plan = make_plan(load_job(job))
     run = RunDir.create(Path(job["output_dir"]), job["name"])
     write_atomic(run.plan_file, plan.to_json())
-    work(run.path, run.plan_file, None, EventWriter(None))
+    run_rank(run.path, run.plan_file, None, RecordingControl(None))
     return run
 
 
@@ -193,7 +193,7 @@ def fine_tune(folder: Path, peak: float, seed: int, remedy: str) -> Outcome:
     lines, evaluations, events = run.metrics(), run.evaluations(), run.events()
     extended = tuple(event["update"] for event in events if event["event"] == "warmup_extended")
     if len(extended) != len(run.plan_revisions()):
-        raise RuntimeError(f"{len(run.plan_revisions())} plan revisions, but {len(extended)} warmup_extended events")
+        raise RuntimeError(f"{len(run.plan_revisions())} plan revisions and {len(extended)} warmup_extended events")
     return Outcome(
         peak,
         seed,

@@ -1,4 +1,4 @@
-"""What went wrong first: a pure function of what the ranks reported."""
+"""The first failure: a pure function of the reports of the ranks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from launcher.first_failure import code_of_exit, find_first
 
 @dataclass(frozen=True)
 class Failure:
-    """A rank that failed (None for a whole node that was lost), and how. `time` is in seconds since the epoch.
+    """The failure of a rank, or of a whole node (`rank` is None). `time` is in seconds since the epoch.
 
-    `how` is for people. `exit_code` is negative for a signal, and None before the exit is known. `code` is what the
-    rank itself reported, else what its exit status says.
+    `how` is for people. `exit_code` is negative for a signal, and None until the exit is known. `code` is the code that
+    the rank reported, or one derived from its exit status.
     """
 
     rank: int | None
@@ -30,16 +30,16 @@ class Failure:
 
 
 def first_failure(events: Iterable[dict[str, Any]]) -> Failure | None:
-    """The failure that began it; those that only fell after it are not the cause."""
+    """The failure that caused the others; None if nothing failed."""
     return next(iter(all_failures(events)), None)
 
 
 def all_failures(events: Iterable[dict[str, Any]], clock_offsets: Sequence[float] = ()) -> list[Failure]:
-    """Every rank's failure: that which began it, then the others in order of time.
+    """Every rank's failure: first the one that caused the others, then the rest by time.
 
-    Times are corrected by how far the clock of each node is ahead.
+    `clock_offsets` is how far the clock of each node is ahead, in seconds; times are corrected by it.
 
-    A rank tells an exception before it lets go of its peers, so the time of that report counts rather than its exit's.
+    A rank reports an exception before its peers can notice, so the time of the report counts, not that of the exit.
     """
     failures: dict[Any, Failure] = {}
     for event in events:
@@ -53,20 +53,20 @@ def all_failures(events: Iterable[dict[str, Any]], clock_offsets: Sequence[float
         if known is None:
             failures[key] = found
         elif (known.error is None) != (found.error is None):
-            told, ended = (known, found) if found.error is None else (found, known)
-            failures[key] = replace(told, how=ended.how, exit_code=ended.exit_code)
-    return in_order(failures.values())
+            reported, ended = (known, found) if found.error is None else (found, known)
+            failures[key] = replace(reported, how=ended.how, exit_code=ended.exit_code)
+    return sort_failures(failures.values())
 
 
-def in_order(failures: Iterable[Failure]) -> list[Failure]:
-    """That which began it, then the others in order of time."""
+def sort_failures(failures: Iterable[Failure]) -> list[Failure]:
+    """First the failure that caused the others, then the rest by time."""
     ordered = sorted(failures, key=lambda failure: failure.time)
     first = find_first(ordered) if ordered else None
     return sorted(ordered, key=lambda failure: failure is not first)
 
 
 def describe_exit(code: int) -> str:
-    """An exit status in words: a code, or the signal's name."""
+    """Describes an exit status: its code, or the name of the signal."""
     if code >= 0:
         return f"exit code {code}"
     try:

@@ -43,24 +43,24 @@ def _check_not_for_slurm(loaded: LoadedJob) -> None:
 
 def examine(inputs: PlanInputs[AnyJob]) -> None:
     """Prints the nodes as they are found. Raises RunFailed if one is unfit."""
-    from launcher.fleet.nodes import Needs, Nodes, address_of
-    from launcher.fleet.preflight import Wanted, preflight, refuse
+    from launcher.fleet.nodes import NodeResources, Nodes, address_of
+    from launcher.fleet.preflight import Requirements, preflight, raise_problems
 
     job, world = inputs.job, inputs.world
     console, shown = RunConsole(), Console(highlight=False, soft_wrap=True)
     output_dir = user_path(job.output_dir, "output_dir")
     output_dir.mkdir(parents=True, exist_ok=True)
-    nodes = Nodes(Needs.of(world), console.note)
+    nodes = Nodes(NodeResources.of(world), console.note)
     with tempfile.TemporaryDirectory(prefix=".doctor-", dir=output_dir) as folder:
         try:
             nodes.connect(address_of(job.cluster.address))
             nodes.place(job.cluster.wait_seconds)
-            wanted = Wanted(world, inputs.machine.versions, 0, os.environ, job.cluster.env)
-            checks = preflight(nodes, wanted, RunDir(Path(folder).resolve()))
+            required = Requirements(world, inputs.machine.versions, 0, os.environ, job.cluster.env)
+            checks = preflight(nodes, required, RunDir(Path(folder).resolve()))
         finally:
             nodes.end(0.0)
             nodes.close()
     print_whole(shown, Padding(preflight_table(checks), (0, 0, 1, 0)))
     console.preflight_notes(checks)
-    refuse(checks)
+    raise_problems(checks)
     console.note("[bold green]every node is fit[/]")

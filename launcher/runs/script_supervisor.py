@@ -82,7 +82,7 @@ class ScriptSupervisor(Supervisor):
         self.run_dir.event("other_rate", update=update, lr=rate, planned_lr=planned, reason=reason)
         self.console.note(f"          another rate: {reason}")
 
-    def _room_bytes(self) -> int:
+    def _disk_bytes(self) -> int:
         return 0
 
     def provide_data(self) -> None:
@@ -90,7 +90,7 @@ class ScriptSupervisor(Supervisor):
         script = self.script
         first = script.arguments[0]
         file = [] if first == "-m" else [str(Path(script.folder) / first)]
-        self.nodes.check_sees([str(self.plan_file), script.folder, *file])
+        self.nodes.check_visible([str(self.plan_file), script.folder, *file])
 
     def _task(self, node_rank: int, node: Node) -> NodeTask:
         arguments = filled_arguments(self.plan, self.script, self._places())

@@ -30,7 +30,7 @@ from launcher.runs.run import run_checked
 from launcher.runs.run_lock import only_launcher_of
 from launcher.runs.script import check_script, run_script_again
 from launcher.slurm.allocation import Allocation, read_allocation, run_stamp
-from launcher.slurm.startup_errors import Refusals
+from launcher.slurm.startup_errors import StartupErrors
 
 _THIS_MACHINE, _OWN_RAY = "local", "cluster.address=auto"
 _DOCTOR = ".doctor"
@@ -42,23 +42,23 @@ def run_on_node(job_file: Path, overrides: Sequence[str], command: Sequence[str]
     The first node carries out the run, on a Ray of all nodes; the others lend themselves to it.
     """
     job, allocation = _job_and_allocation(job_file, overrides, command)
-    with _reporting_errors(_run_directory(job, job.name, allocation.stamp), allocation) as refusals:
+    with _reporting_errors(_run_directory(job, job.name, allocation.stamp), allocation) as errors:
         checked = _checked(_in_allocation(job_file, overrides, command, allocation, job), allocation)
         job = checked.loaded.job
         if allocation.node != 0:
-            return _lend(job, allocation, _run_directory(job, job.name, allocation.stamp), refusals)
+            return _lend(job, allocation, _run_directory(job, job.name, allocation.stamp), errors)
         directory, again = _directory(job, allocation)
         act = partial(run_checked, checked, directory, RunConsole())
         if again:
             script = isinstance(job, ScriptJob)
             act = partial(run_script_again, directory) if script else partial(resume_held, directory, [], RunConsole())
-        return _on_a_ray(job, allocation, directory, refusals, act)
+        return _on_a_ray(job, allocation, directory, errors, act)
 
 
 def resume_on_node(run: Path, overrides: list[str]) -> int:
     """Resumes a run in an allocation that may be another one, with another number of nodes. As `run_on_node`."""
     allocation = read_allocation(os.environ)
-    with _reporting_errors(RunDir(run.resolve()), allocation) as refusals:
+    with _reporting_errors(RunDir(run.resolve()), allocation) as errors:
         directory = planned_run(run)
         before = rest_as_planned(directory).plan
         if before.world.nodes != allocation.nodes and not sets_key(overrides, "cluster", "nodes"):
@@ -69,9 +69,9 @@ def resume_on_node(run: Path, overrides: list[str]) -> int:
         job = rest.plan.job
         _check_allocation(job, allocation, measure_machine())
         if allocation.node != 0:
-            return _lend(job, allocation, directory, refusals)
+            return _lend(job, allocation, directory, errors)
         act = partial(resume_held, directory, overrides, RunConsole(), rest)
-        return _on_a_ray(job, allocation, directory, refusals, act)
+        return _on_a_ray(job, allocation, directory, errors, act)
 
 
 def examine_on_node(job_file: Path, overrides: Sequence[str], command: Sequence[str] | None) -> int:
@@ -80,17 +80,17 @@ def examine_on_node(job_file: Path, overrides: Sequence[str], command: Sequence[
 
     job, allocation = _job_and_allocation(job_file, overrides, command)
     path = _run_directory(job, _DOCTOR, allocation.stamp)
-    with _reporting_errors(path, allocation) as refusals:
+    with _reporting_errors(path, allocation) as errors:
         checked = _checked(_in_allocation(job_file, overrides, command, allocation, job), allocation)
         job = checked.loaded.job
         if allocation.node != 0:
-            return _lend(job, allocation, path, refusals)
+            return _lend(job, allocation, path, errors)
         # A doctor that was killed in this allocation has left a directory of the same name.
         shutil.rmtree(path.path, ignore_errors=True)
         directory = RunDir.create(user_path(job.output_dir, "output_dir"), _DOCTOR, allocation.stamp)
         try:
             RunConsole().note(_starting_ray(allocation))
-            with first_node(allocation, directory, job.cluster.wait_seconds, refusals):
+            with first_node(allocation, directory, job.cluster.wait_seconds, errors):
                 examine(checked.inputs)
         finally:
             shutil.rmtree(directory.path)
@@ -124,16 +124,16 @@ def _in_allocation(
 
 
 @contextmanager
-def _reporting_errors(directory: RunDir, allocation: Allocation) -> Iterator[Refusals]:
+def _reporting_errors(directory: RunDir, allocation: Allocation) -> Iterator[StartupErrors]:
     """Reports an error of this node to the other nodes if they have not met yet, so that none waits for it."""
     signal.signal(signal.SIGTERM, _interrupt)
-    refusals = Refusals(directory, allocation)
-    with refusals.told():
-        yield refusals
+    errors = StartupErrors(directory, allocation)
+    with errors.reported():
+        yield errors
 
 
 def _on_a_ray(
-    job: AnyJob, allocation: Allocation, directory: RunDir, refusals: Refusals, act: Callable[[], RunResult]
+    job: AnyJob, allocation: Allocation, directory: RunDir, errors: StartupErrors, act: Callable[[], RunResult]
 ) -> int:
     """Carries out the run on a Ray of all nodes. The run can be cancelled while that Ray starts."""
     from launcher.slurm.ray_cluster import first_node
@@ -143,7 +143,7 @@ def _on_a_ray(
         listening.enter_context(interruptible(console, directory))
         directory.enter("placing")
         console.note(_starting_ray(allocation))
-        with first_node(allocation, directory, job.cluster.wait_seconds, refusals):
+        with first_node(allocation, directory, job.cluster.wait_seconds, errors):
             # Two readers of requests would take one request for two: from here on `act` reads them.
             listening.close()
             return act().exit_status
@@ -185,11 +185,11 @@ def _stopped_by(directory: RunDir) -> str:
     return f"cancelled by {request['by']}" if request else "interrupted"
 
 
-def _lend(job: AnyJob, allocation: Allocation, directory: RunDir, refusals: Refusals) -> int:
+def _lend(job: AnyJob, allocation: Allocation, directory: RunDir, errors: StartupErrors) -> int:
     """Lends this node to the first one until the run ends."""
     from launcher.slurm.ray_cluster import other_node
 
-    other_node(allocation, directory, job.cluster.wait_seconds, refusals, _ignore_stop_signals)
+    other_node(allocation, directory, job.cluster.wait_seconds, errors, _ignore_stop_signals)
     return 0
 
 

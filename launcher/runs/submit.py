@@ -70,7 +70,7 @@ def choose_target(job: AnyJob, address: str | None) -> Target:
 def to_slurm(submission: Submission, loaded: LoadedJob) -> None:
     """Submits a job to Slurm, or prints what would be submitted. Raises RequestError."""
     from launcher.slurm.options import gpus_per_node
-    from launcher.slurm.submit import described, read_templates, slurm_request, submit_request, surroundings
+    from launcher.slurm.submit import describe_submission, read_templates, slurm_request, submit_context, submit_request
 
     with loaded.placing():
         messages = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -78,7 +78,7 @@ def to_slurm(submission: Submission, loaded: LoadedJob) -> None:
         cluster = job.cluster.model_copy(update={"gpus_per_node": gpus_per_node(job)})
         if submission.overrides or not submission.resume:
             _check(replace(loaded, job=job.model_copy(update={"cluster": cluster})))
-        here = surroundings()
+        here = submit_context()
         words = [*submission.overrides, *(["--", *submission.command] if submission.command else [])]
         request = slurm_request(
             job, submission.path, words, here, read_templates(job, here.cwd), resume=submission.resume
@@ -92,7 +92,7 @@ def to_slurm(submission: Submission, loaded: LoadedJob) -> None:
         submitted, answer = submit_request(request, os.environ)
         if answer:
             _note(messages, answer)
-        submission.echo(str(submitted) if submission.print_id else described(request, submitted))
+        submission.echo(str(submitted) if submission.print_id else describe_submission(request, submitted))
 
 
 def to_ray(submission: Submission, loaded: LoadedJob, address: str | None, *, follow: bool) -> int:
@@ -138,24 +138,24 @@ def _note(messages: Console, text: str) -> None:
 
 def _check_uploaded(job: Job) -> None:
     """Raises RequestError for a model or data that would be uploaded from this folder and are not in it."""
-    from launcher.ray_jobs import uploaded_as
+    from launcher.ray_jobs import path_in_upload
 
     here = Path.cwd()
-    if uploaded_as(job.model.name_or_path, here):
+    if path_in_upload(job.model.name_or_path, here):
         find_model_folder(job.model.name_or_path, job.model.gguf_file)
     for key in ("train", "eval"):
         named = getattr(job.data, key)
         names = [named] if isinstance(named, str) else named if isinstance(named, list) else []
-        if names and all(uploaded_as(name, here) for name in names):
+        if names and all(path_in_upload(name, here) for name in names):
             find_data(named, f"data.{key}")
 
 
 def _check_for_elsewhere(loaded: LoadedJob) -> None:
     """Raises RequestError for what is wrong wherever the job runs. Paths on the cluster are not checked."""
-    from launcher.ray_jobs import uploaded_as
+    from launcher.ray_jobs import path_in_upload
 
     job = loaded.job
-    if isinstance(job.deepspeed, str) and not uploaded_as(job.deepspeed, Path.cwd()):
+    if isinstance(job.deepspeed, str) and not path_in_upload(job.deepspeed, Path.cwd()):
         return
     user = load_ds_config(loaded)
     if job.cluster.gpus_per_node == "auto":

@@ -26,9 +26,9 @@ from launcher.first_failure import (
 )
 from launcher.fleet.agent import Event, NodeTask
 from launcher.fleet.environment import rank_environment
-from launcher.fleet.failures import Failure, all_failures, first_failure, in_order
-from launcher.fleet.nodes import Needs, Node, Nodes, address_of
-from launcher.fleet.preflight import NodeCheck, Wanted, preflight, refuse, room_bytes
+from launcher.fleet.failures import Failure, all_failures, first_failure, sort_failures
+from launcher.fleet.nodes import Node, NodeResources, Nodes, address_of
+from launcher.fleet.preflight import NodeCheck, Requirements, disk_bytes, preflight, raise_problems
 from launcher.fleet.ray_head import RayHead, head_of_this_ray
 from launcher.plan.packages import needed_packages
 from launcher.plan.resume import Start
@@ -78,7 +78,7 @@ class Supervisor:
     def __init__(self, plan: Plan, plan_file: Path, run: RunDir, console: Console) -> None:
         self.plan_file = plan_file
         self.plan, self.run_dir, self.console = plan, run, console
-        self.nodes = Nodes(Needs.of(plan.world), console.note)
+        self.nodes = Nodes(NodeResources.of(plan.world), console.note)
         self.events: list[Event] = []
         self.stop_signal = 0
         self.phase: str | None = None
@@ -156,10 +156,10 @@ class Supervisor:
         versions = self.plan.machine.versions
         packages = needed_packages(self.plan.ds_config)
         env = self.plan.job.cluster.env
-        wanted = Wanted(self.plan.world, versions, self._room_bytes(), os.environ, env, packages)
-        checks = preflight(self.nodes, wanted, self.run_dir)
+        required = Requirements(self.plan.world, versions, self._disk_bytes(), os.environ, env, packages)
+        checks = preflight(self.nodes, required, self.run_dir)
         self.console.preflight(checks)
-        refuse(checks)
+        raise_problems(checks)
 
     def follow(self) -> Outcome:
         """Hears the ranks until the last has ended."""
@@ -244,16 +244,16 @@ class Supervisor:
         if kind in _TOLD:
             self.console.note(f"          {_TOLD[kind]}: {details.get('reason', details)}")
 
-    def _room_bytes(self) -> int:
-        return room_bytes(self.plan)
+    def _disk_bytes(self) -> int:
+        return disk_bytes(self.plan)
 
     def provide_data(self) -> None:
         """Sees to it that every node has the plan, the model and the data. Raises RunFailed."""
         data = self.plan.training.data
         prepared = [self.plan.training.model.folder, data.train.folder, *([data.eval.folder] if data.eval else [])]
-        self.nodes.check_sees([str(self.plan_file)])
-        self.nodes.provide(self.plan, prepared)
-        self.nodes.check_sees(prepared)
+        self.nodes.check_visible([str(self.plan_file)])
+        self.nodes.tokenise_where_missing(self.plan, prepared)
+        self.nodes.check_visible(prepared)
 
     def _fail(self) -> None:
         """Ends all ranks and raises RunFailed, which names the first that failed, once late news has settled."""
@@ -293,7 +293,7 @@ class Supervisor:
 
     def _failures(self) -> list[Failure]:
         found = all_failures(self.events, [node.clock_offset_seconds for node in self.nodes.nodes])
-        return [_with_code(failure) for failure in in_order(map(self._with_log, found))]
+        return [_with_code(failure) for failure in sort_failures(map(self._with_log, found))]
 
     def _with_log(self, failure: Failure) -> Failure:
         """With what the log ends with, where the rank has told nothing: a script, or one that C++ ended."""

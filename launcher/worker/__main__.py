@@ -1,6 +1,6 @@
-"""The process of one rank: `python -m launcher.worker`, with the environment that torchrun gives.
+"""The process of one rank: `python -m launcher.worker`, with torchrun's environment variables.
 
-The heavy imports come first, so that they overlap with whatever the agent still waits for.
+The heavy imports come first: they overlap with the start of the other ranks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from launcher.worker.control import Control
 
 
 def main() -> int:
-    """0: finished or stopped as asked; 1: failed, with the traceback in the log and reported to the agent."""
+    """Returns 0 if the rank finished or stopped on request; 1 if it failed: the traceback is logged and reported."""
     keep_private()
     control = Control.from_environment()
     try:
@@ -29,7 +29,7 @@ def main() -> int:
         os.environ.update(go.get("env", {}))
         run_dir = Path(os.environ["LAUNCHER_RUN_DIR"])
         start = Start.model_validate(go["start"]) if go.get("start") else None
-        train.work(run_dir, Path(os.environ.get("LAUNCHER_PLAN", run_dir / "plan.json")), start, control)
+        train.run_rank(run_dir, Path(os.environ.get("LAUNCHER_PLAN", run_dir / "plan.json")), start, control)
     except BaseException as error:
         text = traceback.format_exc()
         print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line an update, written by the first rank."""
+"""metrics.jsonl (one line per update) and evaluations.jsonl, written by the first rank."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from launcher.run_dir import RunDir, append_line, json_number, utc_now
 from launcher.worker.ranks import Ranks
 
 
-class Journal:
-    """Measures the updates and writes them down."""
+class MetricsWriter:
+    """Measures the updates and writes their metrics."""
 
     def __init__(self, run: RunDir, ranks: Ranks) -> None:
         self._run, self._ranks = run, ranks
         self._since = time.perf_counter()
         self._seconds = 0.0
 
-    def pulse(self) -> dict[str, Any]:
-        """What the node's agent is told of this rank's last update."""
+    def last_step(self) -> dict[str, Any]:
+        """Step time and GPU memory of this rank's last update, for the report to the agent."""
         cuda = self._ranks.device.type == "cuda"
         memory = int(torch.cuda.memory_reserved(self._ranks.device)) if cuda else None
         return {"step_seconds": round(self._seconds, 6), "gpu_memory_bytes": memory}
 
     def restart_clock(self) -> None:
-        """Leaves what was done since the last update (an evaluation, a checkpoint) out of the next step's time."""
+        """Excludes what happened since the last update (an evaluation, a checkpoint) from the next step time."""
         self._since = time.perf_counter()
 
     def write(self, **update: Any) -> None:
-        """One line: update, samples, tokens, loss, lr, grad_norm as given, and step time, tokens/s and memory."""
+        """Writes one line: the given values of the update, and step time, tokens/s and peak memory."""
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         self._seconds = seconds
@@ -46,8 +46,8 @@ class Journal:
         }
         append_line(self._run.metrics_file, line)
 
-    def evaluated(self, **evaluation: Any) -> None:
-        """One line in evaluations.jsonl."""
+    def write_evaluation(self, **evaluation: Any) -> None:
+        """Writes one line to evaluations.jsonl."""
         if self._ranks.first:
             line = {key: json_number(value) for key, value in evaluation.items()}
             append_line(self._run.evaluations_file, {**line, "time": utc_now()})
@@ -55,7 +55,7 @@ class Journal:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most that was allocated on a GPU, or the process's largest resident size."""
+    """The peak memory allocated on the GPU, or the peak resident size of the process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

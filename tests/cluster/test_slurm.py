@@ -283,7 +283,7 @@ def test_a_node_that_refuses_ends_the_job_at_once(slurm: Slurm, shared: Path) ->
         job = sbatch(hosts, job_file, "--nodes=2", PATH=f"{wrapper.parent}:{os.environ['PATH']}", BLIND=host)
         state, output = ended(hosts, shared, job)
         assert state == "FAILED 2:0", output
-        assert f"node {node} ({host}) refused: " in output
+        assert f"node {node} ({host}) failed to start: " in output
         assert output.count("there is no folder /nowhere/model") == 2, "each side says why it ends"
     assert [path.name for path in (shared / "runs").iterdir() if path.name.startswith(".")] == []
     assert of_launcher(hosts) == []

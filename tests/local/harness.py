@@ -110,7 +110,7 @@ class _Watched(Agent):
 
         return super().start(Task(**vars(task)))
 
-    def _hear(self, event: Event) -> None:
-        super()._hear(event)
+    def _receive(self, event: Event) -> None:
+        super()._receive(event)
         if event["report"] == "update" and event["update"] == self._stop_at:
             self.order({"stop": True})

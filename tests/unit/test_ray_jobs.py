@@ -1,4 +1,4 @@
-"""The request for a Ray job: its content, and the checks before submission."""
+"""The request for a Ray cluster: its contents, and what is rejected before anything is sent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from launcher import ray_jobs
 from launcher.errors import RequestError
 from launcher.job import validate_job
-from launcher.ray_jobs import ON_THE_HEAD, dashboard_address, ray_request, submit_to_ray
+from launcher.ray_jobs import ENTRYPOINT_SCRIPT, dashboard_address, ray_request, submit_to_ray
 from launcher.run_dir import RunDir
 from tests.unit.inputs import command, write_folder
 
@@ -43,13 +43,13 @@ def refused(**options: Any) -> str:
     return str(error.value)
 
 
-def test_the_printed_request_is_the_submitted_one(capsys):
+def test_the_request_has_everything_that_ray_receives(capsys):
     made = request(
         ["train.max_steps=5", "schedule.warmup=2M tokens"], cluster={"nodes": 2, "env": {"NCCL_DEBUG": "INFO"}}
     )
     words = ["launcher", "run", "jobs/my job.yaml", "train.max_steps=5", "schedule.warmup=2M tokens"]
     assert made.arguments() == {
-        "entrypoint": shlex.join(["sh", "-c", ON_THE_HEAD, *words]),
+        "entrypoint": shlex.join(["sh", "-c", ENTRYPOINT_SCRIPT, *words]),
         "runtime_env": {"working_dir": "/shared/project", "excludes": [], "env_vars": {"NCCL_DEBUG": "INFO"}},
         "metadata": {"launcher_job": "tune", "launcher_output_dir": "/shared/runs"},
     }
@@ -66,7 +66,7 @@ def test_arguments_pass_through_the_shell_unchanged(overrides, name):
 
 @pytest.fixture
 def programs(tmp_path):
-    """A folder for the PATH with the programs that the entrypoint needs, without launcher and Python."""
+    """A folder for the PATH that has what the shell script needs, but no launcher and no Python."""
     folder = tmp_path / "programs"
     folder.mkdir()
     for name in ("sh", "tr", "sed"):
@@ -74,34 +74,34 @@ def programs(tmp_path):
     return folder
 
 
-def on_the_head(programs: Path, cwd: Path, python: str) -> subprocess.CompletedProcess[str]:
-    """Runs an entrypoint like Ray's job supervisor: as a child of a raylet that was started with `python`."""
-    entrypoint = shlex.join(["sh", "-c", ON_THE_HEAD, "launcher", "run", "my job.yaml", "a=$b 'c'"])
+def run_entrypoint(programs: Path, cwd: Path, python: str) -> subprocess.CompletedProcess[str]:
+    """Runs an entrypoint as Ray's job supervisor does, as a child of a raylet that was started with `python`."""
+    entrypoint = shlex.join(["sh", "-c", ENTRYPOINT_SCRIPT, "launcher", "run", "my job.yaml", "a=$b 'c'"])
     raylet = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1], shell=True).returncode)"
-    raylet_option = f"--python_worker_command={python} /ray/default_worker.py --port=1"
-    command = [sys.executable, "-c", raylet, entrypoint, raylet_option]
+    option = f"--python_worker_command={python} /ray/default_worker.py --port=1"
+    command = [sys.executable, "-c", raylet, entrypoint, option]
     return subprocess.run(command, cwd=cwd, env={"PATH": str(programs)}, capture_output=True, text=True)
 
 
-def test_the_launcher_is_found_in_ray_s_python(tmp_path, programs):
-    """A user's launcher.py in the job's folder must not be run instead."""
+def test_the_launcher_is_found_without_the_path_of_the_cluster(tmp_path, programs):
+    """It is found in the Python that Ray runs; a launcher.py in the job's folder does not replace it."""
     (tmp_path / "launcher.py").write_text("raise SystemExit('the wrong one')")
-    done = on_the_head(programs, tmp_path, sys.executable)
+    done = run_entrypoint(programs, tmp_path, sys.executable)
     assert (done.returncode, done.stdout) == (2, "")
     assert "my job.yaml" in done.stderr and "the wrong one" not in done.stderr
 
-    done = on_the_head(programs, tmp_path, "/nowhere/python")
+    done = run_entrypoint(programs, tmp_path, "/nowhere/python")
     assert done.returncode == 127
-    assert f"launcher is not on the PATH of this Ray ({programs}), nor in its Python (/nowhere/python)" in done.stderr
+    assert f"is neither on the PATH of this Ray ({programs}) nor in its Python (/nowhere/python)" in done.stderr
 
     (programs / "launcher").write_text("#!/bin/sh\nprintf '%s,' \"$@\"\n")
     (programs / "launcher").chmod(0o755)
-    done = on_the_head(programs, tmp_path, "/nowhere/python")
+    done = run_entrypoint(programs, tmp_path, "/nowhere/python")
     assert (done.returncode, done.stdout) == (0, "run,my job.yaml,a=$b 'c',"), done.stderr
 
 
 class StartingRay(BaseHTTPRequestHandler):
-    """The dashboard of a Ray whose agent is still starting: the first submission fails, the second succeeds."""
+    """The dashboard of a Ray whose agent is still starting; the second attempt succeeds."""
 
     attempts = 0
 
@@ -126,7 +126,7 @@ class StartingRay(BaseHTTPRequestHandler):
         pass
 
 
-def test_submission_is_retried_until_ray_accepts_jobs(tmp_path, monkeypatch, capsys):
+def test_submission_is_retried_while_ray_starts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ray_jobs, "_RETRY_SECONDS", 0.0)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with HTTPServer(("127.0.0.1", 0), StartingRay) as server:
@@ -137,23 +137,23 @@ def test_submission_is_retried_until_ray_accepts_jobs(tmp_path, monkeypatch, cap
         server.shutdown()
     printed = capsys.readouterr()
     assert printed.out == "raysubmit_1\n"
-    assert printed.err.count(f"the Ray at {address} does not take jobs yet: trying again for up to 60 s\n") == 1
+    assert printed.err.count(f"the Ray at {address} does not accept jobs yet: trying again for up to 60 s\n") == 1
     assert StartingRay.attempts == 2
 
 
-def test_folders_that_runs_write_are_not_uploaded():
+def test_output_of_runs_is_not_uploaded():
     made = request(output_dir="/shared/project/out/run*s", data={"train": "t", "cache_dir": "/shared/project/cache"})
     assert made.excludes == ("/out/run\\*s/", "/cache/")
     assert request(output_dir="/shared/project").excludes == ()
 
 
-def test_paths_are_relative_to_the_current_folder(monkeypatch):
+def test_paths_are_relative_to_this_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/shared")
     made = request(output_dir="~/project/runs", data={"train": "t", "cache_dir": "build/../cache"})
     assert made.excludes == ("/runs/", "/cache/")
     assert request(data={"train": "t", "cache_dir": "../cache"}).excludes == ()
     assert shlex.split(request(job_file=HERE / "a/../job.yaml").entrypoint)[5] == "job.yaml"
-    assert "does not lie under /shared/project" in refused(job_file=HERE / "../job.yaml")
+    assert "is not inside /shared/project" in refused(job_file=HERE / "../job.yaml")
 
 
 TO_RAY = ("submit", "job.yaml", "--to", "ray", "--address", ADDRESS, "--dry-run", "output_dir=/shared/runs")
@@ -167,7 +167,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("folder")
-def test_absolute_paths_on_the_cluster_are_not_checked_here():
+def test_files_on_the_cluster_are_not_looked_for():
     there = ("model.name_or_path=/there/model", "data.train=[/there/a.jsonl]", "deepspeed=/there/ds.json")
     for more in ((), there, ("cluster.gpus_per_node=auto", "cluster.processes_per_node=auto"), ("model.lora={r: 8}",)):
         ended = command(*TO_RAY, *more)
@@ -189,7 +189,7 @@ def test_absolute_paths_on_the_cluster_are_not_checked_here():
     ],
 )
 @pytest.mark.usefixtures("folder")
-def test_errors_that_do_not_depend_on_the_cluster_are_reported_before_submission(override, words):
+def test_errors_that_do_not_depend_on_the_cluster_are_reported_first(override, words):
     ended = command(*TO_RAY, override)
     assert (ended.status, ended.out) == (2, "")
     assert words in ended.err
@@ -198,34 +198,34 @@ def test_errors_that_do_not_depend_on_the_cluster_are_reported_before_submission
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"address": "head:8265"}, "'head:8265' is no address that jobs are submitted to"),
+        ({"address": "head:8265"}, "'head:8265' is not the address of a Ray dashboard"),
         ({"address": "ray://head:10001"}, "http://HEAD:8265"),
         ({"address": "http://me:pudding@head:8265"}, "RAY_AUTH_TOKEN_PATH"),
-        ({"output_dir": "runs"}, "output_dir: runs would lie in the job's working directory"),
-        ({"cluster": {"address": "local"}}, "cluster.address: local is not where a run joins"),
-        ({"cluster": {"address": "http://head:8265"}}, "give the dashboard's address with --address"),
+        ({"output_dir": "runs"}, "output_dir: runs would be in the job's working directory"),
+        ({"cluster": {"address": "local"}}, "cluster.address: local is not an address at which a run can join"),
+        ({"cluster": {"address": "http://head:8265"}}, "set the dashboard's address with --address"),
         ({"cluster": {"env": {"HF_TOKEN": "hf_abc"}}}, "cluster.env.HF_TOKEN: looks like a secret"),
         ({"cluster": {"env": {"AWS_SECRET_ACCESS_KEY": "abc"}}}, "set it on the nodes themselves"),
-        ({"job_file": Path("/elsewhere/job.yaml")}, "does not lie under /shared/project"),
+        ({"job_file": Path("/elsewhere/job.yaml")}, "is not inside /shared/project"),
     ],
 )
-def test_requests_that_would_fail_or_leak_a_secret_are_refused(options, words):
+def test_a_request_that_would_fail_or_show_secrets_is_rejected(options, words):
     assert words in refused(**options)
 
 
-def test_a_refusal_lists_every_problem_and_no_secret():
+def test_an_error_shows_every_problem_and_no_secret():
     message = refused(address="nowhere", output_dir="runs", cluster={"env": {"API_KEY": "sesame"}})
     assert "sesame" not in message
     assert [key in message for key in ("--address", "output_dir", "API_KEY")] == [True] * 3
     assert "pudding" not in refused(address="http://me:pudding@head:8265")
 
 
-def test_similar_names_are_not_refused_as_secrets():
+def test_names_that_only_resemble_secrets_are_accepted():
     env = {"TOKENIZERS_PARALLELISM": "false", "KEYBOARD": "uk", "MONKEY_PATCH": "1"}
     assert request(cluster={"env": env}).env_vars == env
 
 
-def test_the_address_is_an_option_or_in_ray_s_variables():
+def test_the_address_is_given_or_from_rays_variables():
     there = {"RAY_API_SERVER_ADDRESS": "http://a:1", "RAY_ADDRESS": "http://b:2"}
     assert dashboard_address("http://c:3", there) == "http://c:3"
     assert dashboard_address(None, there) == "http://a:1"

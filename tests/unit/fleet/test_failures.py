@@ -28,7 +28,7 @@ from tests.unit.run_directories import Built, rank, stamp
 
 
 class Coded(RunFailed):
-    """An error whose kind has a code of its own."""
+    """An error class with its own code."""
 
     code = FailureCode.OUT_OF_STEP
 
@@ -54,7 +54,7 @@ def test_nothing_failed() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_exception_comes_before_the_ranks_that_fell_after_it(seed: int) -> None:
+def test_the_exception_comes_before_ranks_that_failed_because_of_it(seed: int) -> None:
     events = [
         failed(3, 10.0),
         ended(3, 10.9, 1),
@@ -73,12 +73,12 @@ def test_a_kill_has_no_exception() -> None:
     )
 
 
-def test_what_a_rank_reports_counts_before_its_exit() -> None:
+def test_the_reported_code_wins_over_the_exit_status() -> None:
     coded = failed(0, 5.0) | {"code": "out_of_step"}
     for exit_code in (1, -9, -15):
         found = first_failure([coded, ended(0, 5.5, exit_code)])
         assert found is not None and (found.code, found.exit_code) == (FailureCode.OUT_OF_STEP, exit_code)
-    # An exception of a library has no code, and the grace time's kill does not give it one.
+    # An exception of a library has no code, and the SIGKILL after the grace time does not change that.
     found = first_failure([failed(0, 5.0), ended(0, 5.5, -9)])
     assert found is not None and found.code is FailureCode.UNKNOWN
 
@@ -102,37 +102,37 @@ def test_what_a_rank_reports_counts_before_its_exit() -> None:
 )
 def test_every_error_has_a_code(error: BaseException, code: str) -> None:
     assert code_of(error) == code
-    # As it goes from an agent through Ray.
+    # Errors travel from an agent through Ray.
     again = pickle.loads(pickle.dumps(error))
     assert (code_of(again), str(again)) == (code, str(error))
 
 
-def test_an_exception_counts_before_its_exit_was_seen() -> None:
+def test_an_exception_is_a_failure_before_the_exit_is_known() -> None:
     assert first_failure([failed(2, 5.0)]) == Failure(2, 1, 5.0, "an exception", "ValueError: boom")
 
 
-def test_a_lost_node_is_not_one_of_its_ranks() -> None:
+def test_a_lost_node_is_a_failure_without_a_rank() -> None:
     lost = {"report": "node-lost", "node_rank": 1, "time": 3.0, "message": "no answer"}
     found = first_failure([ended(1, 4.0, 1), lost])
     assert found == Failure(None, 1, 3.0, "the node's agent is gone: no answer", code=FailureCode.NODE_LOST)
 
 
 @pytest.mark.parametrize(
-    ("code", "words"), [(0, "exit code 0"), (2, "exit code 2"), (-11, "signal SIGSEGV"), (-99, "signal 99")]
+    ("code", "text"), [(0, "exit code 0"), (2, "exit code 2"), (-11, "signal SIGSEGV"), (-99, "signal 99")]
 )
-def test_exits_in_words(code: int, words: str) -> None:
-    assert describe_exit(code) == words
+def test_exit_statuses_are_described(code: int, text: str) -> None:
+    assert describe_exit(code) == text
 
 
-def test_a_peer_that_says_it_lost_the_killed_one_a_little_earlier_is_not_the_first() -> None:
+def test_a_killed_rank_is_first_though_a_peer_reported_its_loss_slightly_earlier() -> None:
     lost = failed(0, 10.0, "[gloo] Connection closed by peer [127.0.0.1]:4242")
     found = all_failures([lost, ended(1, 10.05, -9), ended(0, 10.4, 1)])
     assert [(failure.rank, failure.how) for failure in found] == [(1, "signal SIGKILL"), (0, "exit code 1")]
-    # Much later, it is a failure of its own.
+    # A kill much later is a separate failure.
     assert [failure.rank for failure in all_failures([lost, ended(1, 19.0, -9)])] == [0, 1]
 
 
-def test_times_are_corrected_by_the_nodes_clocks() -> None:
+def test_times_are_corrected_by_clock_offsets() -> None:
     # Node 1's clock is five seconds ahead.
     found = all_failures([failed(0, 101.0), failed(2, 105.5)], [0.0, 5.0])
     assert [(failure.rank, failure.time) for failure in found] == [(2, 100.5), (0, 101.0)]
@@ -141,23 +141,23 @@ def test_times_are_corrected_by_the_nodes_clocks() -> None:
 NCCL = "[rank{}]:[E ProcessGroupNCCL.cpp:607] [Rank {}] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=9"
 
 
-class Heard(Nodes):
-    """Two nodes whose ranks' news is given, an item a look."""
+class ScriptedNodes(Nodes):
+    """Two nodes whose events are given: one list per call of `events`."""
 
-    def __init__(self, *news: list[dict[str, Any]]) -> None:
+    def __init__(self, *batches: list[dict[str, Any]]) -> None:
         self.nodes = [Node(None, f"h{rank}", f"10.0.0.{rank}", ()) for rank in range(2)]
-        self._news = list(news)
+        self._batches = list(batches)
 
     def events(self, timeout_seconds: float) -> list[dict[str, Any]]:
         del timeout_seconds
-        return self._news.pop(0) if self._news else []
+        return self._batches.pop(0) if self._batches else []
 
     def end(self, grace_seconds: float) -> None:
         """Nothing runs here."""
 
 
-class Silent:
-    """A console that shows nothing but keeps the notes."""
+class RecordingConsole:
+    """A console that shows nothing and keeps the notes."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -170,20 +170,20 @@ class Silent:
 
 
 class Placed(Supervisor):
-    """A supervisor whose ranks were started already."""
+    """A supervisor whose ranks are already running."""
 
     def place(self) -> None:
-        """There are nodes."""
+        """The nodes are given."""
 
     def start(self, start: Any) -> None:
-        """Ranks run."""
+        """The ranks are running."""
 
 
-def supervised(built: Built, *news: list[dict[str, Any]]) -> Supervisor:
+def supervised(built: Built, *batches: list[dict[str, Any]]) -> Supervisor:
     """The supervisor of eight ranks on two nodes, placed."""
     plan = plan_of(job_of(cluster={"nodes": 2, "gpus_per_node": 4}), machine=machine_facts(4))
-    found = Placed(plan, built.run.plan_file, built.run, Silent())
-    found.nodes = Heard(*news)
+    found = Placed(plan, built.run.plan_file, built.run, RecordingConsole())
+    found.nodes = ScriptedNodes(*batches)
     return found
 
 
@@ -196,10 +196,10 @@ def built(tmp_path: Path) -> Built:
     return Built(tmp_path / "runs")
 
 
-def test_aborts_after_a_time_out_are_waited_for_and_the_rank_that_did_not_come_is_named(
+def test_after_a_time_out_late_aborts_are_awaited_and_the_absent_rank_is_named(
     built: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NCCL's watchdogs give up within some seconds of each other; C++ ends a rank without a word to its agent."""
+    """NCCL's watchdogs abort within some seconds of each other; an abort in C++ sends no report to the agent."""
     monkeypatch.setattr(supervision, "_SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(supervision, "_LOST_NODE_SECONDS", 0.5)
     built.nodes(["h0", "h1"])
@@ -222,13 +222,13 @@ def test_aborts_after_a_time_out_are_waited_for_and_the_rank_that_did_not_come_i
     assert command("why", str(built.run.path)).out.startswith(f"{headline}\n")
 
 
-def test_what_is_heard_together_with_a_lost_peer_is_not_lost(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first node's rank notices at once, and both tell in the same look."""
+def test_a_failure_in_the_same_batch_as_a_lost_peer_is_the_first(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rank of the first node notices at once, and both reports arrive together."""
     monkeypatch.setattr(supervision, "_SETTLE_SECONDS", 0.0)
     lost = failed(0, 40.01, "[gloo] Connection closed by peer [10.0.0.1]:4242")
-    news = [lost, failed(4, 40.0, "a bad sample") | {"node_rank": 1}]
+    batch = [lost, failed(4, 40.0, "a bad sample") | {"node_rank": 1}]
     with pytest.raises(RunFailed) as ended:
-        supervised(built, news).follow()
+        supervised(built, batch).follow()
     first = "rank 4 on node 1 (h1) failed first, with an exception: ValueError: a bad sample"
     assert str(ended.value).splitlines()[0] == first
 
@@ -241,13 +241,13 @@ def test_a_full_disk_does_not_hide_the_failure(built: Built, monkeypatch: pytest
     supervisor = supervised(built, [on_eight(4, 40.0, 1)])
     with pytest.raises(RunFailed, match=r"rank 4 on node 1 \(h1\) failed first, with exit code 1\n.*\n.*No space left"):
         supervisor.follow()
-    # What went wrong with writing it down is printed beside it.
+    # The error while writing is printed as a note.
     (note,) = supervisor.console.notes  # type: ignore[attr-defined]
     assert "the failure could not be written to" in note and "No space left on device" in note
     assert stamp(39.0) in built.run.node_logs(1, "h1").joinpath("rank-4.log").read_text()
 
 
-class Broken(Heard):
+class Broken(ScriptedNodes):
     """Nodes whose Ray is gone."""
 
     def end(self, _grace_seconds: float) -> None:
@@ -257,9 +257,7 @@ class Broken(Heard):
         raise ConnectionError("Ray is gone")
 
 
-def test_what_goes_wrong_after_a_failure_is_printed_and_does_not_hide_it(
-    built: Built, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_after_a_failure_are_printed_and_do_not_hide_it(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervision, "_SETTLE_SECONDS", 0.0)
     supervisor = supervised(built)
     supervisor.nodes = Broken([failed(4, 40.0, "a bad sample") | {"node_rank": 1}])
@@ -272,7 +270,7 @@ def test_what_goes_wrong_after_a_failure_is_printed_and_does_not_hide_it(
     assert [event["event"] for event in built.run.events()][-1] == "failure"
 
 
-def test_a_failure_that_cannot_be_written_is_still_the_one_that_is_raised(
+def test_a_failure_that_cannot_be_written_is_still_raised(
     built: Built, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def make(_job: Any, **_options: Any) -> Any:
@@ -285,12 +283,12 @@ def test_a_failure_that_cannot_be_written_is_still_the_one_that_is_raised(
     with pytest.raises(LauncherError, match=r"^the first error$") as raised:
         run_module._planned(checked, built.run, RunConsole())
     assert (raised.value.exit_status, raised.value.code) == (1, "prepare_failed")
-    told = " ".join(capsys.readouterr().out.split())
-    assert "the failure could not be written to" in told and "No space left on device" in told
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "the failure could not be written to" in printed and "No space left on device" in printed
     assert built.run.state()["code"] == "prepare_failed"
 
 
-def test_a_rank_raised_when_it_said_so_and_not_when_it_ended() -> None:
+def test_the_time_of_an_exception_is_that_of_its_traceback_not_of_the_exit() -> None:
     log = [
         "2026-01-02T03:04:05.500Z step 1",
         "2026-01-02T03:04:06.250Z [rank1]: Traceback (most recent call last):",
@@ -300,6 +298,6 @@ def test_a_rank_raised_when_it_said_so_and_not_when_it_ended() -> None:
     assert error_in_log(strip_times(log), -6)[0] == "ValueError: no such file"
     raised = datetime(2026, 1, 2, 3, 4, 6, 250_000, UTC).timestamp()
     assert [traceback_time(log, exit_code) for exit_code in (1, -6)] == [raised, raised]
-    # What was raised and handled long ago did not end a rank that something killed, or that was told to end.
+    # An exception that was handled long ago did not end a rank that was killed or ordered to end.
     assert [traceback_time(log, exit_code) for exit_code in (-9, -15, 113)] == [None] * 3
     assert traceback_time(log[:1], 1) is None and traceback_time(strip_times(log), 1) is None
