@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -157,3 +159,20 @@ def test_modules_that_plan_and_watch_import_no_heavy_package(tmp_path: Path) -> 
     assert {"launcher.plan.resolve", "launcher.schedule.curve", "launcher.files", "launcher.run_dir"} <= set(names)
     body = f"import importlib; found = [importlib.import_module(name) for name in {names}]; print(len(found))"
     assert fresh(body, tmp_path) == f"{len(names)}\n"
+
+
+def test_the_picture_in_contributing_is_that_of_the_contracts() -> None:
+    """Each layer of the contract is one line of the picture, in the same order, and every package is in it."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (layers,) = (contract["layers"] for contract in settings["contracts"] if contract["type"] == "layers")
+    picture = (ROOT / "CONTRIBUTING.md").read_text().split("```")[1].splitlines()
+    known = {module.stem if module.suffix else module.name for module in PACKAGE.iterdir()}
+    drawn = [words for line in picture if (words := names_in(line, known))]
+    assert drawn == [re.split(r"\W+", layer) for layer in layers if layer != "__main__"]
+
+
+def names_in(line: str, known: set[str]) -> list[str]:
+    """The packages and modules at the beginning of a line of the picture."""
+    found = re.match(r"\w+(?:  \w+)*(?=   |$)", line)
+    words = found[0].split() if found else []
+    return words if set(words) <= known else []
