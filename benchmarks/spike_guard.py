@@ -160,6 +160,7 @@ def begin_process() -> None:
 def carry_out(job: dict[str, Any]) -> RunDir:
     """Runs a job in this process as its only rank; returns the run directory."""
     from launcher.job import validate_job
+    from launcher.records import RankEvent
     from launcher.run_dir import RunDir, write_atomic
     from launcher.runs.planning import check_job, make_plan
     from launcher.worker.control import Control
@@ -168,8 +169,8 @@ def carry_out(job: dict[str, Any]) -> RunDir:
     class RecordingControl(Control):
         """The control of a rank without an agent: writes the events that the supervisor would write."""
 
-        def record_event(self, kind: str, **details: Any) -> None:
-            run.event(kind, **details)
+        def record_event(self, event: RankEvent) -> None:
+            run.event(event)
 
     valid = validate_job(job)
     plan = make_plan(valid, check_job(valid, "spike_guard"), lambda _: None)

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def read_json(path: Path) -> Record | None:
     return None
 
 
-def append_line(path: Path, record: Record) -> None:
+def append_line(path: Path, record: Mapping[str, object]) -> None:
     """Appends one JSON line in a single write.
 
     It starts on a line of its own: a last line that an earlier write left unfinished is ended first. Raises OSError if

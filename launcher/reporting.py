@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from launcher.records import UpdateReport
 from launcher.run_dir import RunDir, append_line, json_number, utc_now, write_atomic
 from launcher.tail import Tail
 
@@ -87,9 +88,11 @@ def _step_seconds(step: int) -> float | None:
 
 
 def _tell_agent(fd: int, step: int, seconds: float | None) -> None:
-    told = {"report": "update", "time": time.time(), "update": step, "step_seconds": seconds}
+    report: UpdateReport = {"report": "update", "time": time.time(), "update": step, "step_seconds": seconds}
     gpu = _gpu_memory_bytes()
-    line = json.dumps(told if gpu is None else {**told, "gpu_memory_bytes": gpu}) + "\n"
+    if gpu is not None:
+        report["gpu_memory_bytes"] = gpu
+    line = json.dumps(report) + "\n"
     # An agent that is gone does not hear.
     with contextlib.suppress(OSError):
         if _is_the_pipe(fd):

@@ -70,7 +70,7 @@ def run_again(directory: RunDir) -> None:
         console.note("running the script again, in the run directory that it had before")
         # `launcher.report` takes those back that are not made again: where a script goes on, only it knows.
         directory.rewind(samples=0, update=-1)
-        directory.event("restart")
+        directory.event({"event": "restart"})
         carry_out(plan, directory.plan_file, directory, console, None, interrupts)
 
 

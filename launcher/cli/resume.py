@@ -114,7 +114,7 @@ def go_on(directory: RunDir, overrides: list[str], console: RunConsole, rest: Re
             console.note(f"  {plan.resumed.arithmetic}")
         directory.rewind(start.samples, start.update)
         note_damaged_lines(directory, console)
-        directory.event("resume", update=start.update, samples=start.samples, overrides=overrides)
+        directory.event({"event": "resume", "update": start.update, "samples": start.samples, "overrides": overrides})
         carry_out(plan, plan_file, directory, console, start, interrupts)
 
 
@@ -123,7 +123,12 @@ def _report_damage(rest: Rest, directory: RunDir, console: RunConsole) -> None:
     for each in rest.damaged:
         console.note(f"  [yellow]note:[/] {escape(str(each))}; {rest.saved.folder.name} is used")
         directory.event(
-            "checkpoint_damaged", checkpoint=each.path.name, reason=each.reason, used=rest.saved.folder.name
+            {
+                "event": "checkpoint_damaged",
+                "checkpoint": each.path.name,
+                "reason": each.reason,
+                "used": rest.saved.folder.name,
+            }
         )
 
 
@@ -133,7 +138,7 @@ def _export(rest: Rest, directory: RunDir, console: RunConsole, interrupts: Inte
 
     update = rest.start.update
     console.note(f"all {update} updates are made: only the export is missing ({export_fault(directory.export)})")
-    directory.event("resume", update=update, samples=rest.start.samples, overrides=[])
+    directory.event({"event": "resume", "update": update, "samples": rest.start.samples, "overrides": []})
     directory.enter("exporting", update=update)
     console.state("exporting")
     # The ranks' own, which nobody writes any more.

@@ -170,7 +170,7 @@ def _planned(make: MakePlan, job_file: Path, overrides: list[str], directory: Ru
         directory.enter("planning")
         console.state("planning")
         if overrides:
-            directory.event("overrides", values=overrides)
+            directory.event({"event": "overrides", "values": overrides})
         write_atomic(directory.job_file, job_file.read_bytes())
         with (directory.logs / "prepare.log").open("wb") as log:
             plan = make(_Preparing(directory, console), log)
@@ -191,7 +191,7 @@ def write_plan(plan: Plan, directory: RunDir) -> None:
     """Writes plan.json and ds_config.json."""
     write_atomic(directory.plan_file, plan.to_json())
     write_json(directory.ds_config_file, plan.ds_config)
-    directory.event("plan", sha256=plan.sha256, updates=plan.length.total_updates)
+    directory.event({"event": "plan", "sha256": plan.sha256, "updates": plan.length.total_updates})
 
 
 class _Preparing:
@@ -264,7 +264,7 @@ def _await_request(directory: RunDir, interrupts: Interrupts, left: threading.Ev
         if request and request != heard:
             heard = request
             with suppress(OSError):
-                directory.event("stop_requested", **{key: request[key] for key in ("now", "by")})
+                directory.event({"event": "stop_requested", "now": request["now"], "by": request["by"]})
             interrupts.cancel(request)
 
 
