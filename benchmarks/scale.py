@@ -100,13 +100,13 @@ def supervise(count: int, seconds: float) -> dict[str, float]:
             "preflight": timed(lambda: inspect_nodes(nodes, required, run)),
             "start": timed(lambda: nodes.start([task(run, rank) for rank in range(count)])),
             "port": timed(lambda: nodes.free_port(0)),
-            "order": timed(lambda: nodes.order(go={"env": {}, "start": None})),
+            "order": timed(lambda: nodes.order({"go": {"env": {}, "start": None}})),
         }
         process = psutil.Process()
-        before, start = process.cpu_times(), time.perf_counter()
-        while time.perf_counter() - start < seconds:
-            nodes.events(0.5)
-        after, lasted = process.cpu_times(), time.perf_counter() - start
+        before, began = process.cpu_times(), time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            nodes.reports(0.5)
+        after, lasted = process.cpu_times(), time.perf_counter() - began
         busy = after.user + after.system - before.user - before.system
         found |= {"cpu_percent": 100 * busy / lasted, "rss_mib": process.memory_info().rss / 1024**2}
         found["end"] = timed(lambda: nodes.end(0.0))
@@ -176,9 +176,8 @@ def write_run(run: RunDir, count: int) -> None:
         host = f"host-{node:03d}"
         folder = run.node_logs(node, host)
         folder.mkdir(parents=True)
-        run.event(
-            "node", node_rank=node, host=host, address="10.0.0.1", interface="eth0", gpus=[], clock_offset_seconds=0
-        )
+        facts = {"address": "10.0.0.1", "interface": "eth0", "gpus": [], "clock_offset_seconds": 0}
+        run.event({"event": "node", "node_rank": node, "host": host, **facts})
         write_json(folder / "node.json", heartbeat(node, host))
         for rank in range(node * RANKS, (node + 1) * RANKS):
             (folder / f"rank-{rank}.log").write_text("".join(f"{utc_now()} line {n}\n" for n in range(200)))
@@ -191,9 +190,8 @@ def write_run(run: RunDir, count: int) -> None:
         }
         for rank in reversed(range(count * RANKS))
     ]
-    run.event(
-        "failure", **{key: failures[0][key] for key in ("rank", "node_rank", "host", "how", "error")}, failures=failures
-    )
+    first = {key: failures[0][key] for key in ("rank", "node_rank", "host", "how", "error")}
+    run.event({"event": "failure", **first, "failures": failures})
     run.enter("failed", reason="a rank failed")
 
 

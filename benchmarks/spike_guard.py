@@ -160,6 +160,7 @@ def begin_process() -> None:
 def carry_out(job: dict[str, Any]) -> RunDir:
     """Runs a job in this process as its only rank; returns the run directory."""
     from launcher.job import load_job
+    from launcher.records import RankEvent
     from launcher.run_dir import RunDir, write_atomic
     from launcher.runs.planning import make_plan
     from launcher.worker.control import Control
@@ -168,8 +169,8 @@ def carry_out(job: dict[str, Any]) -> RunDir:
     class RecordingControl(Control):
         """The control of a rank without an agent: writes the events that the supervisor would write."""
 
-        def record_event(self, kind: str, **details: Any) -> None:
-            run.event(kind, **details)
+        def record_event(self, event: RankEvent) -> None:
+            run.event(event)
 
     plan = make_plan(load_job(job))
     run = RunDir.create(Path(job["output_dir"]), job["name"])

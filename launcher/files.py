@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def read_json(path: Path) -> Record | None:
     return None
 
 
-def append_line(path: Path, record: Record) -> None:
+def append_line(path: Path, record: Mapping[str, object]) -> None:
     """Appends one JSON line in a single write.
 
     If an earlier write left the last line unfinished, that line is ended first. Raises OSError if the disk is full; the

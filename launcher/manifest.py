@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from launcher.files import read_json, utc_now, write_json
+from launcher.records import Manifest, ManifestFacts
 
 MANIFEST = "manifest.json"
 _FOLDER = re.compile(r"^update-(\d+)$")
@@ -16,10 +17,11 @@ _NEEDED_TO_LOAD: dict[str, type] = {"plan_sha256": str, "world_size": int}
 """Further keys that a resume or an export needs."""
 
 
-def write_manifest(checkpoint: Path, **facts: Any) -> None:
+def write_manifest(checkpoint: Path, **facts: Unpack[ManifestFacts]) -> None:
     """Writes the manifest of a finished checkpoint: `facts`, and every file with its size."""
     files = {str(p.relative_to(checkpoint)): p.stat().st_size for p in sorted(checkpoint.rglob("*")) if p.is_file()}
-    write_json(checkpoint / MANIFEST, {"time": utc_now(), **facts, "files": files})
+    manifest: Manifest = {"time": utc_now(), **facts, "files": files}
+    write_json(checkpoint / MANIFEST, manifest)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.files import Tail
+from launcher.records import UpdateReport
 from launcher.run_dir import RunDir, append_line, json_number, utc_now, write_atomic
 
 _last: tuple[int, float] | None = None
@@ -88,9 +89,11 @@ def _step_seconds(step: int) -> float | None:
 
 
 def _send_to_agent(fd: int, step: int, seconds: float | None) -> None:
-    record = {"report": "update", "time": time.time(), "update": step, "step_seconds": seconds}
+    report: UpdateReport = {"report": "update", "time": time.time(), "update": step, "step_seconds": seconds}
     gpu = _gpu_memory_bytes()
-    line = json.dumps(record if gpu is None else {**record, "gpu_memory_bytes": gpu}) + "\n"
+    if gpu is not None:
+        report["gpu_memory_bytes"] = gpu
+    line = json.dumps(report) + "\n"
     # The write fails if the agent has ended.
     with contextlib.suppress(OSError):
         if _is_report_pipe(fd):

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, get_args
 
 from launcher.files import (
     Record,
@@ -35,6 +35,16 @@ from launcher.manifest import (
     universal_folder,
     write_manifest,
 )
+from launcher.records import (
+    EventReport,
+    JobIds,
+    RunEvent,
+    RunState,
+    StateDetails,
+    StateEvent,
+    StateRecord,
+    StopRequest,
+)
 
 __all__ = [
     "ENDED",
@@ -55,18 +65,7 @@ __all__ = [
     "write_manifest",
 ]
 
-STATES = (
-    "planning",
-    "preparing",
-    "placing",
-    "starting",
-    "training",
-    "saving",
-    "exporting",
-    "finished",
-    "failed",
-    "stopped",
-)
+STATES: tuple[RunState, ...] = get_args(RunState)
 ENDED = ("finished", "failed", "stopped")
 NODE_FILE = "node.json"
 _REVISION = re.compile(r"^plan\.revision-(\d+)\.json$")
@@ -192,11 +191,11 @@ class RunDir:
     def checkpoint(self, update: int) -> Path:
         return self.checkpoints / f"update-{update}"
 
-    def enter(self, state: str, **details: Any) -> None:
+    def enter(self, state: RunState, **details: Unpack[StateDetails]) -> None:
         """Writes a new state of the run to state.json and as an event. Raises ValueError for an unknown state."""
         if state not in STATES:
             raise ValueError(f"{state!r} is not a state of a run: {', '.join(STATES)}")
-        record = {
+        record: StateRecord = {
             "state": state,
             "since": utc_now(),
             "host": socket.gethostname(),
@@ -205,16 +204,22 @@ class RunDir:
             **details,
         }
         write_json(self.state_file, record)
-        self.event("state", state=state, **details)
+        event: StateEvent = {"event": "state", "state": state, **details}
+        self.event(event)
 
-    def event(self, kind: str, **details: Any) -> None:
+    def event(self, event: RunEvent) -> None:
         """Appends an event to events.jsonl."""
-        append_line(self.events_file, {"time": utc_now(), "event": kind, **details})
+        append_line(self.events_file, {"time": utc_now(), **event})
+
+    def rank_event(self, report: EventReport) -> None:
+        """Appends an event that a rank reported to events.jsonl."""
+        append_line(self.events_file, {"time": utc_now(), "event": report["event"], **report["details"]})
 
     def request_stop(self, *, now: bool) -> None:
         """Asks the supervisor to stop the run: at once if `now`, else after this update and a checkpoint."""
         by = f"{os.environ.get('USER', os.getuid())}@{socket.gethostname()}"
-        write_json(self.stop_file, {"time": utc_now(), "now": now, "by": by})
+        request: StopRequest = {"time": utc_now(), "now": now, "by": by}
+        write_json(self.stop_file, request)
 
     def stop_request(self) -> dict[str, Any] | None:
         """The request to stop; None if it does not exist or cannot be read at the moment."""
@@ -308,12 +313,13 @@ def _at_most(line: Record, key: str, last: int) -> bool:
     return isinstance(line.get(key), int) and line[key] <= last
 
 
-def _allocation() -> dict[str, str]:
+def _allocation() -> JobIds:
     """The ids of the Slurm job and the Ray job of this process, by which other commands find the run."""
     # Ray has no shorter variable with the submission id than this one, which also contains the runtime environment.
     ray_job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    found = {
-        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
-        "ray_job_id": ray_job.get("metadata", {}).get("job_submission_id"),
-    }
-    return {key: value for key, value in found.items() if value}
+    found: JobIds = {}
+    if slurm_job_id := os.environ.get("SLURM_JOB_ID"):
+        found["slurm_job_id"] = slurm_job_id
+    if ray_job_id := ray_job.get("metadata", {}).get("job_submission_id"):
+        found["ray_job_id"] = ray_job_id
+    return found

@@ -19,9 +19,8 @@ from launcher.fleet.heartbeat import Heartbeat, visible_gpus
 from launcher.fleet.network import ProbePort, ProbeResult, free_ports, interface_of, reach
 from launcher.fleet.process import RankProcess, stop_all
 from launcher.plan.schema import Plan
+from launcher.records import AgentReport, Order
 from launcher.run_dir import utc_now
-
-Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,8 @@ class Agent:
 
     def __init__(self) -> None:
         self._processes: list[RankProcess] = []
-        self._events: list[Event] = []
-        self._new_events = threading.Condition()
+        self._reports: list[AgentReport] = []
+        self._new_reports = threading.Condition()
         self._log: Path | None = None
         self._closing = False
         self._probe_port: ProbePort | None = None
@@ -130,8 +129,15 @@ class Agent:
         folder = Path(task.log_folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / "agent.log"
-        identity = {"node_rank": task.node_rank, "host": socket.gethostname()}
-        self._heartbeat = Heartbeat(folder, {**identity, "address": task.address, "interface": task.interface})
+        self._heartbeat = Heartbeat(
+            folder,
+            {
+                "node_rank": task.node_rank,
+                "host": socket.gethostname(),
+                "address": task.address,
+                "interface": task.interface,
+            },
+        )
         inherited = self._inherited()
         for local_rank in range(task.processes):
             rank = task.first_rank + local_rank
@@ -144,17 +150,17 @@ class Agent:
         self._heartbeat.begin(self._processes)
         return [process.pid for process in self._processes]
 
-    def order(self, order: dict[str, Any]) -> None:
+    def order(self, order: Order) -> None:
         """Sends an order to every rank."""
         for process in self._processes:
-            process.order(**order)
+            process.order(order)
 
-    def next_events(self, timeout_seconds: float) -> list[Event]:
+    def next_reports(self, timeout_seconds: float) -> list[AgentReport]:
         """The reports of the ranks since the last call; waits for the first one."""
-        with self._new_events:
-            self._new_events.wait_for(lambda: self._closing or bool(self._events), timeout_seconds)
-            events, self._events = self._events, []
-            return events
+        with self._new_reports:
+            self._new_reports.wait_for(lambda: self._closing or bool(self._reports), timeout_seconds)
+            reports, self._reports = self._reports, []
+            return reports
 
     def end(self, grace_seconds: float) -> None:
         """Ends every rank that is still running."""
@@ -165,21 +171,21 @@ class Agent:
         if self._heartbeat is not None:
             self._heartbeat.end()
         self.close_probe_port()
-        with self._new_events:
+        with self._new_reports:
             self._closing = True
-            self._new_events.notify_all()
+            self._new_reports.notify_all()
 
-    def _receive(self, event: Event) -> None:
+    def _receive(self, report: AgentReport) -> None:
         if self._heartbeat is not None:
-            self._heartbeat.receive(event)
+            self._heartbeat.receive(report)
         # Updates are only for the heartbeat: there are many, and metrics.jsonl has them.
-        if event["report"] == "update":
+        if report["report"] == "update":
             return
-        with self._new_events:
-            self._events.append(event)
-            self._new_events.notify_all()
-        if event["report"] == "exit":
-            self._write_log(f"rank {event['rank']} ended with {event['code']}")
+        with self._new_reports:
+            self._reports.append(report)
+            self._new_reports.notify_all()
+        if report["report"] == "exit":
+            self._write_log(f"rank {report['rank']} ended with {report['code']}")
 
     @staticmethod
     def _inherited() -> dict[str, str]:

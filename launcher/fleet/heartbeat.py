@@ -17,6 +17,7 @@ import psutil
 
 from launcher.fleet.cgroup import ControlGroup
 from launcher.fleet.process import RankProcess
+from launcher.records import AgentReport, GpuRecord, NodeIdentity, NodeRecord, OomKills, Phase, RankRecord
 from launcher.run_dir import NODE_FILE, utc_now, utc_text, write_atomic
 
 _EVERY_SECONDS = 5.0
@@ -32,7 +33,7 @@ class RankStatus:
 
     process: RankProcess
     local_rank: int
-    phase: str | None = None
+    phase: Phase | None = None
     updates: int | None = None
     exit_code: int | None = None
     gpu_memory_bytes: int | None = None
@@ -40,21 +41,24 @@ class RankStatus:
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_UPDATES))
     own_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_UPDATES))
 
-    def receive(self, event: dict[str, Any]) -> None:
+    def receive(self, report: AgentReport) -> None:
         """Processes a report of the rank."""
-        self.last_report = event["time"]
-        if event["report"] == "phase":
-            self.phase = event["phase"]
-        elif event["report"] == "exit":
-            self.exit_code = event["code"]
-        elif event["report"] == "update":
-            self.updates = event["update"] + 1
-            self.gpu_memory_bytes = event.get("gpu_memory_bytes", self.gpu_memory_bytes)
-            for seconds, key in ((self.step_seconds, "step_seconds"), (self.own_seconds, "own_seconds")):
-                if event.get(key) is not None:
-                    seconds.append(event[key])
+        self.last_report = report["time"]
+        if report["report"] == "phase":
+            self.phase = report["phase"]
+        elif report["report"] == "exit":
+            self.exit_code = report["code"]
+        elif report["report"] == "update":
+            self.updates = report["update"] + 1
+            self.gpu_memory_bytes = report.get("gpu_memory_bytes", self.gpu_memory_bytes)
+            for recent, seconds in (
+                (self.step_seconds, report.get("step_seconds")),
+                (self.own_seconds, report.get("own_seconds")),
+            ):
+                if seconds is not None:
+                    recent.append(seconds)
 
-    def to_dict(self) -> dict[str, Any]:
+    def record(self) -> RankRecord:
         return {
             "rank": self.process.rank,
             "local_rank": self.local_rank,
@@ -74,7 +78,7 @@ class RankStatus:
 class Heartbeat:
     """Writes node.json of one node until `end` is called."""
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, identity: NodeIdentity) -> None:
         self._file, self._identity = folder / NODE_FILE, identity
         self._ranks: dict[int, RankStatus] = {}
         self._lock = threading.Lock()
@@ -91,11 +95,11 @@ class Heartbeat:
             self._ranks = {process.rank: RankStatus(process, local) for local, process in enumerate(processes)}
         self._thread.start()
 
-    def receive(self, event: dict[str, Any]) -> None:
+    def receive(self, report: AgentReport) -> None:
         """Processes a report of a rank."""
         with self._lock:
-            if (rank := self._ranks.get(event["rank"])) is not None:
-                rank.receive(event)
+            if (rank := self._ranks.get(report["rank"])) is not None:
+                rank.receive(report)
 
     def end(self) -> None:
         """Writes the file for the last time."""
@@ -115,8 +119,8 @@ class Heartbeat:
         memory = self._group.memory()
         self._used.append(memory.used_bytes)
         with self._lock:
-            ranks = [rank.to_dict() for rank in self._ranks.values()]
-        record = {
+            ranks = [rank.record() for rank in self._ranks.values()]
+        record: NodeRecord = {
             "time": utc_now(),
             **self._identity,
             "cpus": len(os.sched_getaffinity(0)),
@@ -133,7 +137,7 @@ class Heartbeat:
         with contextlib.suppress(OSError):
             write_atomic(self._file, json.dumps(record), durable=False)
 
-    def _oom_kills(self) -> dict[str, int]:
+    def _oom_kills(self) -> OomKills:
         """How many processes the kernel killed for lack of memory since the start, if it counts them."""
         kills = self._group.oom_kills()
         return {} if kills is None or self._killed_before is None else {"oom_kills": kills - self._killed_before}
@@ -152,7 +156,7 @@ class _Gpus:
                 with contextlib.suppress(pynvml.NVMLError):
                     self._handles.append((index, self._handle(name)))
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[GpuRecord]:
         """Name, memory and utilization of each. What NVML does not report, as the utilization under MIG, is None."""
         return [self._read(index, handle) for index, handle in self._handles]
 
@@ -163,7 +167,7 @@ class _Gpus:
         return nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else nvmlDeviceGetHandleByUUID(name)
 
     @staticmethod
-    def _read(index: int, handle: Any) -> dict[str, Any]:
+    def _read(index: int, handle: Any) -> GpuRecord:
         import pynvml
 
         def query(function: Callable[[Any], Any]) -> Any:

@@ -14,11 +14,12 @@ from typing import Any
 
 from launcher.errors import FailureCode, RunFailed, code_of, first_line
 from launcher.files import keep_private
-from launcher.fleet.agent import Event, NodeTask
+from launcher.fleet.agent import NodeTask
 from launcher.fleet.network import LOOPBACK
 from launcher.fleet.ray_folder import RayFolder
 from launcher.fleet.ray_settings import LOOPBACK_ONLY, job_config, quiet_ray, use_token, write_token
 from launcher.plan.schema import Plan, World
+from launcher.records import NodeLostReport, Order, Report
 
 Log = Callable[[str], None]
 _POLL_SECONDS = 2.0
@@ -205,26 +206,28 @@ class Nodes:
         port: int = self._ask_some([self.nodes[node_rank]], "free_port", [()])[0]
         return port
 
-    def order(self, **order: Any) -> None:
+    def order(self, order: Order) -> None:
         """Sends an order to every rank."""
         self.ask("order", [(order,)] * len(self.nodes))
 
-    def events(self, timeout_seconds: float) -> list[Event]:
+    def reports(self, timeout_seconds: float) -> list[Report]:
         """The reports of the ranks, each with its `node_rank`, and a report "node-lost" for a lost node."""
         import ray
 
         for index, node in enumerate(self.nodes):
             if index not in self._pending.values():
-                self._pending[node.agent.next_events.remote(_POLL_SECONDS)] = index
+                self._pending[node.agent.next_reports.remote(_POLL_SECONDS)] = index
         ready, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=timeout_seconds)
-        found: list[Event] = []
+        found: list[Report] = []
         for reference in ready:
             index = self._pending.pop(reference)
             try:
-                found += [{**event, "node_rank": index} for event in ray.get(reference)]
+                for report in ray.get(reference):
+                    report["node_rank"] = index
+                    found.append(report)
             except ray.exceptions.RayActorError as error:
-                reason = first_line(error)
-                found.append({"report": "node-lost", "node_rank": index, "time": time.time(), "message": reason})
+                message = first_line(error)
+                found.append(NodeLostReport(report="node-lost", node_rank=index, time=time.time(), message=message))
         return found
 
     def end(self, grace_seconds: float) -> None:

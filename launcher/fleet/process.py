@@ -12,24 +12,25 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from launcher.records import AgentReport, ExitReport, Order, parse_report
 from launcher.run_dir import utc_now
 
-OnEvent = Callable[[dict[str, Any]], None]
+OnReport = Callable[[AgentReport], None]
 _LOG_GRACE_SECONDS = 3.0
 _LINE_END = re.compile(rb"[\r\n]+")
 
 
 class RankProcess:
-    """A started rank. `on_event` is called, from other threads, for each of its reports and last for its exit."""
+    """A started rank. `on_report` is called, from other threads, for each of its reports and last for its exit."""
 
     def __init__(
-        self, rank: int, command: Sequence[str], environment: Mapping[str, str], log: Path, on_event: OnEvent
+        self, rank: int, command: Sequence[str], environment: Mapping[str, str], log: Path, on_report: OnReport
     ) -> None:
         """Raises OSError if the log cannot be opened."""
         self.rank = rank
-        self._on_event = on_event
+        self._on_report = on_report
         self._lock = threading.Lock()
         log_file = log.open("ab", buffering=0)
         report_in, report_out = os.pipe()
@@ -60,7 +61,7 @@ class RankProcess:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def order(self, **order: Any) -> None:
+    def order(self, order: Order) -> None:
         """Sends the rank an order; does nothing if it has ended."""
         stdin = self._process.stdin
         assert stdin is not None
@@ -82,8 +83,9 @@ class RankProcess:
     def _read_reports(self, reports: IO[bytes]) -> None:
         with reports:
             for line in reports:
-                with contextlib.suppress(json.JSONDecodeError):
-                    self._on_event({**json.loads(line), "rank": self.rank})
+                if (report := parse_report(line)) is not None:
+                    report["rank"] = self.rank
+                    self._on_report(report)
 
     def _wait(self, readers: Sequence[threading.Thread]) -> None:
         code = self._process.wait()
@@ -92,7 +94,7 @@ class RankProcess:
         self.send_signal(signal.SIGKILL)
         for reader in readers:
             reader.join(_LOG_GRACE_SECONDS)
-        self._on_event({"report": "exit", "rank": self.rank, "code": code, "time": ended})
+        self._on_report(ExitReport(report="exit", rank=self.rank, code=code, time=ended))
 
 
 def run_command(

@@ -85,5 +85,5 @@ def _poll_requests(directory: RunDir, interrupts: Interrupts, left: threading.Ev
         if request and request != last:
             last = request
             with suppress(OSError):
-                directory.event("stop_requested", **{key: request[key] for key in ("now", "by")})
+                directory.event({"event": "stop_requested", "now": request["now"], "by": request["by"]})
             interrupts.cancel(request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from launcher.errors import FailureCode
 
@@ -15,7 +16,7 @@ class Outcome:
     A run that stopped by itself has a reason and its code.
     """
 
-    state: str
+    state: Literal["finished", "stopped"]
     updates: int | None
     reason: str | None = None
     code: FailureCode | None = None

@@ -58,7 +58,9 @@ def resume_held(
             console.note(f"  {plan.resumed.arithmetic}")
         directory.rewind(start.samples, start.update)
         note_damaged_lines(directory, console)
-        directory.event("resume", update=start.update, samples=start.samples, overrides=list(overrides))
+        directory.event(
+            {"event": "resume", "update": start.update, "samples": start.samples, "overrides": list(overrides)}
+        )
         return carry_out(plan, plan_file, directory, console, start, interrupts)
 
 
@@ -67,14 +69,16 @@ def _report_damage(rest: Rest, directory: RunDir, console: RunConsole) -> None:
     used = rest.saved.folder.name
     for each in rest.damaged:
         console.note(f"  [yellow]note:[/] {escape(str(each))}; {used} is used")
-        directory.event("checkpoint_damaged", checkpoint=each.path.name, reason=each.reason, used=used)
+        directory.event(
+            {"event": "checkpoint_damaged", "checkpoint": each.path.name, "reason": each.reason, "used": used}
+        )
 
 
 def _export(rest: Rest, directory: RunDir, console: RunConsole, interrupts: Interrupts) -> RunResult:
     """Makes the missing export of a run whose updates are all made."""
     update = rest.start.update
     console.note(f"all {update} updates are made: only the export is missing ({export_fault(directory.export)})")
-    directory.event("resume", update=update, samples=rest.start.samples, overrides=[])
+    directory.event({"event": "resume", "update": update, "samples": rest.start.samples, "overrides": []})
     directory.enter("exporting", update=update)
     console.state("exporting")
     # The ranks' own temporary folder, to which nothing is written any more.

@@ -58,7 +58,7 @@ def _planned(checked: CheckedJob, directory: RunDir, console: RunConsole) -> Pla
         directory.enter("planning")
         console.state("planning")
         if checked.loaded.overrides:
-            directory.event("overrides", values=list(checked.loaded.overrides))
+            directory.event({"event": "overrides", "values": list(checked.loaded.overrides)})
         write_atomic(directory.job_file, _job_text(checked.loaded))
         with (directory.logs / "prepare.log").open("wb") as log:
             plan = make_plan(checked, on_progress=_Preparing(directory, console), log=log)
@@ -86,7 +86,7 @@ def _write_plan(plan: Plan, directory: RunDir) -> None:
     """Writes plan.json and ds_config.json."""
     write_atomic(directory.plan_file, plan.to_json())
     write_json(directory.ds_config_file, plan.ds_config)
-    directory.event("plan", sha256=plan.sha256, updates=plan.length.total_updates)
+    directory.event({"event": "plan", "sha256": plan.sha256, "updates": plan.length.total_updates})
 
 
 class _Preparing:

@@ -57,7 +57,7 @@ def run_script_again(directory: RunDir) -> RunResult:
         # `launcher.report` restores the lines of updates that the script does not repeat: only the script knows where
         # it resumes.
         directory.rewind(samples=0, update=-1)
-        directory.event("restart")
+        directory.event({"event": "restart"})
         return carry_out(plan, directory.plan_file, directory, console, None, interrupts)
 
 

@@ -53,10 +53,10 @@ class ScriptSupervisor(Supervisor):
     def follow(self) -> Outcome:
         """Hears the ranks until the last has ended. Once asked to stop, they may end as they like."""
         ended: set[int] = set()
-        for event in self._heard():
-            if event["report"] == "exit":
-                ended.add(event["rank"])
-            if first_failure([event]) and not (self.stopping and event["report"] == "exit"):
+        for report in self._heard():
+            if report["report"] == "exit":
+                ended.add(report["rank"])
+            if first_failure([report]) and not (self.stopping and report["report"] == "exit"):
                 self._fail()
             if len(ended) == self.plan.world.size:
                 break
@@ -79,7 +79,9 @@ class ScriptSupervisor(Supervisor):
         reason = f"update {update} was made at a rate of {rate:.6g}, and the plan has {planned:.6g}"
         if math.isclose(rate, following, rel_tol=_SAME_RATE):
             reason += "; that is the next update's: read the rate before the scheduler is stepped"
-        self.run_dir.event("other_rate", update=update, lr=rate, planned_lr=planned, reason=reason)
+        self.run_dir.event(
+            {"event": "other_rate", "update": update, "lr": rate, "planned_lr": planned, "reason": reason}
+        )
         self.console.note(f"          another rate: {reason}")
 
     def _disk_bytes(self) -> int:

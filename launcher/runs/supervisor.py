@@ -6,9 +6,9 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 from rich.markup import escape
 
@@ -24,7 +24,7 @@ from launcher.first_failure import (
     timeout_headline,
     traceback_time,
 )
-from launcher.fleet.agent import Event, NodeTask
+from launcher.fleet.agent import NodeTask
 from launcher.fleet.environment import rank_environment
 from launcher.fleet.failures import Failure, all_failures, first_failure, sort_failures
 from launcher.fleet.nodes import Node, NodeResources, Nodes, address_of
@@ -33,6 +33,7 @@ from launcher.fleet.ray_head import RayHead, head_of_this_ray
 from launcher.plan.packages import needed_packages
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
+from launcher.records import EventReport, PhaseReport, Report, RunState, StateDetails
 from launcher.run_dir import RunDir
 from launcher.runs.outcome import Outcome
 
@@ -79,7 +80,7 @@ class Supervisor:
         self.plan_file = plan_file
         self.plan, self.run_dir, self.console = plan, run, console
         self.nodes = Nodes(NodeResources.of(plan.world), console.note)
-        self.events: list[Event] = []
+        self.reports: list[Report] = []
         self.stop_signal = 0
         self.phase: str | None = None
         self._head: RayHead | None = None
@@ -133,13 +134,15 @@ class Supervisor:
         self._head = head_of_this_ray(own=address == "local")
         for rank, node in enumerate(self.nodes.place(self.plan.job.cluster.wait_seconds)):
             self.run_dir.event(
-                "node",
-                node_rank=rank,
-                host=node.host,
-                address=node.address,
-                interface=node.interface,
-                gpus=list(node.gpus),
-                clock_offset_seconds=node.clock_offset_seconds,
+                {
+                    "event": "node",
+                    "node_rank": rank,
+                    "host": node.host,
+                    "address": node.address,
+                    "interface": node.interface,
+                    "gpus": list(node.gpus),
+                    "clock_offset_seconds": node.clock_offset_seconds,
+                }
             )
 
     def start(self, start: Start | None) -> None:
@@ -149,7 +152,7 @@ class Supervisor:
         self.nodes.start([self._task(rank, node) for rank, node in enumerate(self.nodes.nodes)])
         rendezvous = {"MASTER_ADDR": self._master(), "MASTER_PORT": str(self.nodes.free_port(0))}
         rendezvous |= {"LAUNCHER_PLAN": str(self.plan_file), "LAUNCHER_PLAN_SHA256": self.plan.sha256}
-        self.nodes.order(go={"env": rendezvous, "start": start.model_dump() if start else None})
+        self.nodes.order({"go": {"env": rendezvous, "start": start.model_dump() if start else None}})
 
     def check_nodes(self) -> None:
         """Looks at the nodes before anything is started on them. Raises RunFailed, naming each that will not do."""
@@ -164,21 +167,21 @@ class Supervisor:
     def follow(self) -> Outcome:
         """Hears the ranks until the last has ended."""
         ended: dict[int, int] = {}
-        for event in self._heard():
-            if event["report"] == "phase":
-                self._phase(event)
-            elif event["report"] == "event":
-                self._write_down(event)
-            elif event["report"] == "exit":
-                ended[event["rank"]] = event["code"]
-            if first_failure([event]):
+        for report in self._heard():
+            if report["report"] == "phase":
+                self._phase(report)
+            elif report["report"] == "event":
+                self._write_down(report)
+            elif report["report"] == "exit":
+                ended[report["rank"]] = report["code"]
+            if first_failure([report]):
                 self._fail()
             if len(ended) == self.plan.world.size:
                 break
         self._show_progress()
-        stops = [event for event in self.events if event["report"] == "stopped"]
-        if stops:
-            return Outcome("stopped", stops[0]["update"], stops[0]["reason"], known_code(stops[0].get("code")))
+        for report in self.reports:
+            if report["report"] == "stopped":
+                return Outcome("stopped", report["update"], report["reason"], known_code(report.get("code")))
         return Outcome("finished", self.plan.length.total_updates)
 
     @property
@@ -193,24 +196,24 @@ class Supervisor:
         self.stop_signal = signal_number
         return True
 
-    def enter(self, state: str, **details: Any) -> None:
+    def enter(self, state: RunState, **details: Unpack[StateDetails]) -> None:
         """Writes the state down and shows it."""
         self.run_dir.enter(state, **details)
         self.console.state(state)
 
-    def _heard(self) -> Iterator[Event]:
+    def _heard(self) -> Iterator[Report]:
         """Every event of the ranks, as it comes; shows progress meanwhile and passes a stop on."""
         told_to_stop = False
         while True:
-            heard = self.nodes.events(timeout_seconds=0.5)
+            heard = self.nodes.reports(timeout_seconds=0.5)
             # All at once: whoever stops listening at one of them has heard the others as well.
-            self.events += heard
+            self.reports += heard
             yield from heard
             self._show_progress()
             self._check_head()
             if self.stopping and not told_to_stop:
                 told_to_stop = True
-                self.nodes.order(stop=True)
+                self.nodes.order({"stop": True})
 
     def _check_head(self) -> None:
         """Raises RayLost if Ray's head process is gone, once that is written down: Ray may end this process soon."""
@@ -230,17 +233,17 @@ class Supervisor:
     def _show_update(self, line: dict[str, Any]) -> None:
         self.console.update(line)
 
-    def _phase(self, event: Event) -> None:
-        if event["phase"] == "loading":
+    def _phase(self, report: PhaseReport) -> None:
+        if report["phase"] == "loading":
             return
-        self.phase = event["phase"]
+        self.phase = report["phase"]
         self._show_progress()
-        self.enter(event["phase"], update=event["update"])
+        self.enter(report["phase"], update=report["update"])
 
-    def _write_down(self, event: Event) -> None:
+    def _write_down(self, report: EventReport) -> None:
         """What the first rank has to tell; one writer keeps the lines of events.jsonl whole on every file system."""
-        kind, details = event["event"], event["details"]
-        self.run_dir.event(kind, **details)
+        kind, details = report["event"], report["details"]
+        self.run_dir.rank_event(report)
         if kind in _TOLD:
             self.console.note(f"          {_TOLD[kind]}: {details.get('reason', details)}")
 
@@ -269,15 +272,17 @@ class Supervisor:
     def _write_failures(self, failures: Sequence[Failure]) -> None:
         first, nodes = failures[0], self.nodes.nodes
         self.run_dir.event(
-            "failure",
-            rank=first.rank,
-            node_rank=first.node_rank,
-            host=nodes[first.node_rank].host,
-            how=first.how,
-            exit_code=first.exit_code,
-            code=first.code,
-            error=first.error,
-            failures=[{**asdict(each), "host": nodes[each.node_rank].host} for each in failures],
+            {
+                "event": "failure",
+                "rank": first.rank,
+                "node_rank": first.node_rank,
+                "host": nodes[first.node_rank].host,
+                "how": first.how,
+                "exit_code": first.exit_code,
+                "code": first.code,
+                "error": first.error,
+                "failures": [each.record(nodes[each.node_rank].host) for each in failures],
+            }
         )
 
     def _settle(self) -> None:
@@ -285,14 +290,14 @@ class Supervisor:
         began = time.monotonic()
         while True:
             waited = time.monotonic() - began
-            only_fell = all(lost_peer(failure) for failure in self._failures())
-            exits = sum(event["report"] == "exit" for event in self.events)
-            if waited >= (_LOST_NODE_SECONDS if only_fell and exits < self.plan.world.size else _SETTLE_SECONDS):
+            all_lost_a_peer = all(lost_peer(failure) for failure in self._failures())
+            exits = sum(report["report"] == "exit" for report in self.reports)
+            if waited >= (_LOST_NODE_SECONDS if all_lost_a_peer and exits < self.plan.world.size else _SETTLE_SECONDS):
                 return
-            self.events += self.nodes.events(_SETTLE_SECONDS / 2)
+            self.reports += self.nodes.reports(_SETTLE_SECONDS / 2)
 
     def _failures(self) -> list[Failure]:
-        found = all_failures(self.events, [node.clock_offset_seconds for node in self.nodes.nodes])
+        found = all_failures(self.reports, [node.clock_offset_seconds for node in self.nodes.nodes])
         return [_with_code(failure) for failure in sort_failures(map(self._with_log, found))]
 
     def _with_log(self, failure: Failure) -> Failure:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 
 from launcher.errors import code_of
 from launcher.files import keep_private
 from launcher.plan.resume import Start
+from launcher.records import DoneReport, FailedReport, ReadyReport
 from launcher.worker.control import Control
 
 
@@ -24,25 +26,28 @@ def main() -> int:
     try:
         from launcher.worker import train
 
-        control.report("ready")
+        control.report(ReadyReport(report="ready", time=time.time()))
         go = control.wait_for_go()
-        os.environ.update(go.get("env", {}))
+        os.environ.update(go["env"])
         run_dir = Path(os.environ["LAUNCHER_RUN_DIR"])
-        start = Start.model_validate(go["start"]) if go.get("start") else None
+        start = Start.model_validate(found) if (found := go.get("start")) else None
         train.run_rank(run_dir, Path(os.environ.get("LAUNCHER_PLAN", run_dir / "plan.json")), start, control)
     except BaseException as error:
         text = traceback.format_exc()
         print(text, file=sys.stderr, flush=True)
         control.report(
-            "failed",
-            host=socket.gethostname(),
-            code=code_of(error),
-            error=type(error).__name__,
-            message=str(error),
-            traceback=text,
+            FailedReport(
+                report="failed",
+                time=time.time(),
+                host=socket.gethostname(),
+                code=code_of(error),
+                error=type(error).__name__,
+                message=str(error),
+                traceback=text,
+            )
         )
         return 1
-    control.report("done")
+    control.report(DoneReport(report="done", time=time.time()))
     return 0
 
 

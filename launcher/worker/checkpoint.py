@@ -66,8 +66,14 @@ class Checkpoints:
         torch.save(_random_states(self._ranks.device), folder / f"random-{self._ranks.rank}.pt")
         self._ranks.barrier()
         if self._ranks.first:
-            write_manifest(folder, world_size=self._ranks.world_size, **state)
-            self._record_event("checkpoint", update=progress.update, samples=progress.samples)
+            write_manifest(
+                folder,
+                world_size=self._ranks.world_size,
+                update=progress.update,
+                samples=progress.samples,
+                plan_sha256=plan_sha256,
+            )
+            self._record_event({"event": "checkpoint", "update": progress.update, "samples": progress.samples})
             self._prune()
         self._ranks.barrier()
         self._saved = progress.update

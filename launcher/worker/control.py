@@ -13,11 +13,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 from launcher.errors import AGENT_LOST_EXIT
+from launcher.records import EventReport, Go, Order, RankEvent, RankReport
 
-RecordEvent = Callable[..., None]
+RecordEvent = Callable[[RankEvent], None]
 
 
 class Control:
@@ -26,7 +26,7 @@ class Control:
     def __init__(self, report_fd: int | None) -> None:
         self._report_fd = report_fd
         self._lock = threading.Lock()
-        self._orders: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._orders: queue.Queue[Go] = queue.Queue()
         self.stop = threading.Event()
         if report_fd is not None:
             threading.Thread(target=self._listen, name="agent-orders", daemon=True).start()
@@ -36,28 +36,28 @@ class Control:
         fd = os.environ.pop("LAUNCHER_REPORT_FD", None)
         return cls(int(fd) if fd else None)
 
-    def wait_for_go(self) -> dict[str, Any]:
+    def wait_for_go(self) -> Go:
         """Waits for the agent's order to start and returns it; returns an empty order if there is no agent."""
         if self._report_fd is None:
-            return {}
-        go: dict[str, Any] = self._orders.get()
-        return go
+            return {"env": {}}
+        return self._orders.get()
 
-    def report(self, kind: str, **details: Any) -> None:
+    def report(self, report: RankReport) -> None:
         """Sends a report to the agent: a phase, an update, a failure."""
         if self._report_fd is None:
             return
-        line = json.dumps({"report": kind, "time": time.time(), **details}) + "\n"
+        line = json.dumps(report) + "\n"
         with self._lock:
             os.write(self._report_fd, line.encode())
 
-    def record_event(self, kind: str, **details: Any) -> None:
+    def record_event(self, event: RankEvent) -> None:
         """Reports an event, which the supervisor writes to events.jsonl."""
-        self.report("event", event=kind, details=details)
+        details = {key: value for key, value in event.items() if key != "event"}
+        self.report(EventReport(report="event", time=time.time(), event=event["event"], details=details))
 
     def _listen(self) -> None:
         for line in sys.stdin:
-            order = json.loads(line)
+            order: Order = json.loads(line)
             if "go" in order:
                 self._orders.put(order["go"])
             elif "stop" in order:

@@ -8,6 +8,7 @@ from typing import Any
 from launcher.errors import FailureCode, RequestError
 from launcher.plan.revision import extensions, schedule_of, with_longer_warmup, with_lower_peak
 from launcher.plan.schema import Plan
+from launcher.records import RankEvent
 from launcher.run_dir import RunDir, write_atomic
 from launcher.schedule.curve import effective_schedule
 from launcher.schedule.spikes import SpikeDetector
@@ -42,7 +43,7 @@ class SpikeGuard:
         if finite or self._remedy == "warn" or self.plan.precision == "fp16":
             return False
         what, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
-        self._event("spike", update=update, reason=f"the {what} is {value}", remedy="stop")
+        self._event({"event": "spike", "update": update, "reason": f"the {what} is {value}", "remedy": "stop"})
         self.stop_reason = f"the {what} of update {update} is {value}; the weights are those before this update"
         self.stop_code = FailureCode.NAN_LOSS
         return True
@@ -52,18 +53,17 @@ class SpikeGuard:
         if skipped and self.plan.precision == "fp16":
             return
         if skipped:
-            self._event(
-                "spike", update=update, reason="DeepSpeed skipped it: its gradient is NaN or Inf", remedy="stop"
-            )
+            reason = "DeepSpeed skipped it: its gradient is NaN or Inf"
+            self._event({"event": "spike", "update": update, "reason": reason, "remedy": "stop"})
             if self._remedy != "warn":
                 self.stop_reason = f"DeepSpeed skipped update {update}, whose gradient is NaN or Inf"
                 self.stop_code = FailureCode.NAN_LOSS
             return
         verdict = self._detector.watch(update, loss, grad_norm)
         if verdict.kind == "outlier":
-            self._event("outlier", update=update, reason=verdict.reason)
+            self._event({"event": "outlier", "update": update, "reason": verdict.reason})
         elif verdict.kind == "spike":
-            self._event("spike", update=update, reason=verdict.reason, remedy=self._remedy)
+            self._event({"event": "spike", "update": update, "reason": verdict.reason, "remedy": self._remedy})
             if self._remedy == "stop":
                 self.stop_reason = f"a spike, and schedule.on_spike is stop. {verdict.reason}"
                 self.stop_code = FailureCode.LOSS_SPIKE
@@ -81,13 +81,14 @@ class SpikeGuard:
         """Lowers the learning rate from the next update on, in the plan and in the scheduler."""
         most = self.plan.job.schedule.max_extensions
         if extensions(self.plan) >= most:
-            self._event("not_extended", update=update, reason=f"the warm-up was already extended {most} times")
+            reason = f"the warm-up was already extended {most} times"
+            self._event({"event": "not_extended", "update": update, "reason": reason})
             return
         at = self._engine.lr_scheduler.last_batch_iteration
         try:
             self.plan = _REMEDIES[self._remedy](self.plan, at)
         except (RequestError, ValueError) as error:
-            self._event("not_extended", update=update, reason=str(error))
+            self._event({"event": "not_extended", "update": update, "reason": str(error)})
             return
         scheduler.follow(self._engine, self.plan, at)
         self._lr_check.follow(self.plan)
@@ -96,14 +97,16 @@ class SpikeGuard:
             write_atomic(self._run.next_plan_revision(), self.plan.to_json())
         now = effective_schedule(schedule_of(self.plan), at)
         self._event(
-            "warmup_extended",
-            update=at,
-            warmup_updates=now.warmup_updates,
-            peak_lr=now.peak_lr,
-            lr=self._engine.lr_scheduler.get_last_lr()[0],
-            plan_sha256=self.plan.sha256,
+            {
+                "event": "warmup_extended",
+                "update": at,
+                "warmup_updates": now.warmup_updates,
+                "peak_lr": now.peak_lr,
+                "lr": self._engine.lr_scheduler.get_last_lr()[0],
+                "plan_sha256": self.plan.sha256,
+            }
         )
 
-    def _event(self, kind: str, **details: Any) -> None:
+    def _event(self, event: RankEvent) -> None:
         if self._ranks.first:
-            self._record_event(kind, **details)
+            self._record_event(event)

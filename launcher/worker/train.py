@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.plan_file import read_plan
+from launcher.records import Phase, PhaseReport, StoppedReport, UpdateReport
 from launcher.run_dir import RunDir
 from launcher.token_store import TokenStore
 from launcher.worker import scheduler
@@ -41,7 +42,7 @@ def run_rank(run_path: Path, plan_file: Path, start: Start | None, control: Cont
     ranks = join_ranks(plan)
     hosts = check_same_plan(ranks, plan)
     set_seed(plan.job.train.seed)
-    control.report("phase", phase="loading")
+    control.report(PhaseReport(report="phase", time=time.time(), phase="loading"))
     engine = make_engine(plan, load_model(plan), universal=start is not None and start.convert)
     if start is None:
         check_weights(engine.module, ranks, plan.training.model.folder)
@@ -158,10 +159,17 @@ class Training:
             lr=lr,
             grad_norm=norm,
             skipped=skipped,
-            **({} if self.plan.training.model.router_loss_coefficient is None else {"router_loss": self.router_loss}),
+            router_loss=None if self.plan.training.model.router_loss_coefficient is None else self.router_loss,
         )
         self.control.report(
-            "update", update=batch.update, **self.metrics.last_step(), own_seconds=self.compute_time.take()
+            UpdateReport(
+                report="update",
+                time=time.time(),
+                update=batch.update,
+                step_seconds=self.metrics.step_seconds,
+                gpu_memory_bytes=self.metrics.gpu_memory_bytes(),
+                own_seconds=self.compute_time.take(),
+            )
         )
         self.guard.watch(batch.update, loss, norm, skipped=skipped)
         done, total = self.progress.update, self.plan.length.total_updates
@@ -177,7 +185,7 @@ class Training:
             found = evaluate(
                 self.engine, self.eval_store, self.plan.train_micro_batch_size_per_gpu, self.ranks, self.part
             )
-            self.metrics.write_evaluation(update=self.progress.update, **asdict(found))
+            self.metrics.write_evaluation(self.progress.update, found.loss, found.perplexity, found.targets)
 
     def save(self) -> None:
         """Saves a checkpoint in the middle of training."""
@@ -195,7 +203,10 @@ class Training:
             self.phase("saving")
             self.save_state()
             reason, code = self.guard.stop_reason, self.guard.stop_code
-            self.control.report("stopped", update=self.progress.update, reason=reason, code=code)
+            update = self.progress.update
+            self.control.report(
+                StoppedReport(report="stopped", time=time.time(), update=update, reason=reason, code=code)
+            )
             return
         self.evaluate()
         if self.plan.job.checkpoint.save_final:
@@ -205,6 +216,7 @@ class Training:
             self.phase("exporting")
             export_model(self.engine, self.plan, self.ranks, self.run.export)
 
-    def phase(self, name: str) -> None:
+    def phase(self, name: Phase) -> None:
         if self.ranks.first:
-            self.control.report("phase", phase=name, update=self.progress.update)
+            update = self.progress.update
+            self.control.report(PhaseReport(report="phase", time=time.time(), phase=name, update=update))

@@ -52,7 +52,7 @@ def after(condition: Callable[[], bool], built: Built, state: str) -> Iterator[N
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not condition() and time.monotonic() < deadline:
             time.sleep(0.02)
-        built.run.event("stop_requested", now=False, by="u@h")
+        built.run.event({"event": "stop_requested", "now": False, "by": "u@h"})
         built.run.enter(state, reason="cancelled by u@h")
 
     thread = threading.Thread(target=take)

@@ -229,7 +229,7 @@ def test_a_run_shows_what_was_planned_extended_and_applied(folder: Path) -> None
     run = RunDir.create(folder / "runs", "tiny")
     write_atomic(run.plan_file, plan.to_json())
     write_atomic(run.path / "plan.revision-1.json", longer.to_json())
-    run.event("warmup_extended", update=20, warmup_updates=40, peak_lr=2e-5)
+    run.event({"event": "warmup_extended", "update": 20, "warmup_updates": 40, "peak_lr": 2e-5})
     schedule = make_schedule("cosine", peak_lr=2e-5, warmup_updates=10, total_updates=100)
     for update in range(20):
         append_line(run.metrics_file, {"update": update, "lr": lr_at(schedule, update)})

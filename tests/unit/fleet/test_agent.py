@@ -56,7 +56,7 @@ def exits(agent: Agent, count: int) -> list[dict[str, Any]]:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while len(found) < count:
         assert time.monotonic() < deadline, "an exit was never reported"
-        found += [event for event in agent.next_events(1.0) if event["report"] == "exit"]
+        found += [event for event in agent.next_reports(1.0) if event["report"] == "exit"]
     return found
 
 

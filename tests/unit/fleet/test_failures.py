@@ -142,13 +142,13 @@ NCCL = "[rank{}]:[E ProcessGroupNCCL.cpp:607] [Rank {}] Watchdog caught collecti
 
 
 class ScriptedNodes(Nodes):
-    """Two nodes whose events are given: one list per call of `events`."""
+    """Two nodes whose reports are given: one list per call of `reports`."""
 
     def __init__(self, *batches: list[dict[str, Any]]) -> None:
         self.nodes = [Node(None, f"h{rank}", f"10.0.0.{rank}", ()) for rank in range(2)]
         self._batches = list(batches)
 
-    def events(self, timeout_seconds: float) -> list[dict[str, Any]]:
+    def reports(self, timeout_seconds: float) -> list[dict[str, Any]]:
         del timeout_seconds
         return self._batches.pop(0) if self._batches else []
 

@@ -27,27 +27,27 @@ RANK |= {"LAUNCHER_RUN_DIR": "/runs/mine-1"}
 Start = Callable[..., RankProcess]
 
 
-class Events:
+class Reports:
     """What an agent receives from one rank."""
 
     def __init__(self) -> None:
-        self._events: queue.Queue[dict[str, Any]] = queue.Queue()
-        self.put = self._events.put
+        self._reports: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.put = self._reports.put
 
-    def wait_for(self, report: str) -> dict[str, Any]:
+    def wait_for(self, kind: str) -> dict[str, Any]:
         while True:
-            event = self._events.get(timeout=PATIENCE_SECONDS)
-            if event["report"] == report:
-                return event
+            report = self._reports.get(timeout=PATIENCE_SECONDS)
+            if report["report"] == kind:
+                return report
 
 
 @pytest.fixture
-def events() -> Events:
-    return Events()
+def reports() -> Reports:
+    return Reports()
 
 
 @pytest.fixture
-def start(tmp_path: Path, events: Events, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+def start(tmp_path: Path, reports: Reports, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """Starts a script as an agent does. The script is written to tmp_path."""
     started: list[RankProcess] = []
 
@@ -59,7 +59,7 @@ def start(tmp_path: Path, events: Events, monkeypatch: pytest.MonkeyPatch) -> It
             monkeypatch.chdir(cwd)
         environment = {**os.environ, **RANK, "PYTHONUNBUFFERED": "1", **variables}
         command = [sys.executable, *runner, str(tmp_path), "train.py", *arguments]
-        started.append(RankProcess(5, command, environment, tmp_path / "rank.log", events.put))
+        started.append(RankProcess(5, command, environment, tmp_path / "rank.log", reports.put))
         return started[-1]
 
     yield begin
@@ -96,7 +96,7 @@ def wait_until_gone(pid: int) -> None:
         time.sleep(0.02)
 
 
-def test_the_script_is_the_process_that_the_agent_started(start: Start, events: Events, tmp_path: Path) -> None:
+def test_the_script_is_the_process_that_the_agent_started(start: Start, reports: Reports, tmp_path: Path) -> None:
     script = """
 import json, os, sys
 try:
@@ -109,7 +109,7 @@ print(json.dumps([os.getpid(), os.getcwd(), sys.argv[1:], sys.path[0], sys.stdin
 sys.exit(7)
 """
     process = start(script, "--local_rank={local_rank}", "{rank}", "{other}")
-    assert events.wait_for("exit")["code"] == 7
+    assert reports.wait_for("exit")["code"] == 7
     seen = {"RANK": "5", "ROLE_RANK": "5", "GROUP_WORLD_SIZE": "2", "LOCAL_SIZE": "4"}
     folder = str(tmp_path)
     wanted = [process.pid, folder, ["--local_rank=1", "5", "{other}"], folder, "", False, seen]
@@ -118,17 +118,17 @@ sys.exit(7)
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGTERM])
-def test_a_signal_is_reported_as_that_signal(start: Start, events: Events, number: signal.Signals) -> None:
+def test_a_signal_is_reported_as_that_signal(start: Start, reports: Reports, number: signal.Signals) -> None:
     start(f"import os; os.kill(os.getpid(), {int(number)})")
-    assert events.wait_for("exit")["code"] == -number
+    assert reports.wait_for("exit")["code"] == -number
 
 
-def test_a_module_is_run_as_python_runs_it(events: Events, tmp_path: Path) -> None:
+def test_a_module_is_run_as_python_runs_it(reports: Reports, tmp_path: Path) -> None:
     (tmp_path / "package").mkdir()
     (tmp_path / "package/train.py").write_text("import sys; print(sys.argv[1:], __package__); sys.exit(3)")
     command = [sys.executable, *LEASH, str(tmp_path), "-m", "package.train", "--steps", "2"]
-    RankProcess(5, command, {**os.environ, **RANK}, tmp_path / "rank.log", events.put)
-    assert events.wait_for("exit")["code"] == 3
+    RankProcess(5, command, {**os.environ, **RANK}, tmp_path / "rank.log", reports.put)
+    assert reports.wait_for("exit")["code"] == 3
     assert wait_for_line(tmp_path, "steps") == "['--steps', '2'] package"
 
 
@@ -142,19 +142,19 @@ while True:
 """
 
 
-def test_the_order_to_stop_sends_one_sigterm_and_later_sigkill(start: Start, events: Events, tmp_path: Path) -> None:
+def test_the_order_to_stop_sends_one_sigterm_and_later_sigkill(start: Start, reports: Reports, tmp_path: Path) -> None:
     quick = "import sys, launcher.fleet.run_script as runner; runner.STOP_GRACE_SECONDS = 3; runner.main()"
     process = start(STUBBORN, runner=("-c", quick))
     wait_for_line(tmp_path, "ready")
-    process.order(go={"env": {}})
-    process.order(stop=True)
-    process.order(stop=True)
-    assert events.wait_for("exit")["code"] == -signal.SIGKILL
+    process.order({"go": {"env": {}}})
+    process.order({"stop": True})
+    process.order({"stop": True})
+    assert reports.wait_for("exit")["code"] == -signal.SIGKILL
     assert (tmp_path / "rank.log").read_text().count("SIGTERM") == 1
     wait_until_gone(process.pid)
 
 
-def test_a_script_may_save_and_exit_at_the_order_to_stop(start: Start, events: Events, tmp_path: Path) -> None:
+def test_a_script_may_save_and_exit_at_the_order_to_stop(start: Start, reports: Reports, tmp_path: Path) -> None:
     saving = """
 import signal, sys, time
 def save(*_):
@@ -165,8 +165,8 @@ time.sleep(3600)
 """
     process = start(saving)
     wait_for_line(tmp_path, "ready")
-    process.order(stop=True)
-    assert events.wait_for("exit")["code"] == 0
+    process.order({"stop": True})
+    assert reports.wait_for("exit")["code"] == 0
     wait_for_line(tmp_path, "saved")
 
 
@@ -174,7 +174,7 @@ AGENT = """
 import os, sys, time
 from pathlib import Path
 from launcher.fleet.process import RankProcess
-process = RankProcess(5, sys.argv[1:], dict(os.environ), Path("rank.log"), lambda event: None)
+process = RankProcess(5, sys.argv[1:], dict(os.environ), Path("rank.log"), lambda report: None)
 print(process.pid, flush=True)
 time.sleep(3600)
 """
@@ -199,17 +199,17 @@ import subprocess, sys
     wait_until_gone(pid)
 
 
-def test_the_agent_kills_a_script_after_the_grace_time(start: Start, events: Events, tmp_path: Path) -> None:
+def test_the_agent_kills_a_script_after_the_grace_time(start: Start, reports: Reports, tmp_path: Path) -> None:
     process = start(STUBBORN)
     wait_for_line(tmp_path, "ready")
     stop_all([process], grace_seconds=3.0)
-    assert events.wait_for("exit")["code"] == -signal.SIGKILL
+    assert reports.wait_for("exit")["code"] == -signal.SIGKILL
     assert (tmp_path / "rank.log").read_text().count("SIGTERM") == 1
     wait_until_gone(process.pid)
 
 
 def test_a_script_reports_to_its_agent_and_writes_the_metrics_on_rank_0(
-    start: Start, events: Events, tmp_path: Path
+    start: Start, reports: Reports, tmp_path: Path
 ) -> None:
     script = """
 import launcher
@@ -217,8 +217,8 @@ launcher.report(step=0, loss=2.5, lr=1e-3)
 launcher.report(step=4, loss=float("nan"), lr=2e-3, tokens=100, accuracy=0.5)
 """
     start(script, LAUNCHER_RUN_DIR=str(tmp_path), LAUNCHER_TRAIN_BATCH_SIZE="8", RANK="0")
-    first, second = events.wait_for("update"), events.wait_for("update")
-    assert events.wait_for("exit")["code"] == 0
+    first, second = reports.wait_for("update"), reports.wait_for("update")
+    assert reports.wait_for("exit")["code"] == 0
     assert (first["update"], first["step_seconds"], second["update"]) == (0, None, 4)
     lines = RunDir(tmp_path).metrics()
     measured = {"time", "peak_memory_bytes"}
@@ -239,23 +239,23 @@ launcher.report(step=4, loss=float("nan"), lr=2e-3, tokens=100, accuracy=0.5)
     assert lines[1]["tokens_per_second"] == pytest.approx(100 / second["step_seconds"], abs=0.1)
 
 
-def test_other_ranks_report_and_do_not_write(start: Start, events: Events, tmp_path: Path) -> None:
+def test_other_ranks_report_and_do_not_write(start: Start, reports: Reports, tmp_path: Path) -> None:
     start("import launcher; launcher.report(step=3, loss=1.0)", LAUNCHER_RUN_DIR=str(tmp_path))
-    assert events.wait_for("update")["update"] == 3
-    assert events.wait_for("exit")["code"] == 0
+    assert reports.wait_for("update")["update"] == 3
+    assert reports.wait_for("exit")["code"] == 0
     assert RunDir(tmp_path).metrics() == []
 
 
-def test_modules_in_the_scripts_folder_are_only_for_the_script(start: Start, events: Events, tmp_path: Path) -> None:
+def test_modules_in_the_scripts_folder_are_only_for_the_script(start: Start, reports: Reports, tmp_path: Path) -> None:
     """A launcher.py there is what the script imports, but does not replace the launcher itself."""
     (tmp_path / "launcher.py").write_text("print('the launcher of the script')")
     process = start("import launcher, sys; sys.exit(3)", LAUNCHER_RUN_DIR=str(tmp_path), cwd=str(tmp_path))
-    assert events.wait_for("exit")["code"] == 3, process
+    assert reports.wait_for("exit")["code"] == 3, process
     wait_for_line(tmp_path, "the launcher of the script")
 
 
 def test_a_child_of_the_script_does_not_write_to_another_file_with_the_pipes_number(
-    start: Start, events: Events, tmp_path: Path
+    start: Start, reports: Reports, tmp_path: Path
 ) -> None:
     child = """
 import os, sys, launcher
@@ -280,8 +280,8 @@ os.dup2(file, int(os.environ["LAUNCHER_REPORT_FD"]))
 launcher.report(step=1, loss=2.0)
 """
     start(script, LAUNCHER_RUN_DIR=str(tmp_path))
-    assert events.wait_for("update")["update"] == 0
-    assert events.wait_for("exit")["code"] == 0, (tmp_path / "rank.log").read_text()
+    assert reports.wait_for("update")["update"] == 0
+    assert reports.wait_for("exit")["code"] == 0, (tmp_path / "rank.log").read_text()
     wait_for_line(tmp_path, "child wrote nothing")
     assert (tmp_path / "child").read_text() == (tmp_path / "own").read_text() == ""
 
@@ -295,18 +295,18 @@ def sigterm_blocked() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("sigterm_blocked")
-def test_a_script_receives_sigterm_though_its_agent_blocks_it(start: Start, events: Events) -> None:
+def test_a_script_receives_sigterm_though_its_agent_blocks_it(start: Start, reports: Reports) -> None:
     process = start("import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
-    assert events.wait_for("exit")["code"] == -signal.SIGTERM, process
+    assert reports.wait_for("exit")["code"] == -signal.SIGTERM, process
 
 
 @pytest.mark.usefixtures("sigterm_blocked")
-def test_a_rank_that_blocks_sigterm_is_killed_at_once(events: Events, tmp_path: Path) -> None:
+def test_a_rank_that_blocks_sigterm_is_killed_at_once(reports: Reports, tmp_path: Path) -> None:
     code = "import os, signal; os.kill(os.getpid(), signal.SIGTERM); print('still here', flush=True); input()"
-    process = RankProcess(5, [sys.executable, "-c", code], os.environ, tmp_path / "rank.log", events.put)
+    process = RankProcess(5, [sys.executable, "-c", code], os.environ, tmp_path / "rank.log", reports.put)
     wait_for_line(tmp_path, "still here")
     stop_all([process], 3600.0)
-    assert events.wait_for("exit")["code"] == -signal.SIGKILL
+    assert reports.wait_for("exit")["code"] == -signal.SIGKILL
 
 
 def test_variables_of_torchrun_and_deepspeed() -> None:

@@ -206,7 +206,7 @@ def test_an_extension_is_shown_with_the_original(tmp_path: Path) -> None:
     run, plan = a_run(tmp_path)
     longer = with_longer_warmup(plan, 20)
     write_atomic(run.path / "plan.revision-1.json", longer.to_json())
-    run.event("warmup_extended", update=20, warmup_updates=40, peak_lr=2e-5)
+    run.event({"event": "warmup_extended", "update": 20, "warmup_updates": 40, "peak_lr": 2e-5})
     apply(run, plan_curve(longer), range(60))
     found = run_curves(run)
     extended, planned, applied = found.curves
@@ -232,7 +232,7 @@ def test_an_unplanned_learning_rate_is_reported(tmp_path: Path) -> None:
 
 def test_an_event_without_its_revision_is_reported(tmp_path: Path) -> None:
     run, _ = a_run(tmp_path)
-    run.event("warmup_extended", update=20, warmup_updates=40, peak_lr=2e-5)
+    run.event({"event": "warmup_extended", "update": 20, "warmup_updates": 40, "peak_lr": 2e-5})
     assert "more warm-up extensions" in run_curves(run).warnings[0]
 
 
