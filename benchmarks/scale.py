@@ -197,7 +197,13 @@ def write_run(run: RunDir, count: int) -> None:
 
 def heartbeat(node: int, host: str) -> dict[str, Any]:
     rank = {"local_rank": 0, "pid": 1, "alive": True, "exit_code": None, "phase": None, "updates": UPDATES}
-    times = {"step_seconds": 0.5, "own_seconds": 0.2, "memory_bytes": 1, "gpu_memory_bytes": None, "time": utc_now()}
+    times = {
+        "step_seconds": 0.5,
+        "own_seconds": 0.2,
+        "memory_bytes": 1,
+        "gpu_memory_used_bytes": None,
+        "time": utc_now(),
+    }
     facts = {"time": utc_now(), "node_rank": node, "host": host, "address": "10.0.0.1", "interface": "eth0", "cpus": 64}
     use = {"cpu_percent": 50.0, "memory_used_bytes": 1, "memory_bytes": 2, "gpus": [], "ended": False}
     return {**facts, **use, "ranks": [{"rank": node * RANKS + local, **rank, **times} for local in range(RANKS)]}

@@ -66,7 +66,7 @@ class UpdateReport(_Report):
     report: Literal["update"]
     update: int
     step_seconds: float | None
-    gpu_memory_bytes: NotRequired[int | None]
+    gpu_memory_used_bytes: NotRequired[int | None]
     own_seconds: NotRequired[float]
 
 
@@ -409,7 +409,7 @@ class RankRecord(TypedDict):
     step_seconds: float | None
     own_seconds: float | None
     memory_bytes: int | None
-    gpu_memory_bytes: int | None
+    gpu_memory_used_bytes: int | None
     time: str | None
 
 

@@ -90,9 +90,9 @@ def _step_seconds(step: int) -> float | None:
 
 def _send_to_agent(fd: int, step: int, seconds: float | None) -> None:
     report: UpdateReport = {"report": "update", "time": time.time(), "update": step, "step_seconds": seconds}
-    gpu = _gpu_memory_bytes()
+    gpu = _gpu_memory_used_bytes()
     if gpu is not None:
-        report["gpu_memory_bytes"] = gpu
+        report["gpu_memory_used_bytes"] = gpu
     line = json.dumps(report) + "\n"
     # The write fails if the agent has ended.
     with contextlib.suppress(OSError):
@@ -118,12 +118,12 @@ def _line(step: int, seconds: float | None, values: dict[str, Any]) -> dict[str,
         line["step_seconds"] = round(seconds, 6)
         if seconds > 0 and isinstance(given.get("tokens"), int | float):
             line["tokens_per_second"] = round(given["tokens"] / seconds, 1)
-    gpu = _gpu_memory_bytes()
+    gpu = _gpu_memory_used_bytes()
     line["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if gpu is None else gpu
     return {**line, "time": utc_now()}
 
 
-def _gpu_memory_bytes() -> int | None:
+def _gpu_memory_used_bytes() -> int | None:
     """The peak memory that PyTorch allocated on this rank's GPU; None if the script does not use a GPU."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():

@@ -29,7 +29,7 @@ def status(
     left_seconds, loss, lr, tokens_per_second, step_seconds, silent_seconds, compared, and nodes, each with node_rank,
     host, ranks, ranks_alive, exit_codes, phase, updates, step_seconds, own_seconds, rank_own_seconds, ratio,
     straggler, slow_ranks, cpus, cpu_percent, memory_used_bytes, memory_bytes, gpus, gpu_percent,
-    gpu_memory_used_bytes, gpu_memory_bytes, heartbeat_seconds, stale, ended. null is what is not known.
+    gpu_memory_used_bytes, gpu_memory_total_bytes, heartbeat_seconds, stale, ended. null is what is not known.
     """
     from launcher.watch.find_run import find_run, runs_under
     from launcher.watch.status import read_status, read_status_for_list

@@ -36,7 +36,7 @@ class RankStatus:
     phase: Phase | None = None
     updates: int | None = None
     exit_code: int | None = None
-    gpu_memory_bytes: int | None = None
+    gpu_memory_used_bytes: int | None = None
     last_report: float | None = None
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_UPDATES))
     own_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_UPDATES))
@@ -50,7 +50,7 @@ class RankStatus:
             self.exit_code = report["code"]
         elif report["report"] == "update":
             self.updates = report["update"] + 1
-            self.gpu_memory_bytes = report.get("gpu_memory_bytes", self.gpu_memory_bytes)
+            self.gpu_memory_used_bytes = report.get("gpu_memory_used_bytes", self.gpu_memory_used_bytes)
             for recent, seconds in (
                 (self.step_seconds, report.get("step_seconds")),
                 (self.own_seconds, report.get("own_seconds")),
@@ -70,7 +70,7 @@ class RankStatus:
             "step_seconds": _median(self.step_seconds),
             "own_seconds": _median(self.own_seconds),
             "memory_bytes": _resident_bytes(self.process.pid),
-            "gpu_memory_bytes": self.gpu_memory_bytes,
+            "gpu_memory_used_bytes": self.gpu_memory_used_bytes,
             "time": None if self.last_report is None else utc_text(self.last_report),
         }
 

@@ -50,7 +50,7 @@ class NodeStatus:
     gpus: int | None = None
     gpu_percent: float | None = None
     gpu_memory_used_bytes: int | None = None
-    gpu_memory_bytes: int | None = None
+    gpu_memory_total_bytes: int | None = None
     heartbeat_seconds: float | None = None
     stale: bool = False
     ended: bool | None = None
@@ -140,7 +140,7 @@ def _gpus(gpus: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "gpus": len(gpus),
         "gpu_percent": _combined(statistics.fmean, gpus, "utilization_percent"),
         "gpu_memory_used_bytes": _combined(sum, gpus, "memory_used_bytes"),
-        "gpu_memory_bytes": _combined(sum, gpus, "memory_bytes"),
+        "gpu_memory_total_bytes": _combined(sum, gpus, "memory_bytes"),
     }
 
 

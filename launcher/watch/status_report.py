@@ -186,7 +186,7 @@ _COLUMNS: dict[str, Callable[[NodeStatus], str]] = {
     "CPU": lambda node: _percent(node.cpu_percent),
     "memory GiB": lambda node: memory(node.memory_used_bytes, node.memory_bytes),
     "GPU": lambda node: _percent(node.gpu_percent),
-    "GPU memory GiB": lambda node: memory(node.gpu_memory_used_bytes, node.gpu_memory_bytes),
+    "GPU memory GiB": lambda node: memory(node.gpu_memory_used_bytes, node.gpu_memory_total_bytes),
     "heartbeat": lambda node: "-" if node.heartbeat_seconds is None else f"{duration(node.heartbeat_seconds)} ago",
     "": _marks,
 }

@@ -24,7 +24,7 @@ class MetricsWriter:
         self.step_seconds = 0.0
         """Of this rank's last update."""
 
-    def gpu_memory_bytes(self) -> int | None:
+    def gpu_memory_used_bytes(self) -> int | None:
         """The GPU memory that this rank's process has reserved; None on a CPU."""
         if self._ranks.device.type != "cuda":
             return None

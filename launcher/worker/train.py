@@ -167,7 +167,7 @@ class Training:
                 time=time.time(),
                 update=batch.update,
                 step_seconds=self.metrics.step_seconds,
-                gpu_memory_bytes=self.metrics.gpu_memory_bytes(),
+                gpu_memory_used_bytes=self.metrics.gpu_memory_used_bytes(),
                 own_seconds=self.compute_time.take(),
             )
         )

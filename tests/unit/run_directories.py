@@ -120,7 +120,7 @@ def rank(number: int, **changes: Any) -> dict[str, Any]:
         "step_seconds": 0.8,
         "own_seconds": 0.3,
         "memory_bytes": GIB,
-        "gpu_memory_bytes": None,
+        "gpu_memory_used_bytes": None,
         "time": None,
         **changes,
     }

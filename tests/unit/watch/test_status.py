@@ -157,7 +157,7 @@ def test_gpus_have_their_own_columns(built: Built) -> None:
     built.node_json(0, "h0", 58.0, [rank(0)], gpus=gpus)
     node = at(built, 60.0).nodes[0]
     assert (node.gpus, node.gpu_percent) == (2, 95.0)
-    assert (node.gpu_memory_used_bytes, node.gpu_memory_bytes) == (120 * GIB, 160 * GIB)
+    assert (node.gpu_memory_used_bytes, node.gpu_memory_total_bytes) == (120 * GIB, 160 * GIB)
     assert "120.0/160.0" in text_of(at(built, 60.0))
 
 
