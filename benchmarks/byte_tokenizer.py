@@ -1,4 +1,4 @@
-"""The tokenizer of the benchmarks' small models: one token a byte, and one for the end."""
+"""The tokenizer of the benchmarks' small models: one token per byte, and an end token."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def save_byte_tokenizer(folder: Path) -> int:
-    """Writes the tokenizer to `folder`, token 0 being its end and its padding. Returns the size of its vocabulary."""
+    """Writes the tokenizer to `folder`; token 0 is its end and padding token. Returns the vocabulary size."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

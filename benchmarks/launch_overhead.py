@@ -1,11 +1,11 @@
-"""Time to the first update, and time of an update, of `launcher run` against torchrun and the `deepspeed` launcher.
+"""Time to the first update and time per update of `launcher run`, compared with torchrun and the `deepspeed` launcher.
 
-The others run plain_script.py, which makes the same updates from the same plan; that the losses are equal is checked.
-All take turns within a round, on two CPU ranks with one thread each, and ratios are those of one round. The launcher
-plans within its time; the tokenised data is there before for everyone.
+The others run plain_script.py, which does the same updates from the same plan; the benchmark checks that the losses are
+equal. Each round runs all of them in turn, on two CPU ranks with one thread each, and a ratio compares runs of the same
+round. The launcher's time includes planning; the data is tokenised before for all.
 
-Only a machine that does nothing else gives figures to go by: Linux shares busy processors out by session (autogroup),
-and launchers differ in how many sessions they make. How busy it was before each run is measured and told.
+The figures are valid only on an otherwise idle machine: Linux distributes busy CPUs by session (autogroup), and the
+launchers create different numbers of sessions. The CPU use before each run is measured and printed.
 
     python benchmarks/launch_overhead.py [--rounds 5] [--json FILE]
 """
@@ -38,7 +38,7 @@ PLAIN_SCRIPT = Path(__file__).with_name("plain_script.py")
 RANKS, WARM_UPDATES = 2, 20
 BUSY_PERCENT = 5.0
 FRESH, JOINED, TORCHRUN, DEEPSPEED = "launcher, fresh Ray", "launcher, running Ray", "torchrun", "deepspeed"
-AIMS = {
+TARGETS = {
     ("update", FRESH, TORCHRUN): 1.01,
     ("update", JOINED, TORCHRUN): 1.01,
     ("first", JOINED, DEEPSPEED): 1.15,
@@ -46,17 +46,18 @@ AIMS = {
 }
 TITLES = {
     "first": "seconds to the first update",
-    "update": "seconds an update",
-    "quick": "seconds an update, 10th percentile of each run",
+    "update": "seconds per update",
+    "quick": "seconds per update, 10th percentile of each run",
 }
 Environment = Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one run: seconds from its start until its first update was made, and of its updates once they are warm.
+    """One run: `first` is the time from its start to the end of its first update, in seconds.
 
-    `update` is the median and `quick` the 10th percentile. `busy_percent` of the processors was taken before it began.
+    `update` is the median and `quick` the 10th percentile of the seconds per update, after the warm-up updates.
+    `busy_percent` is the CPU use before the run.
     """
 
     first: float
@@ -68,7 +69,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to start the ranks. `command` is given the folder for its metrics; `around` yields variables of its own."""
+    """A way to start the ranks. `command` gets the folder for its metrics; `around` yields environment variables."""
 
     name: str
     command: Callable[[Path], list[str]]
@@ -76,7 +77,7 @@ class Contender:
 
 
 def base_environment() -> dict[str, str]:
-    """The variables that all runs share. Bytecode is written, as it is for what pip installed."""
+    """The variables of all runs. Python writes bytecode, as for packages that pip installs."""
     dropped = ("RAY_", "PYTHONDONTWRITEBYTECODE", "LAUNCHER_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
     settings = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -85,7 +86,7 @@ def base_environment() -> dict[str, str]:
 
 
 def make_model(folder: Path) -> None:
-    """A Llama whose update takes some 50 ms on a core, with a tokenizer of bytes."""
+    """A Llama whose update takes about 50 ms on a core, with a byte tokenizer."""
     import torch
     from byte_tokenizer import save_byte_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -108,7 +109,7 @@ def make_model(folder: Path) -> None:
 
 
 def write_job(folder: Path, updates: int) -> Path:
-    """The job of all runs, its model and its data, in `folder`. Nothing is evaluated, saved or exported."""
+    """Writes the job of all runs, its model and its data to `folder`. Nothing is evaluated, saved or exported."""
     make_model(folder / "model")
     rows = ({"text": " ".join(f"{n * k % 97} times {k}" for k in range(20))} for n in range(256))
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -154,7 +155,7 @@ def measure(contender: Contender, folder: Path) -> Measured:
     log = folder / "output.txt"
     with contender.around() as variables, log.open("wb") as output:
         busy = psutil.cpu_percent(interval=2.0)
-        began = time.time()
+        start = time.time()
         status = subprocess.run(
             contender.command(folder),
             env={**base_environment(), **variables},
@@ -164,12 +165,12 @@ def measure(contender: Contender, folder: Path) -> Measured:
             stdin=subprocess.DEVNULL,
         ).returncode
     if status:
-        raise SystemExit(f"{contender.name} ended with {status}:\n{log.read_text()[-3000:]}")
+        raise SystemExit(f"{contender.name} ended with status {status}:\n{log.read_text()[-3000:]}")
     (file,) = [*folder.glob("plain.jsonl"), *folder.glob("*/metrics.jsonl")]
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     steps = [line["step_seconds"] for line in lines[WARM_UPDATES:]]
     return Measured(
-        first=_seconds(lines[0]["time"]) - began,
+        first=_seconds(lines[0]["time"]) - start,
         update=median(steps),
         quick=quantiles(steps, n=10)[0],
         busy_percent=busy,
@@ -182,12 +183,12 @@ def _seconds(moment: str | float) -> float:
 
 
 def check_same_updates(found: Mapping[str, Measured]) -> None:
-    """Raises SystemExit unless all contenders made the same updates."""
+    """Raises SystemExit unless the losses of all contenders are equal."""
     expected = found[TORCHRUN].losses
     for name, measured in found.items():
         off = max(abs(a - b) / b for a, b in zip(measured.losses, expected, strict=True))
         if off > 1e-4:
-            raise SystemExit(f"{name} does not make the updates of {TORCHRUN}: losses differ by {off:.1e}")
+            raise SystemExit(f"{name} and {TORCHRUN} do different updates: their losses differ by {off:.1e}")
 
 
 def free_port() -> int:
@@ -198,7 +199,7 @@ def free_port() -> int:
 
 @contextmanager
 def ray_already_up() -> Iterator[Environment]:
-    """A Ray of our own on this machine, as the variables with which one joins it; ended by process id."""
+    """Starts a Ray on this machine; yields the variables for joining it, and ends it by process id."""
     with tempfile.TemporaryDirectory(prefix="lo-", dir="/tmp", ignore_cleanup_errors=True) as temporary:
         token = Path(temporary) / "token"
         token.touch(mode=0o600)
@@ -233,7 +234,7 @@ def _wait_until_up(head: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def _wait_until_idle(head: subprocess.Popen[bytes]) -> None:
-    """Waits until what Ray starts in advance is there."""
+    """Waits until Ray has started its idle processes."""
     before, now = -1.0, 0.0
     while now - before > 0.15:
         time.sleep(1.0)
@@ -241,7 +242,7 @@ def _wait_until_idle(head: subprocess.Popen[bytes]) -> None:
 
 
 def _processor_seconds(pid: int) -> float:
-    """What the processes below `pid` have taken so far."""
+    """The CPU seconds of the child processes of `pid` so far."""
     spent = 0.0
     for process in psutil.Process(pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
@@ -251,7 +252,7 @@ def _processor_seconds(pid: int) -> float:
 
 
 def _end_tree(head: subprocess.Popen[bytes]) -> None:
-    """Ends a process and all below it."""
+    """Ends a process and all its child processes."""
     started = psutil.Process(head.pid).children(recursive=True)
     head.send_signal(signal.SIGTERM)
     _, alive = psutil.wait_procs([psutil.Process(head.pid), *started], timeout=15)
@@ -261,18 +262,18 @@ def _end_tree(head: subprocess.Popen[bytes]) -> None:
 
 
 def time_command(*command: str) -> float:
-    began = time.perf_counter()
+    start = time.perf_counter()
     subprocess.run(command, env=base_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def ratio(rounds: Sequence[Mapping[str, Measured]], what: str, name: str, other: str) -> list[float]:
-    """Of each round, how many times the other's seconds `name` took."""
+    """The seconds of `name` divided by those of `other`, for each round."""
     return [getattr(found[name], what) / getattr(found[other], what) for found in rounds]
 
 
 def report(rounds: Sequence[Mapping[str, Measured]], commands: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Every figure: medians with the least and the most, in seconds or as ratios."""
+    """All figures, in seconds or as ratios: median, minimum and maximum."""
     seconds = {
         what: {name: _spread([getattr(found[name], what) for found in rounds]) for name in rounds[0]} for what in TITLES
     }
@@ -281,7 +282,7 @@ def report(rounds: Sequence[Mapping[str, Measured]], commands: Mapping[str, Sequ
             "of": what,
             "name": name,
             "against": other,
-            "aim": AIMS.get((what, name, other)),
+            "aim": TARGETS.get((what, name, other)),
             **_spread(ratio(rounds, what, name, other)),
         }
         for what in TITLES
@@ -304,17 +305,17 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 def show(figures: Mapping[str, Any]) -> None:
     busy = figures["busy_percent"]
     if busy["max"] > BUSY_PERCENT:
-        print(f"NOT TO GO BY: others took {busy['median']:.0f}% of the processors (up to {busy['max']:.0f}%)")
+        print(f"INVALID: other processes used {busy['median']:.0f}% of the CPUs (up to {busy['max']:.0f}%)")
     for what, title in TITLES.items():
         print(f"\n{title}, median of {figures['rounds']} (min-max)")
         for name, row in figures["seconds"][what].items():
             print(f"  {name:<24} {row['median']:8.4f}  ({row['min']:.4f}-{row['max']:.4f})")
         for row in figures["ratios"]:
             if row["of"] == what:
-                aim = f"   aim {row['aim']:.2f}" if row["aim"] else ""
+                aim = f"   target {row['aim']:.2f}" if row["aim"] else ""
                 spread = f"{row['median']:6.3f}  ({row['min']:.3f}-{row['max']:.3f})"
                 print(f"  {row['name']:<24} / {row['against']:<10} {spread}{aim}")
-    print("\nseconds of a command that starts nothing")
+    print("\nseconds of commands that start no run")
     for name, row in figures["commands"].items():
         print(f"  {name:<24} {row['median']:8.4f}  ({row['min']:.4f}-{row['max']:.4f})")
 
@@ -330,7 +331,7 @@ def run_rounds(folder: Path, count: int, updates: int) -> dict[str, Any]:
     for number in range(count):
         found: dict[str, Measured] = {}
         turns = contenders(job, plan)
-        # Each round begins with another contender, so that no place in the order is always the same one's.
+        # Each round starts with another contender, so that none always has the same position.
         first = number % len(turns)
         for contender in turns[first:] + turns[:first]:
             place = folder / f"round-{number}" / contender.name.replace(", ", "-").replace(" ", "-")
@@ -344,16 +345,18 @@ def run_rounds(folder: Path, count: int, updates: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time to the first update and of an update, against other launchers")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured (default 5)")
-    parser.add_argument("--updates", type=int, default=150, help=f"updates a run, more than {WARM_UPDATES}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
-    asked = parser.parse_args()
+    parser = argparse.ArgumentParser(
+        description="Time to the first update and per update, compared with other launchers"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default 5)")
+    parser.add_argument("--updates", type=int, default=150, help=f"updates per run, more than {WARM_UPDATES}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to FILE")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="overhead-", ignore_cleanup_errors=True) as folder:
-        figures = run_rounds(Path(folder), asked.rounds, asked.updates)
+        figures = run_rounds(Path(folder), options.rounds, options.updates)
     show(figures)
-    if asked.json:
-        asked.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

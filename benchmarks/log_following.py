@@ -1,9 +1,8 @@
-"""How far `launcher logs -f` lags behind a live run, and how much of a core it takes.
+"""The lag of `launcher logs -f` behind a live run, and its CPU use.
 
-A process of its own writes so many lines a second to each of so many rank logs, one write a line, as agents do. The
-real command follows them into a pipe, where each line's arrival is compared with the time that it carries. Its
-processor time is the kernel's count over the same span. Lines are held for half a second, so that those of slower files
-fall in order: that is the least a line can lag.
+A separate process writes lines to rank logs at a fixed rate, one write per line, like agents. The real command follows
+them into a pipe, and the arrival of each line is compared with the time in it. Its CPU time is measured over the same
+period. The command holds lines back for half a second to put those of slower files in order: that is the minimum lag.
 
     python benchmarks/log_following.py [--files 64] [--rate 10] [--seconds 20]
 """
@@ -27,13 +26,13 @@ import psutil
 
 from launcher.run_dir import RunDir, utc_now
 
-RANKS_A_NODE = 8
+RANKS_PER_NODE = 8
 _START_SECONDS = 4.0
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Lags in seconds, in their order; `misplaced` lines were older than the one before them."""
+    """Lags in seconds, sorted; `misplaced` lines were older than the line before them."""
 
     lags: tuple[float, ...]
     written: int
@@ -45,22 +44,22 @@ class Measured:
 
 
 def write_lines(folder: Path, files: int, rate: float, seconds: float) -> None:
-    """Writes to every file at its rate, the files in turn. Runs in a process of its own."""
+    """Writes `rate` lines per second to each file, in turn. Runs in a separate process."""
     logs = []
     for rank in range(files):
-        path = folder / f"logs/node-{rank // RANKS_A_NODE}-h{rank // RANKS_A_NODE}/rank-{rank}.log"
+        path = folder / f"logs/node-{rank // RANKS_PER_NODE}-h{rank // RANKS_PER_NODE}/rank-{rank}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         logs.append(path.open("ab", buffering=0))
-    began, pause = time.monotonic(), 1 / (files * rate)
+    start, pause = time.monotonic(), 1 / (files * rate)
     for number in range(int(seconds * rate * files)):
-        wait = began + number * pause - time.monotonic()
+        wait = start + number * pause - time.monotonic()
         if wait > 0:
             time.sleep(wait)
-        logs[number % files].write(f"{utc_now()} line {number} of a rank that says this much\n".encode())
+        logs[number % files].write(f"{utc_now()} line {number} of a rank that prints this much\n".encode())
 
 
 def measure(files: int, rate: float, seconds: float) -> Measured:
-    """Follows a run while it is written to."""
+    """Follows the logs of a run while another process writes to them."""
     with tempfile.TemporaryDirectory() as name:
         run = RunDir(Path(name))
         run.logs.mkdir()
@@ -72,11 +71,11 @@ def measure(files: int, rate: float, seconds: float) -> Measured:
             reader = threading.Thread(target=_read, args=(follower, arrivals))
             reader.start()
             time.sleep(_START_SECONDS)
-            process, began = psutil.Process(follower.pid), time.monotonic()
+            process, start = psutil.Process(follower.pid), time.monotonic()
             before = sum(process.cpu_times()[:2])
             writer.wait()
             busy = sum(process.cpu_times()[:2]) - before
-            core = busy / (time.monotonic() - began)
+            core = busy / (time.monotonic() - start)
             run.enter("finished")
             reader.join()
     settled = [(written, arrived) for written, arrived in arrivals if written >= arrivals[0][1]]
@@ -86,7 +85,7 @@ def measure(files: int, rate: float, seconds: float) -> Measured:
 
 
 def _read(follower: subprocess.Popen[bytes], arrivals: list[tuple[float, float]]) -> None:
-    """Notes (when a line was written, when it came) for every line."""
+    """Records (time of writing, time of arrival) of every line."""
     assert follower.stdout is not None
     for line in follower.stdout:
         now = time.time()
@@ -99,14 +98,16 @@ def main(arguments: Sequence[str]) -> None:
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--files", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=10.0, help="lines a second in each file")
+    parser.add_argument("--rate", type=float, default=10.0, help="lines per second in each file")
     parser.add_argument("--seconds", type=float, default=20.0)
-    given = parser.parse_args(arguments)
-    found = measure(given.files, given.rate, given.seconds)
-    print(f"{given.files} files at {given.rate:g} lines/s each, {os.cpu_count()} cores: {found.written} lines followed")
+    options = parser.parse_args(arguments)
+    found = measure(options.files, options.rate, options.seconds)
+    print(
+        f"{options.files} files, {options.rate:g} lines/s each, {os.cpu_count()} cores: {found.written} lines followed"
+    )
     print(f"  lag      median {found.lag(0.5):.2f} s, 99% {found.lag(0.99):.2f} s, longest {found.lags[-1]:.2f} s")
-    print(f"  order    {found.misplaced} lines came after a younger one")
-    print(f"  core     {found.core:.1%} of one")
+    print(f"  order    {found.misplaced} lines came after a later one")
+    print(f"  CPU      {found.core:.1%} of a core")
 
 
 if __name__ == "__main__":

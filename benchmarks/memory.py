@@ -1,21 +1,23 @@
-"""The memory estimate of a plan against what ranks really took, on CPUs.
+"""Compares the memory estimate of a plan with the memory that ranks use, on CPUs or GPUs.
 
-Every row makes a Llama with random weights, plans a job for it, and lets two ranks load it, build the DeepSpeed engine
-and make two updates with the project's own worker code. A rank first does all this with a tiny model, so that no
-library is left to load; what is measured is the largest anonymous resident memory after that, less what there was
-before the model was loaded. On CPUs each row is measured twice. *In use*: glibc gives every block back at once, and the
-estimate leaves its share for fragmentation out. *Resident*: glibc as it is, and the whole estimate. The share of the
-libraries is in neither. With --gpus it is torch.cuda.max_memory_allocated and max_memory_reserved.
+For every row, two ranks load a Llama with random weights, build the DeepSpeed engine and do two updates, with the
+launcher's own worker code and the plan of a job. Each rank first does all this with a tiny model, so that all libraries
+are loaded; the measured value is the peak of anonymous resident memory after that, minus the memory before the model is
+loaded. On CPUs each row is measured twice. *In use*: glibc returns every freed block at once; compared with the
+estimate without its share for fragmentation. *Resident*: glibc with its default settings; compared with the whole
+estimate. Neither contains the libraries. With --gpus the values are torch.cuda.max_memory_allocated and
+max_memory_reserved.
 
-Findings, on two shared CPU cores (memory.json beside this holds them; tests hold the formulas against it):
-- in use, the formulas are within 2.4% in the mean (mean error -0.6%, the worst row +7%), with no constant fitted;
-- resident, they are 5.3% too low in the mean (12% without the sign): with the models of 100M parameters glibc holds 30%
-  more than is in use, which is the share that the estimate states, and with smaller ones more (1.3 to 1.8 times as much
-  at 5M), whose tensors are too small to be given back one by one;
-- ZeRO-1 to 3 keep a float32 copy of float32 weights too, and gradients pass through a bucket and a copy of it;
-- with the JSON's defaults ZeRO-3 holds every weight of these models gathered, and before the logits a second time, in
-  the buffer that it was fetched into. A reuse distance of all, 80M and 0 elements makes 2,675, 2,426 and 2,272 MiB of
-  the 100M model where activations decide (estimated: 2,643, 2,450 and 2,298), and no difference where the update does.
+Findings, on two shared CPU cores (in memory.json; a test compares the formulas with it):
+- in use: the mean absolute error is 2.4% (mean error -0.6%, worst row +7%), without any fitted constant;
+- resident: the estimate is 5.3% too low on average (mean absolute error 12%). With models of 100M parameters, glibc
+  keeps 30% more than is in use, which is the share in the estimate; with smaller models it keeps more (1.3 to 1.8 times
+  the memory in use at 5M), since their tensors are too small to be returned individually;
+- ZeRO-1 to 3 also keep a float32 copy of float32 weights, and gradients pass through a bucket and a copy of it;
+- with the JSON's defaults, ZeRO-3 keeps every weight of these models gathered, and before the logits a second time, in
+  the buffer into which it was fetched. With a reuse distance of all, 80M and 0 elements, the 100M model takes 2,675,
+  2,426 and 2,272 MiB if activations determine the peak (estimated: 2,643, 2,450 and 2,298), and the same if the update
+  does.
 
     python benchmarks/memory.py [--only TEXT] [--json FILE] [--gpus N]
 """
@@ -48,7 +50,7 @@ RANKS, UPDATES, ACCUMULATION = 2, 2, 2
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 SHAPE = ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
 HEADS, POSITIONS = 4, 2048
-GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+RETURN_FREED_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 MODELS = {
     "tiny": {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 64, "intermediate_size": 32},
     "5M": {"hidden_size": 224, "num_hidden_layers": 6, "vocab_size": 4096, "intermediate_size": 608},
@@ -59,7 +61,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: a model, its ZeRO block, and how much is put through at once."""
+    """One measurement: a model, its ZeRO block, micro-batch size and sequence length."""
 
     model: str
     zero: dict[str, Any]
@@ -67,7 +69,7 @@ class Row:
     length: int = 128
     section: dict[str, Any] = field(default_factory=dict)
     learned: float = 1.0
-    """The share of tokens that is learned."""
+    """The share of learned tokens."""
 
     @property
     def name(self) -> str:
@@ -79,8 +81,8 @@ class Row:
 
 
 OFFLOADED = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
-# How far a gathered weight's next use may be for it to stay: the default (all of these models), some, and none. The
-# batch is large enough for activations and logits to outweigh the update, so that what stays is seen.
+# The maximum reuse distance of a gathered weight that is kept: the default (all of these models), some, and none. The
+# batch is large enough for activations and logits to exceed the update, so that kept weights show in the peak.
 DISTANCES: tuple[dict[str, int], ...] = (
     {},
     {"stage3_max_reuse_distance": 80_000_000, "stage3_prefetch_bucket_size": 0},
@@ -102,21 +104,21 @@ ROWS = (
 
 
 def make_model(name: str, folder: Path) -> None:
-    """A Llama with random weights, saved once under `folder`."""
+    """Saves a Llama with random weights under `folder`, once."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    made = folder / name
-    if not made.exists():
+    model_folder = folder / name
+    if not model_folder.exists():
         torch.manual_seed(0)
         heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "tie_word_embeddings": False}
         model = LlamaForCausalLM(LlamaConfig(**MODELS[name], **heads, max_position_embeddings=POSITIONS))
         assert model.num_parameters() == facts_of(name, folder).parameters
-        model.save_pretrained(made)
+        model.save_pretrained(model_folder)
 
 
 def facts_of(name: str, folder: Path) -> ModelFacts:
-    """What is known of a model that `make_model` makes."""
+    """The facts of a model that `make_model` creates."""
     from launcher.plan.facts import ModelFacts
 
     hidden, layers, vocabulary, wide = (MODELS[name][key] for key in SHAPE)
@@ -141,10 +143,11 @@ def facts_of(name: str, folder: Path) -> ModelFacts:
 
 
 def plan_for(row: Row, folder: Path, gpus: int = 0) -> Plan:
-    """The plan of a job that takes whole sequences of the row's length, on CPU ranks or on so many GPUs."""
+    """The plan of a job with sequences of the row's length, on CPU ranks or on `gpus` GPUs."""
     from launcher.ds_config import from_mapping
     from launcher.job import validate_job
     from launcher.plan.facts import DataFacts, MachineFacts, SplitFacts
+    from launcher.plan.inputs import plan_inputs
     from launcher.plan.resolve import resolve
 
     facts = facts_of(row.model, folder)
@@ -167,11 +170,12 @@ def plan_for(row: Row, folder: Path, gpus: int = 0) -> Plan:
     machine = MachineFacts(device="cpu", device_name="CPU", gpus=0, gpu_memory_bytes=0, bf16=False, **host)
     if gpus:
         machine = MachineFacts(device="cuda", device_name="", gpus=gpus, gpu_memory_bytes=2**36, bf16=True, **host)
-    return resolve(job, from_mapping({"zero_optimization": row.zero}, "ds.json"), facts, data, machine)
+    inputs = plan_inputs(job, from_mapping({"zero_optimization": row.zero}, "ds.json"), machine)
+    return resolve(inputs, facts, data)
 
 
 def updates(plan: Plan, learned: float) -> None:
-    """Loads the plan's model, builds the engine and makes updates on random tokens, as a rank's training does."""
+    """Loads the plan's model, builds the engine and does updates on random tokens, like a training rank."""
     import torch
 
     from launcher.worker.batches import IGNORED
@@ -179,9 +183,9 @@ def updates(plan: Plan, learned: float) -> None:
     from launcher.worker.model import load_model, make_engine
 
     engine = make_engine(plan, load_model(plan))
-    shape = (plan.train_micro_batch_size_per_gpu, plan.job.data.max_length)
+    shape = (plan.train_micro_batch_size_per_gpu, plan.training.job.data.max_length)
     for _ in range(UPDATES * plan.gradient_accumulation_steps):
-        tokens = torch.randint(plan.model.vocab_size, shape, device=engine.device)
+        tokens = torch.randint(plan.training.model.vocab_size, shape, device=engine.device)
         labels = torch.where(torch.rand(shape, device=engine.device) < learned, tokens, IGNORED)
         engine.backward(summed_loss(engine, tokens, torch.ones_like(tokens), labels) / labels.numel())
         engine.step()
@@ -189,9 +193,9 @@ def updates(plan: Plan, learned: float) -> None:
 
 
 def rank(small: Path, large: Path, learned: float) -> None:
-    """One rank: everything with the small plan first, then measured with the large one.
+    """One rank: first runs the small plan, then measures the large one.
 
-    Prints bytes: on a CPU those of the process, on a GPU what was in use and what was held at most.
+    Prints bytes as JSON: on a CPU the peak of the process, on a GPU the peaks of allocated and reserved memory.
     """
     from launcher.plan.schema import Plan
     from launcher.worker.ranks import join_ranks
@@ -201,21 +205,21 @@ def rank(small: Path, large: Path, learned: float) -> None:
     updates(plans[0], 1.0)
     gc.collect()
     ranks.barrier()
-    taken = (taken_on_gpu if plans[1].world.device == "cuda" else taken_on_cpu)(plans[1], learned)
-    print(json.dumps(taken), file=sys.__stdout__, flush=True)
+    peak = (peak_on_gpu if plans[1].world.device == "cuda" else peak_on_cpu)(plans[1], learned)
+    print(json.dumps(peak), file=sys.__stdout__, flush=True)
     os._exit(0)
 
 
-def taken_on_cpu(plan: Plan, learned: float) -> dict[str, int]:
-    """Bytes that the process takes at most beyond what it had; how glibc was started decides what that counts."""
+def peak_on_cpu(plan: Plan, learned: float) -> dict[str, int]:
+    """The peak of the process's bytes above those before; glibc's settings determine whether freed blocks count."""
     before = resident_bytes()
     with sampled() as largest:
         updates(plan, learned)
-    return {"taken": largest() - before}
+    return {"peak": largest() - before}
 
 
-def taken_on_gpu(plan: Plan, learned: float) -> dict[str, int]:
-    """Bytes of the GPU beyond what was in use before: allocated at most, and held by PyTorch's allocator at most."""
+def peak_on_gpu(plan: Plan, learned: float) -> dict[str, int]:
+    """The peaks of the GPU's bytes above those allocated before: allocated, and reserved by PyTorch's allocator."""
     import torch
 
     torch.cuda.empty_cache()
@@ -227,22 +231,22 @@ def taken_on_gpu(plan: Plan, learned: float) -> dict[str, int]:
 
 
 def resident_bytes() -> int:
-    """Anonymous resident memory of this process: neither libraries nor mapped files."""
+    """The anonymous resident memory of this process, without libraries and mapped files."""
     with Path("/proc/self/status").open(encoding="ascii") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 
 @contextmanager
 def sampled() -> Iterator[Callable[[], int]]:
-    """Looks at the resident memory every two milliseconds; gives the largest."""
+    """Samples the resident memory every two milliseconds; yields a function that returns the largest."""
     largest, ended = [resident_bytes()], threading.Event()
 
-    def look() -> None:
+    def sample() -> None:
         while not ended.is_set():
             largest[0] = max(largest[0], resident_bytes())
             time.sleep(0.002)
 
-    watcher = threading.Thread(target=look)
+    watcher = threading.Thread(target=sample)
     watcher.start()
     try:
         yield lambda: largest[0]
@@ -252,7 +256,7 @@ def sampled() -> Iterator[Callable[[], int]]:
 
 
 def measure(row: Row, folder: Path, gpus: int = 0) -> dict[str, Any]:
-    """A row's bytes in use and resident, of the rank with more, and the estimate's parts."""
+    """A row's bytes in use and resident, of the rank with the larger values, and the parts of the estimate."""
     small = Row("tiny", row.zero, 1, 8, row.section)
     plans = {"small": plan_for(small, folder, gpus), "large": plan_for(row, folder, gpus)}
     make_model("tiny", folder)
@@ -260,15 +264,15 @@ def measure(row: Row, folder: Path, gpus: int = 0) -> dict[str, Any]:
     for name, plan in plans.items():
         (folder / f"{name}.json").write_text(plan.to_json())
     if gpus:
-        taken = largest_taken(row, folder, {}, gpus)
+        peak = largest_peak(row, folder, {}, gpus)
     else:
-        runs = {"in_use": GIVES_BACK, "resident": {}}
-        taken = {name: largest_taken(row, folder, allocator)["taken"] for name, allocator in runs.items()}
-    return {"row": row.name, **taken, "memory": plans["large"].memory}
+        runs = {"in_use": RETURN_FREED_BLOCKS, "resident": {}}
+        peak = {name: largest_peak(row, folder, allocator)["peak"] for name, allocator in runs.items()}
+    return {"row": row.name, **peak, "memory": plans["large"].training.memory}
 
 
-def largest_taken(row: Row, folder: Path, allocator: dict[str, str], gpus: int = 0) -> dict[str, int]:
-    """Bytes of the rank that takes the most, of all ranks at once."""
+def largest_peak(row: Row, folder: Path, allocator: dict[str, str], gpus: int = 0) -> dict[str, int]:
+    """Runs all ranks at once; returns the largest bytes of any rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -290,13 +294,12 @@ def largest_taken(row: Row, folder: Path, allocator: dict[str, str], gpus: int =
 
 
 def on_device(memory: dict[str, int]) -> int:
-    """The estimate's bytes that are measured: on a CPU, where alone there is a base, what was offloaded lies there
-    too."""
+    """The part of the estimate that is measured; on a CPU (the only device with a base), with offloaded bytes."""
     return memory["device_total"] - memory["base"] + (memory["offloaded"] if memory["base"] else 0)
 
 
 def errors_of(found: dict[str, Any]) -> tuple[float, float]:
-    """The estimate's errors against what was in use and what was resident, as shares."""
+    """The relative errors of the estimate, for the memory in use and the resident memory."""
     memory, whole = found["memory"], on_device(found["memory"])
     return (whole - memory["fragmentation"]) / found["in_use"] - 1, whole / found["resident"] - 1
 
@@ -306,39 +309,39 @@ def show(found: dict[str, Any]) -> None:
     memory, (in_use, resident) = found["memory"], errors_of(found)
     whole = on_device(memory)
     numbers = [(whole - memory["fragmentation"], found["in_use"], in_use), (whole, found["resident"], resident)]
-    cells = "   ".join(f"{mine / MIB:6.0f} {taken / MIB:6.0f} {error:+5.0%}" for mine, taken, error in numbers)
+    cells = "   ".join(f"{estimated / MIB:6.0f} {peak / MIB:6.0f} {error:+5.0%}" for estimated, peak, error in numbers)
     print(f"{found['row']:62} {cells}", flush=True)
 
 
 def summarise(rows: list[dict[str, Any]]) -> None:
-    """Prints the mean errors, and what glibc held beyond what was in use."""
+    """Prints the mean errors, and the ratio of resident memory to memory in use."""
     for words, errors in zip(("in use", "resident"), zip(*map(errors_of, rows), strict=True), strict=True):
         mean, size = fmean(errors), fmean(map(abs, errors))
         print(f"{words:9} mean error {mean:+.1%}, mean absolute error {size:.1%} over {len(rows)} rows")
-    print(f"resident / in use: {fmean(row['resident'] / row['in_use'] for row in rows):.2f} in the mean")
+    print(f"resident / in use: {fmean(row['resident'] / row['in_use'] for row in rows):.2f} on average")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="Rows whose name holds this.")
-    parser.add_argument("--json", type=Path, help="Write what was measured there.")
-    parser.add_argument("--gpus", type=int, default=0, help="Ranks on so many GPUs of this machine, in bfloat16.")
+    parser.add_argument("--only", default="", help="Only rows whose name contains this text.")
+    parser.add_argument("--json", type=Path, help="Write the measured values to this file.")
+    parser.add_argument("--gpus", type=int, default=0, help="Run on this number of GPUs, in bfloat16.")
     parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank:
         folder = Path(arguments.rank[0])
         rank(folder / "small.json", folder / "large.json", float(arguments.rank[1]))
     os.environ.update(ENVIRONMENT)
-    print(f"{'MiB a rank':62} {'in use: estimate, measured':24} {'resident: estimate, measured'}")
+    print(f"{'MiB per rank':62} {'in use: estimate, measured':24} {'resident: estimate, measured'}")
     with tempfile.TemporaryDirectory() as temporary:
-        rows = [measured_and_shown(row, Path(temporary), arguments.gpus) for row in ROWS if arguments.only in row.name]
+        rows = [measure_and_show(row, Path(temporary), arguments.gpus) for row in ROWS if arguments.only in row.name]
     summarise(rows)
     if arguments.json:
         kept = [{name: row[name] for name in ("row", "in_use", "resident")} for row in rows]
         arguments.json.write_text(json.dumps(kept, indent=1) + "\n")
 
 
-def measured_and_shown(row: Row, folder: Path, gpus: int) -> dict[str, Any]:
+def measure_and_show(row: Row, folder: Path, gpus: int) -> dict[str, Any]:
     found = measure(row, folder, gpus)
     show(found)
     return found

@@ -1,7 +1,7 @@
-"""A plain DeepSpeed script, as one writes it for torchrun or `deepspeed`: the other side of launch_overhead.
+"""A plain DeepSpeed script for torchrun or `deepspeed`, with which launch_overhead compares the launcher.
 
-It does the work of a run's plan.json (model folder, tokenised data, DeepSpeed JSON, batches and their order, the loss
-averaged over all learned tokens) and writes the same kind of metrics.jsonl, without anything of the launcher.
+It trains as in a run's plan.json (model folder, tokenised data, DeepSpeed JSON, batches and their order, the loss
+averaged over all learned tokens) and writes a metrics.jsonl in the same format, without importing the launcher.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ IGNORED = -100
 
 
 class Data:
-    """The sequences of a token store, and the order in which they are learned."""
+    """The sequences of a token store, and their order in training."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.offsets = np.fromfile(folder / "offsets.i64", dtype=np.int64)
@@ -36,7 +36,7 @@ class Data:
         self._orders: dict[int, np.ndarray] = {}
 
     def samples(self, start: int, stop: int) -> list[int]:
-        """Indices of the samples start to stop of the endless sequence of epochs."""
+        """The indices of the samples from start to stop in the endless sequence of epochs."""
         count = len(self.targets)
         return [int(self._order(at // count)[at % count]) for at in range(start, stop)]
 
@@ -63,7 +63,7 @@ class Data:
 def micro_batches(
     data: Data, plan: dict[str, Any], rank: int, world: int
 ) -> Iterator[tuple[int, list[int], list[int]]]:
-    """(update, this rank's samples, the whole update's samples) of every micro-batch."""
+    """(update, this rank's samples, all samples of the update) for every micro-batch."""
     micro, accumulation = plan["train_micro_batch_size_per_gpu"], plan["gradient_accumulation_steps"]
     whole = world * micro * accumulation
     for update in range(plan["length"]["total_updates"]):
@@ -74,7 +74,7 @@ def micro_batches(
 
 
 def summed_loss(engine: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The negative log-likelihood of the learned tokens, summed."""
+    """The summed negative log-likelihood of the learned tokens."""
     labels = batch.pop("labels")[:, 1:]
     logits = engine(**batch, use_cache=False).logits[:, :-1]
     learned = labels != IGNORED
@@ -82,7 +82,7 @@ def summed_loss(engine: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def make_engine(plan: dict[str, Any]) -> Any:
-    """The pretrained model in a DeepSpeed engine, whose scheduler stands where the plan begins."""
+    """The pretrained model in a DeepSpeed engine, with its scheduler at the first update of the plan."""
     model = AutoModelForCausalLM.from_pretrained(plan["model"]["folder"], dtype=torch.float32)
     model.train()
     matrices = [p for p in model.parameters() if p.ndim >= 2]
@@ -99,7 +99,7 @@ def make_engine(plan: dict[str, Any]) -> Any:
 
 
 def train(engine: Any, data: Data, plan: dict[str, Any], metrics: Path) -> None:
-    """All updates, each with a line in `metrics`."""
+    """Runs all updates and writes a line to `metrics` for each."""
     rank, world = dist.get_rank(), dist.get_world_size()
     total, since = torch.zeros((), dtype=torch.float64), time.perf_counter()
     for update, mine, whole in micro_batches(data, plan, rank, world):
@@ -124,16 +124,16 @@ def train(engine: Any, data: Data, plan: dict[str, Any], metrics: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("plan", type=Path, help="plan.json of the run to match")
-    parser.add_argument("metrics", type=Path, help="where to write metrics.jsonl")
+    parser.add_argument("metrics", type=Path, help="path of the metrics.jsonl to write")
     parser.add_argument("--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", 0)))
-    asked = parser.parse_args()
-    plan = json.loads(asked.plan.read_text())["plan"]
-    # As in the launcher's ranks: this kernel is for inference, and takes a while to load.
+    options = parser.parse_args()
+    plan = json.loads(options.plan.read_text())["plan"]
+    # As in the launcher's ranks: this kernel is only for inference, and slow to load.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     seed = plan["job"]["train"]["seed"]
     torch.manual_seed(seed)
-    train(make_engine(plan), Data(Path(plan["data"]["train"]["folder"]), seed), plan, asked.metrics)
+    train(make_engine(plan), Data(Path(plan["data"]["train"]["folder"]), seed), plan, options.metrics)
     dist.destroy_process_group()
 
 

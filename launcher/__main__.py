@@ -1,4 +1,4 @@
-"""`python -m launcher`: the command line, for environments whose scripts are not on the PATH."""
+"""`python -m launcher`: the command line, for environments in which `launcher` is not on the PATH."""
 
 from launcher.cli import main
 

@@ -1,4 +1,4 @@
-"""What can go wrong: invalid input (exit status 2) or a failed run (exit status 1), each with a code for programs."""
+"""Errors: invalid input (exit status 2) and failed runs (exit status 1), each with a machine-readable code."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 AGENT_LOST_EXIT = 113
-"""Exit status of a rank whose agent disappeared."""
+"""Exit status of a rank whose agent was lost."""
 
 
 class FailureCode(StrEnum):
-    """What kind of failure it is, for programs: in state.json and in the "failure" event of events.jsonl.
+    """The kind of a failure, in state.json and in the "failure" event of events.jsonl.
 
-    Messages are for people and may be reworded at any time; a code keeps its meaning.
+    Messages may be reworded at any time; a code keeps its meaning.
     """
 
     USER_ERROR = "user_error"
@@ -26,51 +26,51 @@ class FailureCode(StrEnum):
     PLAN_DIFFERS = "plan_differs"
     """The ranks do not have the same plan."""
     VERSIONS_DIFFER = "versions_differ"
-    """A node or a rank has other package versions than those the run was planned with."""
+    """The package versions on a node or a rank differ from those of the plan."""
     DATA_DIFFERS = "data_differs"
-    """A node tokenised the data and got something else than what was planned."""
+    """The data that a node tokenised differs from the plan."""
     NODE_UNFIT = "node_unfit"
-    """A node does not have the GPUs that it was given."""
+    """A node does not have the GPUs that the job requests."""
     PACKAGE_MISSING = "package_missing"
     """A node does not have a Python package that the DeepSpeed JSON needs."""
     NOT_SHARED = "not_shared"
-    """A node does not see, or cannot write, a file or folder that all nodes need."""
+    """A node cannot read, or cannot write, a file or folder that all nodes need."""
     NOT_ENOUGH_NODES = "not_enough_nodes"
-    """The cluster did not give the nodes in time."""
+    """The cluster did not provide the nodes in time."""
     NETWORK = "network"
-    """Nodes do not reach each other."""
+    """Nodes cannot reach each other."""
     RAY_LOST = "ray_lost"
-    """Ray did not start, was not reached, or its head process ended."""
+    """Ray did not start, could not be reached, or its head process ended."""
     SUPERVISOR_LOST = "supervisor_lost"
-    """The launcher itself ended without a word: it was killed, or its machine went down."""
+    """The launcher ended without writing a reason: it was killed, or its machine failed."""
     NODE_LOST = "node_lost"
     """A node's agent ended or no longer answers."""
     AGENT_LOST = "agent_lost"
-    """A rank ended itself because its agent was gone: follows another failure."""
+    """A rank ended itself because its agent was lost: follows another failure."""
     ENDED = "ended"
-    """A rank was told to end by SIGTERM: follows another failure."""
+    """A rank was ended by SIGTERM: follows another failure."""
     PEER_LOST = "peer_lost"
-    """A collective failed because another rank was gone: follows another failure."""
+    """A collective failed because another rank was lost: follows another failure."""
     TIMEOUT = "timeout"
-    """A collective, or an answer, did not come within its time."""
+    """A collective or a reply timed out."""
     RANK_KILLED = "rank_killed"
-    """A rank was ended by SIGKILL, which nothing in the rank itself sends."""
+    """A rank was ended by SIGKILL, which always comes from another process or the kernel."""
     RANK_CRASHED = "rank_crashed"
-    """A rank was ended by a signal of its own making: SIGSEGV, SIGBUS, SIGILL, SIGFPE."""
+    """A rank crashed: SIGSEGV, SIGBUS, SIGILL, SIGFPE."""
     OUT_OF_MEMORY = "out_of_memory"
-    """The node's memory was full, or an allocation of it was refused."""
+    """The node's memory was full, or an allocation failed."""
     OUT_OF_GPU_MEMORY = "out_of_gpu_memory"
     DISK_FULL = "disk_full"
     PERMISSION = "permission"
     MISSING_FILE = "missing_file"
     OUT_OF_STEP = "out_of_step"
-    """A rank is not at the update or the learning rate that the plan has."""
+    """A rank's update or learning rate differs from the plan."""
     NAN_LOSS = "nan_loss"
     """A loss or a gradient norm was NaN or Inf."""
     LOSS_SPIKE = "loss_spike"
-    """The loss spiked, and the job asks to stop then."""
+    """The loss spiked, and schedule.on_spike is stop."""
     NAN_WEIGHTS = "nan_weights"
-    """The weights that were loaded hold NaN or Inf."""
+    """The loaded weights contain NaN or Inf."""
     CHECKPOINT_DAMAGED = "checkpoint_damaged"
     """A checkpoint is incomplete or cannot be read."""
     WEIGHTS_DIFFER = "weights_differ"
@@ -81,7 +81,7 @@ class FailureCode(StrEnum):
 
 
 class LauncherError(Exception):
-    """Anything the launcher reports to its user without a traceback. `code` says what kind it is."""
+    """An error that the launcher reports without a traceback. `code` is its kind."""
 
     exit_status = 1
     code: FailureCode = FailureCode.UNKNOWN
@@ -94,7 +94,7 @@ class LauncherError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to fix: where it stands, what was found, what would be right."""
+    """One problem in the input: where it is, what was found, and a hint."""
 
     message: str
     file: str | None = None
@@ -122,7 +122,7 @@ class RequestError(LauncherError):
 
 
 class RunFailed(LauncherError):
-    """A run that was started and did not finish."""
+    """A run was started and did not finish."""
 
 
 _ERRNO_CODES = {
@@ -139,9 +139,9 @@ _ERRNO_CODES = {
 
 
 def code_of(error: BaseException) -> FailureCode:
-    """The code of an exception: its own for the launcher's errors, that of its errno for the system's, else unknown.
+    """The code of an exception: a launcher error's own code, the code for an OSError's errno, else unknown.
 
-    What a library raised without an errno is unknown here; `launcher why` looks for a known text in its message.
+    A library's exception without an errno is unknown; `launcher why` searches its message for known errors.
     """
     if isinstance(error, LauncherError):
         return error.code
@@ -153,7 +153,7 @@ def code_of(error: BaseException) -> FailureCode:
 
 
 def os_error_text(error: OSError) -> str:
-    """The file that could not be used, if it is known, and why."""
+    """The file of the error, if known, and the reason."""
     if error.strerror is None:
         return first_line(error)
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
@@ -161,12 +161,12 @@ def os_error_text(error: OSError) -> str:
 
 
 def needs_no_traceback(error: BaseException) -> bool:
-    """Whether an error is that of a full disk or of missing rights, which no traceback explains any better."""
+    """Whether an error is a full disk or a missing permission: a traceback would not help."""
     return isinstance(error, OSError) and code_of(error) in (FailureCode.DISK_FULL, FailureCode.PERMISSION)
 
 
 def known_code(value: object) -> FailureCode | None:
-    """The code that a file holds; None if it holds none, and unknown for one of a later version."""
+    """The code in a file's value; None for None, and unknown for a code of a later version."""
     if value is None:
         return None
     try:
@@ -176,12 +176,12 @@ def known_code(value: object) -> FailureCode | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind where it says nothing."""
+    """The first line of an error's message, or its type if the message is empty."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name that `name` most likely meant, or None where nothing is close."""
+    """The valid name closest to `name`, or None if none is close."""
     matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
     return matches[0] if matches else None

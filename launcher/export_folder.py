@@ -1,4 +1,4 @@
-"""An exported model's folder: what is asked for, where it is written first, and whether it is whole."""
+"""An exported model's folder: the request for an export, its temporary folder, and the check of the result."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _INDEX = "model.safetensors.index.json"
 
 
 class ExportRequest(BaseModel):
-    """What the exporting process is asked for. `dtype` None is the one that the run trained in.
+    """The request to the exporting process. `dtype` None is the dtype of the run's training.
 
-    `merge` merges adapters into the pretrained model whatever the job says.
+    `merge` merges adapters into the pretrained model, even if the job does not.
     """
 
     plan_file: Path
@@ -30,16 +30,16 @@ class ExportRequest(BaseModel):
 
 
 def export_temporary(folder: Path) -> Path:
-    """Where a run's own ranks write the export that becomes `folder`."""
+    """The folder to which a run's ranks write the export before it is renamed to `folder`."""
     return folder.with_name(f".{folder.name}.tmp")
 
 
 def export_fault(folder: Path) -> str | None:
-    """Why a folder is not a whole export, in words; None if it is one. Weights are not read, only their sizes."""
+    """Why a folder is not a complete export, as text; None if it is. Only the sizes of the weights are read."""
     if not folder.is_dir():
         return "it does not exist"
-    adapter, whole = folder / "adapter_config.json", folder / "config.json"
-    if not adapter.is_file() and not whole.is_file():
+    adapter, config = folder / "adapter_config.json", folder / "config.json"
+    if not adapter.is_file() and not config.is_file():
         return "it has neither a config.json nor an adapter_config.json"
     names = ["adapter_model.safetensors"] if adapter.is_file() else ["model.safetensors"]
     if (folder / _INDEX).is_file():
@@ -51,16 +51,16 @@ def export_fault(folder: Path) -> str | None:
 
 
 def _weights_fault(file: Path) -> str | None:
-    """A safetensors file begins with the length of its header, which names where each tensor ends."""
+    """A safetensors file starts with the length of its header, which contains the end of each tensor."""
     try:
         with file.open("rb") as weights:
             length = int.from_bytes(weights.read(8), "little")
             size = os.fstat(weights.fileno()).st_size
             header = json.loads(weights.read(min(length, size)))
         ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        whole = size == 8 + length + max(ends, default=0)
+        complete = size == 8 + length + max(ends, default=0)
     except OSError as error:
         return f"{file.name}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return f"{file.name} is damaged"
-    return None if whole else f"{file.name} is not whole"
+    return None if complete else f"{file.name} is incomplete"

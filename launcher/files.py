@@ -1,6 +1,6 @@
-"""How files are written and read: replaced atomically, grown by whole lines, read whatever happened to them.
+"""Writes files atomically, appends and reads JSON lines, follows growing files, and publishes folders.
 
-There is one reader of JSON lines. It skips what a full disk, a lost node or a torn write left damaged, and counts it.
+There is one reader of JSON lines. It skips and counts lines that a full disk, a lost node or a torn write damaged.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,33 +22,34 @@ Record = dict[str, Any]
 OnDamage = Callable[[bytes], None]
 
 PRIVATE_UMASK = 0o077
-"""Files of mode 0600 and folders of mode 0700: a run holds people's data."""
+"""Files of mode 0600 and folders of mode 0700: a run contains private data."""
+_LOG_TIME = re.compile(r"^\d{4}-\d\d-\d\dT\S+Z ?")
 
 
 def keep_private() -> None:
-    """Makes every file and folder that this process creates from here on readable by its owner alone."""
+    """Sets the umask: from now on, only the owner can read files and folders that this process creates."""
     os.umask(PRIVATE_UMASK)
 
 
 def utc_now() -> str:
-    """The current time in the form of `utc_text`."""
+    """The current time in the format of `utc_text`."""
     return utc_text(time.time())
 
 
 def utc_text(seconds: float) -> str:
-    """A time (seconds since the epoch) as every file of a run writes it: UTC, ISO 8601, milliseconds."""
+    """A time (seconds since the epoch) in the format of a run's files: UTC, ISO 8601, milliseconds."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def json_number(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they are written as text. Other values are returned unchanged."""
+    """NaN and Inf as text, since JSON does not have them; other values unchanged."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> None:
-    """Replaces `path` in one step; the new content is on disk before the old file is gone. The folder must exist.
+    """Replaces `path` atomically, after the new content is on disk. The folder must exist.
 
-    `durable=False` skips the wait for the disk, for files that need not survive a power cut.
+    `durable=False` does not wait for the disk, for files that need not survive a power failure.
     """
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -63,14 +65,14 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> N
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON, replaced atomically."""
+    """Replaces `path` atomically with `value` as indented JSON."""
     write_atomic(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Record | None:
-    """A JSON object; None if the file is missing, damaged or holds something else. Raises PermissionError.
+    """The JSON object in a file; None if the file is missing, damaged or not an object. Raises PermissionError.
 
-    A file that another host replaces may be stale for a moment on a network file system, so it is read once more.
+    On a network file system a file is stale for a moment when another host replaces it: then it is read once more.
     """
     for _ in range(2):
         try:
@@ -84,11 +86,11 @@ def read_json(path: Path) -> Record | None:
     return None
 
 
-def append_line(path: Path, record: Record) -> None:
+def append_line(path: Path, record: Mapping[str, object]) -> None:
     """Appends one JSON line in a single write.
 
-    It starts on a line of its own: a last line that an earlier write left unfinished is ended first. Raises OSError if
-    the disk is full; what was written by then is a damaged line that readers skip.
+    If an earlier write left the last line unfinished, that line is ended first. Raises OSError if the disk is full; the
+    part written by then is a damaged line that readers skip.
     """
     line = (json.dumps(record, separators=(",", ":")) + "\n").encode()
     with path.open("a+b", buffering=0) as file:
@@ -96,7 +98,7 @@ def append_line(path: Path, record: Record) -> None:
 
 
 def write_whole(descriptor: int, data: bytes) -> None:
-    """Writes all of `data`: a disk that is nearly full takes a part of it, and only the next write fails."""
+    """Writes all of `data`: on a nearly full disk a write may be partial, and only the next one fails."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
@@ -110,15 +112,15 @@ def _ends_with_newline(descriptor: int) -> bool:
 def read_lines(path: Path, on_damage: OnDamage | None = None) -> Iterator[Record]:
     """The JSON objects of a file of JSON lines, in order; none if the file is missing.
 
-    A last line without its end is left for later: its writer may be at work. Every other line that is not a JSON
-    object is skipped and given to `on_damage`.
+    A last line without a newline is ignored: it may still be written. Any other line that is not a JSON object is
+    skipped and passed to `on_damage`.
     """
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), path.open("rb") as file:
         yield from parse_lines((line for line in file if line.endswith(b"\n")), on_damage)
 
 
 def parse_lines(lines: Iterable[bytes], on_damage: OnDamage | None = None) -> Iterator[Record]:
-    """Those of the lines that are JSON objects; the others are given to `on_damage`, except empty ones."""
+    """The lines that are JSON objects; other lines, except empty ones, are passed to `on_damage`."""
     for line in lines:
         record = _parsed(line)
         if record is not None:
@@ -135,17 +137,82 @@ def _parsed(text: bytes) -> Record | None:
     return value if isinstance(value, dict) else None
 
 
-def set_aside(path: Path, keep: Callable[[Record], bool]) -> Path | None:
-    """Leaves in a file of JSON lines the records that `keep` accepts; None if that is all of them.
+class Tail:
+    """Reads the JSON lines that were appended to a file since the last call."""
 
-    Otherwise the file as it was gets the name <stem>.undone-<k>.jsonl, which is returned. If the process dies in
-    between, `path` is whole, either as it was or as it should be, and no line is lost.
+    def __init__(self, path: Path) -> None:
+        self._path, self._position = path, 0
+
+    def skip(self) -> None:
+        """Skips the present content of the file."""
+        self._position = self._path.stat().st_size if self._path.exists() else 0
+
+    def new(self) -> list[Record]:
+        """The complete new lines, without damaged ones; none if the file is missing. An unfinished line comes later."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._position)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        end = data.rfind(b"\n") + 1
+        self._position += end
+        return list(parse_lines(data[:end].split(b"\n")))
+
+
+def last_lines(path: Path, count: int, max_bytes: int = 64 * 1024) -> list[str]:
+    """The last `count` lines within the last `max_bytes` of a text file; none if it is missing."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - max_bytes))
+            lines = file.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    return lines[-count:]
+
+
+def lines_backwards(path: Path, end: int | None = None, block_bytes: int = 64 * 1024) -> Iterator[bytes]:
+    """The lines of a file from the last to the first, without newlines, read in blocks; none if it is missing.
+
+    `end` is the position in bytes to start from, by default the end of the file.
+    """
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        position = file.seek(0, os.SEEK_END) if end is None else end
+        rest, last = b"", True
+        while position > 0:
+            start = max(0, position - block_bytes)
+            file.seek(start)
+            rest, *lines = (file.read(position - start) + rest).split(b"\n")
+            position = start
+            if last and lines:
+                # The newline at the end of the last line is not followed by an empty line.
+                lines, last = lines if lines[-1] else lines[:-1], False
+            yield from reversed(lines)
+        if rest or not last:
+            yield rest
+
+
+def strip_times(lines: Iterable[str]) -> list[str]:
+    """Log lines without their times."""
+    return [_LOG_TIME.sub("", line) for line in lines]
+
+
+def set_aside(path: Path, keep: Callable[[Record], bool]) -> Path | None:
+    """Removes the records that `keep` rejects from a file of JSON lines; <stem>.undone-<k>.jsonl keeps the old file.
+
+    Returns the path of the old file, or None if all records are kept. If the process dies in between, `path` has either
+    its old or its new content, and no line is lost.
     """
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return None
-    # Nobody writes now: a whole last line that lacks its end counts, since the next append would complete it.
+    # No process writes now: a complete last line without a newline counts, since the next append would end it.
     records = list(parse_lines(lines))
     kept = [record for record in records if keep(record)]
     if len(kept) == len(records):
@@ -156,11 +223,11 @@ def set_aside(path: Path, keep: Callable[[Record], bool]) -> Path | None:
 
 
 def _copied_aside(path: Path) -> Path:
-    """A second name for the file at `path`, or a copy of it where the file system has no hard links."""
+    """Makes a hard link to the file at `path`, or a copy if the file system has no hard links; returns its path."""
     found = [(int(n), p) for p in path.parent.glob(f"{path.stem}.undone-*.jsonl") if (n := _number(p)).isdigit()]
     last, newest = max(found, default=(0, path))
     if newest != path and newest.read_bytes() == path.read_bytes():
-        return newest  # left by a process that died before it replaced `path`
+        return newest  # from a process that died before it replaced `path`
     aside = path.with_name(f"{path.stem}.undone-{last + 1}.jsonl")
     try:
         os.link(path, aside)
@@ -176,7 +243,7 @@ def _number(undone: Path) -> str:
 
 
 def publish_folder(temporary: Path, folder: Path) -> None:
-    """Renames a finished folder to its name; if another process was faster, its folder stays and ours is removed."""
+    """Renames a finished folder to its final name; if another process was faster, ours is removed instead."""
     try:
         temporary.rename(folder)
     except OSError:
@@ -186,7 +253,7 @@ def publish_folder(temporary: Path, folder: Path) -> None:
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """Renames a finished folder to its name, in place of an earlier one, which is removed only afterwards."""
+    """Renames a finished folder to its final name; an earlier folder of this name is removed afterwards."""
     earlier = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
     with contextlib.suppress(FileNotFoundError):
         folder.rename(earlier)

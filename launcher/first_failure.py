@@ -1,4 +1,4 @@
-"""Telling the failure that began it from those that only followed, when one rank takes all others with it."""
+"""Separates a run's first failure from those that followed: one failed rank makes all others fail."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _EXIT_CODES = {
     -signal.SIGILL: FailureCode.RANK_CRASHED,
     -signal.SIGFPE: FailureCode.RANK_CRASHED,
 }
-_AT_ONCE_SECONDS = 2.0
-"""Failures this close together may have been noticed in another order than they happened."""
-_TIME_OUTS = (
+_SAME_TIME_SECONDS = 2.0
+"""Failures this close together may be observed in another order than they happened."""
+_TIMEOUTS = (
     r"Watchdog caught collective operation timeout",
     r"due to (?:a )?collective timeout",
     r"Timed out waiting \d+ms for (?:recv|send) operation",
     r"Application timeout caused pair closure",
 )
-TIMED_OUT = re.compile("|".join(_TIME_OUTS))
-"""What a rank says that waited in a collective for longer than it may."""
+TIMED_OUT = re.compile("|".join(_TIMEOUTS))
+"""The error of a rank whose collective timed out."""
 LOST_PEER = re.compile(
     "|".join(
         (
-            *_TIME_OUTS,
+            *_TIMEOUTS,
             r"Connection (?:closed|reset) by (?:remote )?peer",
             r"remote process exited or there was a network error",
             r"Some NCCL operations have failed or timed out",
@@ -43,18 +43,18 @@ LOST_PEER = re.compile(
         )
     )
 )
-"""What a rank says that waited for others in a collective when one of them went away."""
+"""The error of a rank whose collective failed because another rank was lost."""
 TRACEBACK = "Traceback (most recent call last)"
 _BY_RANK = re.compile(r"^\[rank\d+\]: ?")
 _RAISED = re.compile(r"^(?:\[rank\d+\]: ?)?[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Step|Failed)\b")
 LOG_LINES = 300
-"""How far back in a log the end of a rank is looked for: C++ adds the stacks of all its threads."""
+"""How many lines at the end of a log are searched for an error: C++ adds the stacks of all its threads."""
 
 
-class Noticed(Protocol):
-    """A failure as it was noticed: when (seconds since the epoch, None if unknown), the exit status, and what was said.
+class ObservedFailure(Protocol):
+    """An observed failure. `time` is in seconds since the epoch, None if unknown.
 
-    The exit status is negative for a signal, and None for a node, or while the rank has not ended.
+    `exit_code` is negative for a signal, and None for a node or a rank that has not ended.
     """
 
     @property
@@ -70,61 +70,64 @@ class Noticed(Protocol):
     def traceback(self) -> str | None: ...
 
 
-F = TypeVar("F", bound=Noticed)
+F = TypeVar("F", bound=ObservedFailure)
 
 
 def code_of_exit(exit_code: int | None) -> FailureCode:
-    """What an exit status alone says of a failure."""
+    """The code for an exit status alone; unknown if it does not determine one."""
     return FailureCode.UNKNOWN if exit_code is None else _EXIT_CODES.get(exit_code, FailureCode.UNKNOWN)
 
 
-def was_ended(exit_code: int | None) -> bool:
-    """Whether a rank ended because it was told to, or because its agent was gone."""
+def was_terminated(exit_code: int | None) -> bool:
+    """Whether a rank ended because of SIGTERM or the loss of its agent."""
     return code_of_exit(exit_code) in (FailureCode.ENDED, FailureCode.AGENT_LOST)
 
 
-def code_of_collective(noticed: Noticed) -> FailureCode:
-    """The code of a failure in a collective; unknown if it was none."""
-    if timed_out(noticed):
+def code_of_collective(failure: ObservedFailure) -> FailureCode:
+    """The code of a failure in a collective; unknown for any other failure."""
+    if timed_out(failure):
         return FailureCode.TIMEOUT
-    return FailureCode.PEER_LOST if fell(noticed) else FailureCode.UNKNOWN
+    return FailureCode.PEER_LOST if lost_peer(failure) else FailureCode.UNKNOWN
 
 
-def first_of(noticed: Sequence[F]) -> F:
-    """The first in time; but not one that only lost a peer, where that peer's own failure was noticed right after."""
-    begun = noticed[0]
-    for one in noticed:
-        near = one.time is None or begun.time is None or one.time - begun.time <= _AT_ONCE_SECONDS
-        if near and not fell(one) and not was_ended(one.exit_code):
-            return one
-    return begun
+def find_first(failures: Sequence[F]) -> F:
+    """The first failure, given all in time order.
+
+    If the earliest one only lost a peer or was terminated, the next real failure within 2 s of it counts as the first.
+    """
+    earliest = failures[0]
+    for failure in failures:
+        near = failure.time is None or earliest.time is None or failure.time - earliest.time <= _SAME_TIME_SECONDS
+        if near and not lost_peer(failure) and not was_terminated(failure.exit_code):
+            return failure
+    return earliest
 
 
-def fell(noticed: Noticed) -> bool:
-    """Whether it fell in a collective because another one had gone."""
-    return any(LOST_PEER.search(text) for text in (noticed.error, noticed.traceback) if text)
+def lost_peer(failure: ObservedFailure) -> bool:
+    """Whether a collective failed because another rank was lost, or did not join in time."""
+    return any(LOST_PEER.search(text) for text in (failure.error, failure.traceback) if text)
 
 
-def only_timed_out(noticed: Sequence[Noticed]) -> bool:
-    """Whether nothing failed but a collective that some waited in for too long: the cause is a rank not among them."""
-    waited = [one for one in noticed if not was_ended(one.exit_code) or one.error]
-    return any(map(timed_out, waited)) and all(map(fell, waited))
+def only_timeouts(failures: Sequence[ObservedFailure]) -> bool:
+    """Whether the only failure is a collective that timed out: the cause is then a rank that did not fail."""
+    own = [failure for failure in failures if not was_terminated(failure.exit_code) or failure.error]
+    return any(map(timed_out, own)) and all(map(lost_peer, own))
 
 
-def timed_out(noticed: Noticed) -> bool:
-    """Whether it says that it waited in a collective for too long."""
-    return any(TIMED_OUT.search(text) for text in (noticed.error, noticed.traceback) if text)
+def timed_out(failure: ObservedFailure) -> bool:
+    """Whether a collective timed out."""
+    return any(TIMED_OUT.search(text) for text in (failure.error, failure.traceback) if text)
 
 
-def may_have_fallen(exit_code: int | None) -> bool:
-    """Whether a rank with this exit status may have failed in a collective: it exited itself, or C++ aborted it."""
-    if exit_code is None or was_ended(exit_code):
+def ended_by_itself(exit_code: int | None) -> bool:
+    """Whether a rank exited by itself or was aborted in C++, so that its log may end with its error."""
+    if exit_code is None or was_terminated(exit_code):
         return False
     return exit_code >= 0 or exit_code == -signal.SIGABRT
 
 
-def last_word(lines: Sequence[str]) -> str | None:
-    """The last line of a log that tells of a collective that fell; None where there is none, or a Python traceback."""
+def collective_error_in_log(lines: Sequence[str]) -> str | None:
+    """The last error of a collective in a log; None without one, or if the log has a Python traceback."""
     if any(TRACEBACK in line for line in lines):
         return None
     for pattern in (TIMED_OUT, LOST_PEER):
@@ -134,23 +137,23 @@ def last_word(lines: Sequence[str]) -> str | None:
     return None
 
 
-def said(lines: Sequence[str], exit_code: int | None) -> tuple[str | None, str | None]:
-    """(error, traceback) at the end of the log of a rank with this exit status; None for what it does not have."""
+def error_in_log(lines: Sequence[str], exit_code: int | None) -> tuple[str | None, str | None]:
+    """(error, traceback) at the end of the log of a rank with this exit status; each None if the log has none."""
     traceback = last_traceback(lines)
     if traceback is None:
-        return (last_word(lines) if may_have_fallen(exit_code) else None), None
+        return (collective_error_in_log(lines) if ended_by_itself(exit_code) else None), None
     raised = [line for line in traceback.splitlines() if _RAISED.match(line)]
     return (_BY_RANK.sub("", raised[-1]) if raised else None), traceback
 
 
-def raised_at(lines: Sequence[str], exit_code: int | None) -> float | None:
-    """When the last traceback of a log, with its times, was begun: seconds since the epoch by its node's clock.
+def traceback_time(lines: Sequence[str], exit_code: int | None) -> float | None:
+    """When a log's last traceback started, in seconds since the epoch by its node's clock; the lines need their times.
 
-    None where there is none, and where something else ended the rank. A process may end much later than it raises, and
-    after those that fell because of it.
+    None without a traceback, or if something else ended the rank. A process may end long after its exception, and after
+    the ranks that lost it as a peer.
     """
     starts = [line for line in lines if TRACEBACK in line]
-    if not starts or not may_have_fallen(exit_code):
+    if not starts or not ended_by_itself(exit_code):
         return None
     try:
         return datetime.fromisoformat(starts[-1].partition(" ")[0]).timestamp()
@@ -159,7 +162,7 @@ def raised_at(lines: Sequence[str], exit_code: int | None) -> float | None:
 
 
 def last_traceback(lines: Sequence[str]) -> str | None:
-    """The lines from the last traceback's beginning to the exception; None where there is none."""
+    """The last traceback, from its first line to the exception; None if there is none."""
     starts = [number for number, line in enumerate(lines) if TRACEBACK in line]
     if not starts:
         return None
@@ -170,31 +173,31 @@ def last_traceback(lines: Sequence[str]) -> str | None:
 
 
 class Place(NamedTuple):
-    """A rank on its node; a whole node where `rank` is None."""
+    """A rank on its node; the whole node if `rank` is None."""
 
     rank: int | None
     node_rank: int
     host: str
 
 
-def timed_out_headline(absent: Sequence[Place] | None) -> str:
-    """What happened where a collective timed out, and nothing else failed; `absent` is None where it is not known."""
+def timeout_headline(absent: Sequence[Place] | None) -> str:
+    """The headline for a collective that timed out while nothing else failed; `absent` is None if not known."""
     if absent is None:
-        return "a collective timed out; which ranks did not come to it is not known"
+        return "a collective timed out; it is not known which ranks did not join it"
     if not absent:
-        return "a collective timed out on every rank: they were not in the same one, or the network is stuck"
-    return f"a collective timed out; these ranks did not come to it: {where(absent)}"
+        return "a collective timed out on every rank: they were in different collectives, or the network is stuck"
+    return f"a collective timed out; these ranks did not join it: {describe_places(absent)}"
 
 
-def where(places: Iterable[Place], most: int = 6) -> str:
-    """Which ranks, by node: ranks 0-3 on node 0 (h1), rank 5 on node 1 (h2)."""
+def describe_places(places: Iterable[Place], most: int = 6) -> str:
+    """Ranks by node as text: ranks 0-3 on node 0 (h1), rank 5 on node 1 (h2)."""
     ordered = sorted(places, key=lambda one: (one.node_rank, one.host, -1 if one.rank is None else one.rank))
     groups = [
         (f"node {node} ({host})", [one.rank for one in group if one.rank is not None])
         for (node, host), group in groupby(ordered, key=lambda one: (one.node_rank, one.host))
     ]
-    words = [f"{_ranks(ranks)} on {node}" if ranks else node for node, ranks in groups[:most]]
-    return ", ".join(words) + (f" and on {len(groups) - most} more nodes" if len(groups) > most else "")
+    parts = [f"{_ranks(ranks)} on {node}" if ranks else node for node, ranks in groups[:most]]
+    return ", ".join(parts) + (f" and on {len(groups) - most} more nodes" if len(groups) > most else "")
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -1,8 +1,8 @@
-"""The lock of a run directory: one launcher at a time, also where file locks are not seen by other hosts.
+"""The lock of a run directory: one launcher at a time, also if file locks are not visible on other hosts.
 
-The launcher at work holds an flock on the file, has written into it who it is, and touches it every few seconds. The
-flock decides if it is refused. If it is granted, it may still mean nothing (Lustre and some NFS mounts lock within one
-host only), so the file's last holder is looked at: on this host by its process, elsewhere by its heartbeat.
+The running launcher holds an flock on the file, writes its identity into it, and touches it every few seconds. If the
+flock is refused, the lock is taken. If it is granted, this proves nothing (Lustre and some NFS mounts lock within one
+host only), so the file's last holder is checked: on this host by its process, on another host by its heartbeat.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from launcher.files import read_json, utc_now, write_whole
 
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
-"""A launcher of another host whose heartbeat is older than this is gone."""
+"""A launcher on another host with an older heartbeat has ended."""
 _RETRY_SECONDS, _RETRIES = 0.1, 10
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a run directory. `started` is the process's start in clock ticks since the host's boot."""
+    """The launcher that holds a lock. `started` is its process's start time in clock ticks since the host's boot."""
 
     host: str
     boot: str
@@ -50,24 +50,24 @@ class Holder:
 def hold(path: Path) -> Iterator[bool]:
     """Holds the lock file at `path` inside the block; yields False if another launcher holds it.
 
-    Only the file's owner may open it, so that nobody else can lock it.
+    Only the file's owner may open it, so no other user can lock it.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         with contextlib.suppress(PermissionError):
             os.fchmod(descriptor, 0o600)
-        if not (_flocked(descriptor) and _taken(path, descriptor)):
+        if not (_flock(descriptor) and _take(path, descriptor)):
             yield False
             return
         ended = threading.Event()
-        beat = threading.Thread(target=_beat, args=(descriptor, ended), name="lock", daemon=True)
-        beat.start()
+        heartbeat = threading.Thread(target=_send_heartbeats, args=(descriptor, ended), name="lock", daemon=True)
+        heartbeat.start()
         try:
             yield True
         finally:
             ended.set()
-            beat.join()
-            # An empty file has no holder. It stays: a new one in its place would be locked beside this one.
+            heartbeat.join()
+            # The empty file has no holder. It is not removed: a new file could be locked at the same time as this one.
             with contextlib.suppress(OSError):
                 os.ftruncate(descriptor, 0)
     finally:
@@ -75,7 +75,7 @@ def hold(path: Path) -> Iterator[bool]:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Who wrote the lock file last and did not let go of it; None if there is nobody, or it cannot be read."""
+    """The launcher that last wrote the lock file and did not release it; None if there is none or it is unreadable."""
     try:
         found = read_json(path)
     except OSError:
@@ -89,9 +89,9 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def is_alive(holder: Holder, path: Path) -> bool:
-    """Whether the launcher that wrote the lock file at `path` is still at work.
+    """Whether the launcher that wrote the lock file at `path` is still running.
 
-    On this host its process answers that. On another one the heartbeat does, measured with the file system's own clock.
+    On this host its process is checked, on another host its heartbeat, measured with the file system's clock.
     """
     if (holder.host, holder.boot) == (socket.gethostname(), _boot()):
         return _started(holder.pid) == holder.started
@@ -103,9 +103,9 @@ def is_alive(holder: Holder, path: Path) -> bool:
 
 
 def heartbeat_age(path: Path) -> float | None:
-    """Seconds since the lock file was touched, by the file system's clock; None if there is no such file."""
+    """Seconds since the lock file was touched, by the file system's clock; None if the file is missing."""
     try:
-        # Opening a file has a network file system ask its server for the file's times.
+        # When a file is opened, a network file system gets its times from the server.
         with path.open("rb") as file:
             touched = os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
@@ -114,7 +114,7 @@ def heartbeat_age(path: Path) -> float | None:
 
 
 def _file_system_time(folder: Path) -> float:
-    """The time that a file gets that is written now; this host's time if none can be written."""
+    """The file system's time, from a file written now; this host's time if none can be written."""
     probe = folder / f".{uuid.uuid4().hex[:8]}.now"
     try:
         probe.touch(mode=0o600)
@@ -126,8 +126,8 @@ def _file_system_time(folder: Path) -> float:
             probe.unlink(missing_ok=True)
 
 
-def _flocked(descriptor: int) -> bool:
-    """Takes the flock, if there are any. `launcher status` takes it for a moment to look at it: try more than once."""
+def _flock(descriptor: int) -> bool:
+    """Takes the flock; True also if the file system has none. Retries: `launcher status` takes it for a moment."""
     for attempt in range(_RETRIES):
         if attempt:
             time.sleep(_RETRY_SECONDS)
@@ -142,10 +142,10 @@ def _flocked(descriptor: int) -> bool:
     return False
 
 
-def _taken(path: Path, descriptor: int) -> bool:
-    """Writes this process into the lock file unless its holder is alive. Only one launcher at a time does so."""
+def _take(path: Path, descriptor: int) -> bool:
+    """Writes this process into the lock file unless its holder is alive. Only one launcher at a time does this."""
     claim = path.with_name(f".{path.name}.claim")
-    if not _claimed(claim):
+    if not _create_claim(claim):
         return False
     try:
         holder = read_holder(path)
@@ -153,15 +153,15 @@ def _taken(path: Path, descriptor: int) -> bool:
             return False
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 0, os.SEEK_SET)
-        write_whole(descriptor, json.dumps(asdict(_myself())).encode())
+        write_whole(descriptor, json.dumps(asdict(_this_process())).encode())
         os.fsync(descriptor)
         return True
     finally:
         claim.unlink(missing_ok=True)
 
 
-def _claimed(claim: Path) -> bool:
-    """Creates a file that only one launcher can create, on any file system; one left by a crash does not count."""
+def _create_claim(claim: Path) -> bool:
+    """Creates a file that only one launcher can create, on any file system; a stale one from a crash is replaced."""
     for _ in range(2):
         try:
             os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -175,13 +175,13 @@ def _claimed(claim: Path) -> bool:
     return False
 
 
-def _beat(descriptor: int, ended: threading.Event) -> None:
+def _send_heartbeats(descriptor: int, ended: threading.Event) -> None:
     while not ended.wait(BEAT_SECONDS):
         with contextlib.suppress(OSError):
             os.utime(descriptor)
 
 
-def _myself() -> Holder:
+def _this_process() -> Holder:
     return Holder(
         host=socket.gethostname(),
         boot=_boot(),
@@ -195,14 +195,14 @@ def _myself() -> Holder:
 
 
 def _boot() -> str:
-    """The identity of this host's current boot."""
+    """The id of this host's current boot."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
 
 
 def _started(pid: int) -> int | None:
-    """When a process of this host was started; None if it is not running. A zombie is not."""
+    """The start time of a process on this host in clock ticks since boot; None if it is not running or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
         return None if fields[0] == b"Z" else int(fields[19])

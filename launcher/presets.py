@@ -1,4 +1,4 @@
-"""The folders that users copy and edit (ds_configs, slurm, cluster), in a checkout and in an installed wheel alike."""
+"""Finds the folders that users copy and edit (ds_configs, slurm, cluster), in a checkout or an installed wheel."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def shipped_folder(name: str) -> Path:
 
 
 def preset_names() -> list[str]:
-    """Names of the DeepSpeed presets that a job file may give instead of a path."""
+    """The names of the DeepSpeed presets, which a job file may give instead of a path."""
     return sorted(path.stem for path in shipped_folder("ds_configs").glob("*.json"))

@@ -1,4 +1,4 @@
-"""The run directory: the names of everything that a run writes, its state and events, and the lock of its launcher."""
+"""The run directory: the paths of a run's files, its state and events, and the lock of its launcher."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, get_args
 
 from launcher.files import (
     Record,
@@ -35,6 +35,16 @@ from launcher.manifest import (
     universal_folder,
     write_manifest,
 )
+from launcher.records import (
+    EventReport,
+    JobIds,
+    RunEvent,
+    RunState,
+    StateDetails,
+    StateEvent,
+    StateRecord,
+    StopRequest,
+)
 
 __all__ = [
     "ENDED",
@@ -55,18 +65,7 @@ __all__ = [
     "write_manifest",
 ]
 
-STATES = (
-    "planning",
-    "preparing",
-    "placing",
-    "starting",
-    "training",
-    "saving",
-    "exporting",
-    "finished",
-    "failed",
-    "stopped",
-)
+STATES: tuple[RunState, ...] = get_args(RunState)
 ENDED = ("finished", "failed", "stopped")
 NODE_FILE = "node.json"
 _REVISION = re.compile(r"^plan\.revision-(\d+)\.json$")
@@ -74,7 +73,7 @@ _REVISION = re.compile(r"^plan\.revision-(\d+)\.json$")
 
 @dataclass(frozen=True)
 class DamagedCheckpoint:
-    """A checkpoint that cannot be used, and why."""
+    """A checkpoint that cannot be used, and the reason."""
 
     path: Path
     reason: str
@@ -85,15 +84,15 @@ class DamagedCheckpoint:
 
 @dataclass(frozen=True)
 class RunDir:
-    """Names inside one run directory, and the writers of its state and events."""
+    """The paths in one run directory, and the writers of its state and events."""
 
     path: Path
 
     @classmethod
     def create(cls, output_dir: Path, name: str, stamp: str | None = None) -> RunDir:
-        """A new directory `<output_dir>/<name>-<stamp>[-n]`, made by exactly one caller. The stamp: date and time.
+        """Creates `<output_dir>/<name>-<stamp>[-n]`, which no other caller gets. The default stamp is the present time.
 
-        Only its owner may look into it: it holds people's data.
+        Only its owner can read it: it contains private data.
         """
         stem = f"{name}-{stamp or f'{datetime.now():%Y%m%d-%H%M%S}'}"
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -105,7 +104,7 @@ class RunDir:
                 run.checkpoints.mkdir(mode=0o700)
                 run.logs.mkdir(mode=0o700)
                 return run
-        raise FileExistsError(f"{output_dir / stem}: a thousand runs began in this second")
+        raise FileExistsError(f"{output_dir / stem}: a thousand runs with this name exist")
 
     @property
     def job_file(self) -> Path:
@@ -141,17 +140,17 @@ class RunDir:
 
     @property
     def marks(self) -> Path:
-        """Where nodes leave small files for each other, to see that they share this directory."""
+        """Small files by which nodes check that they share this directory."""
         return self.path / ".marks"
 
     @property
     def cluster(self) -> Path:
-        """What the nodes of an allocation need to find each other; there as long as their Ray is."""
+        """The files by which the nodes of an allocation find each other; they exist while its Ray runs."""
         return self.path / ".cluster"
 
     @property
     def lock_file(self) -> Path:
-        """Locked by the launcher at work, which touches it every few seconds: not every lock is seen on other hosts."""
+        """Locked by the running launcher, and touched every few seconds: not every lock is visible on other hosts."""
         return self.path / "launcher.lock"
 
     @property
@@ -168,13 +167,13 @@ class RunDir:
         return self.path / "export"
 
     def next_plan_revision(self) -> Path:
-        """The name for the next changed plan: plan.revision-<k>.json, where k is one more than the highest, from 1."""
+        """The path of the next changed plan: plan.revision-<k>.json, where k is one above the highest, from 1."""
         revisions = self.plan_revisions()
         match = _REVISION.match(revisions[-1].name) if revisions else None
         return self.path / f"plan.revision-{int(match[1]) + 1 if match else 1}.json"
 
     def plan_revisions(self) -> list[Path]:
-        """The revisions that there are, in order; none of a run that was removed."""
+        """The existing plan revisions, in order; none if the run was removed."""
         try:
             paths = list(self.path.iterdir())
         except FileNotFoundError:
@@ -183,7 +182,7 @@ class RunDir:
         return [path for _, path in sorted(found)]
 
     def node_file(self, node_rank: int, host: str) -> Path:
-        """How a node and its ranks are, written by its agent every few seconds."""
+        """The status of a node and its ranks, written by its agent every few seconds."""
         return self.node_logs(node_rank, host) / NODE_FILE
 
     def node_logs(self, node_rank: int, host: str) -> Path:
@@ -192,11 +191,11 @@ class RunDir:
     def checkpoint(self, update: int) -> Path:
         return self.checkpoints / f"update-{update}"
 
-    def enter(self, state: str, **details: Any) -> None:
-        """Writes the state a run has come to, in state.json and as an event."""
+    def enter(self, state: RunState, **details: Unpack[StateDetails]) -> None:
+        """Writes a new state of the run to state.json and as an event. Raises ValueError for an unknown state."""
         if state not in STATES:
             raise ValueError(f"{state!r} is not a state of a run: {', '.join(STATES)}")
-        record = {
+        record: StateRecord = {
             "state": state,
             "since": utc_now(),
             "host": socket.gethostname(),
@@ -205,45 +204,51 @@ class RunDir:
             **details,
         }
         write_json(self.state_file, record)
-        self.event("state", state=state, **details)
+        event: StateEvent = {"event": "state", "state": state, **details}
+        self.event(event)
 
-    def event(self, kind: str, **details: Any) -> None:
-        """Adds what happened to events.jsonl."""
-        append_line(self.events_file, {"time": utc_now(), "event": kind, **details})
+    def event(self, event: RunEvent) -> None:
+        """Appends an event to events.jsonl."""
+        append_line(self.events_file, {"time": utc_now(), **event})
+
+    def rank_event(self, report: EventReport) -> None:
+        """Appends an event that a rank reported to events.jsonl."""
+        append_line(self.events_file, {"time": utc_now(), "event": report["event"], **report["details"]})
 
     def request_stop(self, *, now: bool) -> None:
-        """Asks the run's supervisor, wherever it is, to end the run: after this update and a checkpoint, or at once."""
+        """Asks the supervisor to stop the run: at once if `now`, else after this update and a checkpoint."""
         by = f"{os.environ.get('USER', os.getuid())}@{socket.gethostname()}"
-        write_json(self.stop_file, {"time": utc_now(), "now": now, "by": by})
+        request: StopRequest = {"time": utc_now(), "now": now, "by": by}
+        write_json(self.stop_file, request)
 
     def stop_request(self) -> dict[str, Any] | None:
-        """The request to stop; None if there is none, or if it cannot be read at this moment."""
+        """The request to stop; None if it does not exist or cannot be read at the moment."""
         try:
             return read_json(self.stop_file)
         except OSError:
             return None
 
     def state(self) -> dict[str, Any]:
-        """The content of state.json; an empty mapping before the first state, and if it cannot be read."""
+        """The content of state.json; empty before the first state, or if it cannot be read."""
         try:
             return read_json(self.state_file) or {}
         except OSError:
             return {}
 
     def events(self) -> list[dict[str, Any]]:
-        """The events so far; damaged lines are left out."""
+        """The events so far, without damaged lines."""
         return list(_of_kind(read_lines(self.events_file), "event", str))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of all updates so far; damaged lines are left out."""
+        """The metrics of all updates so far, without damaged lines."""
         return list(_of_kind(read_lines(self.metrics_file), "update", int))
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """The evaluations so far; damaged lines are left out."""
+        """The evaluations so far, without damaged lines."""
         return list(_of_kind(read_lines(self.evaluations_file), "update", int))
 
     def damaged_lines(self) -> dict[str, int]:
-        """How many lines of a file of JSON lines cannot be read, by the file's name, for files that have such lines."""
+        """The number of damaged lines by file name, for the files of JSON lines that have any."""
         found: dict[str, int] = {}
         for file, key, kind in (
             (self.metrics_file, "update", int),
@@ -257,9 +262,9 @@ class RunDir:
         return found
 
     def complete_checkpoints(self) -> list[int]:
-        """Updates with a checkpoint whose manifest is there and whose files have the sizes it names, oldest first.
+        """The updates with a checkpoint whose files have the sizes in its manifest, oldest first.
 
-        Oldest by samples: updates are counted differently once the batch size is changed on a resume.
+        The order is by samples: the numbering of updates changes if a resume changes the batch size.
         """
         found = [p for p in self.checkpoints.glob("update-*") if checkpoint_number(p) is not None]
         manifests = {path: read_manifest(path) for path in found}
@@ -271,19 +276,19 @@ class RunDir:
         return [update for _, update in order]
 
     def usable_checkpoints(self) -> list[int]:
-        """Those of the complete checkpoints that can be loaded, as far as can be seen without reading them whole."""
+        """The complete checkpoints in which no fault is found; their content is not read."""
         return [update for update in self.complete_checkpoints() if checkpoint_fault(self.checkpoint(update)) is None]
 
     def damaged_checkpoints(self) -> list[DamagedCheckpoint]:
-        """The checkpoints that cannot be used, with the reason, by update."""
+        """The checkpoints that cannot be used, with the reason, in order of updates."""
         found = [(n, p) for p in self.checkpoints.glob("update-*") if (n := checkpoint_number(p)) is not None]
         return [DamagedCheckpoint(p, fault) for _, p in sorted(found) if (fault := checkpoint_fault(p)) is not None]
 
     def rewind(self, samples: int, update: int) -> None:
-        """Sets the lines of updates beyond a checkpoint aside, in files named *.undone-<k>: they are made again."""
+        """Removes the lines of updates after a checkpoint, which will be repeated; files *.undone-<k> keep them."""
 
         def metrics(line: Record) -> bool:
-            # A script's lines have no samples if its batch size is not known. Their updates count from 0.
+            # A script's lines have no samples if its batch size is unknown. Updates start at 0.
             return _at_most(line, "samples", samples) if "samples" in line else _at_most(line, "update", update - 1)
 
         set_aside(self.metrics_file, metrics)
@@ -291,12 +296,12 @@ class RunDir:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[bool]:
-        """Holds the run directory for one launcher; yields False if another one holds it."""
+        """Holds the lock of the run directory inside the block; yields False if another launcher holds it."""
         with hold(self.lock_file) as held:
             yield held
 
     def holder(self) -> Holder | None:
-        """The launcher that holds the run directory, or held it last without letting go; None if there is none."""
+        """The launcher that holds the lock, or that ended without releasing it; None if there is none."""
         return read_holder(self.lock_file)
 
 
@@ -308,12 +313,13 @@ def _at_most(line: Record, key: str, last: int) -> bool:
     return isinstance(line.get(key), int) and line[key] <= last
 
 
-def _allocation() -> dict[str, str]:
-    """The Slurm job or the Ray job that this process runs in, by which the run can be found from elsewhere."""
-    # Ray gives a submitted job no shorter variable than this one, which holds its runtime environment as well.
+def _allocation() -> JobIds:
+    """The ids of the Slurm job and the Ray job of this process, by which other commands find the run."""
+    # Ray has no shorter variable with the submission id than this one, which also contains the runtime environment.
     ray_job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    found = {
-        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
-        "ray_job_id": ray_job.get("metadata", {}).get("job_submission_id"),
-    }
-    return {key: value for key, value in found.items() if value}
+    found: JobIds = {}
+    if slurm_job_id := os.environ.get("SLURM_JOB_ID"):
+        found["slurm_job_id"] = slurm_job_id
+    if ray_job_id := ray_job.get("metadata", {}).get("job_submission_id"):
+        found["ray_job_id"] = ray_job_id
+    return found

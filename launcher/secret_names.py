@@ -1,4 +1,4 @@
-"""Which environment variables hold secrets, by their names: one rule for what is forwarded, written and refused."""
+"""Recognises secret environment variables by name: one rule for what is forwarded, written and refused."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ _WORDS = frozenset(
         *("COOKIES", "CREDENTIALS", "CRED", "CREDS", "DSN", "WEBHOOK"),
     }
 )
-"""Words that stand alone between underscores: MONKEY and NCCL_IB_PKEY hold no key."""
+"""Secret only as whole words between underscores: MONKEY and NCCL_IB_PKEY are not secrets."""
 _ENDINGS = (
     *("TOKEN", "SECRET", "SECRETS", "PASSWORD", "PASSWORDS", "PASSWD", "PASSPHRASE"),
     *("CREDENTIAL", "COOKIE", "APIKEY", "ACCESSKEY", "SECRETKEY", "PRIVATEKEY"),
 )
-"""Words that also count at the end of another one: PGPASSWORD, AUTHTOKEN. TOKENIZERS and MAX_TOKENS are not among
-them."""
+"""Secret also at the end of a longer word: PGPASSWORD, AUTHTOKEN; not TOKENIZERS or MAX_TOKENS."""
 _PLACES = frozenset({"PATH", "FILE", "DIR", "SOCK", "MODE"})
-"""A name that ends with one of these says where a secret is, or how it is used."""
+"""A name that ends with one of these gives the location of a secret, or how it is used."""
 _SWITCHES = frozenset({"DISABLE", "ENABLE"})
 _NOT_SECRET = frozenset({"PWD", "OLDPWD"})
 _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
 def is_secret(name: str) -> bool:
-    """Whether an environment variable of this name holds a secret, as HF_TOKEN and DS_DB_PASSWD do."""
+    """Whether an environment variable with this name contains a secret, like HF_TOKEN and DS_DB_PASSWD."""
     if name in _NOT_SECRET:
         return False
     words = [word.rstrip("0123456789") for word in re.split(r"[_\W]+", _HUMP.sub("_", name).upper())]

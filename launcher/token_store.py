@@ -1,4 +1,4 @@
-"""Tokenised sequences on disk: flat memory-mapped arrays, written once and read by every rank without a copy."""
+"""Tokenised sequences on disk: flat arrays, written once and memory-mapped by every rank."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _TOKENS, _LEARNED, _OFFSETS, _TARGETS = "tokens.i32", "learned.u8", "offsets.i64
 
 
 class TokenStore:
-    """Sequences of token ids and which of them are learned; read-only.
+    """Sequences of token ids, and which of them are learned; read-only.
 
-    A sequence's targets are its learned tokens without the first token of the sequence, which nothing predicts.
+    A sequence's targets are its learned tokens, except its first token, which no token predicts.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,14 +45,14 @@ class TokenStore:
         return self._tokens[start:stop], self._learned[start:stop]
 
     def lengths(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Lengths in tokens of the sequences `indices`."""
+        """The lengths in tokens of the sequences `indices`."""
         at = np.asarray(indices)
         lengths: npt.NDArray[np.int64] = self.offsets[at + 1] - self.offsets[at]
         return lengths
 
 
 class TokenWriter:
-    """Appends sequences to a folder that appears, whole, under its name when the `with` block ends well."""
+    """Writes sequences to a folder that gets its name, complete, when the `with` block ends without an exception."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -67,7 +67,7 @@ class TokenWriter:
         return self
 
     def add(self, tokens: Sequence[int], learned: Sequence[int]) -> None:
-        """One sequence. `learned` holds a 1 for each token whose prediction is learned, else 0."""
+        """Adds one sequence. `learned` has a 1 for each token whose prediction is learned, else 0."""
         mask = np.asarray(learned, dtype=np.uint8)
         self._tokens.write(np.asarray(tokens, dtype=np.int32).tobytes())
         self._learned.write(mask.tobytes())
@@ -76,7 +76,7 @@ class TokenWriter:
         self.longest = max(self.longest, len(tokens))
 
     def facts(self) -> dict[str, int]:
-        """Counts of what was added."""
+        """Counts of the added sequences and tokens, and the longest sequence."""
         return {
             "sequences": len(self._targets),
             "tokens": self._offsets[-1],
@@ -99,7 +99,7 @@ class TokenWriter:
 
 
 def read_facts(folder: Path) -> dict[str, Any] | None:
-    """What `TokenWriter.facts` said of a finished folder; None where there is none."""
+    """The `TokenWriter.facts` of a finished folder; None if the folder is missing."""
     try:
         facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""A plain DeepSpeed script, as DeepSpeed's getting started guide has it: runs under torchrun and deepspeed as well.
+"""A plain DeepSpeed script, as in DeepSpeed's getting started guide; it also runs under torchrun and deepspeed.
 
-Optimizer, learning rate, batch and ZeRO stage are those of the DeepSpeed JSON. The one line for the launcher, which is
-optional and does nothing elsewhere, is launcher.report.
+The DeepSpeed JSON sets optimizer, learning rate, batch size and ZeRO stage. The only line for the launcher is
+launcher.report, which is optional and does nothing outside a run of the launcher.
 """
 
 import argparse
@@ -27,16 +27,16 @@ def main():
     engine, optimizer, loader, _ = deepspeed.initialize(
         args=args, model=model, model_parameters=model.parameters(), training_data=data
     )
-    # The precision is the JSON's: float32 on processors, bfloat16 or float16 on GPUs.
+    # The JSON sets the precision: float32 on CPUs, bfloat16 or float16 on GPUs.
     dtype = next(engine.module.parameters()).dtype
     batches = iter(loader)
     for step in range(args.steps):
         given, wanted = (part.to(engine.device, dtype) for part in next(batches))
         loss = torch.nn.functional.mse_loss(engine(given), wanted)
         engine.backward(loss)
-        rate = optimizer.param_groups[0]["lr"]  # before the step, which moves the schedule on
+        lr = optimizer.param_groups[0]["lr"]  # read before engine.step(), which also steps the scheduler
         engine.step()
-        launcher.report(step=step, loss=loss, lr=rate, grad_norm=engine.get_global_grad_norm())
+        launcher.report(step=step, loss=loss, lr=lr, grad_norm=engine.get_global_grad_norm())
     print(f"local rank {args.local_rank} of {engine.world_size}, micro-batch {len(given)}")
 
 

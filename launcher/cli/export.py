@@ -9,8 +9,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from launcher.cli.watching import OUTPUT_DIR, RUN
+from launcher.cli.options import OUTPUT_DIR, RUN
 from launcher.errors import Problem, RequestError, nearest
+from launcher.job.user_path import user_path
 
 if TYPE_CHECKING:
     from launcher.export_folder import DType
@@ -42,20 +43,20 @@ def export(
     from launcher.run_dir import RunDir
     from launcher.runs.checkpoints import newest_saved, saved_at
     from launcher.runs.export import export_saved
-    from launcher.watch.find import find_run
+    from launcher.watch.find_run import find_run
 
     console = Console(highlight=False, soft_wrap=True)
     chosen = _dtype(dtype)
     directory = RunDir(find_run(run, output_dir).path)
     if not directory.plan_file.is_file():
-        raise RequestError(Problem("there is no plan.json here, so this is not a run directory", file=run))
+        raise RequestError(Problem("it has no plan.json, so it is not a run directory", file=run))
     if update is None:
         saved, damaged = newest_saved(directory)
         for each in damaged:
             console.print(f"[yellow]note:[/] {escape(str(each))}; {saved.folder.name} is exported")
     else:
         saved = saved_at(directory, update)
-    if merge and saved.plan.job.model.lora is None:
+    if merge and saved.plan.training.job.model.lora is None:
         raise RequestError(Problem("this run has no LoRA adapters to merge", key="--merge", file=str(directory.path)))
     folder = _free(output) if output else _default_folder(directory, saved, chosen, merge)
     console.print(f"exporting {saved.folder.name} of {directory.path.name}")
@@ -78,7 +79,7 @@ def _dtype(name: str | None) -> DType | None:
 
 def _free(output: Path) -> Path:
     """An absolute path at which there is nothing yet. Raises RequestError."""
-    folder = output.expanduser().resolve()
+    folder = user_path(output, "--output").resolve()
     if folder.is_dir() and not any(folder.iterdir()):
         return folder
     if folder.exists():

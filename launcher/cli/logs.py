@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
-from launcher.cli.watching import OUTPUT_DIR, RUN, reading
-from launcher.errors import Problem, RequestError
-
-if TYPE_CHECKING:
-    from launcher.run_dir import RunDir
-    from launcher.watch.lines import Wanted
-    from launcher.watch.sources import Choice, Source
-
-FOLLOWED_FROM = 100
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_SINCE = re.compile(r"^(\d+(?:\.\d+)?)([smhd])$")
+from launcher.cli.options import OUTPUT_DIR, RUN, reading
 
 
 def logs(
@@ -39,77 +25,14 @@ def logs(
     Times are by the supervisor's clock: those of nodes whose clocks differ are moved by the difference. A line without
     a time follows the one before it. With -f the last 100 lines come first, unless --tail or --since says otherwise.
     """
-    from launcher.watch.find import find_run
-    from launcher.watch.sources import Choice
+    from launcher.watch.find_run import find_run
+    from launcher.watch.log_files import LogSelection
+    from launcher.watch.print_logs import follow_logs, matcher, print_logs, since_seconds
 
-    wanted, start = _pattern(grep), _since(since, time.time())
+    wanted, start = matcher(grep), since_seconds(since, time.time())
     with reading():
-        found, choice = find_run(run, output_dir), Choice(node, rank)
+        found, choice = find_run(run, output_dir), LogSelection(node, rank)
         if follow:
-            _follow(found, choice, wanted, start, tail)
+            follow_logs(found, choice, wanted, start, tail)
         else:
-            _past(found, choice, wanted, start, tail)
-
-
-def _past(run: RunDir, choice: Choice, wanted: Wanted, since: float | None, tail: int | None) -> None:
-    from launcher.watch.lines import merged
-    from launcher.watch.print_lines import Printer
-    from launcher.watch.session import read_session
-    from launcher.watch.sources import check_choice, sources_of
-
-    check_choice(run, choice)
-    sources = sources_of(run, read_session(run).offsets, choice)
-    printer = Printer(sys.stdout)
-    printer.print(merged(sources, since=since, last=tail, wanted=wanted), sources)
-
-
-def _follow(run: RunDir, choice: Choice, wanted: Wanted, since: float | None, tail: int | None) -> None:
-    from launcher.watch.end_of_run import EndOfRun
-    from launcher.watch.follow import Follower
-    from launcher.watch.lines import merged
-    from launcher.watch.print_lines import Printer
-    from launcher.watch.session import read_session
-    from launcher.watch.sources import check_expected, sources_of
-    from launcher.watch.status import LOST
-
-    def find() -> list[Source]:
-        session = read_session(run)
-        found = sources_of(run, session.offsets, choice)
-        if not found:
-            check_expected(run, session, choice)
-        return found
-
-    follower = Follower(find)
-    end, printer = EndOfRun(run), Printer(sys.stdout)
-    if tail is None and since is None:
-        tail = FOLLOWED_FROM
-    past = merged(follower.sources, since=since, last=tail, wanted=wanted, ends=follower.ends)
-    printer.print(past, follower.sources)
-    for lines in follower.batches(lambda: end.reached(follower.quiet_seconds)):
-        printer.print(filter(wanted, lines), follower.sources)
-    if end.state == LOST:
-        typer.echo(f"the run is lost; launcher why {run.path} says more", err=True)
-
-
-def _pattern(grep: str | None) -> Wanted:
-    if grep is None:
-        return lambda _: True
-    try:
-        pattern = re.compile(grep)
-    except re.error as error:
-        raise RequestError(Problem(f"{grep!r} is no regular expression: {error}", key="--grep")) from None
-    return lambda line: pattern.search(line.text) is not None
-
-
-def _since(text: str | None, now: float) -> float | None:
-    """Seconds since the epoch of what --since says. Raises RequestError where that is no time."""
-    if text is None:
-        return None
-    if match := _SINCE.match(text):
-        return now - float(match[1]) * _UNITS[match[2]]
-    try:
-        time = datetime.fromisoformat(text)
-    except ValueError:
-        hint = "90s, 10m, 2h or 1d ago, or a time as 2026-03-01T12:30:00Z (UTC where it names no zone)"
-        raise RequestError(Problem(f"{text!r} is no time", key="--since", hint=hint)) from None
-    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+            print_logs(found, choice, wanted, start, tail)

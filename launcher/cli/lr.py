@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from launcher.errors import Problem, RequestError, nearest
 
 if TYPE_CHECKING:
-    from launcher.lr_report.curves import Curve
     from launcher.lr_report.report import Report
-    from launcher.plan.schema import Plan
 
 
 def lr(
@@ -81,6 +78,8 @@ def _write_files(report: Report, png: Path | None, csv: Path | None) -> None:
 
 
 def _of_target(target: str | None, overrides: list[str], shapes: Sequence[str]) -> Report:
+    from launcher.lr_report.plan_report import plan_report, run_report
+
     if target is None:
         hint = "launcher lr job.yaml, launcher lr RUN or launcher lr --deepspeed ds_config.json"
         raise RequestError(Problem("a job file, a run directory or a DeepSpeed JSON is needed", hint=hint))
@@ -88,11 +87,16 @@ def _of_target(target: str | None, overrides: list[str], shapes: Sequence[str]) 
     if path.is_dir():
         if overrides:
             raise RequestError(Problem(f"a run's plan is fixed: {overrides[0]} changes nothing", file=target))
-        return _of_run(path, shapes)
+        return run_report(path, shapes)
     if path.suffix == ".json":
         message = "this is a JSON, and not a job file"
         raise RequestError(Problem(message, file=target, hint=f"a DeepSpeed JSON: launcher lr --deepspeed {target}"))
-    return _of_job(path, overrides, shapes)
+    from launcher.job import load_job
+    from launcher.runs.planning import make_plan
+
+    loaded = load_job(path, *overrides)
+    plan = make_plan(loaded, on_progress=lambda progress: typer.echo(f"{progress['message']} …", err=True))
+    return plan_report(plan, shapes)
 
 
 def _shapes(compare: str | None) -> list[str]:
@@ -106,81 +110,3 @@ def _shapes(compare: str | None) -> list[str]:
             hint = f"did you mean {close}?" if close else f"one or more of {', '.join(SHAPES)}"
             raise RequestError(Problem(f"no shape {shape!r}", key="--compare", hint=hint))
     return list(dict.fromkeys(shapes))
-
-
-def _of_job(path: Path, overrides: list[str], shapes: Sequence[str]) -> Report:
-    from launcher.lr_report.curves import compared, plan_curve
-    from launcher.runs.planning import plan_job_file
-
-    plan = plan_job_file(path, overrides, lambda progress: typer.echo(f"{progress['message']} …", err=True))
-    rate, total = plan.learning_rate, plan.length.total_updates
-    curves = compared(plan_curve(plan), shapes, rate.peak_lr, rate.warmup_updates, total)
-    title = f"{plan.job.name}: {rate.shape}, {total:,} updates, {rate.warmup_updates:,} of warm-up"
-    return replace(_of_plan(plan, title, curves), warnings=_own_scheduler_warnings(plan))
-
-
-def _of_run(path: Path, shapes: Sequence[str]) -> Report:
-    from launcher.lr_report.curves import compared
-    from launcher.lr_report.run_curves import run_curves
-    from launcher.run_dir import RunDir
-
-    run = RunDir(path.resolve())
-    if not run.plan_file.is_file():
-        raise RequestError(Problem("there is no plan.json here, so this is not a run directory", file=str(path)))
-    found = run_curves(run)
-    rate, total = found.plan.learning_rate, found.plan.length.total_updates
-    first, *others = found.curves
-    overlaid = compared(first, shapes, rate.peak_lr, rate.warmup_updates, total)
-    title = f"{path.name}: {rate.shape}, {total:,} updates, {rate.warmup_updates:,} of warm-up"
-    return replace(
-        _of_plan(found.plan, title, [*overlaid, *others]),
-        notes=found.notes,
-        warnings=(*_own_scheduler_warnings(found.plan), *found.warnings),
-    )
-
-
-def _of_plan(plan: Plan, title: str, curves: Sequence[Curve]) -> Report:
-    from launcher.lr_report.curves import plan_marks
-    from launcher.lr_report.report import Report
-
-    names: tuple[str, ...] = ("optimizer", "scheduler")
-    blocks = {name: plan.ds_config[name] for name in names if name in plan.ds_config}
-    return Report(
-        title=title,
-        curves=tuple(curves),
-        peak_lr=plan.learning_rate.peak_lr,
-        marks=plan_marks(plan),
-        reasons=plan.learning_rate.reasons,
-        blocks=blocks,
-        blocks_notes=_pasted(plan, blocks),
-    )
-
-
-def _pasted(plan: Plan, blocks: dict[str, Any]) -> tuple[str, ...]:
-    """What differs where the blocks are pasted into a DeepSpeed script of one's own."""
-    from launcher.lr_report.report import late_notes
-    from launcher.plan.revision import extensions
-
-    if plan.learning_rate.schedule is None:
-        return ("The scheduler is your own: DeepSpeed starts and steps it, here as in any script.",)
-    if not plan.learning_rate.advance:
-        return ("The curve is that of a script: DeepSpeed starts and steps the scheduler, as it does with the blocks.",)
-    if "scheduler" not in blocks:
-        shape = plan.learning_rate.shape
-        return (
-            f"DeepSpeed has no scheduler class for the shape {shape}: the launcher gives deepspeed.initialize "
-            "a scheduler object, and there is no block to paste.",
-        )
-    if extensions(plan):
-        return ("The blocks hold the warm-up in force now; the curve before it was lengthened is not in them.",)
-    return late_notes(blocks["scheduler"], blocks["optimizer"]["params"]["lr"])
-
-
-def _own_scheduler_warnings(plan: Plan) -> tuple[str, ...]:
-    """What the scheduler of the user's own JSON does that its author may not expect."""
-    from launcher.schedule.safety import deepspeed_warnings
-
-    if plan.learning_rate.schedule is not None:
-        return ()
-    scheduler, lr = plan.ds_config["scheduler"], plan.ds_config["optimizer"]["params"]["lr"]
-    return tuple(deepspeed_warnings(scheduler["type"], scheduler["params"], lr, plan.length.total_updates))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from launcher.cli.watching import OUTPUT_DIR, reading
+from launcher.cli.options import OUTPUT_DIR, reading
 
 
 def status(
@@ -29,10 +29,10 @@ def status(
     left_seconds, loss, lr, tokens_per_second, step_seconds, silent_seconds, compared, and nodes, each with node_rank,
     host, ranks, ranks_alive, exit_codes, phase, updates, step_seconds, own_seconds, rank_own_seconds, ratio,
     straggler, slow_ranks, cpus, cpu_percent, memory_used_bytes, memory_bytes, gpus, gpu_percent,
-    gpu_memory_used_bytes, gpu_memory_bytes, heartbeat_seconds, stale, ended. null is what is not known.
+    gpu_memory_used_bytes, gpu_memory_total_bytes, heartbeat_seconds, stale, ended. null is what is not known.
     """
-    from launcher.watch.find import find_run, runs_under
-    from launcher.watch.status import read_listed, read_status
+    from launcher.watch.find_run import find_run, runs_under
+    from launcher.watch.status import read_status, read_status_for_list
     from launcher.watch.status_report import runs_view, status_console, status_json, status_view
 
     with reading():
@@ -41,7 +41,7 @@ def status(
             one = read_status(find_run(run, output_dir), now)
             typer.echo(status_json(one)) if json else status_console().print(status_view(one))
             return
-        all_runs = [read_listed(found, now) for found in runs_under(output_dir)]
+        all_runs = [read_status_for_list(found, now) for found in runs_under(output_dir)]
         all_runs.sort(key=lambda found: (found.began or "", found.name), reverse=True)
         if json:
             typer.echo(status_json(all_runs))

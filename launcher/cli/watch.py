@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.cli.watching import OUTPUT_DIR, RUN, reading
+from launcher.cli.options import OUTPUT_DIR, RUN, reading
 
 
 def watch(run: str = RUN, output_dir: Path = OUTPUT_DIR) -> None:
@@ -14,7 +14,7 @@ def watch(run: str = RUN, output_dir: Path = OUTPUT_DIR) -> None:
     first. Without a terminal there is a line every ten seconds when something has changed. At the end the status stays,
     and of a failed run why it failed. The exit status is 0 however the run ended.
     """
-    from launcher.watch.find import find_run
+    from launcher.watch.find_run import find_run
     from launcher.watch.screen import watch_run
     from launcher.watch.status_report import status_console, status_view
     from launcher.watch.why import explain, why_view

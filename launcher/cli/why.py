@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.cli.watching import OUTPUT_DIR, RUN, reading
+from launcher.cli.options import OUTPUT_DIR, RUN, reading
 
 
 def why(run: str = RUN, output_dir: Path = OUTPUT_DIR) -> None:
@@ -15,7 +15,7 @@ def why(run: str = RUN, output_dir: Path = OUTPUT_DIR) -> None:
     """
     from rich.console import Console
 
-    from launcher.watch.find import find_run
+    from launcher.watch.find_run import find_run
     from launcher.watch.why import explain, why_view
 
     with reading():

@@ -1,4 +1,4 @@
-"""Names and values from other tools and from DeepSpeed's own classes, and how a DeepSpeed JSON says what they mean."""
+"""Keys, optimizers and values of other tools, and what to write for them in a DeepSpeed JSON."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ KEYS = {
     "warmup_steps": "scheduler.params.warmup_num_steps",
     "lr_scheduler": "scheduler",
 }
-"""Keys at the top, and the path that DeepSpeed reads in their place."""
+"""Top-level keys, and the path that DeepSpeed reads instead."""
 
-_ADAM = 'Write "AdamW": DeepSpeed takes its fused kernel, or its CPU version under offload, by itself.'
-_LAMB = 'Write "Lamb": DeepSpeed takes its fused kernel by itself.'
-_LION = 'Write "Lion": DeepSpeed takes its fused kernel, or its CPU version under offload, by itself.'
-_EIGHT_BIT = 'Write "AdamW": DeepSpeed has no optimizer of 8-bit states; ZeRO divides them, and offload moves them.'
+_ADAM = 'Write "AdamW": DeepSpeed uses its fused kernel, or its CPU version with offload.'
+_LAMB = 'Write "Lamb": DeepSpeed uses its fused kernel.'
+_LION = 'Write "Lion": DeepSpeed uses its fused kernel, or its CPU version with offload.'
+_EIGHT_BIT = 'Write "AdamW": DeepSpeed has no 8-bit optimizer; use ZeRO or offload to save memory.'
 OPTIMIZERS = {
     **dict.fromkeys(
         ("fusedadam", "cpuadam", "deepspeedcpuadam", "adamw_torch", "adamw_torch_fused", "adamw_hf"), _ADAM
@@ -37,28 +37,28 @@ OPTIMIZERS = {
     "fusedlamb": _LAMB,
     **dict.fromkeys(("fusedlion", "cpulion", "deepspeedcpulion", "lion_pytorch"), _LION),
 }
-"""Optimizer types in lower case, and what to do about them."""
+"""Optimizer types in lower case, and the hint for each."""
 
-_LENGTH = "Write total_num_steps: the updates of the whole run, warm-up included."
-_WARMUP = "Write warmup_num_steps: the updates of the warm-up."
-_SHARE = "Write warmup_num_steps, in updates: this share of total_num_steps."
+_LENGTH = "Write total_num_steps: all updates of the run, warm-up included."
+_WARMUP = "Write warmup_num_steps: the number of warm-up updates."
+_FRACTION = "Write warmup_num_steps, in updates: this fraction of total_num_steps."
 _PEAK = {
     "WarmupLR": "Write warmup_max_lr.",
     "WarmupDecayLR": "Write warmup_max_lr.",
-    "WarmupCosineLR": "Take it out: WarmupCosineLR climbs to optimizer.params.lr.",
+    "WarmupCosineLR": "Remove it: WarmupCosineLR peaks at optimizer.params.lr.",
 }
 _START = {
     "WarmupLR": "Write warmup_min_lr.",
     "WarmupDecayLR": "Write warmup_min_lr.",
-    "WarmupCosineLR": "Write warmup_min_ratio: where the warm-up starts, as a share of optimizer.params.lr.",
+    "WarmupCosineLR": "Write warmup_min_ratio: the start of the warm-up, as a fraction of optimizer.params.lr.",
 }
 _FLOOR = {
-    "WarmupLR": "Take it out: WarmupLR stays at its peak.",
-    "WarmupDecayLR": "Take it out: WarmupDecayLR falls to 0.",
-    "WarmupCosineLR": "Write cos_min_ratio: where the cosine ends, as a share of optimizer.params.lr.",
+    "WarmupLR": "Remove it: WarmupLR stays at its peak.",
+    "WarmupDecayLR": "Remove it: WarmupDecayLR decays to 0.",
+    "WarmupCosineLR": "Write cos_min_ratio: the end of the cosine, as a fraction of optimizer.params.lr.",
 }
 _BY_NAME: dict[str, str | dict[str, str]] = {
-    **dict.fromkeys(("warmup_ratio", "warmup_proportion", "warmup_pct"), _SHARE),
+    **dict.fromkeys(("warmup_ratio", "warmup_proportion", "warmup_pct"), _FRACTION),
     **dict.fromkeys(("warmup_steps", "num_warmup_steps", "warmup_iters"), _WARMUP),
     **dict.fromkeys(("max_steps", "total_steps", "num_training_steps", "total_iters", "T_max"), _LENGTH),
     **dict.fromkeys(("lr", "max_lr", "peak_lr", "warmup_max_lr", "warmup_max_ratio"), _PEAK),
@@ -68,15 +68,15 @@ _BY_NAME: dict[str, str | dict[str, str]] = {
 
 
 def scheduler_param(kind: str, name: str) -> str | None:
-    """What to write for the parameter `name` that the scheduler `kind` does not have; None where nobody knows."""
+    """What to write for the parameter `name`, which the scheduler `kind` does not have; None if unknown."""
     found = _BY_NAME.get(name) if kind in _PEAK else None
     return found.get(kind) if isinstance(found, dict) else found
 
 
 def value(path: str, written: Any) -> str | None:
-    """What to write for a value that DeepSpeed does not have at `path`; None where nobody knows."""
+    """What to write for a value that DeepSpeed does not accept at `path`; None if unknown."""
     if path == "scheduler.type" and written is None:
-        return 'Name one, such as "WarmupDecayLR", or take the block out: DeepSpeed ignores it without a type.'
+        return 'Write a type, such as "WarmupDecayLR", or remove the block: DeepSpeed ignores it without a type.'
     if path.endswith((".offload_optimizer.device", ".offload_param.device")) and written in ("gpu", "cuda", "GPU"):
-        return 'Write "none", which leaves it on the GPU, or take the block out.'
+        return 'Write "none", which keeps it on the GPU, or remove the block.'
     return None

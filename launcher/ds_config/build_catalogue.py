@@ -1,10 +1,10 @@
-"""Asks the installed DeepSpeed which keys it reads, and prints them as JSON.
+"""Finds out which keys the installed DeepSpeed reads, and prints them as JSON.
 
-Run as `python -m launcher.ds_config.build_catalogue`. Nothing is listed by hand that DeepSpeed can be asked
-for. DeepSpeedConfig is run over mappings that note every key looked up in them, with the default. Blocks that
-end in a pydantic model are told by a marker key that the model's constructor receives; their fields, types
-and bounds are taken from the model. Schedulers and optimizers are taken from the signatures of their classes.
-Importing DeepSpeed costs seconds: `catalogue` runs this as a process of its own, once a version.
+Run as `python -m launcher.ds_config.build_catalogue`. DeepSpeedConfig runs on mappings that record every key that it
+looks up, with the default. A marker key that a pydantic model's constructor receives identifies the blocks that are
+models; their fields, types and bounds come from the model. Parameters of schedulers and optimizers come from the
+signatures of their classes. Importing DeepSpeed takes seconds: `catalogue` runs this in a separate process, once per
+version.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from typing import Any
 
 MARKER = "__probe__"
 NAMES = {bool: "bool", int: "int", float: "float", str: "str", list: "list", tuple: "list", dict: "dict"}
-# Read by deepspeed.initialize itself, before there is a DeepSpeedConfig.
+# Read by deepspeed.initialize before it creates a DeepSpeedConfig.
 READ_ELSEWHERE = {"sequence_parallel_size": 1, "data_parallel_size": 1}
 DEPTH = 5
 _ADAM = ("FusedAdam", "DeepSpeedCPUAdam", "torch.optim.AdamW", "torch.optim.Adam")
-BUILT = {
+OPTIMIZER_CLASSES = {
     "adam": _ADAM,
     "adamw": _ADAM,
     "lamb": ("FusedLamb",),
     "lion": ("FusedLion", "DeepSpeedCPULion"),
     "adagrad": ("torch.optim.Adagrad", "DeepSpeedCPUAdagrad"),
 }
-"""The classes that DeepSpeedEngine._configure_basic_optimizer can build for each of its own names."""
+"""The classes that DeepSpeedEngine._configure_basic_optimizer can build for each of DeepSpeed's names."""
 _ADAM_SWITCHES = {name: {"types": ["bool"]} for name in ("torch_adam", "adam_w_mode", "fp32_optimizer_states")}
 SWITCHES = {"adam": _ADAM_SWITCHES, "adamw": _ADAM_SWITCHES}
-"""What it takes out of the parameters before the class sees them."""
+"""Parameters that DeepSpeed removes before it calls the class."""
 PASSED = {"DeepSpeedCPUAdam": ("adamw_mode",)}
-"""What it passes to a class itself, so that the same parameter in the JSON is one too many."""
+"""Arguments that DeepSpeed passes to a class itself: in the JSON they would be duplicates."""
 
 
 class Recorder(dict[str, Any]):
-    """A mapping that notes the keys looked up in it, each with the default given."""
+    """A mapping that records each key that is looked up, with the default."""
 
     def __init__(self, data: dict[str, Any], seen: dict[str, Any]) -> None:
         super().__init__(data)
@@ -72,7 +72,7 @@ class Recorder(dict[str, Any]):
 
 
 class _Keys:
-    """`key in mapping.keys()` is a look-up too."""
+    """Records `key in mapping.keys()` as a lookup."""
 
     def __init__(self, owner: Recorder) -> None:
         self.owner = owner
@@ -88,7 +88,7 @@ class _Keys:
 
 
 class Prober:
-    """Runs DeepSpeedConfig over marked blocks and gathers what it reads."""
+    """Runs DeepSpeedConfig on marked blocks and collects the keys that it reads."""
 
     def __init__(self) -> None:
         from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
@@ -100,19 +100,19 @@ class Prober:
         self.models: dict[str, Any] = {}
         self.blocks: dict[str, dict[str, Any]] = {}
         self.removed: dict[str, str] = {}
-        self._listen()
+        self._patch_models()
 
-    def _listen(self) -> None:
-        """Lets every model note which block it was built from."""
+    def _patch_models(self) -> None:
+        """Makes every model record the block that it was built from."""
         models, construct = self.models, self.model_base.__init__
 
-        def noting(model: Any, strict: bool = False, **data: Any) -> None:
+        def recording(model: Any, strict: bool = False, **data: Any) -> None:
             path = data.pop(MARKER, None)
             if path is not None:
                 models[path] = type(model)
             construct(model, strict, **data)
 
-        self.model_base.__init__ = noting
+        self.model_base.__init__ = recording
 
     def run(self) -> None:
         top = self._looked_up("", {})
@@ -127,7 +127,7 @@ class Prober:
             self.blocks.get(block, {"keys": {}})["keys"].pop(key, None)
 
     def _probe(self, path: str, default: Any, depth: int) -> None:
-        """Finds out what stands behind `path`: a removed key, a model, a block or a plain value."""
+        """Finds out whether `path` is a removed key, a model, a block or a plain value."""
         if isinstance(default, (bool, int, float, str)) or depth > DEPTH:
             return
         seen = self._looked_up(path, {MARKER: path})
@@ -144,7 +144,7 @@ class Prober:
                 self._probe(f"{path}.{key}", inner, depth + 1)
 
     def _looked_up(self, path: str, block: dict[str, Any]) -> dict[str, Any]:
-        """The keys looked up in the block at `path`. One that DeepSpeed refuses is noted as removed."""
+        """The keys looked up in the block at `path`. If DeepSpeed rejects the key, it is added to `removed`."""
         seen: dict[str, Any] = {}
         config: Any = Recorder(block, seen)
         names = path.split(".") if path else []
@@ -156,7 +156,7 @@ class Prober:
         except self.rejection as error:
             self.removed[path] = str(error)
         except Exception:
-            pass  # a probe is no valid value; what was looked up before the failure counts
+            pass  # the probe is not a valid value; lookups before the failure still count
         seen.pop(MARKER, None)
         return seen
 
@@ -234,7 +234,7 @@ def _models_in(hint: Any, base: type) -> Iterator[Any]:
 
 
 def _parameters(*callables: Callable[..., Any]) -> dict[str, Any]:
-    """The JSON params that constructors take: all but the first (optimizer or parameters)."""
+    """The JSON params of constructors: all arguments but the first (optimizer or parameters)."""
     found: dict[str, Any] = {}
     for call in callables:
         passed = PASSED.get(call.__name__, ())
@@ -264,18 +264,18 @@ def _classes(module: Any, base: type) -> Iterator[tuple[str, Any]]:
 
 
 def _optimizers() -> dict[str, Any]:
-    """By name; `zero` says whether ZeRO takes it without zero_allow_untested_optimizer.
+    """Optimizers by name. `zero`: whether ZeRO accepts it without zero_allow_untested_optimizer.
 
-    `params` are those of every class that a name can come to. Which of `_classes_built` it is depends on the rest of
-    the JSON and on the device.
+    `params` are those of all classes that DeepSpeed may build for the name, depending on the rest of the JSON and on
+    the device.
     """
     import torch
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
-    built = _classes_built()
+    built = _optimizer_classes()
     found: dict[str, Any] = {name: {"params": None, "zero": name == "muon"} for name in DEEPSPEED_OPTIMIZERS}
-    for name, classes in BUILT.items():
+    for name, classes in OPTIMIZER_CLASSES.items():
         kinds = [built[one] for one in classes]
         zero = any(kind in ZERO_SUPPORTED_OPTIMIZERS for kind in kinds)
         found[name] = {"params": _parameters(*kinds) | SWITCHES.get(name, {}), "zero": zero}
@@ -285,8 +285,8 @@ def _optimizers() -> dict[str, Any]:
     return found
 
 
-def _classes_built() -> dict[str, Any]:
-    """The classes that DeepSpeed's own optimizer names can come to, by the name that messages print."""
+def _optimizer_classes() -> dict[str, Any]:
+    """The classes that DeepSpeed may build for its optimizer names, by the name that messages print."""
     import torch
     from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
@@ -299,7 +299,7 @@ def _classes_built() -> dict[str, Any]:
 
 
 def build() -> dict[str, Any]:
-    """The catalogue of the DeepSpeed that is installed, as `catalogue.Catalogue` reads it."""
+    """The catalogue of the installed DeepSpeed, in the format that `catalogue.from_json` reads."""
     import deepspeed
     import torch
     from deepspeed.runtime.config import get_pipeline_config
@@ -318,13 +318,13 @@ def build() -> dict[str, Any]:
         "blocks": prober.blocks,
         "removed": prober.removed,
         "optimizers": _optimizers(),
-        "classes": {kind: _parameters(call) for kind, call in _classes_built().items()},
+        "classes": {kind: _parameters(call) for kind, call in _optimizer_classes().items()},
         "schedulers": _schedulers(),
     }
 
 
 def main() -> None:
-    """Prints the catalogue on the real standard output; what DeepSpeed prints goes to standard error."""
+    """Prints the catalogue to standard output; what DeepSpeed prints goes to standard error."""
     out, sys.stdout = sys.stdout, sys.stderr
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     json.dump(build(), out, default=str, indent=1)

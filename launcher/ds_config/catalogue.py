@@ -1,7 +1,8 @@
 """Which keys the installed DeepSpeed reads, with types and bounds.
 
-The launcher ships those of one version, which tests compare with the installed one. Any other version is asked once, in
-a process of its own, and the answer cached; if it cannot be asked, the shipped keys are used, with a warning.
+The launcher ships the catalogue of one version, which tests compare with the installed one. For any other version it
+runs `build_catalogue` once, in a separate process, and caches the result; if that fails, it uses the shipped catalogue
+and warns.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from launcher.errors import Problem, RequestError
 SHIPPED = Path(__file__).with_name("shipped_catalogue.json")
 """Made with: python -P -m launcher.ds_config.build_catalogue > launcher/ds_config/shipped_catalogue.json"""
 
-# Read further by code that is not DeepSpeedConfig: keys unknown here may be known there.
+# Code other than DeepSpeedConfig reads these too, and may know more keys.
 OPEN_BLOCKS = (
     "data_efficiency",
     "autotuning",
@@ -34,12 +35,12 @@ OPEN_BLOCKS = (
 )
 
 DEEPSPEED_SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest")
-"""Its own; it takes PyTorch's too."""
+"""DeepSpeed accepts PyTorch's schedulers too."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key: the JSON types it takes (empty: any), its choices and bounds, and what replaced it."""
+    """One key: its JSON types (empty: any), choices and bounds, and the key that replaces it if deprecated."""
 
     types: tuple[str, ...] = ()
     choices: tuple[Any, ...] = ()
@@ -49,8 +50,7 @@ class Key:
     required: bool = False
 
 
-# Their default is None, which says nothing of a type, and DeepSpeed calculates with them as they are. Infinity switches
-# the printing off.
+# Their default is None, which has no type, and DeepSpeed uses their values unconverted. Infinity switches printing off.
 _UNTYPED = {
     ("", "steps_per_print"): Key(("int", "float", "null", "inf")),
     ("", "vocabulary_size"): Key(("int", "null")),
@@ -60,7 +60,7 @@ _UNTYPED = {
 
 @dataclass(frozen=True)
 class Block:
-    """The keys of one {…}. A model refuses unknown keys and converts text; elsewhere neither happens."""
+    """The keys of one {…}. A pydantic model rejects unknown keys and converts text; other blocks do neither."""
 
     keys: Mapping[str, Key]
     model: bool = False
@@ -68,13 +68,13 @@ class Block:
 
     @property
     def names(self) -> list[str]:
-        """The names to suggest: neither deprecated ones nor second names."""
+        """The names to suggest: no deprecated names and no aliases."""
         return [name for name, key in self.keys.items() if key.deprecated is None and key.alias is None]
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """What one version of DeepSpeed reads. `blocks` is keyed by dotted path, "" being the top."""
+    """What one version of DeepSpeed reads. `blocks` is keyed by dotted path; "" is the top level."""
 
     deepspeed: str
     blocks: Mapping[str, Block]
@@ -83,21 +83,21 @@ class Catalogue:
     zero_optimizers: frozenset[str]
     schedulers: Mapping[str, Block]
     classes: Mapping[str, Block]
-    """The parameters of each class that an optimizer name of DeepSpeed's own can come to."""
+    """The parameters of each class that DeepSpeed may build for one of its optimizer names."""
     warning: str | None = None
-    """Why these are the keys of another version than the installed one."""
+    """Why this is the catalogue of another version than the installed one."""
 
     def optimizer_name(self, written: str) -> str | None:
-        """DeepSpeed's name for an optimizer type: its own in any case, torch's exactly; else None."""
+        """DeepSpeed's name for an optimizer type, or None: its own names in any case, torch's exactly."""
         if written.lower() in self.optimizers:
             return written.lower()
         return written if written in self.optimizers else None
 
 
 def load_catalogue() -> Catalogue:
-    """The catalogue of the installed DeepSpeed: shipped, cached, or else from a process that imports it.
+    """The catalogue of the installed DeepSpeed: shipped, cached, or from a process that imports it.
 
-    Where that process fails, as after a change inside DeepSpeed, the shipped catalogue with a `warning`.
+    If that process fails, for example after a change in DeepSpeed, the shipped catalogue with a `warning`.
 
     Raises:
         RequestError: DeepSpeed is not installed.
@@ -105,35 +105,35 @@ def load_catalogue() -> Catalogue:
     try:
         version = metadata.version("deepspeed")
     except metadata.PackageNotFoundError:
-        message = "deepspeed is not installed, and its keys are taken from it"
+        message = "deepspeed is not installed, and the launcher reads the valid keys from it"
         raise RequestError(Problem(message, hint="pip install deepspeed")) from None
     shipped = json.loads(SHIPPED.read_text())
     if (version, _torch_version()) == (shipped["deepspeed"], shipped["torch"]):
         return from_json(shipped)
     try:
-        return _readable(json.loads(_cache_file(version).read_text()))
+        return _parse(json.loads(_cache_file(version).read_text()))
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError):
-        return _asked(version, shipped)
+        return _queried(version, shipped)
 
 
-def _asked(version: str, shipped: dict[str, Any]) -> Catalogue:
-    """The answer of the installed DeepSpeed, which is kept, or the shipped catalogue."""
+def _queried(version: str, shipped: dict[str, Any]) -> Catalogue:
+    """The catalogue of the installed DeepSpeed, which is cached, or the shipped one with a warning."""
     try:
-        raw = _ask_deepspeed()
-        catalogue = _readable(raw)
-    except (_Unanswered, ValueError, LookupError, TypeError, AttributeError) as error:
-        why = str(error) if isinstance(error, _Unanswered) else f"its answer cannot be read ({error!r})"
+        raw = _query_deepspeed()
+        catalogue = _parse(raw)
+    except (_QueryFailed, ValueError, LookupError, TypeError, AttributeError) as error:
+        why = str(error) if isinstance(error, _QueryFailed) else f"the catalogue cannot be read ({error!r})"
         warning = (
-            f"DeepSpeed {version} could not be asked which keys it reads: {why}. The JSON is checked against the keys "
+            f"could not find out which keys DeepSpeed {version} reads: {why}. The JSON is checked against the keys "
             f"of DeepSpeed {shipped['deepspeed']}, which may differ."
         )
         return replace(from_json(shipped), warning=warning)
-    _keep(version, raw)
+    _write_cache(version, raw)
     return catalogue
 
 
-def _readable(raw: dict[str, Any]) -> Catalogue:
-    """The catalogue in `raw`. Raises ValueError where what every DeepSpeed has is missing: then asking went wrong."""
+def _parse(raw: dict[str, Any]) -> Catalogue:
+    """The catalogue in `raw`. Raises ValueError if it lacks keys that every DeepSpeed has."""
     catalogue = from_json(raw)
     zero = catalogue.blocks.get("zero_optimization", Block({}))
     found = {
@@ -148,7 +148,7 @@ def _readable(raw: dict[str, Any]) -> Catalogue:
 
 
 def _torch_version() -> str:
-    """PyTorch's, whose optimizers and schedulers are in the catalogue too; without the +cpu or +cu of a build."""
+    """PyTorch's version without +cpu or +cu: the catalogue includes PyTorch's optimizers and schedulers."""
     try:
         return metadata.version("torch").partition("+")[0]
     except metadata.PackageNotFoundError:
@@ -156,7 +156,7 @@ def _torch_version() -> str:
 
 
 def from_json(raw: dict[str, Any]) -> Catalogue:
-    """The catalogue in what `build_catalogue` printed."""
+    """The catalogue from the output of `build_catalogue`."""
     blocks = {
         path: Block(_keys(block["keys"], raw["blocks"], path), block["model"], path.startswith(OPEN_BLOCKS))
         for path, block in raw["blocks"].items()
@@ -180,7 +180,7 @@ def from_json(raw: dict[str, Any]) -> Catalogue:
 
 
 def _scheduler_keys(name: str, raw: dict[str, Any]) -> dict[str, Key]:
-    """The parameters of a scheduler. Those of DeepSpeed's own that show no type are numbers; null where optional."""
+    """The parameters of a scheduler. Untyped ones of DeepSpeed's schedulers are numbers, or null if optional."""
     keys = _keys(raw)
     if name not in DEEPSPEED_SCHEDULERS:
         return keys
@@ -207,14 +207,14 @@ def _keys(raw: dict[str, Any], blocks: Mapping[str, Any] | None = None, path: st
 
 
 def _block_types(name: str) -> tuple[str, ...]:
-    """DeepSpeed still reads the old form "zero_optimization": true."""
+    """DeepSpeed still accepts the old form "zero_optimization": true."""
     return ("dict", "bool") if name == "zero_optimization" else ("dict",)
 
 
 def _cache_file(version: str) -> Path:
-    """Named after the versions of DeepSpeed and PyTorch and the builder's text, so that none of them can go stale.
+    """The cache for these versions of DeepSpeed and PyTorch and this text of the builder.
 
-    Raises RuntimeError for a user without a home, as a container's may be.
+    Raises RuntimeError if the user has no home folder, as in some containers.
     """
     builder = Path(__file__).with_name("build_catalogue.py").read_bytes()
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
@@ -222,27 +222,27 @@ def _cache_file(version: str) -> Path:
     return Path(root) / "launcher" / f"deepspeed-{version}-torch-{_torch_version()}-{digest}.json"
 
 
-class _Unanswered(Exception):
-    """DeepSpeed could not be asked for its keys."""
+class _QueryFailed(Exception):
+    """`build_catalogue` failed."""
 
 
-def _ask_deepspeed() -> dict[str, Any]:
-    """What `build_catalogue` prints. Raises _Unanswered."""
+def _query_deepspeed() -> dict[str, Any]:
+    """The output of `build_catalogue`. Raises _QueryFailed."""
     command = [sys.executable, "-P", "-m", "launcher.ds_config.build_catalogue"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise _Unanswered(last)
+        raise _QueryFailed(last)
     try:
         raw: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
-        hint = "something prints before it does: look for a sitecustomize"
-        raise _Unanswered(f"it answered {done.stdout[:80]!r} ({hint})") from None
+        hint = "something prints before the catalogue: look for a sitecustomize"
+        raise _QueryFailed(f"the output starts with {done.stdout[:80]!r} ({hint})") from None
     return raw
 
 
-def _keep(version: str, raw: dict[str, Any]) -> None:
-    """Writes the cache in one move. Where it cannot be written, the next call asks again."""
+def _write_cache(version: str, raw: dict[str, Any]) -> None:
+    """Writes the cache atomically. If that fails, the next call queries DeepSpeed again."""
     with suppress(OSError, RuntimeError):
         path = _cache_file(version)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a DeepSpeed JSON fixes, for the planner to read: "auto" and missing keys come back as None."""
+"""The values that a DeepSpeed JSON sets, for the planner: None for "auto" and missing keys."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Offload:
-    """Where optimizer states and parameters rest: "none" is the GPU."""
+    """Where optimizer states and parameters are kept; "none" means on the GPU."""
 
     optimizer: Literal["none", "cpu", "nvme"] = "none"
     parameters: Literal["none", "cpu", "nvme"] = "none"
 
 
 def as_number(value: Any) -> Any:
-    """A finite number written as text ("1e-5", a string to YAML 1.1) as the number; the rest as it is."""
+    """Converts text with a finite number ("1e-5", a string in YAML 1.1) to the number; other values unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -37,7 +37,7 @@ def as_number(value: Any) -> Any:
 
 
 def as_bool(value: Any) -> bool | None:
-    """A truth value as the pydantic of DeepSpeed's blocks takes it: true, 1, "true", "yes", "on"; None for no such."""
+    """A boolean as pydantic reads it in DeepSpeed's blocks: true, 1, "true", "yes", "on"; None if it is not one."""
     word = value.strip().lower() if isinstance(value, str) else value
     if word in (True, "true", "1", "yes", "on", "t", "y"):
         return True
@@ -51,18 +51,18 @@ _DTYPES = {
 }
 
 
-def dtype_named(value: Any) -> str | None:
-    """bf16, fp16 or fp32 for a name that DeepSpeed's DtypeEnum has; None for any other value."""
+def parse_dtype(value: Any) -> str | None:
+    """bf16, fp16 or fp32 for a name in DeepSpeed's DtypeEnum; None for any other value."""
     return _DTYPES.get(value) if isinstance(value, str) else None
 
 
-def is_open(value: Any) -> bool:
-    """Whether a value is left to be filled in: "auto", or a list with "auto" in it, as betas: ["auto", "auto"]."""
+def has_auto(value: Any) -> bool:
+    """Whether a value is "auto", or a list with "auto" in it, such as betas: ["auto", "auto"]."""
     return bool(value == AUTO or (isinstance(value, list) and AUTO in value))
 
 
 def batch_keys(user: DsConfig) -> dict[str, int]:
-    """The batch sizes which the JSON fixes, of DeepSpeed's three.
+    """The batch sizes that the JSON sets, of DeepSpeed's three.
 
     Raises:
         RequestError: one of them is not a whole number above 0.
@@ -71,40 +71,40 @@ def batch_keys(user: DsConfig) -> dict[str, int]:
     found = {key: value for key, value in found.items() if value is not None and value != AUTO}
     wrong = [key for key, value in found.items() if type(value) is not int or value < 1]
     if wrong:
-        message = 'a whole number above 0 or "auto" was expected, found {!r}'
+        message = 'expected a whole number above 0 or "auto", found {!r}'
         raise RequestError(*(user.problem(key, message.format(user.get(key))) for key in wrong))
     return found
 
 
 def optimizer_of(user: DsConfig) -> dict[str, Any] | None:
-    """The optimizer's {"type", "params"} without the params that are "auto"; None where there is none."""
+    """The optimizer's {"type", "params"} without the params that are "auto"; None if the JSON has no optimizer."""
     return _block(user, "optimizer")
 
 
 def scheduler_of(user: DsConfig) -> dict[str, Any] | None:
-    """The scheduler's {"type", "params"} without the params that are "auto"; None where there is none.
+    """The scheduler's {"type", "params"} without the params that are "auto".
 
-    One whose type is "auto" is none either: the plan chooses it.
+    None if the JSON has no scheduler or its type is "auto".
     """
     return None if user.get("scheduler.type") == AUTO else _block(user, "scheduler")
 
 
-def open_scheduler(user: DsConfig) -> str | None:
-    """The type of a scheduler that leaves its params to "auto", as transformers' templates do; else None.
+def auto_scheduler(user: DsConfig) -> str | None:
+    """The type of a scheduler whose params are all "auto", as in transformers' templates; else None.
 
-    A start at update 0 or at rate 0 may be written out: those are DeepSpeed's defaults, and say no more than "auto".
+    A start at update 0 or at a learning rate of 0 counts as "auto": these are DeepSpeed's defaults.
     """
     kind, params = user.get("scheduler.type"), user.get("scheduler.params")
     if not isinstance(kind, str) or not isinstance(params, dict):
         return kind if isinstance(kind, str) and params == AUTO else None
-    said = [name for name, value in params.items() if value != AUTO and value != _STARTS.get(name, AUTO)]
-    return kind if AUTO in params.values() and not said else None
+    explicit = [name for name, value in params.items() if value != AUTO and value != _STARTS.get(name, AUTO)]
+    return kind if AUTO in params.values() and not explicit else None
 
 
-def open_warmup(user: DsConfig) -> bool:
-    """Whether a scheduler leaves the length of its warm-up to the plan and says nothing of the form.
+def has_auto_warmup(user: DsConfig) -> bool:
+    """Whether the plan sets both length and type of a scheduler's warm-up.
 
-    DeepSpeed's default is the steep log ramp, which only who writes a length as well can have meant.
+    A user who sets the length but not the type gets DeepSpeed's default type, the steep log ramp.
     """
     params = user.get("scheduler.params")
     if not isinstance(params, dict) or not str(user.get("scheduler.type")).startswith("Warmup"):
@@ -113,11 +113,11 @@ def open_warmup(user: DsConfig) -> bool:
 
 
 _STARTS = {"last_batch_iteration": -1, "warmup_min_lr": 0, "warmup_min_ratio": 0}
-"""The params that say where a warm-up starts, at DeepSpeed's defaults."""
+"""The params that set the start of a warm-up, with DeepSpeed's defaults."""
 
 
 def zero_stage(user: DsConfig) -> int:
-    """The ZeRO stage, 0 where none is set.
+    """The ZeRO stage; 0 if the JSON sets none.
 
     Raises:
         RequestError: it is not one of 0, 1, 2 and 3.
@@ -127,13 +127,13 @@ def zero_stage(user: DsConfig) -> int:
         return int(block)
     stage = as_number(user.get("zero_optimization.stage", 0))
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3, AUTO):
-        message = f"a ZeRO stage of 0, 1, 2 or 3 was expected, found {stage!r}"
+        message = f"expected a ZeRO stage of 0, 1, 2 or 3, found {stage!r}"
         raise RequestError(user.problem("zero_optimization.stage", message))
     return 0 if stage == AUTO else int(stage)
 
 
 def zero_value(user: DsConfig, key: str) -> Any:
-    """The value of a key of the ZeRO block, whose stage3_ DeepSpeed takes with and without it; None where missing."""
+    """The value of a ZeRO key, spelled with or without stage3_; None if it is missing."""
     found = user.get(f"zero_optimization.{key}")
     return user.get(f"zero_optimization.{key.removeprefix('stage3_')}") if found is None else found
 
@@ -149,22 +149,22 @@ def offload(user: DsConfig) -> Offload:
 
 
 def clipping_of(user: DsConfig) -> float | None:
-    """The largest gradient norm which the JSON fixes, or None."""
+    """The gradient norm that the JSON clips at, or None."""
     value = as_number(user.get("gradient_clipping"))
     if value is None or value == AUTO:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise RequestError(user.problem("gradient_clipping", f"a number from 0 up was expected, found {value!r}"))
+        raise RequestError(user.problem("gradient_clipping", f"expected a number of at least 0, found {value!r}"))
     return float(value)
 
 
 def bf16_key(user: DsConfig) -> str:
-    """The name of the bfloat16 block: DeepSpeed reads the old name "bfloat16" where "bf16" is missing."""
+    """The name of the bfloat16 block: DeepSpeed reads the old name "bfloat16" if "bf16" is missing."""
     return "bfloat16" if "bf16" not in user.data and "bfloat16" in user.data else "bf16"
 
 
 def precision_of(user: DsConfig) -> Precision | None:
-    """The precision of parameters and gradients which the JSON fixes, or None where it leaves that open.
+    """The precision of parameters and gradients that the JSON sets, or None.
 
     torch_autocast keeps the parameters in fp32.
 
@@ -173,8 +173,8 @@ def precision_of(user: DsConfig) -> Precision | None:
     """
     on = {name: as_bool(user.get(f"{block}.enabled")) for name, block in (("bf16", bf16_key(user)), ("fp16", "fp16"))}
     if on["bf16"] and on["fp16"]:
-        message = "fp16 and bf16 are both on: DeepSpeed takes one of them"
-        raise RequestError(user.problem("fp16.enabled", message, "Switch fp16 off where the hardware has bf16."))
+        message = "fp16 and bf16 are both on: DeepSpeed accepts only one of them"
+        raise RequestError(user.problem("fp16.enabled", message, "Switch fp16 off if the hardware supports bf16."))
     if on["bf16"]:
         return "bf16"
     if on["fp16"]:
@@ -189,7 +189,7 @@ def _block(user: DsConfig, name: str) -> dict[str, Any] | None:
     if not isinstance(block, dict) or not isinstance(block.get("type"), str):
         return None
     params = block.get("params")
-    numbers = {k: as_number(v) for k, v in (params if isinstance(params, dict) else {}).items() if not is_open(v)}
+    numbers = {k: as_number(v) for k, v in (params if isinstance(params, dict) else {}).items() if not has_auto(v)}
     return {"type": block["type"], "params": copy.deepcopy(numbers)}
 
 

@@ -1,4 +1,4 @@
-"""What lint finds: where, how bad, how to fix it, and the edit that fixes it where there is just one."""
+"""A finding of lint: location, severity, hint, and the edit that fixes it if only one is possible."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Severity = Literal["error", "warning", "note"]
 
 @dataclass(frozen=True)
 class Fix:
-    """Characters `start` to `end` of the text become `replacement`."""
+    """Replaces the characters `start` to `end` of the text by `replacement`."""
 
     start: int
     end: int
@@ -23,11 +23,10 @@ class Fix:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to fix. Lines and columns count from 1; 0 where the text is not known (an inline mapping).
+    """One thing to fix. Lines and columns count from 1; 0 if there is no text (an inline mapping).
 
-    error: DeepSpeed fails, or trains something else than was asked for. warning: it runs, and probably hurts.
-    note: worth knowing. `unsafe`: it runs as written, and schedule.allow_unsafe in a job takes it. `filled`: a plan
-    writes what is missing here.
+    error: DeepSpeed fails, or does not train what the user wants. warning: it runs, but probably hurts. note: worth
+    knowing. `unsafe`: it runs, and schedule.allow_unsafe in a job allows it. `filled`: the plan sets the missing value.
     """
 
     line: int
@@ -52,42 +51,42 @@ def finding(
     unsafe: bool = False,
     filled: bool = False,
 ) -> Finding:
-    """A finding at the place of `path` in `config`."""
-    place = config.place(path)
-    line, column = (place.line, place.column) if place else (0 if config.text is None else 1,) * 2
+    """A finding at the location of `path` in `config`."""
+    location = config.location(path)
+    line, column = (location.line, location.column) if location else (0 if config.text is None else 1,) * 2
     return Finding(line, column, severity, path, message, hint, fix, unsafe, filled)
 
 
 def rename(config: DsConfig, path: str, name: str) -> Fix | None:
-    """The edit that gives the key at `path` another name; None where the new name stands there already."""
-    place = config.places.get(path)
+    """The edit that renames the key at `path`; None if the new name exists already."""
+    location = config.locations.get(path)
     block = path.rpartition(".")[0]
     taken = config.get(f"{block}.{name}" if block else name, config) is not config
-    if config.text is None or place is None or place.key_start < 0 or taken:
+    if config.text is None or location is None or location.key_start < 0 or taken:
         return None
-    quote = config.text[place.key_start]
+    quote = config.text[location.key_start]
     quote = quote if quote in "\"'" else ""
-    return Fix(place.key_start, place.key_end, f"{quote}{name}{quote}")
+    return Fix(location.key_start, location.key_end, f"{quote}{name}{quote}")
 
 
 def rewrite(config: DsConfig, path: str, value: str) -> Fix | None:
-    """The edit that puts the JSON text `value` in the place of the value at `path`."""
-    place = config.places.get(path)
-    if config.text is None or place is None or place.value_start < 0:
+    """The edit that replaces the value at `path` by the JSON text `value`."""
+    location = config.locations.get(path)
+    if config.text is None or location is None or location.value_start < 0:
         return None
-    # hjson takes a comma after unquoted text as part of it.
-    written = config.text[place.value_start : place.value_end]
+    # hjson reads a comma after unquoted text as part of the text.
+    written = config.text[location.value_start : location.value_end]
     comma = "," if written.endswith(",") else ""
-    return Fix(place.value_start, place.value_end, value + comma)
+    return Fix(location.value_start, location.value_end, value + comma)
 
 
 _OPPOSITES = (("min", "max"), ("read", "write"), ("first", "second"), ("param", "optimizer"), ("weights", "gradients"))
 
 
-def sure_match(name: str, valid: Iterable[str]) -> str | None:
-    """The one valid name so close to `name` that nothing else can have been meant, or None.
+def unambiguous_match(name: str, valid: Iterable[str]) -> str | None:
+    """The only valid name that is close enough to `name` to be certain, or None.
 
-    A few letters make another word of some: min and max, fp16 and bf16. Those are never taken for each other.
+    Pairs that differ in a few letters but mean different things, such as min and max or fp16 and bf16, never match.
     """
     names = list(valid)
     same = [known for known in names if known.lower() == name.lower()]
@@ -102,28 +101,28 @@ def _opposed(name: str, match: str) -> bool:
     return swapped or name[:1] != match[:1] or ("bf" in name) != ("bf" in match)
 
 
-def made_fixes(findings: Iterable[Finding]) -> list[tuple[Finding, Fix]]:
-    """The fixes that can be made together, in the order of the text: of two that overlap the first."""
+def applicable_fixes(findings: Iterable[Finding]) -> list[tuple[Finding, Fix]]:
+    """The fixes that can be applied together, in text order; of two that overlap, the first."""
     fixes = {one.fix: one for one in findings if one.fix is not None}
-    made, at = [], 0
+    applicable, at = [], 0
     for fix in sorted(fixes, key=lambda fix: (fix.start, fix.end)):
         if fix.start >= at:
-            made.append((fixes[fix], fix))
+            applicable.append((fixes[fix], fix))
             at = fix.end
-    return made
+    return applicable
 
 
 def apply_fixes(text: str, findings: Iterable[Finding]) -> str:
-    """`text` with the fixes made: comments and layout stay."""
+    """`text` with the fixes applied; comments and layout stay."""
     parts, at = [], 0
-    for _, fix in made_fixes(findings):
+    for _, fix in applicable_fixes(findings):
         parts += [text[at : fix.start], fix.replacement]
         at = fix.end
     return "".join(parts) + text[at:]
 
 
 def shown(value: Any) -> str:
-    """A value as JSON writes it, shortened."""
+    """A value as JSON text, shortened."""
     words = {True: "true", False: "false", None: "null"}
     text = words[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "…"

@@ -1,4 +1,4 @@
-"""Checks a DeepSpeed JSON before it costs a run: the names, types and bounds of keys, and combinations."""
+"""Checks a DeepSpeed JSON before a run: names, types and bounds of keys, and combinations of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from launcher.ds_config import aliases
-from launcher.ds_config.case import Case, case_of
 from launcher.ds_config.catalogue import Block, Catalogue, Key
 from launcher.ds_config.facts import AUTO, as_bool, as_number
 from launcher.ds_config.findings import (
@@ -20,10 +19,11 @@ from launcher.ds_config.findings import (
     rename,
     rewrite,
     shown,
-    sure_match,
+    unambiguous_match,
 )
 from launcher.ds_config.optimizer_rules import parameters_of, unknown_parameter
 from launcher.ds_config.read import DsConfig
+from launcher.ds_config.rule_context import RuleContext, context_of
 from launcher.ds_config.rules import combinations
 from launcher.ds_config.target import Target
 from launcher.errors import nearest
@@ -31,20 +31,20 @@ from launcher.errors import nearest
 __all__ = ["Finding", "Fix", "apply_fixes", "lint"]
 
 _LARGEST_INT = 2**63
-"""From here on pydantic takes no float for a whole number."""
-_NOT_CONVERTED = "which DeepSpeed does not convert here; a plan of the launcher does where it can"
+"""From here on pydantic does not accept a float as an int."""
+_NOT_CONVERTED = "which DeepSpeed does not convert here; the launcher's plan converts it where it can"
 PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
 def lint(config: DsConfig, target: Target, keys: Catalogue) -> list[Finding]:
-    """Everything wrong or doubtful in `config` for ranks at `target`, by line and column.
+    """Everything wrong or doubtful in `config` on `target`, by line and column.
 
     `keys` comes from `load_catalogue`.
     """
-    case = case_of(config, target, keys)
-    found = [*_block(config, config.data, "", keys), *_params(case)]
+    context = context_of(config, target, keys)
+    found = [*_block(config, config.data, "", keys), *_params(context)]
     wrong = {f.key_path for f in found if f.severity == "error"}
-    found += [f for f in combinations(case) if f.key_path not in wrong]
+    found += [f for f in combinations(context) if f.key_path not in wrong]
     return sorted(found, key=lambda f: (f.line, f.column))
 
 
@@ -53,8 +53,8 @@ def _block(config: DsConfig, data: dict[str, Any], path: str, keys: Catalogue) -
     for name, value in data.items():
         key_path = f"{path}.{name}" if path else name
         if key_path in keys.removed:
-            message = "DeepSpeed refuses this key: " + keys.removed[key_path].split(" See http")[0].strip()
-            yield finding(config, "error", key_path, message, "Take it out.")
+            message = "DeepSpeed rejects this key: " + keys.removed[key_path].split(" See http")[0].strip()
+            yield finding(config, "error", key_path, message, "Remove it.")
         elif name not in block.keys:
             yield from _unknown(config, key_path, block, keys)
         else:
@@ -72,27 +72,27 @@ def _unknown(config: DsConfig, path: str, block: Block, keys: Catalogue) -> Iter
     close, elsewhere = nearest(name, block.names), _elsewhere(path, name, keys)
     if block.open and close is None:
         return
-    sure = sure_match(name, block.names)
-    silently = "DeepSpeed has no such key here, and " + ("fails on it" if block.model else "silently ignores it")
-    # What is ignored is an error where it was surely meant to have an effect.
+    sure = unambiguous_match(name, block.names)
+    message = "DeepSpeed has no such key here, and " + ("fails on it" if block.model else "silently ignores it")
+    # An ignored key is an error if it was certainly meant to have an effect.
     severity: Severity = "error" if block.model or sure or elsewhere else "warning"
     if elsewhere and sure is None:
-        yield finding(config, severity, path, silently, f"It belongs at {elsewhere}.")
+        yield finding(config, severity, path, message, f"Use {elsewhere}.")
     elif close:
         yield finding(
             config,
             severity,
             path,
-            silently,
+            message,
             f"Did you mean {close}?",
             rename(config, path, sure) if sure else None,
         )
     else:
-        yield finding(config, severity, path, silently, "Take it out, or look its name up.")
+        yield finding(config, severity, path, message, "Remove it, or check its name.")
 
 
 def _elsewhere(path: str, name: str, keys: Catalogue) -> str | None:
-    """Where a key stands that was written one level too high or too low, or under another tool's name."""
+    """The right path of a key that is at the wrong level or has another tool's name."""
     if "." not in path and name in aliases.KEYS:
         return aliases.KEYS[name]
     homes = [home for home, block in keys.blocks.items() if name in block.names and name != "enabled"]
@@ -100,11 +100,11 @@ def _elsewhere(path: str, name: str, keys: Catalogue) -> str | None:
 
 
 def _twice(config: DsConfig, path: str, key: Key) -> Iterator[Finding]:
-    """A key under both of its names, as stage3_prefetch_bucket_size and prefetch_bucket_size."""
+    """A key under both of its names, such as stage3_prefetch_bucket_size and prefetch_bucket_size."""
     other = f"{path.rpartition('.')[0]}.{key.alias}"
     if key.alias is not None and config.get(other, config) is not config:
-        message = f"another name of {key.alias}, which stands here too: DeepSpeed fails on both"
-        yield finding(config, "error", path, message, "Take this one out.")
+        message = f"another name of {key.alias}, which is set too: DeepSpeed fails on both"
+        yield finding(config, "error", path, message, "Remove this one.")
 
 
 def _deprecated(config: DsConfig, path: str, value: Any, found_in: Block) -> Iterator[Finding]:
@@ -119,10 +119,10 @@ def _deprecated(config: DsConfig, path: str, value: Any, found_in: Block) -> Ite
         fix = _offload_fix(config, path, key.deprecated)
     elif name == "stage3_gather_fp16_weights_on_model_save":
         fix = rename(config, path, "stage3_gather_16bit_weights_on_model_save")
-    hint = f"Use {new_name} in its place." if new_name and not switched_off else "Take it out."
-    if any(config.get(f"{block}.{beside}") is not None for beside in (key.deprecated, new_name)):
-        message = f"deprecated, and DeepSpeed fails when {new_name} is set beside it"
-        yield finding(config, "error", path, message, "Take this one out.")
+    hint = f"Use {new_name} instead." if new_name and not switched_off else "Remove it."
+    if any(config.get(f"{block}.{other}") is not None for other in (key.deprecated, new_name)):
+        message = f"deprecated, and DeepSpeed fails if {new_name} is set too"
+        yield finding(config, "error", path, message, "Remove this one.")
     else:
         yield finding(config, "warning", path, "deprecated by DeepSpeed", hint, fix)
 
@@ -136,43 +136,45 @@ def _offload_fix(config: DsConfig, path: str, new_name: str) -> Fix | None:
     return Fix(name.start, value.end, name.replacement + between + value.replacement)
 
 
-def _params(case: Case) -> Iterator[Finding]:
-    """The params of optimizer and scheduler, which are their classes' own arguments."""
-    config = case.config
+def _params(context: RuleContext) -> Iterator[Finding]:
+    """The params of optimizer and scheduler, which are arguments of their classes."""
+    config = context.config
     for name in ("optimizer", "scheduler"):
         written, params = config.get(f"{name}.type"), config.get(f"{name}.params")
-        block = _class_of(name, written, case)
+        block = _class_of(name, written, context)
         if block is None or not isinstance(params, dict):
             continue
         for key, value in params.items():
             path = f"{name}.params.{key}"
             if key not in block.keys or key == "max_grad_norm":
-                yield _unknown_param(case, name, written, key, block)
-            # A scheduler takes a list for some numbers: one for each parameter group.
+                yield _unknown_param(context, name, written, key, block)
+            # A scheduler accepts a list for some numbers: one per parameter group.
             elif name == "optimizer" or not isinstance(value, list) or "list" in block.keys[key].types:
                 yield from _value(config, path, value, block.keys[key], False)
 
 
-def _unknown_param(case: Case, name: str, written: str, key: str, block: Block) -> Finding:
+def _unknown_param(context: RuleContext, name: str, written: str, key: str, block: Block) -> Finding:
     if name == "optimizer":
-        return unknown_parameter(case, written, key, block)
-    said = aliases.scheduler_param(written, key)
-    close, sure = nearest(key, block.names), None if said else sure_match(key, block.names)
-    guess = f"Did you mean {close}?" if close else f"It takes {', '.join(sorted(block.names))}."
+        return unknown_parameter(context, written, key, block)
+    alias = aliases.scheduler_param(written, key)
+    close, sure = nearest(key, block.names), None if alias else unambiguous_match(key, block.names)
+    guess = f"Did you mean {close}?" if close else f"It accepts {', '.join(sorted(block.names))}."
     path = f"scheduler.params.{key}"
-    fix = rename(case.config, path, sure) if sure else None
-    return finding(case.config, "error", path, f"{written} has no such parameter and fails on it", said or guess, fix)
+    fix = rename(context.config, path, sure) if sure else None
+    return finding(
+        context.config, "error", path, f"{written} has no such parameter and fails on it", alias or guess, fix
+    )
 
 
-def _class_of(name: str, written: Any, case: Case) -> Block | None:
+def _class_of(name: str, written: Any, context: RuleContext) -> Block | None:
     if name == "scheduler":
-        return case.keys.schedulers.get(written) if isinstance(written, str) else None
+        return context.keys.schedulers.get(written) if isinstance(written, str) else None
     written = "AdamW" if written in (None, AUTO) else written
-    return parameters_of(case, written) if isinstance(written, str) else None
+    return parameters_of(context, written) if isinstance(written, str) else None
 
 
 def _value(config: DsConfig, path: str, value: Any, key: Key, model: bool) -> Iterator[Finding]:
-    """Type, choices and bounds of one value. `model`: DeepSpeed converts text to numbers and truth values."""
+    """Type, choices and bounds of one value. `model`: DeepSpeed converts text to numbers and booleans."""
     if value == AUTO or not key.types or "any" in key.types:
         return
     if isinstance(value, str) and "str" not in key.types:
@@ -183,23 +185,23 @@ def _value(config: DsConfig, path: str, value: Any, key: Key, model: bool) -> It
         yield finding(config, "error", path, problem, aliases.value(path, value) or f"Write {_expected(key)}.")
     elif key.choices and value not in key.choices:
         choices = [str(choice) for choice in key.choices]
-        close, sure = nearest(str(value), choices), sure_match(str(value), choices)
-        guess = f"Did you mean {close}?" if close else f"Take one of {', '.join(choices)}."
+        close, sure = nearest(str(value), choices), unambiguous_match(str(value), choices)
+        guess = f"Did you mean {close}?" if close else f"Use one of {', '.join(choices)}."
         hint = aliases.value(path, value) or guess
         fix = rewrite(config, path, f'"{sure}"') if sure and isinstance(value, str) else None
-        yield finding(config, "error", path, f"{shown(value)} is none of its values", hint, fix)
+        yield finding(config, "error", path, f"{shown(value)} is not an allowed value", hint, fix)
     else:
         yield from _bounds(config, path, value, key)
 
 
 def _text(config: DsConfig, path: str, value: str, key: Key, model: bool) -> Iterator[Finding]:
-    """Text where something else belongs: a number in quotes, Python's True, or just wrong."""
+    """Text instead of another type: a quoted number, Python's True, or something invalid."""
     word, number = value.rstrip(",").strip(), as_number(value.rstrip(",").strip())
     truth = as_bool(word) if "bool" in key.types else None
     if truth is not None or ("null" in key.types and word in ("None", "null")):
         harmless = model and as_bool(value) is not None
         right = PYTHON_WORDS[str(truth)]
-        message = f"text {value!r} where {right} belongs" + ("" if harmless else ": DeepSpeed takes it wrongly")
+        message = f"found the text {value!r} instead of {right}" + ("" if harmless else ", which DeepSpeed misreads")
         fix = rewrite(config, path, right)
         yield finding(config, "note" if harmless else "error", path, message, f"Write {right}.", fix)
     elif not isinstance(number, str) and {"int", "float"} & set(key.types):
@@ -213,14 +215,14 @@ def _text(config: DsConfig, path: str, value: str, key: Key, model: bool) -> Ite
 
 
 def _is_pydantic_int(text: str, key: Key) -> bool:
-    """pydantic reads "5" as a whole number, and "1e6" as none."""
+    """pydantic converts "5" to an int, but not "1e6"."""
     return "float" in key.types or text.strip().lstrip("+-").isdigit()
 
 
 def _type_problem(value: Any, key: Key) -> str | None:
     kind = "null" if value is None else type(value).__name__
     if isinstance(value, float) and not math.isfinite(value):
-        return None if "inf" in key.types and value > 0 else f"found {shown(value)}, which JSON does not have"
+        return None if "inf" in key.types and value > 0 else f"found {shown(value)}, which is not valid JSON"
     if kind in key.types or (kind == "int" and "float" in key.types):
         return None
     if isinstance(value, float) and "int" in key.types and value.is_integer() and abs(value) < _LARGEST_INT:
@@ -228,7 +230,7 @@ def _type_problem(value: Any, key: Key) -> str | None:
     if kind == "int" and "bool" in key.types and "dict" not in key.types and value in (0, 1):
         return None
     counted = isinstance(value, bool) and {"int", "float"} & set(key.types)
-    return f"found {shown(value)}" + (f", which DeepSpeed takes for the number {int(value)}" if counted else "")
+    return f"found {shown(value)}" + (f", which DeepSpeed reads as the number {int(value)}" if counted else "")
 
 
 def _expected(key: Key) -> str:
@@ -236,7 +238,7 @@ def _expected(key: Key) -> str:
         "bool": "true or false",
         "int": "a whole number",
         "float": "a number",
-        "str": "a text",
+        "str": "text",
         "list": "a list […]",
         "dict": "a block {…}",
         "null": "null",

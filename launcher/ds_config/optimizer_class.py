@@ -1,6 +1,6 @@
-"""Which optimizer class DeepSpeed really builds from a JSON: its parameters and its limits are that class's.
+"""Which optimizer class DeepSpeed builds from a JSON. That class decides which parameters are valid.
 
-As DeepSpeedEngine._configure_basic_optimizer of DeepSpeed 0.19.8 decides it, with what the launcher fills in.
+Follows DeepSpeedEngine._configure_basic_optimizer of DeepSpeed 0.19.8, including what the launcher fills in.
 """
 
 from __future__ import annotations
@@ -17,46 +17,50 @@ ADAM_TYPES = ("adam", "adamw")
 
 
 @dataclass(frozen=True)
-class Built:
-    """A class by the name that the catalogue has for it, and why it is this one."""
+class OptimizerClass:
+    """A class, by its name in the catalogue, and why DeepSpeed builds it."""
 
     name: str
-    why: str
+    reason: str
 
     def __str__(self) -> str:
-        return f"{self.name}, which is built here ({self.why})"
+        return f"{self.name}, which DeepSpeed builds here ({self.reason})"
 
 
-def built_optimizer(config: DsConfig, device: Device) -> Built | None:
-    """The class for the JSON's optimizer, or for the AdamW of a plan where it has none.
+def optimizer_class_of(config: DsConfig, device: Device) -> OptimizerClass | None:
+    """The class for the JSON's optimizer, or for the plan's AdamW if the JSON has none.
 
-    None for a type of torch.optim, which is the class of that name, and for a type whose classes are not known.
+    None for a torch.optim type, which names the class itself, and for a type whose class is unknown.
     """
     written = config.get("optimizer.type")
     name = "adamw" if written in (None, AUTO) else str(written).lower()
-    away = offload(config).optimizer != "none"
+    offloaded = offload(config).optimizer != "none"
     if name in ADAM_TYPES:
-        return _adam(config, device, name, away)
+        return _adam(config, device, name, offloaded)
     if name == "lion":
-        return Built("DeepSpeedCPULion", "offload") if away else Built("FusedLion", "no offload")
+        return OptimizerClass("DeepSpeedCPULion", "offload") if offloaded else OptimizerClass("FusedLion", "no offload")
     if name == "adagrad":
-        return Built("DeepSpeedCPUAdagrad", "offload") if away else Built("torch.optim.Adagrad", "no offload")
-    return Built("FusedLamb", "always") if name == "lamb" else None
+        return (
+            OptimizerClass("DeepSpeedCPUAdagrad", "offload")
+            if offloaded
+            else OptimizerClass("torch.optim.Adagrad", "no offload")
+        )
+    return OptimizerClass("FusedLamb", "always") if name == "lamb" else None
 
 
-def _adam(config: DsConfig, device: Device, name: str, away: bool) -> Built:
-    asked = config.get(TORCH_ADAM)
-    if fills_torch_adam(config, device) or asked not in (None, AUTO, False, 0, ""):
+def _adam(config: DsConfig, device: Device, name: str, offloaded: bool) -> OptimizerClass:
+    written = config.get(TORCH_ADAM)
+    if fills_torch_adam(config, device) or written not in (None, AUTO, False, 0, ""):
         decoupled = name == "adamw" or as_bool(config.get("optimizer.params.adam_w_mode")) is not False
-        why = "torch_adam" if asked not in (None, AUTO) else "torch_adam, which the launcher sets on CPUs"
-        return Built("torch.optim.AdamW" if decoupled else "torch.optim.Adam", why)
-    if not away:
-        return Built("FusedAdam", "no offload, no torch_adam")
+        reason = "torch_adam" if written not in (None, AUTO) else "torch_adam, which the launcher sets on CPUs"
+        return OptimizerClass("torch.optim.AdamW" if decoupled else "torch.optim.Adam", reason)
+    if not offloaded:
+        return OptimizerClass("FusedAdam", "no offload, no torch_adam")
     if config.get("zero_optimization.zenflow") is not None:
-        return Built("ZenFlowCPUAdam", "offload with ZenFlow")
-    return Built(CPU_ADAM, "offload, no torch_adam")
+        return OptimizerClass("ZenFlowCPUAdam", "offload with ZenFlow")
+    return OptimizerClass(CPU_ADAM, "offload, no torch_adam")
 
 
 def fills_torch_adam(config: DsConfig, device: Device) -> bool:
-    """Whether the launcher has PyTorch's Adam built: on CPUs, unless the JSON says which one."""
+    """Whether the launcher sets torch_adam: on CPUs, unless the JSON sets it."""
     return device == "cpu" and config.get(TORCH_ADAM) in (None, AUTO)

@@ -1,7 +1,7 @@
-"""Reading a DeepSpeed JSON: the data, and where in the text every key stands.
+"""Reads a DeepSpeed JSON: the data, and the location of every key in the text.
 
-DeepSpeed reads its JSON with hjson, so comments, trailing commas and unquoted keys are allowed here too.
-hjson keeps no positions; this reader walks the text with hjson's own scanners and notes them on the way.
+DeepSpeed reads its JSON with hjson, so comments, trailing commas and unquoted keys are allowed here too. hjson does not
+keep positions; this reader scans the text with hjson's scanners and records them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from launcher.errors import Problem, RequestError
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a key stands: line and column from 1, and the character offsets of key and value."""
+class Location:
+    """The location of a key: line and column from 1, and the character offsets of key and value."""
 
     line: int
     column: int
@@ -34,21 +34,21 @@ class Place:
 
 @dataclass(frozen=True)
 class DsConfig:
-    """A DeepSpeed JSON as written: nothing is filled in and nothing is checked.
+    """A DeepSpeed JSON as written: nothing filled in, nothing checked.
 
-    `places` is keyed by the dotted path ("zero_optimization.stage"). `origin` is the file's name as messages
-    print it. A mapping that came out of a job file has no `text`; its problems stand in `file`, at keys `under` one.
+    `locations` is keyed by the dotted path ("zero_optimization.stage"). `origin` is the file name that messages print.
+    A mapping from a job file has no `text`; its problems are located in `file`, at keys below the key `under`.
     """
 
     data: dict[str, Any]
     origin: str
-    places: Mapping[str, Place] = field(default_factory=dict)
+    locations: Mapping[str, Location] = field(default_factory=dict)
     text: str | None = None
     file: str | None = None
     under: str | None = None
 
     def get(self, path: str, default: Any = None) -> Any:
-        """The value at a dotted path, or `default` where the JSON does not have it."""
+        """The value at a dotted path, or `default` if it is missing."""
         node: Any = self.data
         for key in path.split("."):
             if not isinstance(node, dict) or key not in node:
@@ -56,34 +56,36 @@ class DsConfig:
             node = node[key]
         return node
 
-    def place(self, path: str) -> Place | None:
-        """Where `path` stands, or the nearest block around it that has a place."""
+    def location(self, path: str) -> Location | None:
+        """The location of `path`, or of the innermost block around it that has one."""
         while path:
-            if path in self.places:
-                return self.places[path]
+            if path in self.locations:
+                return self.locations[path]
             path = path.rpartition(".")[0]
         return None
 
     def problem(self, path: str, message: str, hint: str | None = None) -> Problem:
-        """A `Problem` at the place of `path`."""
-        place = self.place(path)
+        """A `Problem` at the location of `path`."""
+        location = self.location(path)
         key = f"{self.under}.{path}" if self.under else path
-        return Problem(message, file=self.file or self.origin, line=place.line if place else None, key=key, hint=hint)
+        return Problem(
+            message, file=self.file or self.origin, line=location.line if location else None, key=key, hint=hint
+        )
 
 
 def read_ds_config(path: str | Path) -> DsConfig:
     """The DeepSpeed JSON at `path`.
 
     Raises:
-        RequestError: the file is missing or unreadable, is not JSON, is not one object, or names a key twice.
+        RequestError: the file is missing or unreadable, is not JSON, is not one object, or has a duplicate key.
     """
     origin = str(path)
     try:
-        # newline="": line ends stay as they are, so that a file can be written back with little changed.
+        # newline="" keeps the line ends: --fix writes the file back.
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
             text = file.read()
     except FileNotFoundError:
-        raise RequestError(_problem(origin, "there is no such file")) from None
+        raise RequestError(_problem(origin, "file not found")) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(_problem(origin, f"cannot be read: {error}")) from None
     return parse_ds_config(text, origin)
@@ -98,26 +100,26 @@ def parse_ds_config(text: str, origin: str) -> DsConfig:
         raise RequestError(_syntax(error, origin)) from None
     except (IndexError, RecursionError):
         message = "not valid JSON: a comment or a block is not closed"
-        raise RequestError(Problem(message, file=origin, line=text.count("\n") + 1, hint=_MEND_SYNTAX)) from None
+        raise RequestError(Problem(message, file=origin, line=text.count("\n") + 1, hint=_SYNTAX_HINT)) from None
     if reader.problems:
         raise RequestError(*reader.problems)
-    return DsConfig(data, origin, reader.places, text)
+    return DsConfig(data, origin, reader.locations, text)
 
 
 def from_mapping(data: Mapping[str, Any], origin: str, lines: Mapping[str, int] | None = None) -> DsConfig:
-    """An inline mapping of a job file. `lines` gives the line of dotted key paths, where they are known."""
-    places = {path: Place(line, 1) for path, line in (lines or {}).items()}
-    return DsConfig(copy.deepcopy(dict(data)), origin, places)
+    """An inline mapping of a job file. `lines`: the line of each dotted key path, if known."""
+    locations = {path: Location(line, 1) for path, line in (lines or {}).items()}
+    return DsConfig(copy.deepcopy(dict(data)), origin, locations)
 
 
 def from_job(data: Mapping[str, Any], job_file: str, key: str, lines: Mapping[str, int] | None = None) -> DsConfig:
-    """The mapping under `key` of a job file. YAML 1.1 takes 5e8 for text: here it is the number that was meant."""
+    """The mapping under `key` of a job file. Converts numbers such as 5e8, which YAML 1.1 reads as text."""
     config = from_mapping(_with_numbers(data), f"{job_file}: {key}", lines)
     return replace(config, file=job_file, under=key)
 
 
 _NOT_FINITE = re.compile(r"(-?Infinity|NaN)(?=\s*([,}\]]|$))")
-"""As Python's json writes and reads them. To hjson, which takes the rest of the line for a text, they mean nothing."""
+"""As Python's json reads and writes them. hjson would read them as unquoted text."""
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
@@ -134,7 +136,7 @@ def _with_numbers(node: Any) -> Any:
     return node
 
 
-_MEND_SYNTAX = "Look for a missing comma, quote or bracket here or just before."
+_SYNTAX_HINT = "Look for a missing comma, quote or bracket here or just before."
 
 
 def _problem(origin: str, message: str, hint: str | None = None) -> Problem:
@@ -142,22 +144,22 @@ def _problem(origin: str, message: str, hint: str | None = None) -> Problem:
 
 
 def _syntax(error: HjsonDecodeError, origin: str) -> Problem:
-    """hjson's message in plainer words, on the line where the mistake is rather than where it showed."""
+    """hjson's message in plain words, at the line of the mistake."""
     message, line = str(error.msg).removesuffix(" at"), error.lineno
     if message == "Bad key name (eof)":
-        message = "the text ends inside an object: '}' is missing, or a quote further up"
+        message = "the text ends inside an object: '}' is missing, or a quote before it"
     elif message.startswith("Invalid control character"):
         message, line = "a quote is not closed on this line", error.doc.count("\n", 0, error.pos - 1) + 1
-    return Problem(f"not valid JSON: {message}", file=origin, line=line, hint=_MEND_SYNTAX)
+    return Problem(f"not valid JSON: {message}", file=origin, line=line, hint=_SYNTAX_HINT)
 
 
 class _Reader:
-    """One walk over a text: builds the data, and notes the place of every key."""
+    """Scans a text once: builds the data and records the location of every key."""
 
     def __init__(self, text: str, origin: str) -> None:
         self.text = text
         self.origin = origin
-        self.places: dict[str, Place] = {}
+        self.locations: dict[str, Location] = {}
         self.problems: list[Problem] = []
         self._numbers = HjsonDecoder()
 
@@ -166,7 +168,7 @@ class _Reader:
         if char == "":
             return {}
         if char == "[":
-            raise HjsonDecodeError("a list where one object {…} was expected", self.text, at)
+            raise HjsonDecodeError("expected one object {…}, found a list", self.text, at)
         data, at = self._object(at + 1, "") if char == "{" else self._object(at, "", bare=True)
         char, at = scan.getNext(self.text, at)
         if char:
@@ -191,13 +193,13 @@ class _Reader:
         key_end = at
         char, at = scan.getNext(self.text, at)
         if char != ":":
-            raise HjsonDecodeError("':' expected after a key", self.text, at)
+            raise HjsonDecodeError("expected ':' after a key", self.text, at)
         _, at = scan.getNext(self.text, at + 1)
         key_path = f"{path}.{key}" if path else key
-        self._check_twice(key_path, key, data, key_start)
+        self._check_duplicate(key_path, key, data, key_start)
         line, column = self._line_column(key_start)
         value, end = self._value(at, key_path)
-        self.places[key_path] = Place(line, column, key_start, key_end, at, self._trimmed(at, end))
+        self.locations[key_path] = Location(line, column, key_start, key_end, at, self._trimmed(at, end))
         data[key] = value
         return end
 
@@ -221,9 +223,9 @@ class _Reader:
         try:
             value, end = scan.scantfnns(self._numbers, self.text, at)
         except (OverflowError, ValueError):
-            raise HjsonDecodeError("a number too large to be read", self.text, at) from None
+            raise HjsonDecodeError("a number is too large", self.text, at) from None
         if isinstance(value, float) and not math.isfinite(value):
-            raise HjsonDecodeError("a number too large to be read", self.text, at)
+            raise HjsonDecodeError("a number is too large", self.text, at)
         return value, end
 
     def _array(self, at: int, path: str) -> tuple[list[Any], int]:
@@ -239,13 +241,13 @@ class _Reader:
             char, at = scan.getNext(self.text, at)
             at += char == ","
 
-    def _check_twice(self, key_path: str, key: str, data: dict[str, Any], at: int) -> None:
+    def _check_duplicate(self, key_path: str, key: str, data: dict[str, Any], at: int) -> None:
         if key not in data:
             return
-        first = self.places[key_path].line
+        first = self.locations[key_path].line
         line = self._line_column(at)[0]
-        message = f"the key stands twice, on line {first} and on line {line}"
-        hint = "Keep one of the two: DeepSpeed refuses a key that stands twice."
+        message = f"duplicate key, on line {first} and on line {line}"
+        hint = "Keep one of the two: DeepSpeed rejects duplicate keys."
         self.problems.append(Problem(message, file=self.origin, line=line, key=key_path, hint=hint))
 
     def _line_column(self, at: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The sizes in a DeepSpeed JSON that decide about memory, with DeepSpeed's defaults where it says nothing."""
+"""The sizes in a DeepSpeed JSON that affect memory, with DeepSpeed's defaults for missing keys."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from launcher.ds_config.facts import (
     as_bool,
     as_number,
     bf16_key,
-    dtype_named,
     offload,
+    parse_dtype,
     zero_stage,
     zero_value,
 )
@@ -22,7 +22,7 @@ from launcher.ds_config.read import DsConfig
 
 @dataclass(frozen=True)
 class ZeroSizes:
-    """The ZeRO block as the memory estimate needs it: sizes are elements, defaults those of DeepSpeed 0.19."""
+    """The ZeRO block for the memory estimate. Sizes are numbers of elements; defaults are those of DeepSpeed 0.19."""
 
     stage: int = 0
     offload: Offload = field(default_factory=Offload)
@@ -34,21 +34,21 @@ class ZeroSizes:
     max_reuse_distance: int = 1_000_000_000
     sub_group_size: int = 1_000_000_000
     hpz_partition_size: int = 1
-    """The ranks that share ZeRO++'s second copy of the weights; up to 1 there is none."""
+    """The ranks that share ZeRO++'s secondary copy of the weights; with 0 or 1 there is no copy."""
     pinned: bool = True
     nvme_optimizer_buffers: int = 4
     nvme_parameter_elements: int = 5 * 100_000_000
-    """Buffers for parameters on NVMe: their number times their size."""
+    """Buffers for parameters on NVMe: number times size."""
     accumulation_bytes: int | None = None
-    """Of a gradient that is accumulated, from data_types.grad_accum_dtype; None: as the weights."""
+    """Per element of an accumulated gradient, from data_types.grad_accum_dtype; None: as the weights."""
     master_bytes: int = 4
-    """Of an offloaded master weight, and of its gradient: 2 with bf16_master_weights_and_grads."""
+    """Per offloaded master weight, and per its gradient: 2 with bf16_master_weights_and_grads."""
     moments_bytes: int = 8
-    """Of Adam's two offloaded moments: 4 with bf16_optimizer_states."""
+    """Of Adam's two offloaded moments together, per element: 4 with bf16_optimizer_states."""
 
 
 def zero_sizes(user: DsConfig, hidden_size: int) -> ZeroSizes:
-    """The sizes of `user` as `compose` completes it. Raises RequestError where the stage is none."""
+    """The sizes of `user` as `compose` completes it. Raises RequestError for an invalid stage."""
     stage = zero_stage(user)
     size = _Reader(user, hidden_size)
     overlap = as_bool(user.get("zero_optimization.overlap_comm"))
@@ -66,25 +66,25 @@ def zero_sizes(user: DsConfig, hidden_size: int) -> ZeroSizes:
         pinned=as_bool(user.get("zero_optimization.offload_optimizer.pin_memory")) is not False,
         nvme_optimizer_buffers=size("offload_optimizer.buffer_count", 4),
         nvme_parameter_elements=size("offload_param.buffer_count", 5) * size("offload_param.buffer_size", 100_000_000),
-        accumulation_bytes=_WIDTHS.get(dtype_named(user.get("data_types.grad_accum_dtype")) or ""),
-        master_bytes=2 if any(_on(user, path) for path in _LOW_MASTERS) else 4,
+        accumulation_bytes=_WIDTHS.get(parse_dtype(user.get("data_types.grad_accum_dtype")) or ""),
+        master_bytes=2 if any(_on(user, path) for path in _LOW_PRECISION_MASTERS) else 4,
         moments_bytes=4 if _on(user, "bf16.bf16_optimizer_states") else 8,
     )
 
 
 _WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
-_LOW_MASTERS = ("bf16.bf16_master_weights_and_grads", "fp16.fp16_master_weights_and_grads")
+_LOW_PRECISION_MASTERS = ("bf16.bf16_master_weights_and_grads", "fp16.fp16_master_weights_and_grads")
 
 
 def _on(user: DsConfig, path: str) -> bool:
-    """Whether a switch is on in the block of its precision, which must be on itself."""
+    """Whether a switch is on in a precision block that is itself on."""
     block, _, name = path.partition(".")
     block = bf16_key(user) if block == "bf16" else block
     return as_bool(user.get(f"{block}.enabled")) is not False and as_bool(user.get(f"{block}.{name}")) is True
 
 
 class _Reader:
-    """Reads numbers of the ZeRO block: "auto" by the hidden size, and the default for what is missing or no number."""
+    """Reads numbers of the ZeRO block: "auto" from the hidden size; the default if missing or not a number."""
 
     def __init__(self, user: DsConfig, hidden_size: int) -> None:
         self._user, self._hidden = user, hidden_size

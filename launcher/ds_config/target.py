@@ -1,4 +1,4 @@
-"""Where a DeepSpeed JSON is to be used, as far as that decides whether DeepSpeed takes it."""
+"""Where a DeepSpeed JSON runs, as far as lint needs it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True)
 class Target:
-    """The device and number of the ranks, the packages that are known to be missing there, and whose loop trains.
+    """The device and number of the ranks, the missing packages, and whether the user's own script trains.
 
-    `world_size` and `dtype` are None where they are not known, and then not checked. `dtype` is the precision of the
-    weights where the JSON leaves it open. `script`: a training script of the user's own, which can do what the
-    launcher's loop does not.
+    `world_size` and `dtype` are None if unknown, and then not checked. `dtype` is the precision of the weights if the
+    JSON does not set it. `script`: the user's training script, which is not limited to the launcher's loop.
     """
 
     device: Device

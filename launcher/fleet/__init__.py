@@ -1,1 +1,1 @@
-"""The nodes: one agent a node on Ray, placement, and the supervisor."""
+"""The nodes of a run: placement on Ray, one agent per node, and checks before the start."""

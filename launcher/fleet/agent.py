@@ -1,4 +1,4 @@
-"""The agent of one node: starts the node's ranks, hears them, and ends them. Knows nothing of Ray."""
+"""The agent of one node: starts the node's ranks, receives their reports, and ends them. Independent of Ray."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from launcher.fleet import inspect_node
-from launcher.fleet.copy_data import provide
-from launcher.fleet.heartbeat import Heartbeat, given_gpus
-from launcher.fleet.network import Doorbell, Reached, free_ports, interface_of, reach
+from launcher.fleet.copy_data import tokenise_on_node
+from launcher.fleet.heartbeat import Heartbeat, visible_gpus
+from launcher.fleet.network import ProbePort, ProbeResult, free_ports, interface_of, reach
 from launcher.fleet.process import RankProcess, stop_all
 from launcher.plan.schema import Plan
+from launcher.records import AgentReport, Order
 from launcher.run_dir import utc_now
-
-Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class NodeTask:
-    """What an agent does for a run: its node's place among the nodes, and its ranks.
+    """What an agent starts for a run: the node's rank, and its ranks.
 
-    `arguments` follow the node's own Python.
+    `arguments` are those of the node's Python.
     """
 
     node_rank: int
@@ -43,7 +42,7 @@ class NodeTask:
     interface: str | None = None
 
     def rank_environment(self, local_rank: int) -> dict[str, str]:
-        """torchrun's variables for one rank; the master's address follows with the order to go."""
+        """torchrun's variables for one rank; the order to start brings the master's address."""
         return {
             "RANK": str(self.first_rank + local_rank),
             "LOCAL_RANK": str(local_rank),
@@ -56,134 +55,143 @@ class NodeTask:
 
 
 class Agent:
-    """Lives on a node for one run. Its methods may be called from several threads."""
+    """Runs on a node for one run. Its methods may be called from several threads."""
 
     def __init__(self) -> None:
         self._processes: list[RankProcess] = []
-        self._events: list[Event] = []
-        self._news = threading.Condition()
+        self._reports: list[AgentReport] = []
+        self._new_reports = threading.Condition()
         self._log: Path | None = None
         self._closing = False
-        self._doorbell: Doorbell | None = None
+        self._probe_port: ProbePort | None = None
         self._heartbeat: Heartbeat | None = None
 
     def describe(self) -> dict[str, Any]:
-        """The node's host name, and the GPUs that the agent holds."""
-        return {"host": socket.gethostname(), "gpus": given_gpus()}
+        """The node's host name and the GPUs assigned to the agent."""
+        return {"host": socket.gethostname(), "gpus": visible_gpus()}
 
-    def missing(self, paths: list[str]) -> list[str]:
-        """Those of the paths that this node does not see."""
+    def missing_paths(self, paths: list[str]) -> list[str]:
+        """Those of the paths that do not exist on this node."""
         return [path for path in paths if not Path(path).exists()]
 
-    def provide(self, plan: str, working_directory: str) -> str | None:
-        """Tokenises the data of a plan (as JSON) on this node. None, or what went wrong."""
-        return provide(Plan.from_json(plan), working_directory)
+    def tokenise_data(self, plan: str, working_directory: str) -> str | None:
+        """Tokenises the data of a plan (as JSON) on this node. Returns None or an error message."""
+        return tokenise_on_node(Plan.from_json(plan), working_directory)
 
     def clock(self) -> float:
         """The node's time, in seconds since the epoch."""
         return time.time()
 
     def interface_of(self, address: str) -> str | None:
-        """The name of the interface that has one of the node's addresses."""
+        """The name of the interface with this address; None if there is none."""
         return interface_of(address)
 
-    def open_doorbell(self) -> int:
-        """Lets other nodes connect, to show that they can. Returns the port."""
-        self.close_doorbell()
-        self._doorbell = Doorbell()
-        return self._doorbell.port
+    def open_probe_port(self) -> int:
+        """Opens a port to which other nodes connect to test the network. Returns the port."""
+        self.close_probe_port()
+        self._probe_port = ProbePort()
+        return self._probe_port.port
 
-    def close_doorbell(self) -> None:
-        if self._doorbell is not None:
-            self._doorbell.close()
-            self._doorbell = None
+    def close_probe_port(self) -> None:
+        if self._probe_port is not None:
+            self._probe_port.close()
+            self._probe_port = None
 
-    def reach(self, address: str, port: int, timeout_seconds: float) -> Reached | str:
-        """How this node gets to another one's doorbell, or why it does not."""
+    def reach(self, address: str, port: int, timeout_seconds: float) -> ProbeResult | str:
+        """Connects to the probe port of another node. Returns the result, or an error message."""
         try:
             return reach(address, port, timeout_seconds)
         except OSError as error:
             return f"{type(error).__name__}: {error.strerror or error}"
 
-    def look(self, run_dir: str, mark: str) -> inspect_node.NodeFacts:
-        """What the node has; leaves a mark in the run directory."""
-        return inspect_node.look(run_dir, mark)
+    def node_facts(self, run_dir: str, mark: str) -> inspect_node.NodeFacts:
+        """The node's facts. Writes a mark to the run directory."""
+        return inspect_node.node_facts(run_dir, mark)
 
-    def unseen(self, run_dir: str, marks: list[str]) -> list[str]:
-        """The other nodes' marks that this node does not see."""
-        return inspect_node.unseen(run_dir, marks)
+    def missing_marks(self, run_dir: str, marks: list[str]) -> list[str]:
+        """Those of the marks that this node does not see in the run directory."""
+        return inspect_node.missing_marks(run_dir, marks)
 
-    def rehearse(self, environment: dict[str, str], timeout_seconds: float) -> str | None:
-        """Takes part in one small all-reduce of the nodes. None, or what went wrong."""
-        return inspect_node.rehearse({**self._inherited(), **environment}, timeout_seconds)
+    def try_all_reduce(self, environment: dict[str, str], timeout_seconds: float) -> str | None:
+        """Takes part in one small all-reduce of the nodes. Returns None or an error message."""
+        return inspect_node.try_all_reduce({**self._inherited(), **environment}, timeout_seconds)
 
     def free_port(self) -> int:
-        """A TCP port that nothing listens on, outside the range from which the kernel serves outgoing connections.
+        """A free TCP port, outside the kernel's range for outgoing connections.
 
-        It is bound seconds later, when the first rank has loaded its libraries; until then a port of that range could
-        go to any connection of any process.
+        It is bound seconds later, when the first rank has loaded its libraries; until then the kernel could give a port
+        of that range to any connection.
         """
         return next(free_ports(secrets.token_hex(8)))
 
     def start(self, task: NodeTask) -> list[int]:
-        """Starts the node's ranks, which load their libraries and wait for `go`. Returns their process ids."""
+        """Starts the node's ranks, which load libraries and wait for the order "go". Returns their process ids."""
         folder = Path(task.log_folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / "agent.log"
-        identity = {"node_rank": task.node_rank, "host": socket.gethostname()}
-        self._heartbeat = Heartbeat(folder, {**identity, "address": task.address, "interface": task.interface})
+        self._heartbeat = Heartbeat(
+            folder,
+            {
+                "node_rank": task.node_rank,
+                "host": socket.gethostname(),
+                "address": task.address,
+                "interface": task.interface,
+            },
+        )
         inherited = self._inherited()
         for local_rank in range(task.processes):
             rank = task.first_rank + local_rank
             environment = {**inherited, **task.environment, **task.rank_environment(local_rank)}
             log = folder / f"rank-{rank}.log"
-            self._processes.append(RankProcess(rank, (sys.executable, *task.arguments), environment, log, self._hear))
-            self._note(f"rank {rank} started, process {self._processes[-1].pid}")
+            self._processes.append(
+                RankProcess(rank, (sys.executable, *task.arguments), environment, log, self._receive)
+            )
+            self._write_log(f"rank {rank} started, process {self._processes[-1].pid}")
         self._heartbeat.begin(self._processes)
         return [process.pid for process in self._processes]
 
-    def order(self, order: dict[str, Any]) -> None:
-        """Passes an order on to every rank."""
+    def order(self, order: Order) -> None:
+        """Sends an order to every rank."""
         for process in self._processes:
-            process.order(**order)
+            process.order(order)
 
-    def next_events(self, timeout_seconds: float) -> list[Event]:
-        """What the ranks reported since the last call, waiting for the first of it."""
-        with self._news:
-            self._news.wait_for(lambda: self._closing or bool(self._events), timeout_seconds)
-            events, self._events = self._events, []
-            return events
+    def next_reports(self, timeout_seconds: float) -> list[AgentReport]:
+        """The reports of the ranks since the last call; waits for the first one."""
+        with self._new_reports:
+            self._new_reports.wait_for(lambda: self._closing or bool(self._reports), timeout_seconds)
+            reports, self._reports = self._reports, []
+            return reports
 
     def end(self, grace_seconds: float) -> None:
-        """Ends every rank that still runs."""
+        """Ends every rank that is still running."""
         running = [process for process in self._processes if process.alive()]
         if running:
-            self._note(f"ending ranks {', '.join(str(process.rank) for process in running)}")
+            self._write_log(f"ending ranks {', '.join(str(process.rank) for process in running)}")
         stop_all(running, grace_seconds)
         if self._heartbeat is not None:
             self._heartbeat.end()
-        self.close_doorbell()
-        with self._news:
+        self.close_probe_port()
+        with self._new_reports:
             self._closing = True
-            self._news.notify_all()
+            self._new_reports.notify_all()
 
-    def _hear(self, event: Event) -> None:
+    def _receive(self, report: AgentReport) -> None:
         if self._heartbeat is not None:
-            self._heartbeat.hear(event)
-        # Updates are for the heartbeat: there are many of them, and metrics.jsonl has them.
-        if event["report"] == "update":
+            self._heartbeat.receive(report)
+        # Updates are only for the heartbeat: there are many, and metrics.jsonl has them.
+        if report["report"] == "update":
             return
-        with self._news:
-            self._events.append(event)
-            self._news.notify_all()
-        if event["report"] == "exit":
-            self._note(f"rank {event['rank']} ended with {event['code']}")
+        with self._new_reports:
+            self._reports.append(report)
+            self._new_reports.notify_all()
+        if report["report"] == "exit":
+            self._write_log(f"rank {report['rank']} ended with {report['code']}")
 
     @staticmethod
     def _inherited() -> dict[str, str]:
-        """What ranks get of the agent's environment: nothing of Ray's, and the tools of this Python's environment.
+        """The environment of the ranks: the agent's without Ray's variables, with this Python's programs on the PATH.
 
-        DeepSpeed builds its kernels with the ninja that was installed with it, which is not found otherwise where the
+        DeepSpeed builds its kernels with the ninja that is installed beside it; without this it is not found if the
         launcher was called by its path.
         """
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
@@ -191,9 +199,9 @@ class Agent:
         path = inherited.get("PATH", os.defpath)
         return inherited if tools in path.split(os.pathsep) else {**inherited, "PATH": f"{tools}{os.pathsep}{path}"}
 
-    def _note(self, text: str) -> None:
+    def _write_log(self, text: str) -> None:
         if self._log is None:
             return
-        # A full disk must not keep the agent from ending ranks, or from telling of their ends.
+        # A full disk must not prevent the agent from ending ranks or reporting their exits.
         with contextlib.suppress(OSError), self._log.open("a") as file:
             file.write(f"{utc_now()} {text}\n")

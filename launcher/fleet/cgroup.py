@@ -1,4 +1,4 @@
-"""The memory that the node's ranks may take: the machine's, or what a control group of Linux leaves them of it."""
+"""The memory available to the node's ranks: the machine's, or the limit of a Linux control group."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import psutil
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes in use of those that there are, where the bound is the lowest."""
+    """Bytes in use and in total, of the lowest limit."""
 
     used_bytes: int
     total_bytes: int
@@ -19,7 +19,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class _Names:
-    """The files of a control group, in the kernel's first or second version of them."""
+    """File names of a memory control group, version 1 or 2."""
 
     limit: str
     used: str
@@ -32,7 +32,7 @@ _V2 = _Names("memory.max", "memory.current", "inactive_file", "memory.events")
 
 
 class ControlGroup:
-    """The memory group that this process, and so its ranks, belong to.
+    """The memory control group of this process and its ranks.
 
     Formats: the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
     """
@@ -42,28 +42,28 @@ class ControlGroup:
         self._folders = list(_upwards(root, path))
 
     def memory(self) -> Memory:
-        """The lowest bound of the machine, the group and the groups that it lies in."""
+        """The lowest limit of the machine, the group and its parent groups."""
         machine = psutil.virtual_memory()
-        bounds = [Memory(machine.total - machine.available, machine.total)]
-        bounds += [bound for folder in self._folders if (bound := self._bound(folder)) is not None]
-        return min(bounds, key=lambda bound: bound.total_bytes)
+        limits = [Memory(machine.total - machine.available, machine.total)]
+        limits += [limit for folder in self._folders if (limit := self._limit_of(folder)) is not None]
+        return min(limits, key=lambda limit: limit.total_bytes)
 
     def oom_kills(self) -> int | None:
-        """How many processes of the group the kernel has killed for want of memory; None where it does not count."""
+        """How many processes of the group the kernel has killed for lack of memory; None if it does not count them."""
         return _field(self._folders[0] / self._names.events, "oom_kill") if self._folders else None
 
-    def _bound(self, folder: Path) -> Memory | None:
-        """None where there is none ("max")."""
+    def _limit_of(self, folder: Path) -> Memory | None:
+        """The limit of one group; None if it has none ("max")."""
         limit, used = _number(folder / self._names.limit), _number(folder / self._names.used)
         if limit is None or used is None:
             return None
-        # Files that were read stay in memory, and count as used, until something else needs the room.
+        # The page cache counts as used, but is released when memory is needed.
         reclaimable = _field(folder / "memory.stat", self._names.reclaimable) or 0
         return Memory(max(0, used - reclaimable), limit)
 
 
 def _membership(own: Path, mounts: Path) -> tuple[_Names, Path, str]:
-    """How the group's files are named, where groups are mounted, and the group's path there."""
+    """The names of the group's files, the folder where groups are mounted, and the group's path below it."""
     for line in _text(own).splitlines():
         _, _, controllers_and_path = line.partition(":")
         controllers, _, path = controllers_and_path.partition(":")
@@ -74,7 +74,7 @@ def _membership(own: Path, mounts: Path) -> tuple[_Names, Path, str]:
 
 
 def _upwards(root: Path, path: str) -> Iterator[Path]:
-    """The group's folder and those that it lies in. Inside a container they may be mounted without those above."""
+    """The group's folder and its parents. Inside a container only some of them may be mounted."""
     folder = root / path.lstrip("/")
     for each in (folder, *folder.parents):
         if not each.is_relative_to(root):
@@ -89,7 +89,7 @@ def _number(file: Path) -> int | None:
 
 
 def _field(file: Path, name: str) -> int | None:
-    """The number behind a name in a file of names and numbers."""
+    """The number of a name in a file with a name and a number on each line."""
     for line in _text(file).splitlines():
         key, _, value = line.partition(" ")
         if key == name and value.isdecimal():

@@ -1,4 +1,4 @@
-"""Tokenised data on a node that does not see what was tokenised for the others."""
+"""Tokenises the data on a node that does not share the tokenised data of the others."""
 
 from __future__ import annotations
 
@@ -14,44 +14,43 @@ from launcher.prepare import prepare
 _SAME = ("rows", "sequences", "tokens", "targets")
 
 
-def provide(plan: Plan, working_directory: str) -> str | None:
-    """Tokenises the plan's data once more, on this node, and puts it where the plan has it. None, or what went wrong.
+def tokenise_on_node(plan: Plan, working_directory: str) -> str | None:
+    """Tokenises the plan's data on this node and links it to the plan's paths. Returns None or an error message.
 
-    Paths of the job are read as in the folder that the run was started from.
+    Relative paths of the job start at `working_directory`, where the run was started.
     """
     try:
         with contextlib.chdir(working_directory):
-            prepared = prepare(plan.job, lambda _progress: None)
-        _put(prepared.model.folder, plan.model.folder)
-        for name, there, here in (
-            ("data.train", plan.data.train, prepared.data.train),
-            ("data.eval", plan.data.eval, prepared.data.eval),
+            prepared = prepare(plan.training.job, lambda _progress: None)
+        _link(prepared.model.folder, plan.training.model.folder)
+        for name, planned, found in (
+            ("data.train", plan.training.data.train, prepared.data.train),
+            ("data.eval", plan.training.data.eval, prepared.data.eval),
         ):
-            if there and here:
-                _check_same(name, there, here)
-                _put(here.folder, there.folder)
+            if planned and found:
+                _check_same(name, planned, found)
+                _link(found.folder, planned.folder)
     except (LauncherError, OSError) as error:
         return first_line(error)
     return None
 
 
-def _check_same(name: str, there: SplitFacts, here: SplitFacts) -> None:
+def _check_same(name: str, planned: SplitFacts, found: SplitFacts) -> None:
     for key in _SAME:
-        planned, found = getattr(there, key), getattr(here, key)
-        if planned != found:
-            message = f"{name} has {found} {key} on this node and {planned} where the run was planned"
+        if getattr(planned, key) != getattr(found, key):
+            message = f"{name} has {getattr(found, key)} {key} on this node, but {getattr(planned, key)} in the plan"
             raise LauncherError(message, code=FailureCode.DATA_DIFFERS)
 
 
-def _put(here: str, wanted: str) -> None:
-    """Makes what lies at `here` be found at `wanted` too: names hold the files' times, which differ between nodes."""
-    path = Path(wanted)
+def _link(source: str, target: str) -> None:
+    """Links `target` to `source`: folder names depend on the files' times, which differ between nodes."""
+    path = Path(target)
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In one step: over a link that leads nowhere any more, and beside another job that does the same.
+    # Atomic: it may replace a broken link, and another job may do the same at this moment.
     link = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    link.symlink_to(here)
+    link.symlink_to(source)
     try:
         link.replace(path)
     except OSError:

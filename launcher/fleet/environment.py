@@ -1,4 +1,4 @@
-"""The environment variables of ranks: the user's, the plan's, and those of the node they run on."""
+"""The environment variables of ranks: the user's, the plan's, and those of their node."""
 
 from __future__ import annotations
 
@@ -24,44 +24,54 @@ _FOR_SCRIPTS = (
     *("CUDA_HOME", "CUDA_PATH", "LD_LIBRARY_PATH", "PYTHONPATH"),
     *("WANDB_", "MLFLOW_", "COMET_", "NEPTUNE_", "CLEARML_", "AIM_", "TENSORBOARD_", "UCX_"),
 )
-"""What a script may need besides: where its packages are, and what it reports to."""
+"""Further variables that a script may need: paths of packages, and settings of experiment trackers."""
 
 
 def forwarded_environment(environment: Mapping[str, str], *, script: bool = False) -> dict[str, str]:
-    """Those of the user's variables that ranks on other nodes need as well; of `script`, secrets among them.
+    """The user's variables that ranks on other nodes need as well; for a `script` including secrets.
 
-    They go to the agents alone, and are written to no file.
+    They are sent only to the agents, and never written to a file.
     """
     names = (*_FORWARDED, *_FOR_SCRIPTS) if script else _FORWARDED
     chosen = {key: value for key, value in environment.items() if key.startswith(names)}
     if script:
         return chosen
-    # The launcher's own ranks work offline: a secret would travel for nothing.
+    # The launcher's own ranks work offline and need no secrets.
     return {key: value for key, value in chosen.items() if not is_secret(key)}
 
 
 def rank_environment(
-    world: World, interface: str | None, own: Mapping[str, str], users: Mapping[str, str], *, script: bool = False
+    world: World,
+    interface: str | None,
+    launcher_env: Mapping[str, str],
+    job_env: Mapping[str, str],
+    *,
+    script: bool = False,
 ) -> dict[str, str]:
-    """What every rank of a node is given besides torchrun's variables.
+    """The variables of every rank of a node besides torchrun's.
 
-    `interface` is the one that reaches the other nodes, `own` the launcher's environment, `users` the job's
-    cluster.env: later ones win. The ranks of a `script` are given more of the launcher's environment.
+    `interface` reaches the other nodes; `launcher_env` is the launcher's environment, `job_env` the job's cluster.env.
+    Later sources win. The ranks of a `script` get more of the launcher's environment.
     """
     settings = {
         "OMP_NUM_THREADS": str(world.threads_per_process),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # Everything is there by now; nothing a rank does may wait for the internet.
+        # Everything has been fetched already; a rank must not wait for the internet.
         "HF_HUB_OFFLINE": "1",
     }
     if world.device == "cpu":
         settings["DS_ACCELERATOR"] = "cpu"
-    return {**settings, **_interfaces(world, interface), **forwarded_environment(own, script=script), **users}
+    return {
+        **settings,
+        **_interfaces(world, interface),
+        **forwarded_environment(launcher_env, script=script),
+        **job_env,
+    }
 
 
 def _interfaces(world: World, interface: str | None) -> dict[str, str]:
-    """Over which interface gloo and NCCL talk. To NCCL a name is the beginning of one unless "=" stands before it."""
+    """The interface for gloo and NCCL. NCCL takes a name as a prefix unless it starts with "="."""
     if world.nodes == 1:
         return {"GLOO_SOCKET_IFNAME": "lo"} if world.backend == "gloo" else {}
     if interface is None:

@@ -1,22 +1,22 @@
-"""What went wrong first: a pure function of what the ranks reported."""
+"""The first failure: a pure function of the reports of the ranks."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from launcher.errors import FailureCode, known_code
-from launcher.first_failure import code_of_exit, first_of
+from launcher.first_failure import code_of_exit, find_first
+from launcher.records import FailedRank, Report
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A rank that failed (None for a whole node that was lost), and how. `time` is in seconds since the epoch.
+    """The failure of a rank, or of a whole node (`rank` is None). `time` is in seconds since the epoch.
 
-    `how` is for people. `exit_code` is negative for a signal, and None before the exit is known. `code` is what the
-    rank itself reported, else what its exit status says.
+    `how` is for people. `exit_code` is negative for a signal, and None until the exit is known. `code` is the code that
+    the rank reported, or one derived from its exit status.
     """
 
     rank: int | None
@@ -28,45 +28,59 @@ class Failure:
     exit_code: int | None = None
     code: FailureCode = FailureCode.UNKNOWN
 
+    def record(self, host: str) -> FailedRank:
+        """The failure as the failure event of events.jsonl lists it."""
+        return {
+            "rank": self.rank,
+            "node_rank": self.node_rank,
+            "time": self.time,
+            "how": self.how,
+            "error": self.error,
+            "traceback": self.traceback,
+            "exit_code": self.exit_code,
+            "code": self.code,
+            "host": host,
+        }
 
-def first_failure(events: Iterable[dict[str, Any]]) -> Failure | None:
-    """The failure that began it; those that only fell after it are not the cause."""
-    return next(iter(all_failures(events)), None)
+
+def first_failure(reports: Iterable[Report]) -> Failure | None:
+    """The failure that caused the others; None if nothing failed."""
+    return next(iter(all_failures(reports)), None)
 
 
-def all_failures(events: Iterable[dict[str, Any]], clock_offsets: Sequence[float] = ()) -> list[Failure]:
-    """Every rank's failure: that which began it, then the others in order of time.
+def all_failures(reports: Iterable[Report], clock_offsets: Sequence[float] = ()) -> list[Failure]:
+    """Every rank's failure: first the one that caused the others, then the rest by time.
 
-    Times are corrected by how far the clock of each node is ahead.
+    `clock_offsets` is how far the clock of each node is ahead, in seconds; times are corrected by it.
 
-    A rank tells an exception before it lets go of its peers, so the time of that report counts rather than its exit's.
+    A rank reports an exception before its peers can notice, so the time of the report counts, not that of the exit.
     """
-    failures: dict[Any, Failure] = {}
-    for event in events:
-        found = _failure(event)
+    failures: dict[tuple[str, int], Failure] = {}
+    for report in reports:
+        found = _failure(report)
         if found is None:
             continue
         if clock_offsets and found.rank is not None:
             found = replace(found, time=round(found.time - clock_offsets[found.node_rank], 3))
-        key = ("node", found.node_rank) if found.rank is None else found.rank
+        key = ("node", found.node_rank) if found.rank is None else ("rank", found.rank)
         known = failures.get(key)
         if known is None:
             failures[key] = found
         elif (known.error is None) != (found.error is None):
-            told, ended = (known, found) if found.error is None else (found, known)
-            failures[key] = replace(told, how=ended.how, exit_code=ended.exit_code)
-    return in_order(failures.values())
+            reported, ended = (known, found) if found.error is None else (found, known)
+            failures[key] = replace(reported, how=ended.how, exit_code=ended.exit_code)
+    return sort_failures(failures.values())
 
 
-def in_order(failures: Iterable[Failure]) -> list[Failure]:
-    """That which began it, then the others in order of time."""
+def sort_failures(failures: Iterable[Failure]) -> list[Failure]:
+    """First the failure that caused the others, then the rest by time."""
     ordered = sorted(failures, key=lambda failure: failure.time)
-    first = first_of(ordered) if ordered else None
+    first = find_first(ordered) if ordered else None
     return sorted(ordered, key=lambda failure: failure is not first)
 
 
 def describe_exit(code: int) -> str:
-    """An exit status in words: a code, or the signal's name."""
+    """Describes an exit status: its code, or the name of the signal."""
     if code >= 0:
         return f"exit code {code}"
     try:
@@ -75,17 +89,17 @@ def describe_exit(code: int) -> str:
         return f"signal {-code}"
 
 
-def _failure(event: dict[str, Any]) -> Failure | None:
-    kind, node = event["report"], event.get("node_rank", 0)
-    if kind == "failed":
-        text = f"{event['error']}: {event['message']}"
-        code = known_code(event.get("code")) or FailureCode.UNKNOWN
-        return Failure(event["rank"], node, event["time"], "an exception", text, event.get("traceback"), code=code)
-    if kind == "exit" and event["code"] != 0:
-        exit_code = event["code"]
+def _failure(report: Report) -> Failure | None:
+    node, time = report.get("node_rank", 0), report["time"]
+    if report["report"] == "failed":
+        text = f"{report['error']}: {report['message']}"
+        code = known_code(report.get("code")) or FailureCode.UNKNOWN
+        return Failure(report["rank"], node, time, "an exception", text, report.get("traceback"), code=code)
+    if report["report"] == "exit" and report["code"] != 0:
+        exit_code = report["code"]
         how, code = describe_exit(exit_code), code_of_exit(exit_code)
-        return Failure(event["rank"], node, event["time"], how, exit_code=exit_code, code=code)
-    if kind == "node-lost":
-        how = f"the node's agent is gone: {event['message']}"
-        return Failure(None, node, event["time"], how, code=FailureCode.NODE_LOST)
+        return Failure(report["rank"], node, time, how, exit_code=exit_code, code=code)
+    if report["report"] == "node-lost":
+        how = f"the node's agent is gone: {report['message']}"
+        return Failure(None, node, time, how, code=FailureCode.NODE_LOST)
     return None

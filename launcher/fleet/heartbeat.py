@@ -1,4 +1,4 @@
-"""node.json: how a node and its ranks are, written every few seconds for whoever watches."""
+"""node.json: the state of a node and its ranks, written every few seconds for the watching commands."""
 
 from __future__ import annotations
 
@@ -17,44 +17,48 @@ import psutil
 
 from launcher.fleet.cgroup import ControlGroup
 from launcher.fleet.process import RankProcess
+from launcher.records import AgentReport, GpuRecord, NodeIdentity, NodeRecord, OomKills, Phase, RankRecord
 from launcher.run_dir import NODE_FILE, utc_now, utc_text, write_atomic
 
 _EVERY_SECONDS = 5.0
 _FIRST_SECONDS = 0.2
 _RECENT_UPDATES = 20
 _PEAK_BEATS = 6
-"""Memory in use is also given as the largest of so many beats: after a rank was killed, its memory is free again."""
+"""Peak memory is the maximum over this many heartbeats: after a rank was killed, its memory is free again."""
 
 
 @dataclass
-class RankPulse:
-    """What one rank has told of itself."""
+class RankStatus:
+    """What one rank has reported."""
 
     process: RankProcess
     local_rank: int
-    phase: str | None = None
+    phase: Phase | None = None
     updates: int | None = None
     exit_code: int | None = None
-    gpu_memory_bytes: int | None = None
-    told: float | None = None
+    gpu_memory_used_bytes: int | None = None
+    last_report: float | None = None
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_UPDATES))
     own_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_UPDATES))
 
-    def hear(self, event: dict[str, Any]) -> None:
-        """Takes a report of the rank in."""
-        self.told = event["time"]
-        if event["report"] == "phase":
-            self.phase = event["phase"]
-        elif event["report"] == "exit":
-            self.exit_code = event["code"]
-        elif event["report"] == "update":
-            self.updates = event["update"] + 1
-            self.gpu_memory_bytes = event.get("gpu_memory_bytes", self.gpu_memory_bytes)
-            for seconds, key in ((self.step_seconds, "step_seconds"), (self.own_seconds, "own_seconds")):
-                if event.get(key) is not None:
-                    seconds.append(event[key])
+    def receive(self, report: AgentReport) -> None:
+        """Processes a report of the rank."""
+        self.last_report = report["time"]
+        if report["report"] == "phase":
+            self.phase = report["phase"]
+        elif report["report"] == "exit":
+            self.exit_code = report["code"]
+        elif report["report"] == "update":
+            self.updates = report["update"] + 1
+            self.gpu_memory_used_bytes = report.get("gpu_memory_used_bytes", self.gpu_memory_used_bytes)
+            for recent, seconds in (
+                (self.step_seconds, report.get("step_seconds")),
+                (self.own_seconds, report.get("own_seconds")),
+            ):
+                if seconds is not None:
+                    recent.append(seconds)
 
-    def to_dict(self) -> dict[str, Any]:
+    def record(self) -> RankRecord:
         return {
             "rank": self.process.rank,
             "local_rank": self.local_rank,
@@ -66,17 +70,17 @@ class RankPulse:
             "step_seconds": _median(self.step_seconds),
             "own_seconds": _median(self.own_seconds),
             "memory_bytes": _resident_bytes(self.process.pid),
-            "gpu_memory_bytes": self.gpu_memory_bytes,
-            "time": None if self.told is None else utc_text(self.told),
+            "gpu_memory_used_bytes": self.gpu_memory_used_bytes,
+            "time": None if self.last_report is None else utc_text(self.last_report),
         }
 
 
 class Heartbeat:
-    """Writes node.json of one node until it is ended."""
+    """Writes node.json of one node until `end` is called."""
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, identity: NodeIdentity) -> None:
         self._file, self._identity = folder / NODE_FILE, identity
-        self._pulses: dict[int, RankPulse] = {}
+        self._ranks: dict[int, RankStatus] = {}
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._gpus = _Gpus()
@@ -86,25 +90,25 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def begin(self, processes: Sequence[RankProcess]) -> None:
-        """Begins with the node's ranks, in the order of their local ranks."""
+        """Starts writing. `processes` are the node's ranks in the order of their local ranks."""
         with self._lock:
-            self._pulses = {process.rank: RankPulse(process, local) for local, process in enumerate(processes)}
+            self._ranks = {process.rank: RankStatus(process, local) for local, process in enumerate(processes)}
         self._thread.start()
 
-    def hear(self, event: dict[str, Any]) -> None:
-        """Takes a rank's report in."""
+    def receive(self, report: AgentReport) -> None:
+        """Processes a report of a rank."""
         with self._lock:
-            if (pulse := self._pulses.get(event["rank"])) is not None:
-                pulse.hear(event)
+            if (rank := self._ranks.get(report["rank"])) is not None:
+                rank.receive(report)
 
     def end(self) -> None:
-        """Has the file written for the last time."""
+        """Writes the file for the last time."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join(_EVERY_SECONDS)
 
     def _beat(self) -> None:
-        psutil.cpu_percent()  # what it says counts from its last call in the same thread
+        psutil.cpu_percent()  # measures since its last call in the same thread
         ended = self._ended.wait(_FIRST_SECONDS)
         self._write()
         while not ended:
@@ -115,8 +119,8 @@ class Heartbeat:
         memory = self._group.memory()
         self._used.append(memory.used_bytes)
         with self._lock:
-            ranks = [pulse.to_dict() for pulse in self._pulses.values()]
-        record = {
+            ranks = [rank.record() for rank in self._ranks.values()]
+        record: NodeRecord = {
             "time": utc_now(),
             **self._identity,
             "cpus": len(os.sched_getaffinity(0)),
@@ -129,18 +133,18 @@ class Heartbeat:
             "ended": self._ended.is_set(),
             "ranks": ranks,
         }
-        # A full disk or a lost mount is the ranks' to report; a watcher's file must not end their agent.
+        # The ranks report a full disk or a lost mount; a file for watching must not end their agent.
         with contextlib.suppress(OSError):
             write_atomic(self._file, json.dumps(record), durable=False)
 
-    def _oom_kills(self) -> dict[str, int]:
-        """How many processes the kernel killed for want of memory since the ranks began, where it tells."""
+    def _oom_kills(self) -> OomKills:
+        """How many processes the kernel killed for lack of memory since the start, if it counts them."""
         kills = self._group.oom_kills()
         return {} if kills is None or self._killed_before is None else {"oom_kills": kills - self._killed_before}
 
 
 class _Gpus:
-    """The GPUs that this process was given, by NVML; none where there is no driver."""
+    """The GPUs of this process, through NVML; none if there is no driver."""
 
     def __init__(self) -> None:
         import pynvml
@@ -148,12 +152,12 @@ class _Gpus:
         self._handles: list[tuple[int, Any]] = []
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlInit()
-            for index, name in enumerate(given_gpus()):
+            for index, name in enumerate(visible_gpus()):
                 with contextlib.suppress(pynvml.NVMLError):
                     self._handles.append((index, self._handle(name)))
 
-    def read(self) -> list[dict[str, Any]]:
-        """Name, memory and use of each; what one does not tell, as a part of a GPU (MIG) its use, is None."""
+    def read(self) -> list[GpuRecord]:
+        """Name, memory and utilization of each. What NVML does not report, as the utilization under MIG, is None."""
         return [self._read(index, handle) for index, handle in self._handles]
 
     @staticmethod
@@ -163,27 +167,27 @@ class _Gpus:
         return nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else nvmlDeviceGetHandleByUUID(name)
 
     @staticmethod
-    def _read(index: int, handle: Any) -> dict[str, Any]:
+    def _read(index: int, handle: Any) -> GpuRecord:
         import pynvml
 
-        def told(ask: Callable[[Any], Any]) -> Any:
+        def query(function: Callable[[Any], Any]) -> Any:
             with contextlib.suppress(pynvml.NVMLError):
-                return ask(handle)
+                return function(handle)
             return None
 
-        memory = told(pynvml.nvmlDeviceGetMemoryInfo)
-        use = told(pynvml.nvmlDeviceGetUtilizationRates)
+        memory = query(pynvml.nvmlDeviceGetMemoryInfo)
+        use = query(pynvml.nvmlDeviceGetUtilizationRates)
         return {
             "index": index,
-            "name": told(pynvml.nvmlDeviceGetName),
+            "name": query(pynvml.nvmlDeviceGetName),
             "memory_used_bytes": memory and int(memory.used),
             "memory_bytes": memory and int(memory.total),
             "utilization_percent": use and int(use.gpu),
         }
 
 
-def given_gpus() -> list[str]:
-    """The GPUs that this process may use, by number or UUID, as CUDA_VISIBLE_DEVICES names them."""
+def visible_gpus() -> list[str]:
+    """The GPUs in CUDA_VISIBLE_DEVICES, each a number or UUID."""
     return [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
 
 

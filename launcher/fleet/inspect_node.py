@@ -1,4 +1,4 @@
-"""What one node has and sees, looked at by its agent before ranks are started."""
+"""Inspects one node before its ranks start: versions, devices, the run directory and the network."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.fleet.process import finished
+from launcher.fleet.process import run_command
 from launcher.plan.packages import MONITORS_AND_OPTIMIZERS
 from launcher.prepare.machine import installed_versions, measure_machine, missing_packages
 from launcher.run_dir import RunDir
 
-# A network file system may go on saying for some seconds that a file is not there once it has been asked too early.
+# A network file system may report for some seconds that a file is missing, once it was asked too early.
 _APPEAR_SECONDS = 10.0
-_REHEARSAL = ("-P", "-m", "launcher.worker.collective_check")
+_ALL_REDUCE = ("-P", "-m", "launcher.worker.collective_check")
 
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """A node's versions, devices and room; `unwritable` says why it cannot write to the run directory.
+    """A node's versions, devices and free disk space. `unwritable` is why it cannot write to the run directory.
 
-    `missing`: of the packages that a DeepSpeed JSON can need, those that are not installed.
+    `missing`: the packages that a DeepSpeed JSON can need and that are not installed.
     """
 
     versions: dict[str, str]
@@ -36,8 +36,8 @@ class NodeFacts:
     missing: frozenset[str] = frozenset()
 
 
-def look(run_dir: str, mark: str) -> NodeFacts:
-    """This node's facts. Leaves the file `mark` in the run directory, for the other nodes to see."""
+def node_facts(run_dir: str, mark: str) -> NodeFacts:
+    """This node's facts. Writes the file `mark` to the run directory, for the other nodes to find."""
     machine = measure_machine()
     unwritable, free = None, 0
     try:
@@ -50,12 +50,12 @@ def look(run_dir: str, mark: str) -> NodeFacts:
 
 
 def _has_nvcc() -> bool:
-    """Whether DeepSpeed would find a CUDA compiler, as torch looks for one."""
+    """Whether DeepSpeed finds a CUDA compiler, which torch looks for in these places."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
     return bool(shutil.which("nvcc")) or any((Path(home) / "bin" / "nvcc").exists() for home in homes if home)
 
 
-def unseen(run_dir: str, marks: Sequence[str]) -> list[str]:
+def missing_marks(run_dir: str, marks: Sequence[str]) -> list[str]:
     """Those of the marks that are not in the run directory as this node sees it."""
     folder, deadline = RunDir(Path(run_dir)).marks, time.monotonic() + _APPEAR_SECONDS
     missing = list(marks)
@@ -66,10 +66,12 @@ def unseen(run_dir: str, marks: Sequence[str]) -> list[str]:
         time.sleep(0.1)
 
 
-def rehearse(environment: Mapping[str, str], timeout_seconds: float) -> str | None:
-    """One small all-reduce with the other nodes, in a process of its own. None, or what went wrong."""
-    code, output = finished((sys.executable, *_REHEARSAL), environment, timeout_seconds)
+def try_all_reduce(environment: Mapping[str, str], timeout_seconds: float) -> str | None:
+    """One small all-reduce with the other nodes, in a separate process. Returns None or an error message."""
+    code, output = run_command((sys.executable, *_ALL_REDUCE), environment, timeout_seconds)
     if code == 0:
         return None
     lines = [line for line in output.splitlines() if line.strip()]
-    return lines[-1].strip() if lines else f"it ended with {code}"
+    if lines:
+        return lines[-1].strip()
+    return code if isinstance(code, str) else f"exit status {code}"

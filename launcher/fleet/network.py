@@ -1,4 +1,4 @@
-"""A node's network: which interface reaches the others, found by connecting and not guessed from names; free ports."""
+"""A node's network: the interface that reaches the other nodes, found by connecting to them, and free ports."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _LOWEST_PORT, _PORT_TRIES = 20000, 1000
 
 
 @dataclass(frozen=True)
-class Reached:
-    """A connection that was made: the address it left from, and the interface that has this address."""
+class ProbeResult:
+    """A connection to another node: its local address, and the interface that has this address."""
 
     address: str
     interface: str | None
 
 
-class Doorbell:
-    """A listening port on all interfaces that answers whoever connects: proof that this node can be reached."""
+class ProbePort:
+    """A port on all interfaces that answers every connection: it shows that this node can be reached."""
 
     def __init__(self) -> None:
         self._socket = socket.create_server(("", 0), backlog=1024)
         self.port: int = self._socket.getsockname()[1]
-        threading.Thread(target=self._answer, name="doorbell", daemon=True).start()
+        threading.Thread(target=self._answer, name="probe-port", daemon=True).start()
 
     def close(self) -> None:
         # Closing alone does not wake a thread that waits in accept().
@@ -51,17 +51,17 @@ class Doorbell:
                 connection.sendall(_HELLO)
 
 
-def reach(address: str, port: int, timeout_seconds: float) -> Reached:
-    """Connects to another node's doorbell. Raises OSError where there is no way to it."""
+def reach(address: str, port: int, timeout_seconds: float) -> ProbeResult:
+    """Connects to the probe port of another node. Raises OSError if it cannot be reached."""
     with socket.create_connection((address, port), timeout_seconds) as connection:
         if connection.recv(len(_HELLO)) != _HELLO:
-            raise OSError(f"something else listens at {address}:{port}")
+            raise OSError(f"another program listens at {address}:{port}")
         own: str = connection.getsockname()[0]
-    return Reached(own, interface_of(own))
+    return ProbeResult(own, interface_of(own))
 
 
 def interface_of(address: str) -> str | None:
-    """The name of the interface of this machine that has `address`; None where none has it."""
+    """The name of this machine's interface with `address`; None if there is none."""
     for name, found in psutil.net_if_addrs().items():
         if any(entry.address.partition("%")[0] == address for entry in found):
             return name
@@ -69,10 +69,7 @@ def interface_of(address: str) -> str | None:
 
 
 def own_addresses() -> list[str]:
-    """Every IPv4 address at which another machine might reach this one; loopback where there is no other.
-
-    The fastest interfaces' come first.
-    """
+    """Every IPv4 address of this machine, fastest interfaces first; loopback only if there is no other."""
     speeds = {name: state.speed for name, state in psutil.net_if_stats().items() if state.isup}
     addresses = psutil.net_if_addrs()
     found = [
@@ -85,25 +82,25 @@ def own_addresses() -> list[str]:
 
 
 def free_ports(seed: str) -> Iterator[int]:
-    """TCP ports on which nothing listens, in an order that belongs to the seed, each once. Raises RunFailed.
+    """Free TCP ports, each once, in an order that depends on the seed. Raises RunFailed if none is free.
 
-    They lie outside the range from which the kernel serves outgoing connections, where a port could go to any process
-    in the seconds before it is bound, and outside the ports that Ray gives its workers (10002 to 19999).
+    They are outside the kernel's range for outgoing connections, where any process could take a port before it is
+    bound, and outside the range of Ray's workers (10002 to 19999).
     """
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     candidates = range(_LOWEST_PORT, _lowest_outgoing_port())
-    for port in chance.sample(candidates, min(_PORT_TRIES, len(candidates))):
+    for port in rng.sample(candidates, min(_PORT_TRIES, len(candidates))):
         with socket.socket() as probe:
             try:
                 probe.bind(("", port))
             except OSError:
                 continue
         yield port
-    raise RunFailed(f"no free TCP port was found on {socket.gethostname()} in {_PORT_TRIES} tries")
+    raise RunFailed(f"no free TCP port found on {socket.gethostname()} in {_PORT_TRIES} tries")
 
 
 def _lowest_outgoing_port() -> int:
-    """Where the kernel's range for outgoing connections begins; Linux's default where it cannot be read."""
+    """The start of the kernel's range for outgoing connections; Linux's default if it cannot be read."""
     try:
         return max(_LOWEST_PORT + 1000, int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0]))
     except OSError:

@@ -1,4 +1,4 @@
-"""Nodes through Ray: one agent a node, in a placement group that takes no more than was asked for."""
+"""The nodes of a run through Ray: one agent per node, in a placement group of exactly the requested size."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ from typing import Any
 
 from launcher.errors import FailureCode, RunFailed, code_of, first_line
 from launcher.files import keep_private
-from launcher.fleet.agent import Event, NodeTask
+from launcher.fleet.agent import NodeTask
 from launcher.fleet.network import LOOPBACK
 from launcher.fleet.ray_folder import RayFolder
 from launcher.fleet.ray_settings import LOOPBACK_ONLY, job_config, quiet_ray, use_token, write_token
 from launcher.plan.schema import Plan, World
+from launcher.records import NodeLostReport, Order, Report
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 _POLL_SECONDS = 2.0
 _ANSWER_SECONDS = 120.0
 OBJECT_STORE_BYTES = 100 * 1024**2
 _REACH_SECONDS = 10.0
-_PROVIDE_SECONDS = 12 * 3600.0
+_TOKENISE_SECONDS = 12 * 3600.0
 _CLOCK_ROUNDS = 3
 NODE_LABEL = "launcher-node"
-"""The label that holds a node's number in a Ray started by `launcher node`."""
+"""The label with a node's number in a Ray started by `launcher node`."""
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What a run takes of each node."""
+class NodeResources:
+    """The number of nodes of a run, and the CPUs and GPUs it takes of each."""
 
     nodes: int
     cpus: int
     gpus: int
 
     @classmethod
-    def of(cls, world: World) -> Needs:
-        """A processor a rank, and its GPU."""
+    def of(cls, world: World) -> NodeResources:
+        """One CPU per rank, and one GPU if ranks use GPUs."""
         processes = world.processes_per_node
         return cls(world.nodes, cpus=processes, gpus=processes if world.device == "cuda" else 0)
 
@@ -51,7 +52,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Node:
-    """An agent on its node. Node rank 0 is the first of the list that `Nodes.place` returns."""
+    """A node with its agent. Node rank 0 is the first of the list that `Nodes.place` returns."""
 
     agent: Any
     host: str
@@ -62,24 +63,24 @@ class Node:
 
 
 class Nodes:
-    """A Ray that was started or joined, and the nodes that a run has on it."""
+    """A Ray cluster, started or joined, and the nodes of the run on it."""
 
-    def __init__(self, needs: Needs, tell: Tell) -> None:
-        self._needs, self._tell = needs, tell
+    def __init__(self, resources: NodeResources, log: Log) -> None:
+        self._resources, self._log = resources, log
         self._group: Any = None
         self._folder: RayFolder | None = None
         self.nodes: list[Node] = []
         self._pending: dict[Any, int] = {}
 
     def connect(self, address: str) -> None:
-        """Joins the Ray at `address`, or starts one of our own for "local". Raises RunFailed."""
+        """Joins the Ray at `address`, or starts one for "local". Raises RunFailed."""
         quiet_ray()
-        own = address == "local"
-        if own:
-            # Ray starts a process in advance for every processor it is given, and the agent is the only one here.
-            self._needs = replace(self._needs, cpus=1)
-        options = self._own_ray() if own else {"address": address}
-        # Only now: Ray reads its settings once, when it is imported.
+        local = address == "local"
+        if local:
+            # Ray prestarts a worker process per CPU, and the agent is the only worker here.
+            self._resources = replace(self._resources, cpus=1)
+        options = self._local_ray() if local else {"address": address}
+        # Imported here because Ray reads its settings once, at import.
         import ray
 
         config = job_config()
@@ -87,37 +88,37 @@ class Nodes:
         try:
             quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
             ray.init(job_config=config, **quiet, **options)
-            # Ray takes the signal for itself and exits at once, where a run would save first.
+            # Ray installs a handler that exits at once; the run must save first.
             signal.signal(signal.SIGTERM, handler)
-        except Exception as error:  # Ray has no common kind for what goes wrong here
-            where = "a Ray on this machine could not be started" if own else f"no Ray at {address}"
+        except Exception as error:  # Ray's errors here have no common class
+            where = "could not start Ray on this machine" if local else f"could not connect to the Ray at {address}"
             raise RunFailed(f"{where}: {first_line(error)}", code=FailureCode.RAY_LOST) from None
 
-    def _own_ray(self) -> dict[str, Any]:
-        """Options for a Ray of our own: on this machine alone, with what the run needs and a secret of its own."""
+    def _local_ray(self) -> dict[str, Any]:
+        """Options for a Ray only on this machine, with the resources of the run and its own token."""
         self._folder = RayFolder()
         write_token(self._folder.token)
         use_token(self._folder.token)
         os.environ.update(LOOPBACK_ONLY)
         return {
             "address": "local",
-            "num_cpus": self._needs.cpus,
-            "num_gpus": self._needs.gpus,
+            "num_cpus": self._resources.cpus,
+            "num_gpus": self._resources.gpus,
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
             "_temp_dir": str(self._folder.ray),
-            # Where memory is nearly full, as with what ZeRO offloads, Ray would kill its only worker, the agent.
+            # When memory is nearly full, as with ZeRO's offload, Ray would kill its only worker, the agent.
             "_system_config": {"memory_monitor_refresh_ms": 0},
         }
 
     def place(self, wait_seconds: float) -> list[Node]:
-        """One agent a node, in a stable order. Raises RunFailed with what is missing."""
+        """Places one agent per node; returns the nodes in a stable order. Raises RunFailed with what is missing."""
         import ray
         from ray.util.placement_group import placement_group
 
-        self._group = placement_group([self._needs.bundle()] * self._needs.nodes, strategy="STRICT_SPREAD")
+        self._group = placement_group([self._resources.bundle()] * self._resources.nodes, strategy="STRICT_SPREAD")
         self._wait_for_group(wait_seconds)
-        agents = [self._agent(index) for index in range(self._needs.nodes)]
+        agents = [self._agent(index) for index in range(self._resources.nodes)]
         found = _answers([agent.describe.remote() for agent in agents])
         ids = _answers([agent.ray_node_id.remote() for agent in agents])
         known = {node["NodeID"]: node for node in ray.nodes()}
@@ -125,29 +126,30 @@ class Nodes:
             (known[node_id], Node(agent, facts["host"], known[node_id]["NodeManagerAddress"], tuple(facts["gpus"])))
             for agent, facts, node_id in zip(agents, found, ids, strict=True)
         ]
-        self.nodes = [node for _, node in sorted(placed, key=_order)]
+        self.nodes = [node for _, node in sorted(placed, key=_sort_key)]
         if len(self.nodes) > 1:
             self._find_interfaces()
             self._compare_clocks()
         elif self._folder is not None and self.nodes[0].address != LOOPBACK:
-            self._tell("          note: this Ray listens on all interfaces of this machine; its token protects it")
+            self._log("          note: this Ray listens on all interfaces of this machine; its token protects it")
         return self.nodes
 
     def ask(self, method: str, arguments: Sequence[tuple[Any, ...]], seconds: float = _ANSWER_SECONDS) -> list[Any]:
-        """What every node's agent answers to `method`, called with its own arguments; in the order of nodes."""
+        """Calls `method` of every agent, each with its own arguments; returns the answers in the order of nodes."""
         return self._ask_some(self.nodes, method, arguments, seconds)
 
-    def provide(self, plan: Plan, paths: list[str]) -> None:
-        """Has each node that does not see all of the paths tokenise the plan's data for itself. Raises RunFailed."""
-        poor = [node for node, missing in zip(self.nodes, self.missing(paths), strict=True) if missing]
-        if not poor:
+    def tokenise_where_missing(self, plan: Plan, paths: list[str]) -> None:
+        """Makes each node that does not see all of the paths tokenise the plan's data itself. Raises RunFailed."""
+        without = [node for node, missing in zip(self.nodes, self.missing_paths(paths), strict=True) if missing]
+        if not without:
             return
-        self._tell(f"          tokenising on {', '.join(node.host for node in poor)} too: data is not shared")
+        hosts = ", ".join(node.host for node in without)
+        self._log(f"          tokenising on {hosts} too: these nodes do not see the tokenised data")
         order = (plan.to_json(), str(Path.cwd()))
-        answers = self._ask_some(poor, "provide", [order] * len(poor), _PROVIDE_SECONDS)
-        wrong = [f"{node.host}: {answer}" for node, answer in zip(poor, answers, strict=True) if answer]
-        if wrong:
-            raise RunFailed(f"the data could not be tokenised on every node: {'; '.join(wrong)}")
+        answers = self._ask_some(without, "tokenise_data", [order] * len(without), _TOKENISE_SECONDS)
+        failed = [f"{node.host}: {answer}" for node, answer in zip(without, answers, strict=True) if answer]
+        if failed:
+            raise RunFailed(f"the data could not be tokenised on every node: {'; '.join(failed)}")
 
     @staticmethod
     def _ask_some(
@@ -157,71 +159,75 @@ class Nodes:
         return _answers(calls, nodes, seconds)
 
     def _find_interfaces(self) -> None:
-        """Has every node connect to the first, which shows the interface that it takes. Raises RunFailed."""
+        """Finds the interface of every node by connecting it to the first node. Raises RunFailed."""
         first, others = self.nodes[0], self.nodes[1:]
-        port, interface = _answers([first.agent.open_doorbell.remote(), first.agent.interface_of.remote(first.address)])
+        port, interface = _answers(
+            [first.agent.open_probe_port.remote(), first.agent.interface_of.remote(first.address)]
+        )
         calls = [node.agent.reach.remote(first.address, port, _REACH_SECONDS) for node in others]
         found = _answers(calls, others)
-        _answers([first.agent.close_doorbell.remote()])
-        cut_off = [
-            f"node {rank} ({node.host}) does not reach node 0 ({first.host}) at {first.address}: {reached}"
+        _answers([first.agent.close_probe_port.remote()])
+        unreachable = [
+            f"node {rank} ({node.host}) cannot connect to node 0 ({first.host}) at {first.address}: {reached}"
             for rank, (node, reached) in enumerate(zip(others, found, strict=True), start=1)
             if isinstance(reached, str)
         ]
-        if cut_off:
-            hint = "every node must reach every other over TCP at the address by which Ray knows it"
-            raise RunFailed(f"{'; '.join(cut_off)}\n  {hint}", code=FailureCode.NETWORK)
+        if unreachable:
+            hint = "every node must reach every other node over TCP, at the address that Ray has for it"
+            raise RunFailed(f"{'; '.join(unreachable)}\n  {hint}", code=FailureCode.NETWORK)
         rest = [replace(node, interface=reached.interface) for node, reached in zip(others, found, strict=True)]
         self.nodes = [replace(first, interface=interface), *rest]
 
     def _compare_clocks(self) -> None:
-        """How far every node's clock is ahead of this one's: the quickest of a few answers, halved."""
+        """Measures how far every node's clock is ahead of this one's."""
         self.nodes = [replace(node, clock_offset_seconds=_clock_offset(node)) for node in self.nodes]
 
-    def missing(self, paths: list[str]) -> list[list[str]]:
-        """Of every node those of the paths that it does not see."""
-        return self.ask("missing", [(paths,)] * len(self.nodes))
+    def missing_paths(self, paths: list[str]) -> list[list[str]]:
+        """For every node, those of the paths that it does not see."""
+        return self.ask("missing_paths", [(paths,)] * len(self.nodes))
 
-    def check_sees(self, paths: list[str]) -> None:
-        """Raises RunFailed, naming the nodes, where one does not see a path that all need."""
-        blind = [
+    def check_visible(self, paths: list[str]) -> None:
+        """Raises RunFailed if a node does not see one of the paths; names the nodes and paths."""
+        found = [
             f"node {rank} ({node.host}) does not see {', '.join(missing)}"
-            for rank, (node, missing) in enumerate(zip(self.nodes, self.missing(paths), strict=True))
+            for rank, (node, missing) in enumerate(zip(self.nodes, self.missing_paths(paths), strict=True))
             if missing
         ]
-        if blind:
-            message = f"{'; '.join(blind)}: it must lie on storage that all nodes share"
+        if found:
+            message = f"{'; '.join(found)}: it must be on storage that all nodes share"
             raise RunFailed(message, code=FailureCode.NOT_SHARED)
 
     def start(self, tasks: list[NodeTask]) -> None:
-        """Starts the ranks of every node: the task at index k is that of node rank k."""
+        """Starts the ranks of every node; the task at index k is for node rank k."""
         self.ask("start", [(task,) for task in tasks])
 
     def free_port(self, node_rank: int) -> int:
-        """A TCP port that is free on a node at this moment."""
+        """A TCP port that is free on the node at this moment."""
         port: int = self._ask_some([self.nodes[node_rank]], "free_port", [()])[0]
         return port
 
-    def order(self, **order: Any) -> None:
-        """Gives an order to every rank."""
+    def order(self, order: Order) -> None:
+        """Sends an order to every rank."""
         self.ask("order", [(order,)] * len(self.nodes))
 
-    def events(self, timeout_seconds: float) -> list[Event]:
-        """What ranks reported, each event with its `node_rank`; a node that is gone reports "node-lost"."""
+    def reports(self, timeout_seconds: float) -> list[Report]:
+        """The reports of the ranks, each with its `node_rank`, and a report "node-lost" for a lost node."""
         import ray
 
         for index, node in enumerate(self.nodes):
             if index not in self._pending.values():
-                self._pending[node.agent.next_events.remote(_POLL_SECONDS)] = index
+                self._pending[node.agent.next_reports.remote(_POLL_SECONDS)] = index
         ready, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=timeout_seconds)
-        found: list[Event] = []
+        found: list[Report] = []
         for reference in ready:
             index = self._pending.pop(reference)
             try:
-                found += [{**event, "node_rank": index} for event in ray.get(reference)]
+                for report in ray.get(reference):
+                    report["node_rank"] = index
+                    found.append(report)
             except ray.exceptions.RayActorError as error:
-                reason = first_line(error)
-                found.append({"report": "node-lost", "node_rank": index, "time": time.time(), "message": reason})
+                message = first_line(error)
+                found.append(NodeLostReport(report="node-lost", node_rank=index, time=time.time(), message=message))
         return found
 
     def end(self, grace_seconds: float) -> None:
@@ -235,7 +241,7 @@ class Nodes:
             ray.wait(endings, num_returns=len(endings), timeout=grace_seconds + 15)
 
     def close(self) -> None:
-        """Gives the nodes back, and ends the Ray that was started here."""
+        """Releases the nodes, and ends the Ray if it was started here."""
         import ray
 
         if not ray.is_initialized():
@@ -250,28 +256,30 @@ class Nodes:
             self._folder.remove()
 
     def _wait_for_group(self, wait_seconds: float) -> None:
-        deadline, told = time.monotonic() + wait_seconds, False
-        while not self._group.wait(timeout_seconds=1 if not told else 5):
+        deadline, logged = time.monotonic() + wait_seconds, False
+        while not self._group.wait(timeout_seconds=1 if not logged else 5):
             missing = self._missing()
-            if not told:
-                self._tell(f"waiting up to {wait_seconds:.0f} s for nodes: {missing}")
-                told = True
+            if not logged:
+                self._log(f"waiting up to {wait_seconds:.0f} s for nodes: {missing}")
+                logged = True
             if time.monotonic() > deadline:
                 message = f"after {wait_seconds:.0f} s there are not enough free nodes: {missing}"
                 raise RunFailed(message, code=FailureCode.NOT_ENOUGH_NODES)
 
     def _missing(self) -> str:
-        """What was asked for against what the cluster has, in words."""
+        """Describes what was requested and what the cluster has."""
         import ray
 
         try:
-            # Ray's public interface has what is free in all, not on each node.
+            # Ray's public API reports free resources only in total, not per node.
             from ray._private.state import available_resources_per_node
         except ImportError:
-            return f"{asked_in_words(self._needs)}; Ray {ray.__version__} does not report what is free on each node"
+            return (
+                f"{describe_request(self._resources)}; Ray {ray.__version__} does not report what is free on each node"
+            )
         free = available_resources_per_node()
         alive = [(node["Resources"], free.get(node["NodeID"], {})) for node in ray.nodes() if node["Alive"]]
-        return missing_in_words(self._needs, alive)
+        return describe_shortage(self._resources, alive)
 
     def _agent(self, index: int) -> Any:
         import ray
@@ -280,31 +288,33 @@ class Nodes:
         strategy = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=index)
         remote = ray.remote(_agent_class())
         return remote.options(
-            num_cpus=self._needs.cpus,
-            num_gpus=self._needs.gpus,
+            num_cpus=self._resources.cpus,
+            num_gpus=self._resources.gpus,
             scheduling_strategy=strategy,
             max_concurrency=4,
         ).remote()
 
 
-def missing_in_words(needs: Needs, nodes: Sequence[tuple[Mapping[str, float], Mapping[str, float]]]) -> str:
-    """What is asked for against what each node (has, has free) now, with what too many of them are short of."""
-    wanted = needs.bundle()
+def describe_shortage(
+    resources: NodeResources, nodes: Sequence[tuple[Mapping[str, float], Mapping[str, float]]]
+) -> str:
+    """Compares the request with each node's (total, free) resources, and names what large enough nodes lack."""
+    wanted = resources.bundle()
     large = [(has, free) for has, free in nodes if _holds(has, wanted)]
     ready = [free for _, free in large if _holds(free, wanted)]
-    text = f"{asked_in_words(needs)}; of {len(nodes)} in this Ray {len(large)} have that much, "
-    text += f"and {len(ready)} have it free now"
+    text = f"{describe_request(resources)}; nodes in this Ray: {len(nodes)}, large enough: {len(large)}, "
+    text += f"with enough free now: {len(ready)}"
     for key, value in wanted.items():
         short = [free.get(key, 0) for _, free in large if free.get(key, 0) < value]
         if short:
-            text += f"; {key}: too few free on {len(short)}, at most {max(short):g}"
+            text += f"; {key}: too few free on {len(short)} nodes, at most {max(short):g}"
     return text
 
 
-def asked_in_words(needs: Needs) -> str:
-    """What is asked for: asked for 2 nodes with 8 CPU and 8 GPU each."""
-    each = " and ".join(f"{value:g} {key}" for key, value in needs.bundle().items())
-    return f"asked for {needs.nodes} node{'s' if needs.nodes > 1 else ''} with {each} each"
+def describe_request(resources: NodeResources) -> str:
+    """Describes the request: "asked for 2 nodes with 8 CPU and 8 GPU each"."""
+    each = " and ".join(f"{value:g} {key}" for key, value in resources.bundle().items())
+    return f"asked for {resources.nodes} node{'s' if resources.nodes > 1 else ''} with {each} each"
 
 
 def _holds(found: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
@@ -312,6 +322,7 @@ def _holds(found: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
 
 
 def _clock_offset(node: Node) -> float:
+    """Seconds by which the node's clock is ahead, from the fastest of a few round trips."""
     answers = []
     for _ in range(_CLOCK_ROUNDS):
         asked = time.time()
@@ -322,7 +333,7 @@ def _clock_offset(node: Node) -> float:
 
 
 def _answers(references: list[Any], nodes: list[Node] | None = None, seconds: float = _ANSWER_SECONDS) -> list[Any]:
-    """What the agents answer, in order. Raises RunFailed, naming the node where it is known, for one that does not."""
+    """The agents' answers, in order. Raises RunFailed for an agent that fails or does not answer; names its node."""
     import ray
 
     found = []
@@ -334,7 +345,7 @@ def _answers(references: list[Any], nodes: list[Node] | None = None, seconds: fl
             message = f"{_named(index, nodes)}: {type(cause).__name__}: {first_line(cause)}"
             raise RunFailed(message, code=code_of(cause)) from None
         except ray.exceptions.RayError as error:
-            hint = "the same launcher must be installed on every node, in the Python that Ray runs there"
+            hint = "the same launcher version must be installed on every node, in the Python that Ray uses there"
             message = f"{_named(index, nodes)} does not answer: {first_line(error)}\n  {hint}"
             late = isinstance(error, ray.exceptions.GetTimeoutError)
             raise RunFailed(message, code=FailureCode.TIMEOUT if late else None) from None
@@ -354,7 +365,7 @@ def _agent_class() -> type:
         """The agent as a Ray actor."""
 
         def __init__(self) -> None:
-            # What it and its ranks write is for the run's owner alone.
+            # Only the run's owner may read what the agent and its ranks write.
             keep_private()
             super().__init__()
 
@@ -365,14 +376,14 @@ def _agent_class() -> type:
 
 
 def address_of(setting: str) -> str:
-    """The Ray address that a job's `cluster.address` means."""
+    """The Ray address of a job's `cluster.address`."""
     return os.environ.get("RAY_ADDRESS", "local") if setting == "auto" else setting
 
 
-def _order(placed: tuple[dict[str, Any], Node]) -> tuple[int, bool, list[int], str]:
-    """Nodes that were numbered when their Ray was started stand in that order, others in the order of addresses.
+def _sort_key(placed: tuple[dict[str, Any], Node]) -> tuple[int, bool, list[int], str]:
+    """Sorts nodes by the number in their label, if they have one, then by address.
 
-    IPv4 addresses are sorted by number, and others after them by text.
+    IPv4 addresses come first, by number; others follow, by text.
     """
     facts, node = placed
     parts = node.address.split(".")

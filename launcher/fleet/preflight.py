@@ -1,4 +1,4 @@
-"""The check of all nodes before ranks are started: a few seconds that save an allocation."""
+"""Checks all nodes before the ranks start."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from dataclasses import dataclass, field
 
 from launcher.errors import FailureCode, RunFailed
 from launcher.fleet.environment import rank_environment
-from launcher.fleet.inspect_node import NodeFacts, unseen
+from launcher.fleet.inspect_node import NodeFacts, missing_marks
 from launcher.fleet.nodes import Node, Nodes
 from launcher.plan.schema import Plan, World
 from launcher.run_dir import RunDir
 
 _SAME_VERSIONS = ("launcher", "torch", "deepspeed", "transformers")
 _CLOCK_SECONDS = 1.0
-# Loading torch from a network file system takes its time on many nodes at once.
-_REHEARSAL_SECONDS = 300.0
+# Many nodes that load torch from a network file system at once take long.
+_ALL_REDUCE_SECONDS = 300.0
 _GRACE_SECONDS = 60.0
 _GIB = 1024**3
 
 
 @dataclass(frozen=True)
 class NodeProblem:
-    """Why a node cannot take part: the kind, and a sentence with its hint."""
+    """Why a node cannot take part: a code, and a message with a hint."""
 
     code: FailureCode
     text: str
@@ -33,7 +33,7 @@ class NodeProblem:
 
 @dataclass
 class NodeCheck:
-    """A node as it was found: `problems` forbid a run, `notes` do not. Each note is a sentence with its hint."""
+    """The result of checking a node: `problems` prevent a run, `notes` do not. Each note has a hint."""
 
     node_rank: int
     node: Node
@@ -43,70 +43,70 @@ class NodeCheck:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the nodes are checked against. `room_bytes` is what a run writes; 0 where that is not known.
+class Requirements:
+    """What the nodes are checked against. `disk_bytes` is what a run writes; 0 if unknown.
 
-    `packages`: those that the plan's DeepSpeed JSON needs, each with the key that asks for it.
+    `packages`: the packages that the plan's DeepSpeed JSON needs, each with the key that needs it.
     """
 
     world: World
     versions: Mapping[str, str]
-    room_bytes: int
+    disk_bytes: int
     environment: Mapping[str, str]
-    users: Mapping[str, str]
+    job_env: Mapping[str, str]
     packages: Mapping[str, str] = field(default_factory=dict)
 
 
-def preflight(nodes: Nodes, wanted: Wanted, run: RunDir) -> list[NodeCheck]:
-    """Looks at every node, and has all of them reduce a tensor if there is nothing wrong so far. Starts no rank."""
-    checks = look(nodes, wanted, run)
+def preflight(nodes: Nodes, required: Requirements, run: RunDir) -> list[NodeCheck]:
+    """Checks every node, then runs one all-reduce over all nodes unless there are problems. Starts no rank."""
+    checks = inspect_nodes(nodes, required, run)
     if len(checks) > 1 and not any(check.problems for check in checks):
-        _rehearse(nodes, wanted, checks)
+        _try_all_reduce(nodes, required, checks)
     return checks
 
 
-def look(nodes: Nodes, wanted: Wanted, run: RunDir) -> list[NodeCheck]:
-    """What every node has and sees."""
+def inspect_nodes(nodes: Nodes, required: Requirements, run: RunDir) -> list[NodeCheck]:
+    """Checks what every node has and sees."""
     mark = secrets.token_hex(4)
     run.marks.mkdir(exist_ok=True)
     (run.marks / mark).write_text(mark)
     try:
         names = [f"{mark}-{rank}" for rank in range(len(nodes.nodes))]
-        facts = nodes.ask("look", [(str(run.path), name) for name in names])
-        # Who sees the launcher's mark, and whose mark the launcher sees, has the same directory as all the others.
-        blind = nodes.ask("unseen", [(str(run.path), [mark])] * len(names))
-        lost = set(unseen(str(run.path), names))
+        facts = nodes.ask("node_facts", [(str(run.path), name) for name in names])
+        # A node that sees the launcher's mark, and whose mark the launcher sees, has the same directory.
+        unseen = nodes.ask("missing_marks", [(str(run.path), [mark])] * len(names))
+        lost = set(missing_marks(str(run.path), names))
     finally:
         shutil.rmtree(run.marks, ignore_errors=True)
     checks = [NodeCheck(rank, node, found) for rank, (node, found) in enumerate(zip(nodes.nodes, facts, strict=True))]
-    for check, name, missing in zip(checks, names, blind, strict=True):
+    for check, name, missing in zip(checks, names, unseen, strict=True):
         check.problems += _file_problems(check.facts, bool(missing) or name in lost, run)
-        check.problems += machine_problems(check.facts, wanted, check.node)
-        check.notes += machine_notes(check.facts, wanted, check.node)
+        check.problems += machine_problems(check.facts, required, check.node)
+        check.notes += machine_notes(check.facts, required, check.node)
     note_mixed_gpus(checks)
     return checks
 
 
 def note_mixed_gpus(checks: Sequence[NodeCheck]) -> None:
-    """Notes each node whose GPUs are not those of most nodes."""
+    """Adds a note to each node whose GPUs differ from those of most nodes."""
     names = Counter(check.facts.gpu_name for check in checks if check.facts.gpus)
     for check in checks:
         usual = names.most_common(1)[0][0] if names else ""
         if check.facts.gpus and check.facts.gpu_name != usual:
             check.notes.append(
-                f"its GPUs are {check.facts.gpu_name}, and those of most nodes {usual}: every update takes as long as "
-                "on the slowest, and the least memory counts"
+                f"its GPUs are {check.facts.gpu_name}, but those of most nodes are {usual}: the slowest GPU and the "
+                "smallest GPU memory limit every update"
             )
 
 
 def differing_versions(checks: Sequence[NodeCheck]) -> list[str]:
-    """Packages that are not of the same version on all nodes."""
+    """Packages whose versions differ between nodes."""
     packages = dict.fromkeys(name for check in checks for name in check.facts.versions)
     return [name for name in packages if len({check.facts.versions.get(name, "missing") for check in checks}) > 1]
 
 
-def refuse(checks: Sequence[NodeCheck]) -> None:
-    """Raises RunFailed with every problem of every node, if there is one. The code is that of the first."""
+def raise_problems(checks: Sequence[NodeCheck]) -> None:
+    """Raises RunFailed with the problems of all nodes, if there are any. The code is that of the first problem."""
     found = [
         (problem.code, f"node {c.node_rank} ({c.node.host}): {problem.text}") for c in checks for problem in c.problems
     ]
@@ -114,99 +114,101 @@ def refuse(checks: Sequence[NodeCheck]) -> None:
         raise RunFailed("\n".join(text for _, text in found), code=found[0][0])
 
 
-def room_bytes(plan: Plan) -> int:
-    """What a run writes: its checkpoints, with one more while it is saved, and the exported model.
+def disk_bytes(plan: Plan) -> int:
+    """The bytes that a run writes: its checkpoints, one more while it saves, and the exported model.
 
-    A checkpoint has float32 weights and Adam's two moments (12 bytes) of what is trained and the weights themselves.
+    A checkpoint has the weights, and 12 bytes per trained parameter (float32 weights and Adam's two moments).
     """
     width = 4 if plan.precision == "fp32" else 2
-    weights = plan.model.parameters * width
-    checkpoint = weights + 12 * plan.model.trainable_parameters
+    weights = plan.training.model.parameters * width
+    checkpoint = weights + 12 * plan.training.model.trainable_parameters
     kept = plan.job.checkpoint.keep + 1 if plan.job.checkpoint.every else int(plan.job.checkpoint.save_final)
     return kept * checkpoint + (weights if plan.job.export else 0)
 
 
-def machine_problems(facts: NodeFacts, wanted: Wanted, node: Node) -> list[NodeProblem]:
-    """What forbids a run on a node with these facts."""
+def machine_problems(facts: NodeFacts, required: Requirements, node: Node) -> list[NodeProblem]:
+    """Problems that prevent a run on a node with these facts."""
     found: list[NodeProblem] = []
     for package in _SAME_VERSIONS:
-        have, want = facts.versions.get(package, "missing"), wanted.versions[package]
+        have, want = facts.versions.get(package, "missing"), required.versions[package]
         if have != want:
-            text = f"{package} {have}, and {want} where the run was planned: install the same there"
+            text = f"{package} {have}, but {want} in the plan: install the same version on this node"
             found.append(NodeProblem(FailureCode.VERSIONS_DIFFER, text))
-    for package, key in wanted.packages.items():
+    for package, key in required.packages.items():
         if package in facts.missing:
-            text = f"{package} is not installed, which {key} in the DeepSpeed JSON needs: pip install {package}"
+            text = f"{package} is not installed, but {key} in the DeepSpeed JSON needs it: pip install {package}"
             found.append(NodeProblem(FailureCode.PACKAGE_MISSING, text))
-    given = wanted.world.processes_per_node
-    if wanted.world.device == "cuda" and facts.gpus < given:
+    given = required.world.processes_per_node
+    if required.world.device == "cuda" and facts.gpus < given:
         text = (
-            f"{facts.gpus} GPUs seen of the {given} that were given ({', '.join(node.gpus)}): "
-            "see nvidia-smi there, and whether its torch is a CUDA build"
+            f"torch sees {facts.gpus} of the {given} assigned GPUs ({', '.join(node.gpus)}): "
+            "check nvidia-smi on this node, and whether its torch is a CUDA build"
         )
         found.append(NodeProblem(FailureCode.NODE_UNFIT, text))
-    if wanted.world.nodes > 1 and node.interface is None and not _named_by_user(wanted):
+    if required.world.nodes > 1 and node.interface is None and not _named_by_user(required):
         text = (
-            f"no interface has the address {node.address}, at which the others reach it: "
-            "name it in cluster.env as GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+            f"no interface has the address {node.address}, at which the other nodes reach it: "
+            "name the interface in cluster.env as GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
         )
         found.append(NodeProblem(FailureCode.NETWORK, text))
     return found
 
 
-def machine_notes(facts: NodeFacts, wanted: Wanted, node: Node) -> list[str]:
-    """What is odd and no reason to stop."""
+def machine_notes(facts: NodeFacts, required: Requirements, node: Node) -> list[str]:
+    """Notes that do not prevent a run."""
     found = []
     if abs(node.clock_offset_seconds) > _CLOCK_SECONDS:
         found.append(
-            f"its clock is {node.clock_offset_seconds:+.1f} s off: times in its logs are shifted by as much; run chrony"
+            f"its clock is {node.clock_offset_seconds:+.1f} s off, and so are the times in its logs: run chrony"
         )
-    if wanted.world.device == "cuda" and not facts.nvcc:
+    if required.world.device == "cuda" and not facts.nvcc:
         found.append(
-            "no nvcc (CUDA_HOME), with which DeepSpeed builds its fused Adam where it was not built before: "
-            'should ranks fail for it, give optimizer.params "torch_adam": true in the DeepSpeed JSON'
+            "nvcc not found (CUDA_HOME), which DeepSpeed needs to build its fused Adam: if ranks fail because of it, "
+            'set "torch_adam": true in optimizer.params of the DeepSpeed JSON'
         )
-    if not facts.unwritable and facts.free_bytes < wanted.room_bytes:
+    if not facts.unwritable and facts.free_bytes < required.disk_bytes:
         found.append(
             f"{facts.free_bytes / _GIB:.1f} GiB free for the run directory, which may need "
-            f"{wanted.room_bytes / _GIB:.1f} GiB: make room, or keep fewer checkpoints (checkpoint.keep)"
+            f"{required.disk_bytes / _GIB:.1f} GiB: free disk space, or keep fewer checkpoints (checkpoint.keep)"
         )
     return found
 
 
-def _named_by_user(wanted: Wanted) -> bool:
-    given = {**wanted.environment, **wanted.users}
+def _named_by_user(required: Requirements) -> bool:
+    given = {**required.environment, **required.job_env}
     return "GLOO_SOCKET_IFNAME" in given or "NCCL_SOCKET_IFNAME" in given
 
 
-def _file_problems(facts: NodeFacts, apart: bool, run: RunDir) -> list[NodeProblem]:
-    """Whether the run directory is one and the same for all."""
+def _file_problems(facts: NodeFacts, not_shared: bool, run: RunDir) -> list[NodeProblem]:
+    """Problems with the run directory, which must be the same folder on all nodes."""
     hint = "output_dir must be storage that all nodes share"
     if facts.unwritable:
-        text = f"it cannot write to {run.path} ({facts.unwritable}): {hint}"
-    elif apart:
-        text = f"its {run.path} is not the launcher's: one does not see what the other wrote there; {hint}"
+        text = f"cannot write to {run.path} ({facts.unwritable}): {hint}"
+    elif not_shared:
+        text = f"its {run.path} is not the launcher's: files written on one are not visible on the other; {hint}"
     else:
         return []
     return [NodeProblem(FailureCode.NOT_SHARED, text)]
 
 
-def _rehearse(nodes: Nodes, wanted: Wanted, checks: list[NodeCheck]) -> None:
-    """One all-reduce, a process a node, over the interfaces that were found."""
+def _try_all_reduce(nodes: Nodes, required: Requirements, checks: list[NodeCheck]) -> None:
+    """One all-reduce, with one process per node, over the interfaces that were found."""
     shared = {
         "MASTER_ADDR": nodes.nodes[0].address,
         "MASTER_PORT": str(nodes.free_port(0)),
         "WORLD_SIZE": str(len(checks)),
-        "LAUNCHER_BACKEND": wanted.world.backend,
+        "LAUNCHER_BACKEND": required.world.backend,
     }
     orders = []
     for check in checks:
-        own = rank_environment(wanted.world, check.node.interface, wanted.environment, wanted.users)
-        orders.append(({**own, **shared, "RANK": str(check.node_rank), "LOCAL_RANK": "0"}, _REHEARSAL_SECONDS))
-    for check, wrong in zip(checks, nodes.ask("rehearse", orders, _REHEARSAL_SECONDS + _GRACE_SECONDS), strict=True):
-        if wrong:
+        own = rank_environment(required.world, check.node.interface, required.environment, required.job_env)
+        orders.append(({**own, **shared, "RANK": str(check.node_rank), "LOCAL_RANK": "0"}, _ALL_REDUCE_SECONDS))
+    for check, error in zip(
+        checks, nodes.ask("try_all_reduce", orders, _ALL_REDUCE_SECONDS + _GRACE_SECONDS), strict=True
+    ):
+        if error:
             text = (
-                f"a small all-reduce over {check.node.interface} with {wanted.world.backend} failed: {wrong}: "
-                "open TCP between the nodes, or name the interface in cluster.env"
+                f"a small all-reduce over {check.node.interface} with {required.world.backend} failed: {error}: "
+                "allow TCP between the nodes, or name the interface in cluster.env"
             )
             check.problems.append(NodeProblem(FailureCode.NETWORK, text))

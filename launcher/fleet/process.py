@@ -1,4 +1,4 @@
-"""One rank as an ordinary process: its orders, its reports, its log and its end."""
+"""One rank as an ordinary process: its orders, reports, log and exit."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from launcher.records import AgentReport, ExitReport, Order, parse_report
 from launcher.run_dir import utc_now
 
-OnEvent = Callable[[dict[str, Any]], None]
+OnReport = Callable[[AgentReport], None]
 _LOG_GRACE_SECONDS = 3.0
 _LINE_END = re.compile(rb"[\r\n]+")
 
 
 class RankProcess:
-    """A started rank. `on_event` is told each report of it, and last of all its exit; from other threads."""
+    """A started rank. `on_report` is called, from other threads, for each of its reports and last for its exit."""
 
     def __init__(
-        self, rank: int, command: Sequence[str], environment: Mapping[str, str], log: Path, on_event: OnEvent
+        self, rank: int, command: Sequence[str], environment: Mapping[str, str], log: Path, on_report: OnReport
     ) -> None:
-        """Raises OSError where the log cannot be opened."""
+        """Raises OSError if the log cannot be opened."""
         self.rank = rank
-        self._on_event = on_event
+        self._on_report = on_report
         self._lock = threading.Lock()
         log_file = log.open("ab", buffering=0)
         report_in, report_out = os.pipe()
@@ -40,7 +41,7 @@ class RankProcess:
             stderr=subprocess.STDOUT,
             env={**environment, "LAUNCHER_REPORT_FD": str(report_out)},
             pass_fds=(report_out,),
-            # A group of its own, so that the whole rank can be ended, and a terminal's Ctrl-C does not reach it.
+            # Its own process group, to end the whole rank and to keep a terminal's Ctrl-C from it.
             start_new_session=True,
         )
         os.close(report_out)
@@ -60,8 +61,8 @@ class RankProcess:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def order(self, **order: Any) -> None:
-        """Sends the rank an order; one that has ended hears nothing."""
+    def order(self, order: Order) -> None:
+        """Sends the rank an order; does nothing if it has ended."""
         stdin = self._process.stdin
         assert stdin is not None
         with self._lock, contextlib.suppress(BrokenPipeError, ValueError):
@@ -74,7 +75,7 @@ class RankProcess:
             os.killpg(self._process.pid, number)
 
     def wait(self, timeout_seconds: float) -> bool:
-        """Whether the rank has ended within the time."""
+        """Waits for the end of the rank. Returns whether it ended within the time."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout_seconds)
         return not self.alive()
@@ -82,21 +83,24 @@ class RankProcess:
     def _read_reports(self, reports: IO[bytes]) -> None:
         with reports:
             for line in reports:
-                with contextlib.suppress(json.JSONDecodeError):
-                    self._on_event({**json.loads(line), "rank": self.rank})
+                if (report := parse_report(line)) is not None:
+                    report["rank"] = self.rank
+                    self._on_report(report)
 
     def _wait(self, readers: Sequence[threading.Thread]) -> None:
         code = self._process.wait()
         ended = time.time()
-        # What the rank started must not outlive it; then its pipes close and the log is whole.
+        # The rank's child processes must not outlive it. Their end closes the pipes and completes the log.
         self.send_signal(signal.SIGKILL)
         for reader in readers:
             reader.join(_LOG_GRACE_SECONDS)
-        self._on_event({"report": "exit", "rank": self.rank, "code": code, "time": ended})
+        self._on_report(ExitReport(report="exit", rank=self.rank, code=code, time=ended))
 
 
-def finished(command: Sequence[str], environment: Mapping[str, str], timeout_seconds: float) -> tuple[int | str, str]:
-    """The exit status of a short command, or that it did not end in time, and what it printed."""
+def run_command(
+    command: Sequence[str], environment: Mapping[str, str], timeout_seconds: float
+) -> tuple[int | str, str]:
+    """Runs a short command. Returns its exit status, or a message if it did not end in time, and its output."""
     try:
         done = subprocess.run(
             list(command),
@@ -113,10 +117,9 @@ def finished(command: Sequence[str], environment: Mapping[str, str], timeout_sec
 
 
 def stop_all(processes: Sequence[RankProcess], grace_seconds: float) -> None:
-    """Ends the processes: SIGTERM, and SIGKILL for those that are still there after the grace time.
+    """Ends the processes: SIGTERM, then SIGKILL for those that are still running after the grace time.
 
-    A process that blocks SIGTERM, as the launcher's own ranks do under Slurm, would only wait for the grace time to
-    pass: it is killed at once.
+    A process that blocks SIGTERM, as the launcher's own ranks do under Slurm, is killed at once.
     """
     for process in processes:
         process.send_signal(signal.SIGKILL if blocks_sigterm(process.pid) else signal.SIGTERM)
@@ -129,7 +132,7 @@ def stop_all(processes: Sequence[RankProcess], grace_seconds: float) -> None:
 
 
 def blocks_sigterm(pid: int) -> bool:
-    """Whether the main thread of a process has SIGTERM blocked. False for one that has ended."""
+    """Whether the main thread of a process blocks SIGTERM. False if the process has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -139,9 +142,9 @@ def blocks_sigterm(pid: int) -> bool:
 
 
 def _copy_lines(source: IO[bytes], log: IO[bytes]) -> None:
-    """Writes what a rank prints to its log, each line with the time at which it came.
+    """Writes a rank's output to its log, each line with the time at which it arrived.
 
-    What cannot be written is lost, and the next is tried: a rank whose output nobody took any more would end of that.
+    Lines that cannot be written are dropped: a rank fails when nobody reads its output any more.
     """
     rest = b""
     with source, log:
@@ -154,7 +157,7 @@ def _copy_lines(source: IO[bytes], log: IO[bytes]) -> None:
 
 
 def _write(log: IO[bytes], lines: Sequence[bytes]) -> None:
-    # A full disk is the rank's own to report, where it writes what counts.
+    # The rank itself reports a full disk.
     with contextlib.suppress(OSError):
         log.write(_stamped(lines))
 

@@ -1,7 +1,7 @@
-"""The temporary folder of a Ray that the launcher starts: private, and removed later where its owner was killed.
+"""The private temporary folder of a Ray that the launcher starts; removed later if its owner was killed.
 
-Ray makes its own folder readable and writable by everybody (mode 0777). So it gets one below a folder that only this
-user may enter, and the token is beside it, where nobody else can replace it.
+Ray makes its own folder readable and writable by everybody (mode 0777). It is therefore inside a folder that only this
+user may enter. The token is there too, where nobody else can replace it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _OWNER = "owner.json"
 
 
 class RayFolder:
-    """A folder of this process, mode 0700, locked for as long as the process lives.
+    """A folder of this process, mode 0700, locked while the process runs.
 
-    Names are short: Ray's sockets are in here, and the path of a socket may have 107 bytes at most.
+    Its name is short: it contains Ray's sockets, whose paths may have at most 107 bytes.
     """
 
     def __init__(self, parent: Path = _PARENT) -> None:
@@ -36,11 +36,11 @@ class RayFolder:
 
     @property
     def ray(self) -> Path:
-        """What Ray is given as its own folder. Ray makes it, with mode 0777."""
+        """The folder for Ray, which creates it with mode 0777."""
         return self.path / "r"
 
     def remove(self) -> None:
-        """Removes the folder and all that is in it."""
+        """Removes the folder and its contents."""
         shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
@@ -48,10 +48,10 @@ class RayFolder:
 
 
 def remove_abandoned(parent: Path = _PARENT) -> None:
-    """Removes the folders of this user's launchers that ended without doing so themselves, as after kill -9.
+    """Removes the folders of this user's launchers that ended without removing them, as after kill -9.
 
-    A lock decides, not the process id: the kernel releases it with its holder, and it is also seen from another
-    container that has the same /tmp, where process ids mean other processes.
+    A lock decides, not the process id: the kernel releases the lock when its holder ends, also for other containers
+    that share /tmp, where process ids differ.
     """
     for folder in parent.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
@@ -65,7 +65,7 @@ def _is_own_folder(folder: Path) -> bool:
 
 
 def _remove_if_abandoned(folder: Path) -> None:
-    """Raises OSError if its owner holds the lock, and if it has no owner file: it is being made at this moment."""
+    """Raises OSError if the owner holds the lock, or if there is no owner file: the folder is just being made."""
     owner = os.open(folder / _OWNER, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,9 +75,9 @@ def _remove_if_abandoned(folder: Path) -> None:
 
 
 def _locked_owner_file(folder: Path) -> int | None:
-    """Who owns the folder, for people to read. The file appears under its name once it is locked.
+    """Writes and locks the owner file, which people may read. It gets its final name once it is locked.
 
-    None where the file system has no locks: then the folder is left alone by others.
+    Returns None if the file system has no locks: then other processes do not remove the folder.
     """
     process = psutil.Process()
     record = {"host": socket.gethostname(), "pid": process.pid, "started": process.create_time()}

@@ -1,6 +1,6 @@
-"""Whether Ray's head process still runs, without which a run cannot go on.
+"""Checks that Ray's head process runs; a run cannot continue without it.
 
-Ray itself does not report this: calls wait, the agents end by themselves, and after a minute Ray ends this process.
+Ray itself does not report its loss: calls wait, the agents end, and after a minute Ray ends this process.
 """
 
 from __future__ import annotations
@@ -9,32 +9,32 @@ import socket
 import time
 
 OWN_SECONDS = 10.0
-"""A head of the run's own does not come back."""
+"""A head that this process started is not restarted."""
 JOINED_SECONDS = 40.0
-"""The head of a Ray that was joined may be started again; Ray itself waits for 60 seconds."""
-_LOOK_SECONDS, _CONNECT_SECONDS = 2.0, 2.0
-_LEAST_MISSED = 3
-"""One look that fails after a long wait is not enough."""
+"""The head of a joined Ray may be restarted; Ray itself waits for 60 seconds."""
+_CHECK_SECONDS, _CONNECT_SECONDS = 2.0, 2.0
+_MIN_FAILED = 3
+"""One failed attempt after a long pause is not enough."""
 
 
 class RayHead:
-    """The head process (GCS) at `address`, host:port. It is gone once nothing has listened there for so long."""
+    """The head process (GCS) at `address`, host:port. It is lost if nothing listens there for `patience_seconds`."""
 
     def __init__(self, address: str, patience_seconds: float) -> None:
         self.address, self._patience = address, patience_seconds
-        self._looked = self._answered = time.monotonic()
-        self._missed = 0
+        self._checked = self._answered = time.monotonic()
+        self._failed = 0
 
     def gone(self) -> bool:
-        """Whether it is gone. Looks every two seconds at most."""
+        """Whether the head is lost. Connects at most every two seconds."""
         now = time.monotonic()
-        if now - self._looked >= _LOOK_SECONDS:
-            self._looked = now
+        if now - self._checked >= _CHECK_SECONDS:
+            self._checked = now
             if self._answers():
-                self._answered, self._missed = now, 0
+                self._answered, self._failed = now, 0
             else:
-                self._missed += 1
-        return self._missed >= _LEAST_MISSED and now - self._answered >= self._patience
+                self._failed += 1
+        return self._failed >= _MIN_FAILED and now - self._answered >= self._patience
 
     def _answers(self) -> bool:
         host, _, port = self.address.rpartition(":")

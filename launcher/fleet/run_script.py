@@ -1,11 +1,11 @@
-"""The leash of a script: `python -m launcher.fleet.run_script FOLDER ARGUMENTS…` becomes `python ARGUMENTS…` in FOLDER.
+"""Runs a user's script as a rank: `python -m launcher.fleet.run_script FOLDER ARGUMENTS…` becomes `python ARGUMENTS…`.
 
-Scripts hear no orders. So the process that the agent started leaves a watcher behind, in its own process group, and
-then turns into the script: the rank's process id, exit status, signals, memory and stack are the script's own. The
-watcher holds the agent's line, which was standard input. Where that closes, the agent is gone, and the whole group is
-killed. The order to stop is passed on once, as SIGTERM, and a script that does not end in time is killed.
+The process that the agent started forks a watcher in its process group, changes to FOLDER and then executes the script:
+the rank's process id, exit status, signals, memory and stack are those of the script. The watcher reads the agent's
+orders from what was standard input. When it closes, the agent is gone, and the watcher kills the whole group. It passes
+the order to stop on once, as SIGTERM, and kills a script that does not end in time.
 
-Standard library alone: this runs once a rank, before whatever the script imports.
+Imports only the standard library: this runs once per rank, before the imports of the script.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 STOP_GRACE_SECONDS = 60
-"""What a script has for saving after SIGTERM."""
+"""The time that a script has after SIGTERM, for saving."""
 
 
 def main() -> None:
     """Does not return: the process becomes the script."""
     folder, *arguments = sys.argv[1:]
     os.chdir(folder)
-    environment = {**os.environ, **companions(os.environ), "LAUNCHER_REPORT_PID": str(os.getpid())}
-    # Under Slurm the agent and what it starts have SIGTERM blocked. A script may save when it gets one.
+    environment = {**os.environ, **torchrun_variables(os.environ), "LAUNCHER_REPORT_PID": str(os.getpid())}
+    # Under Slurm the agent and its children block SIGTERM; a script may use it to save.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    _leave_watcher()
+    _fork_watcher()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.execve(sys.executable, [sys.executable, *filled(arguments, os.environ)], environment)
+    os.execve(sys.executable, [sys.executable, *fill_placeholders(arguments, os.environ)], environment)
 
 
-def companions(environment: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun and the deepspeed launcher set besides the variables that every rank has.
+def torchrun_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that torchrun and the deepspeed launcher set besides those that every rank has.
 
-    Not TORCHELASTIC_USE_AGENT_STORE: with it torch.distributed takes torchrun's own store to be there.
+    TORCHELASTIC_USE_AGENT_STORE is left out: with it torch.distributed expects torchrun's own store.
     """
     rank, world, node = (environment[name] for name in ("RANK", "WORLD_SIZE", "GROUP_RANK"))
     local = environment["LOCAL_WORLD_SIZE"]
@@ -47,16 +47,16 @@ def companions(environment: Mapping[str, str]) -> dict[str, str]:
     return {**torchrun, "LOCAL_SIZE": local, "CROSS_RANK": node, "CROSS_SIZE": nodes}
 
 
-def filled(arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """The arguments with what differs between ranks in the place of {rank} and {local_rank}."""
+def fill_placeholders(arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """The arguments with {rank} and {local_rank} replaced by their values."""
     values = {"{rank}": environment["RANK"], "{local_rank}": environment["LOCAL_RANK"]}
     for name, value in values.items():
         arguments = [argument.replace(name, value) for argument in arguments]
     return list(arguments)
 
 
-def _leave_watcher() -> None:
-    """Forks twice, so that the script does not find a child that it knows nothing of."""
+def _fork_watcher() -> None:
+    """Forks twice, so that the watcher is not a child of the script."""
     script = os.getpid()
     child = os.fork()
     if child:
@@ -72,9 +72,9 @@ def _leave_watcher() -> None:
 
 
 def watch(orders: Iterable[bytes], script: int) -> None:
-    """Passes orders on until there are no more, which is when the agent is gone."""
+    """Handles orders until the agent is gone."""
     signal.signal(signal.SIGALRM, lambda *_: _kill_group())
-    # The agent signals the group; what comes of it is the script's to decide.
+    # The agent signals the whole group, but only the script decides when to end.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     stopped = False
     for line in orders:

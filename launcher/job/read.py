@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from launcher.errors import Problem, RequestError, nearest
-from launcher.job.schema import JOB_NAME_PATTERN, LENGTHS, NAME_PATTERN, Job
+from launcher.job.schema import JOB_NAME_PATTERN, LENGTHS, NAME_PATTERN, AnyJob, Job, ScriptJob
 
 KeyPath = tuple[str, ...]
 Lines = dict[KeyPath, int]
@@ -21,7 +21,6 @@ COMMAND_LINE = 0
 _SECTION_SHOWN = 6
 _TEXT = "tag:yaml.org,2002:str"
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-AnyJob = TypeVar("AnyJob", bound=Job)
 
 
 class _Loader(yaml.SafeLoader):
@@ -32,14 +31,8 @@ class _Loader(yaml.SafeLoader):
         return _TEXT if tag in _NUMBERS and ":" in value else tag
 
 
-def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
-    """The validated job. Raises RequestError with every problem that was found, each with its line."""
-    data, lines = load_job(path, overrides)
-    return validate_job(data, lines, str(path))
-
-
-def load_job(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Lines]:
-    """What the job file says, with the overrides, and where. Raises RequestError where that is no mapping."""
+def read_data(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Lines]:
+    """The content of a job file with the overrides, and the line of each key. Raises RequestError."""
     data, lines = load_yaml(read_text(path), str(path))
     if not isinstance(data, dict):
         raise RequestError(
@@ -55,20 +48,16 @@ def load_job(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Line
     return data, lines
 
 
-def validate_job(data: dict[str, Any], lines: Lines | None = None, origin: str = "the job") -> Job:
-    """`data` as a Job. Raises RequestError with one Problem a fault."""
-    return validate_as(Job, data, lines, origin)
-
-
-def validate_as(kind: type[AnyJob], data: dict[str, Any], lines: Lines | None, origin: str) -> AnyJob:
-    """`data` as a job of one kind. Raises RequestError as `validate_job` does."""
+def validate_job(data: dict[str, Any], lines: Lines | None = None, origin: str = "the job") -> AnyJob:
+    """`data` as a job: one for a script if it has that section. Raises RequestError with one Problem per fault."""
+    kind = ScriptJob if "script" in data else Job
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise RequestError(*_problems(error, data, lines or {}, origin)) from None
+        raise RequestError(*_problems(error, data, lines or {}, origin, kind)) from None
 
 
-def explicit_keys(job: Job) -> frozenset[str]:
+def explicit_keys(job: AnyJob) -> frozenset[str]:
     """Dotted names of the keys that the user gave a value of their own: not left out, and not 'auto'."""
     return frozenset(_explicit(job, ()))
 
@@ -208,12 +197,12 @@ def place_of(path: KeyPath, lines: Lines, origin: str) -> tuple[str, int | None]
     return ("command line", None) if line == COMMAND_LINE else (origin, line)
 
 
-def _problems(error: ValidationError, data: Any, lines: Lines, origin: str) -> list[Problem]:
+def _problems(error: ValidationError, data: Any, lines: Lines, origin: str, kind: type[AnyJob]) -> list[Problem]:
     grouped: dict[KeyPath, list[ErrorDetails]] = {}
     for detail in error.errors():
         path = _path_in(data, detail)
         grouped.setdefault(path, []).append(detail)
-    return [_problem(path, details, lines, origin) for path, details in grouped.items()]
+    return [_problem(path, details, lines, origin, kind) for path, details in grouped.items()]
 
 
 def _path_in(data: Any, detail: ErrorDetails) -> KeyPath:
@@ -231,19 +220,21 @@ def _path_in(data: Any, detail: ErrorDetails) -> KeyPath:
     return tuple(path)
 
 
-def _problem(path: KeyPath, details: list[ErrorDetails], lines: Lines, origin: str) -> Problem:
+def _problem(path: KeyPath, details: list[ErrorDetails], lines: Lines, origin: str, kind: type[AnyJob]) -> Problem:
     key, detail = ".".join(part if part.isprintable() else repr(part) for part in path), details[0]
     file, line = place_of(path, lines, origin)
     told = partial(Problem, file=file, line=line, key=key or None)
     if detail["type"] == "extra_forbidden":
-        return told("there is no such key", hint=_hint_unknown(path))
+        return told("there is no such key", hint=_hint_unknown(path, kind))
     if detail["type"] == "missing":
+        if path in _NEEDED_WITHOUT_SCRIPT:
+            return told("this key is needed", hint=f"{_describe(path, kind)}. {_SCRIPT}")
         short = isinstance(detail["loc"][-1], int)
-        return told("it has too few values" if short else "this key is needed", hint=_describe(path))
+        return told("it has too few values" if short else "this key is needed", hint=_describe(path, kind))
     wanted = " or ".join(dict.fromkeys(_wanted(d) for d in details)).replace(" or must be ", " or ")
     if detail["type"] == "value_error":
         return told(wanted)
-    return told(f"{wanted}, found {_show(detail['input'])}", hint=_meant(details) or _describe(path))
+    return told(f"{wanted}, found {_show(detail['input'])}", hint=_meant(details) or _describe(path, kind))
 
 
 def _meant(details: list[ErrorDetails]) -> str | None:
@@ -282,18 +273,20 @@ def _wanted(detail: ErrorDetails) -> str:
     return detail["msg"].replace("Input should be", "must be")
 
 
+_NEEDED_WITHOUT_SCRIPT = (("model",), ("data",))
+_SCRIPT = "A job that runs your own script has a section `script` instead"
 _PATTERNS = {
     NAME_PATTERN: "must be text without line breaks and control characters",
     JOB_NAME_PATTERN: "must be letters, digits, '.', '_' and '-', at most 64, the first a letter or digit",
 }
 
 
-def _hint_unknown(path: KeyPath) -> str:
-    section = _section_at(path[:-1])
+def _hint_unknown(path: KeyPath, kind: type[AnyJob]) -> str:
+    section = _section_at(path[:-1], kind)
     if section is None:
         return "remove it"
     names = list(section.model_fields)
-    elsewhere = [f"{name}.{path[-1]}" for name, inner in _sections() if path[-1] in inner.model_fields]
+    elsewhere = [f"{name}.{path[-1]}" for name, inner in _sections(kind) if path[-1] in inner.model_fields]
     if elsewhere:
         return f"it belongs in {' or '.join(elsewhere)}"
     head, dot, rest = path[-1].partition(".")
@@ -305,8 +298,8 @@ def _hint_unknown(path: KeyPath) -> str:
     return f"valid here: {', '.join(names)}"
 
 
-def _describe(path: KeyPath) -> str | None:
-    section = _section_at(path[:-1])
+def _describe(path: KeyPath, kind: type[AnyJob]) -> str | None:
+    section = _section_at(path[:-1], kind)
     info = section.model_fields.get(path[-1]) if section and path else None
     if info is None or info.description:
         return info.description if info else None
@@ -314,14 +307,14 @@ def _describe(path: KeyPath) -> str | None:
     return f"a section of its own: {', '.join(list(inner.model_fields)[:_SECTION_SHOWN])}, …" if inner else None
 
 
-def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
-    for name, info in Job.model_fields.items():
+def _sections(kind: type[AnyJob]) -> Iterator[tuple[str, type[BaseModel]]]:
+    for name, info in kind.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             yield name, info.annotation
 
 
-def _section_at(path: KeyPath) -> type[BaseModel] | None:
-    section: type[BaseModel] | None = Job
+def _section_at(path: KeyPath, kind: type[AnyJob]) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = kind
     for part in path:
         if part.isdigit():
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -352,14 +353,35 @@ class CheckpointSection(Section):
     save_final: bool = Field(True, description="Save one at the end as well.")
 
 
-class Job(Section):
-    """A fine-tuning job: one YAML file."""
+def _words(value: Any) -> Any:
+    """A command in one line, as its words."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return shlex.split(value)
+    except ValueError as error:
+        raise PydanticCustomError("not_a_command", "a quote is not closed ({why})", {"why": str(error)}) from None
+
+
+class ScriptSection(Section):
+    """Your own training script, which brings its model and data. It makes the job one for a script."""
+
+    command: Annotated[list[Annotated[str, Field(pattern=r"^[^\x00]*$")]], BeforeValidator(_words)] = Field(
+        default_factory=list,
+        description="A Python file, or -m MODULE, and its arguments: a list, or one line. Default: what "
+        "`launcher exec` is given after --.",
+    )
+    folder: Name = Field(
+        ".", description="The folder in which every rank runs the script, on storage that all nodes see."
+    )
+
+
+class JobBase(Section):
+    """What every job has."""
 
     name: Annotated[str, Field(pattern=JOB_NAME_PATTERN)] = Field(
         "job", description="Letters, digits, '.', '_' and '-'. Default: the job file's name."
     )
-    model: ModelSection
-    data: DataSection
     train: TrainSection = Field(default_factory=TrainSection)
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     deepspeed: Name | dict[str, Any] = Field(
@@ -372,3 +394,35 @@ class Job(Section):
     slurm: SlurmSection = Field(default_factory=SlurmSection)
     export: bool = Field(True, description="Write a Hugging Face folder (safetensors) at the end.")
     output_dir: Name = Field("runs", description="Run directories are made in here, on storage that all nodes see.")
+
+
+class Job(JobBase):
+    """A fine-tuning job: one YAML file."""
+
+    model: ModelSection
+    data: DataSection
+
+
+class ScriptJob(JobBase):
+    """A job that runs your own script. A model named here is measured for advice on the learning rate."""
+
+    script: ScriptSection = Field(default_factory=ScriptSection)
+    model: ModelSection | None = None
+    data: DataSection | None = None
+
+
+AnyJob = Job | ScriptJob
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a job file: model and data are required unless it has a script."""
+    training, document = Job.model_json_schema(), ScriptJob.model_json_schema()
+    document["properties"] |= {name: training["properties"][name] for name in ("model", "data")}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **document,
+        "title": "launcher job file",
+        "description": "A fine-tuning job, or with `script` a job that runs your own script.",
+        "if": {"not": {"required": ["script"]}},
+        "then": {"required": ["model", "data"]},
+    }

@@ -7,22 +7,23 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from launcher.job.schema import Job
+from launcher.job.schema import AnyJob
 
 AnySection = TypeVar("AnySection", bound=BaseModel)
+JobT = TypeVar("JobT", bound=AnyJob)
 
 
-def set_keys(job: Job) -> list[str]:
+def set_keys(job: AnyJob) -> list[str]:
     """Dotted names of every section and key that was set, 'auto' and null included, in alphabetical order."""
     return sorted(_set_in(job, ""))
 
 
-def changed_keys(job: Job) -> list[str]:
+def changed_keys(job: AnyJob) -> list[str]:
     """Dotted names of every section and key whose value differs from its default, in alphabetical order."""
     return sorted(_changed_in(job, ""))
 
 
-def with_set_keys(job: Job, names: Iterable[str]) -> Job:
+def with_set_keys(job: JobT, names: Iterable[str]) -> JobT:
     """The same job, in which `names` and no other keys count as set. Raises ValueError for a name it does not have."""
     wanted = set(names)
     marked = _marked(job, wanted, "")

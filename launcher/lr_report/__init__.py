@@ -1,1 +1,1 @@
-"""The learning-rate report: curves of a job, a run or a DeepSpeed JSON, in the terminal and as PNG, CSV and JSON."""
+"""The learning-rate report of a job, a run or a DeepSpeed JSON: in the terminal and as PNG, CSV and JSON."""

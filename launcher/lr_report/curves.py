@@ -1,4 +1,4 @@
-"""Learning-rate curves as numbers: their figures, the updates worth showing, and a plan's short form."""
+"""Learning-rate curves: their statistics, key updates, and a plan's summary in a few lines."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from typing import Any
 from launcher.plan.learning_rate import planned_rates
 from launcher.plan.revision import schedule_of
 from launcher.plan.schema import Plan, Reason
-from launcher.schedule.curve import Schedule, make_schedule, rates
+from launcher.schedule.curve import Schedule, lr_curve, make_schedule
 
 BARS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The rates that updates are made with: one for every number in `updates`, which rise.
+    """The learning rate of each update in `updates`, which are in increasing order.
 
-    `floor_lr` is what the rate decays to, where that is known.
+    `floor_lr`: the learning rate at the end of the decay, if known.
     """
 
     name: str
-    rates: tuple[float, ...]
+    lrs: tuple[float, ...]
     updates: tuple[int, ...]
     floor_lr: float | None = None
 
     @classmethod
-    def of(cls, name: str, rates: Sequence[float], floor_lr: float | None = None) -> Curve:
+    def of(cls, name: str, lrs: Sequence[float], floor_lr: float | None = None) -> Curve:
         """The curve of a whole run, from update 0."""
-        return cls(name, tuple(rates), tuple(range(len(rates))), floor_lr)
+        return cls(name, tuple(lrs), tuple(range(len(lrs))), floor_lr)
 
     def at(self, update: int) -> float | None:
-        """The rate of an update; None where the curve has none."""
-        place = bisect_left(self.updates, update)
-        return self.rates[place] if place < len(self.updates) and self.updates[place] == update else None
+        """The learning rate of an update; None if the curve does not have the update."""
+        index = bisect_left(self.updates, update)
+        return self.lrs[index] if index < len(self.updates) and self.updates[index] == update else None
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What a curve comes to. Rates are absolute; `area` is the sum of all rates.
+class CurveStats:
+    """Statistics of a curve. `area` is the sum of all learning rates.
 
-    `half_update` and `highest_update` are the first updates at half of the highest rate and at that rate.
-    `at_floor` counts the updates made at `floor_lr` or below; `area_updates` is the area in updates at the
-    highest rate.
+    `half_update` and `highest_update` are the first updates at half of the highest learning rate and at the highest.
+    `at_floor`: number of updates at `floor_lr` or below. `area_updates`: the area as a number of updates at the highest
+    learning rate.
     """
 
     highest_lr: float
@@ -58,32 +58,32 @@ class Figures:
     area_updates: float
 
 
-def figures(curve: Curve) -> Figures:
-    """The figures of a curve with one update or more; without a floor of its own its lowest rate counts as that."""
-    highest, floor = max(curve.rates), min(curve.rates) if curve.floor_lr is None else curve.floor_lr
-    area = math.fsum(curve.rates)
-    return Figures(
+def curve_stats(curve: Curve) -> CurveStats:
+    """The statistics of a curve with one update or more. Without `floor_lr` the lowest learning rate is the floor."""
+    highest, floor = max(curve.lrs), min(curve.lrs) if curve.floor_lr is None else curve.floor_lr
+    area = math.fsum(curve.lrs)
+    return CurveStats(
         highest_lr=highest,
-        highest_update=curve.updates[curve.rates.index(highest)],
-        half_update=next(u for u, rate in zip(curve.updates, curve.rates, strict=True) if rate >= highest / 2),
+        highest_update=curve.updates[curve.lrs.index(highest)],
+        half_update=next(u for u, lr in zip(curve.updates, curve.lrs, strict=True) if lr >= highest / 2),
         floor_lr=floor,
-        # A floor that is written as a share of the peak comes out an ulp above or below.
-        at_floor=sum(rate <= floor * (1 + 1e-12) for rate in curve.rates),
+        # A floor computed as a fraction of the peak can be off by one ulp.
+        at_floor=sum(lr <= floor * (1 + 1e-12) for lr in curve.lrs),
         area=area,
         area_updates=area / highest if highest else 0.0,
     )
 
 
-def interesting(curve: Curve, marks: Mapping[int, str] | None = None) -> dict[int, str]:
-    """The updates worth showing, in order, each with what it is. `marks` are further updates with their words."""
-    found = figures(curve)
-    total, after = len(curve.rates), curve.updates.index(found.highest_update)
+def key_updates(curve: Curve, marks: Mapping[int, str] | None = None) -> dict[int, str]:
+    """The key updates of a curve in order, each with a description. `marks`: additional updates and descriptions."""
+    found = curve_stats(curve)
+    total, after = len(curve.lrs), curve.updates.index(found.highest_update)
     named = [(curve.updates[0], "first update"), (found.half_update, "half of the peak")]
     named.append((found.highest_update, "peak"))
-    last_at_peak = curve.updates[max(i for i, rate in enumerate(curve.rates) if rate == found.highest_lr)]
+    last_at_peak = curve.updates[max(i for i, lr in enumerate(curve.lrs) if lr == found.highest_lr)]
     if last_at_peak > found.highest_update + 1:
         named.append((last_at_peak, "last at the peak"))
-    down = next((i for i in range(after, total) if curve.rates[i] <= found.highest_lr / 2), None)
+    down = next((i for i in range(after, total) if curve.lrs[i] <= found.highest_lr / 2), None)
     if down is not None and down < total - 1:
         named.append((curve.updates[down], "half-way down"))
     named += [(curve.updates[total // 2], "middle of the run"), (curve.updates[-1], "last update")]
@@ -98,28 +98,28 @@ def _joined(named: Sequence[tuple[int, str]]) -> dict[int, str]:
 
 
 def schedule_marks(schedule: Schedule) -> dict[int, str]:
-    """Where the segments of a schedule begin and where its warm-up was lengthened, in words."""
+    """The updates at which segments of a schedule start and its warm-up was lengthened, with descriptions."""
     named = [(segment.start, f"{segment.kind} to {segment.to_share:.3g} of the peak") for segment in schedule.segments]
     named += [(update, f"warm-up now {warmup} updates") for update, warmup in schedule.extensions]
     return _joined([(update, word) for update, word in named if update < schedule.total_updates])
 
 
 def plan_marks(plan: Plan) -> dict[int, str]:
-    """`schedule_marks` of a plan; none where it keeps the user's own scheduler."""
+    """`schedule_marks` of a plan; empty if the plan keeps the user's scheduler."""
     return schedule_marks(schedule_of(plan)) if plan.learning_rate.schedule is not None else {}
 
 
 def plan_curve(plan: Plan, name: str | None = None) -> Curve:
-    """The rate that the plan gives every update."""
+    """The curve of a plan."""
     name = name or plan.learning_rate.shape
     if plan.learning_rate.schedule is not None and plan.learning_rate.advance:
         return schedule_curve(schedule_of(plan), name)
-    rate_of = planned_rates(plan)
-    return Curve.of(name, [rate_of(update) for update in range(plan.length.total_updates)])
+    lr_of = planned_rates(plan)
+    return Curve.of(name, [lr_of(update) for update in range(plan.length.total_updates)])
 
 
-def compared(own: Curve, shapes: Sequence[str], peak_lr: float, warmup: int, total: int) -> list[Curve]:
-    """The curve, and others of the same peak, warm-up and length, with the floor that each has by default."""
+def with_shapes(own: Curve, shapes: Sequence[str], peak_lr: float, warmup: int, total: int) -> list[Curve]:
+    """The curve, and those of other shapes with the same peak, warm-up and length and their default floors."""
     others = [
         make_schedule(shape, peak_lr=peak_lr, warmup_updates=warmup, total_updates=total)
         for shape in shapes
@@ -129,37 +129,37 @@ def compared(own: Curve, shapes: Sequence[str], peak_lr: float, warmup: int, tot
 
 
 def schedule_curve(schedule: Schedule, name: str | None = None) -> Curve:
-    """The rate that the schedule gives every update."""
+    """The curve of a schedule."""
     floor = schedule.floor_lr if schedule.floor_lr < schedule.peak_lr else None
-    return Curve.of(name or schedule.shape, rates(schedule), floor)
+    return Curve.of(name or schedule.shape, lr_curve(schedule), floor)
 
 
-def sparkline(rates: Sequence[float], width: int = 60) -> str:
-    """The curve in one line of at most `width` characters; the highest rate is a full bar."""
-    columns = min(width, len(rates))
-    edges = [column * len(rates) // columns for column in range(columns + 1)]
-    heights = [max(rates[a:b]) for a, b in pairwise(edges)]
+def sparkline(lrs: Sequence[float], width: int = 60) -> str:
+    """The curve in one line of at most `width` characters; the highest learning rate is a full bar."""
+    columns = min(width, len(lrs))
+    edges = [column * len(lrs) // columns for column in range(columns + 1)]
+    heights = [max(lrs[a:b]) for a, b in pairwise(edges)]
     top = max(heights) or 1.0
     return "".join(BARS[max(0, math.ceil(height / top * len(BARS)) - 1)] for height in heights)
 
 
-def rate_lines(plan: Plan) -> list[str]:
-    """The learning rate of a plan in a few lines: what it does, a small plot, the figures, and a reason each."""
-    rate, curve = plan.learning_rate, plan_curve(plan)
-    found = figures(curve)
+def lr_lines(plan: Plan) -> list[str]:
+    """A plan's learning rate in a few lines: summary, small plot, statistics, and the reasons."""
+    planned, curve = plan.learning_rate, plan_curve(plan)
+    found = curve_stats(curve)
     total = plan.length.total_updates
     return [
-        f"{rate.shape}: up to {rate.peak_lr:.3g} in {rate.warmup_updates} updates of warm-up, "
-        f"then {curve.rates[-1]:.3g} at the last of {total}",
-        sparkline(curve.rates),
+        f"{planned.shape}: up to {planned.peak_lr:.3g} in {planned.warmup_updates} updates of warm-up, "
+        f"then to {curve.lrs[-1]:.3g} at the last of {total}",
+        sparkline(curve.lrs),
         f"half of the peak at update {found.half_update}, the peak at {found.highest_update}; "
-        f"as much as {found.area_updates:.3g} updates at the peak",
-        *(reason_line(reason) for reason in rate.reasons),
+        f"equivalent to {found.area_updates:.3g} updates at the peak",
+        *(reason_line(reason) for reason in planned.reasons),
     ]
 
 
 def reason_line(reason: Reason) -> str:
-    """What was chosen and why, with the range that would do; what lacks evidence says heuristic."""
+    """A choice with its reasonable range and reason; "(heuristic)" if there is no evidence."""
     head = f"{reason.choice.replace('_', ' ')} {short(reason.value)}"
     if reason.low is not None and reason.high is not None and reason.low != reason.high:
         head += f" ({short(reason.low)} to {short(reason.high)})"
@@ -168,5 +168,5 @@ def reason_line(reason: Reason) -> str:
 
 
 def short(value: Any) -> str:
-    """A number to three digits, anything else as it is."""
+    """A float with three digits; other values as text."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -15,8 +15,8 @@ LINE_STYLES = ("-", "--", "-.", ":")
 
 
 def csv_text(curves: Sequence[Curve]) -> str:
-    """A line an update and a column a curve, rates with all their digits; empty where a curve has no such update."""
-    columns = [dict(zip(curve.updates, curve.rates, strict=True)) for curve in curves]
+    """One line per update and one column per curve, with all digits; empty if a curve does not have the update."""
+    columns = [dict(zip(curve.updates, curve.lrs, strict=True)) for curve in curves]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["update", *(curve.name for curve in curves)])
@@ -26,7 +26,7 @@ def csv_text(curves: Sequence[Curve]) -> str:
 
 
 def png_bytes(curves: Sequence[Curve], title: str) -> bytes:
-    """A PNG of the curves. Raises RequestError where matplotlib is not installed."""
+    """A PNG of the curves. Raises RequestError if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -36,7 +36,7 @@ def png_bytes(curves: Sequence[Curve], title: str) -> bytes:
     axes = figure.subplots()
     for number, curve in enumerate(curves):
         style = LINE_STYLES[number % len(LINE_STYLES)]
-        axes.plot(curve.updates, curve.rates, style, label=curve.name, linewidth=1.8, zorder=-number)
+        axes.plot(curve.updates, curve.lrs, style, label=curve.name, linewidth=1.8, zorder=-number)
     axes.set(xlabel="update", ylabel="learning rate", title=title)
     axes.set_ylim(bottom=0)
     axes.margins(x=0.01)
@@ -50,7 +50,7 @@ def png_bytes(curves: Sequence[Curve], title: str) -> bytes:
 
 
 def write_file(path: Path, content: str | bytes, option: str) -> None:
-    """Writes what `option` asked for. Raises RequestError where it cannot be written there."""
+    """Writes the file of the command line option `option`. Raises RequestError if that fails."""
     try:
         write_atomic(path, content)
     except OSError as error:

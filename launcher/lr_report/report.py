@@ -1,4 +1,4 @@
-"""A report on learning-rate curves: plot, table, figures, reasons and JSON blocks, for people or as JSON."""
+"""A report on learning-rate curves: plot, tables, reasons and JSON blocks, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from launcher.lr_report.curves import Curve, Figures, figures, interesting, reason_line
+from launcher.lr_report.curves import Curve, CurveStats, curve_stats, key_updates, reason_line
 from launcher.lr_report.terminal_plot import plot_text
 from launcher.plan.schema import Reason
 from launcher.schedule.deepspeed_schedulers import simulate_deepspeed
 
-WIDEST = 120
+MAX_WIDTH = 120
 STEP_ONCE = (
-    "Call engine.lr_scheduler.step() once after a fresh deepspeed.initialize, and not after load_checkpoint, "
-    "and it makes every update at the rate shown here; the launcher does."
+    "Call engine.lr_scheduler.step() once after a fresh deepspeed.initialize, but not after load_checkpoint: every "
+    "update then has the learning rate shown here. The launcher does this."
 )
 
 
 @dataclass(frozen=True)
 class Report:
-    """What there is to say about some curves. The first curve is the one that the table is about.
+    """The content of a report. The table is about the first curve.
 
-    `peak_lr` is the rate that was asked for; `marks` are updates to show besides the usual ones. `blocks` are
-    the DeepSpeed blocks to paste, told by `blocks_notes`.
+    `peak_lr` is the requested peak; `marks` are additional updates for the table, with descriptions. `blocks` are the
+    DeepSpeed blocks to paste, explained by `blocks_notes`.
     """
 
     title: str
@@ -44,7 +44,7 @@ class Report:
 
 
 def report_json(report: Report) -> str:
-    """The whole report as JSON; rates with all their digits."""
+    """The report as JSON; learning rates with all digits."""
     first = report.curves[0]
     document = {
         "title": report.title,
@@ -52,7 +52,7 @@ def report_json(report: Report) -> str:
         "curves": [_curve_json(curve) for curve in report.curves],
         "points": [
             {"update": update, "lr": first.at(update), "what": what}
-            for update, what in interesting(first, report.marks).items()
+            for update, what in key_updates(first, report.marks).items()
         ],
         "reasons": [reason.model_dump(mode="json") for reason in report.reasons],
         "notes": report.notes,
@@ -66,22 +66,22 @@ def report_json(report: Report) -> str:
 def _curve_json(curve: Curve) -> dict[str, Any]:
     return {
         "name": curve.name,
-        **asdict(figures(curve)),
+        **asdict(curve_stats(curve)),
         "updates": list(curve.updates),
-        "rates": list(curve.rates),
+        "rates": list(curve.lrs),
     }
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Prints a report for people: readable on 80 columns, and without colour."""
+    """Prints a report, readable with 80 columns and without colour."""
     console.print(Text(report.title, style="bold"))
-    width = max(40, min(console.width, WIDEST))
-    # Soft wrap leaves the plot's lines as they are, whatever the console's width.
+    width = max(40, min(console.width, MAX_WIDTH))
+    # Soft wrap keeps the plot's lines unchanged for any console width.
     colour = console.color_system is not None and not console.no_color
     console.print(plot_text(report.curves, width, colour=colour), soft_wrap=True)
     console.print(_points(report))
     console.print()
-    console.print(_figures(report))
+    console.print(_statistics(report))
     _peak_line(report, console)
     _paragraphs("notes", report.notes, console)
     _paragraphs("warnings", report.warnings, console, "yellow")
@@ -91,7 +91,7 @@ def print_report(report: Report, console: Console) -> None:
 
 def _points(report: Report) -> Table:
     first, *others = report.curves
-    highest = max(first.rates) or 1.0
+    highest = max(first.lrs) or 1.0
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("update", justify="right")
     table.add_column(first.name, justify="right")
@@ -99,30 +99,30 @@ def _points(report: Report) -> Table:
     for curve in others:
         table.add_column(curve.name, justify="right")
     table.add_column("", style="dim")
-    for update, what in interesting(first, report.marks).items():
-        rate = first.at(update)
-        share = "" if rate is None else f"{rate / highest:.1%}"
-        table.add_row(f"{update:,}", _rate(rate), share, *(_rate(curve.at(update)) for curve in others), what)
+    for update, what in key_updates(first, report.marks).items():
+        lr = first.at(update)
+        fraction = "" if lr is None else f"{lr / highest:.1%}"
+        table.add_row(f"{update:,}", _lr_text(lr), fraction, *(_lr_text(curve.at(update)) for curve in others), what)
     return table
 
 
-def _rate(rate: float | None) -> str:
-    return "" if rate is None else f"{rate:.3e}"
+def _lr_text(lr: float | None) -> str:
+    return "" if lr is None else f"{lr:.3e}"
 
 
-def _figures(report: Report) -> Table:
-    found = [figures(curve) for curve in report.curves]
+def _statistics(report: Report) -> Table:
+    found = [curve_stats(curve) for curve in report.curves]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for curve in report.curves:
         table.add_column(curve.name, justify="right")
-    rows: dict[str, Callable[[Figures], str]] = {
-        "highest rate": lambda of: _rate(of.highest_lr),
+    rows: dict[str, Callable[[CurveStats], str]] = {
+        "highest learning rate": lambda of: _lr_text(of.highest_lr),
         "  first at update": lambda of: f"{of.highest_update:,}",
         "  half of it at update": lambda of: f"{of.half_update:,}",
-        "floor": lambda of: _rate(of.floor_lr),
+        "floor": lambda of: _lr_text(of.floor_lr),
         "  updates at the floor": lambda of: f"{of.at_floor:,}",
-        "area: sum of all rates": lambda of: f"{of.area:.4e}",
+        "area: sum of all learning rates": lambda of: f"{of.area:.4e}",
         "  in updates at the peak": lambda of: f"{of.area_updates:,.1f}",
     }
     for name, value in rows.items():
@@ -131,19 +131,19 @@ def _figures(report: Report) -> Table:
 
 
 def _peak_line(report: Report, console: Console) -> None:
-    """Says so where the curve never reaches the peak that was asked for."""
-    highest = max(report.curves[0].rates)
+    """Prints a line if the curve never reaches the requested peak."""
+    highest = max(report.curves[0].lrs)
     if report.peak_lr is not None and highest < report.peak_lr:
-        console.print(f"The highest rate, {highest:.7g}, stays below the peak {report.peak_lr:g} that was asked for.")
+        console.print(f"The highest learning rate, {highest:.7g}, is below the requested peak {report.peak_lr:g}.")
 
 
-def late_notes(scheduler: dict[str, Any], optimizer_lr: float) -> tuple[str, ...]:
-    """What differs where a generated scheduler block is pasted into a DeepSpeed script of one's own."""
+def paste_notes(scheduler: dict[str, Any], optimizer_lr: float) -> tuple[str, ...]:
+    """Notes on what differs if a generated scheduler block is pasted into another DeepSpeed script."""
     first, second = simulate_deepspeed(scheduler["type"], scheduler["params"], optimizer_lr, 2)
-    start = f"update 0 runs at {first:.4g}, and update 1 at {second:.4g}, shown here for update 0"
+    start = f"update 0 uses {first:.4g}, and update 1 uses {second:.4g}, shown here for update 0"
     if first == second:
-        start = f"updates 0 and 1 both run at {first:.4g}, shown here for update 0 alone"
-    return (f"Pasted into a DeepSpeed script of your own, every rate comes one update later: {start}.", STEP_ONCE)
+        start = f"updates 0 and 1 both use {first:.4g}, shown here only for update 0"
+    return (f"In your own DeepSpeed script every learning rate comes one update later: {start}.", STEP_ONCE)
 
 
 def _reason(reason: Reason) -> str:
@@ -159,7 +159,7 @@ def _paragraphs(title: str, lines: Iterable[str], console: Console, style: str =
 
 
 def _blocks(report: Report, console: Console) -> None:
-    """The notes first: what is to be pasted then stands alone at the end."""
+    """Prints the notes first, and the JSON to paste at the end."""
     _paragraphs("DeepSpeed JSON", report.blocks_notes, console)
     if report.blocks is not None:
         console.print(Text(json.dumps(report.blocks, indent=2)), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The learning rate of a run, from its directory alone: what was planned, how that changed, and what was applied."""
+"""The learning rate of a run from its directory: planned, changed and applied."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from launcher.plan.schema import Plan
 from launcher.plan_file import read_plan
 from launcher.run_dir import RunDir
 from launcher.watch.number_format import number as number_text
-from launcher.watch.session import number_of
+from launcher.watch.run_session import number_of
 
 
 @dataclass(frozen=True)
 class RunCurves:
-    """A run's newest plan; its curves: of that plan, of those before it, and as applied; and what to say of them."""
+    """A run's newest plan, the curves of all plans and of the applied learning rates, notes and warnings."""
 
     plan: Plan
     curves: tuple[Curve, ...]
@@ -26,24 +26,24 @@ class RunCurves:
 
 
 def run_curves(run: RunDir) -> RunCurves:
-    """What was planned and what was applied. Raises LauncherError for a damaged plan."""
+    """The planned and applied curves of a run. Raises LauncherError for a damaged plan."""
     plans = [read_plan(path) for path in (run.plan_file, *run.plan_revisions())]
     planned = [plan_curve(plan, name) for plan, name in zip(plans, _names(plans), strict=True)]
     applied = applied_curve(run)
     notes, warnings = _extension_notes(run), []
     if len(notes) >= len(plans):
-        warnings.append("The events tell of more extensions of the warm-up than there are plan revisions here.")
+        warnings.append("There are more warm-up extensions in the events than plan revisions in the run directory.")
     notes += [f"After {p.resumed.samples:,} samples: {p.resumed.arithmetic}" for p in _resumptions(plans) if p.resumed]
     note, differs = _applied_note(plans, planned, applied)
     (warnings if differs else notes).append(note)
     if count := run.damaged_lines().get(run.metrics_file.name):
-        warnings.append(f"Lines of {run.metrics_file.name} that are damaged, and left out here: {count}.")
-    shown = [*reversed(planned), *([applied] if applied.rates else [])]
+        warnings.append(f"Damaged lines of {run.metrics_file.name}, which are ignored: {count}.")
+    shown = [*reversed(planned), *([applied] if applied.lrs else [])]
     return RunCurves(plans[-1], tuple(shown), tuple(notes), tuple(warnings))
 
 
 def _resumptions(plans: Sequence[Plan]) -> list[Plan]:
-    """The plans with which the run went on under other conditions."""
+    """The plans of resumes under other conditions."""
     return [plan for before, plan in pairwise(plans) if plan.resumed != before.resumed]
 
 
@@ -60,19 +60,19 @@ def _names(plans: Sequence[Plan]) -> list[str]:
 
 
 def applied_curve(run: RunDir) -> Curve:
-    """The rate that each update was made with, as metrics.jsonl has it.
+    """The learning rate of each update from metrics.jsonl.
 
-    Where a run went back to a checkpoint, what came after that the first time does not count.
+    If a run went back to a checkpoint, the earlier entries after that checkpoint do not count.
     """
-    rates: dict[int, float] = {}
+    lrs: dict[int, float] = {}
     for line in run.metrics():
-        update, rate = line["update"], number_of(line.get("lr"))
-        if rate is None:  # a user's own script reports what it likes
+        update, lr = line["update"], number_of(line.get("lr"))
+        if lr is None:  # the user's script may report anything
             continue
-        if rates and update <= max(rates):
-            rates = {done: earlier for done, earlier in rates.items() if done < update}
-        rates[update] = rate
-    return Curve("applied", tuple(rates.values()), tuple(rates))
+        if lrs and update <= max(lrs):
+            lrs = {done: earlier for done, earlier in lrs.items() if done < update}
+        lrs[update] = lr
+    return Curve("applied", tuple(lrs.values()), tuple(lrs))
 
 
 def _extension_notes(run: RunDir) -> list[str]:
@@ -85,22 +85,29 @@ def _extension_notes(run: RunDir) -> list[str]:
 
 
 def _applied_note(plans: Sequence[Plan], planned: Sequence[Curve], applied: Curve) -> tuple[str, bool]:
-    """A sentence on how the applied rates agree with the plans, and whether one agrees with none."""
-    if not applied.rates:
-        return "No update was made yet.", False
-    made = f"{len(applied.rates)} of {len(planned[-1].rates)} updates were made"
+    """A sentence on how the applied learning rates match the plans, and whether any matches none of them."""
+    if not applied.lrs:
+        return "The run has not made an update yet.", False
+    made = f"{len(applied.lrs)} of {len(planned[-1].lrs)} updates were made"
     other = [u for u in applied.updates if applied.at(u) != planned[_newest(plans, u)].at(u)]
     if not other:
-        return f"{made}, every one at exactly the planned rate.", False
-    odd = [u for u in other if all(applied.at(u) != curve.at(u) for curve in planned)]
-    if not odd:
-        return f"{made}, {len(other)} of them at exactly the rate of an earlier plan, the others of the newest.", False
-    first = odd[0]
+        return f"{made}, all at exactly the planned learning rate.", False
+    differing = [u for u in other if all(applied.at(u) != curve.at(u) for curve in planned)]
+    if not differing:
+        return (
+            f"{made}, {len(other)} at exactly the learning rate of an earlier plan, the others at that of the newest.",
+            False,
+        )
+    first = differing[0]
     wanted = planned[_newest(plans, first)].at(first)
-    return f"{made}, {len(odd)} not at a planned rate: update {first} at {applied.at(first)!r}, not {wanted!r}.", True
+    return (
+        f"{made}, {len(differing)} not at a planned learning rate: update {first} at {applied.at(first)!r}, "
+        f"not {wanted!r}.",
+        True,
+    )
 
 
 def _newest(plans: Sequence[Plan], update: int) -> int:
-    """The newest plan that was there when the update was made."""
-    begun = [n for n, plan in enumerate(plans) if plan.resumed is None or plan.resumed.update <= update]
-    return begun[-1]
+    """The index of the newest plan at the time of the update."""
+    current = [n for n, plan in enumerate(plans) if plan.resumed is None or plan.resumed.update <= update]
+    return current[-1]

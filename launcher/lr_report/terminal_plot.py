@@ -1,4 +1,4 @@
-"""Learning-rate curves drawn with characters, for a terminal, a pipe or a log."""
+"""Plots learning-rate curves with characters, for a terminal, a pipe or a log."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from launcher.lr_report.curves import Curve
 COLOURS = ("cyan", "orange", "green", "magenta", "red", "blue")
 MARKS = ("braille", "o", "x", "+", "*", "#")
 RICH_COLOURS = ("cyan", "bright_yellow", "green", "magenta", "red", "blue")
-POINTS_A_COLUMN = 4
+POINTS_PER_COLUMN = 4
 
 
 def plot_text(curves: Sequence[Curve], width: int = 80, height: int = 16, colour: bool = False) -> Text:
-    """The curves over the updates, `width` columns wide, with a legend where there are several.
+    """The curves over the updates, `width` columns wide, with a legend if there are several.
 
-    Without colour several curves are told apart by the characters they are drawn with.
+    Without colour, curves differ in the characters that draw them.
     """
     import plotext
 
@@ -28,45 +28,45 @@ def plot_text(curves: Sequence[Curve], width: int = 80, height: int = 16, colour
     figure.clear()
     figure.theme("colorless")
     figure.plot_size(width, height)
-    # What is drawn later covers what is there: the first curve is the one asked for.
+    # Later curves cover earlier ones: draw the main curve, which is the first, last.
     for number in reversed(range(len(curves))):
         figure.draw(_signal(plotext, curves[number], number, width, colour))
-    _rule(figure, curves)
+    _axes(figure, curves)
     lines = str(figure.build().string(colorless=not colour)).rstrip("\n")
     text = Text.from_ansi(lines, no_wrap=True)
     return Text("\n").join((_legend(curves, colour), text)) if len(curves) > 1 else text
 
 
 def _signal(plotext: Any, curve: Curve, number: int, width: int, colour: bool) -> Any:
-    updates, rates = thinned(curve, width * POINTS_A_COLUMN)
+    updates, lrs = downsample(curve, width * POINTS_PER_COLUMN)
     pixel = COLOURS[number % len(COLOURS)] if colour else None
     mark = "braille" if colour else MARKS[number % len(MARKS)]
-    signal = plotext.figure.signal(updates, rates, marker=plotext.marker(mark, pixel))
+    signal = plotext.figure.signal(updates, lrs, marker=plotext.marker(mark, pixel))
     if colour or number == 0:
         signal.lines()
     return signal
 
 
-def thinned(curve: Curve, most: int) -> tuple[list[int], list[float]]:
-    """At most about `most` points of a curve: of every stretch its lowest and its highest, so that no peak is lost."""
-    count = len(curve.rates)
+def downsample(curve: Curve, most: int) -> tuple[list[int], list[float]]:
+    """At most about `most` points of a curve: the lowest and highest of each stretch, to keep all peaks."""
+    count = len(curve.lrs)
     stretches = max(1, min(count, most // 2))
     edges = [stretch * count // stretches for stretch in range(stretches + 1)]
     kept = {0, count - 1}
     for start, end in pairwise(edges):
         stretch = range(start, end)
-        kept |= {min(stretch, key=curve.rates.__getitem__), max(stretch, key=curve.rates.__getitem__)}
+        kept |= {min(stretch, key=curve.lrs.__getitem__), max(stretch, key=curve.lrs.__getitem__)}
     chosen = sorted(kept)
-    return [curve.updates[i] for i in chosen], [curve.rates[i] for i in chosen]
+    return [curve.updates[i] for i in chosen], [curve.lrs[i] for i in chosen]
 
 
-def _rule(figure: Any, curves: Sequence[Curve]) -> None:
-    """The rate from 0 up, and whole updates below."""
+def _axes(figure: Any, curves: Sequence[Curve]) -> None:
+    """The axes: learning rate from 0, and updates."""
     last = max(curve.updates[-1] for curve in curves)
-    top = max(max(curve.rates) for curve in curves) or 1.0
+    top = max(max(curve.lrs) for curve in curves) or 1.0
     figure.ruler("y").lim(0, top)
-    rates = [top * share / 4 for share in range(5)]
-    figure.ruler("y").ticks(rates, [f"{rate:.2e}" if rate else "0" for rate in rates])
+    lrs = [top * quarter / 4 for quarter in range(5)]
+    figure.ruler("y").ticks(lrs, [f"{lr:.2e}" if lr else "0" for lr in lrs])
     figure.ruler("x").lim(0, last + 1)
     ticks = round_ticks(last + 1)
     figure.ruler("x").ticks(ticks, [f"{tick:,}" for tick in ticks])

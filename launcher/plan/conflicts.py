@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from launcher.ds_config import DsConfig, compose, open_scheduler, scheduler_of
-from launcher.ds_config.facts import Precision
-from launcher.job import Job, explicit_keys
+from launcher.ds_config import auto_scheduler, compose, scheduler_of
+from launcher.job import Job
 from launcher.plan.batch import BatchSizes
 from launcher.plan.decisions import decisions_of
+from launcher.plan.inputs import PlanInputs
 from launcher.plan.learning_rate import refuse_unused
-from launcher.plan.schema import World
 
 _ANY_RATE, _ANY_LENGTH, _ANY_WIDTH = 1e-5, 1000, 1024
 """Stand-ins for what is decided later: they are compared with nothing, since only keys that the user set are."""
 
 
-def check_conflicts(job: Job, user: DsConfig, world: World, precision: Precision, batch: BatchSizes) -> None:
+def check_conflicts(inputs: PlanInputs[Job], batch: BatchSizes) -> None:
     """Raises RequestError for each value that the job and the JSON set differently, and for what compose refuses."""
-    explicit = explicit_keys(job)
+    job, user, explicit = inputs.job, inputs.ds_config, inputs.explicit
     written = scheduler_of(user)
-    if written is not None and open_scheduler(user) is None and "schedule.shape" not in explicit:
-        refuse_unused(job, written["type"], written["params"], user)
+    if written is not None and auto_scheduler(user) is None and "schedule.shape" not in explicit:
+        refuse_unused(inputs, written["type"], written["params"])
     rate = _ANY_RATE if job.schedule.peak_lr == "auto" else job.schedule.peak_lr
     length = job.train.max_steps or _ANY_LENGTH
     warmup = {"warmup_num_steps": 1, "warmup_min_lr": 0.0, "warmup_max_lr": rate, "warmup_type": "linear"}
@@ -28,9 +27,7 @@ def check_conflicts(job: Job, user: DsConfig, world: World, precision: Precision
     compose(
         user,
         decisions_of(
-            job,
-            world,
-            precision,
+            inputs,
             batch,
             optimizer_lr=rate,
             scheduler={"type": "WarmupDecayLR", "params": {"total_num_steps": length, **warmup}},

@@ -6,22 +6,18 @@ from dataclasses import asdict
 from typing import Any
 
 from launcher.ds_config import Decisions
-from launcher.ds_config.facts import Precision
-from launcher.job import Job
 from launcher.plan.batch import BatchSizes
-from launcher.plan.schema import World
+from launcher.plan.inputs import J, PlanInputs
 
 
-def decisions_of(
-    job: Job, world: World, precision: Precision, batch: BatchSizes, *, optimizer_lr: float, **others: Any
-) -> Decisions:
+def decisions_of(inputs: PlanInputs[J], batch: BatchSizes, *, optimizer_lr: float, **others: Any) -> Decisions:
     """The decisions that follow from the job's own keys; `others` are Decisions' remaining ones."""
-    train = job.train
+    train = inputs.job.train
     params = {"lr": optimizer_lr, "betas": list(train.betas), "eps": train.eps, "weight_decay": train.weight_decay}
     return Decisions(
         **asdict(batch),
-        precision=precision,
-        device=world.device,
+        precision=inputs.precision,
+        device=inputs.world.device,
         optimizer={"type": "AdamW", "params": params},
         gradient_clipping=train.gradient_clipping,
         **others,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.ds_config import DsConfig
 from launcher.ds_config.sizes import zero_sizes
 from launcher.job import Job
 from launcher.plan.facts import MachineFacts, ModelFacts
+from launcher.plan.inputs import PlanInputs
 from launcher.plan.memory import MemoryEstimate, Work, estimate_memory, export_bytes, host_bytes
 from launcher.plan.schema import World
 
@@ -20,37 +20,33 @@ GIB = 1024**3
 class Needs:
     """What decides about the memory of a job's ranks, but for the micro-batch. `longest` is in tokens."""
 
-    job: Job
-    user: DsConfig
+    inputs: PlanInputs[Job]
     model: ModelFacts
-    world: World
-    precision: str
     longest: int
 
     def estimate(self, micro_batch: int) -> MemoryEstimate:
         """The bytes of one rank."""
-        section = self.job.model
+        section, world = self.inputs.job.model, self.inputs.world
         work = Work(
             micro_batch=micro_batch,
-            sequence_length=-(-self.longest // self.world.sequence_parallel_size),
+            sequence_length=-(-self.longest // world.sequence_parallel_size),
             gradient_checkpointing=section.gradient_checkpointing,
             eager_attention=section.attn_implementation == "eager",
             fused_loss=section.liger,
-            evaluated=self.job.data.eval is not None,
+            evaluated=self.inputs.job.data.eval is not None,
         )
-        sizes = zero_sizes(self.user, self.model.hidden_size)
-        world = self.world
+        sizes = zero_sizes(self.inputs.ds_config, self.model.hidden_size)
         return estimate_memory(
-            self.model, sizes, work, precision=self.precision, device=world.device, world_size=world.size
+            self.model, sizes, work, precision=self.inputs.precision, device=world.device, world_size=world.size
         )
 
     def host_bytes(self, micro_batch: int) -> int:
         """The bytes of a node's host memory."""
-        stage = zero_sizes(self.user, self.model.hidden_size).stage
-        lora = self.job.model.lora
-        gathered = lora.merge if lora else stage == 3
-        exported = export_bytes(self.model, self.precision) if self.job.export and gathered else 0
-        return host_bytes(self.estimate(micro_batch), self.world.processes_per_node, self.world.device, exported)
+        job, world = self.inputs.job, self.inputs.world
+        stage = zero_sizes(self.inputs.ds_config, self.model.hidden_size).stage
+        gathered = job.model.lora.merge if job.model.lora else stage == 3
+        exported = export_bytes(self.model, self.inputs.precision) if job.export and gathered else 0
+        return host_bytes(self.estimate(micro_batch), world.processes_per_node, world.device, exported)
 
 
 @dataclass(frozen=True)
@@ -80,9 +76,10 @@ def room_of(world: World, machine: MachineFacts) -> Room:
     return Room(int(machine.gpu_memory_bytes * _USABLE) if machine.gpu_memory_bytes else None, host)
 
 
-def memory_warnings(needs: Needs, micro_batch: int, machine: MachineFacts) -> list[str]:
+def memory_warnings(needs: Needs, micro_batch: int) -> list[str]:
     """What is too little, with its numbers, and what to turn."""
-    world, room, estimate = needs.world, room_of(needs.world, machine), needs.estimate(micro_batch)
+    world, machine = needs.inputs.world, needs.inputs.machine
+    room, estimate = room_of(world, machine), needs.estimate(micro_batch)
     told = []
     if room.device is None:
         told.append(

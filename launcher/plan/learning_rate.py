@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.ds_config import DsConfig, open_scheduler, open_warmup, optimizer_of, scheduler_of
+from launcher.ds_config import DsConfig, auto_scheduler, has_auto_warmup, optimizer_of, scheduler_of
 from launcher.errors import Problem, RequestError
-from launcher.job import Job, explicit_keys
+from launcher.job import AnyJob, Job
 from launcher.plan.facts import DataFacts, ModelFacts
+from launcher.plan.inputs import J, PlanInputs
 from launcher.plan.revision import schedule_of
 from launcher.plan.schema import LearningRate, Length, Plan, Reason
 from launcher.schedule.advice import Choice, Situation, advise, parse_warmup
-from launcher.schedule.curve import DEEPSPEED_TYPES, Schedule, deepspeed_blocks, make_schedule, rate_at
+from launcher.schedule.curve import DEEPSPEED_TYPES, Schedule, deepspeed_blocks, lr_at, make_schedule
 from launcher.schedule.deepspeed_schedulers import Params, replica
 from launcher.schedule.safety import ALLOW, check_safety, deepspeed_warnings, log_ramp, unsafe_scheduler
 
@@ -35,46 +36,43 @@ class Decided:
     optimizer_lr: float
 
 
-def decide_rate(job: Job, model: ModelFacts, data: DataFacts, length: Length, user: DsConfig) -> Decided:
+def decide_lr(inputs: PlanInputs[Job], model: ModelFacts, data: DataFacts, length: Length) -> Decided:
     """The scheduler of the user's own JSON where it has one and the job asks for none, else a generated schedule.
 
     Raises RequestError for a schedule that makes no curve, or that is not safe without the user's word.
     """
+    job = inputs.job
     situation = Situation(
         parameters=model.parameters,
-        method=method_of(job),
+        method="full" if job.model.lora is None else "lora",
         tokens_per_update=length.tokens_per_update,
         total_updates=length.total_updates,
         dataset_samples=data.train.sequences,
         beta2=job.train.betas[1],
         task=job.schedule.task,
     )
-    return kept_or_generated(job, situation, user)
+    return kept_or_generated(inputs, situation)
 
 
-def method_of(job: Job) -> str:
-    """How the job trains, as the advice and the safety rules call it."""
-    return "full" if job.model.lora is None else "lora"
-
-
-def kept_or_generated(job: Job, situation: Situation, user: DsConfig, *, limited: bool = True) -> Decided:
+def kept_or_generated(inputs: PlanInputs[J], situation: Situation, *, limited: bool = True) -> Decided:
     """The whole scheduler of the user's JSON, or a generated one where it has none or the job names a shape.
 
     A scheduler that leaves all its params to "auto" is generated, in the shape of its type; a few are filled in.
     `limited`: whether the peak is held to what is published for the situation's method and size. Raises RequestError.
     """
+    job, user = inputs.job, inputs.ds_config
     written, lr = scheduler_of(user), (optimizer_of(user) or {}).get("params", {}).get("lr")
-    asked = "schedule.shape" in explicit_keys(job)
-    shape = None if asked else _SHAPES.get(open_scheduler(user) or "")
+    asked = "schedule.shape" in inputs.explicit
+    shape = None if asked else _SHAPES.get(auto_scheduler(user) or "")
     if written is None or asked or shape:
         try:
             return generate(job, situation, lr, shape, limited=limited)
         except RequestError as error:
             raise RequestError(*(_of_peak(problem, job, user, lr) for problem in error.problems)) from None
-    return _written(job, _filled(job, written, user, situation, lr), user, situation, limited)
+    return _written(inputs, _filled(job, written, user, situation, lr), situation, limited)
 
 
-def _of_peak(problem: Problem, job: Job, user: DsConfig, lr: float | None) -> Problem:
+def _of_peak(problem: Problem, job: AnyJob, user: DsConfig, lr: float | None) -> Problem:
     """A problem of a peak that the JSON's optimizer names, at its place there."""
     if problem.key != "schedule.peak_lr" or job.schedule.peak_lr != "auto" or lr is None:
         return problem
@@ -82,7 +80,7 @@ def _of_peak(problem: Problem, job: Job, user: DsConfig, lr: float | None) -> Pr
 
 
 def _filled(
-    job: Job, written: dict[str, Any], user: DsConfig, situation: Situation, lr: float | None
+    job: AnyJob, written: dict[str, Any], user: DsConfig, situation: Situation, lr: float | None
 ) -> dict[str, Any]:
     """The user's scheduler with a value for each "auto" that the plan can fill."""
     raw = user.get("scheduler.params")
@@ -101,12 +99,12 @@ def _filled(
         "last_batch_iteration": -1,
     }
     filled = {name: known[name] for name in autos if name in known}
-    gentle = {"warmup_type": "linear"} if open_warmup(user) else {}
+    gentle = {"warmup_type": "linear"} if has_auto_warmup(user) else {}
     return {**written, "params": {**written["params"], **filled, **gentle}}
 
 
 def generate(
-    job: Job,
+    job: AnyJob,
     situation: Situation,
     written_lr: float | None = None,
     written_shape: str | None = None,
@@ -152,13 +150,13 @@ def planned_rates(plan: Plan) -> Callable[[int], float]:
     """The rate that the plan gives the update of each number (from 0; skipped ones do not count)."""
     if plan.learning_rate.schedule is None or not plan.learning_rate.advance:
         scheduler, optimizer = plan.ds_config["scheduler"], plan.ds_config["optimizer"]
-        return replica(scheduler["type"], scheduler["params"], optimizer["params"]["lr"]).after
+        return replica(scheduler["type"], scheduler["params"], optimizer["params"]["lr"]).lr_after
     schedule = schedule_of(plan)
-    return lambda update: rate_at(schedule, update)
+    return lambda update: lr_at(schedule, update)
 
 
 def _choose(
-    job: Job, situation: Situation, written_lr: float | None, written_shape: str | None = None
+    job: AnyJob, situation: Situation, written_lr: float | None, written_shape: str | None = None
 ) -> dict[str, Choice]:
     """The user's word where there is one, else the advice that follows from it, by name."""
     asked = job.schedule
@@ -219,18 +217,19 @@ def _reason(name: str, choice: Choice) -> Reason:
     )
 
 
-def _written(job: Job, scheduler: dict[str, Any], user: DsConfig, situation: Situation, limited: bool) -> Decided:
+def _written(inputs: PlanInputs[J], scheduler: dict[str, Any], situation: Situation, limited: bool) -> Decided:
     """The user's own scheduler, as DeepSpeed will drive it. Raises RequestError where it needs the user's word."""
+    job, user = inputs.job, inputs.ds_config
     kind, params = scheduler["type"], scheduler["params"]
     updates, method = situation.total_updates, situation.method if limited else NO_METHOD
-    refuse_unused(job, kind, params, user)
-    _refuse_other_length(job, params, user, updates)
+    refuse_unused(inputs, kind, params)
+    _refuse_other_length(inputs, params, updates)
     lr, advised = _written_lr(job, scheduler, user), None
     if lr is None:
         advised = _advised_peak(job, kind, user, situation, limited)
         lr = float(advised.value)
     curve = replica(kind, params, lr)
-    rates = [curve.after(update) for update in range(updates)]
+    rates = [curve.lr_after(update) for update in range(updates)]
     problems = unsafe_scheduler(kind, params, lr, updates, method=method, parameters=situation.parameters)
     problems = [*(_in_json(problem, user) for problem in problems), *_idle(params, rates, user)]
     if problems and not job.schedule.allow_unsafe:
@@ -275,11 +274,11 @@ def _idle(params: Params, rates: Sequence[float], user: DsConfig) -> Iterator[Pr
             yield user.problem("scheduler.params", message, f"give it a learning rate above 0; {ALLOW}")
 
 
-def _refuse_other_length(job: Job, params: Params, user: DsConfig, updates: int) -> None:
+def _refuse_other_length(inputs: PlanInputs[J], params: Params, updates: int) -> None:
     """Raises RequestError where the JSON's scheduler is for a run of another length than the job says."""
-    total = params.get("total_num_steps")
+    job, user, total = inputs.job, inputs.ds_config, params.get("total_num_steps")
     for name in ("num_train_epochs", "total_samples"):
-        if f"train.{name}" in explicit_keys(job) and total is not None and total != updates:
+        if f"train.{name}" in inputs.explicit and total is not None and total != updates:
             found = f"{getattr(job.train, name)} in the job comes to {updates} updates"
             found += f", and total_num_steps is {total} in {_where(user, 'scheduler.params.total_num_steps')}"
             raise RequestError(Problem(found, key=f"train.{name}", hint=f'write {updates} there, or "auto"'))
@@ -287,24 +286,25 @@ def _refuse_other_length(job: Job, params: Params, user: DsConfig, updates: int)
 
 def _where(user: DsConfig, path: str) -> str:
     """File and line of a key of the JSON."""
-    place = user.place(path)
+    place = user.location(path)
     return f"{user.file or user.origin}:{place.line}" if place else user.origin
 
 
-def refuse_unused(job: Job, kind: str, params: Params, user: DsConfig) -> None:
+def refuse_unused(inputs: PlanInputs[J], kind: str, params: Params) -> None:
     """Raises RequestError for what the job says of a schedule that the JSON's own scheduler decides otherwise."""
+    job, user = inputs.job, inputs.ds_config
     used = {"schedule.peak_lr", "schedule.on_spike", "schedule.max_extensions", "schedule.check_every"}
     used |= {"schedule.allow_unsafe", "schedule.task"}
     filled = {"warmup": "warmup_num_steps", "floor": "cos_min_ratio"}
     used |= {f"schedule.{name}" for name, param in filled.items() if user.get(f"scheduler.params.{param}") == "auto"}
     same = {"warmup": params.get("warmup_num_steps"), "warmup_type": params.get("warmup_type")}
-    if open_warmup(user) or user.get("scheduler.params.warmup_type") == "auto":
+    if has_auto_warmup(user) or user.get("scheduler.params.warmup_type") == "auto":
         same["warmup_type"] = "linear"
     used |= {f"schedule.{name}" for name, value in same.items() if getattr(job.schedule, name) == value}
     hint = "name a schedule.shape, and a schedule is generated; or leave it to the JSON"
     problems = [
         Problem(f"{_where(user, 'scheduler')} has a {kind} of its own, which does not use it", key=key, hint=hint)
-        for key in sorted(explicit_keys(job))
+        for key in sorted(inputs.explicit)
         if key.startswith("schedule.") and key not in used
     ]
     peak, highest = job.schedule.peak_lr, params.get("warmup_max_lr")
@@ -321,7 +321,7 @@ def refuse_unused(job: Job, kind: str, params: Params, user: DsConfig) -> None:
         raise RequestError(*problems)
 
 
-def _written_lr(job: Job, scheduler: dict[str, Any], user: DsConfig) -> float | None:
+def _written_lr(job: AnyJob, scheduler: dict[str, Any], user: DsConfig) -> float | None:
     """The optimizer's rate beside a scheduler of the user's own; None where nothing says it."""
     in_json = (optimizer_of(user) or {}).get("params", {}).get("lr")
     in_job = None if job.schedule.peak_lr == "auto" else job.schedule.peak_lr
@@ -331,7 +331,7 @@ def _written_lr(job: Job, scheduler: dict[str, Any], user: DsConfig) -> float | 
     return None
 
 
-def _advised_peak(job: Job, kind: str, user: DsConfig, situation: Situation, known: bool) -> Choice:
+def _advised_peak(job: AnyJob, kind: str, user: DsConfig, situation: Situation, known: bool) -> Choice:
     """The peak for a scheduler that follows the optimizer's rate. Raises RequestError where the model is not `known`,
     from whose size it is advised."""
     if known:

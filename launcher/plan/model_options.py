@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from launcher.ds_config import DsConfig, zero_stage
-from launcher.ds_config.facts import as_bool, as_number
+from launcher.ds_config.facts import as_bool
 from launcher.errors import Problem, RequestError
 from launcher.job import Job
 from launcher.plan.facts import MachineFacts, ModelFacts
+from launcher.plan.inputs import PlanInputs
 from launcher.plan.schema import World
 
 _FLASH = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}
@@ -16,15 +17,15 @@ _FLASH = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"
 _INSTALL = "pip install {package} in the launcher's environment, on every node"
 
 
-def check_switches(job: Job, user: DsConfig, world: World, machine: MachineFacts) -> None:
-    """Can the model section's switches be had here and together? Raises RequestError, naming all that cannot."""
+def check_model_options(inputs: PlanInputs[Job]) -> None:
+    """Raises RequestError with every option of the model section that does not work here, or not with another one."""
+    job, user, world, machine = inputs.job, inputs.ds_config, inputs.world, inputs.machine
     problems = [
         *_lora(job, machine),
         *_liger(job, world, machine),
         *_compile(job, world, machine),
         *_attention(job, world, machine),
         *_sequence_parallel(job, user),
-        *_other_parallelism(user),
     ]
     if problems:
         raise RequestError(*problems)
@@ -78,8 +79,9 @@ def _attention(job: Job, world: World, machine: MachineFacts) -> Iterator[Proble
         yield Problem(found, key="model.attn_implementation", hint=f"pip install {_FLASH[asked]}, or {hint}")
 
 
-def switch_warnings(job: Job, user: DsConfig) -> Iterator[str]:
-    """What works and does not do what it was set for."""
+def model_option_warnings(inputs: PlanInputs[Job]) -> Iterator[str]:
+    """Options that work without the effect that they are set for."""
+    job, user = inputs.job, inputs.ds_config
     if job.model.torch_compile and zero_stage(user) == 3:
         yield (
             "model.torch_compile under ZeRO-3: DeepSpeed's hooks gather each layer's weights between the compiled "
@@ -130,28 +132,6 @@ def _sequence_parallel(job: Job, user: DsConfig) -> Iterator[Problem]:
         if zero_stage(user) == 3 and as_bool(user.get(f"zero_optimization.{key}")) is value:
             found = f"under ZeRO-3 it does not go together with zero_optimization.{key}: {str(value).lower()}"
             yield _not_shared(found, f"take {key} out of the DeepSpeed JSON")
-
-
-def _other_parallelism(user: DsConfig) -> Iterator[Problem]:
-    """Ways to divide a model that need a script of their own: here every rank holds other data and the whole model."""
-    hint = "take it out and let ZeRO-3 divide the model, or run a script that is made for it with launcher exec"
-    for path in (
-        "tensor_parallel.autotp_size",
-        "tensor_parallel.tp.tp_size",
-        "tensor_parallel.tensor_parallel.tp_size",
-    ):
-        size = as_number(user.get(path))
-        if size is not None and size not in (0, 1):
-            found = f"{size!r} ranks would have to be given the same data, and each is given its own"
-            yield user.problem(path, f"no tensor parallelism here: {found}", hint)
-    if user.get("pipeline"):
-        yield user.problem("pipeline", "no pipeline parallelism here: the model is no PipelineModule", hint)
-    if as_bool(user.get("expert_parallel.enabled")):
-        yield user.problem(
-            "expert_parallel",
-            "no expert parallelism here: that export and resume put divided experts together has not been shown",
-            hint,
-        )
 
 
 def _not_shared(message: str, hint: str) -> Problem:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from launcher.ds_config import DsConfig
 from launcher.errors import Problem, RequestError
 from launcher.job import Job
-from launcher.plan.batch import resolve_batch
-from launcher.plan.facts import DataFacts, MachineFacts, ModelFacts
+from launcher.plan.facts import DataFacts, ModelFacts
 from launcher.plan.fit import GIB, Needs, Room, room_of
-from launcher.plan.length import open_batch_limit
-from launcher.plan.resolve import given_batch, longest_sequence, resolve_precision, resolve_world
+from launcher.plan.inputs import PlanInputs
+from launcher.plan.resolve import longest_sequence, training_batch
 from launcher.plan.schema import Candidate, Recommendation, World
 
 IN_ORDER = ("zero1", "zero2", "zero3", "zero3_cpu_offload")
@@ -29,22 +28,23 @@ class _Weighed:
 
 
 def recommend(
-    job: Job,
+    inputs: PlanInputs[Job],
     presets: Mapping[str, DsConfig],
     model: ModelFacts,
     data: DataFacts,
-    machine: MachineFacts,
     *,
     kept: str | None = None,
 ) -> Recommendation:
-    """The preset for `job`, with the numbers of all that were weighed. `presets` holds those of IN_ORDER.
+    """The preset for a job, with the numbers of all that were weighed. `presets` holds those of IN_ORDER.
 
     A run that goes on has a preset to be `kept`: its checkpoints are of that stage. Raises RequestError where nothing
     fits.
     """
-    world = resolve_world(job, machine)
-    room = room_of(world, machine)
-    weighed = [_weigh(job, name, presets[name], model, data, machine, world, room) for name in _weighable(world)]
+    world, room = inputs.world, room_of(inputs.world, inputs.machine)
+    weighed = [
+        _weigh(name, Needs(inputs.with_ds_config(presets[name]), model, longest_sequence(data)), data, room)
+        for name in _weighable(world)
+    ]
     candidates = tuple(one.candidate for one in weighed)
     if kept is not None:
         return _recommended(kept, "the run began with it", room, candidates)
@@ -62,21 +62,9 @@ def _weighable(world: World) -> Iterator[str]:
     return (name for name in IN_ORDER if world.device == "cuda" or not name.endswith("offload"))
 
 
-def _weigh(
-    job: Job,
-    name: str,
-    user: DsConfig,
-    model: ModelFacts,
-    data: DataFacts,
-    machine: MachineFacts,
-    world: World,
-    room: Room,
-) -> _Weighed:
+def _weigh(name: str, needs: Needs, data: DataFacts, room: Room) -> _Weighed:
     """A preset with the micro-batch that the plan would take under it."""
-    needs = Needs(job, user, model, world, resolve_precision(job, user, world, machine), longest_sequence(data))
-    given, most = given_batch(job, user), open_batch_limit(job, data)
-    batch = resolve_batch(given, world.data_parallel_size, lambda size: room.holds(needs, size), most)
-    micro = batch.train_micro_batch_size_per_gpu
+    micro = training_batch(needs, data).train_micro_batch_size_per_gpu
     candidate = Candidate(
         preset=name,
         micro_batch=micro,
@@ -124,7 +112,7 @@ def _need(candidate: Candidate, world: World) -> str:
 
 def _turn(last: _Weighed, world: World) -> Iterator[str]:
     """What makes a job smaller, as far as it is not done yet, the cheapest first."""
-    job, model = last.needs.job, last.needs.model
+    job, model = last.needs.inputs.job, last.needs.model
     if last.candidate.micro_batch > 1:
         yield "a smaller train.train_micro_batch_size_per_gpu"
     if not job.model.gradient_checkpointing and model.supports_gradient_checkpointing:

@@ -1,153 +1,94 @@
-"""From a job and what was measured to a plan: pure, and the only place where a run's numbers are decided."""
+"""From a job and what was measured to a plan: the only place where the numbers of a run are decided. Pure."""
 
 from __future__ import annotations
 
-from launcher.ds_config import Composed, DsConfig, batch_keys, compose, precision_of, zero_stage
-from launcher.ds_config.facts import Precision
+from launcher.ds_config import Composed, compose, zero_stage
 from launcher.errors import Problem, RequestError
-from launcher.job import Job, explicit_keys
+from launcher.job import Job
 from launcher.plan.batch import KEYS, BatchSizes, resolve_batch
 from launcher.plan.conflicts import check_conflicts
 from launcher.plan.data_warnings import data_warnings
 from launcher.plan.decisions import decisions_of
-from launcher.plan.facts import DataFacts, MachineFacts, ModelFacts
+from launcher.plan.facts import DataFacts, ModelFacts
 from launcher.plan.fit import Needs, memory_warnings, room_of
-from launcher.plan.learning_rate import decide_rate
+from launcher.plan.inputs import PlanInputs
+from launcher.plan.learning_rate import decide_lr
 from launcher.plan.length import check_token_ids, length_warnings, open_batch_limit, resolve_length
-from launcher.plan.model_options import check_switches, sequence_parallel_problems, switch_warnings
-from launcher.plan.schema import Change, Length, Plan, World
+from launcher.plan.model_options import check_model_options, model_option_warnings, sequence_parallel_problems
+from launcher.plan.schema import Change, Length, Plan, Training
 from launcher.version import __version__
 
-_PRECISIONS: dict[str, Precision] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
-
-def resolve(job: Job, user: DsConfig, model: ModelFacts, data: DataFacts, machine: MachineFacts) -> Plan:
-    """The plan of `job`, whose DeepSpeed JSON is `user`. Raises RequestError for every contradiction."""
-    world = resolve_world(job, machine)
-    check_switches(job, user, world, machine)
+def resolve(inputs: PlanInputs[Job], model: ModelFacts, data: DataFacts) -> Plan:
+    """The plan of a training. Raises RequestError for every contradiction."""
+    job, user = inputs.job, inputs.ds_config
+    check_model_options(inputs)
     check_model(job, model)
     check_token_ids(data, model)
-    precision = resolve_precision(job, user, world, machine)
-    batch = _batch(job, user, world, model, machine, precision, data)
-    length = resolve_length(job, data, batch.train_batch_size, *_what_decided(job, user, world, batch))
+    needs = Needs(inputs, model, longest_sequence(data))
+    batch = training_batch(needs, data)
+    length = resolve_length(job, data, batch.train_batch_size, *_what_decided(inputs, batch))
     _check_eval_every(job, length.total_updates)
-    rate = decide_rate(job, model, data, length, user)
+    decided = decide_lr(inputs, model, data, length)
     composed = compose(
         user,
         decisions_of(
-            job,
-            world,
-            precision,
+            inputs,
             batch,
-            optimizer_lr=rate.optimizer_lr,
-            scheduler=rate.scheduler,
+            optimizer_lr=decided.optimizer_lr,
+            scheduler=decided.scheduler,
             hidden_size=model.hidden_size,
-            sequence_parallel_size=world.sequence_parallel_size,
-            explicit=explicit_keys(job),
+            sequence_parallel_size=inputs.world.sequence_parallel_size,
+            explicit=inputs.explicit,
             total_num_steps=length.total_updates,
-            warmup_num_steps=rate.learning_rate.warmup_updates,
+            warmup_num_steps=decided.learning_rate.warmup_updates,
         ),
     )
-    needs = Needs(job, user, model, world, precision, longest_sequence(data))
+    micro = batch.train_micro_batch_size_per_gpu
     return Plan(
         launcher=__version__,
-        job=job,
-        model=model,
-        data=data,
-        machine=machine,
-        world=world,
-        precision=precision,
+        workload=Training(job=job, model=model, data=data, memory=needs.estimate(micro).to_dict()),
+        machine=inputs.machine,
+        world=inputs.world,
+        precision=inputs.precision,
         zero_stage=zero_stage(user),
         train_batch_size=batch.train_batch_size,
-        train_micro_batch_size_per_gpu=batch.train_micro_batch_size_per_gpu,
+        train_micro_batch_size_per_gpu=micro,
         gradient_accumulation_steps=batch.gradient_accumulation_steps,
         length=length,
-        learning_rate=rate.learning_rate,
+        learning_rate=decided.learning_rate,
         ds_config=composed.config,
         ds_config_changes=changes_of(composed),
-        memory=needs.estimate(batch.train_micro_batch_size_per_gpu).to_dict(),
         warnings=(
             *model.notes,
             *length_warnings(job, data, batch.train_batch_size, length),
             *data_warnings(job, data),
-            *memory_warnings(needs, batch.train_micro_batch_size_per_gpu, machine),
-            *_rhythm_warnings(job, length),
-            *switch_warnings(job, user),
+            *memory_warnings(needs, micro),
+            *_checkpoint_warnings(job, length),
+            *model_option_warnings(inputs),
         ),
     )
 
 
 def changes_of(composed: Composed) -> tuple[Change, ...]:
-    """What was done to the user's JSON, as the plan keeps it."""
+    """What was changed in the user's JSON, as the plan keeps it."""
     return tuple(
         Change(key=change.key_path, before=change.before, after=change.after, reason=change.reason)
         for change in composed.changes
     )
 
 
-def check_request(job: Job, user: DsConfig, machine: MachineFacts) -> None:
-    """The contradictions that need neither model nor data: told before any time is spent. Raises RequestError."""
-    world = resolve_world(job, machine)
-    check_switches(job, user, world, machine)
-    precision = resolve_precision(job, user, world, machine)
-    zero_stage(user)
-    batch = resolve_batch(given_batch(job, user), world.data_parallel_size, lambda _: True)
-    check_conflicts(job, user, world, precision, batch)
-    _check_eval_every(job, job.train.max_steps)
-
-
-def resolve_world(job: Job, machine: MachineFacts) -> World:
-    """Ranks and their device. GPUs asked for by number are believed: the plan may be made on a login node."""
-    cluster = job.cluster
-    gpus = machine.gpus if cluster.gpus_per_node == "auto" else cluster.gpus_per_node
-    asked = cluster.processes_per_node
-    if gpus and cluster.gpus_per_node != "auto" and asked not in ("auto", gpus):
-        raise RequestError(
-            Problem(
-                f"{asked} processes and {gpus} GPUs a node: there is one rank a GPU",
-                key="cluster.processes_per_node",
-                hint="leave it out where there are GPUs",
-            )
-        )
-    processes = gpus or (1 if asked == "auto" else asked)
-    shared = job.model.sequence_parallel_size if job.model else 1
-    if cluster.nodes * processes % shared:
-        raise RequestError(
-            Problem(
-                f"{cluster.nodes * processes} ranks cannot be divided into groups of {shared}",
-                key="model.sequence_parallel_size",
-                hint="a divisor of the number of ranks",
-            )
-        )
-    return World(
-        nodes=cluster.nodes,
-        processes_per_node=processes,
-        device="cuda" if gpus else "cpu",
-        backend="nccl" if gpus else "gloo",
-        threads_per_process=min(max(1, machine.cpus // processes), 8 if gpus else machine.cpus),
-        sequence_parallel_size=shared,
-    )
-
-
-def resolve_precision(job: Job, user: DsConfig, world: World, machine: MachineFacts) -> Precision:
-    """What the job asks for, else what the JSON fixes, else the best that the hardware has."""
-    if job.model.dtype != "auto":
-        return _PRECISIONS[job.model.dtype]
-    return precision_without_model(user, world, machine)
-
-
-def precision_without_model(user: DsConfig, world: World, machine: MachineFacts) -> Precision:
-    """What the JSON fixes, else the best that the hardware has."""
-    fixed = precision_of(user)
-    if fixed is not None:
-        return fixed
-    if world.device == "cpu":
-        return "fp32"
-    return "bf16" if machine.bf16 or not machine.gpus else "fp16"
+def check_inputs(inputs: PlanInputs[Job]) -> None:
+    """Raises RequestError for the contradictions that need neither model nor data, before time is spent on those."""
+    check_model_options(inputs)
+    zero_stage(inputs.ds_config)
+    batch = resolve_batch(inputs.given_batch, inputs.world.data_parallel_size, lambda _: True)
+    check_conflicts(inputs, batch)
+    _check_eval_every(inputs.job, inputs.job.train.max_steps)
 
 
 def check_model(job: Job, model: ModelFacts) -> None:
-    """Does the model do what the job asks of it? Raises RequestError."""
+    """Raises RequestError with everything that the job asks of the model and that the model cannot do."""
     problems = []
     if model.max_positions is not None and job.data.max_length > model.max_positions:
         problems.append(
@@ -178,51 +119,39 @@ def check_model(job: Job, model: ModelFacts) -> None:
         raise RequestError(*problems)
 
 
-def given_batch(job: Job, user: DsConfig) -> dict[str, int]:
-    asked = {key: getattr(job.train, key) for key in KEYS if getattr(job.train, key) != "auto"}
-    return {**batch_keys(user), **asked}
-
-
-def _batch(
-    job: Job,
-    user: DsConfig,
-    world: World,
-    model: ModelFacts,
-    machine: MachineFacts,
-    precision: Precision,
-    data: DataFacts,
-) -> BatchSizes:
-    needs = Needs(job, user, model, world, precision, longest_sequence(data))
-    room = room_of(world, machine)
+def training_batch(needs: Needs, data: DataFacts) -> BatchSizes:
+    """The batch sizes of a training: a micro-batch that is left open is the largest that fits the memory."""
+    inputs = needs.inputs
+    room = room_of(inputs.world, inputs.machine)
     return resolve_batch(
-        given_batch(job, user),
-        world.data_parallel_size,
+        inputs.given_batch,
+        inputs.world.data_parallel_size,
         lambda micro: room.holds(needs, micro),
-        open_batch_limit(job, data),
+        open_batch_limit(inputs.job, data),
     )
 
 
-def _what_decided(job: Job, user: DsConfig, world: World, batch: BatchSizes) -> tuple[Problem | None, int]:
+def _what_decided(inputs: PlanInputs[Job], batch: BatchSizes) -> tuple[Problem | None, int]:
     """The place of the key that decided the batch, and the batch divided by that key's value.
 
-    (None, 1) if nobody gave one, or if the batch is one sequence per rank, which is the least there can be.
+    (None, 1) if no key gives one, or if the batch is one sequence per rank, the smallest possible.
     """
-    given = given_batch(job, user)
+    given, job = inputs.given_batch, inputs.job
     name = next((key for key in KEYS if key in given), None)
-    if name is None or batch.train_batch_size == world.data_parallel_size:
+    if name is None or batch.train_batch_size == inputs.world.data_parallel_size:
         return None, 1
     in_job = getattr(job.train, name) != "auto"
-    place = Problem("", key=f"train.{name}") if in_job else user.problem(name, "")
+    place = Problem("", key=f"train.{name}") if in_job else inputs.ds_config.problem(name, "")
     return place, batch.train_batch_size // given[name]
 
 
 def longest_sequence(data: DataFacts) -> int:
-    """Tokens of the longest sequence, learned from or evaluated on."""
+    """Tokens of the longest training or evaluation sequence."""
     return max(data.train.longest, data.eval.longest if data.eval else 0)
 
 
 def _check_eval_every(job: Job, total_updates: int | None) -> None:
-    """Raises RequestError where there is nothing to evaluate on, or never a time for it in a run that long."""
+    """Raises RequestError if there is no evaluation data, or if the run is too short for an evaluation."""
     every = job.train.eval_every
     if every is not None and total_updates is not None and every > total_updates:
         raise RequestError(
@@ -234,11 +163,11 @@ def _check_eval_every(job: Job, total_updates: int | None) -> None:
         )
     if every is not None and job.data.eval is None:
         raise RequestError(
-            Problem("there is nothing to evaluate on", key="train.eval_every", hint="give data.eval, or leave it out")
+            Problem("the job has no evaluation data", key="train.eval_every", hint="give data.eval, or leave it out")
         )
 
 
-def _rhythm_warnings(job: Job, length: Length) -> list[str]:
+def _checkpoint_warnings(job: Job, length: Length) -> list[str]:
     every = job.checkpoint.every
     if every is not None and every > length.total_updates:
         return [f"checkpoint.every {every} is beyond the run's {length.total_updates} updates: only the end is saved"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from launcher.errors import Problem, RequestError
 from launcher.plan.revision import schedule_of, with_schedule
 from launcher.plan.schema import Part, Plan, Resumed
-from launcher.schedule.curve import Schedule, rate_at
+from launcher.schedule.curve import Schedule, lr_at
 from launcher.schedule.progress import convert_updates, rescale
 
 
@@ -66,7 +66,7 @@ def _under_its_own(old: Plan, new: Plan, update: int, samples: int) -> Plan:
             update={"resumed": Resumed(update=resumed, samples=samples, arithmetic=_batch_words(old, new))}
         )
     schedule = schedule_of(new)
-    rate = rate_at(schedule, resumed)
+    rate = lr_at(schedule, resumed)
     return _going_on(
         new, schedule, resumed, samples, f"{_batch_words(old, new)} The new schedule goes on at {rate:.6g}."
     )

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from launcher.errors import FailureCode, LauncherError, first_line
-from launcher.job import Job, ScriptJob
+from launcher.job import AnyJob, Job, ScriptJob
 from launcher.job.set_keys import changed_keys, set_keys, with_set_keys
 from launcher.plan.facts import DataFacts, MachineFacts, ModelFacts
 
-FORMAT = 2
-"""The format of plan.json. Format 1 did not keep which of the job's keys were set."""
+FORMAT = 3
+"""The format of plan.json, and of its hash. Format 1 did not keep which of the job's keys were set; format 2 had no
+workload."""
 
 
 class Part(BaseModel):
@@ -129,13 +131,36 @@ class Resumed(Part):
     arithmetic: str
 
 
+class Training(Part):
+    """Fine-tuning by the launcher itself. `memory` are the bytes of one rank, by what they hold."""
+
+    kind: Literal["training"] = "training"
+    job: Job
+    model: ModelFacts
+    data: DataFacts
+    memory: dict[str, int]
+    recommendation: Recommendation | None = None
+
+
+class Script(Part):
+    """Your own training script, which brings its model and data.
+
+    Every rank runs Python with `arguments` in `folder`, which all nodes see; numbers of the plan replace their names in
+    braces. `model` is the one that the job names for advice.
+    """
+
+    kind: Literal["script"] = "script"
+    job: ScriptJob
+    model: ModelFacts | None
+    arguments: tuple[str, ...]
+    folder: str
+
+
 class Plan(Part):
     """A resolved job. Equal plans have equal hashes."""
 
     launcher: str
-    job: Job
-    model: ModelFacts
-    data: DataFacts
+    workload: Annotated[Training | Script, Field(discriminator="kind")]
     machine: MachineFacts
     world: World
     precision: Literal["fp32", "bf16", "fp16"]
@@ -147,66 +172,74 @@ class Plan(Part):
     learning_rate: LearningRate
     ds_config: dict[str, Any]
     ds_config_changes: tuple[Change, ...]
-    memory: dict[str, int]
     warnings: tuple[str, ...]
-    recommendation: Recommendation | None = None
     resumed: Resumed | None = None
+
+    @property
+    def job(self) -> AnyJob:
+        return self.workload.job
+
+    @property
+    def training(self) -> Training:
+        """The workload of a plan that is known to be for training. Raises TypeError for a script's."""
+        if not isinstance(self.workload, Training):
+            raise TypeError("this is the plan of a script")
+        return self.workload
 
     @property
     def sha256(self) -> str:
         """The hash of the whole plan: 64 hexadecimal digits."""
-        return _hash(self.model_dump(mode="json"))
+        return _hash(self.model_dump(mode="json"), FORMAT)
 
     def to_json(self) -> str:
         """plan.json: the plan, its hash, and which of the job's keys were set."""
         plan = self.model_dump(mode="json")
-        document = {"format": FORMAT, "sha256": _hash(plan), "set_keys": set_keys(self.job), "plan": plan}
+        document = {"format": FORMAT, "sha256": _hash(plan, FORMAT), "set_keys": set_keys(self.job), "plan": plan}
         return json.dumps(document, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, name: str = "plan.json") -> Plan:
-        """The plan that `to_json` wrote, now or in format 1. Raises LauncherError where its content was changed.
+        """The plan that `to_json` wrote, in this format or an older one. Raises LauncherError if it was changed.
 
-        Of a job in format 1 the keys count as set whose values differ from the defaults. `name` is that of the file,
+        For a job in format 1, keys count as set if their values differ from the defaults. `name` is that of the file,
         for messages.
         """
         try:
             document = json.loads(text)
             named, data, form = str(document["sha256"]), document["plan"], document.get("format", 1)
-            if form not in (1, FORMAT):
-                raise ValueError(f"it has format {form}, and this launcher reads formats 1 and {FORMAT}")
-            kind = ScriptPlan if "script" in data else cls
-            plan = kind.model_validate(data)
-            keys = document["set_keys"] if form == FORMAT else changed_keys(plan.job)
-            plan = plan.model_copy(update={"job": with_set_keys(plan.job, keys)})
+            if form not in range(1, FORMAT + 1):
+                raise ValueError(f"it has format {form}, and this launcher reads formats 1 to {FORMAT}")
+            plan = cls.model_validate(data if form == FORMAT else _upgraded(data))
+            keys = changed_keys(plan.job) if form == 1 else document["set_keys"]
+            plan = _with_set_keys(plan, keys)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            reason = first_line(error)
-            message = f"{name} is damaged, or of another version of the launcher: {reason}"
+            message = f"{name} is damaged, or of another version of the launcher: {first_line(error)}"
             raise LauncherError(message, code=FailureCode.PLAN_DAMAGED) from None
-        if (found := _hash(data)) != named:
+        if (found := _hash(data, form)) != named:
             message = f"{name} was altered: it names the hash {named[:12]}… and has {found[:12]}…"
             raise LauncherError(message, code=FailureCode.PLAN_DAMAGED)
         return plan
 
 
-class Script(Part):
-    """What every rank runs: Python with these arguments, in a folder that all nodes see.
+def _with_set_keys(plan: Plan, keys: Iterable[str]) -> Plan:
+    workload = plan.workload
+    if isinstance(workload, Training):
+        marked: Training | Script = workload.model_copy(update={"job": with_set_keys(workload.job, keys)})
+    else:
+        marked = workload.model_copy(update={"job": with_set_keys(workload.job, keys)})
+    return plan.model_copy(update={"workload": marked})
 
-    The arguments are as the user wrote them, with names in braces where the plan's numbers go.
-    """
 
-    arguments: tuple[str, ...]
-    folder: str
-
-
-class ScriptPlan(Plan):
-    """The plan of a script of the user's own, which brings model and data: of the data nothing is known."""
-
-    job: ScriptJob
-    # What carries a plan out itself asks for a Plan, in which both are there.
-    model: ModelFacts | None  # type: ignore[assignment]
-    data: None = None  # type: ignore[assignment]
-    script: Script
+def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
+    """The plan of format 1 or 2, which had no workload, in the present format."""
+    plan = dict(old)
+    job, model, data, memory = (plan.pop(name) for name in ("job", "model", "data", "memory"))
+    recommendation, script = plan.pop("recommendation", None), plan.pop("script", None)
+    if script is None:
+        parts = {"kind": "training", "data": data, "memory": memory, "recommendation": recommendation}
+    else:
+        parts = {"kind": "script", **script}
+    return {**plan, "workload": {**parts, "job": job, "model": model}}
 
 
 def hash_in(text: str) -> str:
@@ -214,6 +247,7 @@ def hash_in(text: str) -> str:
     return str(json.loads(text)["sha256"])
 
 
-def _hash(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+def _hash(plan: Any, form: int) -> str:
+    """SHA-256 of the plan as JSON with sorted keys; from format 3 on, the format is a part of what is hashed."""
+    text = json.dumps(plan if form < 3 else {"format": form, "plan": plan}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

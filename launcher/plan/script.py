@@ -12,22 +12,22 @@ from launcher.ds_config import (
     Change,
     Composed,
     DsConfig,
+    auto_scheduler,
     compose,
-    open_scheduler,
     optimizer_of,
     scheduler_of,
     zero_stage,
 )
 from launcher.ds_config.compose import BUCKET_SIZES
-from launcher.ds_config.facts import Precision
 from launcher.errors import Problem, RequestError
-from launcher.job import ScriptJob, explicit_keys
+from launcher.job import ScriptJob
 from launcher.plan.batch import KEYS, BatchSizes, resolve_batch
 from launcher.plan.decisions import decisions_of
-from launcher.plan.facts import MachineFacts, ModelFacts
+from launcher.plan.facts import ModelFacts
+from launcher.plan.inputs import PlanInputs
 from launcher.plan.learning_rate import Decided, kept_or_generated
-from launcher.plan.resolve import changes_of, given_batch, precision_without_model, resolve_precision, resolve_world
-from launcher.plan.schema import LearningRate, Length, Reason, Script, ScriptPlan, World
+from launcher.plan.resolve import changes_of
+from launcher.plan.schema import LearningRate, Length, Plan, Reason, Script
 from launcher.schedule.advice import Situation
 from launcher.schedule.curve import DEEPSPEED_TYPES
 from launcher.schedule.deepspeed_schedulers import replica
@@ -44,50 +44,45 @@ _UNUSED = (
 _NEAR_THE_PEAK = 0.9
 
 
-def resolve_script(
-    job: ScriptJob, user: DsConfig, model: ModelFacts | None, machine: MachineFacts, script: Script
-) -> ScriptPlan:
-    """The plan of `script`. `model` are the facts of the model that the job names. Raises RequestError."""
-    user, shape = _with_open_scheduler(user)
-    world = resolve_world(job, machine)
-    precision = _precision(job, user, world, machine)
-    batch = _batch(job, user, world)
+def resolve_script(inputs: PlanInputs[ScriptJob], model: ModelFacts | None, folder: str) -> Plan:
+    """The plan of a job's script, which is run in `folder`. `model` is the one that the job names, measured.
+
+    Raises RequestError.
+    """
+    inputs, shape = _with_auto_scheduler(inputs)
+    job, user = inputs.job, inputs.ds_config
+    batch = _batch(inputs)
     length = _length(job, batch.train_batch_size)
-    rate = _rate(job, user, model, length, shape)
-    composed = _composed(job, user, model, world, precision, batch, length, rate)
-    return ScriptPlan(
+    decided = _decided(inputs, model, length, shape)
+    composed = _composed(inputs, model, batch, length, decided)
+    return Plan(
         launcher=__version__,
-        job=job,
-        model=model,
-        machine=machine,
-        world=world,
-        precision=precision,
+        workload=Script(job=job, model=model, arguments=tuple(job.script.command), folder=folder),
+        machine=inputs.machine,
+        world=inputs.world,
+        precision=inputs.precision,
         zero_stage=zero_stage(user),
         train_batch_size=batch.train_batch_size,
         train_micro_batch_size_per_gpu=batch.train_micro_batch_size_per_gpu,
         gradient_accumulation_steps=batch.gradient_accumulation_steps,
         length=length,
-        learning_rate=_as_driven(rate.learning_rate, composed.config, length.total_updates),
+        learning_rate=_as_driven(decided.learning_rate, composed.config, length.total_updates),
         ds_config=composed.config,
         ds_config_changes=changes_of(composed),
-        memory={},
-        warnings=tuple(_warnings(job, script, rate.learning_rate, composed.config, length)),
-        script=script,
+        warnings=tuple(_warnings(inputs, decided.learning_rate, composed.config, length)),
     )
 
 
-def check_script_request(job: ScriptJob, user: DsConfig, machine: MachineFacts) -> None:
-    """What can be told before the model is measured. Raises RequestError."""
-    user, shape = _with_open_scheduler(user)
-    world = resolve_world(job, machine)
-    _precision(job, user, world, machine)
-    zero_stage(user)
-    length = _length(job, _batch(job, user, world).train_batch_size)
-    if job.model is None:
-        _rate(job, user, None, length, shape)
+def check_script_inputs(inputs: PlanInputs[ScriptJob]) -> None:
+    """Raises RequestError for what is wrong whatever the model is."""
+    inputs, shape = _with_auto_scheduler(inputs)
+    zero_stage(inputs.ds_config)
+    length = _length(inputs.job, _batch(inputs).train_batch_size)
+    if inputs.job.model is None:
+        _decided(inputs, None, length, shape)
 
 
-def pairing(plan: ScriptPlan) -> dict[str, str]:
+def pairing(plan: Plan) -> dict[str, str]:
     """The plan's numbers under the names that transformers' TrainingArguments have for them, as text.
 
     These are what a Trainer compares with its DeepSpeed JSON, and refuses where they differ; with `max_steps`.
@@ -113,14 +108,14 @@ def pairing(plan: ScriptPlan) -> dict[str, str]:
     return {name: str(value) for name, value in values.items() if value is not None}
 
 
-def filled_arguments(plan: ScriptPlan, places: Mapping[str, str]) -> list[str]:
-    """The script's arguments with the plan's numbers and `places` (name: path) in them.
+def filled_arguments(plan: Plan, script: Script, places: Mapping[str, str]) -> list[str]:
+    """The arguments of the plan's script with the plan's numbers and `places` (name: path) in them.
 
     {trainer_args} by itself becomes all of `pairing` as options, and {learning_rate} and so on one number each. What
     else stands in braces is the script's own.
     """
     numbers, found = pairing(plan), []
-    for argument in plan.script.arguments:
+    for argument in script.arguments:
         if argument == "{trainer_args}":
             found += [text for name, value in numbers.items() for text in (f"--{name}", value)]
         else:
@@ -135,15 +130,9 @@ def filled(text: str, values: Mapping[str, str]) -> str:
     return text
 
 
-def _precision(job: ScriptJob, user: DsConfig, world: World, machine: MachineFacts) -> Precision:
-    if job.model is None:
-        return precision_without_model(user, world, machine)
-    return resolve_precision(job, user, world, machine)
-
-
-def _batch(job: ScriptJob, user: DsConfig, world: World) -> BatchSizes:
+def _batch(inputs: PlanInputs[ScriptJob]) -> BatchSizes:
     """The three sizes. Raises RequestError where the micro-batch, which is the script's, is not said."""
-    given, (batch, micro, accumulation) = given_batch(job, user), KEYS
+    given, (batch, micro, accumulation) = inputs.given_batch, KEYS
     if micro not in given:
         raise RequestError(
             Problem(
@@ -154,7 +143,7 @@ def _batch(job: ScriptJob, user: DsConfig, world: World) -> BatchSizes:
         )
     if batch not in given:
         given = {accumulation: 1, **given}
-    return resolve_batch(given, world.size, lambda _: True)
+    return resolve_batch(given, inputs.world.size, lambda _: True)
 
 
 def _length(job: ScriptJob, batch: int) -> Length:
@@ -175,28 +164,31 @@ def _length(job: ScriptJob, batch: int) -> Length:
     )
 
 
-def _with_open_scheduler(user: DsConfig) -> tuple[DsConfig, str | None]:
+def _with_auto_scheduler(inputs: PlanInputs[ScriptJob]) -> tuple[PlanInputs[ScriptJob], str | None]:
     """A scheduler whose parameters are all "auto" is left to the plan, but for its shape; None where there is none.
 
     That is how transformers' examples are written, for a Trainer to fill in.
     """
-    written = open_scheduler(user)
+    user = inputs.ds_config
+    written = auto_scheduler(user)
     if written is None:
-        return user, None
+        return inputs, None
     shape = next((shape for shape, kind in DEEPSPEED_TYPES.items() if kind == written), None)
-    return replace(user, data={**user.data, "scheduler": "auto"}), shape
+    return inputs.with_ds_config(replace(user, data={**user.data, "scheduler": "auto"})), shape
 
 
-def _rate(job: ScriptJob, user: DsConfig, model: ModelFacts | None, length: Length, shape: str | None) -> Decided:
+def _decided(inputs: PlanInputs[ScriptJob], model: ModelFacts | None, length: Length, shape: str | None) -> Decided:
     """The rate under the script's JSON, which may name the `shape`.
 
     Raises RequestError for what only an object of the launcher's could do.
     """
+    job = inputs.job
     _check_shape(job)
     if shape is not None and job.schedule.shape == "auto":
         job = job.model_copy(update={"schedule": job.schedule.model_copy(update={"shape": shape})})
+        inputs = replace(inputs, job=job)
     if model is None:
-        _check_peak(job, user)
+        _check_peak(job, inputs.ds_config)
     lora = job.model is not None and job.model.lora is not None
     situation = Situation(
         # Where the model is not known the peak is the user's, and the warm-up that of a small model.
@@ -208,7 +200,7 @@ def _rate(job: ScriptJob, user: DsConfig, model: ModelFacts | None, length: Leng
         beta2=job.train.betas[1],
         task=job.schedule.task,
     )
-    return kept_or_generated(job, situation, user, limited=model is not None)
+    return kept_or_generated(inputs, situation, limited=model is not None)
 
 
 def _check_shape(job: ScriptJob) -> None:
@@ -236,29 +228,20 @@ def _check_peak(job: ScriptJob, user: DsConfig) -> None:
 
 
 def _composed(
-    job: ScriptJob,
-    user: DsConfig,
-    model: ModelFacts | None,
-    world: World,
-    precision: Precision,
-    batch: BatchSizes,
-    length: Length,
-    rate: Decided,
+    inputs: PlanInputs[ScriptJob], model: ModelFacts | None, batch: BatchSizes, length: Length, decided: Decided
 ) -> Composed:
-    user, dropped = (user, ()) if model else _without_sizes(user)
+    user, dropped = (inputs.ds_config, ()) if model else _without_sizes(inputs.ds_config)
     composed = compose(
         user,
         decisions_of(
-            job,
-            world,
-            precision,
+            inputs,
             batch,
-            optimizer_lr=rate.optimizer_lr,
-            scheduler=rate.scheduler,
+            optimizer_lr=decided.optimizer_lr,
+            scheduler=decided.scheduler,
             hidden_size=model.hidden_size if model else None,
-            explicit=explicit_keys(job),
+            explicit=inputs.explicit,
             total_num_steps=length.total_updates,
-            warmup_num_steps=rate.learning_rate.warmup_updates,
+            warmup_num_steps=decided.learning_rate.warmup_updates,
         ),
     )
     return replace(composed, changes=(*dropped, *composed.changes))
@@ -289,19 +272,19 @@ def _as_driven(rate: LearningRate, config: Mapping[str, Any], updates: int) -> L
 
 
 def _warnings(
-    job: ScriptJob, script: Script, rate: LearningRate, config: Mapping[str, Any], length: Length
+    inputs: PlanInputs[ScriptJob], rate: LearningRate, config: Mapping[str, Any], length: Length
 ) -> list[str]:
     told = []
-    if unused := _unused(job):
+    if unused := _unused(inputs):
         told.append(f"not used, since the script does it its own way: {', '.join(unused)}")
     if length.refilled_samples:
         told.append(f"the last update is made whole with {length.refilled_samples} samples beyond train.total_samples")
     scheduler = config.get("scheduler")
-    if scheduler is not None and any("{trainer_args}" in argument for argument in script.arguments):
+    if scheduler is not None and any("{trainer_args}" in argument for argument in inputs.job.script.command):
         told += _two_peaks(scheduler["params"].get("warmup_max_lr"), config["optimizer"]["params"]["lr"])
     if scheduler is not None:
         curve = replica(scheduler["type"], scheduler["params"], config["optimizer"]["params"]["lr"])
-        highest = max(curve.after(update) for update in range(length.total_updates))
+        highest = max(curve.lr_after(update) for update in range(length.total_updates))
         if highest < _NEAR_THE_PEAK * rate.peak_lr:
             told.append(
                 f"the peak of {rate.peak_lr:g} is not reached in {length.total_updates} updates: {highest:g} is"
@@ -319,6 +302,6 @@ def _two_peaks(highest: float | None, lr: float) -> list[str]:
     ]
 
 
-def _unused(job: ScriptJob) -> list[str]:
+def _unused(inputs: PlanInputs[ScriptJob]) -> list[str]:
     """The keys that the user set and that a script does not heed."""
-    return sorted(key for key in explicit_keys(job) if key.startswith(_UNUSED))
+    return sorted(key for key in inputs.explicit if key.startswith(_UNUSED))

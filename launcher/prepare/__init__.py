@@ -1,4 +1,4 @@
-"""Measuring before planning: the model's sizes, the data's sequences (tokenised once, cached) and the machine."""
+"""Measures what a plan needs: the model's sizes, the data (tokenised once, cached) and the machine."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from launcher.errors import FailureCode, LauncherError, Problem, RequestError, known_code
 from launcher.job import Job
 from launcher.job.schema import ModelSection
+from launcher.job.user_path import user_path
 from launcher.plan.facts import ModelFacts
 from launcher.prepare.request import ModelRequest, Prepared, Request, cached, cached_model
 
@@ -22,31 +23,31 @@ __all__ = ["Prepared", "cache_folder", "prepare", "prepare_model"]
 
 
 def cache_folder(job: Job) -> Path:
-    """Where a job's measured and tokenised things are kept: storage that all nodes see."""
-    return Path(job.data.cache_dir or Path(job.output_dir) / ".cache").expanduser().resolve()
+    """The folder for measurements and tokenised data of a job: on storage that all nodes see."""
+    return user_path(job.data.cache_dir or Path(job.output_dir) / ".cache").resolve()
 
 
 def prepare(job: Job, on_progress: OnProgress, log: IO[bytes] | int = subprocess.DEVNULL) -> Prepared:
-    """The job's model and data, measured: from the cache in milliseconds, else in a process of its own.
+    """The measurements of the job's model and data: from the cache in milliseconds, else from a separate process.
 
-    `on_progress` is called with {"message": …, "done": …, "total": …}; libraries' chatter goes to `log`.
-    Raises RequestError, or LauncherError where measuring itself failed.
+    `on_progress` receives {"message": …, "done": …, "total": …}; the output of libraries goes to `log`. Raises
+    RequestError, or LauncherError if the process fails.
     """
     request = Request(job=job, cache=cache_folder(job))
-    return cached(request) or Prepared.model_validate(_ask(request, on_progress, log))
+    return cached(request) or Prepared.model_validate(_run_process(request, on_progress, log))
 
 
 def prepare_model(
     section: ModelSection, cache: Path, on_progress: OnProgress, log: IO[bytes] | int = subprocess.DEVNULL
 ) -> ModelFacts:
-    """A model alone, measured; otherwise as `prepare`."""
+    """The measurements of a model without data; otherwise as `prepare`."""
     request = ModelRequest(model=section, cache=cache)
-    return cached_model(request) or ModelFacts.model_validate(_ask(request, on_progress, log))
+    return cached_model(request) or ModelFacts.model_validate(_run_process(request, on_progress, log))
 
 
-def _ask(request: BaseModel, on_progress: OnProgress, log: IO[bytes] | int) -> object:
-    """What the measuring process answers."""
-    # -P: a file launcher.py or datasets.py in the user's folder is not what is to be imported.
+def _run_process(request: BaseModel, on_progress: OnProgress, log: IO[bytes] | int) -> object:
+    """Runs the measuring process and returns its result."""
+    # -P: do not import a launcher.py or datasets.py from the user's folder.
     command = [sys.executable, "-P", "-m", "launcher.prepare"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log) as process:
         assert process.stdin is not None and process.stdout is not None
@@ -59,7 +60,7 @@ def _ask(request: BaseModel, on_progress: OnProgress, log: IO[bytes] | int) -> o
         except BaseException:
             process.kill()
             raise
-    message = f"the measuring process ended with status {process.returncode} and no answer"
+    message = f"the measuring process ended with status {process.returncode} and without a result"
     raise LauncherError(message, code=FailureCode.PREPARE_FAILED)
 
 
@@ -70,7 +71,7 @@ def _answer(message: dict[str, object], on_progress: OnProgress) -> object | Non
     if "problems" in message:
         raise RequestError(*(Problem(**problem) for problem in message["problems"]))  # type: ignore[attr-defined]
     if "failed" in message:
-        hint = "the cache lies in output_dir/.cache, or where data.cache_dir says"
+        hint = "the cache is in output_dir/.cache, or in data.cache_dir if set"
         raise LauncherError(f"measuring failed: {message['failed']}\n  {hint}", code=known_code(message["code"]))
     if "fault" in message:
         raise LauncherError(f"measuring failed:\n{message['fault']}", code=FailureCode.PREPARE_FAILED)

@@ -1,7 +1,6 @@
-"""The measuring process: `python -m launcher.prepare` reads a request and answers in JSON lines.
+"""The measuring process: `python -m launcher.prepare` reads a request and writes JSON lines.
 
-It runs apart from the command line, so that `launcher` itself imports neither torch nor transformers, and can start a
-Ray meanwhile.
+As a separate process it keeps torch and transformers out of `launcher`, which can start Ray in the meantime.
 """
 
 from __future__ import annotations
@@ -17,39 +16,39 @@ from pydantic import BaseModel
 
 from launcher.errors import RequestError, code_of, needs_no_traceback, os_error_text
 from launcher.files import keep_private
-from launcher.prepare.request import ModelRequest, Request, carry_out, measured
+from launcher.prepare.request import ModelRequest, Request, measured, run_request
 
 
 def main() -> int:
-    """0 when prepared, 2 for a bad request, 1 for a fault of ours. Answers go to the real standard output alone."""
+    """The exit status: 0 for success, 2 for invalid input, 1 for other errors. Only messages go to standard output."""
     keep_private()
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print belongs to the log
+    messages = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # the output of libraries goes to the log
 
-    def tell(**message: Any) -> None:
-        answers.write(json.dumps(message) + "\n")
+    def send(**message: Any) -> None:
+        messages.write(json.dumps(message) + "\n")
 
-    asked = json.loads(sys.stdin.read())
+    request = json.loads(sys.stdin.read())
     try:
-        prepared = _prepared(asked, lambda **progress: tell(progress=progress))
+        prepared = _prepared(request, lambda **progress: send(progress=progress))
     except RequestError as error:
-        tell(problems=[vars(problem) for problem in error.problems])
+        send(problems=[vars(problem) for problem in error.problems])
         return 2
     except Exception as error:
         if isinstance(error, OSError) and needs_no_traceback(error):
             traceback.print_exc()
-            tell(failed=os_error_text(error), code=code_of(error))
+            send(failed=os_error_text(error), code=code_of(error))
         else:
-            tell(fault=traceback.format_exc())
+            send(fault=traceback.format_exc())
         return 1
-    tell(prepared=prepared.model_dump())
+    send(prepared=prepared.model_dump())
     return 0
 
 
-def _prepared(asked: dict[str, Any], progress: Callable[..., None]) -> BaseModel:
-    if "job" in asked:
-        return carry_out(Request.model_validate(asked), progress)
-    return measured(ModelRequest.model_validate(asked), progress)
+def _prepared(request: dict[str, Any], progress: Callable[..., None]) -> BaseModel:
+    if "job" in request:
+        return run_request(Request.model_validate(request), progress)
+    return measured(ModelRequest.model_validate(request), progress)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rows of parquet files and of Arrow tables, as plain Python values. pyarrow is imported when one is read."""
+"""Rows of parquet files and Arrow tables as Python values. Imports pyarrow on first use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import first_line
-from launcher.prepare.rows import MEANINGFUL, BadFile, Found, Place, Row
+from launcher.prepare.rows import CONTENT_COLUMNS, BadFile, FileSummary, Location, Row
 
 Convert = Callable[[Any], Any]
 _BATCH = 256
@@ -16,7 +16,7 @@ _TEXTS = ("content", "value", "text", "prompt", "completion", "instruction", "in
 
 
 class ParquetFile:
-    """A parquet file, of which the columns that say something are read, a batch at a time."""
+    """A parquet file. Reads only the content columns, in batches."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -25,19 +25,19 @@ class ParquetFile:
     def name(self) -> str:
         return str(self.path)
 
-    def look(self) -> Found:
+    def summary(self) -> FileSummary:
         file = self._open()
-        return look_at_table(self.name, file.metadata.num_rows, file.schema_arrow)
+        return table_summary(self.name, file.metadata.num_rows, file.schema_arrow)
 
     def rows(self) -> Iterator[Row]:
         file = self._open()
-        columns = meaningful(file.schema_arrow.names)
+        columns = content_columns(file.schema_arrow.names)
         if not columns:
             yield from empty_rows(self.name, file.metadata.num_rows)
             return
         try:
             yield from table_rows(self.name, file.iter_batches(_BATCH, columns=columns), file.schema_arrow)
-        except Exception as error:  # Arrow has many kinds of errors
+        except Exception as error:  # Arrow raises many types
             raise self._bad(error) from None
 
     def _open(self) -> Any:
@@ -51,30 +51,30 @@ class ParquetFile:
     def _bad(self, error: Exception) -> BadFile:
         if isinstance(error, BadFile):
             return error
-        return BadFile(self.name, f"cannot be read: {first_line(error)}", "is it a parquet file, and whole?")
+        return BadFile(self.name, f"cannot be read: {first_line(error)}", "is it a complete parquet file?")
 
 
-def look_at_table(name: str, rows: int, schema: Any) -> Found:
-    """The rows and columns of a table, and a note on each column whose texts datasets may have altered.
+def table_summary(name: str, rows: int, schema: Any) -> FileSummary:
+    """The summary of a table, with a note on each column whose texts datasets may have altered.
 
-    Raises BadFile where two columns that say something have one name.
+    Raises BadFile if two content columns have the same name.
     """
-    twice = sorted({column for column in meaningful(schema.names) if schema.names.count(column) > 1})
-    if twice:
-        raise BadFile(name, f"cannot be read: it has more than one column {', '.join(twice)}")
+    duplicates = sorted({column for column in content_columns(schema.names) if schema.names.count(column) > 1})
+    if duplicates:
+        raise BadFile(name, f"cannot be read: it has more than one column {', '.join(duplicates)}")
     notes = []
     for field in schema:
-        if field.name in MEANINGFUL and _converter(field.type, field.name) is not None:
+        if field.name in CONTENT_COLUMNS and _converter(field.type, field.name) is not None:
             notes.append(
-                f"{name} keeps {field.name} as datasets' Json type, in which a text that is JSON cannot be told from "
-                f"an object: texts are taken as they are written there, without quotes around them"
+                f"{name} stores {field.name} as datasets' Json type, in which text that is JSON looks like an "
+                f"object: texts are read as they are stored, without surrounding quotes"
             )
-    return Found(rows, tuple(schema.names), tuple(notes))
+    return FileSummary(rows, tuple(schema.names), tuple(notes))
 
 
 def table_rows(name: str, batches: Iterable[Any], schema: Any) -> Iterator[Row]:
-    """The rows of batches of an Arrow table, with values of datasets' Json type decoded."""
-    converts = {field.name: _converter(field.type, field.name) for field in schema if field.name in MEANINGFUL}
+    """The rows of an Arrow table's batches, with values of datasets' Json type decoded."""
+    converts = {field.name: _converter(field.type, field.name) for field in schema if field.name in CONTENT_COLUMNS}
     number = 0
     for batch in batches:
         for values in batch.to_pylist():
@@ -82,21 +82,21 @@ def table_rows(name: str, batches: Iterable[Any], schema: Any) -> Iterator[Row]:
             for column, convert in converts.items():
                 if convert is not None:
                     values[column] = convert(values[column])
-            yield Row(values, Place(name, number))
+            yield Row(values, Location(name, number))
 
 
 def empty_rows(name: str, count: int) -> Iterator[Row]:
-    """The rows of a table that has no meaningful column."""
-    return (Row({}, Place(name, number)) for number in range(1, count + 1))
+    """Empty rows, for a table without content columns."""
+    return (Row({}, Location(name, number)) for number in range(1, count + 1))
 
 
-def meaningful(names: Iterable[str]) -> list[str]:
-    """Those of the columns that are read."""
-    return [name for name in names if name in MEANINGFUL]
+def content_columns(names: Iterable[str]) -> list[str]:
+    """The columns in `names` that are read."""
+    return [name for name in names if name in CONTENT_COLUMNS]
 
 
 def _children(kind: Any) -> list[tuple[str, Any]]:
-    """The fields of a struct and the values of a list, by name; a list's values have no name of their own."""
+    """The (name, type) of a struct's fields or a list's values; the name of a list's values is ""."""
     import pyarrow
 
     if pyarrow.types.is_struct(kind):
@@ -107,7 +107,7 @@ def _children(kind: Any) -> list[tuple[str, Any]]:
 
 
 def _converter(kind: Any, name: str) -> Convert | None:
-    """What decodes the values of datasets' Json type in a column; None where it has none."""
+    """A function that decodes the values of datasets' Json type in a column; None if the column has none."""
     import pyarrow
 
     if isinstance(kind, pyarrow.JsonType):
@@ -136,7 +136,7 @@ def _from_json(value: Any) -> Any:
 
 
 def _text_or_json(value: Any) -> Any:
-    """A text in quotes is that text, a list of objects (messages, content parts) is the list, all else is a text."""
+    """Decodes quoted text and lists of objects (messages, content parts); everything else stays text."""
     decoded = _from_json(value)
     if isinstance(decoded, str) or (isinstance(decoded, list) and all(isinstance(one, dict) for one in decoded)):
         return decoded

@@ -1,4 +1,4 @@
-"""A model's chat template: rendering conversations with it and finding in them what the assistant writes."""
+"""A model's chat template: renders conversations and finds the assistant's text in them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
 
 from launcher.errors import Problem, RequestError
+from launcher.job.user_path import user_path
 from launcher.prepare.conversations import Conversation, Message, Messages
-from launcher.prepare.marks import Mark, Marked
 from launcher.prepare.row_values import BadRow
 from launcher.prepare.template_environment import (
     DATE,
@@ -22,6 +21,7 @@ from launcher.prepare.template_environment import (
     has_generation_blocks,
     render_template,
 )
+from launcher.prepare.template_markers import MarkedText, Marker
 from launcher.prepare.turn_spans import Spanned, TurnFinder
 
 Span = tuple[int, int]
@@ -30,10 +30,10 @@ TEMPLATE_KEY = "data.chat_template"
 
 @dataclass(frozen=True)
 class Form:
-    """How messages are handed to a template: templates differ in what they can read.
+    """How messages are passed to a template: templates differ in what they accept.
 
-    `parts`: content as a list of text parts. `json_arguments`: arguments of tool calls as JSON text. `no_content`: what
-    a tool call without text has as its content.
+    `parts`: content as a list of text parts. `json_arguments`: arguments of tool calls as JSON text. `no_content`: the
+    content of a tool call without text.
     """
 
     parts: bool = False
@@ -60,8 +60,8 @@ FORMS = tuple(
 )
 
 
-class LeftOut(BadRow):
-    """A row of which the template leaves out what it must not. `depth`: how much else was found to be there."""
+class IncompleteRendering(BadRow):
+    """The template drops required parts of a row. `depth`: how many parts were found before."""
 
     def __init__(self, message: str, depth: int) -> None:
         super().__init__(message)
@@ -70,12 +70,12 @@ class LeftOut(BadRow):
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as the template writes it.
+    """A conversation rendered by the template.
 
-    `turns` has the spans of each assistant turn that was found. `shortened`: the template leaves out part of what an
-    assistant turn says, such as its reasoning. `open_ended`: nothing that can be learned ends the last turn.
-    `unwritten`: what of the generation prompt the template does not write in front of the last turn. `divided`: it
-    writes another message in the middle of a turn, of which only the part before that is in `turns`.
+    `turns`: the spans of each assistant turn that was found. `shortened`: the template drops part of an assistant turn,
+    such as its reasoning. `open_ended`: no text that can be learned ends the last turn. `unwritten`: the part of the
+    generation prompt that the template does not write before the last turn. `divided`: the template writes another
+    message inside a turn; `turns` only has the part before it.
     """
 
     text: str
@@ -87,10 +87,9 @@ class Rendered:
 
 
 class ChatTemplate:
-    """The template `source`, called `name` in messages.
+    """The template `source`; messages call it `name`.
 
-    `special_tokens` are the variables that templates have besides (bos_token, …), `tokens` the texts that the tokenizer
-    never divides.
+    `special_tokens`: extra variables for the template (bos_token, …). `tokens`: texts that the tokenizer never splits.
     """
 
     def __init__(
@@ -111,12 +110,12 @@ class ChatTemplate:
 
     @property
     def text(self) -> str:
-        """All the template's source, for looking up names in it."""
+        """The source of all templates, to search for names."""
         return "\n".join(self.sources.values())
 
     @property
     def writes_date(self) -> bool:
-        """Whether the text has today's date in it, which is DATE here."""
+        """Whether the template writes today's date; here that is DATE."""
         return "strftime_now" in self.text and "date_string" not in self.variables
 
     def render(self, conversation: Conversation, wanted: Iterable[int]) -> Rendered:
@@ -128,15 +127,15 @@ class ChatTemplate:
                 spanned = self._finder(form, conversation).find(conversation.messages, conversation.tools, wanted)
                 self._check(conversation, spanned.marked, form)
             except BadRow as error:
-                depth = error.depth if isinstance(error, LeftOut) else -1
+                depth = error.depth if isinstance(error, IncompleteRendering) else -1
                 errors.append(((depth, not form.parts, form.no_content == "empty"), error))
                 continue
             self._form = form
             return _rendered(spanned, wanted)
-        raise max(errors, key=lambda found: found[0])[1]  # of the form that goes furthest
+        raise max(errors, key=lambda found: found[0])[1]  # from the form that got furthest
 
     def _forms(self, conversation: Conversation) -> Iterator[Form]:
-        """The forms to try, of those that make a difference: what worked last, then the others."""
+        """The relevant forms to try: the last successful one first."""
         calls = [message for message in conversation.messages if "tool_calls" in message]
         bare = any("content" not in message for message in calls)
         can = [form for form in FORMS if (calls or not form.json_arguments) and (bare or form.no_content == "missing")]
@@ -153,11 +152,11 @@ class ChatTemplate:
         return self._finders[key]
 
     def _source(self, tools: Any) -> str:
-        """The template that transformers would take among those of a model with several."""
+        """The template that transformers would choose from those of the model."""
         if tools and "tool_use" in self.sources:
             return self.sources["tool_use"]
         if "default" not in self.sources:
-            raise BadRow(f"{self.name} has the templates {', '.join(self.sources)} and none called default")
+            raise BadRow(f"{self.name} has the templates {', '.join(self.sources)}, but none called default")
         return self.sources["default"]
 
     def _render(
@@ -172,8 +171,8 @@ class ChatTemplate:
         given = {"documents": None, **variables, "tools": tools, "add_generation_prompt": add_generation_prompt}
         try:
             return render_template(source, [form.apply(message) for message in messages], given)
-        except Exception as error:  # a template is a program: it raises anything
-            raise BadRow(f"{self.name} refuses these messages: {error}") from None
+        except Exception as error:  # a template is a program: it can raise anything
+            raise BadRow(f"{self.name} rejects these messages: {error}") from None
 
     def _generation(
         self, source: str, form: Form, variables: Mapping[str, Any], messages: Messages, tools: Any
@@ -181,45 +180,47 @@ class ChatTemplate:
         given = {"documents": None, **variables, "tools": tools, "add_generation_prompt": False}
         return generation_spans(source, [form.apply(message) for message in messages], given)
 
-    def _check(self, conversation: Conversation, marked: Marked, form: Form) -> None:
-        """Is all of the conversation in the text? Raises BadRow with what is not."""
-        gone = marked.left_out
+    def _check(self, conversation: Conversation, marked: MarkedText, form: Form) -> None:
+        """Raises BadRow if a part of the conversation is missing in the text."""
+        dropped = marked.dropped
         if form.parts and "{'type': 'text'" in marked.text:
-            raise BadRow(f"{self.name} writes the parts of a content as Python prints them")
+            raise BadRow(f"{self.name} writes content parts in Python's notation")
         for i, message in enumerate(conversation.messages):
-            if any(mark.what == "call" and mark.message == i for mark in gone):
-                raise LeftOut(f"{self.name} writes no tool_calls (message {i + 1})", 2 * i + 1)
-            if Mark(i, "end") in gone and Mark(i, "start") in gone and "tool_calls" not in message:
-                raise LeftOut(f"{self.name} leaves out the turn of role {message['role']} (message {i + 1})", 2 * i)
+            if any(marker.kind == "call" and marker.message == i for marker in dropped):
+                raise IncompleteRendering(f"{self.name} does not write tool_calls (message {i + 1})", 2 * i + 1)
+            if Marker(i, "end") in dropped and Marker(i, "start") in dropped and "tool_calls" not in message:
+                raise IncompleteRendering(
+                    f"{self.name} drops the turn of role {message['role']} (message {i + 1})", 2 * i
+                )
             for call in message.get("tool_calls", ()) if not form.json_arguments else ():
                 arguments = call["function"]["arguments"]
                 if arguments and str(arguments) in marked.text and _json(arguments) not in marked.text:
-                    raise BadRow(f"{self.name} writes the arguments of tool calls as Python prints them, not as JSON")
-        if any(mark.what == "tool" for mark in gone):
-            raise LeftOut(
-                f"{self.name} writes no tools, so a model could not know what it may call",
+                    raise BadRow(f"{self.name} writes the arguments of tool calls in Python's notation, not as JSON")
+        if any(marker.kind == "tool" for marker in dropped):
+            raise IncompleteRendering(
+                f"{self.name} does not write tools, so a model cannot know what it may call",
                 2 * len(conversation.messages),
             )
 
 
 def read_template(value: str) -> tuple[str, str]:
-    """(source, name) of `data.chat_template`: a file, or the template itself. Raises RequestError."""
+    """(source, name) of `data.chat_template`, which is a file or the template itself. Raises RequestError."""
     if "{{" in value or "{%" in value:
         return value, "the chat template of the job"
-    path = Path(value).expanduser()
+    path = user_path(value, "data.chat_template")
     try:
         return path.read_text(encoding="utf-8"), f"the chat template {path}"
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        hint = "a file with a Jinja template, or the template itself"
+        hint = "name a file with a Jinja template, or write the template itself"
         raise RequestError(Problem(f"{value} cannot be read: {reason}", key=TEMPLATE_KEY, hint=hint)) from None
 
 
 def date_note() -> str:
-    """What a user should know about a template that writes the date."""
+    """The note for a template that writes the date."""
     return (
-        f"the chat template writes today's date: the data is tokenised with {DATE:%d %b %Y}, so that it is the same "
-        f"each day; templates that read date_string take another from data.chat_template_kwargs"
+        f"the chat template writes today's date: the data is tokenised with {DATE:%d %b %Y}, to be the same every day; "
+        f"to change it in templates that read date_string, set that in data.chat_template_kwargs"
     )
 
 
@@ -233,7 +234,7 @@ def _check_syntax(source: str, name: str) -> None:
 
 def _rendered(spanned: Spanned, wanted: list[int]) -> Rendered:
     learned = set(wanted)
-    shortened = any(m.message in learned for m in spanned.marked.left_out)
+    shortened = any(m.message in learned for m in spanned.marked.dropped)
     last = spanned.turns[max(spanned.turns)] if spanned.turns else None
     return Rendered(
         text=spanned.marked.text,

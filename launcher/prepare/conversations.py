@@ -1,4 +1,4 @@
-"""Conversations as people write them, brought to the one form that chat templates read."""
+"""Converts conversations from their various formats to the one that chat templates read."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class Reason(StrEnum):
-    """Why nothing of a row is learned."""
+    """Why a row has nothing to learn."""
 
     EMPTY = "are empty"
     NO_ASSISTANT = "have no assistant turn"
     EMPTY_ANSWERS = "have only empty assistant turns"
     SWITCHED_OFF = "have weight 0 or train false on every assistant turn"
-    NOT_FOUND = "have no assistant turn that can be found in what the chat template writes"
+    NOT_FOUND = "have no assistant turn that can be found in the output of the chat template"
     CUT = "have nothing to learn within data.max_length"
     NO_TARGET = "are a single token"
 
 
 @dataclass
 class Conversation:
-    """Messages for a chat template and which of them are learned.
+    """Messages for a chat template.
 
-    `switched_off` holds the assistant turns that the row itself excludes (`weight: 0`, `train: false`).
+    `switched_off`: indices of the assistant turns that the row excludes (`weight: 0`, `train: false`).
     """
 
     messages: Messages
@@ -55,11 +55,11 @@ class Conversation:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def to_learn(self, first: int = 0, only_last: bool = False) -> list[int] | Reason:
-        """Indices of the assistant turns, from message `first` on, that are learned, or why there are none."""
+        """Indices of the learned assistant turns from message `first` on, or the reason if there are none."""
         turns = [i for i, message in enumerate(self.messages) if i >= first and message["role"] == "assistant"]
         if not turns:
             return Reason.NO_ASSISTANT
-        filled = [i for i in turns if says_something(self.messages[i])]
+        filled = [i for i in turns if has_content(self.messages[i])]
         if not filled:
             return Reason.EMPTY_ANSWERS
         if only_last:
@@ -67,17 +67,17 @@ class Conversation:
         return [i for i in filled if i not in self.switched_off] or Reason.SWITCHED_OFF
 
 
-def says_something(message: Message) -> bool:
-    """Whether an assistant turn holds text, reasoning or tool calls."""
+def has_content(message: Message) -> bool:
+    """Whether an assistant turn has text, reasoning or tool calls."""
     texts = (message.get(key) for key in ("content", *REASONING))
     return bool(message.get("tool_calls")) or any(isinstance(text, str) and text.strip() for text in texts)
 
 
 def conversation_of(turns: list[Any], template: str, padded: bool = True) -> Conversation:
-    """The turns of a row, checked. Raises BadRow.
+    """The checked turns of a row. Raises BadRow.
 
-    `template` is the source of the chat template, which may know roles of its own. `padded`: the file's kind pads
-    objects with the keys of other rows as nulls (parquet), which are removed.
+    `template` is the source of the chat template, which may define more roles. `padded`: the file format pads objects
+    with null for the keys of other rows (parquet); these keys are removed.
     """
     conversation = Conversation([])
     for turn in turns:
@@ -89,7 +89,7 @@ def conversation_of(turns: list[Any], template: str, padded: bool = True) -> Con
 
 
 def tools_of(value: Any, padded: bool = True) -> list[Any] | None:
-    """The tools of a row: a list of objects, or that as JSON text; None if there are none. Raises BadRow."""
+    """The tools of a row, from a list of objects or JSON text; None if it has none. Raises BadRow."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     tools = from_json(value, "tools")
@@ -103,7 +103,7 @@ def tools_of(value: Any, padded: bool = True) -> list[Any] | None:
 
 
 def _message(turn: Any, template: str, padded: bool) -> tuple[Message, bool]:
-    """(message, whether the row lets it be learned)."""
+    """(message, whether the row allows it to be learned)."""
     if not isinstance(turn, Mapping):
         raise BadRow(f"a message needs role and content, found {str(turn)[:80]!r}")
     message = {key: value for key, value in turn.items() if value is not None}
@@ -129,7 +129,7 @@ def _message(turn: Any, template: str, padded: bool) -> tuple[Message, bool]:
 
 
 def content_text(content: Any) -> str:
-    """A message's content as text; "" for null. The parts of a list are put together. Raises BadRow."""
+    """A message's content as text; "" for null. Parts of a list are joined. Raises BadRow."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -144,40 +144,40 @@ def _part_text(part: Any) -> str:
         return part
     if not isinstance(part, Mapping):
         raise BadRow(f"content must be text or a list of text parts, found {kind_of(part)} in the list")
-    held = {key: value for key, value in part.items() if value is not None}
-    kind = held.get("type", "text" if "text" in held else ", ".join(map(str, held)) or "nothing")
+    part = {key: value for key, value in part.items() if value is not None}
+    kind = part.get("type", "text" if "text" in part else ", ".join(map(str, part)) or "nothing")
     if kind not in _TEXT_PARTS:
-        raise BadRow(f"content has a part of type {kind}: only parts of type text can be used")
-    text = held.get("text", "")
+        raise BadRow(f"content has a part of type {kind}: only text parts are supported")
+    text = part.get("text", "")
     if not isinstance(text, str):
-        raise BadRow(f"content must be text: a text part holds {kind_of(text)}")
+        raise BadRow(f"content must be text: a text part has {kind_of(text)}")
     return text
 
 
 def _renamed(turn: Message) -> Message:
-    """A turn of ShareGPT's form (from, value) as a message."""
-    said, value = turn["from"], turn.get("value")
+    """A turn in ShareGPT's format (from, value) as a message."""
+    sender, value = turn["from"], turn.get("value")
     if "value" not in turn and "content" not in turn and not turn.get("tool_calls"):
         raise BadRow(f"a turn needs from and value, found {str(turn)[:80]!r}")
     value = turn.get("content") if value is None else value
-    role = _SHAREGPT.get(said, said) if isinstance(said, str) else said
+    role = _SHAREGPT.get(sender, sender) if isinstance(sender, str) else sender
     rest = {key: inner for key, inner in turn.items() if key not in ("from", "value")}
-    if said == "function_call":
+    if sender == "function_call":
         calls = from_json(value, "a function_call")
         return {**rest, "role": role, "tool_calls": calls if isinstance(calls, list) else [calls]}
     return {**rest, "role": role, "content": value}
 
 
 def _role(role: str, template: str) -> str:
-    """The role under its usual name. A role that is not usual passes if the chat template names it. Raises BadRow."""
+    """The role under its standard name; other roles are allowed if the chat template names them. Raises BadRow."""
     if role in ROLES:
         return role
     if role not in _SHAREGPT.keys() - {"function"} and (f"'{role}'" in template or f'"{role}"' in template):
         return role
-    meant = {"developer": "system", "function": "tool", "ipython": "tool"}.get(role)
-    if meant is None:
-        raise BadRow(f"role {role}, wanted {', '.join(ROLES)}")
-    return meant
+    standard = {"developer": "system", "function": "tool", "ipython": "tool"}.get(role)
+    if standard is None:
+        raise BadRow(f"unknown role {role}, expected {', '.join(ROLES)}")
+    return standard
 
 
 def _is_learned(message: Message) -> bool:
@@ -186,7 +186,7 @@ def _is_learned(message: Message) -> bool:
         raise BadRow(f"weight must be 0 or 1, found {weight!r}")
     if not isinstance(train, bool) and train not in (0, 1):
         raise BadRow(f"train must be true or false, found {train!r}")
-    others = (message.get(key) for key in ("training", "loss"))  # a loss may be a figure, which decides nothing
+    others = (message.get(key) for key in ("training", "loss"))  # a float loss is a measurement, not a switch
     return bool(weight) and bool(train) and not any(isinstance(one, int) and one == 0 for one in others)
 
 
@@ -200,7 +200,7 @@ def _tool_calls(message: Message, padded: bool) -> list[Message]:
 
 
 def _tool_call(call: Any, padded: bool) -> Message:
-    """A call in OpenAI's form, its arguments parsed."""
+    """A call in OpenAI's format, with parsed arguments."""
     if not isinstance(call, Mapping):
         raise BadRow(f"a tool call must be an object, found {kind_of(call)}")
     call = {key: value for key, value in call.items() if value is not None}

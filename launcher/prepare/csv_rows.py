@@ -1,4 +1,4 @@
-"""Rows of a csv file, every cell the text that is written there."""
+"""Rows of a csv file. Every cell is text."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from launcher.prepare.rows import BadFile, Found, Place, Row
+from launcher.prepare.rows import BadFile, FileSummary, Location, Row
 from launcher.prepare.text_files import text_lines
 
-_QUOTES = 'a cell that has commas, quotes or line breaks is written in quotes, with quotes in it doubled: "say ""yes"""'
+_QUOTES = 'quote cells that contain commas, quotes or line breaks, and double the quotes in them: "say ""yes"""'
 
 
 class CsvFile:
-    """A csv file with a header. No cell is taken for a number or for missing, whatever it says."""
+    """A csv file with a header. No cell is converted to a number or treated as missing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -25,25 +25,25 @@ class CsvFile:
     def name(self) -> str:
         return str(self.path)
 
-    def look(self) -> Found:
+    def summary(self) -> FileSummary:
         count, columns = 0, ()  # type: int, tuple[str, ...]
         for count, (columns, _, _) in enumerate(self._records()):  # noqa: B007
             pass
-        return Found(count, columns)
+        return FileSummary(count, columns)
 
     def rows(self) -> Iterator[Row]:
         for number, (header, line, cells) in enumerate(self._records()):
             if number:
-                yield Row(dict(zip(header, cells, strict=False)), Place(self.name, number, line))
+                yield Row(dict(zip(header, cells, strict=False)), Location(self.name, number, line))
 
     def _records(self) -> Iterator[tuple[tuple[str, ...], int, list[str]]]:
-        """(header, first line, cells) of each record, that of the header itself included. Raises BadFile."""
+        """(header, first line, cells) of each record, including the header. Raises BadFile."""
         csv.field_size_limit(sys.maxsize)
         lines = text_lines(self.path)
         first = next(lines, "")
         lines = itertools.chain([first] if first else [], lines)
         if "\r" in first.rstrip("\r\n"):
-            lines = _divided_at_returns(lines)
+            lines = _split_at_returns(lines)
         reader = csv.reader(lines, delimiter=self._delimiter(first.partition("\r")[0]), strict=True)
         header: tuple[str, ...] = ()
         line, count = 1, 0
@@ -55,31 +55,33 @@ class CsvFile:
                 elif cells:
                     count += 1
                     if len(cells) > len(header):
-                        message = f"row {count} cannot be read: {len(cells)} cells, and the header has {len(header)}"
+                        message = f"row {count} cannot be read: {len(cells)} cells, but the header has {len(header)}"
                         raise BadFile(self.name, message, _QUOTES, line)
                     yield header, line, cells
                 line = reader.line_num + 1
         except csv.Error as error:
             message = f"row {count + 1} cannot be read: {error}"
             if "unexpected end" in str(error):
-                message = f"row {count + 1} cannot be read: a quote that opens in it is never closed"
+                message = f"row {count + 1} cannot be read: it has a quote that is never closed"
             raise BadFile(self.name, message, _QUOTES, line) from None
 
     def _header(self, cells: list[str]) -> tuple[str, ...]:
         header = tuple(cell.strip() for cell in cells)
-        twice = sorted({name for name in header if name and header.count(name) > 1})
-        if twice:
-            raise BadFile(self.name, f"cannot be read: the header names {', '.join(twice)} more than once", line=1)
+        duplicates = sorted({name for name in header if name and header.count(name) > 1})
+        if duplicates:
+            raise BadFile(
+                self.name, f"cannot be read: duplicate columns in the header: {', '.join(duplicates)}", line=1
+            )
         return header
 
     def _delimiter(self, first: str) -> str:
-        """A comma, but for .tsv and for a header that has no comma and is divided by semicolons or tabs."""
+        """A tab for .tsv; otherwise a comma, or a semicolon or tab if the header has no comma."""
         if ".tsv" in self.path.suffixes:
             return "\t"
-        return next((mark for mark in (";", "\t") if "," not in first and mark in first), ",")
+        return next((one for one in (";", "\t") if "," not in first and one in first), ",")
 
 
-def _divided_at_returns(lines: Iterable[str]) -> Iterator[str]:
-    """The lines of a file from programs that end them with a carriage return alone."""
+def _split_at_returns(lines: Iterable[str]) -> Iterator[str]:
+    """The lines of a file whose line ends are single carriage returns."""
     for line in lines:
         yield from re.findall(r"[^\r]*\r\n?|[^\r]+", line)

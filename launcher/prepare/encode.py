@@ -1,4 +1,4 @@
-"""From text and learned spans to tokens and a mask of the learned ones."""
+"""Tokenises text with learned spans: token ids and a mask of the learned tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Tokens = list[int]
 
 @dataclass(frozen=True)
 class Encoded:
-    """Sequences of (token ids, 1 where a token is learned) of at most max_length; `cut`: something was left out."""
+    """Sequences of (token ids, 1 for each learned token) of at most max_length; `cut`: tokens were dropped."""
 
     sequences: list[tuple[Tokens, list[int]]]
     cut: bool
@@ -23,12 +23,12 @@ class Encoded:
 class Encoder:
     """Tokenises examples with a fast tokenizer.
 
-    What is learned is tokenised apart from what is not. So no token reaches across the border, whatever white space is
-    there, and the model is trained on the tokens that it meets in use: the prompt tokenised on its own, then what the
-    model writes. A tokenizer that puts a space in front of every text (SentencePiece) tokenises the whole, and in
-    pieces only the texts in which a token does reach across.
+    Learned and other text is tokenised separately. No token crosses the border, whatever white space is there, and
+    training sees the same tokens as inference: the prompt tokenised alone, then the model's output. A tokenizer that
+    adds a space before every text (SentencePiece) tokenises the text as a whole, and in pieces only if a token would
+    cross a border.
 
-    `divide`: texts longer than max_length become several sequences (plain text); otherwise they are cut.
+    `divide`: split texts longer than max_length into several sequences (plain text); otherwise truncate them.
     """
 
     def __init__(self, tokenizer: Any, max_length: int, divide: bool) -> None:
@@ -44,7 +44,7 @@ class Encoder:
         return [self._sequences(*self._ended(example, *one)) for example, one in zip(examples, masked, strict=True)]
 
     def _stripped(self, example: Example) -> Example:
-        """The example without white space behind an end-of-text token that the text itself ends with."""
+        """The example without white space after a final end-of-text token in the text."""
         end = self.tokenizer.eos_token
         text = example.text.rstrip()
         if example.complete or not end or not text.endswith(end) or text == example.text:
@@ -52,11 +52,11 @@ class Encoder:
         return Example(text, tuple((start, min(stop, len(text))) for start, stop in example.spans))
 
     def _by_pieces(self, examples: Sequence[Example]) -> list[tuple[Tokens, list[int]]]:
-        cut = [list(_pieces(example)) for example in examples]
-        texts = [text for pieces in cut for text, _ in pieces]
+        divided = [list(_pieces(example)) for example in examples]
+        texts = [text for pieces in divided for text, _ in pieces]
         ids = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
         found = []
-        for pieces in cut:
+        for pieces in divided:
             tokens: Tokens = []
             learned: list[int] = []
             for _, bit in pieces:
@@ -70,12 +70,12 @@ class Encoder:
         encoded = self.tokenizer(example.text, add_special_tokens=False, return_offsets_mapping=True)
         offsets = encoded["offset_mapping"]
         borders = {border for span in example.spans for border in span}
-        if any(begin < border < stop for begin, stop in offsets for border in borders):
+        if any(start < border < stop for start, stop in offsets for border in borders):
             return self._guarded(example)
         return encoded["input_ids"], _learned(example, offsets)
 
     def _guarded(self, example: Example) -> tuple[Tokens, list[int]]:
-        """In pieces, each but the first behind a line break, which keeps the tokenizer from adding a space."""
+        """Tokens of the pieces, each but the first after a line break: the tokenizer then adds no space."""
         guard = self._plain("\n")
         tokens: Tokens = []
         learned: list[int] = []
@@ -88,7 +88,7 @@ class Encoder:
         return tokens, learned
 
     def _ended(self, example: Example, tokens: Tokens, learned: list[int]) -> tuple[Tokens, list[int]]:
-        """With what the tokenizer adds at both ends, nothing of it twice, and a learned end-of-text token."""
+        """With the tokens that the tokenizer adds at both ends, without duplicates, and a learned end-of-text token."""
         if example.complete:
             return tokens, learned
         before = self.before[: len(self.before) - _overlap(self.before, tokens)]
@@ -104,7 +104,7 @@ class Encoder:
             return Encoded([(tokens[:most], learned[:most])], len(tokens) > most)
         starts = list(range(0, len(tokens), most))
         if len(starts) > 1 and len(tokens) - starts[-1] == 1 and most > 2:
-            starts[-1] -= 1  # nothing predicts the first token of a sequence: the end token must not be one
+            starts[-1] -= 1  # the first token of a sequence is never predicted: it must not be the end token
         stops = [*starts[1:], len(tokens)]
         return Encoded([(tokens[a:b], learned[a:b]) for a, b in zip(starts, stops, strict=True)], False)
 
@@ -113,7 +113,7 @@ class Encoder:
         return ids
 
     def _added(self) -> tuple[Tokens, Tokens]:
-        """The tokens that the tokenizer adds in front of a text and behind it."""
+        """The tokens that the tokenizer adds before and after a text."""
         plain, whole = self._plain("a"), list(self.tokenizer("a")["input_ids"])
         for k in range(len(whole) - len(plain) + 1):
             if plain and whole[k : k + len(plain)] == plain:
@@ -122,7 +122,7 @@ class Encoder:
 
 
 def _pieces(example: Example) -> Iterator[Piece]:
-    """The example's text, cut where learned spans begin and end, with 1 for what is learned."""
+    """The example's text, split at the borders of learned spans, with 1 for learned pieces."""
     at = 0
     for start, stop in sorted(example.spans):
         if start > at:
@@ -135,7 +135,7 @@ def _pieces(example: Example) -> Iterator[Piece]:
 
 
 def _learned(example: Example, offsets: Sequence[tuple[int, int]]) -> list[int]:
-    """1 for each token that begins inside a learned span."""
+    """1 for each token that starts inside a learned span."""
     learned = [0] * len(offsets)
     spans = iter(sorted(example.spans))
     span = next(spans, None)
@@ -149,5 +149,5 @@ def _learned(example: Example, offsets: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def _overlap(first: Tokens, second: Tokens) -> int:
-    """How many tokens at the end of `first` are the beginning of `second`."""
+    """How many tokens at the end of `first` are also the start of `second`."""
     return next((k for k in range(min(len(first), len(second)), 0, -1) if first[-k:] == second[:k]), 0)

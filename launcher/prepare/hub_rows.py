@@ -1,4 +1,4 @@
-"""Rows of hub data sets and of folders that datasets' save_to_disk wrote. datasets is imported when one is read."""
+"""Rows of hub data sets and of folders from datasets' save_to_disk. Imports datasets on first use."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import first_line
-from launcher.prepare.arrow_rows import empty_rows, look_at_table, meaningful, table_rows
+from launcher.prepare.arrow_rows import content_columns, empty_rows, table_rows, table_summary
 from launcher.prepare.read_files import file_reader
-from launcher.prepare.rows import BadFile, Found, Row, RowReader
+from launcher.prepare.rows import BadFile, FileSummary, Row, RowReader
 from launcher.prepare.sources import hub_hint, saved_splits
 
 _FILE_BUILDERS = ("json", "csv", "parquet")
-_DECIDE_NOTHING = ("name", "version", "data_dir", "data_files", "description", "features")
+_IRRELEVANT_OPTIONS = ("name", "version", "data_dir", "data_files", "description", "features")
 _BATCH = 256
 
 
 class StoredTable:
-    """One split that the datasets library keeps as Arrow."""
+    """One split that the datasets library stores as Arrow."""
 
     def __init__(self, name: str, dataset: Any) -> None:
         self.name = name
         self._dataset = dataset
 
-    def look(self) -> Found:
-        return look_at_table(self.name, len(self._dataset), self._dataset.features.arrow_schema)
+    def summary(self) -> FileSummary:
+        return table_summary(self.name, len(self._dataset), self._dataset.features.arrow_schema)
 
     def rows(self) -> Iterator[Row]:
-        columns = meaningful(self._dataset.column_names)
+        columns = content_columns(self._dataset.column_names)
         if not columns:
             yield from empty_rows(self.name, len(self._dataset))
             return
@@ -39,17 +39,17 @@ class StoredTable:
 
 
 class Slice:
-    """Some rows of several files that are one split, from `start` up to `stop`."""
+    """Rows `start` to `stop` (excluded) of the files of one split."""
 
     def __init__(self, name: str, files: Sequence[RowReader], start: int, stop: int) -> None:
         self.name = name
         self._files, self._start, self._stop = files, start, stop
 
-    def look(self) -> Found:
-        looks = [file.look() for file in self._files]
-        columns = dict.fromkeys(itertools.chain.from_iterable(look.columns for look in looks))
-        notes = tuple(note for look in looks for note in look.notes)
-        return Found(self._stop - self._start, tuple(columns), notes)
+    def summary(self) -> FileSummary:
+        summaries = [file.summary() for file in self._files]
+        columns = dict.fromkeys(itertools.chain.from_iterable(summary.columns for summary in summaries))
+        notes = tuple(note for summary in summaries for note in summary.notes)
+        return FileSummary(self._stop - self._start, tuple(columns), notes)
 
     def rows(self) -> Iterator[Row]:
         rows = itertools.chain.from_iterable(file.rows() for file in self._files)
@@ -59,8 +59,8 @@ class Slice:
 def hub_readers(name: str, config: str | None, split: str) -> list[RowReader]:
     """The readers of a hub data set's split, which may be a slice such as train[:1000]. Raises BadFile.
 
-    Files of the hub are read as local ones are: the datasets library would take a text that is JSON for an object, and
-    a cell that says NA for a missing one.
+    Hub files are read like local ones: the datasets library would read text that is JSON as an object, and a cell with
+    NA as missing.
     """
     import datasets
 
@@ -72,26 +72,26 @@ def hub_readers(name: str, config: str | None, split: str) -> list[RowReader]:
         return [StoredTable(f"{name} ({split})", datasets.load_dataset(name, config, split=split))]
     except BadFile:
         raise
-    except Exception as error:  # each builder raises its own kinds for a broken file
+    except Exception as error:  # each builder raises its own types for a broken file
         raise BadFile(name, f"cannot be read: {first_line(error.__cause__ or error)}", hub_hint(name)) from None
 
 
 def saved_reader(folder: Path, split: str) -> RowReader:
-    """The reader of a folder that save_to_disk wrote: of its `split` where it has several. Raises BadFile."""
+    """The reader of a folder from save_to_disk: of its `split` if it has several. Raises BadFile."""
     import datasets
 
     splits = saved_splits(folder)
     if splits is not None and split not in splits:
         raise BadFile(str(folder), f"has no split {split}", f"data.split or data.eval_split: {', '.join(splits)}")
-    place = folder if splits is None else folder / split
+    path = folder if splits is None else folder / split
     try:
-        return StoredTable(str(place), datasets.load_from_disk(str(place)))
-    except Exception as error:  # Arrow and datasets have many kinds of errors
-        raise BadFile(str(place), f"cannot be read: {first_line(error)}") from None
+        return StoredTable(str(path), datasets.load_from_disk(str(path)))
+    except Exception as error:  # Arrow and datasets raise many types
+        raise BadFile(str(path), f"cannot be read: {first_line(error)}") from None
 
 
 def _files_of(builder: Any) -> dict[str, list[RowReader]] | None:
-    """Readers of the files of each split, fetched; None where the set is read by a program or with options."""
+    """Readers of the downloaded files of each split; None if the data set needs a script or reading options."""
     from datasets import DownloadManager
 
     kind = type(builder).__module__.rpartition(".")[2]
@@ -106,16 +106,16 @@ def _files_of(builder: Any) -> dict[str, list[RowReader]] | None:
 
 
 def _has_options(config: Any) -> bool:
-    """Whether the set says how its files are to be read (another delimiter, a field)."""
-    usual = type(config)()
-    names = [field.name for field in dataclasses.fields(config) if field.name not in _DECIDE_NOTHING]
-    return any(getattr(config, name) != getattr(usual, name) for name in names)
+    """Whether the data set has reading options (another delimiter, a field)."""
+    default = type(config)()
+    names = [field.name for field in dataclasses.fields(config) if field.name not in _IRRELEVANT_OPTIONS]
+    return any(getattr(config, name) != getattr(default, name) for name in names)
 
 
 def _slices(name: str, files: dict[str, list[RowReader]], split: str) -> list[RowReader]:
     from datasets import ReadInstruction
 
-    counts = {each: sum(file.look().rows for file in readers) for each, readers in files.items() if each in split}
+    counts = {each: sum(file.summary().rows for file in readers) for each, readers in files.items() if each in split}
     if not counts:
         raise BadFile(name, f"has no split {split}", f"data.split or data.eval_split: {', '.join(files)}")
     parts = ReadInstruction.from_spec(split).to_absolute(counts)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launcher.prepare.rows import MEANINGFUL, BadFile, Found, Place, Row
+from launcher.prepare.rows import CONTENT_COLUMNS, BadFile, FileSummary, Location, Row
 from launcher.prepare.text_files import text_chunks
 
 _BLANK = re.compile(r"[ \t\r\n\ufeff]*")
@@ -17,13 +17,13 @@ _EXAMPLE = 'a row is an object, such as {"text": "…"}'
 
 
 class _Repeated(dict[str, Any]):
-    """An object in which `keys_twice` are written more than once: the first value of each is lost."""
+    """An object with the duplicate keys `duplicates`: the first value of each is lost."""
 
-    keys_twice: set[str]
+    duplicates: set[str]
 
 
 class JsonFile:
-    """A file of JSON rows, of which only a little more than one row is in memory at a time."""
+    """A file of JSON rows. Only little more than one row is in memory at a time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -32,13 +32,13 @@ class JsonFile:
     def name(self) -> str:
         return str(self.path)
 
-    def look(self) -> Found:
+    def summary(self) -> FileSummary:
         count, columns = 0, dict[str, None]()
         for row in self.rows():
             count += 1
             if not row.keys() <= columns.keys():
                 columns.update(dict.fromkeys(row))
-        return Found(count, tuple(columns))
+        return FileSummary(count, tuple(columns))
 
     def rows(self) -> Iterator[Row]:
         text = _Text(self.path)
@@ -47,21 +47,21 @@ class JsonFile:
                 value = {"text": value}
             if not isinstance(value, dict):
                 raise BadFile(self.name, f"row {number} cannot be read: it is {_kind_of(value)}", _EXAMPLE, line)
-            if text.escaped_surrogate and (half := _half_of_a_pair(value)):
+            if text.escaped_surrogate and (column := _unpaired_surrogate(value)):
                 raise BadFile(
                     self.name,
-                    f"row {number} cannot be read: `{half}` has half of a surrogate pair, which is not a character",
-                    "remove the \\ud8xx to \\udfxx escape that stands alone, or write the character itself",
+                    f"row {number} cannot be read: `{column}` has half of a surrogate pair, which is not a character",
+                    "remove the unpaired \\ud8xx to \\udfxx escape, or write the character itself",
                     line,
                 )
-            if text.repeated and (twice := _written_twice(value)):
-                message = f"row {number} cannot be read: `{twice}` is written twice in one object"
+            if text.repeated and (key := _duplicate_key(value)):
+                message = f"row {number} cannot be read: duplicate key `{key}` in one object"
                 raise BadFile(self.name, message, "keep one of the two", line)
-            yield Row(value, Place(self.name, number, line))
+            yield Row(value, Location(self.name, number, line))
 
 
 class _Text:
-    """The text of a file, read on as values are taken from it."""
+    """The text of a file, read as values are taken from it."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.chunks = path, text_chunks(path)
@@ -71,20 +71,20 @@ class _Text:
         self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
 
     def peek(self) -> str:
-        """The next character that is not blank; "" at the end."""
+        """The next non-blank character; "" at the end."""
         while True:
             stop = _BLANK.match(self.text, self.at).end()  # type: ignore[union-attr]
             self._go_to(stop)
             if stop < len(self.text) or self.ended:
                 return self.text[stop : stop + 1]
-            self._read_on()
+            self._read_more()
 
     def skip(self) -> None:
-        """Passes the character that `peek` returned."""
+        """Skips the character that `peek` returned."""
         self.at += 1
 
     def value(self) -> tuple[int, Any]:
-        """The line that the next value begins on, and the value. Raises BadFile."""
+        """The first line of the next value, and the value. Raises BadFile."""
         self.peek()
         line = self.line
         self.repeated = False
@@ -96,13 +96,13 @@ class _Text:
                     raise self._broken(error) from None
             except RecursionError:
                 raise self._bad(f"row {self.row} cannot be read: it is nested too deeply", self.line) from None
-            except ValueError:  # a number of more digits than Python takes for a whole one
+            except ValueError:  # an integer with more digits than Python accepts
                 self._decoder = json.JSONDecoder(parse_int=float, object_pairs_hook=self._object)
                 continue
             else:
                 if stop < len(self.text) or self.ended or self.text[stop - 1] in '}]"':
                     break
-            self._read_on()
+            self._read_more()
         surrogates = (self.text.find(escape, self.at, stop) >= 0 for escape in ("\\ud", "\\uD"))
         self.escaped_surrogate = any(surrogates)
         self._go_to(stop)
@@ -116,21 +116,21 @@ class _Text:
         self.repeated = True
         keys = [key for key, _ in pairs]
         repeated = _Repeated(value)
-        repeated.keys_twice = {key for key in keys if keys.count(key) > 1}
+        repeated.duplicates = {key for key in keys if keys.count(key) > 1}
         return repeated
 
     def unexpected(self, wanted: str, hint: str | None = None) -> BadFile:
-        """The error for a next character that does not belong here."""
+        """The error for an unexpected next character."""
         found = self.peek()
-        message = f"{wanted} was expected, found {found!r}" if found else "the file ends in the middle of its array"
+        message = f"expected {wanted}, found {found!r}" if found else "the file ends in the middle of its array"
         return self._bad(f"row {self.row} cannot be read: {message}", self.line, hint)
 
     def _go_to(self, stop: int) -> None:
         self.line += self.text.count("\n", self.at, stop)
         self.at = stop
 
-    def _read_on(self) -> None:
-        """Reads as much again as is left, so that a long row is not decoded too often."""
+    def _read_more(self) -> None:
+        """Doubles the remaining text: a long row is then not decoded too often."""
         parts = [self.text[self.at :]]
         wanted, got = len(parts[0]), 0
         while not self.ended and got <= wanted:
@@ -141,11 +141,11 @@ class _Text:
         self.text, self.at = "".join(parts), 0
 
     def _cut_off(self, error: json.JSONDecodeError) -> bool:
-        """Whether more text may put the error right: a string cannot run past its line."""
+        """Whether more text may resolve the error."""
         return error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - _LONGEST_LITERAL
 
     def _broken(self, error: json.JSONDecodeError) -> BadFile:
-        """The error at its own line; where each row has a line of its own, at the row's."""
+        """The error at its own line; in JSON lines, at the line of the row."""
         stop = self.text.find("\n", self.at)
         first = self.text[self.at : stop if stop >= 0 else len(self.text)]
         if ".jsonl" in self.path.suffixes or ".ndjson" in self.path.suffixes:
@@ -159,38 +159,38 @@ class _Text:
         at_end = error.pos >= len(self.text.rstrip())
         return self._broken_at(error.msg, line, error.pos - self.text.rfind("\n", 0, error.pos), at_end, error.pos)
 
-    def _broken_at(self, reason: str, line: int, column: int, at_end: bool, place: int) -> BadFile:
+    def _broken_at(self, reason: str, line: int, column: int, at_end: bool, position: int) -> BadFile:
         if at_end or reason.startswith("Unterminated string"):
             reason = f"the row is cut off ({reason})"
         hint = None
         if self.text.startswith("{'", self.at):
-            hint = "JSON has double quotes: write rows with json.dumps"
+            hint = "JSON needs double quotes: write rows with json.dumps"
         elif reason.startswith("Invalid control character"):
-            hint = "a line break within a text is written as \\n"
-        elif self._comma_is_too_many(place):
-            hint = "remove the comma: rows that have a line each have none between them, and a list has none at its end"
+            hint = "write a line break within a text as \\n"
+        elif self._has_extra_comma(position):
+            hint = "remove the comma: JSON lines have no commas between rows, and lists have none at the end"
         message = f"row {self.row} cannot be read: not valid JSON in column {column}: {reason}"
         return self._bad(message, line, hint)
 
-    def _comma_is_too_many(self, place: int) -> bool:
-        """Whether a comma is what is wrong at `place`: it begins a row, or nothing follows it."""
+    def _has_extra_comma(self, position: int) -> bool:
+        """Whether the error at `position` is a comma before a row or at the end of a list or object."""
         if self.text.startswith(("]", ","), self.at):
             return True
-        return self.text.startswith(("]", "}"), place) and self.text[self.at : place].rstrip().endswith(",")
+        return self.text.startswith(("]", "}"), position) and self.text[self.at : position].rstrip().endswith(",")
 
     def _bad(self, message: str, line: int, hint: str | None = None) -> BadFile:
         return BadFile(str(self.path), message, hint, line)
 
 
 def _values(text: _Text) -> Iterator[tuple[int, Any]]:
-    """(line, row) of each row of the file, whatever holds the rows together. Raises BadFile."""
+    """(line, row) of each row of the file, in any arrangement. Raises BadFile."""
     if text.peek() == "[":
-        yield from _of_an_array(text)
+        yield from _array_values(text)
         return
     if not text.peek():
         return
     line, first = text.value()
-    if not text.peek() and (rows := _the_one_array(first, text.path)) is not None:
+    if not text.peek() and (rows := _single_array(first, text.path)) is not None:
         yield from ((line, row) for row in rows)
         return
     yield line, first
@@ -198,7 +198,7 @@ def _values(text: _Text) -> Iterator[tuple[int, Any]]:
         yield text.value()
 
 
-def _of_an_array(text: _Text) -> Iterator[tuple[int, Any]]:
+def _array_values(text: _Text) -> Iterator[tuple[int, Any]]:
     text.skip()
     if text.peek() == "]":
         text.skip()
@@ -211,15 +211,15 @@ def _of_an_array(text: _Text) -> Iterator[tuple[int, Any]]:
             raise text.unexpected("',' or ']'")
         text.skip()
     if text.peek():
-        raise text.unexpected("the end of the file", f"a file is one array of rows, or has rows alone; {_EXAMPLE}")
+        raise text.unexpected("the end of the file", f"write one array of rows, or rows without an array; {_EXAMPLE}")
 
 
-def _the_one_array(document: Any, path: Path) -> list[Any] | None:
-    """The rows of an object such as {"version": 1, "data": [{…}, …]}; None where the object is a row itself.
+def _single_array(document: Any, path: Path) -> list[Any] | None:
+    """The rows of an object such as {"version": 1, "data": [{…}, …]}; None if the object is itself a row.
 
     Raises BadFile for an object with several arrays of rows.
     """
-    if not isinstance(document, dict) or document.keys() & set(MEANINGFUL):
+    if not isinstance(document, dict) or document.keys() & set(CONTENT_COLUMNS):
         return None
     found = [
         name
@@ -228,28 +228,28 @@ def _the_one_array(document: Any, path: Path) -> list[Any] | None:
     ]
     if len(found) > 1:
         message = f"cannot be read: it has several arrays of rows: {', '.join(found)}"
-        raise BadFile(str(path), message, "write the one that is meant to a file of its own")
+        raise BadFile(str(path), message, "write the rows to a separate file")
     return document[found[0]] if found else None
 
 
-def _written_twice(row: dict[str, Any]) -> str | None:
-    """A key that says something about what is learned and is written twice in one object."""
-    own = row.keys_twice if isinstance(row, _Repeated) else set()
-    if found := sorted(own & set(MEANINGFUL)):
+def _duplicate_key(row: dict[str, Any]) -> str | None:
+    """A duplicate key in the content columns of a row, or None."""
+    own = row.duplicates if isinstance(row, _Repeated) else set()
+    if found := sorted(own & set(CONTENT_COLUMNS)):
         return found[0]
-    return next((twice for name in MEANINGFUL if (twice := _twice_within(row.get(name)))), None)
+    return next((key for name in CONTENT_COLUMNS if (key := _duplicate_within(row.get(name)))), None)
 
 
-def _twice_within(value: Any) -> str | None:
+def _duplicate_within(value: Any) -> str | None:
     if isinstance(value, _Repeated):
-        return min(value.keys_twice)
+        return min(value.duplicates)
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((twice for one in inner if (twice := _twice_within(one))), None)
+    return next((key for one in inner if (key := _duplicate_within(one))), None)
 
 
-def _half_of_a_pair(row: dict[str, Any]) -> str | None:
-    """The first column that says something and holds half of a surrogate pair."""
-    for name in MEANINGFUL:
+def _unpaired_surrogate(row: dict[str, Any]) -> str | None:
+    """The first content column with half of a surrogate pair, or None."""
+    for name in CONTENT_COLUMNS:
         if name in row:
             try:
                 json.dumps(row[name], ensure_ascii=False).encode()
@@ -259,6 +259,4 @@ def _half_of_a_pair(row: dict[str, Any]) -> str | None:
 
 
 def _kind_of(value: Any) -> str:
-    if isinstance(value, list):
-        return "a list"
-    return "null" if value is None else f"{json.dumps(value)} alone"
+    return "a list" if isinstance(value, list) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""What a node has: devices by NVML, memory by psutil, versions by package metadata. Nothing heavy is imported."""
+"""A node's devices (from NVML), memory (psutil) and package versions. No heavy imports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PACKAGES = (
 
 
 def measure_machine() -> MachineFacts:
-    """The node this process runs on. GPUs hidden by CUDA_VISIBLE_DEVICES do not count."""
+    """The facts of this node. GPUs hidden by CUDA_VISIBLE_DEVICES do not count."""
     gpus = _visible_gpus() if _torch_has_cuda() else []
     name, memory, capability = gpus[0] if gpus else ("CPU", 0, (0, 0))
     return MachineFacts(
@@ -37,7 +37,7 @@ def measure_machine() -> MachineFacts:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the launcher and of what it stands on; 'missing' where one is not installed."""
+    """Versions of the launcher and its main dependencies; 'missing' if one is not installed."""
     found = {"launcher": __version__}
     for package in _PACKAGES:
         try:
@@ -48,7 +48,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def missing_packages(names: Iterable[str]) -> frozenset[str]:
-    """Those of the packages that are not installed here."""
+    """The packages in `names` that are not installed here."""
     return frozenset(name for name in names if not _installed(name))
 
 
@@ -61,7 +61,7 @@ def _installed(name: str) -> bool:
 
 
 def _torch_has_cuda() -> bool:
-    """A CPU build of torch (2.13.0+cpu) uses no GPU, whatever the machine has."""
+    """Whether torch can use GPUs: a CPU build (2.13.0+cpu) cannot."""
     try:
         return not version("torch").endswith("+cpu") and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     except PackageNotFoundError:
@@ -69,7 +69,7 @@ def _torch_has_cuda() -> bool:
 
 
 def _visible_gpus() -> list[tuple[str, int, tuple[int, int]]]:
-    """(name, bytes, compute capability) of each GPU that CUDA would show."""
+    """(name, bytes, compute capability) of each GPU that CUDA can see."""
     import pynvml
 
     try:
@@ -84,7 +84,7 @@ def _visible_gpus() -> list[tuple[str, int, tuple[int, int]]]:
 
 
 def _devices() -> Iterator[tuple[str, object]]:
-    """(UUID, handle) of each GPU that may be opened: CUDA numbers those alone that a job's cgroup leaves it."""
+    """(UUID, handle) of each accessible GPU: CUDA numbers only those that the job's cgroup allows."""
     import pynvml
 
     for index in range(pynvml.nvmlDeviceGetCount()):
@@ -94,7 +94,7 @@ def _devices() -> Iterator[tuple[str, object]]:
 
 
 def _describe(handle: object) -> tuple[str, int, tuple[int, int]]:
-    """Of a GPU, or of a slice of one (MIG), whose capability is that of the whole."""
+    """The facts of a GPU or of a MIG slice; a slice has the capability of its GPU."""
     import pynvml
 
     whole = handle
@@ -109,9 +109,9 @@ def _describe(handle: object) -> tuple[str, int, tuple[int, int]]:
 
 
 def _shown(devices: Mapping[str, object]) -> list[object]:
-    """What CUDA_VISIBLE_DEVICES leaves, which names GPUs by number or by the start of their UUID, and slices of them.
+    """The devices in CUDA_VISIBLE_DEVICES, which names GPUs by number or UUID prefix, and MIG slices by UUID.
 
-    As in CUDA, nothing counts from the first name on that means no device.
+    As in CUDA, the first unknown name ends the list.
     """
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:

@@ -1,4 +1,4 @@
-"""Measuring a pretrained model, and turning a GGUF into a Hugging Face folder once."""
+"""Measures a pretrained model, and converts a GGUF to a Hugging Face folder once."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from launcher.errors import Problem, RequestError, first_line
 from launcher.job.schema import ModelSection
 from launcher.plan.facts import ModelFacts
 from launcher.prepare.model_kind import (
+    check_causal,
     check_config,
-    check_probe,
     check_weights,
     kind_notes,
     router_loss_coefficient,
     unused_weights,
 )
 from launcher.prepare.model_sizes import model_sizes
-from launcher.prepare.probe import probe
+from launcher.prepare.small_model_probe import probe_small_model
 from launcher.prepare.stored_weights import check_adapter, check_stored_types
 from launcher.token_store import publish_folder
-from launcher.trainable import adapted_modules, choose_trained
+from launcher.trainable import adapted_modules, set_trainable
 
 Progress = Callable[..., None]
 T = TypeVar("T")
@@ -32,7 +32,7 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def download(name: str, revision: str | None) -> Path:
-    """The local snapshot of a hub model, fetched where it is not there yet."""
+    """The local snapshot of a hub model; downloads it if necessary."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -40,11 +40,11 @@ def download(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        hint = "give a local folder, or download it first where there is internet (`hf download`)"
+        hint = "use a local folder, or download the model on a machine with internet access (`hf download`)"
         reason = first_line(error)
         raise RequestError(
             Problem(
-                f"{name} is no folder here and cannot be had from the hub: {reason}",
+                f"{name} is not a local folder and cannot be downloaded from the hub: {reason}",
                 key="model.name_or_path",
                 hint=hint,
             )
@@ -52,7 +52,7 @@ def download(name: str, revision: str | None) -> Path:
 
 
 def convert_gguf(folder: Path, gguf_file: str, target: Path, progress: Progress) -> None:
-    """Writes the GGUF's weights, config and tokenizer as a Hugging Face folder `target` (float32)."""
+    """Converts the GGUF's weights, config and tokenizer to the Hugging Face folder `target` (float32)."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -70,13 +70,13 @@ def convert_gguf(folder: Path, gguf_file: str, target: Path, progress: Progress)
         ) from None
     except (ValueError, KeyError, OSError) as error:
         raise RequestError(Problem(f"{gguf_file} cannot be read: {error}", key="model.gguf_file")) from None
-    # The weights are plain float32 now; what says otherwise would make transformers look for a quantizer.
+    # The weights are float32 now; with these attributes transformers would look for a quantizer.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        progress(message="writing it as safetensors, once")
+        progress(message="converting it to safetensors")
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         publish_folder(temporary, target)
@@ -85,44 +85,44 @@ def convert_gguf(folder: Path, gguf_file: str, target: Path, progress: Progress)
 
 
 def measure_model(folder: Path, section: ModelSection, *, trained_here: bool = True) -> ModelFacts:
-    """Sizes of the model in `folder`, and of what `section` trains of it, counted on a model without memory.
+    """Sizes of the model in `folder`, and of the parameters that `section` trains, counted on a meta-device model.
 
-    A model that is `trained_here`, and not in a script of the user's, is also checked: its kind, its weights, and on a
-    small instance its logits. Raises RequestError.
+    `trained_here`: the launcher trains the model, not the user's script. It then also checks the model's kind, its
+    weights, and the logits of a small instance. Raises RequestError.
     """
     if trained_here:
         check_adapter(folder)
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
-        raise RequestError(Problem(f"{folder} holds no weights (*.safetensors)", key="model.name_or_path"))
-    config = _made(folder, lambda: _read_config(folder, section))
+        raise RequestError(Problem(f"{folder} has no weights (*.safetensors)", key="model.name_or_path"))
+    config = _checked_call(folder, lambda: _read_config(folder, section))
     if trained_here:
         check_config(config, section)
         check_stored_types(folder)
-    model = _made(folder, lambda: _empty_model(config, section))
+    model = _checked_call(folder, lambda: _empty_model(config, section))
     if section.liger:
         check_liger(str(config.model_type))
-    facts = _made(folder, lambda: model_sizes(folder, config, model))
+    facts = _checked_call(folder, lambda: model_sizes(folder, config, model))
     if trained_here:
         facts = facts.model_copy(update=_checked(folder, section, config, model, facts.parameters))
     if section.lora is None and not section.freeze:
         return facts
-    model = choose_trained(model, section)
+    model = set_trainable(model, section)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return facts.model_copy(update={"trainable_parameters": trained, "adapted_modules": adapted_modules(model)})
 
 
-def _made(folder: Path, make: Callable[[], T]) -> T:
-    """Raises RequestError for whatever transformers, or code that comes with the model, raises."""
+def _checked_call(folder: Path, make: Callable[[], T]) -> T:
+    """Runs `make` and converts every error of transformers, or of code from the model, to RequestError."""
     try:
         return make()
     except Exception as error:
-        # Of a config that does not fit its class anything may come: KeyError, AssertionError, ZeroDivisionError.
+        # A config that does not fit its class can raise anything: KeyError, AssertionError, ZeroDivisionError.
         reason = first_line(error) if isinstance(error, ValueError | OSError | ImportError) else _named(error)
         raise RequestError(
             Problem(
-                f"no causal language model can be made from {folder}: {reason}",
+                f"cannot build a causal language model from {folder}: {reason}",
                 key="model.name_or_path",
-                hint="a newer transformers may know it; model.trust_remote_code: true runs code that comes with it",
+                hint="try a newer transformers; model.trust_remote_code: true runs code from the model",
             )
         ) from None
 
@@ -132,25 +132,25 @@ def _named(error: Exception) -> str:
 
 
 def _checked(folder: Path, section: ModelSection, config: Any, model: Any, parameters: int) -> dict[str, Any]:
-    """Facts that need the checkpoint's list of weights and a small instance. Raises RequestError."""
-    loading = _made(folder, lambda: _loading_report(folder, section))
-    seen = probe(type(model), model.config, parameters)
-    check_probe(config, seen)
+    """Facts from the checkpoint's list of weights and from a small instance. Raises RequestError."""
+    loading = _checked_call(folder, lambda: _loading_report(folder, section))
+    probe = probe_small_model(type(model), model.config, parameters)
+    check_causal(config, probe)
     check_weights(loading, {name for name, _ in model.named_parameters(remove_duplicate=False)}, str(folder))
-    coefficient = router_loss_coefficient(config, seen)
-    notes = (*unused_weights(loading), *kind_notes(config, seen, coefficient))
+    coefficient = router_loss_coefficient(config, probe)
+    notes = (*unused_weights(loading), *kind_notes(config, probe, coefficient))
     return {"router_loss_coefficient": coefficient, "notes": notes}
 
 
 def check_liger(model_type: str) -> None:
-    """Has liger-kernel kernels for this kind of model? Raises RequestError."""
+    """Raises RequestError if liger-kernel has no kernels for this type of model."""
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
     except (ImportError, RuntimeError) as error:
         found = f"liger-kernel cannot be loaded: {first_line(error)}"
         raise RequestError(Problem(found, key="model.liger", hint="fix the installation, or set it to false")) from None
     if model_type not in known:
-        match = f"it knows {', '.join(sorted(known))}"
+        match = f"it supports {', '.join(sorted(known))}"
         raise RequestError(
             Problem(f"liger-kernel has no kernels for {model_type}: {match}", key="model.liger", hint="set it to false")
         )
@@ -167,12 +167,12 @@ def _empty_model(config: Any, section: ModelSection) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        # Some classes change the config that they are given.
+        # Some classes modify their config.
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=section.trust_remote_code)
 
 
 def _loading_report(folder: Path, section: ModelSection) -> dict[str, Any]:
-    """Which weights are missing, unexpected or of another shape; no weight is read."""
+    """Which weights are missing, unexpected or of another shape. Reads no weights."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

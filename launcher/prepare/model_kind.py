@@ -1,4 +1,4 @@
-"""Which kinds of model can be fine-tuned here, and what their kind adds to the loss."""
+"""Which kinds of model the launcher can fine-tune, and what their kind adds to the loss."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 
 from launcher.errors import Problem, RequestError
 from launcher.job.schema import ModelSection
-from launcher.prepare.probe import Probe
+from launcher.prepare.small_model_probe import ProbeResult
 
 _KEY = "model.name_or_path"
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
-"""By what names configs and classes of transformers call the weight of the balance loss."""
+"""Names of the balance loss coefficient in configs and classes of transformers."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOLERANCE = 1e-4
-"""Of two losses in float32 that are computed in different ways."""
+"""Between two float32 losses that are computed in different ways."""
 
 
 def check_config(config: Any, section: ModelSection) -> None:
-    """Raises RequestError for an encoder-decoder and for quantised weights; both show in the config."""
+    """Raises RequestError for an encoder-decoder and for quantised weights, according to the config."""
     if getattr(config, "is_encoder_decoder", False):
         raise RequestError(
             Problem(
-                f"{config.model_type} is an encoder-decoder, and only decoder-only models can be fine-tuned here: "
-                "its decoder alone would be trained, without its encoder",
+                f"{config.model_type} is an encoder-decoder, and the launcher only fine-tunes decoder-only models: "
+                "it would train the decoder without the encoder",
                 key=_KEY,
                 hint="choose a decoder-only (causal) language model",
             )
@@ -34,7 +34,7 @@ def check_config(config: Any, section: ModelSection) -> None:
 
 
 def quantisation(config: Any) -> str | None:
-    """The quantisation method of the checkpoint's weights, None where they are not quantised."""
+    """The quantisation method of the checkpoint's weights; None if they are not quantised."""
     for part in (config, config.get_text_config()):
         for name in ("quantization_config", "compression_config"):
             found = getattr(part, name, None)
@@ -57,20 +57,22 @@ def _quantised(method: str, section: ModelSection) -> Problem:
 
 
 def check_weights(loading: dict[str, Any], parameters: Container[str], folder: str) -> None:
-    """Raises RequestError if weights of the model are not in the checkpoint or have another shape there.
+    """Raises RequestError if weights of the model are missing in the checkpoint or have another shape there.
 
-    `loading` is what from_pretrained reports with output_loading_info. `parameters` are the model's by name: buffers,
-    which it computes itself, may be missing.
+    `loading` is the output_loading_info of from_pretrained. `parameters` are the names of the model's parameters:
+    buffers may be missing, because the model computes them.
     """
     mismatched = sorted(str(each[0] if isinstance(each, tuple) else each) for each in loading["mismatched_keys"])
     if mismatched:
-        raise RequestError(_unfit(folder, f"has {_some(mismatched)} in another shape than its config.json says"))
+        raise RequestError(
+            _weights_problem(folder, f"has {_some(mismatched)} in another shape than in its config.json")
+        )
     missing = sorted(name for name in loading["missing_keys"] if name in parameters)
     if missing:
-        raise RequestError(_unfit(folder, f"lacks {_some(missing)}, which would be trained from random values"))
+        raise RequestError(_weights_problem(folder, f"lacks {_some(missing)}: they would be initialised randomly"))
 
 
-def _unfit(folder: str, found: str) -> Problem:
+def _weights_problem(folder: str, found: str) -> Problem:
     return Problem(
         f"the checkpoint in {folder} {found}",
         key=_KEY,
@@ -79,7 +81,7 @@ def _unfit(folder: str, found: str) -> Problem:
 
 
 def unused_weights(loading: dict[str, Any]) -> Iterator[str]:
-    """A note if the checkpoint has weights that the causal language model does not."""
+    """A note if the checkpoint has weights that the causal language model does not have."""
     unused = sorted(loading["unexpected_keys"])
     if unused:
         yield (
@@ -93,13 +95,13 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def check_probe(config: Any, seen: Probe) -> None:
+def check_causal(config: Any, probe: ProbeResult) -> None:
     """Raises RequestError for a model in which a later token changes an earlier logit."""
-    if seen.causal is False:
+    if probe.causal is False:
         raise RequestError(
             Problem(
-                f"{config.model_type} is not causal: changing a later token changes earlier logits, so that the model "
-                "would learn to copy the token that it should predict",
+                f"{config.model_type} is not causal: changing a later token changes earlier logits, so the model would "
+                "learn to copy the token that it should predict",
                 key=_KEY,
                 hint="choose a decoder-only (causal) language model" + _decoder_hint(config),
             )
@@ -112,32 +114,34 @@ def _decoder_hint(config: Any) -> str:
     return "; if these weights were trained as a decoder, set is_decoder: true in the model's config.json"
 
 
-def router_loss_coefficient(config: Any, seen: Probe) -> float | None:
-    """How many times the routers' balance loss is added; None where the config asks for none or the model has none.
+def router_loss_coefficient(config: Any, probe: ProbeResult) -> float | None:
+    """The coefficient of the routers' balance loss; None if the config does not enable it or the model has none.
 
-    Raises RequestError where the config asks for one that cannot be reproduced.
+    Raises RequestError if the config enables a balance loss that cannot be reproduced.
     """
-    if not asks_for_router_loss(config):
+    if not uses_router_loss(config):
         return None
     found = [value for value in _coefficients(config) if value is not None]
-    if seen.failure is not None:
+    if probe.failure is not None:
         return found[0] if found else None
-    if seen.router_loss is None or seen.own_loss is None or seen.plain_loss is None:
+    if probe.router_loss is None or probe.own_loss is None or probe.plain_loss is None:
         return None
     for coefficient in found:
-        if abs(seen.own_loss - seen.plain_loss - coefficient * seen.router_loss) <= _TOLERANCE * (1 + seen.own_loss):
+        if abs(probe.own_loss - probe.plain_loss - coefficient * probe.router_loss) <= _TOLERANCE * (
+            1 + probe.own_loss
+        ):
             return coefficient
     raise RequestError(
         Problem(
-            f"the balance loss of {config.model_type}'s routers cannot be reproduced: its coefficient was not found",
+            f"the balance loss of {config.model_type}'s routers cannot be reproduced: its coefficient is unknown",
             key=_KEY,
-            hint="set output_router_logits: false in a copy of the model's config.json, to train without it",
+            hint="to train without it, set output_router_logits: false in a copy of the model's config.json",
         )
     )
 
 
-def asks_for_router_loss(config: Any) -> bool:
-    """Whether the config has the routers' logits returned, with which transformers adds their balance loss."""
+def uses_router_loss(config: Any) -> bool:
+    """Whether the config returns router logits: transformers then adds their balance loss."""
     return bool(getattr(config.get_text_config(), "output_router_logits", False))
 
 
@@ -149,36 +153,36 @@ def _coefficients(config: Any) -> Iterator[float | None]:
             yield float(value) if isinstance(value, int | float) else None
 
 
-def kind_notes(config: Any, seen: Probe, coefficient: float | None) -> Iterator[str]:
-    """What matters of the model's kind and is not an error."""
-    if seen.failure is not None:
+def kind_notes(config: Any, probe: ProbeResult, coefficient: float | None) -> Iterator[str]:
+    """Notes on the model's kind."""
+    if probe.failure is not None:
         yield (
-            f"It was not checked that {config.model_type} is causal (that a later token leaves earlier logits as they "
-            f"are), because a small instance of it could not be run: {seen.failure}."
+            f"The launcher could not check that {config.model_type} is causal (that later tokens do not change earlier "
+            f"logits), because a small instance of it failed: {probe.failure}."
         )
     text = config.get_text_config()
     experts = next((value for name in _EXPERTS if isinstance(value := getattr(text, name, None), int)), 0)
     if experts > 1 and coefficient is None:
-        yield _unbalanced(config, seen)
-    elif seen.own_loss is not None and coefficient is None and seen.shifts_labels and _differs(seen):
+        yield _unbalanced(config, probe)
+    elif probe.own_loss is not None and coefficient is None and probe.shifts_labels and _differs(probe):
         yield (
-            f"transformers computes another loss for {config.model_type} than the cross entropy of the next token, "
-            "which is what the launcher trains."
+            f"For {config.model_type} transformers computes another loss than the launcher, which uses next-token "
+            "cross entropy."
         )
 
 
-def _differs(seen: Probe) -> bool:
-    assert seen.own_loss is not None and seen.plain_loss is not None
-    return abs(seen.own_loss - seen.plain_loss) > _TOLERANCE * (1 + seen.own_loss)
+def _differs(probe: ProbeResult) -> bool:
+    assert probe.own_loss is not None and probe.plain_loss is not None
+    return abs(probe.own_loss - probe.plain_loss) > _TOLERANCE * (1 + probe.own_loss)
 
 
-def _unbalanced(config: Any, seen: Probe) -> str:
-    if asks_for_router_loss(config) or not (seen.has_router_loss or seen.failure):
+def _unbalanced(config: Any, probe: ProbeResult) -> str:
+    if uses_router_loss(config) or not (probe.has_router_loss or probe.failure):
         return (
             f"The routers of this model's experts are trained without a balance loss: transformers has none for "
             f"{config.model_type}."
         )
     return (
-        "The routers of this model's experts are trained without a balance loss, as the model's config says. To add "
+        "The routers of this model's experts are trained without a balance loss, as set in the model's config. To add "
         "it, set output_router_logits: true in a copy of the model's config.json."
     )

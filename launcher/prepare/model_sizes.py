@@ -1,4 +1,4 @@
-"""The sizes of a model, whatever its config calls them."""
+"""The sizes of a model, under the various names that configs use."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from launcher.plan.facts import ModelFacts
 
 
 def model_sizes(folder: Path, config: Any, model: Any) -> ModelFacts:
-    """The facts of a model whose parameters are all trained.
+    """The facts of a model if all its parameters are trained.
 
-    `model` may have no memory behind its parameters. Sizes that differ from layer to layer count as the largest.
+    `model` may be on the meta device. Of sizes that differ between layers, the largest counts.
     """
     text = config.get_text_config()
     inputs, outputs = _embedding(model, "input"), _embedding(model, "output")
@@ -41,7 +41,7 @@ def model_sizes(folder: Path, config: Any, model: Any) -> ModelFacts:
 
 
 def whole_attention(text: Any, model: Any) -> bool:
-    """Whether every layer attends to all that came before, through transformers' exchangeable attention."""
+    """Whether every layer has full attention through transformers' exchangeable attention interface."""
     kinds = set(_attribute(text, "layer_types") or ["full_attention"])
     window = _attribute(text, "sliding_window") if getattr(text, "use_sliding_window", True) else None
     exchangeable = bool(getattr(model, "_supports_attention_backend", False))
@@ -49,7 +49,7 @@ def whole_attention(text: Any, model: Any) -> bool:
 
 
 def _embedding(model: Any, side: str) -> Any:
-    """The weight of the input or output embeddings, None where the model does not name it."""
+    """The weight of the input or output embeddings, None if the model does not expose it."""
     try:
         module = getattr(model, f"get_{side}_embeddings")()
     except (AttributeError, NotImplementedError):
@@ -59,7 +59,7 @@ def _embedding(model: Any, side: str) -> Any:
 
 
 def _size(config: Any, *names: str) -> int | None:
-    """The first of the sizes that the config has; of a list the largest."""
+    """The first of the sizes that the config has; the largest of a list."""
     for name in names:
         value = _attribute(config, name)
         if isinstance(value, list | tuple):
@@ -73,12 +73,12 @@ def _attribute(config: Any, name: str) -> Any:
     try:
         return getattr(config, name, None)
     except Exception:
-        # Some configs refuse to name a size that differs from layer to layer.
+        # Some configs raise for a size that differs between layers.
         return [getattr(layer, name, None) for layer in config.per_layer_config]
 
 
 def _longest_list(model: Any) -> int:
-    """How many layers there are, where the config does not say: the longest list of modules."""
+    """The number of layers if the config does not have it: the length of the longest module list."""
     from torch.nn import ModuleList
 
     return max((len(module) for module in model.modules() if isinstance(module, ModuleList)), default=1)

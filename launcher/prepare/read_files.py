@@ -1,4 +1,4 @@
-"""The reader of each file by its kind."""
+"""Readers of files, by file kind."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from launcher.prepare.arrow_rows import ParquetFile
 from launcher.prepare.csv_rows import CsvFile
 from launcher.prepare.json_rows import JsonFile
-from launcher.prepare.rows import Found, Place, Row, RowReader
+from launcher.prepare.rows import FileSummary, Location, Row, RowReader
 from launcher.prepare.text_files import text_chunks
 
 
 class TextFile:
-    """A text file: one document, with its line ends as they are."""
+    """A text file: one document, with its line ends unchanged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -22,13 +22,13 @@ class TextFile:
     def name(self) -> str:
         return str(self.path)
 
-    def look(self) -> Found:
+    def summary(self) -> FileSummary:
         for _ in text_chunks(self.path):
             pass
-        return Found(1, ("text",))
+        return FileSummary(1, ("text",))
 
     def rows(self) -> Iterator[Row]:
-        yield Row({"text": "".join(text_chunks(self.path))}, Place(self.name, 1))
+        yield Row({"text": "".join(text_chunks(self.path))}, Location(self.name, 1))
 
 
 def file_reader(path: Path, builder: str) -> RowReader:

@@ -1,4 +1,4 @@
-"""What a job needs measured, where the results are cached, and doing it."""
+"""Measures the model and data of a job, or reads the cached results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DATA_VERSION = 4
 
 
 class ModelRequest(BaseModel):
-    """A model and the folder for what is measured of it."""
+    """A model and the cache folder for its measurements."""
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -29,7 +29,7 @@ class ModelRequest(BaseModel):
 
 
 class Request(BaseModel):
-    """A job and the folder for what is measured and tokenised."""
+    """A job and the cache folder for measurements and tokenised data."""
 
     job: Job
     cache: Path
@@ -40,7 +40,7 @@ class Request(BaseModel):
 
 
 class Prepared(BaseModel):
-    """The model and the data of a job, measured."""
+    """The measurements of a job's model and data."""
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -49,7 +49,7 @@ class Prepared(BaseModel):
 
 
 def cached(request: Request) -> Prepared | None:
-    """What was prepared before, found without importing anything heavy; None where something has changed or is new."""
+    """The cached result, found without heavy imports; None if the model or data changed or are new."""
     model = cached_model(request)
     if model is None:
         return None
@@ -57,8 +57,8 @@ def cached(request: Request) -> Prepared | None:
     return Prepared(model=model, data=data) if data else None
 
 
-def carry_out(request: Request, progress: Progress) -> Prepared:
-    """Fetches, converts, measures and tokenises what is not cached yet. Raises RequestError."""
+def run_request(request: Request, progress: Progress) -> Prepared:
+    """Downloads, converts, measures and tokenises what is not cached yet. Raises RequestError."""
     model = measured(request, progress)
     check_model(request.job, model)
     data = cached_data(request, Path(model.folder)) or _tokenise(request, Path(model.folder), progress)
@@ -71,7 +71,7 @@ def measured(request: Request | ModelRequest, progress: Progress) -> ModelFacts:
 
 
 def cached_model(request: Request | ModelRequest) -> ModelFacts | None:
-    """Facts of a model measured before whose files are still as they were."""
+    """The cached facts of a model whose files are unchanged, or None."""
     try:
         facts = ModelFacts.model_validate_json(_model_facts_file(request).read_text())
     except (FileNotFoundError, ValueError):
@@ -80,7 +80,7 @@ def cached_model(request: Request | ModelRequest) -> ModelFacts | None:
 
 
 def cached_data(request: Request, model_folder: Path) -> DataFacts | None:
-    """Facts of data tokenised before from the same files, tokenizer and settings."""
+    """The cached facts of data tokenised from the same files with the same tokenizer and settings, or None."""
     from launcher.prepare.tokenise import read_data_facts
 
     return read_data_facts(_data_folder(request, model_folder))
@@ -92,7 +92,7 @@ def _measure_model(request: Request | ModelRequest, progress: Progress) -> Model
     section = request.model
     folder = sources.find_model_folder(section.name_or_path, section.gguf_file)
     if folder is None:
-        progress(message=f"fetching {section.name_or_path}")
+        progress(message=f"downloading {section.name_or_path}")
         folder = model_facts.download(section.name_or_path, section.revision)
     if section.gguf_file:
         target = (
@@ -135,12 +135,12 @@ def _model_facts_file(request: Request | ModelRequest) -> Path:
     section = request.model
     folder = sources.find_model_folder(section.name_or_path, section.gguf_file)
     stamp = sources.model_stamp(folder) if folder else f"{section.name_or_path}@{section.revision}"
-    parts = [_MODEL_VERSION, stamp, section.gguf_file, _method(section), isinstance(request, Request)]
+    parts = [_MODEL_VERSION, stamp, section.gguf_file, _training_settings(section), isinstance(request, Request)]
     return request.cache / "models" / f"{sources.fingerprint(parts)}.json"
 
 
-def _method(section: ModelSection) -> dict[str, object]:
-    """What of the job decides which parameters are trained, and what is looked at with the model."""
+def _training_settings(section: ModelSection) -> dict[str, object]:
+    """The settings that decide which parameters are trained and what is checked in the model."""
     lora = {"r", "target_modules", "merge"}
     return section.model_dump(mode="json", include={"lora": lora, "freeze": True, "liger": True})
 

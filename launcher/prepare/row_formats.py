@@ -1,4 +1,4 @@
-"""From a row of a data set to text and the spans of it that the model should learn."""
+"""Converts a row of a data set to text and the spans of it that the model learns."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ USED: dict[str, tuple[str, ...]] = {
     "instruction": ("instruction", "output", "input", "history", *_CHAT),
     "text": ("text",),
 }
-"""The columns that each format reads, if they are there."""
+"""The columns that each format reads, if present."""
 _ROW_NUMBERS = {"id", "idx", "index", "uuid", "_id", "__index_level_0__"}
 
 
 @dataclass(frozen=True)
 class Example:
-    """Text, the character spans of it that are learned, and how it is tokenised.
+    """Text and the character spans of it that are learned.
 
-    `complete`: the text carries its own special tokens (a chat template wrote it); otherwise the tokenizer adds the
-    beginning-of-text token and an end-of-text token is appended and learned. `partly`: the row wants assistant turns
-    learned that were not found in the text. `shortened`, `open_ended` and `unwritten` as in `Rendered`.
+    `complete`: the text already contains its special tokens (from a chat template); otherwise the tokenizer adds the
+    beginning-of-text token, and an end-of-text token is appended and learned. `partly`: some assistant turns that
+    should be learned were not found in the text. `shortened`, `open_ended` and `unwritten` as in `Rendered`.
     """
 
     text: str
@@ -52,9 +52,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Reader:
-    """How rows are read: their format, the chat template if there is one, and which assistant turns are learned.
+    """Reads rows of one format, with a chat template if there is one; `learn`: which assistant turns are learned.
 
-    `padded`: the file's kind pads objects with the keys of other rows as nulls, which are removed.
+    `padded`: the file format pads objects with null for the keys of other rows; these keys are removed.
     """
 
     kind: str
@@ -63,7 +63,7 @@ class Reader:
     padded: bool = True
 
     def read(self, row: Row) -> Example | Reason:
-        """What is learned of `row`, or why nothing is. Raises BadRow."""
+        """The example in `row`, or why it has nothing to learn. Raises BadRow."""
         if self.kind == "messages":
             return self._messages(row)
         if self.kind == "prompt-completion":
@@ -82,32 +82,32 @@ class Reader:
         prompt, completion = row.get("prompt"), row.get("completion")
         if not isinstance(prompt, list) and not isinstance(completion, list):
             before, after = text_of(row, "prompt"), text_of(row, "completion")
-            refuse_unused(row, _CHAT, "a prompt that is text")
+            reject_columns(row, _CHAT, "a text prompt")
             return Example(before + after, ((len(before), len(before + after)),)) if after.strip() else Reason.EMPTY
         first = _turns_of(prompt, "prompt", "user")
         answer = _turns_of(completion, "completion", "assistant")
         return self._conversation(first + answer, row, len(first)) if answer else Reason.EMPTY
 
     def _instruction(self, row: Row) -> Example | Reason:
-        asked, answer, extra = text_of(row, "instruction"), text_of(row, "output"), text_of(row, "input")
+        question, answer, extra = text_of(row, "instruction"), text_of(row, "output"), text_of(row, "input")
         if not answer.strip():
             return Reason.EMPTY
         if extra.strip():
-            asked = f"{asked}\n\n{extra}" if asked.strip() else extra
-        turns = [*_history(row), {"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+            question = f"{question}\n\n{extra}" if question.strip() else extra
+        turns = [*_history(row), {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         if self.template is not None:
             return self._conversation(turns, row)
-        refuse_unused(row, ("tools", "chat_template_kwargs"), "a tokenizer without a chat template")
+        reject_columns(row, ("tools", "chat_template_kwargs"), "a tokenizer without a chat template")
         return _alpaca(turns, text_of(row, "system"), self.learn)
 
     def _conversation(self, turns: list[Any], row: Row, first: int = 0) -> Example | Reason:
-        """`turns` in the model's own template, with the assistant turns from `first` on as spans."""
+        """`turns` in the chat template, with the assistant turns from `first` on as spans."""
         if self.template is None:
-            raise BadRow("the tokenizer has no chat template, which rows of messages need: set data.chat_template")
+            raise BadRow("rows with messages need a chat template, but the tokenizer has none: set data.chat_template")
         system = text_of(row, "system")
         if system.strip():
             if any(isinstance(turn, Mapping) and turn.get("role", turn.get("from")) == "system" for turn in turns):
-                raise BadRow("there is a system column and a turn of role system: keep one of them")
+                raise BadRow("the row has a system column and a turn of role system: keep one of them")
             turns, first = [{"role": "system", "content": system}, *turns], first + (first > 0)
         conversation = conversation_of(turns, self.template.text, self.padded)
         conversation.tools = tools_of(row.get("tools"), self.padded)
@@ -135,7 +135,7 @@ class Reader:
 
 
 def detect_format(columns: Iterable[str]) -> str:
-    """The format whose columns are all there. Raises BadRow with the columns found and those that would do."""
+    """The format whose columns are all present. Raises BadRow with the columns found and those needed."""
     names = set(columns)
     if "conversations" in names:
         return "messages"
@@ -143,23 +143,23 @@ def detect_format(columns: Iterable[str]) -> str:
         if names.issuperset(needed):
             return name
     wanted = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in NEEDED.items())
-    raise BadRow(f"columns {', '.join(sorted(names)) or '(none)'} fit no format. Needed are {wanted}")
+    raise BadRow(f"columns {', '.join(sorted(names)) or '(none)'} do not match any format; needed: {wanted}")
 
 
 def unused_columns(columns: Iterable[str], kind: str) -> list[str]:
-    """The columns that rows of format `kind` have and nobody reads, without those that only number the rows."""
+    """The unused columns of rows of format `kind`, except row numbers and ids."""
     return sorted(set(columns) - set(USED[kind]) - _ROW_NUMBERS)
 
 
-def refuse_unused(row: Row, names: Iterable[str], where: str) -> None:
-    """Raises BadRow if one of the columns holds something: its meaning is known, and it cannot be used."""
+def reject_columns(row: Row, names: Iterable[str], where: str) -> None:
+    """Raises BadRow if one of these columns has a value: it is meaningful but not supported here."""
     for name in names:
         if row.get(name):
             raise BadRow(f"the column {name} cannot be used with {where}")
 
 
 def _joined(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """The spans in order, those that touch each other as one."""
+    """The spans in order; adjacent and overlapping ones are merged."""
     joined: list[Span] = []
     for start, stop in sorted(spans):
         if joined and start <= joined[-1][1]:
@@ -170,7 +170,7 @@ def _joined(spans: Iterable[Span]) -> tuple[Span, ...]:
 
 
 def _turns_of(value: Any, name: str, role: str) -> list[Any]:
-    """The messages of a prompt or completion, of which one may be plain text beside a list. Raises BadRow."""
+    """The messages of a prompt or completion, which may also be text. Raises BadRow."""
     if value is None:
         return []
     if isinstance(value, str):
@@ -178,18 +178,18 @@ def _turns_of(value: Any, name: str, role: str) -> list[Any]:
     if not isinstance(value, list):
         raise BadRow(f"{name} must be text or a list of messages")
     if not all(isinstance(turn, Mapping) for turn in value):
-        raise BadRow("prompt and completion are lists: each must be one text, or a list of messages")
+        raise BadRow("prompt and completion are lists: each must be one text or a list of messages")
     return list(value)
 
 
 def _history(row: Row) -> list[dict[str, Any]]:
-    """The earlier questions and answers of a row of instructions."""
+    """The earlier questions and answers of an instruction row."""
     if not row.get("history"):
         return []
     turns = []
     for pair in list_of(row, "history"):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise BadRow(f"history must be a list of pairs of question and answer, found {str(pair)[:60]!r}")
+            raise BadRow(f"history must be a list of question-answer pairs, found {str(pair)[:60]!r}")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return turns
 
@@ -197,17 +197,17 @@ def _history(row: Row) -> list[dict[str, Any]]:
 def _alpaca(turns: list[dict[str, Any]], system: str, learn: str) -> Example:
     """Questions and answers for a tokenizer without a chat template."""
     text, spans = f"{system}\n\n" if system.strip() else "", []
-    for asked, answered in zip(turns[::2], turns[1::2], strict=True):
-        text += f"### Instruction:\n{asked['content']}\n\n### Response:\n"
-        begin = len(text)
-        text += answered["content"]
-        spans.append((begin, len(text)))
-        text += "\n\n" if answered is not turns[-1] else ""
+    for question, answer in zip(turns[::2], turns[1::2], strict=True):
+        text += f"### Instruction:\n{question['content']}\n\n### Response:\n"
+        start = len(text)
+        text += answer["content"]
+        spans.append((start, len(text)))
+        text += "\n\n" if answer is not turns[-1] else ""
     return Example(text, tuple(spans if learn == "all" else spans[-1:]))
 
 
 def _kwargs_of(row: Row) -> dict[str, Any]:
-    """The row's own variables for the chat template. Raises BadRow."""
+    """The row's variables for the chat template. Raises BadRow."""
     if not row.get("chat_template_kwargs"):
         return {}
     given = from_json(row["chat_template_kwargs"], "chat_template_kwargs")

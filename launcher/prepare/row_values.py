@@ -1,4 +1,4 @@
-"""Small checks on the values of a row that every format shares."""
+"""Checks and conversions of a row's values that all formats share."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _BYTE_ORDER_MARK = "\ufeff"
 
 
 class BadRow(ValueError):
-    """A row that does not hold what its format needs."""
+    """A row that does not match its format."""
 
 
 def text_of(row: Row, name: str) -> str:
-    """The text of a column without a leading byte order mark; "" if there is none. Raises BadRow."""
+    """The text of a column without a leading byte order mark; "" if it is missing. Raises BadRow."""
     value = row.get(name)
     if value is None:
         return ""
@@ -25,7 +25,7 @@ def text_of(row: Row, name: str) -> str:
 
 
 def list_of(row: Row, name: str) -> list[Any]:
-    """The list of a column, which may be written as JSON text. Raises BadRow."""
+    """The list in a column, which may be JSON text. Raises BadRow."""
     value = from_json(row[name], name)
     if not isinstance(value, list):
         raise BadRow(f"{name} must be a list, found {kind_of(value)}")
@@ -33,7 +33,7 @@ def list_of(row: Row, name: str) -> list[Any]:
 
 
 def without_mark(text: str) -> str:
-    """`text` without a byte order mark in front."""
+    """`text` without a leading byte order mark."""
     return text.removeprefix(_BYTE_ORDER_MARK)
 
 
@@ -48,7 +48,7 @@ def from_json(value: Any, name: str) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """`value` without the keys that are null, at every depth: parquet writes the keys of other rows as nulls."""
+    """`value` without null keys at every depth: parquet adds the keys of other rows as nulls."""
     if isinstance(value, Mapping):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value

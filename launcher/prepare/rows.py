@@ -1,4 +1,4 @@
-"""Rows of a data set with the place of each, and what a reader of one file is. Nothing heavy is imported."""
+"""Rows of a data set with their locations, and the interface of a reader. No heavy imports."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any, NamedTuple, Protocol
 
 from launcher.errors import Problem
 
-MEANINGFUL = (
+CONTENT_COLUMNS = (
     *("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text"),
     *("system", "history", "tools", "chat_template_kwargs"),
 )
-"""The columns that say something about what is learned. No other column of a parquet file or a hub set is read."""
+"""The columns with training content. Readers of parquet files and hub data sets skip all other columns."""
 
 
-class Place(NamedTuple):
-    """Where a row is: a file or a hub name, the number of the row in it from 1, and the line that it begins on."""
+class Location(NamedTuple):
+    """The location of a row: a file or a hub name, the row number from 1, and the row's first line."""
 
     source: str
     row: int
@@ -31,30 +31,30 @@ class Place(NamedTuple):
 
 
 class Row(dict[str, Any]):
-    """A row by column name, and its place."""
+    """A row by column name, with its location."""
 
-    __slots__ = ("place",)
+    __slots__ = ("location",)
 
-    def __init__(self, values: dict[str, Any], place: Place) -> None:
+    def __init__(self, values: dict[str, Any], location: Location) -> None:
         super().__init__(values)
-        self.place = place
+        self.location = location
 
 
 class BadFile(ValueError):
-    """A file that cannot be read, or a place in it."""
+    """A file that cannot be read, with the line if known."""
 
     def __init__(self, file: str, message: str, hint: str | None = None, line: int | None = None) -> None:
         super().__init__(message)
         self.file, self.message, self.hint, self.line = file, message, hint, line
 
     def problem(self, key: str) -> Problem:
-        """As a problem with the job's `key`."""
+        """The error as a problem of the job's `key`."""
         return Problem(self.message, file=self.file, line=self.line, key=key, hint=self.hint)
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a first look at a file found."""
+class FileSummary:
+    """Row count, columns and notes of a file."""
 
     rows: int
     columns: tuple[str, ...]
@@ -66,10 +66,10 @@ class RowReader(Protocol):
 
     @property
     def name(self) -> str:
-        """The file's path or the set's name, for messages."""
+        """The file path or the data set's name, for messages."""
 
-    def look(self) -> Found:
-        """Rows and columns, without keeping any row. Raises BadFile."""
+    def summary(self) -> FileSummary:
+        """Row count and columns, from one pass over the file. Raises BadFile."""
 
     def rows(self) -> Iterator[Row]:
         """The rows in order. Raises BadFile."""

@@ -1,4 +1,4 @@
-"""Where a job's model and data lie: folders, files, globs and hub names. Nothing heavy is imported."""
+"""Finds a job's model and data: folders, files, globs and hub names. No heavy imports."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from launcher.errors import Problem, RequestError, nearest
 from launcher.job.schema import DataSection
+from launcher.job.user_path import user_path
 
 BUILDERS = {
     ".jsonl": "json",
@@ -38,7 +39,7 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class DataSource:
-    """Files of one kind (`builder` reads them), a hub data set in a `config`, or a folder that save_to_disk wrote."""
+    """Files of one kind (read by `builder`), a hub data set with a `config`, or a folder from save_to_disk."""
 
     files: tuple[Path, ...] = ()
     builder: str = ""
@@ -56,11 +57,13 @@ def find_data(value: str | Sequence[str], key: str) -> DataSource:
     names = [value] if isinstance(value, str) else list(value)
     files: list[Path] = []
     for name in names:
-        folder = Path(name).expanduser()
+        folder = user_path(name, key)
         if is_saved(folder):
             if len(names) > 1:
-                message = f"{name} is a folder that save_to_disk wrote, and cannot be combined with other files"
-                raise RequestError(Problem(message, key=key, hint="give it alone, or write it with to_parquet"))
+                message = f"{name} is a folder from save_to_disk, which cannot be combined with other files"
+                raise RequestError(
+                    Problem(message, key=key, hint="use only this folder, or write the data with to_parquet")
+                )
             return DataSource(saved=folder)
         found = _expand(name)
         if not found and folder.is_dir():
@@ -74,9 +77,9 @@ def find_data(value: str | Sequence[str], key: str) -> DataSource:
 
 
 def find_split_data(section: DataSection) -> tuple[DataSource, DataSource | float | None]:
-    """The job's (train, eval), with the configuration of a hub set.
+    """The job's (train, eval), with the configuration of a hub data set.
 
-    Raises RequestError, also for a key that would have no effect.
+    Raises RequestError, also for keys without effect.
     """
     train = find_data(section.train, "data.train")
     given = section.eval
@@ -96,15 +99,15 @@ def _keys_without_effect(
 ) -> Iterator[Problem]:
     other = held_out if isinstance(held_out, DataSource) else DataSource()
     if section.config is not None and not (train.hub_name or other.hub_name):
-        message = "only a hub data set has configurations, and the job names none"
-        yield Problem(message, key="data.config", hint="leave it out")
+        message = "only hub data sets have configurations, and the job uses none"
+        yield Problem(message, key="data.config", hint="remove it")
     if section.eval_split is not None and not other.has_splits:
-        example = train.hub_name or train.saved if train.has_splits else "the name of one, or leave eval_split out"
+        example = train.hub_name or train.saved if train.has_splits else "NAME, or remove eval_split"
         message = "data.eval is not a hub data set, so it has no splits"
         yield Problem(message, key="data.eval_split", hint=f"data.eval: {example}")
     if section.split != "train" and not (train.has_splits or other.has_splits):
-        message = f"{section.split} names a split of a hub data set, but files are read whole"
-        yield Problem(message, key="data.split", hint="leave it out")
+        message = f"{section.split} names a split of a hub data set, but the data are files without splits"
+        yield Problem(message, key="data.split", hint="remove it")
 
 
 def is_saved(folder: Path) -> bool:
@@ -114,7 +117,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def saved_splits(folder: Path) -> list[str] | None:
-    """The names of the splits in a folder that save_to_disk wrote; None where it has one data set alone."""
+    """The names of the splits in a folder from save_to_disk; None if it is a single data set."""
     try:
         splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
     except FileNotFoundError:
@@ -125,53 +128,53 @@ def saved_splits(folder: Path) -> list[str] | None:
 
 
 def hub_hint(name: str) -> str:
-    """What to do about a hub data set that cannot be had, which may have been meant as a file."""
-    return _neighbour(Path(name)) or "give local files, or fetch it first where there is internet"
+    """The hint for a hub data set that cannot be downloaded, whose name may be a misspelt file."""
+    return _similar_name(Path(name)) or "use local files, or download it first on a machine with internet access"
 
 
 def _builder(files: Sequence[Path], key: str) -> str:
     unknown = [path for path in files if _kind_suffix(path) not in BUILDERS]
     if unknown:
-        message, hint = f"{unknown[0]} is of no kind that can be read", f"valid: {', '.join(BUILDERS)}"
+        message, hint = f"{unknown[0]} has an unsupported file type", f"valid: {', '.join(BUILDERS)}"
         raise RequestError(Problem(message, key=key, hint=hint))
     kinds = {BUILDERS[_kind_suffix(path)] for path in files}
     if len(kinds) > 1:
         found = ", ".join(sorted({_kind_suffix(path) for path in files}))
-        message = f"files of one kind are needed, found {found}"
-        raise RequestError(Problem(message, key=key, hint="convert the others, or leave them out"))
+        message = f"all files must have the same type, found {found}"
+        raise RequestError(Problem(message, key=key, hint="convert or exclude some of them"))
     return kinds.pop()
 
 
 def find_model_folder(name_or_path: str, gguf_file: str | None) -> Path | None:
-    """The model's folder where it is one on disk, None for a hub name. Raises RequestError."""
-    key, folder = "model.name_or_path", Path(name_or_path).expanduser()
+    """The model's folder if it is on disk; None for a hub name. Raises RequestError."""
+    key, folder = "model.name_or_path", user_path(name_or_path, "model.name_or_path")
     if folder.is_file():
         raise RequestError(
             Problem(
-                f"{folder} is a file; a folder is needed",
+                f"{folder} is a file, not a folder",
                 key=key,
-                hint="for a GGUF give its folder here and its name in model.gguf_file",
+                hint="for a GGUF write its folder here and its name in model.gguf_file",
             )
         )
     if not folder.is_dir():
         if _is_hub_name(name_or_path):
             return None
-        raise RequestError(Problem(f"there is no folder {folder}", key=key, hint=_neighbour(folder)))
+        raise RequestError(Problem(f"folder not found: {folder}", key=key, hint=_similar_name(folder)))
     if gguf_file and not (folder / gguf_file).is_file():
         found = sorted(path.name for path in folder.glob("*.gguf"))
         raise RequestError(
             Problem(
-                f"there is no {gguf_file} in {folder}",
+                f"{gguf_file} not found in {folder}",
                 key="model.gguf_file",
-                hint=f"found there: {', '.join(found) or 'no .gguf file'}",
+                hint=f"the folder has: {', '.join(found) or 'no .gguf file'}",
             )
         )
     if not gguf_file and not (folder / "config.json").is_file():
         raise RequestError(
             Problem(
-                f"{folder} holds no config.json, so it is not a Hugging Face model",
+                f"{folder} has no config.json, so it is not a Hugging Face model",
                 key=key,
-                hint="for a GGUF give model.gguf_file" if any(folder.glob("*.gguf")) else None,
+                hint="for a GGUF set model.gguf_file" if any(folder.glob("*.gguf")) else None,
             )
         )
     return folder.resolve()
@@ -194,12 +197,12 @@ def tokenizer_fingerprint(folder: Path) -> str:
 
 
 def fingerprint(value: Any) -> str:
-    """24 hexadecimal digits that stand for `value` (JSON-plain)."""
+    """A hash of `value` (JSON types), as 24 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _expand(name: str) -> list[Path]:
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_file():
         return [path]
     if path.is_dir():
@@ -213,30 +216,30 @@ def _is_data(path: Path) -> bool:
 
 
 def _is_hidden(path: Path, named: Path) -> bool:
-    """Whether a path is hidden (._x of macOS, .x.swp of vim, .ipynb_checkpoints) and the job does not name it."""
-    asked = [part for part in named.parts if part.startswith(".")]
+    """Whether a path is hidden (._x of macOS, .x.swp of vim, .ipynb_checkpoints) and not named by the job."""
+    named_parts = [part for part in named.parts if part.startswith(".")]
     hidden = [part for part in path.parts if part.startswith(".")]
-    return not all(any(fnmatch.fnmatchcase(part, pattern) for pattern in asked) for part in hidden)
+    return not all(any(fnmatch.fnmatchcase(part, pattern) for pattern in named_parts) for part in hidden)
 
 
 def _no_data_in(folder: Path, name: str, key: str) -> Problem:
-    """The error for a folder without data, with the folders in it that have some."""
+    """The error for a folder without data, with its subfolders that have data."""
     below = sorted({path.parent for path in folder.glob("*/*") if path.is_file() and _is_data(path)})
     below = [path for path in below if not path.name.startswith(".") and not is_saved(path)]
     saved = sorted(path for path in folder.iterdir() if path.is_dir() and is_saved(path))
     if below or saved:
-        hint = "give one of the folders in it: " + ", ".join(str(path) for path in [*saved, *below][:5])
+        hint = "use one of its subfolders: " + ", ".join(str(path) for path in [*saved, *below][:5])
         if len(below) > 1:
             hint += (
-                f"; or all files with {name.rstrip('/')}/*/*{_kind_suffix(next(filter(_is_data, below[0].iterdir())))}"
+                f"; for all files, use {name.rstrip('/')}/*/*{_kind_suffix(next(filter(_is_data, below[0].iterdir())))}"
             )
     else:
-        hint = f"wanted: {', '.join(BUILDERS)}"
-    return Problem(f"the folder {name} holds no data", key=key, hint=hint)
+        hint = f"supported: {', '.join(BUILDERS)}"
+    return Problem(f"the folder {name} contains no data", key=key, hint=hint)
 
 
 def _kind_suffix(path: Path) -> str:
-    """The suffix that tells the kind, that of x.jsonl.gz being .jsonl."""
+    """The suffix of the file type; .jsonl for x.jsonl.gz."""
     suffixes = [s for s in path.suffixes if s.lower() not in (".gz", ".zst", ".xz", ".bz2")]
     return suffixes[-1].lower() if suffixes else ""
 
@@ -246,11 +249,11 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _missing(name: str, key: str) -> Problem:
-    where = f"(looked from {Path.cwd()})"
-    return Problem(f"no file matches {name} {where}", key=key, hint=_neighbour(Path(name)))
+    where = f"(working directory {Path.cwd()})"
+    return Problem(f"no file matches {name} {where}", key=key, hint=_similar_name(Path(name)))
 
 
-def _neighbour(path: Path) -> str | None:
+def _similar_name(path: Path) -> str | None:
     parent = path.parent
     names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
     match = nearest(path.name, [name for name in names if name != path.name])

@@ -1,4 +1,4 @@
-"""What a model's folder holds, as its files say it: an adapter alone, or weights that are quantised."""
+"""Checks the files in a model's folder: rejects adapters and quantised weights."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from launcher.errors import Problem, RequestError, first_line
 
 _KEY = "model.name_or_path"
 _NUMBERS = ("F64", "F32", "F16", "BF16")
-"""What safetensors calls the types that a weight can be trained from as it is stored."""
+"""The safetensors types of weights that can be trained."""
 _LONGEST_HEADER = 100_000_000
-"""Of a safetensors file, in bytes, by its specification."""
+"""Of a safetensors file in bytes, from the specification."""
 
 
 def check_adapter(folder: Path) -> None:
-    """Raises RequestError for a folder with an adapter, which transformers would put into the model that it loads."""
+    """Raises RequestError for a folder with an adapter: transformers would add it to the loaded model."""
     file = folder / "adapter_config.json"
     if not file.is_file():
         return
@@ -26,7 +26,7 @@ def check_adapter(folder: Path) -> None:
         base = None
     raise RequestError(
         Problem(
-            f"{folder} holds an adapter ({file.name}), not just a model",
+            f"{folder} contains an adapter ({file.name}), not only a model",
             key=_KEY,
             hint=f"merge it into its base model first, or name the base model{f', {base}' if base else ''}",
         )
@@ -34,7 +34,7 @@ def check_adapter(folder: Path) -> None:
 
 
 def check_stored_types(folder: Path) -> None:
-    """Raises RequestError if a weight is stored in a type of quantised weights, whatever config.json says."""
+    """Raises RequestError if a weight is stored in a quantised type, whatever config.json says."""
     for file in sorted(folder.glob("model*.safetensors")):
         found = next((pair for pair in _types(file) if pair[0].endswith(".weight") and pair[1] not in _NUMBERS), None)
         if found:
@@ -58,7 +58,7 @@ def _types(file: Path) -> Iterator[tuple[str, str]]:
             header = json.loads(stream.read(length))
         tensors = {name: str(found["dtype"]) for name, found in header.items() if name != "__metadata__"}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        pointer = "git lfs pull fetches what git left out, or " if file.stat().st_size < 1024 else ""
+        pointer = "run git lfs pull, or " if file.stat().st_size < 1024 else ""
         raise RequestError(
             Problem(
                 f"{file} cannot be read as safetensors ({first_line(error)})",

@@ -1,7 +1,7 @@
-"""Chat templates compiled as transformers compiles them, with a fixed date and the places of generation blocks.
+"""Compiles chat templates like transformers, with a fixed date and the positions of generation blocks.
 
-transformers reads the clock for `strftime_now`, so the same data set would be tokenised otherwise each day. Here it is
-always DATE, the one that Llama's own templates write where no clock is at hand.
+transformers reads the clock for `strftime_now`, so the same data set would be tokenised differently every day. Here it
+is always DATE, which is the default in Llama's templates without a clock.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OPEN, _CLOSE = "\U0010fffc", "\U0010fffd"
 
 
 class GenerationBlocks(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}`: the body, between two marks while `marking` is on."""
+    """`{% generation %}…{% endgeneration %}`: renders the body, between two markers while `marking` is on."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's name and form)
 
@@ -47,7 +47,7 @@ class GenerationBlocks(jinja2.ext.Extension):
 
     @contextmanager
     def marked(self) -> Iterator[None]:
-        """Bodies are marked inside of the `with` block."""
+        """Marks bodies inside the `with` block."""
         self.marking = True
         try:
             yield
@@ -56,7 +56,7 @@ class GenerationBlocks(jinja2.ext.Extension):
 
 
 def has_generation_blocks(source: str) -> bool:
-    """Whether a template says itself what the model writes."""
+    """Whether a template has `{% generation %}` blocks."""
     return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
 
 
@@ -74,8 +74,8 @@ def compile_template(source: str) -> jinja2.Template:
 
 
 def render_template(source: str, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
-    """The text that the template writes. Raises what the template raises."""
-    return compile_template(source).render(messages=_prepared(messages), **variables)
+    """The rendered text. Raises what the template raises."""
+    return compile_template(source).render(messages=_with_reasoning(messages), **variables)
 
 
 def generation_spans(
@@ -85,19 +85,19 @@ def generation_spans(
     template = compile_template(source)
     blocks: GenerationBlocks = template.environment.generation_blocks  # type: ignore[attr-defined]
     with blocks.marked():
-        text = template.render(messages=_prepared(messages), **variables)
+        text = template.render(messages=_with_reasoning(messages), **variables)
     spans, opened = [], 0
-    for removed, mark in enumerate(re.finditer(f"[{_OPEN}{_CLOSE}]", text)):
-        place = mark.start() - removed
-        if mark.group() == _OPEN:
-            opened = place
-        elif place > opened:
-            spans.append((opened, place))
+    for removed, marker in enumerate(re.finditer(f"[{_OPEN}{_CLOSE}]", text)):
+        position = marker.start() - removed
+        if marker.group() == _OPEN:
+            opened = position
+        elif position > opened:
+            spans.append((opened, position))
     return spans
 
 
-def _prepared(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Reasoning under each of the names that templates read, as transformers gives it to them."""
+def _with_reasoning(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with reasoning under all names that templates read, as in transformers."""
     prepared = []
     for message in messages:
         reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
@@ -110,7 +110,7 @@ def _prepared(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """Plain JSON: Jinja's own filter escapes HTML."""
+    """JSON without the HTML escapes of Jinja's filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -119,7 +119,7 @@ def _raise(message: str) -> None:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace without names that begin with an underscore: templates are other people's code."""
+    """Jinja's namespace that rejects names with a leading underscore: templates are untrusted code."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):

@@ -1,4 +1,4 @@
-"""Text files as they are, byte for byte: decompressed, decoded as UTF-8, and without a byte-order mark."""
+"""Reads text files: decompressed, decoded as UTF-8, and without a byte-order mark."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from launcher.prepare.rows import BadFile
 BOM = "\ufeff"
 _CHUNK = 1 << 20
 _SAVE_AS_UTF8 = "save it as UTF-8, for example: iconv -f {} -t UTF-8 OLD > NEW"
-_OTHER_MARKS = {  # UTF-32's marks begin with UTF-16's, so they come first
+_OTHER_MARKS = {  # UTF-32's marks start with UTF-16's, so they come first
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
@@ -26,7 +26,7 @@ _OTHER_MARKS = {  # UTF-32's marks begin with UTF-16's, so they come first
 }
 
 
-_BINARY = {  # what a file of another kind begins with, under a name of text
+_BINARY = {  # first bytes of compressed files
     b"\x1f\x8b": ("gzip", ".gz"),
     b"BZh91AY&SY": ("bzip2", ".bz2"),
     b"\xfd7zXZ": ("xz", ".xz"),
@@ -36,7 +36,7 @@ _BINARY = {  # what a file of another kind begins with, under a name of text
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file, decompressed by its suffix. Raises BadFile for what goes wrong while it is open."""
+    """The bytes of a file, decompressed by its suffix. Raises BadFile for errors while it is open."""
     try:
         with _open(path) as file:
             yield file
@@ -45,7 +45,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def text_chunks(path: Path) -> Iterator[str]:
-    """The text of a file in pieces of about a MiB, line ends unchanged. Raises BadFile where it is not UTF-8."""
+    """The text of a file in pieces of about 1 MiB, with unchanged line ends. Raises BadFile if it is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     lines = 0
     with opened(path) as file:
@@ -67,7 +67,7 @@ def text_chunks(path: Path) -> Iterator[str]:
 
 
 def text_lines(path: Path) -> Iterator[str]:
-    """The lines of a file with their ends, divided at newlines only. Raises BadFile where it is not UTF-8."""
+    """The lines of a file with their ends, split only at newlines. Raises BadFile if it is not UTF-8."""
     with opened(path) as file:
         for number, line in enumerate(file, 1):
             if number == 1:
@@ -93,7 +93,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _open_zstd(path: Path) -> IO[bytes]:
-    """Through pyarrow, which brings its own zstd."""
+    """Uses the zstd in pyarrow."""
     import io
 
     import pyarrow
@@ -103,7 +103,7 @@ def _open_zstd(path: Path) -> IO[bytes]:
 
 
 def _check_mark(path: Path, start: bytes) -> None:
-    """Raises BadFile for a text in UTF-16 or UTF-32, with a mark or without, and for a compressed file."""
+    """Raises BadFile for text in UTF-16 or UTF-32, with or without a mark, and for a compressed file."""
     for magic, (kind, suffix) in _BINARY.items():
         if start.startswith(magic):
             raise BadFile(str(path), f"cannot be read: it is compressed with {kind}", f"add {suffix} to its name")
@@ -111,7 +111,7 @@ def _check_mark(path: Path, start: bytes) -> None:
     if name is None and b"\0" in start[:4]:
         name = "UTF-16"
     if name is not None:
-        raise BadFile(str(path), f"cannot be read: it is {name}, and UTF-8 is needed", _SAVE_AS_UTF8.format(name))
+        raise BadFile(str(path), f"cannot be read: it is {name}, not UTF-8", _SAVE_AS_UTF8.format(name))
 
 
 def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> BadFile:

@@ -1,4 +1,4 @@
-"""Tokenising a data set once, into token stores that every rank maps."""
+"""Tokenises a data set once, into token stores that every rank memory-maps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Progress = Callable[..., None]
 
 @dataclass(frozen=True)
 class TextRequest:
-    """What is tokenised, and how."""
+    """The data to tokenise, and the settings."""
 
     train: DataSource
     eval: DataSource | float | None
@@ -41,7 +41,7 @@ class TextRequest:
 def tokenise(
     request: TextRequest, model_folder: Path, target: Path, trust_remote_code: bool, progress: Progress
 ) -> DataFacts:
-    """Tokenises train and eval into `target`, which appears whole. Raises RequestError."""
+    """Tokenises train and eval into `target`, which is created atomically. Raises RequestError."""
     tokenizer = _tokenizer(model_folder, trust_remote_code)
     loaded = load_rows(
         request.train,
@@ -75,7 +75,7 @@ def tokenise(
             notes=loaded.notes(),
             chat_template=supplied,
         )
-        facts = _moved(facts, target)
+        facts = _with_folders(facts, target)
         (temporary / "facts.json").write_text(facts.model_dump_json(indent=2))
         publish_folder(temporary, target)
     finally:
@@ -84,12 +84,12 @@ def tokenise(
 
 
 def pads_nulls(source: DataSource) -> bool:
-    """Whether objects of this source have the keys of other rows, as nulls: all have but JSON."""
+    """Whether objects of this source are padded with null for the keys of other rows: all but JSON."""
     return source.builder != "json"
 
 
 def chat_template_of(tokenizer: Any, folder: Path, request: TextRequest) -> ChatTemplate | None:
-    """The job's chat template, else the tokenizer's; None if there is neither. Raises RequestError."""
+    """The job's chat template, else the tokenizer's; None if both are missing. Raises RequestError."""
     source, name = tokenizer.chat_template, f"the chat template of {_model_name(folder)}"
     if request.chat_template is not None:
         source, name = read_template(request.chat_template)
@@ -110,10 +110,10 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # what is missing or broken decides the kind
+    except Exception as error:  # the type depends on what is missing or broken
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         message = f"the tokenizer of {folder} cannot be loaded: {reason}"
-        hint = "the folder needs the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights"
+        hint = "the folder needs the tokenizer's files (tokenizer.json, tokenizer_config.json) and the weights"
         raise RequestError(Problem(message, key="model.name_or_path", hint=hint)) from None
     if not tokenizer.is_fast:
         message = f"the tokenizer of {folder} has no fast version (tokenizer.json)"
@@ -122,15 +122,15 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def read_data_facts(target: Path) -> DataFacts | None:
-    """The facts of data tokenised before, None where there are none."""
+    """The facts of data that is already tokenised, or None."""
     try:
-        return _moved(DataFacts.model_validate_json((target / "facts.json").read_text()), target)
+        return _with_folders(DataFacts.model_validate_json((target / "facts.json").read_text()), target)
     except FileNotFoundError:
         return None
 
 
-def _moved(facts: DataFacts, target: Path) -> DataFacts:
-    """`facts` with the folders where they lie now."""
+def _with_folders(facts: DataFacts, target: Path) -> DataFacts:
+    """`facts` with the current folders of the splits."""
     train = facts.train.model_copy(update={"folder": str(target / "train")})
     held_out = facts.eval.model_copy(update={"folder": str(target / "eval")}) if facts.eval else None
     return facts.model_copy(update={"train": train, "eval": held_out})

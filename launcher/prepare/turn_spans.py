@@ -1,10 +1,10 @@
-"""Which part of a rendered conversation each assistant turn is.
+"""Finds the span of each assistant turn in a rendered conversation.
 
-A turn is learned from where generation would begin to the end of the turn. Both borders are found by rendering the
-conversation up to there (for the end: up to and with the turn) and comparing what follows the last mark in front of
-the border with what the whole conversation has in that place. Nothing else of the shorter text has to agree, so a
-template may write earlier turns otherwise, merge turns, or add text at the end of a conversation. What follows a mark
-depends on the roles and on little else; it is kept, so that most conversations are rendered twice in all.
+A turn is learned from the position where generation would start to the end of the turn. To find a border, the
+conversation is rendered only up to there (for the end: including the turn), and the text after the last marker before
+the border is compared with the same part of the whole conversation. The rest of the shorter text may differ: a template
+may write earlier turns differently, merge turns, or add text at the end of a conversation. The text after a marker
+depends on little more than the roles. It is cached, so most conversations are rendered only twice.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.prepare.conversations import Messages
-from launcher.prepare.marks import Alphabet, Mark, Marked, Render, marks_of, render_marked
 from launcher.prepare.row_values import BadRow
+from launcher.prepare.template_markers import MarkedText, Marker, MarkerAlphabet, Render, markers_of, render_marked
 
 Span = tuple[int, int]
 _MARKUP = r"<[^<>\s]{1,48}>|\[/?[A-Z_]+\]"
@@ -25,7 +25,7 @@ _LONGEST_KEY = 400
 
 @dataclass
 class Tails:
-    """What a template writes after a mark: at the end of a conversation, and with a generation prompt."""
+    """The text after a marker at the end of a conversation: without and with a generation prompt."""
 
     plain: str
     prompted: str
@@ -35,8 +35,8 @@ class Tails:
 class Turn:
     """The spans of an assistant turn.
 
-    `closed`: something that can be learned ends it. `unwritten`: the end of the generation prompt that is not in front
-    of the turn. `divided`: the template writes another message in the middle of it; `spans` end in front of that.
+    `closed`: a text that can be learned ends it. `unwritten`: the end of the generation prompt that is missing before
+    the turn. `divided`: the template writes another message inside the turn; `spans` end before that message.
     """
 
     spans: list[Span]
@@ -49,31 +49,31 @@ class Turn:
 class Spanned:
     """A rendered conversation and its assistant turns by message index."""
 
-    marked: Marked
+    marked: MarkedText
     turns: dict[int, Turn]
 
 
 @dataclass
 class TurnFinder:
-    """Finds assistant turns in what one chat template writes.
+    """Finds assistant turns in the output of one chat template.
 
-    `tokens` are texts that the tokenizer never divides (its added tokens): a border is never inside of one.
-    `generation(messages, tools)` gives the spans of the template's `{% generation %}` blocks; None if it has none.
+    `tokens` are texts that the tokenizer never splits (its added tokens): a border is never inside one.
+    `generation(messages, tools)` returns the spans of the template's `{% generation %}` blocks; None if it has none.
     """
 
     render: Render
     tokens: Iterable[str] = ()
     generation: Callable[[Messages, list[Any] | None], list[Span]] | None = None
-    _kept: dict[tuple[Any, ...], Tails | None] = field(default_factory=dict)
+    _tails_cache: dict[tuple[Any, ...], Tails | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         fixed = [re.escape(token) for token in sorted(self.tokens, key=len, reverse=True) if token.strip()]
         self._atom = re.compile("|".join([*fixed, _MARKUP]))
 
     def find(self, messages: Messages, tools: list[Any] | None, wanted: Iterable[int]) -> Spanned:
-        """The turns `wanted`, as far as they are found. Raises BadRow."""
+        """The turns `wanted` that can be found. Raises BadRow."""
         marked = render_marked(messages, tools, self.render)
-        whole = _Whole(messages, tools, marked, Alphabet(marks_of(messages, tools), marked.text))
+        whole = _Whole(messages, tools, marked, MarkerAlphabet(markers_of(messages, tools), marked.text))
         generated = self.generation(messages, tools) if self.generation else None
         turns: dict[int, Turn] = {}
         for i in wanted:
@@ -88,18 +88,18 @@ class TurnFinder:
         return Spanned(marked, turns)
 
     def _generated(self, whole: _Whole, i: int, blocks: list[Span], stop: int) -> list[Span]:
-        """The blocks that hold a mark of the turn; the last runs to the turn's end if the block leaves the end out."""
-        places = whole.marked.of(i)
-        held = [block for block in blocks if any(block[0] <= place <= block[1] for place in places)]
-        if held and not whole.text[max(places) : held[-1][1]].strip():
-            held[-1] = (held[-1][0], max(stop, held[-1][1]))
-        return held
+        """The blocks with a marker of the turn; the last is extended to the turn's end if it does not include it."""
+        positions = whole.marked.of(i)
+        matching = [block for block in blocks if any(block[0] <= position <= block[1] for position in positions)]
+        if matching and not whole.text[max(positions) : matching[-1][1]].strip():
+            matching[-1] = (matching[-1][0], max(stop, matching[-1][1]))
+        return matching
 
     def _start(self, whole: _Whole, i: int) -> tuple[int, str]:
-        """(where the model begins to write turn `i`, what of the generation prompt is not in front of there)."""
+        """(where the model starts to write turn `i`, the missing part of the generation prompt before it)."""
         first = min(whole.marked.of(i))
         anchor = whole.anchor_before(i, first)
-        begin = whole.marked.places[anchor] if anchor else 0
+        begin = whole.marked.positions[anchor] if anchor else 0
         written = whole.text[begin:]
         tails = self._tails(whole, i, anchor, whole.text[begin:first]) if i else None
         if tails is None:
@@ -111,22 +111,22 @@ class TurnFinder:
         if not flat and shared > self._shared(tails.plain, tails.prompted):
             return begin + min(shared, first - begin), tails.prompted[shared:]
         if whole.messages[i - 1]["role"] == "assistant" and not self._atom.search(written, 0, first - begin):
-            return begin, ""  # one turn to the template: what joins the two texts is written by the model
+            return begin, ""  # one turn for the template: the model writes the text between the two
         header = self._header(whole, i, anchor)
         return begin + (self._shared(header, written, first - begin) if header is not None else first - begin), ""
 
-    def _stop(self, whole: _Whole, i: int, anchor: Mark, start: int) -> tuple[int, bool]:
-        """(where turn `i` ends, whether anything that can be learned closes it).
+    def _stop(self, whole: _Whole, i: int, anchor: Marker, start: int) -> tuple[int, bool]:
+        """(end of turn `i`, whether a text that can be learned closes it).
 
-        The turn begins at `start`, and `anchor` is the last of its marks.
+        The turn starts at `start`; `anchor` is its last marker.
         """
-        last, before = whole.marked.places[anchor], whole.text[:start]
+        last, before = whole.marked.positions[anchor], whole.text[:start]
         if i == len(whole.messages) - 1:
             tail = whole.text[last:]
             if self._may_end_in_a_prompt(before, tail):
                 tail = self._without_prompt(whole, anchor, tail)
             return last + len(tail), bool(tail.strip())
-        later = [p for m, p in whole.marked.places.items() if m.message > i and p >= last]
+        later = [p for m, p in whole.marked.positions.items() if m.message > i and p >= last]
         gap = whole.text[last : min(later, default=len(whole.text))]
         spaces = whole.spaces_after(i, gap)
         tails = self._tails(whole, i + 1, anchor, gap)
@@ -138,22 +138,22 @@ class TurnFinder:
             shared = max(spaces, self._before_opener(tails.prompted, gap))
         return last + shared, bool(gap[:shared].strip())
 
-    def _without_prompt(self, whole: _Whole, anchor: Mark, tail: str) -> str:
-        """The end of the last turn without a generation prompt, for a template that writes one in any case."""
+    def _without_prompt(self, whole: _Whole, anchor: Marker, tail: str) -> str:
+        """The end of the last turn without the generation prompt, for a template that always writes one."""
         tails = self._tails(whole, len(whole.messages), anchor, tail)
         if tails is None or tails.plain != tails.prompted:
             return tail
-        asked = whole.tail(self.render, [*whole.messages, {"role": "user", "content": "?"}], anchor, False)
-        return tail if asked is None else tail[: self._before_opener(tail, asked)]
+        with_question = whole.tail(self.render, [*whole.messages, {"role": "user", "content": "?"}], anchor, False)
+        return tail if with_question is None else tail[: self._before_opener(tail, with_question)]
 
     def _may_end_in_a_prompt(self, before: str, tail: str) -> bool:
-        """Whether `tail` ends in what is in front of the turn too, which is what a generation prompt is."""
+        """Whether `tail` ends with the text before the turn, as a generation prompt does."""
         starts = (at for atom in self._atom.finditer(tail) for at in atom.span())
         return any(tail[:at].strip() and tail[at:].strip() and before.endswith(tail[at:]) for at in starts)
 
     def _before_opener(self, prompted: str, gap: str) -> int:
-        """The end of a turn that is closed otherwise than the last (gpt-oss): what it shares with the text in front of
-        a generation prompt, without the token that opens the next turn."""
+        """The end of a turn that is closed differently from the last one (gpt-oss): the part that it shares with the
+        text before a generation prompt, without the token that opens the next turn."""
         shared = self._shared(prompted, gap)
         complete = shared == len(prompted) or self._atom.match(prompted, shared)
         if complete and self._atom.match(gap, shared):
@@ -161,38 +161,40 @@ class TurnFinder:
         atoms = list(self._atom.finditer(gap, 0, shared))
         return atoms[-1].start() if atoms else 0
 
-    def _tails(self, whole: _Whole, count: int, anchor: Mark | None, near: str) -> Tails | None:
-        """What follows `anchor` when only the first `count` messages are rendered; None if they cannot be."""
+    def _tails(self, whole: _Whole, count: int, anchor: Marker | None, near: str) -> Tails | None:
+        """The text after `anchor` if only the first `count` messages are rendered; None if that fails."""
         roles = tuple(message["role"] for message in whole.messages[max(0, count - 2) : count + 1])
-        kept = (roles, count == 1, bool(whole.tools), anchor and anchor.what, near)
-        if kept in self._kept:
-            return self._kept[kept]
+        key = (roles, count == 1, bool(whole.tools), anchor and anchor.kind, near)
+        if key in self._tails_cache:
+            return self._tails_cache[key]
         plain, prompted = (whole.tail(self.render, whole.messages[:count], anchor, prompt) for prompt in (False, True))
         tails = None if plain is None or prompted is None else Tails(plain, prompted)
         if len(near) <= _LONGEST_KEY:
-            self._kept[kept] = tails
+            self._tails_cache[key] = tails
         return tails
 
-    def _header(self, whole: _Whole, i: int, anchor: Mark | None) -> str | None:
-        """What stands before the text of an assistant turn that takes the place of turn `i`."""
+    def _header(self, whole: _Whole, i: int, anchor: Marker | None) -> str | None:
+        """The text before an assistant turn in place of turn `i`; None if that cannot be rendered."""
         probe = [*whole.messages[:i], {"role": "assistant", "content": "?"}]
-        alphabet = Alphabet(marks_of(probe, whole.tools), whole.text)
-        start = Mark(i, "start")
-        marks = [start] if anchor is None else [anchor, start]
+        alphabet = MarkerAlphabet(markers_of(probe, whole.tools), whole.text)
+        start = Marker(i, "start")
+        markers = [start] if anchor is None else [anchor, start]
         try:
-            text, places = alphabet.read(alphabet.render(marks, probe, whole.tools, self.render)) or ("", {})
+            text, positions = alphabet.read(alphabet.render(markers, probe, whole.tools, self.render)) or ("", {})
         except BadRow:
             return None
-        if start not in places or (anchor is not None and anchor not in places):
+        if start not in positions or (anchor is not None and anchor not in positions):
             return None
-        return text[places[anchor] if anchor else 0 : places[start]]
+        return text[positions[anchor] if anchor else 0 : positions[start]]
 
     def _opening(self, whole: _Whole, first: int) -> int:
-        """Where the turn begins if nothing in front of it can be rendered: the prompt is taken from a question."""
+        """The start of the turn if the messages before it cannot be rendered, from the prompt of a question."""
         question: Messages = [{"role": "user", "content": "?"}]
-        probe = _Whole(question, whole.tools, Marked("", {}, frozenset()), Alphabet(marks_of(question, None), "?"))
-        mark = Mark(0, "end")
-        plain, prompted = (probe.tail(self.render, question, mark, prompt) for prompt in (False, True))
+        probe = _Whole(
+            question, whole.tools, MarkedText("", {}, frozenset()), MarkerAlphabet(markers_of(question, None), "?")
+        )
+        marker = Marker(0, "end")
+        plain, prompted = (probe.tail(self.render, question, marker, prompt) for prompt in (False, True))
         if plain is None or prompted is None:
             return first
         prompt = prompted[self._shared(plain, prompted) :]
@@ -203,9 +205,9 @@ class TurnFinder:
         return first
 
     def _shared(self, text: str, other: str, *allowed: int) -> int:
-        """How much of its beginning `text` shares with `other`, up to a border between tokens.
+        """The length of the common start of `text` and `other`, up to a border between tokens.
 
-        Borders: the end of `text`, either side of markup, the end of a line, and the lengths `allowed`.
+        Borders: the end of `text`, both sides of markup, the end of a line, and the lengths `allowed`.
         """
         most = _common(text, other)
         if most == len(text):
@@ -226,37 +228,39 @@ class TurnFinder:
 class _Whole:
     messages: Messages
     tools: list[Any] | None
-    marked: Marked
-    alphabet: Alphabet
+    marked: MarkedText
+    alphabet: MarkerAlphabet
 
     @property
     def text(self) -> str:
         return self.marked.text
 
-    def anchor_before(self, i: int, first: int) -> Mark | None:
-        """The last mark of an earlier message before `first`."""
-        earlier = [(place, k) for k, (m, place) in enumerate(self.marked.places.items()) if 0 <= m.message < i]
-        near = [(place, k) for place, k in earlier if place <= first]
-        return list(self.marked.places)[max(near)[1]] if near else None
+    def anchor_before(self, i: int, first: int) -> Marker | None:
+        """The last marker of an earlier message before `first`."""
+        earlier = [(position, k) for k, (m, position) in enumerate(self.marked.positions.items()) if 0 <= m.message < i]
+        near = [(position, k) for position, k in earlier if position <= first]
+        return list(self.marked.positions)[max(near)[1]] if near else None
 
-    def anchor_in(self, i: int) -> tuple[Mark, bool]:
-        """The last mark of message `i` before any mark of another message, and whether there are more behind."""
-        own = sorted((place, k) for k, (m, place) in enumerate(self.marked.places.items()) if m.message == i)
+    def anchor_in(self, i: int) -> tuple[Marker, bool]:
+        """The last marker of message `i` before a marker of another message, and whether more follow."""
+        own = sorted((position, k) for k, (m, position) in enumerate(self.marked.positions.items()) if m.message == i)
         first = own[0][0]
-        others = [place for m, place in self.marked.places.items() if m.message not in (i, -1) and place > first]
+        others = [
+            position for m, position in self.marked.positions.items() if m.message not in (i, -1) and position > first
+        ]
         before = [one for one in own if one[0] <= min(others, default=len(self.text))]
-        return list(self.marked.places)[before[-1][1]], len(before) < len(own)
+        return list(self.marked.positions)[before[-1][1]], len(before) < len(own)
 
     def spaces_after(self, i: int, gap: str) -> int:
-        """How much of the gap behind the text of message `i` is the white space that the text ends with."""
+        """The length of the gap after message `i` that is the white space at the end of its text."""
         content = self.messages[i].get("content") or ""
         return _common(content[len(content.rstrip()) :], gap)
 
-    def tail(self, render: Render, messages: Messages, anchor: Mark | None, prompt: bool) -> str | None:
-        """What follows the mark `anchor` (all text for None) in a rendering of `messages`."""
-        marks = [anchor] if anchor else []
+    def tail(self, render: Render, messages: Messages, anchor: Marker | None, prompt: bool) -> str | None:
+        """The text after the marker `anchor` (all text for None) in a rendering of `messages`."""
+        markers = [anchor] if anchor else []
         try:
-            read = self.alphabet.read(self.alphabet.render(marks, messages, self.tools, render, prompt))
+            read = self.alphabet.read(self.alphabet.render(markers, messages, self.tools, render, prompt))
         except BadRow:
             return None
         if read is None or (anchor is not None and anchor not in read[1]):
@@ -265,7 +269,7 @@ class _Whole:
 
 
 def _common(text: str, other: str) -> int:
-    """The length of the beginning that both share."""
+    """The length of the common start."""
     if other.startswith(text):
         return len(text)
     return next((k for k, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))

@@ -1,4 +1,4 @@
-"""Checkpoints for another world size, by DeepSpeed's own converter."""
+"""Converts checkpoints for another world size with DeepSpeed's converter."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import IO
 
 from launcher.errors import LauncherError
-from launcher.tail import last_lines
+from launcher.files import last_lines
 from launcher.token_store import publish_folder
 
 
 def make_universal(checkpoint: Path, target: Path, log: IO[bytes]) -> None:
-    """Writes DeepSpeed's universal form of a checkpoint to `target`, which appears whole. Raises LauncherError."""
+    """Converts a checkpoint to DeepSpeed's universal format in `target`, created atomically. Raises LauncherError."""
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     command = [sys.executable, "-P", "-m", "deepspeed.checkpoint.ds_to_universal"]
     folders = ["--input_folder", str(checkpoint), "--output_folder", str(temporary)]
-    # The conversion is work for the processor alone, wherever the ranks run.
+    # The conversion runs on the CPU, wherever the ranks run.
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     try:
         status = subprocess.run([*command, *folders, "--inject_missing_state"], stdout=log, stderr=log, env=environment)

@@ -1,4 +1,4 @@
-"""Reading, rendering and tokenising the rows of one split into a token store, with counts of what became of them."""
+"""Reads, renders and tokenises the rows of one split into a token store, and counts the outcomes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Counts:
 
 
 class SplitWriter:
-    """Writes the examples that `reader` finds in rows, tokenised by `encoder`, to token stores."""
+    """Writes the examples from `reader`, tokenised by `encoder`, to token stores."""
 
     def __init__(self, reader: Reader, encoder: Encoder, progress: Progress) -> None:
         self.reader, self.encoder, self.progress = reader, encoder, progress
@@ -48,9 +48,9 @@ class SplitWriter:
     def write(
         self, batches: Iterable[Sequence[Row]], total: int, folder: Path, key: str, columns: Iterable[str] = ()
     ) -> SplitFacts:
-        """The split `key` of the job in `folder`; `columns` are those of its files, beside the ones that rows have.
+        """Writes the split `key` of the job to `folder`. `columns`: the columns of its files.
 
-        Raises RequestError if nothing is left to learn.
+        Raises RequestError if no row has anything to learn.
         """
         counts = _Counts(columns=set(columns))
         with TokenWriter(folder) as writer:
@@ -59,7 +59,7 @@ class SplitWriter:
                 self.progress(done=counts.rows, total=total, message=f"tokenising {key}")
             facts = writer.facts()
         if not facts["sequences"]:
-            raise RequestError(_nothing(counts, self.reader.kind, key))
+            raise RequestError(_nothing_to_learn(counts, self.reader.kind, key))
         return SplitFacts(
             folder=str(folder),
             rows=counts.rows,
@@ -88,7 +88,7 @@ class SplitWriter:
         try:
             return self.reader.read(row)
         except BadRow as error:
-            raise RequestError(row.place.problem(str(error), key)) from None
+            raise RequestError(row.location.problem(str(error), key)) from None
 
     def _add(self, example: Example, encoded: Encoded, counts: _Counts, writer: TokenWriter) -> Reason | None:
         counts.partly += example.partly
@@ -106,25 +106,25 @@ class SplitWriter:
         return Reason.CUT if encoded.cut else Reason.NO_TARGET
 
     def _notes(self, counts: _Counts) -> list[str]:
-        """What a user should know about how the rows were read."""
+        """Notes for the user on how the rows were read."""
         notes = []
         template = self.reader.template
         if unused := unused_columns(counts.columns, self.reader.kind):
-            notes.append(f"columns that are not used: {', '.join(unused)}")
+            notes.append(f"unused columns: {', '.join(unused)}")
         if counts.open_ended:
             notes.append(
-                f"the chat template writes no end of turn after the last answer of {counts.open_ended} conversations: "
-                f"the model does not learn to stop there"
+                f"in {counts.open_ended} conversations the chat template does not write an end of turn after the last "
+                f"answer: the model does not learn to stop there"
             )
         for prompt, number in counts.unwritten.most_common(1):
             notes.append(
                 f"in {number} conversations the generation prompt ends in {prompt!r}, which the chat template does not "
-                f"write in front of the last answer: the model answers another prompt than it was trained on"
+                f"write before the last answer: at inference the prompt differs from training"
             )
         if counts.shortened:
             notes.append(
-                f"in {counts.shortened} conversations the chat template leaves out part of what the assistant says, "
-                f"such as the reasoning of earlier answers; what it leaves out is not learned"
+                f"in {counts.shortened} conversations the chat template drops part of the assistant's text, such as "
+                f"the reasoning of earlier answers; the dropped part is not learned"
             )
         if template is not None and self.reader.kind != "text" and template.writes_date:
             notes.append(date_note())
@@ -133,10 +133,10 @@ class SplitWriter:
         return notes
 
 
-def _nothing(counts: _Counts, kind: str, key: str) -> Problem:
-    """Why no row of a split leaves anything to learn."""
+def _nothing_to_learn(counts: _Counts, kind: str, key: str) -> Problem:
+    """The error for a split in which no row has anything to learn."""
     reasons = ", ".join(f"{number} {reason}" for reason, number in counts.dropped.most_common())
     most: Any = counts.dropped.most_common(1)
     hint = _HINTS.get(most[0][0]) if most else None
-    message = f"none of {counts.rows} rows, read as {kind}, leaves anything to learn: {reasons or 'there are no rows'}"
+    message = f"none of {counts.rows} rows, read as {kind}, has anything to learn: {reasons or 'found no rows'}"
     return Problem(message, key=key, hint=hint or "check the rows and data.format")

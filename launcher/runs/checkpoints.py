@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launcher.errors import Problem, RequestError
 from launcher.manifest import checkpoint_fault, checkpoint_number, read_manifest
-from launcher.plan.schema import Plan, ScriptPlan, hash_in
+from launcher.plan.schema import Plan, Script, hash_in
 from launcher.plan_file import read_plan
 from launcher.run_dir import DamagedCheckpoint, RunDir
 
@@ -52,11 +52,11 @@ def saved_at(directory: RunDir, update: int) -> Saved:
 
 def refuse_script(directory: RunDir) -> None:
     """Raises RequestError if the run is that of a script of the user's own."""
-    plan = read_plan(directory.plan_file)
-    if isinstance(plan, ScriptPlan):
+    workload = read_plan(directory.plan_file).workload
+    if isinstance(workload, Script):
         raise RequestError(
             Problem(
-                f"this is a run of the script {' '.join(plan.script.arguments[:2])}, which keeps its own checkpoints",
+                f"this is a run of the script {' '.join(workload.arguments[:2])}, which keeps its own checkpoints",
                 file=str(directory.path),
                 hint="start it again with launcher exec, with the option by which the script goes on from them",
             )

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO
 
-from launcher.ds_config import DsConfig, from_job, open_scheduler, read_ds_config
-from launcher.ds_config.approval import approve, approve_completed, refuse_untaken
+from launcher.ds_config import DsConfig, auto_scheduler, from_job, read_ds_config
 from launcher.ds_config.catalogue import load_catalogue
-from launcher.ds_config.facts import Precision
+from launcher.ds_config.check import check_completed_config, check_config, check_optimizer_keys
 from launcher.ds_config.loop_rules import needed_packages
 from launcher.ds_config.target import Target
 from launcher.errors import Problem, RequestError, nearest
-from launcher.job import Job, ScriptJob, explicit_keys, is_for_a_script, placing, read_job, read_script_job
-from launcher.job.read import load_yaml, read_text
-from launcher.plan.facts import MachineFacts
+from launcher.job import AnyJob, Job, LoadedJob, ScriptJob
+from launcher.job.user_path import user_path
+from launcher.plan.facts import MachineFacts, ModelFacts
+from launcher.plan.inputs import PlanInputs, is_script, is_training, plan_inputs
 from launcher.plan.preset import IN_ORDER, recommend
-from launcher.plan.resolve import check_request, precision_without_model, resolve, resolve_precision, resolve_world
-from launcher.plan.schema import Plan, Script, ScriptPlan, World
-from launcher.plan.script import check_script_request, resolve_script
+from launcher.plan.resolve import check_inputs, resolve
+from launcher.plan.schema import Plan
+from launcher.plan.script import check_script_inputs, resolve_script
 from launcher.prepare import prepare, prepare_model
 from launcher.prepare.machine import measure_machine, missing_packages
 from launcher.prepare.sources import find_model_folder, find_split_data
@@ -30,101 +30,85 @@ from launcher.presets import preset_names, shipped_folder
 from launcher.secret_names import is_secret
 
 OnProgress = Callable[[dict[str, object]], None]
-P = TypeVar("P", bound=Plan)
 AUTO = "auto"
 
 
 @dataclass(frozen=True)
-class Checked:
-    """What a plan begins with once all that can be told without model and data is found good.
+class CheckedJob:
+    """A job in which nothing is wrong, as far as that shows without model and data. `notes` are lint's warnings."""
 
-    The job's DeepSpeed JSON as the user wrote it, what lint warns of in it, and this machine.
-    """
-
-    ds_config: DsConfig
+    loaded: LoadedJob
+    inputs: PlanInputs[AnyJob]
     notes: tuple[str, ...]
-    machine: MachineFacts
+
+
+def check_job(
+    loaded: LoadedJob, machine: MachineFacts | None = None, *, kept_micro_batch: int | None = None
+) -> CheckedJob:
+    """Checks a job on this machine, or on a `machine` like it, without measuring model and data.
+
+    `kept_micro_batch` is that of the run that the job resumes. Raises RequestError with the file and line of each key.
+    """
+    with loaded.placing():
+        job, here = loaded.job, machine or measure_machine()
+        if isinstance(job, ScriptJob) and job.deepspeed == AUTO:
+            found = "a preset is chosen by the memory that model and data take, and those are the script's own"
+            hint = f"name one: {', '.join(preset_names())}"
+            raise RequestError(Problem(found, key="deepspeed", hint=hint))
+        inputs = plan_inputs(job, load_ds_config(loaded), here, kept_micro_batch=kept_micro_batch)
+        notes = (*lint_ds_config(inputs), *_secrets_in(job))
+        if is_script(inputs):
+            check_script_inputs(inputs)
+        elif is_training(inputs):
+            check_inputs(inputs)
+        _check_paths(job, loaded.origin)
+        return CheckedJob(loaded, inputs, notes)
 
 
 def make_plan(
-    job: Job,
-    checked: Checked,
-    on_progress: OnProgress,
-    log: IO[bytes] | int = subprocess.DEVNULL,
+    job: LoadedJob | CheckedJob,
     *,
+    on_progress: OnProgress = lambda _: None,
+    log: IO[bytes] | int = subprocess.DEVNULL,
     preset: str | None = None,
 ) -> Plan:
-    """The plan of `job`, which `check_job` has looked at. Raises RequestError.
+    """The plan of a job. Measures the model and tokenises the data, unless that is cached. Starts nothing.
 
-    `preset` is what `deepspeed: auto` came to before, where a run goes on that began with it.
+    `on_progress` receives messages about long work, and `log` the output of libraries. `preset` is the result of
+    `deepspeed: auto` in the run that the job resumes. Raises RequestError.
     """
-    machine = checked.machine
-    prepared = prepare(job, on_progress, log)
-    if job.deepspeed != AUTO:
-        return _with_notes(resolve(job, checked.ds_config, prepared.model, prepared.data, machine), checked)
-    presets = {name: _preset(name) for name in IN_ORDER}
-    chosen = recommend(job, presets, prepared.model, prepared.data, machine, kept=preset)
-    plan = resolve(job, presets[chosen.preset], prepared.model, prepared.data, machine)
-    told = f"deepspeed: auto takes {chosen.preset}: {chosen.reason}"
-    return plan.model_copy(update={"recommendation": chosen, "warnings": (told, *plan.warnings)})
+    checked = check_job(job) if isinstance(job, LoadedJob) else job
+    with checked.loaded.placing():
+        inputs = checked.inputs
+        if is_script(inputs):
+            return _with_notes(
+                resolve_script(inputs, _script_model(inputs.job, on_progress, log), _folder(inputs.job)), checked
+            )
+        assert is_training(inputs)
+        prepared = prepare(inputs.job, on_progress, log)
+        if inputs.job.deepspeed != AUTO:
+            return _with_notes(resolve(inputs, prepared.model, prepared.data), checked)
+        presets = {name: _preset(name) for name in IN_ORDER}
+        chosen = recommend(inputs, presets, prepared.model, prepared.data, kept=preset)
+        plan = resolve(inputs.with_ds_config(presets[chosen.preset]), prepared.model, prepared.data)
+        reason = f"deepspeed: auto takes {chosen.preset}: {chosen.reason}"
+        workload = plan.training.model_copy(update={"recommendation": chosen})
+        return plan.model_copy(update={"workload": workload, "warnings": (reason, *checked.notes, *plan.warnings)})
 
 
-def check_job(job: Job, job_file: str, machine: MachineFacts | None = None) -> Checked:
-    """Raises RequestError for what can be told without model and data, on this machine where no other is given."""
-    checked = _linted(job, job_file, machine or measure_machine())
-    check_request(job, checked.ds_config, checked.machine)
-    _check_folder(job.output_dir, "output_dir", job_file)
-    if job.data.cache_dir is not None:
-        _check_folder(job.data.cache_dir, "data.cache_dir", job_file)
-    find_model_folder(job.model.name_or_path, job.model.gguf_file)
-    find_split_data(job.data)
-    return checked
+def _script_model(job: ScriptJob, on_progress: OnProgress, log: IO[bytes] | int) -> ModelFacts | None:
+    """The model that a script's job names for advice, measured."""
+    if job.model is None:
+        return None
+    cache = user_path(job.output_dir, "output_dir").resolve() / ".cache"
+    return prepare_model(job.model, cache, on_progress, log)
 
 
-def plan_job_file(job_file: Path, overrides: Sequence[str], on_progress: OnProgress) -> Plan:
-    """The plan of a job file, which may be one for a script that is not named yet. Raises RequestError."""
-    if is_for_a_script(job_file, overrides):
-        script_job = read_script_job(job_file, overrides)
-        with placing(job_file, overrides):
-            ready = check_script_job(script_job, str(job_file))
-            return make_script_plan(script_job, Script(arguments=(), folder=""), ready, on_progress)
-    job = read_job(job_file, overrides)
-    with placing(job_file, overrides):
-        return make_plan(job, check_job(job, str(job_file)), on_progress)
+def _folder(job: ScriptJob) -> str:
+    return str(user_path(job.script.folder, "script.folder").absolute())
 
 
-def make_script_plan(
-    job: ScriptJob, script: Script, checked: Checked, on_progress: OnProgress, log: IO[bytes] | int = subprocess.DEVNULL
-) -> ScriptPlan:
-    """The plan of a script of the user's own, whose job `check_script_job` has looked at. Raises RequestError."""
-    model = None
-    if job.model is not None:
-        cache = Path(job.output_dir).expanduser().resolve() / ".cache"
-        model = prepare_model(job.model, cache, on_progress, log)
-    return _with_notes(resolve_script(job, checked.ds_config, model, checked.machine, script), checked)
-
-
-def check_script_job(job: ScriptJob, job_file: str, machine: MachineFacts | None = None) -> Checked:
-    """As `check_job`, of a job for a script of the user's own. Raises RequestError."""
-    if job.deepspeed == AUTO:
-        found = "a preset is chosen by the memory that model and data take, and those are the script's own"
-        hint = f"name one: {', '.join(preset_names())}"
-        raise RequestError(Problem(found, key="deepspeed", hint=hint))
-    checked = _linted(job, job_file, machine or measure_machine())
-    check_script_request(job, checked.ds_config, checked.machine)
-    _check_folder(job.output_dir, "output_dir", job_file)
-    if job.model is not None:
-        find_model_folder(job.model.name_or_path, job.model.gguf_file)
-    return checked
-
-
-def _linted(job: Job, job_file: str, machine: MachineFacts) -> Checked:
-    """Raises RequestError for what lint calls an error in the job's JSON."""
-    user = load_ds_config(job, job_file)
-    return Checked(user, (*lint_ds_config(job, user, machine), *_secrets_in(job)), machine)
-
-
-def _secrets_in(job: Job) -> Iterator[str]:
+def _secrets_in(job: AnyJob) -> Iterator[str]:
     """A warning for each variable of cluster.env that looks like a secret."""
     for name in filter(is_secret, job.cluster.env):
         yield (
@@ -133,90 +117,96 @@ def _secrets_in(job: Job) -> Iterator[str]:
         )
 
 
-def _check_folder(name: str, key: str, job_file: str) -> None:
-    """Can something be written at `name`, which need not be there yet?"""
-    path = Path(name).expanduser().absolute()
-    there = next(part for part in (path, *path.parents) if part.exists())
-    if not there.is_dir():
-        raise RequestError(Problem(f"{there} is a file; a folder is needed", file=job_file, key=key))
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise RequestError(Problem(f"{there} may not be written to", file=job_file, key=key))
+def _check_paths(job: AnyJob, origin: str) -> None:
+    """Raises RequestError if a folder cannot be written, or if model or data do not exist."""
+    _check_folder(job.output_dir, "output_dir", origin)
+    if isinstance(job, Job) and job.data.cache_dir is not None:
+        _check_folder(job.data.cache_dir, "data.cache_dir", origin)
+    if job.model is not None:
+        find_model_folder(job.model.name_or_path, job.model.gguf_file)
+    if isinstance(job, Job):
+        find_split_data(job.data)
 
 
-def load_ds_config(job: Job, job_file: str) -> DsConfig:
-    """The DeepSpeed JSON that the job names or holds; for `auto` a preset that stands for them all. RequestErrors."""
-    if isinstance(job.deepspeed, dict):
-        return _inline(job.deepspeed, job_file)
-    path = Path(job.deepspeed).expanduser()
+def _check_folder(name: str, key: str, origin: str) -> None:
+    """Raises RequestError if nothing can be written at `name`, which need not exist yet."""
+    path = user_path(name, key).absolute()
+    existing = next(part for part in (path, *path.parents) if part.exists())
+    if not existing.is_dir():
+        raise RequestError(Problem(f"{existing} is a file; a folder is needed", file=origin, key=key))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise RequestError(Problem(f"{existing} may not be written to", file=origin, key=key))
+
+
+def load_ds_config(loaded: LoadedJob) -> DsConfig:
+    """The DeepSpeed JSON that the job names or holds; for `auto` a preset that stands for all. Raises RequestError."""
+    named = loaded.job.deepspeed
+    if isinstance(named, dict):
+        return from_job(named, loaded.origin, "deepspeed", loaded.lines_in("deepspeed"))
+    path = user_path(named, "deepspeed")
     if path.is_file():
         return read_ds_config(path)
-    if job.deepspeed == AUTO:
+    if named == AUTO:
         return _preset(IN_ORDER[0])
-    if job.deepspeed in preset_names():
-        return _preset(job.deepspeed)
+    if named in preset_names():
+        return _preset(named)
     match = nearest(path.stem, preset_names())
     raise RequestError(
         Problem(
-            f"there is no file {job.deepspeed} (looked from {Path.cwd()})",
-            file=job_file,
+            f"the file {named} does not exist (looked from {Path.cwd()})",
+            file=loaded.origin,
             key="deepspeed",
             hint=f"did you mean the preset {match}?" if match else f"presets: {', '.join(preset_names())}",
         )
     )
 
 
-def lint_ds_config(job: Job, user: DsConfig, machine: MachineFacts) -> tuple[str, ...]:
-    """The warnings of lint about the job's own JSON. Raises RequestError for what it calls an error.
+def lint_ds_config(inputs: PlanInputs[AnyJob]) -> tuple[str, ...]:
+    """The warnings of lint about the job's own JSON. Raises RequestError for what lint calls an error.
 
-    Nothing but this may look at a JSON first: what composes it takes for granted that blocks are blocks.
+    Lint reads a JSON first: `compose` relies on blocks being blocks.
     """
-    explicit = explicit_keys(job)
-    keys, target = load_catalogue(), _target(job, user, machine)
-    replaced, unsafe = _replaced(job, user), job.schedule.allow_unsafe
-    told = approve(user, target, keys, replaced=replaced, allow_unsafe=unsafe)
+    job, user = inputs.job, inputs.ds_config
+    keys, target = load_catalogue(), _target(inputs)
+    warnings = check_config(user, target, keys, replaced=_replaced(inputs), allow_unsafe=job.schedule.allow_unsafe)
     train = job.train
     asked = {"betas": list(train.betas), "eps": train.eps, "weight_decay": train.weight_decay}
-    refuse_untaken(user, {name: value for name, value in asked.items() if f"train.{name}" in explicit}, target, keys)
-    return (keys.warning, *told) if keys.warning else told
+    set_in_job = {name: value for name, value in asked.items() if f"train.{name}" in inputs.explicit}
+    check_optimizer_keys(user, set_in_job, target, keys)
+    return (keys.warning, *warnings) if keys.warning else warnings
 
 
-def _target(job: Job, user: DsConfig, machine: MachineFacts) -> Target:
-    world = resolve_world(job, machine)
+def _target(inputs: PlanInputs[AnyJob]) -> Target:
     return Target(
-        device=world.device,
-        world_size=world.data_parallel_size,
-        missing=missing_packages(needed_packages(user.data)),
-        script=isinstance(job, ScriptJob),
-        dtype=_precision(job, user, world, machine),
+        device=inputs.world.device,
+        world_size=inputs.world.data_parallel_size,
+        missing=missing_packages(needed_packages(inputs.ds_config.data)),
+        script=isinstance(inputs.job, ScriptJob),
+        dtype=inputs.precision,
     )
 
 
-def _precision(job: Job, user: DsConfig, world: World, machine: MachineFacts) -> Precision:
-    if isinstance(job, ScriptJob) and job.model is None:
-        return precision_without_model(user, world, machine)
-    return resolve_precision(job, user, world, machine)
-
-
-def _replaced(job: Job, user: DsConfig) -> tuple[str, ...]:
+def _replaced(inputs: PlanInputs[AnyJob]) -> tuple[str, ...]:
     """Blocks of the JSON that the plan writes itself."""
-    generated = "schedule.shape" in explicit_keys(job) or open_scheduler(user) is not None
+    generated = "schedule.shape" in inputs.explicit or auto_scheduler(inputs.ds_config) is not None
     return ("scheduler",) if generated else ()
 
 
-def _with_notes(plan: P, checked: Checked) -> P:
-    """The plan with what lint warns of, and with folders that are missing here.
+def _with_notes(plan: Plan, checked: CheckedJob) -> Plan:
+    """The plan with lint's warnings, and with warnings about folders that do not exist here.
 
-    Raises RequestError where what the plan filled in goes wrong with the rest of the JSON.
+    Raises RequestError if what the plan filled in conflicts with the rest of the JSON.
     """
-    job, user = plan.job, checked.ds_config
-    replaced = ("scheduler",) if plan.learning_rate.schedule is not None else _replaced(job, user)
-    approve_completed(
+    inputs = checked.inputs
+    user = inputs.ds_config
+    replaced = ("scheduler",) if plan.learning_rate.schedule is not None else _replaced(inputs)
+    check_completed_config(
         user,
         plan.ds_config,
-        _target(job, user, checked.machine),
+        _target(inputs),
         load_catalogue(),
         replaced=replaced,
-        allow_unsafe=job.schedule.allow_unsafe,
+        allow_unsafe=inputs.job.schedule.allow_unsafe,
     )
     return plan.model_copy(update={"warnings": (*checked.notes, *_missing_folders(user), *plan.warnings)})
 
@@ -225,18 +215,9 @@ def _missing_folders(user: DsConfig) -> Iterator[str]:
     for block in ("offload_optimizer", "offload_param"):
         key = f"zero_optimization.{block}.nvme_path"
         if isinstance(path := user.get(key), str) and not Path(path).is_dir():
-            hint = "Make sure that every node has it on a disk of its own."
-            yield str(user.problem(key, f"there is no folder {path} on this machine", hint))
+            hint = "Make sure that every node has it on a local disk."
+            yield str(user.problem(key, f"the folder {path} does not exist on this machine", hint))
 
 
 def _preset(name: str) -> DsConfig:
     return read_ds_config(shipped_folder("ds_configs") / f"{name}.json")
-
-
-def _inline(data: dict[str, Any], job_file: str) -> DsConfig:
-    """The mapping in a job file, with the lines that its keys stand on."""
-    lines: dict[str, int] = {}
-    if Path(job_file).is_file():
-        _, found = load_yaml(read_text(Path(job_file)), job_file)
-        lines = {".".join(path[1:]): line for path, line in found.items() if path[0] == "deepspeed" and path[1:]}
-    return from_job(data, job_file, "deepspeed", lines)

@@ -16,10 +16,11 @@ from launcher.fleet.nodes import Node
 from launcher.fleet.run_script import STOP_GRACE_SECONDS
 from launcher.plan.learning_rate import planned_rates
 from launcher.plan.resume import Start
-from launcher.plan.schema import ScriptPlan
+from launcher.plan.schema import Plan, Script
 from launcher.plan.script import filled, filled_arguments
 from launcher.run_dir import RunDir
-from launcher.runs.supervisor import Console, Outcome, Supervisor
+from launcher.runs.outcome import Outcome
+from launcher.runs.supervisor import Console, Supervisor
 
 LEASH = ("-P", "-m", "launcher.fleet.run_script")
 """Without the folder on the leash's own path: a launcher.py there is the script's to import."""
@@ -32,9 +33,9 @@ class ScriptSupervisor(Supervisor):
 
     stops_by = f"SIGTERM for the script, which has {STOP_GRACE_SECONDS} s to end"
 
-    def __init__(self, plan: ScriptPlan, plan_file: Path, run: RunDir, console: Console) -> None:
+    def __init__(self, plan: Plan, script: Script, plan_file: Path, run: RunDir, console: Console) -> None:
         super().__init__(plan, plan_file, run, console)
-        self.script_plan = plan
+        self.script = script
         self.updates: int | None = None
         self._rendezvous: dict[str, str] = {}
         self._planned, self._other_rate_told = planned_rates(plan), False
@@ -52,10 +53,10 @@ class ScriptSupervisor(Supervisor):
     def follow(self) -> Outcome:
         """Hears the ranks until the last has ended. Once asked to stop, they may end as they like."""
         ended: set[int] = set()
-        for event in self._heard():
-            if event["report"] == "exit":
-                ended.add(event["rank"])
-            if first_failure([event]) and not (self.stopping and event["report"] == "exit"):
+        for report in self._heard():
+            if report["report"] == "exit":
+                ended.add(report["rank"])
+            if first_failure([report]) and not (self.stopping and report["report"] == "exit"):
                 self._fail()
             if len(ended) == self.plan.world.size:
                 break
@@ -78,22 +79,24 @@ class ScriptSupervisor(Supervisor):
         reason = f"update {update} was made at a rate of {rate:.6g}, and the plan has {planned:.6g}"
         if math.isclose(rate, following, rel_tol=_SAME_RATE):
             reason += "; that is the next update's: read the rate before the scheduler is stepped"
-        self.run_dir.event("other_rate", update=update, lr=rate, planned_lr=planned, reason=reason)
+        self.run_dir.event(
+            {"event": "other_rate", "update": update, "lr": rate, "planned_lr": planned, "reason": reason}
+        )
         self.console.note(f"          another rate: {reason}")
 
-    def _room_bytes(self) -> int:
+    def _disk_bytes(self) -> int:
         return 0
 
     def provide_data(self) -> None:
         """Sees that every node has the script. A module is looked for by Python, in the folder or among packages."""
-        script = self.script_plan.script
+        script = self.script
         first = script.arguments[0]
         file = [] if first == "-m" else [str(Path(script.folder) / first)]
-        self.nodes.check_sees([str(self.plan_file), script.folder, *file])
+        self.nodes.check_visible([str(self.plan_file), script.folder, *file])
 
     def _task(self, node_rank: int, node: Node) -> NodeTask:
-        arguments = filled_arguments(self.script_plan, self._places())
-        folder = self.script_plan.script.folder
+        arguments = filled_arguments(self.plan, self.script, self._places())
+        folder = self.script.folder
         return replace(super()._task(node_rank, node), arguments=(*LEASH, folder, *arguments))
 
     def _places(self) -> dict[str, str]:

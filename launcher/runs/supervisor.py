@@ -6,34 +6,36 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 from rich.markup import escape
 
 from launcher.errors import FailureCode, RunFailed, first_line, known_code
+from launcher.files import Tail, last_lines, strip_times
 from launcher.first_failure import (
     LOG_LINES,
     Place,
     code_of_collective,
-    fell,
-    only_timed_out,
-    raised_at,
-    said,
-    timed_out_headline,
+    error_in_log,
+    lost_peer,
+    only_timeouts,
+    timeout_headline,
+    traceback_time,
 )
-from launcher.fleet.agent import Event, NodeTask
+from launcher.fleet.agent import NodeTask
 from launcher.fleet.environment import rank_environment
-from launcher.fleet.failures import Failure, all_failures, first_failure, in_order
-from launcher.fleet.nodes import Needs, Node, Nodes, address_of
-from launcher.fleet.preflight import NodeCheck, Wanted, preflight, refuse, room_bytes
+from launcher.fleet.failures import Failure, all_failures, first_failure, sort_failures
+from launcher.fleet.nodes import Node, NodeResources, Nodes, address_of
+from launcher.fleet.preflight import NodeCheck, Requirements, disk_bytes, preflight, raise_problems
 from launcher.fleet.ray_head import RayHead, head_of_this_ray
 from launcher.plan.packages import needed_packages
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
+from launcher.records import EventReport, PhaseReport, Report, RunState, StateDetails
 from launcher.run_dir import RunDir
-from launcher.tail import Tail, last_lines, untimed
+from launcher.runs.outcome import Outcome
 
 _GRACE_SECONDS = 5.0
 _SETTLE_SECONDS = 1.0
@@ -63,19 +65,6 @@ class Console(Protocol):
     def evaluation(self, evaluation: dict[str, Any]) -> None: ...
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended: "finished", or "stopped" after `updates` updates; by itself if there is a reason, with its code.
-
-    `updates` is None where a script did not report any.
-    """
-
-    state: str
-    updates: int | None
-    reason: str | None = None
-    code: FailureCode | None = None
-
-
 class RayLost(RunFailed):
     """Ray's head process is gone."""
 
@@ -90,8 +79,8 @@ class Supervisor:
     def __init__(self, plan: Plan, plan_file: Path, run: RunDir, console: Console) -> None:
         self.plan_file = plan_file
         self.plan, self.run_dir, self.console = plan, run, console
-        self.nodes = Nodes(Needs.of(plan.world), console.note)
-        self.events: list[Event] = []
+        self.nodes = Nodes(NodeResources.of(plan.world), console.note)
+        self.reports: list[Report] = []
         self.stop_signal = 0
         self.phase: str | None = None
         self._head: RayHead | None = None
@@ -145,13 +134,15 @@ class Supervisor:
         self._head = head_of_this_ray(own=address == "local")
         for rank, node in enumerate(self.nodes.place(self.plan.job.cluster.wait_seconds)):
             self.run_dir.event(
-                "node",
-                node_rank=rank,
-                host=node.host,
-                address=node.address,
-                interface=node.interface,
-                gpus=list(node.gpus),
-                clock_offset_seconds=node.clock_offset_seconds,
+                {
+                    "event": "node",
+                    "node_rank": rank,
+                    "host": node.host,
+                    "address": node.address,
+                    "interface": node.interface,
+                    "gpus": list(node.gpus),
+                    "clock_offset_seconds": node.clock_offset_seconds,
+                }
             )
 
     def start(self, start: Start | None) -> None:
@@ -161,36 +152,36 @@ class Supervisor:
         self.nodes.start([self._task(rank, node) for rank, node in enumerate(self.nodes.nodes)])
         rendezvous = {"MASTER_ADDR": self._master(), "MASTER_PORT": str(self.nodes.free_port(0))}
         rendezvous |= {"LAUNCHER_PLAN": str(self.plan_file), "LAUNCHER_PLAN_SHA256": self.plan.sha256}
-        self.nodes.order(go={"env": rendezvous, "start": start.model_dump() if start else None})
+        self.nodes.order({"go": {"env": rendezvous, "start": start.model_dump() if start else None}})
 
     def check_nodes(self) -> None:
         """Looks at the nodes before anything is started on them. Raises RunFailed, naming each that will not do."""
         versions = self.plan.machine.versions
         packages = needed_packages(self.plan.ds_config)
         env = self.plan.job.cluster.env
-        wanted = Wanted(self.plan.world, versions, self._room_bytes(), os.environ, env, packages)
-        checks = preflight(self.nodes, wanted, self.run_dir)
+        required = Requirements(self.plan.world, versions, self._disk_bytes(), os.environ, env, packages)
+        checks = preflight(self.nodes, required, self.run_dir)
         self.console.preflight(checks)
-        refuse(checks)
+        raise_problems(checks)
 
     def follow(self) -> Outcome:
         """Hears the ranks until the last has ended."""
         ended: dict[int, int] = {}
-        for event in self._heard():
-            if event["report"] == "phase":
-                self._phase(event)
-            elif event["report"] == "event":
-                self._write_down(event)
-            elif event["report"] == "exit":
-                ended[event["rank"]] = event["code"]
-            if first_failure([event]):
+        for report in self._heard():
+            if report["report"] == "phase":
+                self._phase(report)
+            elif report["report"] == "event":
+                self._write_down(report)
+            elif report["report"] == "exit":
+                ended[report["rank"]] = report["code"]
+            if first_failure([report]):
                 self._fail()
             if len(ended) == self.plan.world.size:
                 break
         self._show_progress()
-        stops = [event for event in self.events if event["report"] == "stopped"]
-        if stops:
-            return Outcome("stopped", stops[0]["update"], stops[0]["reason"], known_code(stops[0].get("code")))
+        for report in self.reports:
+            if report["report"] == "stopped":
+                return Outcome("stopped", report["update"], report["reason"], known_code(report.get("code")))
         return Outcome("finished", self.plan.length.total_updates)
 
     @property
@@ -205,24 +196,24 @@ class Supervisor:
         self.stop_signal = signal_number
         return True
 
-    def enter(self, state: str, **details: Any) -> None:
+    def enter(self, state: RunState, **details: Unpack[StateDetails]) -> None:
         """Writes the state down and shows it."""
         self.run_dir.enter(state, **details)
         self.console.state(state)
 
-    def _heard(self) -> Iterator[Event]:
+    def _heard(self) -> Iterator[Report]:
         """Every event of the ranks, as it comes; shows progress meanwhile and passes a stop on."""
         told_to_stop = False
         while True:
-            heard = self.nodes.events(timeout_seconds=0.5)
+            heard = self.nodes.reports(timeout_seconds=0.5)
             # All at once: whoever stops listening at one of them has heard the others as well.
-            self.events += heard
+            self.reports += heard
             yield from heard
             self._show_progress()
             self._check_head()
             if self.stopping and not told_to_stop:
                 told_to_stop = True
-                self.nodes.order(stop=True)
+                self.nodes.order({"stop": True})
 
     def _check_head(self) -> None:
         """Raises RayLost if Ray's head process is gone, once that is written down: Ray may end this process soon."""
@@ -242,30 +233,30 @@ class Supervisor:
     def _show_update(self, line: dict[str, Any]) -> None:
         self.console.update(line)
 
-    def _phase(self, event: Event) -> None:
-        if event["phase"] == "loading":
+    def _phase(self, report: PhaseReport) -> None:
+        if report["phase"] == "loading":
             return
-        self.phase = event["phase"]
+        self.phase = report["phase"]
         self._show_progress()
-        self.enter(event["phase"], update=event["update"])
+        self.enter(report["phase"], update=report["update"])
 
-    def _write_down(self, event: Event) -> None:
+    def _write_down(self, report: EventReport) -> None:
         """What the first rank has to tell; one writer keeps the lines of events.jsonl whole on every file system."""
-        kind, details = event["event"], event["details"]
-        self.run_dir.event(kind, **details)
+        kind, details = report["event"], report["details"]
+        self.run_dir.rank_event(report)
         if kind in _TOLD:
             self.console.note(f"          {_TOLD[kind]}: {details.get('reason', details)}")
 
-    def _room_bytes(self) -> int:
-        return room_bytes(self.plan)
+    def _disk_bytes(self) -> int:
+        return disk_bytes(self.plan)
 
     def provide_data(self) -> None:
         """Sees to it that every node has the plan, the model and the data. Raises RunFailed."""
-        data = self.plan.data
-        prepared = [self.plan.model.folder, data.train.folder, *([data.eval.folder] if data.eval else [])]
-        self.nodes.check_sees([str(self.plan_file)])
-        self.nodes.provide(self.plan, prepared)
-        self.nodes.check_sees(prepared)
+        data = self.plan.training.data
+        prepared = [self.plan.training.model.folder, data.train.folder, *([data.eval.folder] if data.eval else [])]
+        self.nodes.check_visible([str(self.plan_file)])
+        self.nodes.tokenise_where_missing(self.plan, prepared)
+        self.nodes.check_visible(prepared)
 
     def _fail(self) -> None:
         """Ends all ranks and raises RunFailed, which names the first that failed, once late news has settled."""
@@ -281,15 +272,17 @@ class Supervisor:
     def _write_failures(self, failures: Sequence[Failure]) -> None:
         first, nodes = failures[0], self.nodes.nodes
         self.run_dir.event(
-            "failure",
-            rank=first.rank,
-            node_rank=first.node_rank,
-            host=nodes[first.node_rank].host,
-            how=first.how,
-            exit_code=first.exit_code,
-            code=first.code,
-            error=first.error,
-            failures=[{**asdict(each), "host": nodes[each.node_rank].host} for each in failures],
+            {
+                "event": "failure",
+                "rank": first.rank,
+                "node_rank": first.node_rank,
+                "host": nodes[first.node_rank].host,
+                "how": first.how,
+                "exit_code": first.exit_code,
+                "code": first.code,
+                "error": first.error,
+                "failures": [each.record(nodes[each.node_rank].host) for each in failures],
+            }
         )
 
     def _settle(self) -> None:
@@ -297,15 +290,15 @@ class Supervisor:
         began = time.monotonic()
         while True:
             waited = time.monotonic() - began
-            only_fell = all(fell(failure) for failure in self._failures())
-            exits = sum(event["report"] == "exit" for event in self.events)
-            if waited >= (_LOST_NODE_SECONDS if only_fell and exits < self.plan.world.size else _SETTLE_SECONDS):
+            all_lost_a_peer = all(lost_peer(failure) for failure in self._failures())
+            exits = sum(report["report"] == "exit" for report in self.reports)
+            if waited >= (_LOST_NODE_SECONDS if all_lost_a_peer and exits < self.plan.world.size else _SETTLE_SECONDS):
                 return
-            self.events += self.nodes.events(_SETTLE_SECONDS / 2)
+            self.reports += self.nodes.reports(_SETTLE_SECONDS / 2)
 
     def _failures(self) -> list[Failure]:
-        found = all_failures(self.events, [node.clock_offset_seconds for node in self.nodes.nodes])
-        return [_with_code(failure) for failure in in_order(map(self._with_log, found))]
+        found = all_failures(self.reports, [node.clock_offset_seconds for node in self.nodes.nodes])
+        return [_with_code(failure) for failure in sort_failures(map(self._with_log, found))]
 
     def _with_log(self, failure: Failure) -> Failure:
         """With what the log ends with, where the rank has told nothing: a script, or one that C++ ended."""
@@ -314,8 +307,8 @@ class Supervisor:
             return failure
         if rank not in self._logged:
             lines = last_lines(self._rank_log(rank, failure.node_rank), LOG_LINES)
-            error, traceback = said(untimed(lines), failure.exit_code)
-            raised = raised_at(lines, failure.exit_code)
+            error, traceback = error_in_log(strip_times(lines), failure.exit_code)
+            raised = traceback_time(lines, failure.exit_code)
             ahead = self.nodes.nodes[failure.node_rank].clock_offset_seconds
             time = failure.time if raised is None else min(failure.time, round(raised - ahead, 3))
             self._logged[rank] = replace(failure, error=error, traceback=traceback, time=time)
@@ -326,8 +319,8 @@ class Supervisor:
         node = f"node {failure.node_rank} ({self.nodes.nodes[failure.node_rank].host})"
         if failure.rank is None:
             return f"{node} is lost: {failure.how}"
-        if only_timed_out(failures):
-            head = timed_out_headline(self._absent(failures))
+        if only_timeouts(failures):
+            head = timeout_headline(self._absent(failures))
         else:
             head = f"rank {failure.rank} on {node} failed first, with {failure.how}"
             head += f": {failure.error}" if failure.error else ""

@@ -1,4 +1,4 @@
-"""The learning rate: the maths of a schedule, advice on its numbers, and what to do about spikes."""
+"""The learning rate: schedules, advice on their numbers, safety checks and loss-spike detection."""
 
 from launcher.schedule.advice import (
     Advice,
@@ -15,9 +15,9 @@ from launcher.schedule.curve import (
     extend_warmup,
     live_attributes,
     lower_peak,
+    lr_at,
+    lr_curve,
     make_schedule,
-    rate_at,
-    rates,
     warmup_at,
 )
 from launcher.schedule.deepspeed_schedulers import simulate_deepspeed
@@ -42,11 +42,11 @@ __all__ = [
     "extend_warmup",
     "live_attributes",
     "lower_peak",
+    "lr_at",
+    "lr_curve",
     "make_schedule",
     "parse_warmup",
     "peak_limit",
-    "rate_at",
-    "rates",
     "rescale",
     "simulate_deepspeed",
     "warmup_at",

@@ -1,10 +1,10 @@
-"""What rate, warm-up and shape to take, from what is published, each with its reason.
+"""Advice on peak learning rate, warm-up and shape from published recipes, each with a reason.
 
-The peak is base(method) · (P/P0)^-0.3 · √(B/B0), P in parameters and B in tokens an update. The exponent on
-size is what holds within published families. The batch factor is kept within ½ and 4 and applies where all
-weights of a language model are tuned: √B is Malladi et al. (arXiv 2205.10287), and for LoRA and encoders the
-recipes show no such law. Only the bases are fitted, robustly and drawn towards the usual constants, on
-recipes.csv; benchmarks/advice_accuracy.py fits and scores them.
+The peak is base(method) · (P/P0)^-0.3 · √(B/B0), with P in parameters and B in tokens per update. The size exponent is
+the one within published model families. The batch factor is clipped to ½ to 4 and applies only if all weights of a
+language model are trained: √B is from Malladi et al. (arXiv 2205.10287); recipes for LoRA and encoders do not show it.
+Only the bases are fitted: robustly, regularised towards the usual constants, on recipes.csv.
+benchmarks/advice_accuracy.py fits and scores them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from launcher.schedule.safety import peak_limit
 
 @dataclass(frozen=True)
 class Situation:
-    """What is to be trained. `tokens_per_update` and `dataset_samples` are None where unknown.
+    """What the run trains. `tokens_per_update` and `dataset_samples` are None if unknown.
 
-    method: "full", "lora", "preference", "preference-lora" or "encoder"; task: "similar" to what the model
-    was pre-trained on, "divergent" from it, or None.
+    method: "full", "lora", "preference", "preference-lora" or "encoder"; task: "similar" to the pre-training data,
+    "divergent" from it, or None.
     """
 
     parameters: int
@@ -39,7 +39,7 @@ class Situation:
 
 @dataclass(frozen=True)
 class Choice:
-    """One number or name, the range that is reasonable, and why; `heuristic` where evidence is lacking."""
+    """One value, its reasonable range, and why. `heuristic`: there is no published evidence."""
 
     value: Any
     low: Any
@@ -51,7 +51,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Advice:
-    """Peak rate, warm-up in updates, shape, and floor as a share of the peak."""
+    """Peak learning rate, warm-up in updates, shape, and floor as a fraction of the peak."""
 
     peak_lr: Choice
     warmup_updates: Choice
@@ -61,7 +61,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class Family:
-    """A method's rate at a reference size (parameters) and batch (tokens an update; None: not scaled)."""
+    """A method's learning rate at a reference size (parameters) and batch (tokens per update; None: not scaled)."""
 
     base_lr: float
     parameters: float = 7e9
@@ -78,34 +78,34 @@ FAMILIES: Mapping[str, Family] = {
 SIZE_EXPONENT = 0.3
 BATCH_FACTORS = (0.5, 4.0)
 LARGE, VERY_LARGE = 6e9, 30e9
-MUCH_DATA = 100_000
-MOST_WARMUP = 0.2
-HIGHEST_LINEAR_FLOOR = 0.1
+MANY_SAMPLES = 100_000
+MAX_WARMUP = 0.2
+MAX_LINEAR_FLOOR = 0.1
 
 RECIPES = "recipes.csv: published recipes, each with its source"
 ADAM_WARMUP = "Ma & Yarats, arXiv 1910.04209"
 
 
 def advise(situation: Situation, *, shape: str | None = None, warmup_updates: int | None = None) -> Advice:
-    """The numbers to start from; raises RequestError for a situation that makes no sense.
+    """Advice for a run. `shape` and `warmup_updates`, if given, are fixed; the rest of the advice fits them.
 
-    What is advised follows a shape or a warm-up that is already decided.
+    Raises RequestError for an invalid situation.
     """
     _check(situation)
     warmup = _warmup(situation)
     length = warmup.value if warmup_updates is None else warmup_updates
-    advised = _shape(situation, length)
-    return Advice(_peak(situation), warmup, advised, _floor(shape or advised.value, length))
+    advised_shape = _shape(situation, length)
+    return Advice(_peak(situation), warmup, advised_shape, _floor(shape or advised_shape.value, length))
 
 
 def advised_schedule(situation: Situation, advice: Advice | None = None) -> Schedule:
-    """The schedule that the advice describes."""
-    told = advice or advise(situation)
-    floor = None if told.shape.value == "linear" else told.floor.value
+    """The advised schedule."""
+    advice = advice or advise(situation)
+    floor = None if advice.shape.value == "linear" else advice.floor.value
     return make_schedule(
-        told.shape.value,
-        peak_lr=told.peak_lr.value,
-        warmup_updates=told.warmup_updates.value,
+        advice.shape.value,
+        peak_lr=advice.peak_lr.value,
+        warmup_updates=advice.warmup_updates.value,
         total_updates=situation.total_updates,
         floor=floor,
     )
@@ -115,28 +115,28 @@ def _check(situation: Situation) -> None:
     if situation.method not in FAMILIES:
         close = nearest(situation.method, FAMILIES)
         hint = f"did you mean {close}?" if close else ", ".join(FAMILIES)
-        raise RequestError(Problem(f"no advice for the method {situation.method!r}", hint=hint))
+        raise RequestError(Problem(f"unknown method {situation.method!r}", hint=hint))
     if situation.task not in (None, "similar", "divergent"):
-        message = f"no task {situation.task!r}"
+        message = f"unknown task {situation.task!r}"
         raise RequestError(Problem(message, key="schedule.task", hint="similar or divergent"))
     if situation.parameters < 1 or situation.total_updates < 1 or not 0 <= situation.beta2 < 1:
-        raise RequestError("advice needs parameters and updates of 1 or more, and beta2 from 0 to below 1")
+        raise RequestError("advice needs 1 or more parameters, 1 or more updates, and 0 <= beta2 < 1")
 
 
-def peak_rate(
+def advised_peak_lr(
     method: str, parameters: float, tokens_per_update: float | None, families: Mapping[str, Family] = FAMILIES
 ) -> float:
-    """The advised peak rate, to two significant digits, never above what `check_safety` lets pass.
+    """The advised peak learning rate, to two significant digits, never above the limit of `check_safety`.
 
-    Falls, or stays, as the model grows.
+    Never rises with model size.
     """
-    rate = family_rate(families[method], parameters, tokens_per_update)
+    lr = family_lr(families[method], parameters, tokens_per_update)
     limit = peak_limit(method, parameters)
-    return float(f"{min(rate, limit.peak_lr) if limit else rate:.1e}")
+    return float(f"{min(lr, limit.peak_lr) if limit else lr:.1e}")
 
 
-def family_rate(family: Family, parameters: float, tokens_per_update: float | None) -> float:
-    """The family's base rate scaled to this size and batch, unrounded and without a limit."""
+def family_lr(family: Family, parameters: float, tokens_per_update: float | None) -> float:
+    """The family's base learning rate scaled to this size and batch, not rounded or limited."""
     size: float = (parameters / family.parameters) ** -SIZE_EXPONENT
     return family.base_lr * size * _batch_factor(family, tokens_per_update)
 
@@ -149,17 +149,17 @@ def _batch_factor(family: Family, tokens_per_update: float | None) -> float:
 
 
 def _peak(situation: Situation) -> Choice:
-    value = peak_rate(situation.method, situation.parameters, situation.tokens_per_update)
+    value = advised_peak_lr(situation.method, situation.parameters, situation.tokens_per_update)
     family = FAMILIES[situation.method]
-    batch = "the batch in tokens is unknown, so it is not scaled for that"
+    batch = "the batch in tokens is unknown, so there is no batch scaling"
     if family.tokens_per_update is None:
-        batch = "no batch law is published for this method"
+        batch = "there is no published batch scaling for this method"
     elif situation.tokens_per_update:
         factor = _batch_factor(family, situation.tokens_per_update)
-        batch = f"times {factor:.2g} for {situation.tokens_per_update:.3g} tokens an update"
+        batch = f"the batch of {situation.tokens_per_update:.3g} tokens per update scales it by {factor:.2g}"
     reason = (
         f"Published {situation.method} recipes centre on {family.base_lr:g} at {_billions(family.parameters)}"
-        f"; rates fall with size, to the power {SIZE_EXPONENT:g}, and {batch}."
+        f"; learning rates fall with size to the power {SIZE_EXPONENT:g}, and {batch}."
     )
     limit = peak_limit(situation.method, situation.parameters)
     high = min(2 * value, limit.peak_lr) if limit else 2 * value
@@ -173,51 +173,51 @@ def _billions(parameters: float) -> str:
 
 def _warmup(situation: Situation) -> Choice:
     total = situation.total_updates
-    most = max(int(MOST_WARMUP * total), min(1, total - 1))
-    share = _warmup_share(situation)
-    by_share, by_adam = _updates(share * total), _updates(2 / (1 - situation.beta2))
-    value = min(most, max(by_share, by_adam))
-    capped, caution = value == most, share > 0.03 and value == by_share
+    longest = max(int(MAX_WARMUP * total), min(1, total - 1))
+    fraction = _warmup_fraction(situation)
+    by_fraction, by_adam = _updates(fraction * total), _updates(2 / (1 - situation.beta2))
+    value = min(longest, max(by_fraction, by_adam))
+    capped, caution = value == longest, fraction > 0.03 and value == by_fraction
     if capped:
-        reason = f"{value} of {total} updates ({MOST_WARMUP:.0%}) are the most that is taken unasked"
-    elif by_adam >= by_share:
-        reason = f"2/(1 - beta2) updates, until Adam's second moment at beta2 {situation.beta2:g} is known"
+        reason = f"{value} of {total} updates ({MAX_WARMUP:.0%}) is the longest warm-up that the launcher chooses"
+    elif by_adam >= by_fraction:
+        reason = f"2/(1 - beta2) updates, for Adam's second moment at beta2 {situation.beta2:g} to converge"
     else:
-        reason = f"{share:.0%} of {total} updates"
+        reason = f"{fraction:.0%} of {total} updates"
     if caution and not capped:
-        reason += "; longer for a large model, which is caution and not published evidence"
-    low, high = min(value, _updates(0.03 * total)), max(most, value)
+        reason += "; longer for a large model, as a caution without published evidence"
+    low, high = min(value, _updates(0.03 * total)), max(longest, value)
     sources = (ADAM_WARMUP, "3% of the updates: Alpaca, Vicuna, Tulu")
     return Choice(value, low, high, f"{reason}.", sources, heuristic=capped or caution)
 
 
-def _warmup_share(situation: Situation) -> float:
+def _warmup_fraction(situation: Situation) -> float:
     if situation.parameters >= VERY_LARGE:
         return 0.10
     return 0.06 if situation.parameters >= LARGE else 0.03
 
 
 def _updates(number: float) -> int:
-    # Rounded first, since 0.07 of 100 is 7.000000000000001 in floats.
+    # Round first: 0.07 * 100 is 7.000000000000001 in floats.
     return math.ceil(round(number, 9))
 
 
 def _shape(situation: Situation, warmup: int) -> Choice:
     samples = situation.dataset_samples
-    many = samples is not None and samples >= MUCH_DATA
-    if 1 / (warmup + 1) > HIGHEST_LINEAR_FLOOR:
+    large = samples is not None and samples >= MANY_SAMPLES
+    if 1 / (warmup + 1) > MAX_LINEAR_FLOOR:
         reason = (
-            f"With {warmup} updates of warm-up a linear schedule could only fall to 1/{warmup + 1} of the "
-            "peak, because WarmupDecayLR ends where it starts; cosine has a floor of its own."
+            f"With {warmup} updates of warm-up a linear schedule can only fall to 1/{warmup + 1} of the peak, "
+            "because WarmupDecayLR ends at its starting value; cosine has a separate floor."
         )
         return Choice("cosine", None, None, reason, ("deepspeed/runtime/lr_schedules.py",), heuristic=False)
-    if situation.task == "divergent" or (many and situation.task is None):
-        cause = "The task is far from pre-training" if situation.task else f"{samples} samples are much data"
-        reason = f"{cause}: cosine keeps the rate high for longer; a compound schedule is the alternative."
+    if situation.task == "divergent" or (large and situation.task is None):
+        cause = "The task is far from pre-training" if situation.task else f"{samples} samples are a large data set"
+        reason = f"{cause}: cosine keeps the learning rate high for longer; a compound schedule is the alternative."
         return Choice("cosine", None, None, reason, (), heuristic=True)
     causes = {"similar": "The task is close to pre-training"}
-    cause = causes.get(situation.task or "", "The data is small" if samples else "Nothing speaks against it")
-    reason = f"{cause}: linear decay is the plain start; try cosine if it converges slowly."
+    cause = causes.get(situation.task or "", "The data set is small" if samples else "The default")
+    reason = f"{cause}: linear decay is the simplest choice; try cosine if it converges slowly."
     sources = (
         "linear decay in pre-training: arXiv 2502.15938",
         "small data: Mosbach et al., arXiv 2006.04884",
@@ -227,53 +227,53 @@ def _shape(situation: Situation, warmup: int) -> Choice:
 
 def _floor(shape: str, warmup: int) -> Choice:
     if shape in ("constant", "step", "compound"):
-        reason = f"A {shape} schedule has no floor of its own: its end follows from its other settings."
+        reason = f"A {shape} schedule has no floor setting: its end follows from its other settings."
         return Choice(1.0 if shape == "constant" else None, None, None, reason, (), heuristic=False)
     if shape == "linear":
-        reason = "WarmupDecayLR has one minimum for both ends: the end is the first update's rate, peak/(W+1)."
-        share = 1 / (warmup + 1)
-        return Choice(share, share, 1.0, reason, ("deepspeed/runtime/lr_schedules.py",), heuristic=False)
+        reason = "WarmupDecayLR has one minimum for both ends: it ends at the first update's learning rate, peak/(W+1)."
+        floor = 1 / (warmup + 1)
+        return Choice(floor, floor, 1.0, reason, ("deepspeed/runtime/lr_schedules.py",), heuristic=False)
     value = DEFAULT_FLOORS[shape]
-    reason = "A tenth of the peak is usual for cosine, and the last updates still train."
+    reason = "A tenth of the peak is usual for cosine, so the last updates still train."
     if value == 0:
-        reason = f"The decay of {shape} goes to zero, which only the update after the last would reach."
+        reason = f"The decay of {shape} goes to zero, which it would reach one update after the last."
     return Choice(value, 0.0, 0.1, reason, ("decay to zero: arXiv 2502.15938",), heuristic=True)
 
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
 _TOKENS = re.compile(r"([0-9.]+(?:e[0-9]+)?)\s*([kmb]?)\s*tokens?", re.IGNORECASE)
-_MEND = 'updates (100), a share of the run (0.03 or "5%"), or tokens ("2M tokens")'
+_WARMUP_HINT = 'updates (100), a fraction of the run (0.03 or "5%"), or tokens ("2M tokens")'
 
 
 def parse_warmup(value: int | float | str, total_updates: int, tokens_per_update: float | None) -> int:
-    """Warm-up in updates, from updates (100), a share (0.03, "5%") or tokens ("2M tokens"), rounded up.
+    """Warm-up in updates, from updates (100), a fraction (0.03, "5%") or tokens ("2M tokens"), rounded up.
 
-    Raises RequestError for what is none of these, and for tokens where tokens an update are unknown.
+    Raises RequestError for anything else, and for tokens if the tokens per update are unknown.
     """
     if isinstance(value, str):
         return _parse_text(value.strip(), total_updates, tokens_per_update)
     if isinstance(value, bool) or not math.isfinite(value) or value < 0:
-        raise _no_warmup(value)
+        raise _invalid_warmup(value)
     if isinstance(value, int):
         return value
     if value < 1:
         return _updates(value * total_updates)
     if value == 1 or not value.is_integer():
-        raise _no_warmup(value)
+        raise _invalid_warmup(value)
     return int(value)
 
 
 def _parse_text(text: str, total_updates: int, tokens_per_update: float | None) -> int:
     if match := _TOKENS.fullmatch(text):
         if not tokens_per_update:
-            message = f"a warm-up of {text} needs the tokens an update, which are unknown here"
-            raise RequestError(Problem(message, key="schedule.warmup", hint="say it in updates or as a share"))
+            message = f"a warm-up of {text} needs the tokens per update, which are unknown here"
+            raise RequestError(Problem(message, key="schedule.warmup", hint="write it in updates or as a fraction"))
         return _updates(_number(match[1], text) * _UNITS[match[2].lower()] / tokens_per_update)
     if text.endswith("%"):
-        share = _number(text[:-1], text) / 100
-        if not 0 <= share <= 1:
-            raise _no_warmup(text)
-        return _updates(share * total_updates)
+        fraction = _number(text[:-1], text) / 100
+        if not 0 <= fraction <= 1:
+            raise _invalid_warmup(text)
+        return _updates(fraction * total_updates)
     number = _number(text, text)
     return parse_warmup(int(text) if text.isdigit() else number, total_updates, tokens_per_update)
 
@@ -282,8 +282,8 @@ def _number(digits: str, text: str) -> float:
     try:
         return float(digits)
     except ValueError:
-        raise _no_warmup(text) from None
+        raise _invalid_warmup(text) from None
 
 
-def _no_warmup(value: object) -> RequestError:
-    return RequestError(Problem(f"{value!r} is no warm-up", key="schedule.warmup", hint=_MEND))
+def _invalid_warmup(value: object) -> RequestError:
+    return RequestError(Problem(f"{value!r} is not a warm-up", key="schedule.warmup", hint=_WARMUP_HINT))

@@ -1,12 +1,12 @@
 """The learning rate of every update: schedules as data, and their maths.
 
-`update` counts optimizer updates from 0; `rate_at(schedule, update)` is the rate that this update is made
-with. Linear, cosine and constant schedules are DeepSpeed's own classes, described by the JSON that
-`deepspeed_blocks` gives; the others have no class in DeepSpeed and are built of segments.
+An update is one optimizer step, counted from 0; `lr_at(schedule, update)` is its learning rate. Linear, cosine and
+constant schedules are DeepSpeed's classes, with the JSON from `deepspeed_blocks`. DeepSpeed has no class for the
+others: they consist of segments.
 
-DeepSpeed spends two updates at the starting rate, because its first step leaves the rate where the
-constructor put it. A fresh run therefore calls `lr_scheduler.step()` once after `deepspeed.initialize`, and
-update u is made with `last_batch_iteration` = u.
+DeepSpeed uses the starting learning rate for two updates, because its first step repeats the value of the constructor.
+A fresh run therefore calls `lr_scheduler.step()` once after `deepspeed.initialize`; at update u, `last_batch_iteration`
+is then u.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from typing import Any
 
 from launcher.errors import Problem, RequestError, nearest
 from launcher.schedule.deepspeed_schedulers import Replica, replica
-from launcher.schedule.segments import SEGMENT_SHAPES, Segment, build_segments, share_at
+from launcher.schedule.segments import SEGMENT_SHAPES, Segment, build_segments, fraction_at
 
 DEEPSPEED_TYPES = {"linear": "WarmupDecayLR", "cosine": "WarmupCosineLR", "constant": "WarmupLR"}
 SHAPES = (*DEEPSPEED_TYPES, *SEGMENT_SHAPES)
 DEFAULT_FLOORS = {"cosine": 0.1, "cosine_restarts": 0.1, "wsd": 0.0}
-"""The floor as a share of the peak where none is asked for; for linear it follows from the warm-up."""
+"""The default floor as a fraction of the peak; for linear it follows from the warm-up."""
 
 
 @dataclass(frozen=True)
 class Schedule:
     """A learning-rate schedule, resolved to numbers.
 
-    Rates are absolute. `start_lr` is the rate of update 0 and `floor_lr` the rate at the end of the decay.
-    `segments` describe what follows the warm-up for shapes that DeepSpeed lacks. `extensions` holds
-    (update, warm-up from there on) for each time that the warm-up was lengthened on the way, and `halvings` the
-    updates from each of which on all rates are half of what they were.
+    `start_lr` is the learning rate of update 0, `floor_lr` the one at the end of the decay; both are absolute.
+    `segments` are the curve after the warm-up for shapes that DeepSpeed lacks. `extensions`: (update, new warm-up) for
+    each time that the warm-up was lengthened during the run. `halvings`: the updates at which the learning rate was
+    halved.
     """
 
     shape: str
@@ -49,7 +49,7 @@ class Schedule:
     halvings: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The schedule as JSON types; `from_dict` gives an equal one back."""
+        """The schedule as JSON types; `from_dict` restores it."""
         plain = asdict(self)
         plain["segments"] = [asdict(segment) for segment in self.segments]
         plain["extensions"] = [list(pair) for pair in self.extensions]
@@ -58,7 +58,7 @@ class Schedule:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Schedule:
-        """The schedule that `to_dict` wrote; raises RequestError where keys are unknown or missing."""
+        """The schedule that `to_dict` wrote; raises RequestError if keys are unknown or missing."""
         known = {field.name for field in fields(cls)}
         if set(plain) != known:
             odd = ", ".join(sorted(set(plain) ^ known))
@@ -80,21 +80,21 @@ def make_schedule(
     warmup_type: str = "linear",
     **options: Any,
 ) -> Schedule:
-    """The schedule of one run; raises RequestError, naming the key, for what makes no curve.
+    """The schedule of one run; raises RequestError, with the key, for invalid settings.
 
-    `floor` is a share of the peak: what the rate falls to at the end of the decay. WarmupDecayLR has one
-    minimum for both of its ends, so a linear schedule's floor is the rate of its first update, peak/(W+1),
-    and can only be raised. Without `floor`: 0.1 for cosine and cosine_restarts, 0 for wsd.
+    `floor` is the learning rate at the end of the decay, as a fraction of the peak. WarmupDecayLR has one minimum for
+    both of its ends, so a linear schedule's floor is the learning rate of its first update, peak/(W+1), or higher.
+    Default: 0.1 for cosine and cosine_restarts, 0 for wsd.
 
-    The ramp is peak·(u+1)/(W+1) up to update W, which runs at the peak; WarmupCosineLR is by then one update
-    into its decay, and with W = 0 stays at the peak for updates 0 and 1. A linear schedule with W = 1 has its
-    peak at updates 1 and 2. A warm-up longer than the run is left to `check_safety`.
+    The ramp is peak·(u+1)/(W+1) up to update W, which is at the peak. WarmupCosineLR is by then one update into its
+    decay; with W = 0 it stays at the peak for updates 0 and 1. A linear schedule with W = 1 has its peak at updates 1
+    and 2. `check_safety` reports a warm-up longer than the run.
 
-    Options, by shape; a position is an update (integer) or a share of the run (a float up to 1):
-    - step: decay_at (positions), decay_factor (0.1, or one a position);
+    Options by shape; a position is an update (integer) or a fraction of the run (a float up to 1):
+    - step: decay_at (positions), decay_factor (0.1, or one per position);
     - wsd: decay_start (0.8), decay ("linear" or "1-sqrt");
     - cosine_restarts: cycles (2);
-    - compound: segments, each {"kind": linear | cosine | constant | 1-sqrt, "until": position, "to": share}.
+    - compound: segments, each {"kind": linear | cosine | constant | 1-sqrt, "until": position, "to": fraction}.
     """
     _check_numbers(shape, peak_lr, warmup_updates, total_updates, floor, warmup_type)
     start = peak_lr / (warmup_updates + 1)
@@ -102,12 +102,12 @@ def make_schedule(
         start = _linear_floor(peak_lr, warmup_updates, total_updates, floor)
     if shape in DEEPSPEED_TYPES and options:
         raise _unknown_option(shape, next(iter(options)))
-    share = DEFAULT_FLOORS.get(shape, 0.0) if floor is None else floor
+    fraction = DEFAULT_FLOORS.get(shape, 0.0) if floor is None else floor
     segments: tuple[Segment, ...] = ()
     if shape in SEGMENT_SHAPES:
-        segments = build_segments(shape, warmup_updates, total_updates, share, options)
-        share = segments[-1].to_share if segments else share
-    floor_lr = {"linear": start, "constant": peak_lr}.get(shape, peak_lr * share)
+        segments = build_segments(shape, warmup_updates, total_updates, fraction, options)
+        fraction = segments[-1].to_share if segments else fraction
+    floor_lr = {"linear": start, "constant": peak_lr}.get(shape, peak_lr * fraction)
     return Schedule(shape, peak_lr, warmup_updates, total_updates, floor_lr, start, warmup_type, segments=segments)
 
 
@@ -116,23 +116,25 @@ def _problem(key: str, message: str, hint: str | None = None) -> RequestError:
 
 
 def _unknown_option(shape: str, option: str) -> RequestError:
-    return _problem(option, f"a {shape} schedule has no {option}", "take it out, or take the shape it belongs to")
+    return _problem(option, f"a {shape} schedule has no {option}", "remove it, or choose a shape that has it")
 
 
 def _check_numbers(shape: str, peak_lr: float, warmup: int, total: int, floor: float | None, warmup_type: str) -> None:
     if shape not in SHAPES:
         close = nearest(shape, SHAPES)
-        raise _problem("shape", f"no shape {shape!r}", f"did you mean {close}?" if close else " | ".join(SHAPES))
+        raise _problem("shape", f"unknown shape {shape!r}", f"did you mean {close}?" if close else " | ".join(SHAPES))
     if not _is_number(peak_lr) or peak_lr <= 0:
-        raise _problem("peak_lr", f"the peak rate must be above 0, got {peak_lr!r}", "for example 1e-5")
+        raise _problem("peak_lr", f"the peak learning rate must be above 0, found {peak_lr!r}", "for example 1e-5")
     if not _is_count(total, least=1):
-        raise _problem("total_updates", f"a run has 1 update or more, got {total!r}")
+        raise _problem("total_updates", f"a run needs 1 update or more, found {total!r}")
     if not _is_count(warmup, least=0):
-        raise _problem("warmup", f"warm-up is a whole number of updates, 0 or more, got {warmup!r}")
+        raise _problem("warmup", f"the warm-up must be a whole number of updates, 0 or more, found {warmup!r}")
     if warmup_type not in ("linear", "log"):
-        raise _problem("warmup_type", f"no warm-up type {warmup_type!r}", "linear (gentle) or log (steep at first)")
+        raise _problem(
+            "warmup_type", f"unknown warm-up type {warmup_type!r}", "linear (gentle) or log (steep at first)"
+        )
     if floor is not None and not (_is_number(floor) and 0 <= floor <= 1):
-        message = f"the floor is a share of the peak, from 0 to 1, got {floor!r}"
+        message = f"the floor is a fraction of the peak, from 0 to 1, found {floor!r}"
         raise _problem("floor", message, "0.1 decays to a tenth of the peak")
     if floor is not None and shape in ("constant", "step", "compound"):
         raise _problem("floor", f"a {shape} schedule has no floor", "its end follows from its other settings")
@@ -148,72 +150,72 @@ def _is_count(value: object, least: int) -> bool:
 
 def _linear_floor(peak_lr: float, warmup: int, total: int, floor: float | None) -> float:
     if warmup == 0 and total > 1:
-        message = "a linear decay without a warm-up would stay at its peak: WarmupDecayLR starts where it ends"
-        raise _problem("warmup", message, "warm up for 1 update or more, or take the shape cosine or wsd")
+        message = "a linear decay without a warm-up would stay at its peak: WarmupDecayLR ends at its starting value"
+        raise _problem("warmup", message, "warm up for 1 update or more, or use the shape cosine or wsd")
     start = peak_lr / (warmup + 1)
     if floor is None or math.isclose(floor * peak_lr, start):
         return start
     if floor * peak_lr < start:
         message = (
-            f"a linear schedule cannot end at {floor:g} of the peak: WarmupDecayLR has one minimum for its "
-            f"start and its end, and after {warmup} updates of warm-up that is 1/{warmup + 1} of the peak"
+            f"a linear schedule cannot end at {floor:g} of the peak: WarmupDecayLR has one minimum for both "
+            f"ends, and with {warmup} updates of warm-up it is 1/{warmup + 1} of the peak"
         )
-        raise _problem("floor", message, "leave the floor out, warm up longer, or take the shape cosine or wsd")
+        raise _problem("floor", message, "remove the floor, warm up longer, or use the shape cosine or wsd")
     return floor * peak_lr
 
 
 def warmup_at(schedule: Schedule, update: int) -> int:
-    """The length of the warm-up, in updates, that is in force at this update."""
+    """The length of the warm-up in updates, as of this update."""
     return next((w for since, w in reversed(schedule.extensions) if since <= update), schedule.warmup_updates)
 
 
-def share_left(schedule: Schedule, update: int) -> float:
-    """What the halvings up to this update leave of every rate: 1, ½, ¼, …"""
-    # Halving is exact in binary: DeepSpeed with halved parameters gives halved rates, to the last bit.
+def halving_factor(schedule: Schedule, update: int) -> float:
+    """The factor of all halvings up to this update: 1, ½, ¼, …"""
+    # Halving is exact in binary: DeepSpeed with halved parameters gives exactly half the learning rate.
     return float(0.5 ** sum(since <= update for since in schedule.halvings))
 
 
-def in_force(schedule: Schedule, update: int) -> Schedule:
-    """The schedule without a past: warm-up and rates in force at this update as its own from the start."""
-    share = share_left(schedule, update)
+def effective_schedule(schedule: Schedule, update: int) -> Schedule:
+    """The schedule as of this update, with extensions and halvings folded into its numbers."""
+    factor = halving_factor(schedule, update)
     return replace(
         schedule,
-        peak_lr=schedule.peak_lr * share,
-        start_lr=schedule.start_lr * share,
-        floor_lr=schedule.floor_lr * share,
+        peak_lr=schedule.peak_lr * factor,
+        start_lr=schedule.start_lr * factor,
+        floor_lr=schedule.floor_lr * factor,
         warmup_updates=warmup_at(schedule, update),
         extensions=(),
         halvings=(),
     )
 
 
-def rate_at(schedule: Schedule, update: int, base_lr: float | None = None) -> float:
-    """The rate that update number `update` (from 0) is made with.
+def lr_at(schedule: Schedule, update: int, base_lr: float | None = None) -> float:
+    """The learning rate of update `update`, counted from 0.
 
-    `base_lr` is a parameter group's own rate in the optimizer. Only cosine keeps it (WarmupCosineLR scales
-    each group's rate); all other shapes set every group to the same rate. Past the run the rate stays where
-    the decay ended, as in DeepSpeed, whose engine steps the scheduler once more after the last update. Raises
-    RequestError for a negative update.
+    `base_lr` is the learning rate of a parameter group in the optimizer. Only cosine uses it (WarmupCosineLR scales
+    each group's learning rate); all other shapes give every group the same learning rate. After the run the learning
+    rate stays at the end of the decay, as in DeepSpeed, whose engine steps the scheduler once more after the last
+    update. Raises RequestError for a negative update.
     """
     if update < 0:
-        raise _problem("total_updates", f"updates count from 0, and there is no update {update}")
-    return share_left(schedule, update) * _whole_rate(schedule, update, base_lr)
+        raise _problem("total_updates", f"updates count from 0, found update {update}")
+    return halving_factor(schedule, update) * _lr_without_halvings(schedule, update, base_lr)
 
 
-def _whole_rate(schedule: Schedule, update: int, base_lr: float | None) -> float:
-    """The rate without the halvings."""
+def _lr_without_halvings(schedule: Schedule, update: int, base_lr: float | None) -> float:
+    """The learning rate without the halvings."""
     warmup = warmup_at(schedule, update)
     if schedule.shape in DEEPSPEED_TYPES:
-        return _deepspeed(schedule, warmup, base_lr).rate(update)
+        return _deepspeed(schedule, warmup, base_lr).lr_at(update)
     if update < warmup:
         gamma = _ramp(schedule.warmup_type, warmup, update)
         return schedule.start_lr + (schedule.peak_lr - schedule.start_lr) * gamma
-    return schedule.peak_lr * share_at(schedule.segments, update, warmup, schedule.total_updates)
+    return schedule.peak_lr * fraction_at(schedule.segments, update, warmup, schedule.total_updates)
 
 
-def rates(schedule: Schedule) -> list[float]:
-    """The rate of every update, in order."""
-    return [rate_at(schedule, update) for update in range(schedule.total_updates)]
+def lr_curve(schedule: Schedule) -> list[float]:
+    """The learning rate of every update, in order."""
+    return [lr_at(schedule, update) for update in range(schedule.total_updates)]
 
 
 def _ramp(warmup_type: str, warmup: int, update: int) -> float:
@@ -232,30 +234,30 @@ def _params(schedule: Schedule, warmup: int) -> dict[str, Any]:
     if schedule.shape != "constant":
         params = {"total_num_steps": schedule.total_updates, **params}
     if schedule.shape == "cosine":
-        ratios = {"warmup_min_ratio": _share(schedule.start_lr, schedule)}
-        return {**params, **ratios, "cos_min_ratio": _share(schedule.floor_lr, schedule)}
+        ratios = {"warmup_min_ratio": _fraction(schedule.start_lr, schedule)}
+        return {**params, **ratios, "cos_min_ratio": _fraction(schedule.floor_lr, schedule)}
     return {**params, "warmup_min_lr": schedule.start_lr, "warmup_max_lr": schedule.peak_lr}
 
 
 def _warmup_params(schedule: Schedule, warmup: int) -> dict[str, Any]:
-    # DeepSpeed's shortest ramp has two updates. Its log ramp of two is start, peak: exactly a warm-up of one.
-    # No warm-up needs no ramp at all, since the start is then the peak.
+    # DeepSpeed's shortest ramp has two updates. Its log ramp of two is start, peak: exactly a warm-up of one. Without a
+    # warm-up the ramp does not matter: its start is the peak.
     kind = "log" if warmup == 1 else schedule.warmup_type
     return {"warmup_num_steps": max(2, warmup), "warmup_type": kind}
 
 
-def _share(rate: float, schedule: Schedule) -> float:
-    # Fifteen digits drop the noise of the division: 0.1 is written as 0.1.
-    return float(f"{rate / schedule.peak_lr:.15g}")
+def _fraction(lr: float, schedule: Schedule) -> float:
+    # Fifteen digits drop the rounding error of the division: 0.1 stays 0.1.
+    return float(f"{lr / schedule.peak_lr:.15g}")
 
 
 def deepspeed_blocks(schedule: Schedule, optimizer_type: str = "AdamW", *, update: int = 0) -> dict[str, Any]:
-    """The "optimizer" and "scheduler" blocks of a DeepSpeed JSON that carry this schedule.
+    """The "optimizer" and "scheduler" blocks of a DeepSpeed JSON for this schedule.
 
-    The peak stands in both. "scheduler" is None for a shape that DeepSpeed has no class for. `update` chooses
-    the warm-up and the peak in force when the run starts there, after extensions and halvings.
+    Both contain the peak. "scheduler" is None for a shape that DeepSpeed has no class for. The blocks are for a run
+    that starts at `update`, with extensions and halvings up to there.
     """
-    schedule = in_force(schedule, update)
+    schedule = effective_schedule(schedule, update)
     optimizer = {"type": optimizer_type, "params": {"lr": schedule.peak_lr}}
     if schedule.shape not in DEEPSPEED_TYPES:
         return {"optimizer": optimizer, "scheduler": None}
@@ -264,17 +266,17 @@ def deepspeed_blocks(schedule: Schedule, optimizer_type: str = "AdamW", *, updat
 
 
 def live_attributes(schedule: Schedule, update: int, groups: int = 1) -> dict[str, Any]:
-    """The attributes to set on a live DeepSpeed scheduler so that it follows this schedule from `update` on.
+    """The attributes to set on a live DeepSpeed scheduler for it to follow this schedule from `update` on.
 
-    `groups` is the number of the optimizer's parameter groups; where rates were halved, all have the same one. After
-    setting them, `scheduler.step(update)` recomputes the rate without advancing.
+    `groups` is the number of the optimizer's parameter groups; after a halving, all groups have the same learning rate.
+    With the attributes set, `scheduler.step(update)` recomputes the learning rate without advancing.
     """
     params = _warmup_params(schedule, warmup_at(schedule, update))
-    rates = _live_rates(in_force(schedule, update), groups) if schedule.halvings else {}
-    return {**params, **rates, "inverse_log_warm_up": 1.0 / math.log(params["warmup_num_steps"])}
+    lrs = _live_lrs(effective_schedule(schedule, update), groups) if schedule.halvings else {}
+    return {**params, **lrs, "inverse_log_warm_up": 1.0 / math.log(params["warmup_num_steps"])}
 
 
-def _live_rates(schedule: Schedule, groups: int) -> dict[str, list[float]]:
+def _live_lrs(schedule: Schedule, groups: int) -> dict[str, list[float]]:
     if schedule.shape == "cosine":
         return {"org_lrs": [schedule.peak_lr] * groups}
     low, high = schedule.start_lr, schedule.peak_lr
@@ -284,22 +286,22 @@ def _live_rates(schedule: Schedule, groups: int) -> dict[str, list[float]]:
 def extend_warmup(schedule: Schedule, update: int) -> Schedule:
     """The schedule with its warm-up lengthened at `update`: W' = 2·max(update, W), at most half the run.
 
-    About halves the rate at once and lets it climb again; `start_lr` and the end of the decay stay. Raises
-    RequestError where that would not lower the rate of this update, which is so late in the run.
+    The learning rate drops to about half and climbs again; `start_lr` and the end of the decay stay. Raises
+    RequestError if that does not lower the learning rate of this update, because it is too late in the run.
     """
     warmup = min(2 * max(update, warmup_at(schedule, update)), schedule.total_updates // 2)
     longer = replace(schedule, extensions=(*schedule.extensions, (update, warmup)))
-    if warmup <= warmup_at(schedule, update) or rate_at(longer, update) >= rate_at(schedule, update):
-        message = f"at update {update} of {schedule.total_updates} a longer warm-up would not lower the rate"
-        raise _problem("on_spike", message, "stop, and start again with a lower peak rate")
+    if warmup <= warmup_at(schedule, update) or lr_at(longer, update) >= lr_at(schedule, update):
+        message = f"at update {update} of {schedule.total_updates} a longer warm-up would not lower the learning rate"
+        raise _problem("on_spike", message, "stop the run and start another one with a lower peak learning rate")
     return longer
 
 
 def lower_peak(schedule: Schedule, update: int) -> Schedule:
-    """The schedule with a longer warm-up, as `extend_warmup` has it, and all rates halved from `update` on.
+    """The schedule with a longer warm-up, as from `extend_warmup`, and the learning rate halved from `update` on.
 
-    The ramp then leads to half the peak, not to the peak that was too high. Too late in the run for a longer warm-up
-    the rates are halved alone.
+    The ramp then leads to half the peak that was too high. If it is too late in the run for a longer warm-up, only the
+    learning rate is halved.
     """
     try:
         longer = extend_warmup(schedule, update)

@@ -1,7 +1,7 @@
-"""What DeepSpeed's own schedulers do, as plain functions of their JSON parameters.
+"""DeepSpeed's schedulers as plain functions of their JSON parameters.
 
-A replica of deepspeed/runtime/lr_schedules.py (0.19.8), with its defaults, its quirks at construction and its
-order of float operations, so that every rate is equal to DeepSpeed's to the last bit.
+A replica of deepspeed/runtime/lr_schedules.py (0.19.8), with its defaults, its behaviour at construction and its order
+of float operations: every learning rate is bit-identical to DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import Any
 from launcher.errors import Problem, RequestError, nearest
 
 Params = Mapping[str, Any]
-Rate = Callable[[int], float]
-"""The rate after the scheduler's `last_batch_iteration` became the argument."""
+StepFunction = Callable[[int], float]
+"""A value for each `last_batch_iteration` of the scheduler."""
 
 
 @dataclass(frozen=True)
 class Replica:
-    """One scheduler on one parameter group, as it is just after its construction."""
+    """One scheduler on one parameter group, just after its construction."""
 
-    first: float
+    initial_lr: float
     last_iteration: int
-    rate: Rate
+    lr_at: StepFunction
 
-    def after(self, steps: int) -> float:
-        """The group's rate once `step()` was called `steps` times."""
-        return self.first if steps == 0 else self.rate(self.last_iteration + steps)
+    def lr_after(self, steps: int) -> float:
+        """The group's learning rate after `steps` calls of `step()`."""
+        return self.initial_lr if steps == 0 else self.lr_at(self.last_iteration + steps)
 
 
 _WARMUP: dict[str, Any] = {"warmup_num_steps": 1000, "warmup_type": "log", "last_batch_iteration": -1}
@@ -60,20 +60,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "last_batch_iteration": -1,
     },
 }
-"""Every parameter of every class with its default; an ellipsis stands for one that must be given."""
+"""Every parameter of every class with its default; an ellipsis marks a required one."""
 
 _PER_GROUP = {"warmup_min_lr", "warmup_max_lr", "cycle_min_lr", "cycle_max_lr", "lr_range_test_min_lr"}
-_NOT_A_RATE = {"warmup_type", "cycle_momentum", "cycle_min_mom", "cycle_max_mom", "lr_range_test_staircase"}
+_NOT_CHECKED = {"warmup_type", "cycle_momentum", "cycle_min_mom", "cycle_max_mom", "lr_range_test_staircase"}
 
 
-def _bad(scheduler_type: str, key: str, message: str, hint: str | None = None) -> RequestError:
+def _invalid(scheduler_type: str, key: str, message: str, hint: str | None = None) -> RequestError:
     return RequestError(Problem(message=f"{scheduler_type}: {message}", key=f"scheduler.params.{key}", hint=hint))
 
 
-def settled(scheduler_type: str, params: Params, group: int = 0) -> dict[str, Any]:
+def resolved_params(scheduler_type: str, params: Params, group: int = 0) -> dict[str, Any]:
     """All parameters of the scheduler for one parameter group, defaults filled in.
 
-    Raises RequestError where DeepSpeed's constructor would raise.
+    Raises RequestError for parameters on which DeepSpeed's constructor would fail.
     """
     if scheduler_type not in DEFAULTS:
         close = nearest(scheduler_type, DEFAULTS)
@@ -85,25 +85,25 @@ def settled(scheduler_type: str, params: Params, group: int = 0) -> dict[str, An
     for key in params:
         if key not in defaults:
             close = nearest(key, defaults)
-            hint = f"did you mean {close}?" if close else f"it takes {', '.join(defaults)}"
-            raise _bad(scheduler_type, key, f"unknown parameter {key!r}", hint)
+            hint = f"did you mean {close}?" if close else f"valid parameters: {', '.join(defaults)}"
+            raise _invalid(scheduler_type, key, f"unknown parameter {key!r}", hint)
     merged = {**defaults, **params}
     return {key: _checked(scheduler_type, key, value, group) for key, value in merged.items()}
 
 
 def _checked(scheduler_type: str, key: str, value: Any, group: int) -> Any:
     if value is ...:
-        raise _bad(scheduler_type, key, f"{key} is required and missing")
+        raise _invalid(scheduler_type, key, f"{key} is required and missing")
     if key in _PER_GROUP and isinstance(value, list | tuple):
         if group >= len(value):
-            message = f"{key} lists {len(value)} values and there is a parameter group {group}"
-            raise _bad(scheduler_type, key, message, "give one value, or one for each parameter group")
+            message = f"{key} lists {len(value)} values, but there is a parameter group {group}"
+            raise _invalid(scheduler_type, key, message, "write one value, or one per parameter group")
         value = value[group]
     if key in ("warmup_num_steps", "lr_range_test_step_size"):
         if not isinstance(value, int) or value <= 0:
-            message = f"{key} must be a positive integer, got {value!r}"
-            raise _bad(scheduler_type, key, message, "write a whole number of updates, 1 or more")
-    elif key not in _NOT_A_RATE and value is not DEFAULTS[scheduler_type][key]:
+            message = f"{key} must be a positive integer, found {value!r}"
+            raise _invalid(scheduler_type, key, message, "write a whole number of updates, 1 or more")
+    elif key not in _NOT_CHECKED and value is not DEFAULTS[scheduler_type][key]:
         _require_number(scheduler_type, key, value)
     return value
 
@@ -113,22 +113,22 @@ def _require_number(scheduler_type: str, key: str, value: Any) -> None:
         hint = None
         if value == "auto":
             hint = 'DeepSpeed does not resolve "auto" here: transformers or the launcher must fill it in'
-        raise _bad(scheduler_type, key, f"{key} must be a number, got {value!r}", hint)
+        raise _invalid(scheduler_type, key, f"{key} must be a number, found {value!r}", hint)
 
 
 def replica(scheduler_type: str, params: Params, optimizer_lr: float, group: int = 0) -> Replica:
     """The scheduler that DeepSpeed would build from this JSON, for one parameter group.
 
-    `optimizer_lr` is the group's rate in the optimizer before the scheduler is built. Raises RequestError for
-    parameters that DeepSpeed refuses.
+    `optimizer_lr` is the group's learning rate in the optimizer before the scheduler is built. Raises RequestError for
+    parameters that DeepSpeed rejects.
     """
-    full = settled(scheduler_type, params, group)
-    start, rate = _BUILDERS[scheduler_type](full, optimizer_lr)
+    full = resolved_params(scheduler_type, params, group)
+    start, lr_at = _BUILDERS[scheduler_type](full, optimizer_lr)
     last: int = full["last_batch_iteration"]
-    return Replica(first=start if last == -1 else optimizer_lr, last_iteration=last, rate=rate)
+    return Replica(initial_lr=start if last == -1 else optimizer_lr, last_iteration=last, lr_at=lr_at)
 
 
-def _ramp(full: Params) -> Rate:
+def _ramp(full: Params) -> StepFunction:
     steps = max(2, full["warmup_num_steps"])
     if full["warmup_type"] == "linear":
         return lambda i: i / steps
@@ -136,30 +136,30 @@ def _ramp(full: Params) -> Rate:
     return lambda i: inverse_log * math.log(i + 1)
 
 
-def _warmup(full: Params, optimizer_lr: float) -> tuple[float, Rate]:
+def _warmup(full: Params, optimizer_lr: float) -> tuple[float, StepFunction]:
     return _warmup_then(full, optimizer_lr, lambda _: 1.0)
 
 
-def _warmup_decay(full: Params, optimizer_lr: float) -> tuple[float, Rate]:
+def _warmup_decay(full: Params, optimizer_lr: float) -> tuple[float, StepFunction]:
     total, steps = full["total_num_steps"], max(2, full["warmup_num_steps"])
     span = float(max(1.0, total - steps))
     return _warmup_then(full, optimizer_lr, lambda i: max(0.0, float(total - i) / span))
 
 
-def _warmup_then(full: Params, optimizer_lr: float, decay: Rate) -> tuple[float, Rate]:
+def _warmup_then(full: Params, optimizer_lr: float, decay: StepFunction) -> tuple[float, StepFunction]:
     low = full["warmup_min_lr"]
     high = optimizer_lr if full["warmup_max_lr"] is None else full["warmup_max_lr"]
     delta, steps, ramp = high - low, max(2, full["warmup_num_steps"]), _ramp(full)
 
-    def rate(i: int) -> float:
+    def lr_at(i: int) -> float:
         if i < 0:
             return float(low)
         return float(low + (delta * (ramp(i) if i < steps else decay(i))))
 
-    return float(low), rate
+    return float(low), lr_at
 
 
-def _warmup_cosine(full: Params, optimizer_lr: float) -> tuple[float, Rate]:
+def _warmup_cosine(full: Params, optimizer_lr: float) -> tuple[float, StepFunction]:
     total, steps, ramp = full["total_num_steps"], max(2, full["warmup_num_steps"]), _ramp(full)
     low, floor, span = full["warmup_min_ratio"], full["cos_min_ratio"], max(1, total - steps)
 
@@ -172,25 +172,25 @@ def _warmup_cosine(full: Params, optimizer_lr: float) -> tuple[float, Rate]:
     return 0.0, lambda i: 0.0 if i < 0 else optimizer_lr * ratio(i)
 
 
-def _one_cycle(full: Params, _: float) -> tuple[float, Rate]:
+def _one_cycle(full: Params, _: float) -> tuple[float, StepFunction]:
     low, high = full["cycle_min_lr"], full["cycle_max_lr"]
     scale, total = _cycle_scale(full)
     interval, decay_rate = full["decay_step_size"], full["decay_lr_rate"]
     flat = math.isclose(interval, 0) or math.isclose(decay_rate, 0)
 
-    def rate(i: int) -> float:
+    def lr_at(i: int) -> float:
         if i < total:
             return float(low + (high - low) * scale(i + 1))
         return float(low if flat else low / (1 + decay_rate * ((i - total + 1) / interval)))
 
-    return float(low), rate
+    return float(low), lr_at
 
 
-def _cycle_scale(full: Params) -> tuple[Rate, float]:
+def _cycle_scale(full: Params) -> tuple[StepFunction, float]:
     first = float(full["cycle_first_step_size"])
     second = first if full["cycle_second_step_size"] is None else float(full["cycle_second_step_size"])
     if first <= 0 or second < 0:
-        raise _bad("OneCycle", "cycle_first_step_size", "the halves of the cycle must be positive")
+        raise _invalid("OneCycle", "cycle_first_step_size", "the halves of the cycle must be positive")
     total, stairs_up = first + second, full["cycle_first_stair_count"]
     stairs_down = stairs_up if full["cycle_second_stair_count"] is None else full["cycle_second_stair_count"]
     turn = first / total
@@ -211,17 +211,17 @@ def _stair(position: float, first: float, second: float, stairs: int) -> float:
     return math.floor((first + second - position) * stairs / second) / stairs
 
 
-def _range_test(full: Params, _: float) -> tuple[float, Rate]:
+def _range_test(full: Params, _: float) -> tuple[float, StepFunction]:
     low, size, growth = (full[f"lr_range_test_{key}"] for key in ("min_lr", "step_size", "step_rate"))
 
-    def rate(i: int) -> float:
+    def lr_at(i: int) -> float:
         interval = float(i + 1) / size
         return float(low * (1 + growth * (math.floor(interval) if full["lr_range_test_staircase"] else interval)))
 
-    return float(low), rate
+    return float(low), lr_at
 
 
-_BUILDERS: dict[str, Callable[[Params, float], tuple[float, Rate]]] = {
+_BUILDERS: dict[str, Callable[[Params, float], tuple[float, StepFunction]]] = {
     "WarmupLR": _warmup,
     "WarmupDecayLR": _warmup_decay,
     "WarmupCosineLR": _warmup_cosine,
@@ -238,11 +238,11 @@ def simulate_deepspeed(
     extra_steps: int = 0,
     group: int = 0,
 ) -> list[float]:
-    """The rate that each of the first `updates` optimizer updates is made with under a DeepSpeed JSON.
+    """The learning rate of each of the first `updates` updates under a DeepSpeed JSON.
 
-    The engine steps the scheduler after an update, so update 0 runs at what the constructor set.
-    `extra_steps` counts calls of `step()` made before training. Lists in `params` hold one value a parameter
-    group. Raises RequestError for parameters that DeepSpeed refuses.
+    The engine steps the scheduler after an update, so update 0 uses the value of the constructor. `extra_steps`: calls
+    of `step()` before training. Lists in `params` have one value per parameter group. Raises RequestError for
+    parameters that DeepSpeed rejects.
     """
-    built = replica(scheduler_type, params, optimizer_lr, group)
-    return [built.after(update + extra_steps) for update in range(updates)]
+    scheduler = replica(scheduler_type, params, optimizer_lr, group)
+    return [scheduler.lr_after(update + extra_steps) for update in range(updates)]

@@ -1,4 +1,4 @@
-"""What a schedule must not do without the user's word, and what an existing DeepSpeed JSON really does."""
+"""Schedules that need the user's explicit consent, and warnings about existing DeepSpeed schedulers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from launcher.errors import Problem
 from launcher.schedule.curve import Schedule
-from launcher.schedule.deepspeed_schedulers import Params, replica, settled, simulate_deepspeed
+from launcher.schedule.deepspeed_schedulers import Params, replica, resolved_params, simulate_deepspeed
 
-ALLOW = "schedule.allow_unsafe: true runs it all the same"
+ALLOW = "schedule.allow_unsafe: true allows it"
 
 
 @dataclass(frozen=True)
 class Limit:
-    """The highest peak rate for models of one method from a number of parameters on, and why."""
+    """The highest safe peak learning rate for a method, for models of `parameters` or more, and why."""
 
     method: str
     parameters: float
@@ -23,29 +23,29 @@ class Limit:
 
 
 LIMITS = (
-    Limit("full", 6e9, 5e-5, "full fine-tuning of 6B and more is published at 2e-6 to 2e-5, rarely above 5e-5"),
-    Limit("full", 1e9, 3e-4, "the highest published rate for full fine-tuning of 1B to 6B is 3e-4"),
-    Limit("full", 0, 1e-3, "the highest published rate for full fine-tuning of a small model is 1e-3"),
-    Limit("lora", 0, 1e-3, "LoRA is published at 1e-4 to 3e-4, and at 1e-3 at most"),
+    Limit("full", 6e9, 5e-5, "published full fine-tuning of 6B and more uses 2e-6 to 2e-5, rarely above 5e-5"),
+    Limit("full", 1e9, 3e-4, "the highest published learning rate for full fine-tuning of 1B to 6B is 3e-4"),
+    Limit("full", 0, 1e-3, "the highest published learning rate for full fine-tuning of a small model is 1e-3"),
+    Limit("lora", 0, 1e-3, "published LoRA recipes use 1e-4 to 3e-4, and at most 1e-3"),
     Limit(
         "preference",
         0,
         1e-5,
-        "preference tuning is published near 5e-7, and at 1e-6 at most but for one example",
+        "published preference tuning uses about 5e-7, and with one exception at most 1e-6",
     ),
-    Limit("preference-lora", 0, 1e-4, "preference tuning with LoRA is published near 5e-6"),
-    Limit("encoder", 0, 1e-4, "encoders are published at 3e-6 to 5e-5"),
+    Limit("preference-lora", 0, 1e-4, "published preference tuning with LoRA uses about 5e-6"),
+    Limit("encoder", 0, 1e-4, "published encoder recipes use 3e-6 to 5e-5"),
 )
-"""For each method the rows stand from the largest models down; the first that applies counts."""
+"""Within a method, from the largest models to the smallest; the first match applies."""
 
 
 def peak_limit(method: str, parameters: float) -> Limit | None:
-    """The limit on the peak rate for this method and size; None for a method without one."""
+    """The limit on the peak learning rate for this method and size; None for a method without one."""
     return next((row for row in LIMITS if row.method == method and parameters >= row.parameters), None)
 
 
 def check_safety(schedule: Schedule, *, method: str, parameters: float) -> list[Problem]:
-    """Everything about the schedule that needs the user's explicit word, as problems with their hints."""
+    """Everything in the schedule that needs the user's explicit consent, as problems with hints."""
     checks = (_too_long, lambda s: _too_high(s.peak_lr, method, parameters))
     return [problem for check in checks if (problem := check(schedule)) is not None]
 
@@ -62,7 +62,7 @@ def _too_long(schedule: Schedule) -> Problem | None:
 
 
 def log_ramp(schedule: Schedule) -> str | None:
-    """What a log warm-up, which the user asked for, does at first; None where the warm-up is linear."""
+    """A sentence on how steep the log warm-up of the schedule is; None if the warm-up is linear."""
     if schedule.warmup_type != "log" or schedule.warmup_updates < 2:
         return None
     return f"A log warm-up is steep at first: it {_log_ramp(schedule.warmup_updates)}."
@@ -70,7 +70,7 @@ def log_ramp(schedule: Schedule) -> str | None:
 
 def _log_ramp(warmup: int) -> str:
     after = min(10, warmup - 1)
-    ratio = replica("WarmupLR", {"warmup_num_steps": warmup, "warmup_max_lr": 1.0}, 1.0).rate(after)
+    ratio = replica("WarmupLR", {"warmup_num_steps": warmup, "warmup_max_lr": 1.0}, 1.0).lr_at(after)
     return f"reaches {ratio:.0%} of the peak after {after} of {warmup} updates"
 
 
@@ -85,8 +85,8 @@ def _too_high(peak_lr: float, method: str, parameters: float) -> Problem | None:
 
 
 @dataclass(frozen=True)
-class _Case:
-    """An existing scheduler block: as written, with its defaults, and the run that it is in."""
+class _Scheduler:
+    """An existing scheduler block as written and with defaults, and its run."""
 
     kind: str
     written: Params
@@ -94,125 +94,131 @@ class _Case:
     optimizer_lr: float
     updates: int
 
-    def first_rates(self, count: int) -> list[float]:
+    def first_lrs(self, count: int) -> list[float]:
         return simulate_deepspeed(self.kind, self.written, self.optimizer_lr, count)
 
 
 def unsafe_scheduler(
     scheduler_type: str, params: Params, optimizer_lr: float, updates: int, *, method: str, parameters: float
 ) -> list[Problem]:
-    """What of a user's own scheduler needs the user's explicit word: what DeepSpeed put in unasked, and what is unsafe.
+    """What in the user's scheduler needs explicit consent: surprising defaults of DeepSpeed, and unsafe values.
 
-    Raises RequestError for parameters that DeepSpeed refuses.
+    Raises RequestError for parameters that DeepSpeed rejects.
     """
-    case = _Case(scheduler_type, params, settled(scheduler_type, params), optimizer_lr, updates)
-    unasked_log = None if case.written.get("warmup_type") == "log" else _log_ramp_sentence(case)
-    told = {
-        "warmup_type": unasked_log,
-        "warmup_max_lr": _inherited_peak(case),
-        "warmup_num_steps": _beyond_the_run(case),
-        "total_num_steps": _beyond_the_total(case),
+    scheduler = _Scheduler(scheduler_type, params, resolved_params(scheduler_type, params), optimizer_lr, updates)
+    default_log = None if scheduler.written.get("warmup_type") == "log" else _log_ramp_sentence(scheduler)
+    sentences = {
+        "warmup_type": default_log,
+        "warmup_max_lr": _inherited_peak(scheduler),
+        "warmup_num_steps": _beyond_the_run(scheduler),
+        "total_num_steps": _beyond_the_total(scheduler),
     }
-    problems = [Problem(text, key=f"scheduler.params.{key}", hint=ALLOW) for key, text in told.items() if text]
+    problems = [Problem(text, key=f"scheduler.params.{key}", hint=ALLOW) for key, text in sentences.items() if text]
     high = _too_high(max(simulate_deepspeed(scheduler_type, params, optimizer_lr, updates)), method, parameters)
     return [*problems, high] if high else problems
 
 
-def _below_zero(case: _Case) -> str | None:
-    lowest = min(case.first_rates(case.updates), default=0.0)
+def _negative_lrs(scheduler: _Scheduler) -> str | None:
+    lowest = min(scheduler.first_lrs(scheduler.updates), default=0.0)
     if lowest >= 0:
         return None
-    return f"Updates run at learning rates below 0, down to {lowest:g}, which increase the loss."
+    return f"Some updates have a learning rate below 0, down to {lowest:g}, which increases the loss."
 
 
 def deepspeed_warnings(scheduler_type: str, params: Params, optimizer_lr: float, updates: int) -> list[str]:
-    """What an existing DeepSpeed scheduler block will do that its author may not expect, as plain sentences.
+    """Sentences on what an existing DeepSpeed scheduler block does that its author may not expect.
 
-    For a run of `updates` started as the engine starts it. Raises RequestError for parameters that DeepSpeed
-    refuses.
+    For a run of `updates` without an extra `step()` at the start. Raises RequestError for parameters that DeepSpeed
+    rejects.
     """
-    case = _Case(scheduler_type, params, settled(scheduler_type, params), optimizer_lr, updates)
-    return [sentence for check in _CHECKS if (sentence := check(case))]
+    scheduler = _Scheduler(scheduler_type, params, resolved_params(scheduler_type, params), optimizer_lr, updates)
+    return [sentence for check in _CHECKS if (sentence := check(scheduler))]
 
 
-def _two_at_start(case: _Case) -> str | None:
-    if not case.kind.startswith("Warmup") or case.full["last_batch_iteration"] != -1 or case.updates < 2:
+def _two_at_start(scheduler: _Scheduler) -> str | None:
+    if not scheduler.kind.startswith("Warmup") or scheduler.full["last_batch_iteration"] != -1 or scheduler.updates < 2:
         return None
-    first, second = case.first_rates(2)
+    first, second = scheduler.first_lrs(2)
     if first == second:
-        return f"Updates 0 and 1 both run at {first:g}: the engine's first step leaves the rate as it was."
-    return f"Update 0 runs at {first:g} whatever the warm-up's minimum is; the ramp starts at update 1."
+        return f"Updates 0 and 1 both use {first:g}: the engine's first step does not change the learning rate."
+    return f"Update 0 uses {first:g}, whatever the warm-up's minimum is; the ramp starts at update 1."
 
 
-def _resumed_count(case: _Case) -> str | None:
-    last = case.full["last_batch_iteration"]
+def _resumed_count(scheduler: _Scheduler) -> str | None:
+    last = scheduler.full["last_batch_iteration"]
     if last == -1:
         return None
-    return f"last_batch_iteration is {last}: update 0 runs at the optimizer's full rate {case.optimizer_lr:g}."
-
-
-def _log_ramp_sentence(case: _Case) -> str | None:
-    if not case.kind.startswith("Warmup") or case.full["warmup_num_steps"] <= 2:
-        return None
-    kind = case.full["warmup_type"]
-    if kind == "linear":
-        return None
-    why = "is the default" if "warmup_type" not in case.written else "is set"
-    if kind != "log":
-        why = f"is what DeepSpeed makes of the unknown warmup_type {kind!r}"
-    ramp = _log_ramp(case.full["warmup_num_steps"])
-    return f'The log ramp {why}: it {ramp}. Write "warmup_type": "linear".'
-
-
-def _inherited_peak(case: _Case) -> str | None:
-    if case.kind != "WarmupDecayLR" or "warmup_max_lr" in case.written:
-        return None
     return (
-        "warmup_max_lr is missing, so the peak is DeepSpeed's default 0.001, and not the optimizer's "
-        f"{case.optimizer_lr:g}."
+        f"last_batch_iteration is {last}: update 0 uses the optimizer's full learning rate {scheduler.optimizer_lr:g}."
     )
 
 
-def _other_peak(case: _Case) -> str | None:
-    peak = case.written.get("warmup_max_lr")
-    if not isinstance(peak, int | float) or peak == case.optimizer_lr:
+def _log_ramp_sentence(scheduler: _Scheduler) -> str | None:
+    if not scheduler.kind.startswith("Warmup") or scheduler.full["warmup_num_steps"] <= 2:
         return None
-    return f"The scheduler's peak {peak:g} rules; the optimizer's rate {case.optimizer_lr:g} is never used."
-
-
-def _beyond_the_run(case: _Case) -> str | None:
-    warmup = case.full.get("warmup_num_steps", 0)
-    if warmup <= case.updates:
+    kind = scheduler.full["warmup_type"]
+    if kind == "linear":
         return None
-    return f"The warm-up of {warmup} updates exceeds the run of {case.updates}: it never reaches the peak."
+    origin = "is the default" if "warmup_type" not in scheduler.written else "is set"
+    if kind != "log":
+        origin = f"is what DeepSpeed uses for the unknown warmup_type {kind!r}"
+    ramp = _log_ramp(scheduler.full["warmup_num_steps"])
+    return f'The log ramp {origin}: it {ramp}. Write "warmup_type": "linear".'
 
 
-def _beyond_the_total(case: _Case) -> str | None:
-    if "total_num_steps" not in case.full:
+def _inherited_peak(scheduler: _Scheduler) -> str | None:
+    if scheduler.kind != "WarmupDecayLR" or "warmup_max_lr" in scheduler.written:
         return None
-    total, warmup = case.full["total_num_steps"], max(2, case.full["warmup_num_steps"])
+    return (
+        "warmup_max_lr is missing: the peak is DeepSpeed's default 0.001, not the optimizer's "
+        f"{scheduler.optimizer_lr:g}."
+    )
+
+
+def _other_peak(scheduler: _Scheduler) -> str | None:
+    peak = scheduler.written.get("warmup_max_lr")
+    if not isinstance(peak, int | float) or peak == scheduler.optimizer_lr:
+        return None
+    return (
+        f"The peak is the scheduler's {peak:g}; the optimizer's learning rate {scheduler.optimizer_lr:g} is never used."
+    )
+
+
+def _beyond_the_run(scheduler: _Scheduler) -> str | None:
+    warmup = scheduler.full.get("warmup_num_steps", 0)
+    if warmup <= scheduler.updates:
+        return None
+    return f"The warm-up of {warmup} updates is longer than the run of {scheduler.updates}: it never reaches the peak."
+
+
+def _beyond_the_total(scheduler: _Scheduler) -> str | None:
+    if "total_num_steps" not in scheduler.full:
+        return None
+    total, warmup = scheduler.full["total_num_steps"], max(2, scheduler.full["warmup_num_steps"])
     if total >= warmup:
         return None
-    return f"total_num_steps {total} is less than the warm-up of {warmup}: the rate drops straight to its floor."
+    return (
+        f"total_num_steps {total} is less than the warm-up of {warmup}: the learning rate drops straight to its floor."
+    )
 
 
-def _other_total(case: _Case) -> str | None:
-    total = case.full.get("total_num_steps")
-    if total is None or total == case.updates:
+def _other_total(scheduler: _Scheduler) -> str | None:
+    total = scheduler.full.get("total_num_steps")
+    if total is None or total == scheduler.updates:
         return None
-    if total < case.updates:
-        idle = case.updates - total
-        return f"The decay ends at update {total}: the last {idle:g} updates run at the floor."
-    last = case.first_rates(case.updates)[-1]
-    return f"The decay is laid out for {total} updates and the run has {case.updates}: it ends at {last:g}."
+    if total < scheduler.updates:
+        rest = scheduler.updates - total
+        return f"The decay ends at update {total}: the last {rest:g} updates are at the floor."
+    last = scheduler.first_lrs(scheduler.updates)[-1]
+    return f"The decay is for {total} updates, but the run has {scheduler.updates}: it ends at {last:g}."
 
 
-def _idle_updates(case: _Case) -> str | None:
-    idle = case.first_rates(case.updates).count(0.0)
-    return f"{idle} of {case.updates} updates run at rate 0 and train nothing." if idle else None
+def _idle_updates(scheduler: _Scheduler) -> str | None:
+    idle = scheduler.first_lrs(scheduler.updates).count(0.0)
+    return f"{idle} of {scheduler.updates} updates have a learning rate of 0 and train nothing." if idle else None
 
 
-_CHECKS: tuple[Callable[[_Case], str | None], ...] = (
+_CHECKS: tuple[Callable[[_Scheduler], str | None], ...] = (
     _two_at_start,
     _resumed_count,
     _log_ramp_sentence,
@@ -222,5 +228,5 @@ _CHECKS: tuple[Callable[[_Case], str | None], ...] = (
     _beyond_the_total,
     _other_total,
     _idle_updates,
-    _below_zero,
+    _negative_lrs,
 )

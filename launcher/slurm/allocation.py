@@ -1,4 +1,4 @@
-"""What Slurm gave this task: its job, its place among the nodes, and the node's processors and GPUs."""
+"""The Slurm allocation of this task: its job, its nodes, and this node's CPUs and GPUs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NOT_IN_BRACKETS = re.compile(r",(?![^\[]*\])")
 
 @dataclass(frozen=True)
 class Allocation:
-    """One task a node of a Slurm job. `restart` counts how often the job was requeued, `step` the calls of srun."""
+    """One task per node of a Slurm job. `restart` counts how often the job was requeued; `step` is the step id."""
 
     job_id: str
     restart: int
@@ -31,29 +31,31 @@ class Allocation:
 
     @property
     def start(self) -> str:
-        """What tells this call of srun in this start of the job from all others."""
+        """Identifies this start of the job and this call of srun."""
         return f"{self.job_id}-{self.restart}-{self.step}"
 
     @property
     def stamp(self) -> str:
-        """What tells this job's run directory from those of others."""
+        """The part of the run directory's name that identifies the job."""
         return f"slurm-{self.job_id}"
 
 
 def run_stamp(environment: Mapping[str, str]) -> str:
-    """The stamp of the job whose batch script or task this is. Raises RequestError outside of Slurm."""
+    """The stamp of the Slurm job of this process. Raises RequestError outside of Slurm."""
     return f"slurm-{_job_id(environment)}"
 
 
 def read_allocation(environment: Mapping[str, str]) -> Allocation:
-    """The task's allocation, from Slurm's variables. Raises RequestError where srun did not start it one a node."""
+    """The task's allocation, from Slurm's variables. Raises RequestError unless srun started one task per node."""
     job_id = _job_id(environment)
     if "SLURM_NODEID" not in environment:
-        raise _problem("this is not a task of srun", "start it with: srun launcher node JOB.yaml")
+        raise _problem(
+            "this is not a task of srun: SLURM_NODEID is not set", "start it with: srun launcher node JOB.yaml"
+        )
     hosts = expand_hosts(environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"])
     if int(environment.get("SLURM_NTASKS", len(hosts))) != len(hosts) or environment.get("SLURM_LOCALID", "0") != "0":
         found = f"srun started {environment.get('SLURM_NTASKS')} tasks on {len(hosts)} nodes"
-        raise _problem(found, "one task a node is needed: --ntasks-per-node=1, and --nodes for their number")
+        raise _problem(found, "start one task per node: --ntasks-per-node=1, and --nodes for the number of nodes")
     return Allocation(
         job_id=job_id,
         restart=int(environment.get("SLURM_RESTART_COUNT", 0)),
@@ -66,7 +68,7 @@ def read_allocation(environment: Mapping[str, str]) -> Allocation:
 
 
 def expand_hosts(listed: str) -> tuple[str, ...]:
-    """The hosts of Slurm's short form, in its order: "gpu[01-03,7],login" is gpu01, gpu02, gpu03, gpu7 and login."""
+    """Expands a host list of Slurm, in order: "gpu[01-03,7],login" is gpu01, gpu02, gpu03, gpu7 and login."""
     found: list[str] = []
     for part in _NOT_IN_BRACKETS.split(listed):
         found += _expand(part)

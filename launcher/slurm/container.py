@@ -1,4 +1,4 @@
-"""A container around the launcher on a node: what srun or apptainer is told, so that it sees the job as outside."""
+"""The launcher in a container on a node: options of srun or apptainer that mount the folders of the job."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 
 from launcher.errors import Problem, RequestError
 from launcher.job.schema import SlurmSection
+from launcher.job.user_path import user_path
 
 
-def container_words(slurm: SlurmSection, cwd: Path, folders: Iterable[Path]) -> tuple[list[str], list[str]]:
-    """What srun is told about the container, and the launcher as it is called on a node.
+def container_command(slurm: SlurmSection, cwd: Path, folders: Iterable[Path]) -> tuple[list[str], list[str]]:
+    """The options of srun for the container, and the command of the launcher on a node.
 
-    The launcher starts in `cwd`, as without a container, and finds `cwd` and `folders` at their own paths. Raises
-    RequestError where one of them cannot be mounted.
+    The launcher starts in `cwd`, as without a container; `cwd` and `folders` are mounted at their own paths. Raises
+    RequestError if one of them cannot be mounted.
     """
     if slurm.container is None:
         return [], ["launcher"]
@@ -28,7 +29,7 @@ def container_words(slurm: SlurmSection, cwd: Path, folders: Iterable[Path]) -> 
 
 
 def _own_mounts(folders: Iterable[Path], users: Iterable[str]) -> list[Path]:
-    """Those folders that neither the user mounts nor another one of them holds."""
+    """The folders that are neither mounted by the user nor inside another one of them."""
     # /outside:/inside:ro, or /both
     inside = [Path([*mount.split(":"), mount][1]) for mount in users]
     found: list[Path] = []
@@ -41,14 +42,14 @@ def _own_mounts(folders: Iterable[Path], users: Iterable[str]) -> list[Path]:
 
 def _check(folder: Path) -> None:
     if folder == Path("/"):
-        found = "the root of the file system would be mounted over the container's own"
+        found = "the root of the file system cannot be mounted: it would replace the container's"
     elif set(",:") & set(str(folder)):
-        found = f"{folder} holds a comma or a colon, which divide mounts from each other"
+        found = f"{folder} contains a comma or a colon, which separate mounts"
     else:
         return
-    hint = "submit from another folder, with the job file and output_dir in others, or name a mount of your own"
+    hint = "submit from another folder, move the job file or output_dir, or mount the folder in slurm.container_mounts"
     raise RequestError(Problem(found, key="slurm.container_mounts", hint=hint))
 
 
 def _home(path: str) -> str:
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    return str(user_path(path)) if path.startswith("~") else path

@@ -1,4 +1,4 @@
-"""What sbatch is told about a job: its options in order, and the environment variables that would override them."""
+"""The options of sbatch for a job, in order, and the environment variables that would override them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import Problem, RequestError
-from launcher.job import Job, explicit_keys
+from launcher.job import AnyJob, explicit_keys
 from launcher.job.slurm import gres_gpus
 
 _BARE = re.compile(r"[A-Za-z0-9_.,:=@%+*?&|!~/()\[\]-]*")
@@ -16,35 +16,35 @@ _BARE = re.compile(r"[A-Za-z0-9_.,:=@%+*?&|!~/()\[\]-]*")
 
 @dataclass(frozen=True)
 class Option:
-    """One option of sbatch. `asked`: the job file names it, so that no template may leave it out."""
+    """One option of sbatch. `explicit`: the job file sets it, so a template may not drop it."""
 
     name: str
     value: str | None = None
-    asked: bool = True
+    explicit: bool = True
 
     def argument(self) -> str:
         """The option as one argument of a command."""
         return f"--{self.name}" if self.value is None else f"--{self.name}={self.value}"
 
     def directive(self) -> str:
-        """The option as a line of a script, with the quotes that sbatch reads there."""
+        """The option as a line of a script, quoted for sbatch."""
         if self.value is None or _BARE.fullmatch(self.value):
             return f"#SBATCH {self.argument()}"
         escaped = self.value.replace("\\", "\\\\").replace('"', '\\"')
         return f'#SBATCH --{self.name}="{escaped}"'
 
 
-def sbatch_options(job: Job, folder: Path) -> tuple[Option, ...]:
-    """Every option of the job, whose run directories are made in `folder`. Raises RequestError for contradictions."""
-    slurm, asked = job.slurm, explicit_keys(job)
+def sbatch_options(job: AnyJob, folder: Path) -> tuple[Option, ...]:
+    """All options of the job, whose run directories are in `folder`. Raises RequestError for contradictions."""
+    slurm, explicit = job.slurm, explicit_keys(job)
     options = [
-        Option("job-name", job.name, asked=False),
+        Option("job-name", job.name, explicit=False),
         Option("partition", slurm.partition),
         Option("account", slurm.account),
         Option("qos", slurm.qos),
         Option("time", slurm.time),
-        Option("nodes", str(job.cluster.nodes), "cluster.nodes" in asked),
-        Option("ntasks-per-node", "1", asked=False),
+        Option("nodes", str(job.cluster.nodes), "cluster.nodes" in explicit),
+        Option("ntasks-per-node", "1", explicit=False),
         Option("cpus-per-task", _cpus(job)),
         Option("gres", _gres(job)),
         Option("mem", slurm.mem),
@@ -57,69 +57,69 @@ def sbatch_options(job: Job, folder: Path) -> tuple[Option, ...]:
         Option("mail-user", slurm.mail_user),
         Option("mail-type", ",".join(slurm.mail_type) or None),
         Option("comment", slurm.comment),
-        Option("output", _escaped(log_file(job, folder)), asked=False),
-        Option("open-mode", "append", asked=False),
-        Option("signal", f"B:USR1@{slurm.signal_seconds}", "slurm.signal_seconds" in asked),
+        Option("output", _escaped(log_file(job, folder)), explicit=False),
+        Option("open-mode", "append", explicit=False),
+        Option("signal", f"B:USR1@{slurm.signal_seconds}", "slurm.signal_seconds" in explicit),
     ]
     flags = [Option("exclusive")] if slurm.exclusive else []
-    flags.append(Option("requeue" if slurm.requeue else "no-requeue", asked="slurm.requeue" in asked))
+    flags.append(Option("requeue" if slurm.requeue else "no-requeue", explicit="slurm.requeue" in explicit))
     return (*(option for option in options if option.value is not None), *flags, *map(_extra, slurm.extra))
 
 
-def gpus_per_node(job: Job) -> int:
-    """GPUs that Slurm is asked for on a node. Raises RequestError where nobody says how many."""
+def gpus_per_node(job: AnyJob) -> int:
+    """The GPUs per node to request from Slurm. Raises RequestError if neither key sets a number."""
     named = gres_gpus(job.slurm.gres) if job.slurm.gres else None
-    asked = job.cluster.gpus_per_node
-    if asked == "auto" and named is None:
+    requested = job.cluster.gpus_per_node
+    if requested == "auto" and named is None:
         raise RequestError(
             Problem(
-                "auto, and Slurm gives a job no GPUs that it does not ask for",
+                "auto, but Slurm gives a job only the GPUs that it requests",
                 key="cluster.gpus_per_node",
-                hint="say how many a node has, or name them in slurm.gres (gpu:h100:8); 0 trains on processors",
+                hint="set the number of GPUs per node, or request them in slurm.gres (gpu:h100:8); 0 trains on CPUs",
             )
         )
-    if named is not None and asked not in ("auto", named):
+    if named is not None and requested not in ("auto", named):
         raise RequestError(
             Problem(
-                f"{asked}, and slurm.gres asks for {named} ({job.slurm.gres})",
+                f"{requested}, but slurm.gres requests {named} ({job.slurm.gres})",
                 key="cluster.gpus_per_node",
-                hint="let both say the same, or leave cluster.gpus_per_node out",
+                hint="set both to the same number, or leave cluster.gpus_per_node out",
             )
         )
-    return named if asked == "auto" and named is not None else int(asked)
+    return named if requested == "auto" and named is not None else int(requested)
 
 
-def log_file(job: Job, folder: Path) -> str:
-    """Where Slurm writes what the job prints, with Slurm's %j, or %A and %a, for the job's id."""
+def log_file(job: AnyJob, folder: Path) -> str:
+    """The file for the job's output, with Slurm's %j (or %A and %a) for the job id."""
     return f"{folder}/{job.name}-slurm-{'%A_%a' if job.slurm.array else '%j'}.log"
 
 
 def overriding_variables(options: Iterable[Option], environment: Iterable[str]) -> tuple[str, ...]:
-    """Names in `environment` that sbatch would take over the options, or that belong to a job around this one.
+    """Names in `environment` that would override the options, or that belong to an outer Slurm job.
 
     Source: sbatch(1), input environment variables: they win over the options of a script.
     """
     overriding = {_WAITING, *(name for option in options for name in _VARIABLES.get(option.name, ()))}
-    return tuple(sorted(name for name in environment if name in overriding or _of_a_job(name)))
+    return tuple(sorted(name for name in environment if name in overriding or _belongs_to_a_job(name)))
 
 
-def _of_a_job(name: str) -> bool:
+def _belongs_to_a_job(name: str) -> bool:
     return name.startswith(("SLURM_", "SLURMD_", "SRUN_")) and name not in _SETTINGS
 
 
-def _cpus(job: Job) -> str | None:
-    """Processors of a node: as many as ranks where there are no GPUs; with GPUs the site's own share of a GPU."""
+def _cpus(job: AnyJob) -> str | None:
+    """CPUs per node: as many as ranks if there are no GPUs; with GPUs the default of the site."""
     gpus, processes, cpus = gpus_per_node(job), job.cluster.processes_per_node, job.slurm.cpus_per_task
     ranks = gpus or (1 if processes == "auto" else processes)
     if cpus is not None and cpus < ranks:
-        found = f"{cpus} processors, and {ranks} ranks a node"
-        raise RequestError(Problem(found, key="slurm.cpus_per_task", hint=f"at least {ranks}"))
+        found = f"{cpus} CPUs for {ranks} ranks per node"
+        raise RequestError(Problem(found, key="slurm.cpus_per_task", hint=f"set at least {ranks}"))
     if cpus is None and not gpus and processes != "auto":
         cpus = ranks
     return None if cpus is None else str(cpus)
 
 
-def _gres(job: Job) -> str | None:
+def _gres(job: AnyJob) -> str | None:
     gres, gpus = job.slurm.gres, gpus_per_node(job)
     if gpus == 0 or (gres and gres_gpus(gres) is not None):
         return gres
@@ -127,11 +127,11 @@ def _gres(job: Job) -> str | None:
 
 
 def _escaped(log: str) -> str:
-    """In a file's name Slurm reads %x as a job's name and so on: a percent sign of the folder's own is doubled."""
+    """Doubles the percent signs of the folder, which Slurm would replace, as %x by the job's name."""
     folder, _, name = log.rpartition("/")
     if "\\" in folder:
-        found = f"{folder} holds a backslash, with which Slurm does not write the job's id into the log's name"
-        raise RequestError(Problem(found, key="output_dir", hint="take a folder without one"))
+        found = f"{folder} contains a backslash, which stops Slurm from writing the job id into the log's name"
+        raise RequestError(Problem(found, key="output_dir", hint="choose a folder without a backslash"))
     return f"{folder.replace('%', '%%')}/{name}"
 
 
@@ -141,10 +141,10 @@ def _extra(text: str) -> Option:
 
 
 _SETTINGS = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_DEBUG_FLAGS", "SLURM_EXIT_ERROR", "SLURM_UMASK", "SLURM_JWT"}
-"""Variables that tell Slurm's commands how to work, and belong to no job."""
+"""Variables that configure Slurm's commands and belong to no job."""
 
 _WAITING = "SBATCH_WAIT"
-"""With it sbatch answers once the job has ended, where its id is wanted at once."""
+"""With it sbatch would wait for the end of the job before it prints the job id."""
 
 _VARIABLES = {
     "account": ("SBATCH_ACCOUNT",),
@@ -164,4 +164,4 @@ _VARIABLES = {
     "signal": ("SBATCH_SIGNAL",),
     "time": ("SBATCH_TIMELIMIT",),
 }
-"""Variables that sbatch takes over the options of a script: option → variables."""
+"""Variables that override the options of a script: option → variables."""

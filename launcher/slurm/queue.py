@@ -1,4 +1,4 @@
-"""Cancelling a job at its scheduler, where its run does not answer."""
+"""State and cancellation of a job in Slurm's queue, for runs that do not respond."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from launcher.errors import RunFailed
 
 
 def slurm_job_state(job_id: str) -> str | None:
-    """What Slurm says of a job that it still has ("PENDING", "RUNNING"); None where it has none, or is not here."""
+    """Slurm's state of a job ("PENDING", "RUNNING"); None if it is not in the queue or Slurm is not installed."""
     command = ["squeue", "--noheader", "--jobs", job_id, "--format", "%T"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -18,10 +18,10 @@ def slurm_job_state(job_id: str) -> str | None:
 
 
 def cancel_slurm_job(job_id: str) -> None:
-    """Cancels a Slurm job: all its processes end. Raises RunFailed with what scancel says."""
+    """Cancels a Slurm job, which ends all its processes. Raises RunFailed with the message of scancel."""
     try:
         done = subprocess.run(["scancel", "--", job_id], capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise RunFailed(f"scancel is not installed here; where Slurm is: scancel {job_id}") from None
+        raise RunFailed(f"scancel is not installed here; run this on a node with Slurm: scancel {job_id}") from None
     if done.returncode != 0:
         raise RunFailed(f"scancel {job_id}: {done.stderr.strip() or f'status {done.returncode}'}")

@@ -1,4 +1,4 @@
-"""A Ray of one's own on a node of an allocation: started with ports of its own, ended by process id."""
+"""The Ray processes on one node of an allocation: started on separate ports, ended by process id."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from launcher.fleet.ray_folder import RayFolder
 from launcher.slurm.allocation import Allocation
 
 _TRIES = 3
-_UP_SECONDS = 90.0
+_START_SECONDS = 90.0
 _END_SECONDS = 10.0
 _LOG_SECONDS = 3.0
-_UP = "Ray runtime started"
+_STARTED_TEXT = "Ray runtime started"
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_prestart_worker_first_driver": "false",
-    # Where a node's memory is nearly full, as with what ZeRO offloads, Ray would kill its only worker, the agent.
+    # When memory is nearly full, as with ZeRO's offload, Ray would kill its only worker, the agent.
     "RAY_memory_monitor_refresh_ms": "0",
 }
 _PORT_OPTIONS = (
@@ -43,8 +43,8 @@ _PORT_OPTIONS = (
 _HEAD_PORT_OPTIONS = ("--ray-client-server-port", "--dashboard-port")
 
 
-class OwnRay:
-    """The Ray processes of one node. `address` is that of the whole Ray."""
+class RayNode:
+    """The Ray processes of one node. `address` is that of the cluster."""
 
     def __init__(self, allocation: Allocation, node_address: str, head_address: str | None, log: IO[bytes]) -> None:
         self._allocation, self._log = allocation, log
@@ -54,21 +54,21 @@ class OwnRay:
         self.address = head_address or ""
 
     def start(self) -> None:
-        """Starts the node's part. A port that was taken meanwhile leads to another try. Raises RunFailed."""
+        """Starts Ray on the node; tries again with other ports if one was taken. Raises RunFailed."""
         for attempt in range(_TRIES):
             ports = free_ports(f"{self._allocation.job_id}-{self._allocation.node}-{attempt}")
-            if self._up(ports):
+            if self._start_once(ports):
                 return
             self._stop()
         message = f"Ray did not start on {socket.gethostname()} in {_TRIES} tries"
         raise RunFailed(message, code=FailureCode.RAY_LOST)
 
     def end(self) -> None:
-        """Ends every process that this started, and removes their files."""
+        """Ends every process that `start` started, and removes their files."""
         self._stop()
         self._folder.remove()
 
-    def _up(self, ports: Iterator[int]) -> bool:
+    def _start_once(self, ports: Iterator[int]) -> bool:
         command, head_port = self._command(ports)
         with _sigterm_blocked():
             self._process = subprocess.Popen(
@@ -82,7 +82,7 @@ class OwnRay:
         up = threading.Event()
         self._copier = threading.Thread(target=self._copy, args=(self._process.stdout, up), daemon=True)
         self._copier.start()
-        deadline = time.monotonic() + _UP_SECONDS
+        deadline = time.monotonic() + _START_SECONDS
         while not up.wait(0.1):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 return False
@@ -91,7 +91,7 @@ class OwnRay:
         return True
 
     def _command(self, ports: Iterator[int]) -> tuple[list[str], int]:
-        """`ray start` for this node, and the port that is the head's."""
+        """The command `ray start` for this node, and the port of the head."""
         options = {name: str(next(ports)) for name in _PORT_OPTIONS}
         port = next(ports)
         if self._head_address is None:
@@ -106,7 +106,7 @@ class OwnRay:
             "--labels": f"{NODE_LABEL}={self._allocation.node}",
             "--object-store-memory": str(OBJECT_STORE_BYTES),
             "--temp-dir": str(self._folder.ray),
-            # 0: whatever is free. Ray's own range is the same for every Ray on a node.
+            # 0: any free port. Ray's default range is the same for every Ray on a node.
             "--min-worker-port": "0",
             "--max-worker-port": "0",
         }
@@ -121,31 +121,31 @@ class OwnRay:
             for line in source:
                 self._log.write(line)
                 self._log.flush()
-                if _UP.encode() in line:
+                if _STARTED_TEXT.encode() in line:
                     up.set()
 
     def _stop(self) -> None:
-        """Kills what was started, by process id: none of it takes SIGTERM, and nothing of it is needed any more."""
+        """Kills the started processes by id: they block SIGTERM and have nothing to save."""
         if self._process is None:
             return
-        started = _below(self._process.pid)
+        started = _descendants(self._process.pid)
         self._process.kill()
         for process in started:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.wait()
         psutil.wait_procs(started, timeout=_END_SECONDS)
-        # The log is closed by whoever opened it, once everything is in it.
+        # The caller closes the log after this, so wait until it is complete.
         self._copier.join(_LOG_SECONDS)
         self._process = None
 
 
 @contextlib.contextmanager
 def _sigterm_blocked() -> Iterator[None]:
-    """Blocks SIGTERM for what is started inside the block, and for all that this starts in turn.
+    """Blocks SIGTERM for processes started inside the block, and their children.
 
     Slurm's scancel and requeue send SIGTERM to every process of a job's tasks at once. Ray's processes and the ranks
-    would end, where the run is to save first; the launcher alone takes the signal, and ends the others itself.
+    must not end before the run has saved: only the launcher handles the signal, and ends the others itself.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
@@ -154,7 +154,7 @@ def _sigterm_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _below(pid: int) -> list[psutil.Process]:
+def _descendants(pid: int) -> list[psutil.Process]:
     try:
         return list(psutil.Process(pid).children(recursive=True))
     except psutil.NoSuchProcess:

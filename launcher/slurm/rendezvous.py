@@ -1,8 +1,8 @@
-"""How the nodes of an allocation find each other, before there is a Ray: by connecting to the first of them.
+"""How the nodes of an allocation find each other before Ray runs: all connect to the first node.
 
-The first node publishes every address it has and a port in a file that all see; the others try them in turn. What
-connects is the interface to use, on both sides. The connection stays open as long as the run lasts: when it closes, the
-first node is gone, and the others end what they have started.
+The first node writes its addresses and a port to a shared file; the other nodes try the addresses in turn. The address
+that works shows which interface to use, on both sides. The connection stays open during the run: when it closes, the
+first node is gone, and the other nodes end what they have started.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from launcher.slurm.startup_errors import Check
 
 _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 30.0
-_LOOK_AGAIN_SECONDS = 0.25
-_REFUSED_SECONDS = 0.5
-_LONGEST_LINE = 64 * 1024
+_POLL_SECONDS = 0.25
+_CHECK_SECONDS = 0.5
+_MAX_LINE_BYTES = 64 * 1024
 
 
-class Line:
-    """A connection over which JSON objects go, one a line."""
+class Connection:
+    """A connection that carries JSON objects, one per line."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._reader = connection.makefile("rb")
 
     @property
-    def own_address(self) -> str:
+    def local_address(self) -> str:
         return str(self._socket.getsockname()[0])
 
     def send(self, **message: Any) -> None:
         self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, timeout_seconds: float | None) -> dict[str, Any] | None:
-        """The next message; None where the other side is gone. Raises TimeoutError."""
+        """The next message; None if the other side is gone. Raises TimeoutError."""
         self._socket.settimeout(timeout_seconds)
         try:
-            line = self._reader.readline(_LONGEST_LINE)
+            line = self._reader.readline(_MAX_LINE_BYTES)
         except TimeoutError:
             raise
         except OSError:
@@ -67,47 +67,47 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Guest:
-    """Another node at the first one's meeting: its own address by each of the first one's that it reached."""
+class JoinedNode:
+    """Another node that joined. `reached`: address of the first node → this node's own address on the way to it."""
 
-    node: int
+    node_rank: int
     host: str
     reached: dict[str, str]
-    line: Line
+    connection: Connection
 
 
-class Meeting:
-    """The first node's side."""
+class RendezvousServer:
+    """The first node's side: accepts the other nodes."""
 
     def __init__(self, file: Path, key: str, others: int) -> None:
         self._file, self._key, self._others = file, key, others
-        # With no other node nobody has to reach this one.
+        # Without other nodes, loopback is enough.
         self._socket = socket.create_server(("" if others else LOOPBACK, 0), backlog=max(128, 2 * others))
-        self._guests: dict[int, Guest] = {}
-        self._news = threading.Condition()
-        threading.Thread(target=self._accept, name="meeting", daemon=True).start()
+        self._nodes: dict[int, JoinedNode] = {}
+        self._joined = threading.Condition()
+        threading.Thread(target=self._accept, name="rendezvous", daemon=True).start()
 
     def publish(self) -> None:
-        """Writes the file by which the others find this node."""
+        """Writes the file through which the other nodes find this one."""
         write_json(self._file, {"addresses": own_addresses(), "port": self._socket.getsockname()[1]})
 
-    def wait(self, timeout_seconds: float, refused: Check = lambda: None) -> list[Guest]:
-        """The other nodes, in order. Those that did not come in time are missing from the list.
+    def wait(self, timeout_seconds: float, check: Check = lambda: None) -> list[JoinedNode]:
+        """Waits for the other nodes and returns them in order, without those that did not join in time.
 
-        `refused` is called now and then, and raises where one of them will not come at all.
+        `check` is called while waiting; it raises if one of them has failed.
         """
         deadline = time.monotonic() + timeout_seconds
-        with self._news:
-            while len(self._guests) < self._others and (left := deadline - time.monotonic()) > 0:
-                self._news.wait(min(left, _REFUSED_SECONDS))
-                refused()
-            return [self._guests[node] for node in sorted(self._guests)]
+        with self._joined:
+            while len(self._nodes) < self._others and (left := deadline - time.monotonic()) > 0:
+                self._joined.wait(min(left, _CHECK_SECONDS))
+                check()
+            return [self._nodes[node] for node in sorted(self._nodes)]
 
     def close(self) -> None:
-        """Lets the other nodes go."""
-        with self._news:
-            for guest in self._guests.values():
-                guest.line.close()
+        """Closes all connections, which ends the other nodes."""
+        with self._joined:
+            for node in self._nodes.values():
+                node.connection.close()
         self._file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -119,67 +119,67 @@ class Meeting:
                 connection, _ = self._socket.accept()
             except OSError:
                 return
-            threading.Thread(target=self._admit, args=(connection,), daemon=True).start()
+            threading.Thread(target=self._authenticate, args=(connection,), daemon=True).start()
 
-    def _admit(self, connection: socket.socket) -> None:
-        """Lets one in that has the run's key; whoever has not is left without an answer."""
-        line, challenge = Line(connection), secrets.token_hex(16)
+    def _authenticate(self, accepted: socket.socket) -> None:
+        """Accepts a node that has the run's key; others get no answer."""
+        connection, challenge = Connection(accepted), secrets.token_hex(16)
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            line.send(challenge=challenge)
-            answer = line.receive(_ANSWER_SECONDS)
+            connection.send(challenge=challenge)
+            answer = connection.receive(_ANSWER_SECONDS)
             if answer and hmac.compare_digest(answer["proof"], _proof(self._key, challenge)):
                 if answer.get("probe"):
-                    line.send(welcome=True)
+                    connection.send(welcome=True)
                 else:
-                    self._seat(Guest(answer["node"], answer["host"], answer["reached"], line))
+                    self._add(JoinedNode(answer["node"], answer["host"], answer["reached"], connection))
                     return
-        line.close()
+        connection.close()
 
-    def _seat(self, guest: Guest) -> None:
-        with self._news:
-            self._guests[guest.node] = guest
-            self._news.notify_all()
+    def _add(self, node: JoinedNode) -> None:
+        with self._joined:
+            self._nodes[node.node_rank] = node
+            self._joined.notify_all()
 
 
-def common_address(guests: list[Guest]) -> str:
-    """The first node's address at which every other node reached it. Raises RunFailed where there is none."""
-    for address in guests[0].reached:
-        if all(address in guest.reached for guest in guests):
+def common_address(nodes: list[JoinedNode]) -> str:
+    """An address at which every other node reached the first one. Raises RunFailed if there is none."""
+    for address in nodes[0].reached:
+        if all(address in node.reached for node in nodes):
             return address
-    ways = "; ".join(f"{guest.host} by {', '.join(guest.reached)}" for guest in guests)
-    message = f"the nodes reach the first one by different addresses: {ways}; they need one network in common"
+    ways = "; ".join(f"{node.host} through {', '.join(node.reached)}" for node in nodes)
+    message = f"the nodes reach the first one only through different addresses: {ways}; they need a common network"
     raise RunFailed(message, code=FailureCode.NETWORK)
 
 
-def attend(file: Path, key_file: Path, node: int, timeout_seconds: float, refused: Check = lambda: None) -> Line:
-    """Another node's side: waits for the file, finds the ways to the first node and joins. Raises RunFailed.
+def join(file: Path, key_file: Path, node: int, timeout_seconds: float, check: Check = lambda: None) -> Connection:
+    """Another node's side: waits for the file, tries the first node's addresses and joins. Raises RunFailed.
 
-    `refused` is called now and then, and raises where another node will not come at all.
+    `check` is called while waiting; it raises if another node has failed.
     """
-    invitation, key = _await_files(file, key_file, timeout_seconds, refused)
+    published, key = _await_files(file, key_file, timeout_seconds, check)
     reached: dict[str, str] = {}
     tried = []
-    for address in invitation["addresses"]:
+    for address in published["addresses"]:
         try:
-            reached[address] = _probe(address, invitation["port"], key)
+            reached[address] = _probe(address, published["port"], key)
         except OSError as error:
             tried.append(f"{address}: {error.strerror or error}")
     if not reached:
-        refused()
-        message = f"no way to the first node at port {invitation['port']}: {'; '.join(tried)}"
+        check()
+        message = f"cannot connect to the first node at port {published['port']}: {'; '.join(tried)}"
         raise RunFailed(message, code=FailureCode.NETWORK)
     try:
-        line = _connect(next(iter(reached)), invitation["port"])
-        _answer(line, key, node=node, host=socket.gethostname(), reached=reached)
+        connection = _connect(next(iter(reached)), published["port"])
+        _answer(connection, key, node=node, host=socket.gethostname(), reached=reached)
     except OSError as error:
-        refused()
-        message = f"the first node went away while this one joined: {error.strerror or error}"
+        check()
+        message = f"the first node ended while this one joined: {error.strerror or error}"
         raise RunFailed(message, code=FailureCode.NODE_LOST) from None
-    return line
+    return connection
 
 
-def _await_files(file: Path, key_file: Path, timeout_seconds: float, refused: Check) -> tuple[dict[str, Any], str]:
-    """What the first node wrote, and its key."""
+def _await_files(file: Path, key_file: Path, timeout_seconds: float, check: Check) -> tuple[dict[str, Any], str]:
+    """Waits for what the first node wrote: its addresses and port, and the key."""
     deadline, waiting = time.monotonic() + timeout_seconds, threading.Event()
     while True:
         found = f"{file} did not appear"
@@ -187,36 +187,36 @@ def _await_files(file: Path, key_file: Path, timeout_seconds: float, refused: Ch
             return json.loads(file.read_text()), key_file.read_text()
         except (FileNotFoundError, json.JSONDecodeError):
             pass
-        except OSError as error:  # such as ESTALE, which a network file system may say for a while
+        except OSError as error:  # such as ESTALE, which a network file system may report for a while
             found = f"{error.filename or file} could not be read ({error.strerror})"
-        refused()
+        check()
         if time.monotonic() > deadline:
-            hint = "is output_dir on storage that all nodes share, and did the first node come up?"
+            hint = "check that output_dir is on storage that all nodes share, and that the first node started"
             raise RunFailed(f"{found} within {timeout_seconds:.0f} s: {hint}", code=FailureCode.TIMEOUT)
-        waiting.wait(_LOOK_AGAIN_SECONDS)
+        waiting.wait(_POLL_SECONDS)
 
 
 def _probe(address: str, port: int, key: str) -> str:
-    """This node's own address on the way to `address`. Raises OSError where nothing of this run answers there."""
-    line = _connect(address, port)
+    """This node's own address on the way to `address`. Raises OSError if this run does not answer there."""
+    connection = _connect(address, port)
     try:
-        _answer(line, key, probe=True)
-        if not (line.receive(_CONNECT_SECONDS) or {}).get("welcome"):
-            raise OSError("something else answers there")
-        return line.own_address
+        _answer(connection, key, probe=True)
+        if not (connection.receive(_CONNECT_SECONDS) or {}).get("welcome"):
+            raise OSError("another program answers there")
+        return connection.local_address
     finally:
-        line.close()
+        connection.close()
 
 
-def _connect(address: str, port: int) -> Line:
-    return Line(socket.create_connection((address, port), _CONNECT_SECONDS))
+def _connect(address: str, port: int) -> Connection:
+    return Connection(socket.create_connection((address, port), _CONNECT_SECONDS))
 
 
-def _answer(line: Line, key: str, **message: Any) -> None:
-    greeting = line.receive(_CONNECT_SECONDS)
+def _answer(connection: Connection, key: str, **message: Any) -> None:
+    greeting = connection.receive(_CONNECT_SECONDS)
     if greeting is None or "challenge" not in greeting:
-        raise OSError("something else answers there")
-    line.send(proof=_proof(key, greeting["challenge"]), **message)
+        raise OSError("another program answers there")
+    connection.send(proof=_proof(key, greeting["challenge"]), **message)
 
 
 def _proof(key: str, challenge: str) -> str:

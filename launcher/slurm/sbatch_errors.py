@@ -1,4 +1,4 @@
-"""What Slurm answers, in our words: why it refuses a job, and where one stands."""
+"""Explains Slurm's answers: why sbatch rejected a job, and the state of a job."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import subprocess
 from dataclasses import dataclass
 from typing import Literal
 
-Standing = Literal["waiting", "running", "finished", "failed", "stopped", "unknown"]
+JobStatus = Literal["waiting", "running", "finished", "failed", "stopped", "unknown"]
 
-STATES: dict[str, Standing] = {
+STATES: dict[str, JobStatus] = {
     "PENDING": "waiting",
     "CONFIGURING": "waiting",
     "REQUEUED": "waiting",
@@ -36,19 +36,19 @@ STATES: dict[str, Standing] = {
     "REVOKED": "stopped",
     "TIMEOUT": "stopped",
 }
-"""Slurm's states of a job (squeue(1), sacct(1)) and what they are to us."""
+"""Slurm's job states (squeue(1), sacct(1)) → the launcher's."""
 
 
-def standing(state: str) -> Standing:
-    """Where a job stands that Slurm says this of; sacct's `CANCELLED by 1000` and cut-off `CANCELLED+` as well."""
+def job_status(state: str) -> JobStatus:
+    """The status for a state of Slurm, also for sacct's `CANCELLED by 1000` and truncated `CANCELLED+`."""
     return STATES.get(state.split(" ")[0].rstrip("+"), "unknown") if state else "unknown"
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """Why sbatch took no job: `ours` where the request is to be fixed, with the job's key and the hint."""
+class SbatchError:
+    """Why sbatch failed. `in_job`: the job must be fixed; then with its key and a hint if they are known."""
 
-    ours: bool
+    in_job: bool
     key: str | None = None
     hint: str | None = None
 
@@ -74,26 +74,26 @@ _REASONS = {
     "Node count": ("cluster.nodes", "sinfo --summarize lists the partitions with their nodes"),
     "node configuration is not available": (
         None,
-        "no node has all that is asked for: sinfo --format='%n %c %m %G' lists processors, memory and GPUs",
+        "no node has all that the job requests: sinfo --format='%n %c %m %G' lists processors, memory and GPUs",
     ),
 }
-"""What sbatch says → the job's key, and how to see what would be right."""
+"""Text of sbatch → the job's key, and a command that shows valid values."""
 
 
-def refusal(told: str) -> Refusal:
-    """What is to be fixed where sbatch failed with these words."""
-    if any(words in told for words in _UNREACHABLE):
-        return Refusal(ours=False)
+def explain_sbatch_error(message: str) -> SbatchError:
+    """Explains an error message of sbatch."""
+    if any(words in message for words in _UNREACHABLE):
+        return SbatchError(in_job=False)
     for words, (key, hint) in _REASONS.items():
-        if words.lower() in told.lower():
-            return Refusal(True, key, hint)
-    return Refusal(True)
+        if words.lower() in message.lower():
+            return SbatchError(True, key, hint)
+    return SbatchError(True)
 
 
-def where_it_stands(job_id: str, cluster: str | None) -> str | None:
-    """Where the job stands now, as squeue says it, such as `waiting (Dependency)`; None where it does not say."""
-    place = [f"--clusters={cluster}"] if cluster else []
-    argv = ["squeue", "--noheader", f"--jobs={job_id}", "--format=%T|%r", *place]
+def query_status(job_id: str, cluster: str | None) -> str | None:
+    """The job's status from squeue, such as `waiting (Dependency)`; None if squeue does not report it."""
+    clusters = [f"--clusters={cluster}"] if cluster else []
+    argv = ["squeue", "--noheader", f"--jobs={job_id}", "--format=%T|%r", *clusters]
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -102,5 +102,5 @@ def where_it_stands(job_id: str, cluster: str | None) -> str | None:
     if done.returncode != 0 or not lines:
         return None
     state, _, reason = lines[0].partition("|")
-    told = standing(state)
-    return f"{told} ({reason})" if told == "waiting" and reason != "None" else told
+    status = job_status(state)
+    return f"{status} ({reason})" if status == "waiting" and reason != "None" else status

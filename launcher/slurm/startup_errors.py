@@ -1,7 +1,7 @@
-"""What nodes of an allocation say to each other where one will not take part, before they have met.
+"""How a node reports an error to the other nodes of an allocation before they are connected.
 
-Small files in a folder beside the run directory, which need not be there yet. Whoever waits for the others looks here,
-and the last node to leave removes the folder.
+Small files in a folder beside the run directory, which may not exist yet. Nodes that wait for others read them; the
+last node to end removes the folder.
 """
 
 from __future__ import annotations
@@ -20,49 +20,51 @@ from launcher.slurm.allocation import Allocation
 Check = Callable[[], None]
 
 
-class RefusedElsewhere(RunFailed):
-    """Another node of the allocation refused."""
+class OtherNodeFailed(RunFailed):
+    """Another node of the allocation failed to start."""
 
 
-class Refusals:
-    """One node's view of them, for one start of the job: what an earlier one left behind is not taken for it."""
+class StartupErrors:
+    """The startup errors of all nodes, seen from one node, for one start of the job."""
 
     def __init__(self, run: RunDir, allocation: Allocation) -> None:
-        self._folder = run.path.with_name(f".{run.path.name}.refusals")
-        self._allocation, self._met = allocation, False
+        self._folder = run.path.with_name(f".{run.path.name}.startup-errors")
+        self._allocation, self._connected = allocation, False
         self._start = f"{allocation.start}-"
 
     @contextmanager
-    def told(self) -> Iterator[None]:
-        """Tells the others of whatever ends this node inside the block, until it has met them."""
+    def reported(self) -> Iterator[None]:
+        """Reports to the other nodes an error that ends this node inside the block, before `connected` is called."""
         try:
             yield
         except BaseException as error:
-            if not self._met:
-                self._leave(_reason(error), code_of(error))
+            if not self._connected:
+                self._write(_reason(error), code_of(error))
             raise
 
     def check(self) -> None:
-        """Raises RefusedElsewhere, with the node and what it says, where another one refused."""
-        found = [(node, said) for node, said in sorted(self._read().items()) if said["reason"]]
+        """Raises OtherNodeFailed, with the node and its reason, if another node failed to start."""
+        found = [(node, error) for node, error in sorted(self._read().items()) if error["reason"]]
         if found:
-            message = "\n".join(f"node {node} ({said['host']}) refused: {said['reason']}" for node, said in found)
-            raise RefusedElsewhere(message, code=known_code(found[0][1].get("code")))
+            message = "\n".join(
+                f"node {node} ({error['host']}) failed to start: {error['reason']}" for node, error in found
+            )
+            raise OtherNodeFailed(message, code=known_code(found[0][1].get("code")))
 
-    def met(self) -> None:
-        """From here on the nodes talk to each other."""
-        self._met = True
+    def connected(self) -> None:
+        """Call this once the nodes are connected: errors are then reported over the connection."""
+        self._connected = True
         if self._allocation.node == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def follow(self) -> None:
-        """Leaves without a reason of its own: the first node let go before it said what to do."""
-        self._leave("")
+    def leave(self) -> None:
+        """Call this if the first node ended before it sent an order: this node ends without its own reason."""
+        self._write("")
 
-    def _leave(self, reason: str, code: FailureCode = FailureCode.UNKNOWN) -> None:
+    def _write(self, reason: str, code: FailureCode = FailureCode.UNKNOWN) -> None:
         if self._allocation.nodes == 1:
             return
-        # Where nothing can be written, the others wait as long as they would for a node that is gone.
+        # If nothing can be written, the other nodes wait for this one until their timeout.
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
             own = self._folder / f"{self._start}{self._allocation.node}.json"
@@ -71,9 +73,9 @@ class Refusals:
                 shutil.rmtree(self._folder, ignore_errors=True)
 
     def _read(self) -> dict[int, dict[str, Any]]:
-        """What each node that left has said; "" where it only followed another one."""
+        """What each node wrote; its reason is "" if it ended because of another node."""
         found: dict[int, dict[str, Any]] = {}
-        # One that is removed at this moment says nothing any more.
+        # A file may be removed while it is read.
         with suppress(OSError, ValueError):
             for file in self._folder.glob(f"{self._start}*.json"):
                 found[int(file.stem.removeprefix(self._start))] = json.loads(file.read_text())
@@ -81,9 +83,9 @@ class Refusals:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, RefusedElsewhere):
+    if isinstance(error, OtherNodeFailed):
         return ""
-    # The command line says an exit status by an exception of its own kind.
+    # typer reports an exit status with its own exception, which has an exit_code.
     if isinstance(error, KeyboardInterrupt | SystemExit) or hasattr(error, "exit_code"):
-        return "it was asked to end"
+        return "it was interrupted"
     return str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Submission to Slurm: the script and the command are made by a pure function, and submitted as they were shown."""
+"""Submission to Slurm: a pure function makes the script and command that --dry-run shows and that are submitted."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from jinja2 import FunctionLoader, StrictUndefined, TemplateError, TemplateNotFo
 from jinja2.sandbox import SandboxedEnvironment
 
 from launcher.errors import LauncherError, Problem, RequestError
-from launcher.job import Job
+from launcher.job import AnyJob
 from launcher.job.slurm import is_plain
+from launcher.job.user_path import user_path
 from launcher.presets import shipped_folder
 from launcher.secret_names import is_secret
 from launcher.slurm.allocation import run_stamp
-from launcher.slurm.container import container_words
+from launcher.slurm.container import container_command
 from launcher.slurm.options import Option, log_file, overriding_variables, sbatch_options
-from launcher.slurm.sbatch_errors import Refusal, refusal, where_it_stands
+from launcher.slurm.sbatch_errors import SbatchError, explain_sbatch_error, query_status
 
 SHIPPED = "submit.sbatch.j2"
 _ANSWER = re.compile(r"(?P<job>[0-9]+)(?:;(?P<cluster>\S+))?")
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """Where `launcher submit` is called: what a request depends on besides the job."""
+class SubmitContext:
+    """What a request depends on besides the job: folder, launcher and environment of `launcher submit`."""
 
     cwd: Path
     launcher: str
@@ -42,21 +43,21 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class Templates:
-    """The texts of the shipped template and of the one that is rendered; `name` is the latter's file."""
+    """The texts of the shipped template and of the one to render, whose file is `name`."""
 
     name: str
     texts: Mapping[str, str]
 
     def named(self, name: str) -> tuple[str, str, Callable[[], bool]] | None:
-        """A template as jinja2 loads it, with the name under which its lines stand in a traceback."""
+        """A template as jinja2 loads it, with its file name for tracebacks."""
         return (self.texts[name], name, lambda: True) if name in self.texts else None
 
 
 @dataclass(frozen=True)
 class SlurmRequest:
-    """A batch job as it is submitted: sbatch reads `script` from its standard input, in the folder `cwd`.
+    """A batch job as it is submitted: sbatch reads `script` from standard input, in the folder `cwd`.
 
-    `run` is the directory of the run that it goes on with; a new one is made where there is none.
+    `run` is the directory of the run to resume; None for a new run.
     """
 
     argv: tuple[str, ...]
@@ -70,14 +71,14 @@ class SlurmRequest:
     run: Path | None = None
 
     def command(self) -> str:
-        """The command in a shell's words, with the variables that are not passed on."""
+        """The command for a shell, including the variables that are not passed on."""
         environment = ["env", *(word for name in self.unset for word in ("-u", name))] if self.unset else []
         return shlex.join([*environment, *self.argv])
 
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """What Slurm took: the job's id, and its cluster where Slurm names one."""
+    """The id of a submitted job, and its cluster if Slurm names one."""
 
     id: str
     cluster: str | None = None
@@ -86,45 +87,45 @@ class SubmittedJob:
         return f"{self.id};{self.cluster}" if self.cluster else self.id
 
 
-def surroundings() -> Surroundings:
-    """Where this process is called. A node calls the launcher that submits by its path, where that is known."""
+def submit_context() -> SubmitContext:
+    """The context of this process. Nodes call the submitting launcher by its path if that is known."""
     beside = Path(sys.executable).with_name("launcher")
-    return Surroundings(Path.cwd(), str(beside) if beside.is_file() else "launcher", tuple(os.environ))
+    return SubmitContext(Path.cwd(), str(beside) if beside.is_file() else "launcher", tuple(os.environ))
 
 
 def slurm_request(
-    job: Job,
+    job: AnyJob,
     job_file: Path,
     overrides: Sequence[str],
-    surroundings: Surroundings,
+    context: SubmitContext,
     templates: Templates,
     *,
     resume: bool = False,
 ) -> SlurmRequest:
-    """The request for a job, or for going on with the run whose directory stands in the job file's place.
+    """The request for a job; with `resume` for a run, whose directory is given as `job_file`.
 
-    Raises RequestError for what Slurm or a shell could not be told safely.
+    Raises RequestError for values that are not safe for Slurm or a shell.
     """
-    folder = _absolute(job.output_dir, surroundings.cwd)
-    given = str(_absolute(str(job_file), surroundings.cwd))
+    folder = _absolute(job.output_dir, context.cwd)
+    given = str(_absolute(str(job_file), context.cwd))
     words = [*(["--resume"] if resume else []), given, *overrides]
-    _check_words([str(surroundings.cwd), str(folder), *words])
+    _check_words([str(context.cwd), str(folder), *words])
     if job.cluster.address not in ("auto", "local"):
-        found = f"{job.cluster.address}, and a Slurm job starts a Ray of its own"
+        found = f"{job.cluster.address}, but a Slurm job starts its own Ray"
         raise RequestError(Problem(found, key="cluster.address", hint="leave it out, or submit with --to ray"))
     if secrets := [name for name in job.cluster.env if is_secret(name)]:
-        found = "looks like a secret, and a batch script and its arguments can be read by others"
+        found = "looks like a secret, but other users can read a batch script and its arguments"
         hint = "set it in the environment of the nodes"
         raise RequestError(*(Problem(found, key=f"cluster.env.{name}", hint=hint) for name in secrets))
-    options = (*sbatch_options(job, folder), Option("chdir", str(surroundings.cwd), asked=False))
+    options = (*sbatch_options(job, folder), Option("chdir", str(context.cwd), explicit=False))
     folders = [folder, Path(given) if resume else Path(given).parent]
-    script = render(templates, template_values(job, words, options, surroundings, folders))
-    left_out = [option for option in options if option.asked and option.directive() not in _head(script)]
+    script = render(templates, template_values(job, words, options, context, folders))
+    left_out = [option for option in options if option.explicit and option.directive() not in _head(script)]
     return SlurmRequest(
         argv=("sbatch", "--parsable", *(option.argument() for option in left_out)),
         script=script,
-        unset=overriding_variables(options, surroundings.variables),
-        cwd=surroundings.cwd,
+        unset=overriding_variables(options, context.variables),
+        cwd=context.cwd,
         output_dir=folder,
         name=job.name,
         log=log_file(job, folder),
@@ -134,18 +135,18 @@ def slurm_request(
 
 
 def template_values(
-    job: Job, words: Sequence[str], options: Iterable[Option], surroundings: Surroundings, folders: Iterable[Path]
+    job: AnyJob, words: Sequence[str], options: Iterable[Option], context: SubmitContext, folders: Iterable[Path]
 ) -> dict[str, Any]:
-    """The names that a template may use; `words` are for `launcher node`, which needs the folders."""
-    slurm, cwd = job.slurm, surroundings.cwd
-    container_options, launcher = container_words(slurm, cwd, folders)
+    """The names that a template may use; `words` are arguments of `launcher node`, which needs the folders."""
+    slurm, cwd = job.slurm, context.cwd
+    container_options, launcher = container_command(slurm, cwd, folders)
     bare = not slurm.activate and not slurm.container
     return {
         "directives": [option.directive() for option in options],
         "modules": slurm.modules,
         "activate": _activate_script(slurm.activate, cwd) if slurm.activate else None,
         "container_options": container_options,
-        "launcher": [surroundings.launcher] if bare else launcher,
+        "launcher": [context.launcher] if bare else launcher,
         "job_arguments": list(words),
         "array_key": slurm.array_key,
         "job": job.model_dump(mode="json"),
@@ -153,7 +154,7 @@ def template_values(
 
 
 def render(templates: Templates, values: Mapping[str, Any]) -> str:
-    """The script that the template makes of the values. Raises RequestError naming the template's line."""
+    """Renders the template. Raises RequestError naming the template's line."""
     environment = SandboxedEnvironment(
         loader=FunctionLoader(templates.named),
         undefined=StrictUndefined,
@@ -166,21 +167,21 @@ def render(templates: Templates, values: Mapping[str, Any]) -> str:
     try:
         script = environment.get_template(templates.name).render(values)
     except TemplateSyntaxError as error:
-        raise RequestError(Problem(f"no jinja2 template: {error.message}", templates.name, error.lineno)) from None
+        raise RequestError(Problem(f"not a jinja2 template: {error.message}", templates.name, error.lineno)) from None
     except TemplateNotFound as error:
-        found = f"{error.name} is asked for, and only {SHIPPED} can be included or extended"
+        found = f"found {error.name}, but only {SHIPPED} can be included or extended"
         raise RequestError(Problem(found, templates.name, _template_line(error, templates))) from None
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         hint = f"a template may use {', '.join(sorted(values))}, and the filter quote"
         raise RequestError(Problem(str(error), templates.name, _template_line(error, templates), hint=hint)) from None
     if not script.startswith("#!"):
-        hint = "let the template begin with #!/bin/bash"
-        raise RequestError(Problem("the script begins with no #! line", templates.name, 1, hint=hint))
+        hint = "start the template with #!/bin/bash"
+        raise RequestError(Problem("the script does not start with #!", templates.name, 1, hint=hint))
     return script
 
 
-def read_templates(job: Job, cwd: Path) -> Templates:
-    """The shipped template and the job's own, where it names one. Raises RequestError where that cannot be read."""
+def read_templates(job: AnyJob, cwd: Path) -> Templates:
+    """The shipped template, and the job's own if it has one. Raises RequestError if that cannot be read."""
     shipped = (shipped_folder("slurm") / SHIPPED).read_text(encoding="utf-8")
     if job.slurm.template is None:
         return Templates(SHIPPED, {SHIPPED: shipped})
@@ -194,37 +195,37 @@ def read_templates(job: Job, cwd: Path) -> Templates:
 
 
 def submit_request(request: SlurmRequest, environment: Mapping[str, str]) -> tuple[SubmittedJob, str]:
-    """Submits the request; returns the job and what sbatch said besides. Raises RequestError, or LauncherError."""
+    """Submits the request; returns the job and messages of sbatch. Raises RequestError or LauncherError."""
     request.output_dir.mkdir(parents=True, exist_ok=True)
     passed = {name: value for name, value in environment.items() if name not in request.unset}
     done = _run(request.argv, request.script, request.cwd, passed)
     if done.returncode != 0:
-        raise _refused(refusal(done.stderr.strip()), done)
+        raise _error_of(explain_sbatch_error(done.stderr.strip()), done)
     answer = _ANSWER.fullmatch((done.stdout.strip().splitlines() or [""])[-1])
     if answer is None:
-        found = f"sbatch took the job and printed no id for it, but {done.stdout.strip()!r}"
-        raise LauncherError(f"{found}\n  squeue --me lists your jobs; is sbatch a wrapper here, without --parsable?")
+        found = f"sbatch accepted the job but printed no job id, only {done.stdout.strip()!r}"
+        raise LauncherError(f"{found}\n  squeue --me lists your jobs; sbatch may be a wrapper that ignores --parsable")
     return SubmittedJob(answer["job"], answer["cluster"]), done.stderr.strip()
 
 
-def described(request: SlurmRequest, submitted: SubmittedJob) -> str:
-    """For people: where the job stands, where it writes, and the commands that follow it."""
-    stands = where_it_stands(submitted.id, submitted.cluster)
+def describe_submission(request: SlurmRequest, submitted: SubmittedJob) -> str:
+    """Describes a submitted job for people: its status, its files, and commands to watch it."""
+    status = query_status(submitted.id, submitted.cluster)
     new = f"{request.output_dir}/{request.name}-{run_stamp({'SLURM_JOB_ID': submitted.id})}"
     run = shlex.quote(str(request.run or new))
     if request.array and request.run is None:
         run += "_INDEX"
     log = request.log.replace("%j", submitted.id).replace("%A_%a", f"{submitted.id}_INDEX")
-    place = f" --clusters={submitted.cluster}" if submitted.cluster else ""
+    cluster = f" --clusters={submitted.cluster}" if submitted.cluster else ""
     return "\n".join(
         [
-            f"submitted job {submitted}{f': {stands}' if stands else ''}",
+            f"submitted job {submitted}{f': {status}' if status else ''}",
             f"  run directory    {run}",
-            f"  what it prints   {log}",
-            f"  once it runs     launcher logs --follow {run}",
+            f"  output           {log}",
+            f"  when it runs     launcher logs --follow {run}",
             f"                   launcher status {run}",
             f"                   launcher cancel {run}",
-            f"  before           squeue --jobs {submitted.id}{place}, scancel {submitted.id}{place}",
+            f"  before           squeue --jobs {submitted.id}{cluster}, scancel {submitted.id}{cluster}",
         ]
     )
 
@@ -246,26 +247,26 @@ def _run(
         )
     except FileNotFoundError:
         hint = "submit from a node of a Slurm cluster, or with --to ray; --dry-run works anywhere"
-        raise RequestError(Problem("there is no sbatch here", hint=hint)) from None
+        raise RequestError(Problem("sbatch is not installed here", hint=hint)) from None
 
 
-def _refused(found: Refusal, done: subprocess.CompletedProcess[str]) -> LauncherError:
-    told = done.stderr.strip() or f"sbatch ended with status {done.returncode} and said nothing"
-    if found.ours:
-        return RequestError(Problem(f"Slurm did not take the job: {told}", key=found.key, hint=found.hint))
-    return LauncherError(f"Slurm did not answer: {told}")
+def _error_of(found: SbatchError, done: subprocess.CompletedProcess[str]) -> LauncherError:
+    message = done.stderr.strip() or f"sbatch ended with status {done.returncode} and printed nothing"
+    if found.in_job:
+        return RequestError(Problem(f"Slurm rejected the job: {message}", key=found.key, hint=found.hint))
+    return LauncherError(f"Slurm did not answer: {message}")
 
 
 def _check_words(words: Iterable[str]) -> None:
     for word in words:
         if not is_plain(word):
-            found = f"{word!r} holds a line break, a control character or bytes that are not UTF-8"
-            hint = "a batch script is one command a line: rename the file, or put the value into the job file"
+            found = f"{word!r} contains a line break, a control character or bytes that are not UTF-8"
+            hint = "a batch script has one command per line: rename the file, or put the value into the job file"
             raise RequestError(Problem(found, hint=hint))
 
 
 def _absolute(path: str, cwd: Path) -> Path:
-    return cwd / Path(path).expanduser()
+    return cwd / user_path(path)
 
 
 def _activate_script(path: str, cwd: Path) -> str:
@@ -278,11 +279,11 @@ def _quote(value: str | Iterable[str]) -> str:
 
 
 def _head(script: str) -> list[str]:
-    """The lines in which sbatch looks for its options: those before the first command."""
+    """The lines in which sbatch reads options: those before the first command."""
     return list(takewhile(lambda line: not line.strip() or line.startswith("#"), script.split("\n")))
 
 
 def _template_line(error: BaseException, templates: Templates) -> int | None:
-    """The line of the template on which rendering failed: jinja2 writes it into the traceback."""
+    """The line of the template at which rendering failed, from jinja2's traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     return next((frame.lineno for frame in reversed(frames) if frame.filename == templates.name), None)

@@ -1,1 +1,1 @@
-"""Reading a run directory, live or long finished."""
+"""Reads a run directory, of a live or an ended run."""

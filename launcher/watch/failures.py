@@ -1,4 +1,4 @@
-"""The ranks that failed: which one began it, which only repeat it, and which fell because of it."""
+"""The failed ranks of a run by role: the first, those with the same error, those that lost a peer, and others."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from launcher.errors import FailureCode, known_code
+from launcher.files import last_lines, strip_times
 from launcher.first_failure import (
     LOG_LINES,
     Place,
     code_of_exit,
-    fell,
-    first_of,
-    only_timed_out,
-    said,
+    error_in_log,
+    find_first,
+    lost_peer,
+    only_timeouts,
     timed_out,
-    was_ended,
+    was_terminated,
 )
 from launcher.run_dir import RunDir
-from launcher.tail import last_lines, untimed
 from launcher.watch import runs_without_codes
-from launcher.watch.session import Record, number_of, text_of, whole_of
+from launcher.watch.run_session import Record, int_of, number_of, text_of
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A rank that failed, or a node that was lost (rank None). `time` is by the supervisor's clock, None if unknown.
+    """A failed rank, or a lost node (rank None). `time` is by the supervisor's clock, None if unknown.
 
-    `exit_code` is negative for a signal. `code` says what kind of failure it is.
+    `exit_code` is negative for a signal. `how` describes the end in words.
     """
 
     rank: int | None
@@ -52,35 +52,36 @@ class Failed:
         return Place(self.rank, self.node_rank, self.host)
 
     @property
-    def told(self) -> str:
-        """What it reported of itself."""
+    def reported(self) -> str:
+        """The error and the traceback as one text; empty if neither is known."""
         return "\n".join(text for text in (self.error, self.traceback) if text)
 
 
 @dataclass(frozen=True)
 class Failures:
-    """The failures of a run: the first, those with the same error, those that fell because of it, and others.
+    """The failures of a run, in roles.
 
-    `waited` where nothing but a collective failed, in which the first and the followers waited for too long.
+    `same` have the first one's error, `followers` lost a peer in a collective, `terminated` were ended with the run.
+    `only_timeouts`: the only failure is a collective that timed out on the first and the followers.
     """
 
     first: Failed
     same: tuple[Failed, ...] = ()
     followers: tuple[Failed, ...] = ()
-    ended: tuple[Failed, ...] = ()
+    terminated: tuple[Failed, ...] = ()
     others: tuple[Failed, ...] = ()
-    waited: bool = False
+    only_timeouts: bool = False
 
 
-def failures_of(event: Record, run: RunDir) -> Failures:
-    """The failures that a "failure" event tells of, in their roles."""
+def read_failures(event: Record, run: RunDir) -> Failures:
+    """The failures in a "failure" event, in roles."""
     failures = event.get("failures")
     listed = [one for one in failures if isinstance(one, dict)] if isinstance(failures, list) else []
     found = [_with_log(_failed(one), run) for one in listed or [event]]
-    waited = only_timed_out(found)
-    first = next(filter(timed_out, found)) if waited else first_of(found)
+    timeouts = only_timeouts(found)
+    first = next(filter(timed_out, found)) if timeouts else find_first(found)
     hosts = sorted({one.host for one in found}, key=len, reverse=True)
-    key = "" if waited else normalised(_key(first), hosts)
+    key = "" if timeouts else normalised(_key(first), hosts)
     roles: dict[str, list[Failed]] = defaultdict(list)
     for one in found:
         if one is not first:
@@ -89,22 +90,22 @@ def failures_of(event: Record, run: RunDir) -> Failures:
         first,
         same=tuple(roles["same"]),
         followers=tuple(roles["followers"]),
-        ended=tuple(roles["ended"]),
+        terminated=tuple(roles["terminated"]),
         others=tuple(roles["others"]),
-        waited=waited,
+        only_timeouts=timeouts,
     )
 
 
 def _failed(record: Record) -> Failed:
     how, error = text_of(record.get("how")) or "in an unknown way", text_of(record.get("error"))
-    exit_code = whole_of(record["exit_code"]) if "exit_code" in record else runs_without_codes.exit_code_of(how)
+    exit_code = int_of(record["exit_code"]) if "exit_code" in record else runs_without_codes.exit_code_of(how)
     code = known_code(record.get("code"))
     if code is None:
         code = code_of_exit(exit_code) if error is None else runs_without_codes.code_of(error)
         code = runs_without_codes.code_of(how) if code is FailureCode.UNKNOWN else code
     return Failed(
-        rank=whole_of(record.get("rank")),
-        node_rank=whole_of(record.get("node_rank")) or 0,
+        rank=int_of(record.get("rank")),
+        node_rank=int_of(record.get("node_rank")) or 0,
         host=text_of(record.get("host")) or "?",
         time=number_of(record.get("time")),
         how=how,
@@ -116,25 +117,25 @@ def _failed(record: Record) -> Failed:
 
 
 def _with_log(failed: Failed, run: RunDir) -> Failed:
-    """With the exception at the end of its log, where the rank did not tell it: a script, or one that C++ ended."""
-    if failed.rank is None or failed.told:
+    """Adds the exception at the end of the rank's log if the rank did not report one: a script, or an abort in C++."""
+    if failed.rank is None or failed.reported:
         return failed
-    error, traceback = said(log_end(run, failed, LOG_LINES), failed.exit_code)
+    error, traceback = error_in_log(log_end(run, failed, LOG_LINES), failed.exit_code)
     return replace(failed, error=error, traceback=traceback)
 
 
 def log_end(run: RunDir, failed: Failed, count: int) -> list[str]:
-    """The last lines of a failed rank's log, without their times; of a lost node's its agent's."""
+    """The last lines of a failed rank's log, or of a lost node's agent log, without times."""
     name = "agent" if failed.rank is None else f"rank-{failed.rank}"
-    return untimed(last_lines(run.node_logs(failed.node_rank, failed.host) / f"{name}.log", count))
+    return strip_times(last_lines(run.node_logs(failed.node_rank, failed.host) / f"{name}.log", count))
 
 
 def _role(failed: Failed, key: str, hosts: Sequence[str]) -> str:
     if key and normalised(_key(failed), hosts) == key:
         return "same"
-    if fell(failed):
+    if lost_peer(failed):
         return "followers"
-    return "ended" if was_ended(failed.exit_code) and not failed.told else "others"
+    return "terminated" if was_terminated(failed.exit_code) and not failed.reported else "others"
 
 
 def _key(failed: Failed) -> str:
@@ -142,9 +143,9 @@ def _key(failed: Failed) -> str:
 
 
 def normalised(text: str, hosts: Sequence[str] = ()) -> str:
-    """A traceback without what differs between ranks that fail alike: numbers, addresses, ids, hosts.
+    """A traceback without what differs between ranks with the same failure: numbers, addresses, ids, hosts.
 
-    The numbers of lines stay.
+    Line numbers stay.
     """
     for host in hosts:
         text = re.sub(rf"(?<![\w.-]){re.escape(host)}(?![\w-])", "<host>", text)

@@ -1,4 +1,4 @@
-"""Numbers and times as a person reads them."""
+"""Formats numbers and durations for display."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ GIB = 1024**3
 
 
 def duration(seconds: float | None) -> str:
-    """Two units at most: 42 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    """Seconds as text with at most two units: 42 s, 3 min 20 s, 2 h 5 min, 3 d 4 h; "?" for None."""
     if seconds is None:
         return "?"
     whole = round(seconds)
@@ -20,14 +20,14 @@ def duration(seconds: float | None) -> str:
 
 
 def number(value: float | str | None, digits: str = ".4f") -> str:
-    """A number with its digits; text, as metrics.jsonl has it for NaN, as it is."""
+    """A number in format `digits`; text (metrics.jsonl has text for NaN and Inf) unchanged; "-" for None."""
     if value is None:
         return "-"
     return value if isinstance(value, str) else format(value, digits)
 
 
 def memory(used: float | None, total: float | None) -> str:
-    """Used of total in GiB."""
+    """Used and total bytes in GiB, as "10.0/64.0"; "-" if one is None."""
     if used is None or total is None:
         return "-"
     return f"{used / GIB:.1f}/{total / GIB:.1f}"

@@ -1,4 +1,4 @@
-"""Log lines as text for a terminal or a pipe."""
+"""Prints log lines to a terminal or a pipe."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import TextIO
 
 from rich.console import Console
 
-from launcher.watch.lines import STAMP_WIDTH, Line
-from launcher.watch.sources import Source
+from launcher.watch.log_files import LogFile
+from launcher.watch.log_lines import STAMP_WIDTH, Line
 from launcher.watch.terminal_safe import RESET, coloured, plain
 
 _COLOURS = ("36", "33", "32", "35", "34", "96", "93", "92", "95", "94")
-_AT_ONCE = 1000
+_CHUNK_LINES = 1000
 
 
 class Printer:
     """Writes lines, each after the name of its file.
 
-    To a terminal the name has its node's colour, and what a line would do to the terminal is taken out of it, save
-    colours; elsewhere the text is as it was written.
+    On a terminal the name has its node's colour, and control sequences in the line are removed, except colours;
+    elsewhere the line is unchanged.
     """
 
     def __init__(self, out: TextIO) -> None:
@@ -31,25 +31,25 @@ class Printer:
         self._names: dict[int, str] = {}
         self._width = 0
 
-    def print(self, lines: Iterable[Line], sources: Sequence[Source]) -> None:
-        """Writes the lines; each one's `source` is its place in `sources`, which only ever grow."""
-        self._learn(sources)
+    def print(self, lines: Iterable[Line], log_files: Sequence[LogFile]) -> None:
+        """Writes the lines; a line's `file_index` is an index into `log_files`, to which files are only ever added."""
+        self._add_names(log_files)
         lines = iter(lines)
-        while chunk := list(islice(lines, _AT_ONCE)):
+        while chunk := list(islice(lines, _CHUNK_LINES)):
             self._out.write("".join(map(self._text, chunk)))
             self._out.flush()
 
-    def _learn(self, sources: Sequence[Source]) -> None:
-        if len(sources) == len(self._names):
+    def _add_names(self, log_files: Sequence[LogFile]) -> None:
+        if len(log_files) == len(self._names):
             return
-        self._width = max(self._width, *(len(source.label) for source in sources))
-        for index, source in enumerate(sources):
-            name = plain(source.label).ljust(self._width)
-            colour = _COLOURS[source.node_rank % len(_COLOURS)]
+        self._width = max(self._width, *(len(file.label) for file in log_files))
+        for index, file in enumerate(log_files):
+            name = plain(file.label).ljust(self._width)
+            colour = _COLOURS[file.node_rank % len(_COLOURS)]
             self._names[index] = f"\x1b[{colour}m{name}{RESET}" if self._colours else name
 
     def _text(self, line: Line) -> str:
         text = line.text
         if self._terminal:
             text = coloured(text) if self._colours else plain(text)
-        return f"{self._names[line.source]} {line.stamp:{STAMP_WIDTH}} {text}\n"
+        return f"{self._names[line.file_index]} {line.stamp:{STAMP_WIDTH}} {text}\n"

@@ -1,7 +1,6 @@
-"""Run directories that were written before failures had codes.
+"""Failure codes for run directories from before failures had codes.
 
-The sentences matched here are in files that were written then, and no longer change: what the launcher says today is
-never matched.
+The patterns match sentences of those old files only, never messages that the launcher writes today.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _SENTENCES = (
 
 
 def exit_code_of(how: str) -> int | None:
-    """The exit status, negative for a signal, of a rank that ended as `how` says; None for anything else."""
+    """The exit status in `how`, negative for a signal; None if it names none."""
     match = _EXIT.fullmatch(how)
     if match is None:
         return None
@@ -39,7 +38,7 @@ def exit_code_of(how: str) -> int | None:
 
 
 def code_of(*texts: str | None) -> FailureCode:
-    """The code of the first sentence that is known; unknown if none is."""
+    """The code of the first known sentence; FailureCode.UNKNOWN if none is known."""
     for text in texts:
         for code, pattern in _SENTENCES:
             if text and re.search(pattern, text):

@@ -1,4 +1,4 @@
-"""A run live in the terminal: its status, and small plots of loss and learning rate."""
+"""A live view of a run in the terminal: its status, and small plots of loss and learning rate."""
 
 from __future__ import annotations
 
@@ -13,66 +13,66 @@ from rich.live import Live
 from rich.text import Text
 
 from launcher.run_dir import RunDir
-from launcher.watch.history import sampled
-from launcher.watch.session import Record, gone, is_gone
+from launcher.watch.run_session import Record, is_removed, run_removed
+from launcher.watch.sample_metrics import sampled
 from launcher.watch.status import RunStatus, read_status
 from launcher.watch.status_report import one_line, status_view
 
 EVERY_SECONDS = 2.0
 PLAIN_EVERY_SECONDS = 10.0
-_MOST_OF_A_CORE = 0.05
-_PLOT_HEIGHT, _NARROWEST = 9, 40
+_MAX_CPU_SHARE = 0.05
+_PLOT_HEIGHT, _MIN_PLOT_WIDTH = 9, 40
 _OTHER_LINES = 11
 
 
 def watch_run(run: RunDir, console: Console) -> RunStatus:
-    """Shows the run until it has ended or is lost; its last status. Raises RunFailed where it is gone.
+    """Shows the run until it has ended or is lost; returns its last status. Raises RunFailed if it was removed.
 
-    In a terminal the screen is drawn anew every two seconds. Elsewhere a line comes every ten seconds when something
+    In a terminal the screen is redrawn every two seconds. Elsewhere a line is printed every ten seconds if something
     has changed.
     """
-    began = _written(run)
-    status = _shown_in_screen(run, console) if console.is_terminal else _plain_lines(run, console)
-    # state.json is replaced and never missing: without it the rest of the folder is being removed as well.
-    if is_gone(run) or (began is not None and _written(run) is None):
-        raise gone(run)
+    first = _state_written(run)
+    status = _show_on_screen(run, console) if console.is_terminal else _print_lines(run, console)
+    # state.json is replaced atomically: if it is missing, the folder is being removed.
+    if is_removed(run) or (first is not None and _state_written(run) is None):
+        raise run_removed(run)
     return status
 
 
-def _shown_in_screen(run: RunDir, console: Console) -> RunStatus:
+def _show_on_screen(run: RunDir, console: Console) -> RunStatus:
     status = read_status(run, time.time())
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while status.live:
-            began = time.monotonic()
+            start = time.monotonic()
             status = read_status(run, time.time())
             live.update(_screen(status, sampled(run.metrics_file), console), refresh=True)
             if status.live:
-                # Many nodes on a slow file system are asked less often.
-                time.sleep(max(EVERY_SECONDS, (time.monotonic() - began) / _MOST_OF_A_CORE))
+                # A status that takes long to read (many nodes, a slow file system) is read less often.
+                time.sleep(max(EVERY_SECONDS, (time.monotonic() - start) / _MAX_CPU_SHARE))
     return status
 
 
-def _plain_lines(run: RunDir, console: Console) -> RunStatus:
-    told = ""
+def _print_lines(run: RunDir, console: Console) -> RunStatus:
+    printed = ""
     while True:
         status = read_status(run, time.time())
         line = one_line(status)
-        if line != told:
+        if line != printed:
             console.print(Text(line), soft_wrap=True)
-            told = line
+            printed = line
         if not status.live:
             return status
         _wait(run, PLAIN_EVERY_SECONDS)
 
 
 def _wait(run: RunDir, seconds: float) -> None:
-    """Waits so long, or until the state changes or is gone."""
-    before, deadline = _written(run), time.monotonic() + seconds
-    while before is not None and time.monotonic() < deadline and _written(run) == before:
+    """Waits for `seconds`, or until state.json changes or is removed."""
+    before, deadline = _state_written(run), time.monotonic() + seconds
+    while before is not None and time.monotonic() < deadline and _state_written(run) == before:
         time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
 
 
-def _written(run: RunDir) -> int | None:
+def _state_written(run: RunDir) -> int | None:
     try:
         return run.state_file.stat().st_mtime_ns
     except OSError:
@@ -88,8 +88,8 @@ def _screen(status: RunStatus, metrics: Sequence[Record], console: Console) -> G
 
 
 def plots_of(metrics: Sequence[Record], width: int, colour: bool) -> list[Text]:
-    """Loss and learning rate over the updates, side by side in `width` columns; none before there are two updates."""
-    each = max(_NARROWEST, width // 2 - 2)
+    """Loss and learning rate per update, side by side in `width` columns; no plot for fewer than two updates."""
+    each = max(_MIN_PLOT_WIDTH, width // 2 - 2)
     plots = (
         _plot("loss", metrics, "loss", each, colour, lambda value: f"{value:.3f}"),
         _plot("learning rate", metrics, "lr", each, colour, lambda value: f"{value:.1e}"),

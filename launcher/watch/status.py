@@ -1,4 +1,4 @@
-"""Where a run stands, read from its directory alone."""
+"""The status of a run, read from its directory only."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+from launcher.files import lines_backwards
 from launcher.run_dir import ENDED, RunDir, utc_text
-from launcher.tail import lines_backwards
-from launcher.watch.nodes import NodeStatus, node_statuses, straggling
-from launcher.watch.session import (
+from launcher.watch.node_status import NodeStatus, mark_stragglers, read_node_statuses
+from launcher.watch.run_session import (
     Record,
     Session,
-    is_held,
+    int_of,
+    is_locked,
+    lock_touch_time,
     number_of,
     parsed,
     read_json,
     read_session,
     seconds_of,
-    supervisor_gone,
+    supervisor_ended,
     text_of,
-    touched,
-    whole_of,
 )
 
 LOST = "lost"
@@ -35,13 +35,14 @@ _TIMED_UPDATES = 200
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Where a run stands. Times are seconds; None stands for what is not known.
+    """The status of a run. Times are in seconds; an unknown value is None.
 
-    `state` is that of state.json, "unknown" without one, or "lost": state.json (`written_state`) says that the run is
-    alive, but no launcher holds its directory (seen from another host: for a minute); in a list "unreadable" if it may
-    not be read. `code` is that of a failed run, or of one that stopped itself. `updates` are done, of `total_updates`;
-    `loss` and `lr` are the last one's, `tokens_per_second` and `step_seconds` medians of the last 20. `compared` names
-    the time in which nodes are compared, "own_seconds" or "step_seconds".
+    `state` is the state in state.json, "unknown" without one, or "lost": according to state.json (`written_state`) the
+    run is alive, but no launcher holds its lock (on another host: and nothing was written for a minute); in a list of
+    runs "unreadable" without read permission. `code` is the failure code of a run that failed or stopped itself.
+    `updates` of `total_updates` are completed; `loss` and `lr` are from the last one, `tokens_per_second` and
+    `step_seconds` are medians of the last 20. `silent_seconds` is the time since anything was last written. `compared`
+    names the time by which nodes are compared, "own_seconds" or "step_seconds".
     """
 
     name: str
@@ -69,29 +70,29 @@ class RunStatus:
 
     @property
     def live(self) -> bool:
-        """Whether the run goes on."""
+        """Whether the run has neither ended nor been lost."""
         return self.state == self.written_state and self.state not in (*ENDED, "unknown", UNREADABLE)
 
 
 def read_status(run: RunDir, now: float) -> RunStatus:
-    """The status at `now` (seconds since the epoch), with a row a node."""
+    """The status at `now` (seconds since the epoch), with one row per node."""
     session = read_session(run)
-    nodes = node_statuses(run, session, now)
+    nodes = read_node_statuses(run, session, now)
     status = _status(run, session, nodes, now)
-    compared, nodes = straggling(nodes if status.live else [replace(node, stale=False) for node in nodes])
+    compared, nodes = mark_stragglers(nodes if status.live else [replace(node, stale=False) for node in nodes])
     return replace(status, compared=compared, nodes=tuple(nodes))
 
 
-def read_brief(run: RunDir, now: float) -> RunStatus:
-    """The status without its nodes; those of a run that has ended are not even read."""
+def read_status_without_nodes(run: RunDir, now: float) -> RunStatus:
+    """The status without its nodes; the node files of an ended run are not read."""
     session = read_session(run)
-    return _status(run, session, [] if session.ended else node_statuses(run, session, now), now)
+    return _status(run, session, [] if session.ended else read_node_statuses(run, session, now), now)
 
 
-def read_listed(run: RunDir, now: float) -> RunStatus:
-    """As `read_brief`, for a list of runs, of which one that may not be read must not hide the others."""
+def read_status_for_list(run: RunDir, now: float) -> RunStatus:
+    """As `read_status_without_nodes`, for a list of runs: "unreadable" instead of an error without read permission."""
     try:
-        return read_brief(run, now)
+        return read_status_without_nodes(run, now)
     except OSError:
         return RunStatus(run.path.name, str(run.path), UNREADABLE, UNREADABLE)
 
@@ -101,46 +102,46 @@ def _status(run: RunDir, session: Session, nodes: Sequence[NodeStatus], now: flo
     last = recent[-1] if recent else {}
     updates, total = _updates(last, nodes), total_updates(run)
     since = seconds_of(session.state.get("since"))
-    heard = _heard(run, session, last, nodes, now)
-    lost = _is_lost(run, session, heard, now)
+    active = _last_activity(run, session, last, nodes, now)
+    lost = _is_lost(run, session, active, now)
     return RunStatus(
         name=run.path.name,
         path=str(run.path),
         state=LOST if lost else session.name,
         written_state=session.name,
-        state_seconds=_age(heard if lost else since, now),
+        state_seconds=_age(active if lost else since, now),
         reason=_text(session.state.get("reason")),
         code=_text(session.state.get("code")),
-        began=None if session.began is None else utc_text(session.began),
+        began=None if session.start_time is None else utc_text(session.start_time),
         host=text_of(session.state.get("host")),
-        pid=whole_of(session.state.get("pid")),
+        pid=int_of(session.state.get("pid")),
         slurm_job_id=_text(session.state.get("slurm_job_id")),
         ray_job_id=_text(session.state.get("ray_job_id")),
         updates=updates,
         total_updates=total,
-        left_seconds=None if lost or session.ended else _left(recent, session.placed, updates, total),
+        left_seconds=None if lost or session.ended else _remaining_seconds(recent, session.placed_time, updates, total),
         loss=_measured(last.get("loss")),
         lr=number_of(last.get("lr")),
         tokens_per_second=_median(recent[-_RECENT_UPDATES:], "tokens_per_second"),
         step_seconds=_median(recent[-_RECENT_UPDATES:], "step_seconds"),
-        silent_seconds=_age(heard, now),
+        silent_seconds=_age(active, now),
     )
 
 
 def _updates(last: Record, nodes: Sequence[NodeStatus]) -> int:
-    """Updates done: what metrics.jsonl says, or the nodes where a script of the user's own writes none."""
-    if (update := whole_of(last.get("update"))) is not None:
+    """Completed updates according to metrics.jsonl, or to the nodes if a user's script writes no metrics."""
+    if (update := int_of(last.get("update"))) is not None:
         return update + 1
     return min((node.updates for node in nodes if node.updates is not None), default=0)
 
 
 def recent_metrics(run: RunDir) -> list[Record]:
-    """The last lines of metrics.jsonl, in their order."""
+    """The last lines of metrics.jsonl, in order."""
     return list(parsed(islice(lines_backwards(run.metrics_file), _TIMED_UPDATES)))[::-1]
 
 
 def total_updates(run: RunDir) -> int | None:
-    """How many updates the newest plan has."""
+    """The number of updates in the newest plan; None if no plan can be read."""
     for file in (*reversed(run.plan_revisions()), run.plan_file):
         document = read_json(file)
         if document is not None:
@@ -151,28 +152,31 @@ def total_updates(run: RunDir) -> int | None:
     return None
 
 
-def _left(recent: Sequence[Record], placed: float | None, updates: int, total: int | None) -> float | None:
-    """Time left at the pace since the run was last placed, with what it spent on evaluations and checkpoints."""
+def _remaining_seconds(recent: Sequence[Record], placed: float | None, updates: int, total: int | None) -> float | None:
+    """Remaining time at the speed since the run was last placed, evaluations and checkpoints included."""
     times = [time for line in recent if (time := seconds_of(line.get("time"))) and time >= (placed or 0.0)]
     if total is None or len(times) < 2:
         return None
     return max(0, total - updates) * (times[-1] - times[0]) / (len(times) - 1)
 
 
-def _heard(run: RunDir, session: Session, last: Record, nodes: Sequence[NodeStatus], now: float) -> float | None:
-    """When anything of the run was last heard."""
-    beats = [now - node.heartbeat_seconds for node in nodes if node.heartbeat_seconds is not None]
-    told = (touched(run), session.heard, seconds_of(session.state.get("since")), seconds_of(last.get("time")))
-    return max([*beats, *(time for time in told if time is not None)], default=None)
+def _last_activity(
+    run: RunDir, session: Session, last: Record, nodes: Sequence[NodeStatus], now: float
+) -> float | None:
+    """When the run last wrote anything (seconds since the epoch): a heartbeat, an event, a state or a metrics line."""
+    heartbeats = [now - node.heartbeat_seconds for node in nodes if node.heartbeat_seconds is not None]
+    state_time, metrics_time = seconds_of(session.state.get("since")), seconds_of(last.get("time"))
+    written = (lock_touch_time(run), session.last_event_time, state_time, metrics_time)
+    return max([*heartbeats, *(time for time in written if time is not None)], default=None)
 
 
-def _is_lost(run: RunDir, session: Session, heard: float | None, now: float) -> bool:
-    """Did the supervisor vanish? While data is prepared nothing is written, and the lock alone shows it."""
+def _is_lost(run: RunDir, session: Session, active: float | None, now: float) -> bool:
+    """Whether the supervisor ended without writing it. While data is prepared, only the lock shows this."""
     if session.ended or not session.state:
         return False
-    if supervisor_gone(run, session.state):
+    if supervisor_ended(run, session.state):
         return True
-    return heard is not None and now - heard >= LOST_SECONDS and is_held(run) is False
+    return active is not None and now - active >= LOST_SECONDS and is_locked(run) is False
 
 
 def _age(time: float | None, now: float) -> float | None:
@@ -185,7 +189,7 @@ def _median(lines: Sequence[Record], key: str) -> float | None:
 
 
 def _measured(value: Any) -> float | str | None:
-    """A number, or what stands for NaN and infinity; None for anything else."""
+    """A number, or the text of NaN or Inf; None for anything else."""
     return number_of(value) if number_of(value) is not None else text_of(value)
 
 

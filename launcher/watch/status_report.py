@@ -1,4 +1,4 @@
-"""The status of runs, for people and as JSON."""
+"""The status of runs, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from launcher.watch.nodes import STALE_SECONDS, STRAGGLER_RATIO, NodeStatus
+from launcher.watch.node_status import STALE_SECONDS, STRAGGLER_RATIO, NodeStatus
 from launcher.watch.number_format import duration, memory, number
 from launcher.watch.status import LOST, UNREADABLE, RunStatus
 from launcher.watch.terminal_safe import plain
 
 _STYLES = {"finished": "green", "failed": "bold red", LOST: "bold red", "stopped": "yellow", "unknown": "dim"}
-_COMPARED = {"own_seconds": "the time of its own work in an update", "step_seconds": "the time of an update"}
+_COMPARED = {"own_seconds": "the time of its own work per update", "step_seconds": "its time per update"}
 PIPE_WIDTH = 200
 
 
 def status_console() -> Console:
-    """A console whose tables are not cut where no terminal says how wide it is."""
+    """A console that does not truncate tables if the output is not a terminal."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
 
 
 def status_json(status: RunStatus | Sequence[RunStatus]) -> str:
-    """One status as an object, several as a list of them without their nodes."""
+    """One status as an object; several as a list, without nodes."""
     if isinstance(status, RunStatus):
         return json.dumps(asdict(status), indent=2)
     return json.dumps([{k: v for k, v in asdict(one).items() if k not in ("nodes", "compared")} for one in status])
 
 
 def status_view(status: RunStatus, most_nodes: int | None = None) -> Group:
-    """A run with a row a node; of more than `most_nodes` those that stand out come first, and the others are counted.
+    """A run with one row per node, by node rank.
 
-    Nodes are in the order of their ranks otherwise.
+    Of more than `most_nodes`, nodes with problems are shown first, and the hidden ones are counted.
     """
     parts: list[Text | Table] = [summary(status)]
     if status.nodes:
-        shown, left = _chosen(status.nodes, most_nodes)
+        shown, hidden = _shown_nodes(status.nodes, most_nodes)
         parts += [Text(), _node_table(shown)]
-        if left:
-            parts.append(Text(f"… and {left} more nodes", style="dim"))
+        if hidden:
+            parts.append(Text(f"… and {hidden} more nodes", style="dim"))
         parts += [Text(line, style="dim") for line in _legend(status)]
     return Group(*parts)
 
@@ -60,7 +60,7 @@ def summary(status: RunStatus) -> Text:
 
 
 def one_line(status: RunStatus) -> str:
-    """The run in one line, for where there is no terminal."""
+    """The run in one line, for output that is not a terminal."""
     total = "?" if status.total_updates is None else status.total_updates
     left = "" if status.left_seconds is None else f"  {duration(status.left_seconds)} left"
     numbers = _numbers(status)
@@ -71,8 +71,8 @@ def _state_line(status: RunStatus) -> Text:
     line = Text.assemble((status.name, "bold"), "  ", (status.state, _STYLES.get(status.state, "cyan")))
     if status.state == LOST:
         line.append(
-            f": state.json says {status.written_state}, but no launcher holds the run's directory; the last sign of it "
-            f"came {duration(status.silent_seconds)} ago"
+            f": its state is {status.written_state}, but no launcher holds its lock; last activity "
+            f"{duration(status.silent_seconds)} ago"
         )
         return line
     if status.state_seconds is not None:
@@ -86,7 +86,7 @@ def _state_line(status: RunStatus) -> Text:
 def _progress_line(status: RunStatus) -> Text:
     total = status.total_updates
     if total is None:
-        return Text(f"  update {status.updates}, of how many is not known")
+        return Text(f"  update {status.updates} of an unknown number")
     share = f" ({status.updates / total:.0%})" if total else ""
     left = f", about {duration(status.left_seconds)} left" if status.left_seconds is not None else ""
     return Text(f"  update {status.updates} of {total}{share}{left}")
@@ -97,11 +97,11 @@ def _numbers(status: RunStatus) -> str:
     if status.loss is not None:
         parts.append(f"loss {number(status.loss)}")
     if status.lr is not None:
-        parts.append(f"rate {number(status.lr, '.2e')}")
+        parts.append(f"lr {number(status.lr, '.2e')}")
     if status.tokens_per_second is not None:
         parts.append(f"{status.tokens_per_second:,.0f} tokens/s")
     if status.step_seconds is not None:
-        parts.append(f"{status.step_seconds:.3g} s an update")
+        parts.append(f"{status.step_seconds:.3g} s per update")
     return "  ".join(parts)
 
 
@@ -110,21 +110,21 @@ def _who(status: RunStatus) -> str:
     if status.host is not None:
         parts.append(f"process {status.pid} on {plain(str(status.host))}")
     if status.live and status.silent_seconds is not None:
-        parts.append(f"last heard of {duration(status.silent_seconds)} ago")
-    return ", ".join(parts) or "no launcher has written its name"
+        parts.append(f"last activity {duration(status.silent_seconds)} ago")
+    return ", ".join(parts) or "the launcher's host and process are unknown"
 
 
 def _jobs(status: RunStatus) -> tuple[tuple[str, str | None], ...]:
     return ("Slurm", status.slurm_job_id), ("Ray", status.ray_job_id)
 
 
-def _chosen(nodes: Sequence[NodeStatus], most: int | None) -> tuple[list[NodeStatus], int]:
+def _shown_nodes(nodes: Sequence[NodeStatus], most: int | None) -> tuple[list[NodeStatus], int]:
     if most is None or len(nodes) <= most:
         return list(nodes), 0
-    return sorted(nodes, key=lambda node: (not _stands_out(node), node.node_rank))[:most], len(nodes) - most
+    return sorted(nodes, key=lambda node: (not _has_problem(node), node.node_rank))[:most], len(nodes) - most
 
 
-def _stands_out(node: NodeStatus) -> bool:
+def _has_problem(node: NodeStatus) -> bool:
     return node.straggler or node.stale or bool(node.exit_codes)
 
 
@@ -167,7 +167,7 @@ def _slow(node: NodeStatus) -> str:
 
 
 def rank_range(ranks: Sequence[int]) -> str:
-    """0-3 for ranks that follow each other."""
+    """Consecutive ranks as 0-3, others as 1,3."""
     if len(ranks) > 1 and list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
         return f"{ranks[0]}-{ranks[-1]}"
     return ",".join(map(str, ranks)) or "-"
@@ -186,30 +186,30 @@ _COLUMNS: dict[str, Callable[[NodeStatus], str]] = {
     "CPU": lambda node: _percent(node.cpu_percent),
     "memory GiB": lambda node: memory(node.memory_used_bytes, node.memory_bytes),
     "GPU": lambda node: _percent(node.gpu_percent),
-    "GPU memory GiB": lambda node: memory(node.gpu_memory_used_bytes, node.gpu_memory_bytes),
+    "GPU memory GiB": lambda node: memory(node.gpu_memory_used_bytes, node.gpu_memory_total_bytes),
     "heartbeat": lambda node: "-" if node.heartbeat_seconds is None else f"{duration(node.heartbeat_seconds)} ago",
     "": _marks,
 }
-"""What a node's row shows, by the names of the columns."""
+"""The cells of a node's row, by column name."""
 
 
 def _legend(status: RunStatus) -> list[str]:
     lines = []
     if any(node.straggler for node in status.nodes) and status.compared:
-        lines.append(f"slow: {_COMPARED[status.compared]} is beyond {STRAGGLER_RATIO:g}x the median of the nodes")
+        lines.append(f"slow: {_COMPARED[status.compared]} is above {STRAGGLER_RATIO:g}x the median of the nodes")
     if any(node.stale for node in status.nodes):
         lines.append(f"stale: its agent has written nothing for more than {STALE_SECONDS:.0f} s")
     return lines
 
 
 def runs_view(runs: Sequence[RunStatus]) -> Group:
-    """All runs, a line each."""
+    """All runs, one line each."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("run", "state", "since", "update", "loss", "began (UTC)"):
+    for name in ("run", "state", "since", "update", "loss", "started (UTC)"):
         table.add_column(name, justify="right" if name in ("update", "loss", "since") else "left", no_wrap=True)
     for run in runs:
         if run.state == UNREADABLE:
-            table.add_row(Text(run.name), Text("may not be read", style="dim"))
+            table.add_row(Text(run.name), Text("permission denied", style="dim"))
             continue
         total = "?" if run.total_updates is None else run.total_updates
         table.add_row(
@@ -222,6 +222,6 @@ def runs_view(runs: Sequence[RunStatus]) -> Group:
         )
     parts: list[Table | Text] = [table]
     if any(run.state == LOST for run in runs):
-        note = "lost: state.json says that it is alive, but no launcher holds the directory"
+        note = "lost: according to state.json the run is alive, but no launcher holds its lock"
         parts.append(Text(note, style="dim"))
     return Group(*parts)

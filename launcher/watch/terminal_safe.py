@@ -1,4 +1,4 @@
-"""Text from logs as text: what it would do to a terminal is taken out."""
+"""Removes terminal control sequences from log text."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ RESET = "\x1b[0m"
 
 
 def plain(text: str) -> str:
-    """One line without control sequences and control characters; tabs stay."""
+    """One line without control sequences and control characters, except tabs."""
     return _ALL.sub("", text)
 
 
 def coloured(text: str) -> str:
-    """One line with no control sequence but colours, which end with the line."""
+    """One line without control sequences except colours, which are reset at its end."""
     if "\x1b" not in text:
         return plain(text)
     kept = _ALL.sub(lambda found: found[0] if _COLOUR.fullmatch(found[0]) else "", text)

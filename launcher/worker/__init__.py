@@ -1,1 +1,1 @@
-"""The process of one rank: model, data, train loop, checkpoints, agreement between ranks."""
+"""The process of one rank: model, data, training loop, checkpoints, checks between ranks."""

@@ -1,4 +1,4 @@
-"""Checkpoints: DeepSpeed's own files in a folder an update, and a manifest that is written last."""
+"""Checkpoints: one folder each, with DeepSpeed's own files and a manifest that is written last."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from launcher.errors import FailureCode, RunFailed, first_line
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.run_dir import MANIFEST, RunDir, read_manifest, universal_folder, write_manifest
-from launcher.worker.control import Tell
+from launcher.worker.control import RecordEvent
 from launcher.worker.ranks import Ranks
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: what a resume needs to go on."""
+    """The progress of a run: where a resume continues."""
 
     update: int
     samples: int
@@ -32,19 +32,19 @@ class Progress:
 class Checkpoints:
     """Saves and prunes the checkpoints of one run."""
 
-    def __init__(self, run: RunDir, plan: Plan, ranks: Ranks, tell: Tell) -> None:
-        self._run, self._plan, self._ranks, self._tell = run, plan, ranks, tell
+    def __init__(self, run: RunDir, plan: Plan, ranks: Ranks, record_event: RecordEvent) -> None:
+        self._run, self._plan, self._ranks, self._record_event = run, plan, ranks, record_event
         self._saved: int | None = None
 
     def due(self, update: int) -> bool:
-        """Is it time for one after `update` updates?"""
+        """Whether a checkpoint is due after `update` updates."""
         every = self._plan.job.checkpoint.every
         return every is not None and update % every == 0
 
     def save(self, engine: Any, progress: Progress, plan_sha256: str, guard: dict[str, Any]) -> Path:
-        """Writes a checkpoint unless this update's is there already; then removes those beyond `keep`.
+        """Saves a checkpoint unless this update has one already, then removes checkpoints beyond `keep`.
 
-        `plan_sha256` names the plan, or its revision, that is in force; `guard` is what the spike guard remembers.
+        `plan_sha256` is the hash of the current plan (or revision); `guard` is the state of the spike guard.
         """
         folder = self._run.checkpoint(progress.update)
         if self._saved == progress.update:
@@ -59,29 +59,35 @@ class Checkpoints:
             tag=folder.name,
             client_state=client_state,
             save_latest=False,
-            # Frozen weights are those of the pretrained folder, from which every start loads them. (DeepSpeed leaves
-            # out a tied weight under one of its names only; the other is written, and does no harm.)
+            # Every start loads frozen weights from the pretrained folder. (DeepSpeed leaves out a tied weight under
+            # one of its names only; the copy under the other name does no harm.)
             exclude_frozen_parameters=True,
         )
         torch.save(_random_states(self._ranks.device), folder / f"random-{self._ranks.rank}.pt")
         self._ranks.barrier()
         if self._ranks.first:
-            write_manifest(folder, world_size=self._ranks.world_size, **state)
-            self._tell("checkpoint", update=progress.update, samples=progress.samples)
+            write_manifest(
+                folder,
+                world_size=self._ranks.world_size,
+                update=progress.update,
+                samples=progress.samples,
+                plan_sha256=plan_sha256,
+            )
+            self._record_event({"event": "checkpoint", "update": progress.update, "samples": progress.samples})
             self._prune()
         self._ranks.barrier()
         self._saved = progress.update
         return folder
 
     def load(self, engine: Any, start: Start) -> tuple[Progress, dict[str, Any]]:
-        """Brings a fresh engine to the start of what is left; returns that, and what the guard remembered.
+        """Loads the checkpoint of `start` into a new engine. Returns the progress and the state of the spike guard.
 
-        A converted checkpoint is one of another world size. Raises RunFailed where it cannot be used.
+        A checkpoint of another world size is loaded in converted form. Raises RunFailed if it cannot be used.
         """
         folder = Path(start.checkpoint)
         manifest = read_manifest(folder)
         if manifest is None:
-            message = f"{folder} has no manifest: the checkpoint was never finished"
+            message = f"{folder} has no manifest: saving the checkpoint was not finished"
             raise RunFailed(message, code=FailureCode.CHECKPOINT_DAMAGED)
         tag = universal_folder(folder).name if start.convert else folder.name
         settings = _group_settings(engine)
@@ -95,7 +101,7 @@ class Checkpoints:
             _separate_steps(engine)
         if start.update != state["update"]:
             engine.global_steps, engine.skipped_steps = start.update, 0
-        # The plan may have another batch or scheduler than the one that saved this.
+        # The plan may have a different batch size or scheduler than the one that saved the checkpoint.
         made = engine.global_steps - engine.skipped_steps
         engine.lr_scheduler.last_batch_iteration = made - 1 + self._plan.learning_rate.advance
         if manifest["world_size"] == self._ranks.world_size:
@@ -110,7 +116,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _readable(folder: Path) -> Iterator[None]:
-    """Says what to do about a checkpoint whose files have the right sizes and cannot be read. Raises RunFailed."""
+    """Raises RunFailed with a hint if a checkpoint's files have the right sizes but cannot be read."""
     try:
         yield
     except (KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError) as error:
@@ -125,18 +131,19 @@ def _readable(folder: Path) -> Iterator[None]:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a checkpoint and its converted form. Without its manifest a half-removed folder is no checkpoint."""
+    """Removes a checkpoint and its converted form."""
+    # The manifest first: without it, a partly removed folder does not count as a checkpoint.
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in (folder, universal_folder(folder)):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _load_trained(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
-    """Loads a saved module, in which frozen parameters are not. Raises RunFailed where anything else differs."""
+    """Loads a module saved without its frozen parameters. Raises RunFailed if anything else differs."""
     missing, unexpected = dst.load_state_dict(src, strict=False)
     frozen = {name for name, p in dst.named_parameters(remove_duplicate=False) if not p.requires_grad}
     if differing := [*(name for name in missing if name not in frozen), *unexpected]:
-        message = f"the checkpoint is of another model: it differs in {', '.join(differing[:5])}"
+        message = f"the checkpoint belongs to a different model: it differs in {', '.join(differing[:5])}"
         raise RunFailed(message, code=FailureCode.WEIGHTS_DIFFER)
 
 
@@ -145,14 +152,13 @@ def _group_settings(engine: Any) -> list[dict[str, Any]]:
 
 
 def _restore_settings(engine: Any, settings: list[dict[str, Any]]) -> None:
-    """Gives the optimizer what the plan says of it again: a checkpoint loads the weight decay, betas and clipping with
-    which it was saved, and a converted one gives every parameter group the first one's (stage3.py of 0.19.8).
+    """Restores the plan's weight decay, betas and gradient clipping, which loading a checkpoint overwrites.
 
-    The learning rates are the scheduler's, which is set after this. Raises RunFailed where the clipping is not where
-    DeepSpeed keeps it.
+    A converted checkpoint gives every parameter group the values of the first one (stage3.py of 0.19.8). The scheduler
+    sets the learning rates afterwards. Raises RunFailed if this DeepSpeed keeps the clipping elsewhere.
     """
-    for group, its in zip(engine.optimizer.param_groups, settings, strict=True):
-        group.update(its)
+    for group, saved in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(saved)
     if engine.optimizer is engine.basic_optimizer:
         return
     if not hasattr(engine.optimizer, "clip_grad"):
@@ -162,9 +168,9 @@ def _restore_settings(engine: Any, settings: list[dict[str, Any]]) -> None:
 
 
 def _separate_steps(engine: Any) -> None:
-    """Gives each parameter a step counter of its own.
+    """Gives each parameter its own step counter.
 
-    DeepSpeed's stage 3 loads one counter for all of them, which Adam then advances once for each (stage3.py of 0.19.8).
+    DeepSpeed's stage 3 loads one shared counter, which Adam then advances once per parameter (stage3.py of 0.19.8).
     """
     for state in engine.basic_optimizer.state.values():
         if torch.is_tensor(state.get("step")):

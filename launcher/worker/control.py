@@ -1,7 +1,7 @@
-"""The line between a rank and its agent: orders come in on standard input, reports go out on a pipe of their own.
+"""The connection between a rank and its agent: orders arrive on standard input, reports leave through a pipe.
 
-Where the input closes, the agent is gone and the rank ends itself: nothing is left running on a node. A rank started
-without an agent (LAUNCHER_REPORT_FD unset) has a silent line and does not wait for orders.
+When standard input closes, the agent is gone and the rank exits, so that nothing is left running on a node. A rank
+started without an agent (LAUNCHER_REPORT_FD unset) sends no reports and does not wait for orders.
 """
 
 from __future__ import annotations
@@ -13,51 +13,51 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 from launcher.errors import AGENT_LOST_EXIT
+from launcher.records import EventReport, Go, Order, RankEvent, RankReport
 
-Tell = Callable[..., None]
+RecordEvent = Callable[[RankEvent], None]
 
 
 class Control:
-    """One rank's line to its agent."""
+    """One rank's connection to its agent."""
 
     def __init__(self, report_fd: int | None) -> None:
         self._report_fd = report_fd
         self._lock = threading.Lock()
-        self._orders: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._orders: queue.Queue[Go] = queue.Queue()
         self.stop = threading.Event()
         if report_fd is not None:
-            threading.Thread(target=self._listen, name="agent-line", daemon=True).start()
+            threading.Thread(target=self._listen, name="agent-orders", daemon=True).start()
 
     @classmethod
     def from_environment(cls) -> Control:
         fd = os.environ.pop("LAUNCHER_REPORT_FD", None)
         return cls(int(fd) if fd else None)
 
-    def wait_for_go(self) -> dict[str, Any]:
-        """The agent's order to begin; an empty one where there is no agent."""
+    def wait_for_go(self) -> Go:
+        """Waits for the agent's order to start and returns it; returns an empty order if there is no agent."""
         if self._report_fd is None:
-            return {}
-        go: dict[str, Any] = self._orders.get()
-        return go
+            return {"env": {}}
+        return self._orders.get()
 
-    def report(self, kind: str, **details: Any) -> None:
-        """Tells the agent something: a phase, a heartbeat, a failure."""
+    def report(self, report: RankReport) -> None:
+        """Sends a report to the agent: a phase, an update, a failure."""
         if self._report_fd is None:
             return
-        line = json.dumps({"report": kind, "time": time.time(), **details}) + "\n"
+        line = json.dumps(report) + "\n"
         with self._lock:
             os.write(self._report_fd, line.encode())
 
-    def tell(self, kind: str, **details: Any) -> None:
-        """An event for events.jsonl, which the supervisor writes."""
-        self.report("event", event=kind, details=details)
+    def record_event(self, event: RankEvent) -> None:
+        """Reports an event, which the supervisor writes to events.jsonl."""
+        details = {key: value for key, value in event.items() if key != "event"}
+        self.report(EventReport(report="event", time=time.time(), event=event["event"], details=details))
 
     def _listen(self) -> None:
         for line in sys.stdin:
-            order = json.loads(line)
+            order: Order = json.loads(line)
             if "go" in order:
                 self._orders.put(order["go"])
             elif "stop" in order:

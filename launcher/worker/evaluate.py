@@ -1,4 +1,4 @@
-"""The loss on held-out text."""
+"""The loss on the evaluation data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from launcher.worker.ulysses import WHOLE, Part
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss over the learned tokens (nats), its exponential, and how many tokens that were."""
+    """Mean loss over the learned tokens (nats), its exponential, and the number of learned tokens."""
 
     loss: float
     perplexity: float
@@ -27,10 +27,10 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(engine: Any, store: TokenStore, micro_batch: int, ranks: Ranks, part: Part = WHOLE) -> Evaluation:
-    """The token-weighted mean loss over all ranks; each sequence counts once, whatever the number of ranks.
+    """The token-weighted mean loss over all ranks; each sequence counts once, for any number of ranks.
 
-    All ranks put the same number of micro-batches through the model, as ZeRO-3 needs; the last may repeat a sequence
-    without counting it.
+    All ranks run the same number of micro-batches, which ZeRO-3 requires; the last one may repeat a sequence without
+    counting it.
     """
     engine.eval()
     stride = ranks.world_size // part.size * micro_batch

@@ -1,6 +1,6 @@
-"""The exporting process: `python -m launcher.worker.exporter` makes a Hugging Face folder of a checkpoint.
+"""The exporting process: `python -m launcher.worker.exporter` exports a checkpoint as a Hugging Face folder.
 
-It reads a request (launcher/runs/export.py) from standard input and answers in JSON lines: {"progress": text}, or
+It reads a request (launcher/runs/export.py) from standard input and writes JSON lines: {"progress": text}, or
 {"error": text}.
 """
 
@@ -28,15 +28,15 @@ from launcher.worker.model import DTYPES, load_model
 
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _MODEL_STATES = "mp_rank_00_model_states.pt"
-_REPORT_EVERY = 8
-"""Progress is reported so many times while the weights are read."""
+_PROGRESS_REPORTS = 8
+"""Number of progress reports while the weights are read."""
 
 
 def main() -> int:
-    """0: exported; 1: failed, with the traceback on standard error. Answers alone go to standard output."""
+    """Returns 0 if exported, 1 if failed (traceback on standard error). Only answers go to standard output."""
     keep_private()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is not an answer
+    os.dup2(2, 1)  # what libraries print goes to standard error
 
     def answer(**message: str) -> None:
         answers.write(json.dumps(message) + "\n")
@@ -57,23 +57,23 @@ def main() -> int:
 
 
 def export_checkpoint(request: ExportRequest, progress: Callable[[str], None]) -> None:
-    """Writes the export of a checkpoint to the folder of the request. Raises RunFailed if they do not fit together.
+    """Exports a checkpoint to the folder of the request. Raises RunFailed if the checkpoint does not fit the model.
 
-    The weights are those that the run itself would export at that update, bit for bit, in the dtype that it trains in.
+    Without a requested dtype, the weights are bit for bit those that the run itself would export at that update.
     """
     trained = read_plan(request.plan_file)
-    plan = in_this_process(trained, request)
+    plan = unsharded_plan(trained, request)
     progress("reading the pretrained model")
     model = load_model(plan).to(DTYPES[plan.precision])
-    fill(model, saved_weights(request.checkpoint, trained, plan.precision, progress), progress)
+    copy_weights(model, saved_weights(request.checkpoint, trained, plan.precision, progress), progress)
     progress("writing the export")
     write_export(model, trained_weights(model, plan), plan, request.folder)
 
 
-def in_this_process(plan: Plan, request: ExportRequest) -> Plan:
-    """The plan as far as the model of it is concerned: unsharded, in the dtype asked for, without what is for GPUs."""
+def unsharded_plan(plan: Plan, request: ExportRequest) -> Plan:
+    """The plan changed to load the model unsharded, in the requested dtype, and without options that need a GPU."""
     precision = _PRECISIONS[request.dtype] if request.dtype else plan.precision
-    section = plan.job.model
+    section = plan.training.job.model
     changes: dict[str, Any] = {"attn_implementation": "auto", "liger": False, "gradient_checkpointing": False}
     if section.lora is not None and request.merge:
         changes["lora"] = section.lora.model_copy(update={"merge": True})
@@ -82,10 +82,10 @@ def in_this_process(plan: Plan, request: ExportRequest) -> Plan:
 
 
 def saved_weights(checkpoint: Path, plan: Plan, precision: str, progress: Callable[[str], None]) -> Mapping[str, Any]:
-    """The trained weights of a checkpoint by name: tensors, or what `contiguous()` makes a tensor of when it is asked.
+    """The trained weights of a checkpoint by name: tensors, or lazy ones that `contiguous()` turns into tensors.
 
-    Under ZeRO 3 they are put together from the ranks' float32 shards, of which the weights in training are a cast. For
-    an export that is more precise than the training's weights, the same is done under ZeRO 1 and 2.
+    Under ZeRO 3 they are assembled from the ranks' float32 shards; the weights in training are a cast of these. Under
+    ZeRO 1 and 2 the shards are used only for an export that is more precise than the weights in training.
     """
     if plan.zero_stage == 3:
         return _from_shards(checkpoint)
@@ -93,7 +93,7 @@ def saved_weights(checkpoint: Path, plan: Plan, precision: str, progress: Callab
         try:
             return _from_shards(checkpoint)
         except (ValueError, FileNotFoundError) as error:
-            # Without ZeRO, and for bfloat16 with gradients accumulated in float32, DeepSpeed has another optimizer.
+            # Without ZeRO, or with bfloat16 and float32 gradient accumulation, DeepSpeed uses another optimizer.
             if plan.zero_stage > 0 and "is not a zero checkpoint" not in str(error):
                 raise
             progress(f"this run's optimizer has no ZeRO shards: exporting its {plan.precision} weights as float32")
@@ -110,22 +110,22 @@ def _from_shards(checkpoint: Path) -> Mapping[str, Any]:
 
 
 @torch.no_grad()
-def fill(model: Any, weights: Mapping[str, Any], progress: Callable[[str], None]) -> None:
-    """Copies weights into a model, one at a time. Raises RunFailed if one does not fit, or a trained one is missing."""
+def copy_weights(model: Any, weights: Mapping[str, Any], progress: Callable[[str], None]) -> None:
+    """Copies weights into a model, one at a time. Raises RunFailed if one does not fit or a trained one is missing."""
     own = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
-    filled: set[int] = set()
-    step = max(1, len(weights) // _REPORT_EVERY)
+    copied: set[int] = set()
+    step = max(1, len(weights) // _PROGRESS_REPORTS)
     for number, (name, weight) in enumerate(weights.items()):
         if number % step == 0:
             progress(f"reading the checkpoint: {number} of {len(weights)} weights")
         target = own.get(name)
         if target is None or target.shape != weight.shape:
-            raise RunFailed(f"the checkpoint is of another model: it differs in {name}")
+            raise RunFailed(f"the checkpoint belongs to a different model: it differs in {name}")
         target.copy_(weight.contiguous())
-        filled.add(id(target))
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in filled]
+        copied.add(id(target))
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in copied]
     if missing:
-        raise RunFailed(f"the checkpoint is of another model: it lacks {', '.join(missing[:5])}")
+        raise RunFailed(f"the checkpoint belongs to a different model: it lacks {', '.join(missing[:5])}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The global gradient norm of an update: ours where DeepSpeed keeps none, else the one that DeepSpeed computed."""
+"""The global gradient norm of an update: from DeepSpeed, or computed here where DeepSpeed computes none."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from launcher.plan.schema import Plan
 
 
 def norm_before_step(engine: Any, plan: Plan) -> float | None:
-    """The norm before clipping of the averaged gradients, where they are whole on every rank before the step.
+    """The norm, before clipping, of the averaged gradients if every rank has all of them before the step.
 
-    That is float32 without ZeRO, for which DeepSpeed computes none. Else None: gradients are partitioned, in buffers of
-    DeepSpeed's, or a single rank's own until the step.
+    That is the case for float32 without ZeRO, where DeepSpeed computes no norm. Otherwise None: until the step, the
+    gradients are partitioned, in DeepSpeed's buffers, or not yet averaged.
     """
     if plan.zero_stage != 0 or plan.precision != "fp32":
         return None
@@ -23,10 +23,10 @@ def norm_before_step(engine: Any, plan: Plan) -> float | None:
 
 
 def norm_of_step(engine: Any, plan: Plan) -> float | None:
-    """The norm before clipping that DeepSpeed computed in the step just made; the same on every rank.
+    """The norm, before clipping, that DeepSpeed computed in the last step; the same on every rank.
 
-    None where the JSON switches it off. Raises RunFailed where DeepSpeed has none all the same: without it the spike
-    guard would see half of what it watches, and a NaN in the gradients would go unnoticed.
+    None if the JSON switches it off. Raises RunFailed if DeepSpeed has none although it is on: the spike guard needs
+    it, and a NaN in the gradients would go unnoticed.
     """
     norm = engine.get_global_grad_norm()
     if norm is not None:
@@ -34,6 +34,6 @@ def norm_of_step(engine: Any, plan: Plan) -> float | None:
     if not engine.zero_compute_grad_norm():
         return None
     raise RunFailed(
-        f"DeepSpeed reports no gradient norm for its {type(engine.optimizer).__name__}: this launcher reads the one of "
-        f"DeepSpeed {plan.machine.versions.get('deepspeed', '')}, and another one may keep it elsewhere"
+        f"DeepSpeed reports no gradient norm for its {type(engine.optimizer).__name__}: this launcher reads it as in "
+        f"DeepSpeed {plan.machine.versions.get('deepspeed', '')}; another version may keep it elsewhere"
     )

@@ -1,4 +1,4 @@
-"""Keeping all ranks on one plan: the same hash before training, the same rate during it."""
+"""Checks that all ranks follow one plan: the same hash before training, the same learning rate during it."""
 
 from __future__ import annotations
 
@@ -13,39 +13,41 @@ from launcher.plan.learning_rate import planned_rates
 from launcher.plan.schema import Plan
 from launcher.worker.ranks import Ranks
 
-_WORDS = 3
-"""What each rank tells of itself: its update, its rate, its skipped updates."""
+_COLUMNS = 3
+"""Values per rank in the table: its update, its learning rate, its skipped updates."""
 
 
-class OutOfStep(RunFailed):
-    """A rank does not do what the plan says."""
+class OutOfSyncError(RunFailed):
+    """A rank does not follow the plan."""
 
     code = FailureCode.OUT_OF_STEP
 
 
-def same_plan(ranks: Ranks, plan: Plan) -> list[str]:
-    """The host of every rank. Raises OutOfStep on every rank, naming each that has another plan or DeepSpeed.
+def check_same_plan(ranks: Ranks, plan: Plan) -> list[str]:
+    """Returns the host of every rank. Raises OutOfSyncError on every rank if a plan or DeepSpeed version differs.
 
-    The plan that counts is the supervisor's, whose hash came with the order to go (that of the most ranks where there
-    is no supervisor); the DeepSpeed is the plan's, whose schedulers its curve is.
+    The reference is the hash that the supervisor sent with the order to start (without a supervisor, the most common
+    hash), and the DeepSpeed version of the plan, whose schedulers define its curve.
     """
     found: list[tuple[str, str, str]] = ranks.gather((plan.sha256, version("deepspeed"), ranks.host))
     hosts = [host for _, _, host in found]
-    agreed = os.environ.get("LAUNCHER_PLAN_SHA256") or Counter(sha for sha, _, _ in found).most_common(1)[0][0]
-    others = [f"rank {r} on {hosts[r]} has {sha[:12]}…" for r, (sha, _, _) in enumerate(found) if sha != agreed]
+    expected = os.environ.get("LAUNCHER_PLAN_SHA256") or Counter(sha for sha, _, _ in found).most_common(1)[0][0]
+    others = [f"rank {r} on {hosts[r]} has {sha[:12]}…" for r, (sha, _, _) in enumerate(found) if sha != expected]
     if others:
-        message = f"the plan differs between ranks: {'; '.join(others)}; the run's is {agreed[:12]}…"
-        raise OutOfStep(message, code=FailureCode.PLAN_DIFFERS)
-    wanted = plan.machine.versions["deepspeed"]
-    others = [f"rank {r} on {hosts[r]} has {theirs}" for r, (_, theirs, _) in enumerate(found) if theirs != wanted]
+        message = f"the plan differs between ranks: {'; '.join(others)}; the run's plan is {expected[:12]}…"
+        raise OutOfSyncError(message, code=FailureCode.PLAN_DIFFERS)
+    version_of_plan = plan.machine.versions["deepspeed"]
+    others = [
+        f"rank {r} on {hosts[r]} has {theirs}" for r, (_, theirs, _) in enumerate(found) if theirs != version_of_plan
+    ]
     if others:
-        message = f"the plan was made with DeepSpeed {wanted}: {'; '.join(others)}"
-        raise OutOfStep(message, code=FailureCode.VERSIONS_DIFFER)
+        message = f"the plan was made with DeepSpeed {version_of_plan}: {'; '.join(others)}"
+        raise OutOfSyncError(message, code=FailureCode.VERSIONS_DIFFER)
     return hosts
 
 
-class InStep:
-    """Holds every update against the plan, and the ranks against each other, before the update is made."""
+class LRCheck:
+    """Compares every update with the plan, and the ranks with each other, before the update is made."""
 
     def __init__(self, ranks: Ranks, plan: Plan, hosts: Sequence[str]) -> None:
         self._ranks, self._hosts = ranks, hosts
@@ -53,57 +55,61 @@ class InStep:
         self._planned = planned_rates(plan)
 
     def follow(self, plan: Plan) -> None:
-        """Goes on under a revision of the plan."""
+        """Continues with a revision of the plan."""
         self._planned = planned_rates(plan)
 
     def check(self, engine: Any, update: int) -> float:
-        """The learning rate of `update`, with which every parameter group is about to be stepped.
+        """Returns the learning rate of `update`, which every parameter group must have.
 
-        Raises OutOfStep, naming the groups with another one.
+        Raises OutOfSyncError, naming the groups with another learning rate.
         """
         expected = self._planned(engine.global_steps - engine.skipped_steps)
-        found = _rates(engine)
+        found = _learning_rates(engine)
         if engine.global_steps != update or any(rate != expected for rate in found):
-            raise OutOfStep(
+            raise OutOfSyncError(
                 f"rank {self._ranks.rank} on {self._ranks.host} would make update {update} "
-                f"(its engine counts {engine.global_steps}) at {_differing(found, expected)}; "
+                f"(its engine counts {engine.global_steps}) with {_differing(found, expected)}; "
                 f"the plan says {expected!r}"
             )
         return expected
 
-    def words(self, engine: Any, update: int) -> list[float]:
-        """What this rank adds to the loss's reduction where a comparison is due: zeros, and its own three numbers.
+    def table_row(self, engine: Any, update: int) -> list[float]:
+        """What this rank adds to the reduction of the loss if a comparison is due: zeros, and its own three values.
 
-        Summed over the ranks that is a table of all ranks, [world size · 3]; at other updates it is empty.
+        The sum over the ranks is a table of all ranks, [world size · 3]. Empty if no comparison is due.
         """
         if update % self._every:
             return []
-        table = [0.0] * (_WORDS * self._ranks.world_size)
-        start = _WORDS * self._ranks.rank
-        table[start : start + _WORDS] = [float(engine.global_steps), _rates(engine)[0], float(engine.skipped_steps)]
+        table = [0.0] * (_COLUMNS * self._ranks.world_size)
+        start = _COLUMNS * self._ranks.rank
+        table[start : start + _COLUMNS] = [
+            float(engine.global_steps),
+            _learning_rates(engine)[0],
+            float(engine.skipped_steps),
+        ]
         return table
 
     def compare(self, table: Sequence[float], update: int) -> None:
-        """Raises OutOfStep on every rank, naming each that is not where the plan has the ranks at this update."""
-        rows = [tuple(table[i : i + _WORDS]) for i in range(0, len(table), _WORDS)]
+        """Raises OutOfSyncError on every rank if the rows differ, naming the ranks with an uncommon row."""
+        rows = [tuple(table[i : i + _COLUMNS]) for i in range(0, len(table), _COLUMNS)]
         if not rows:
             return
-        agreed, _ = Counter(rows).most_common(1)[0]
+        common, _ = Counter(rows).most_common(1)[0]
         others = [
-            f"rank {rank} on {self._hosts[rank]} is at update {row[0]:.0f} with a rate of {row[1]!r} "
+            f"rank {rank} on {self._hosts[rank]} is at update {row[0]:.0f} with a learning rate of {row[1]!r} "
             f"and {row[2]:.0f} skipped updates"
             for rank, row in enumerate(rows)
-            if row != agreed
+            if row != common
         ]
         if others:
-            raise OutOfStep(
+            raise OutOfSyncError(
                 f"before update {update} the ranks differ: {'; '.join(others)}; the others are at update "
-                f"{agreed[0]:.0f} with {agreed[1]!r} and {agreed[2]:.0f}"
+                f"{common[0]:.0f} with {common[1]!r} and {common[2]:.0f}"
             )
 
 
 def _differing(rates: Sequence[float], expected: float) -> str:
-    """The learning rates that differ from `expected`, with their groups where there are several; else the first."""
+    """The learning rates that differ from `expected`, with their groups if there are several; else the first one."""
     others = {index: rate for index, rate in enumerate(rates) if rate != expected}
     if not others or len(rates) == 1:
         return f"a learning rate of {rates[0]!r}"
@@ -111,5 +117,5 @@ def _differing(rates: Sequence[float], expected: float) -> str:
     return f"a learning rate of {each} of {len(rates)}"
 
 
-def _rates(engine: Any) -> list[float]:
+def _learning_rates(engine: Any) -> list[float]:
     return [float(group["lr"]) for group in engine.optimizer.param_groups]

@@ -1,61 +1,94 @@
-"""metrics.jsonl: one line an update, written by the first rank."""
+"""metrics.jsonl (one line per update) and evaluations.jsonl, written by the first rank."""
 
 from __future__ import annotations
 
 import resource
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-
+from launcher.records import EvaluationLine, MetricsLine, RouterLoss
 from launcher.run_dir import RunDir, append_line, json_number, utc_now
-from launcher.worker.ranks import Ranks
+
+if TYPE_CHECKING:
+    import torch
+
+    from launcher.worker.ranks import Ranks
 
 
-class Journal:
-    """Measures the updates and writes them down."""
+class MetricsWriter:
+    """Measures the updates and writes their metrics."""
 
     def __init__(self, run: RunDir, ranks: Ranks) -> None:
         self._run, self._ranks = run, ranks
         self._since = time.perf_counter()
-        self._seconds = 0.0
+        self.step_seconds = 0.0
+        """Of this rank's last update."""
 
-    def pulse(self) -> dict[str, Any]:
-        """What the node's agent is told of this rank's last update."""
-        cuda = self._ranks.device.type == "cuda"
-        memory = int(torch.cuda.memory_reserved(self._ranks.device)) if cuda else None
-        return {"step_seconds": round(self._seconds, 6), "gpu_memory_bytes": memory}
+    def gpu_memory_used_bytes(self) -> int | None:
+        """The GPU memory that this rank's process has reserved; None on a CPU."""
+        if self._ranks.device.type != "cuda":
+            return None
+        import torch
+
+        return int(torch.cuda.memory_reserved(self._ranks.device))
 
     def restart_clock(self) -> None:
-        """Leaves what was done since the last update (an evaluation, a checkpoint) out of the next step's time."""
+        """Excludes what happened since the last update (an evaluation, a checkpoint) from the next step time."""
         self._since = time.perf_counter()
 
-    def write(self, **update: Any) -> None:
-        """One line: update, samples, tokens, loss, lr, grad_norm as given, and step time, tokens/s and memory."""
+    def write(
+        self,
+        *,
+        update: int,
+        samples: int,
+        tokens: int,
+        loss: float,
+        lr: float,
+        grad_norm: float | None,
+        skipped: bool,
+        router_loss: float | None = None,
+    ) -> None:
+        """Writes one line: the given values of the update, and step time, tokens/s and peak memory."""
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
-        self._seconds = seconds
+        self.step_seconds = round(seconds, 6)
         if not self._ranks.first:
             return
-        line = {
-            **{key: json_number(value) for key, value in update.items()},
-            "step_seconds": round(seconds, 6),
-            "tokens_per_second": round(update["tokens"] / seconds, 1),
+        router: RouterLoss = {} if router_loss is None else {"router_loss": json_number(router_loss)}
+        line: MetricsLine = {
+            "update": update,
+            "samples": samples,
+            "tokens": tokens,
+            "loss": json_number(loss),
+            "lr": json_number(lr),
+            "grad_norm": json_number(grad_norm),
+            "skipped": skipped,
+            **router,
+            "step_seconds": self.step_seconds,
+            "tokens_per_second": round(tokens / seconds, 1),
             "peak_memory_bytes": peak_memory_bytes(self._ranks.device),
             "time": utc_now(),
         }
         append_line(self._run.metrics_file, line)
 
-    def evaluated(self, **evaluation: Any) -> None:
-        """One line in evaluations.jsonl."""
+    def write_evaluation(self, update: int, loss: float, perplexity: float, targets: int) -> None:
+        """Writes one line to evaluations.jsonl."""
         if self._ranks.first:
-            line = {key: json_number(value) for key, value in evaluation.items()}
-            append_line(self._run.evaluations_file, {**line, "time": utc_now()})
+            line: EvaluationLine = {
+                "update": update,
+                "loss": json_number(loss),
+                "perplexity": json_number(perplexity),
+                "targets": targets,
+                "time": utc_now(),
+            }
+            append_line(self._run.evaluations_file, line)
         self.restart_clock()
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most that was allocated on a GPU, or the process's largest resident size."""
+    """The peak memory allocated on the GPU, or the peak resident size of the process."""
     if device.type == "cuda":
+        import torch
+
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

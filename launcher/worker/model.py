@@ -14,7 +14,7 @@ from transformers.integrations.liger import apply_liger_kernel
 
 from launcher.errors import RunFailed
 from launcher.plan.schema import Plan
-from launcher.trainable import choose_trained
+from launcher.trainable import set_trainable
 from launcher.worker.experts import gather_experts_together
 from launcher.worker.scheduler import client_scheduler
 from launcher.worker.ulysses import exchange_attention
@@ -23,17 +23,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_model(plan: Plan) -> Any:
-    """The pretrained model in the plan's precision, with what the job trains of it chosen.
+    """The pretrained model in the plan's precision, with the parameters that the job trains selected.
 
-    Under ZeRO-3 each rank holds its part of the pretrained weights from the start.
+    Under ZeRO-3 each rank loads only its partition of the weights.
     """
-    model_section = plan.job.model
+    model_section = plan.training.job.model
     options: dict[str, Any] = {}
     if model_section.attn_implementation != "auto":
         options["attn_implementation"] = model_section.attn_implementation
     with _sharded_loading(plan):
         model = AutoModelForCausalLM.from_pretrained(
-            plan.model.folder,
+            plan.training.model.folder,
             dtype=DTYPES[plan.precision],
             trust_remote_code=model_section.trust_remote_code,
             **options,
@@ -42,23 +42,25 @@ def load_model(plan: Plan) -> Any:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if model_section.liger:
         apply_liger_kernel(model, None)
-    # Adapters begin at random: at the same random on every rank and under every ZeRO stage.
+    # Adapters are initialised at random: the same on every rank and under every ZeRO stage.
     set_seed(plan.job.train.seed)
-    model = choose_trained(model, model_section)
+    model = set_trainable(model, model_section)
     model.train()
     return model
 
 
 def load_tokenizer(plan: Plan) -> Any:
     """The model's tokenizer."""
-    return AutoTokenizer.from_pretrained(plan.model.folder, trust_remote_code=plan.job.model.trust_remote_code)
+    return AutoTokenizer.from_pretrained(
+        plan.training.model.folder, trust_remote_code=plan.training.job.model.trust_remote_code
+    )
 
 
 def make_engine(plan: Plan, model: Any, *, universal: bool = False) -> Any:
-    """The DeepSpeed engine, as `deepspeed.initialize` leaves it.
+    """The DeepSpeed engine, as `deepspeed.initialize` returns it.
 
-    `universal` has it load a converted checkpoint. Whatever the JSON says of that, any other checkpoint is DeepSpeed's
-    ordinary one, which it cannot load as a converted one.
+    `universal` makes it load a converted checkpoint. This overrides the JSON: DeepSpeed cannot load an ordinary
+    checkpoint as a converted one.
     """
     config, checkpoint = plan.ds_config, plan.ds_config.get("checkpoint") or {}
     if universal != checkpoint.get("load_universal", False):
@@ -74,13 +76,13 @@ def make_engine(plan: Plan, model: Any, *, universal: bool = False) -> Any:
         mpu=exchange_attention(plan, model),
         dist_init_required=False,
     )
-    if plan.job.model.torch_compile:
+    if plan.training.job.model.torch_compile:
         engine.compile()
     return engine
 
 
 def parameter_groups(model: Any) -> list[dict[str, Any]]:
-    """Two groups: matrices and embeddings, which decay, and norms and biases, which do not."""
+    """Two groups: matrices and embeddings with weight decay, norms and biases without."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [p for p in trained if _dimensions(p) >= 2]
     vectors = [p for p in trained if _dimensions(p) < 2]
@@ -89,16 +91,16 @@ def parameter_groups(model: Any) -> list[dict[str, Any]]:
 
 
 def _dimensions(parameter: Any) -> int:
-    """A parameter under ZeRO-3 is a flat part of what `ds_shape` says. Raises RunFailed where nothing says it."""
+    """The number of dimensions; under ZeRO-3 parameters are flat and `ds_shape` has the shape. Raises RunFailed."""
     shape = getattr(parameter, "ds_shape", parameter.shape)
     if 0 in shape:
-        raise RunFailed("DeepSpeed does not name the shape of a partitioned weight, so it may be a matrix or a vector")
+        raise RunFailed("DeepSpeed does not report the shape of a partitioned weight: it may be a matrix or a vector")
     return len(shape)
 
 
 @contextlib.contextmanager
 def _sharded_loading(plan: Plan) -> Iterator[None]:
-    """Under ZeRO-3 transformers loads into parts as long as its DeepSpeed config lives."""
+    """Under ZeRO-3 transformers partitions weights as it loads them while an HfDeepSpeedConfig exists."""
     config = HfDeepSpeedConfig(plan.ds_config) if plan.zero_stage == 3 else None
     try:
         yield

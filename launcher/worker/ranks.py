@@ -1,4 +1,4 @@
-"""This process among the ranks: its place, the process group, and small reductions."""
+"""This rank's place in the world, its process group, and small reductions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from launcher.plan.schema import Plan
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this rank stands."""
+    """This rank's place in the world."""
 
     rank: int
     world_size: int
@@ -46,16 +46,16 @@ class Ranks:
 
 
 def join_ranks(plan: Plan) -> Ranks:
-    """Makes the process group from torchrun's environment variables."""
+    """Joins the process group, from torchrun's environment variables."""
     import deepspeed
 
-    # DeepSpeed calls these on every gather, and each call would be a line in the log.
+    # DeepSpeed calls these on every gather; each call would add a line to the log.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     cuda, local_rank = plan.world.device == "cuda", int(os.environ["LOCAL_RANK"])
     if cuda:
         torch.cuda.set_device(local_rank)
     else:
-        # Only inference uses this kernel, and building it takes the better part of a minute on a new machine.
+        # Only inference uses this kernel, and building it takes most of a minute on a new machine.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         plan.world.backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=30)

@@ -1,4 +1,4 @@
-"""The engine's scheduler: DeepSpeed's own class where it has one, else an object that follows the plan."""
+"""The engine's learning-rate scheduler: DeepSpeed's own class if it has one, else an object that follows the plan."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 from launcher.plan.revision import schedule_of
 from launcher.plan.schema import Plan
-from launcher.schedule.curve import DEEPSPEED_TYPES, Schedule, live_attributes, rate_at
+from launcher.schedule.curve import DEEPSPEED_TYPES, Schedule, live_attributes, lr_at
 
 
 class PlannedLR:
-    """A scheduler object for shapes that DeepSpeed has no class for; the same life as DeepSpeed's own.
+    """A scheduler for shapes that DeepSpeed has no class for, with the same interface as DeepSpeed's own.
 
-    Update u is made with `last_batch_iteration` = u; the state is that number alone.
+    Update u is made with `last_batch_iteration` = u; the state is only that number.
     """
 
     def __init__(self, optimizer: Any, schedule: Schedule) -> None:
@@ -22,14 +22,14 @@ class PlannedLR:
         self._apply(0)
 
     def get_lr(self) -> list[float]:
-        rate = rate_at(self.schedule, max(0, self.last_batch_iteration))
+        rate = lr_at(self.schedule, max(0, self.last_batch_iteration))
         return [rate] * len(self.optimizer.param_groups)
 
     def get_last_lr(self) -> list[float]:
         return self._last_lr
 
     def step(self, last_batch_iteration: int | None = None) -> None:
-        """Moves on by one update, or to the one given."""
+        """Advances by one update, or to the given one."""
         self.last_batch_iteration = (
             self.last_batch_iteration + 1 if last_batch_iteration is None else last_batch_iteration
         )
@@ -42,13 +42,13 @@ class PlannedLR:
         self.last_batch_iteration = state["last_batch_iteration"]
 
     def _apply(self, update: int) -> None:
-        self._last_lr = [rate_at(self.schedule, update)] * len(self.optimizer.param_groups)
+        self._last_lr = [lr_at(self.schedule, update)] * len(self.optimizer.param_groups)
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = rate
 
 
 def client_scheduler(plan: Plan) -> Callable[[Any], PlannedLR] | None:
-    """What `deepspeed.initialize` is given as lr_scheduler; None where the JSON names DeepSpeed's own class."""
+    """The lr_scheduler argument of `deepspeed.initialize`; None if the JSON names a class of DeepSpeed."""
     if plan.learning_rate.schedule is None or plan.learning_rate.shape in DEEPSPEED_TYPES:
         return None
     schedule = schedule_of(plan)
@@ -56,13 +56,13 @@ def client_scheduler(plan: Plan) -> Callable[[Any], PlannedLR] | None:
 
 
 def begin(engine: Any, plan: Plan) -> None:
-    """Brings a fresh engine's scheduler to update 0 of the plan: DeepSpeed would spend two updates at the start."""
+    """Brings a new engine's scheduler to update 0 of the plan: DeepSpeed would stay two updates at the start."""
     for _ in range(plan.learning_rate.advance):
         engine.lr_scheduler.step()
 
 
 def follow(engine: Any, plan: Plan, update: int) -> None:
-    """Has the live scheduler go on under the plan's schedule, which was changed at `update`, without advancing it."""
+    """Switches the scheduler to the plan's schedule, which was changed at `update`, without advancing it."""
     schedule, live = schedule_of(plan), engine.lr_scheduler
     if isinstance(live, PlannedLR):
         live.schedule = schedule
@@ -73,5 +73,5 @@ def follow(engine: Any, plan: Plan, update: int) -> None:
 
 
 def resume(engine: Any) -> None:
-    """Recomputes the rate after a checkpoint was loaded, which DeepSpeed leaves at the one saved."""
+    """Recomputes the learning rate after loading a checkpoint: DeepSpeed keeps the saved one."""
     engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +14,38 @@ from transformers.utils import logging as transformers_logging
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.plan_file import read_plan
+from launcher.records import Phase, PhaseReport, StoppedReport, UpdateReport
 from launcher.run_dir import RunDir
 from launcher.token_store import TokenStore
 from launcher.worker import scheduler
 from launcher.worker.batches import MicroBatch, SampleOrder, Share, micro_batches
 from launcher.worker.checkpoint import Checkpoints, Progress
-from launcher.worker.compute_time import OwnTime
+from launcher.worker.compute_time import ComputeTime
 from launcher.worker.control import Control
 from launcher.worker.evaluate import evaluate
 from launcher.worker.export import export_model
 from launcher.worker.finite_weights import check_weights
 from launcher.worker.gradient_norm import norm_before_step, norm_of_step
 from launcher.worker.loss import summed_losses
-from launcher.worker.lr_check import InStep, same_plan
-from launcher.worker.metrics import Journal
+from launcher.worker.lr_check import LRCheck, check_same_plan
+from launcher.worker.metrics import MetricsWriter
 from launcher.worker.model import load_model, make_engine
 from launcher.worker.ranks import Ranks, join_ranks
-from launcher.worker.spike_guard import Guard
-from launcher.worker.ulysses import averaged_over, part_of
+from launcher.worker.spike_guard import SpikeGuard
+from launcher.worker.ulysses import gradient_divisor, part_of
 
 
-def work(run_path: Path, plan_file: Path, start: Start | None, control: Control) -> None:
-    """Carries out the plan on this rank. Raises whatever went wrong."""
+def run_rank(run_path: Path, plan_file: Path, start: Start | None, control: Control) -> None:
+    """Carries out the plan on this rank. Raises the error of a failure."""
     run, plan = RunDir(run_path), read_plan(plan_file)
     transformers_logging.disable_progress_bar()
     ranks = join_ranks(plan)
-    hosts = same_plan(ranks, plan)
+    hosts = check_same_plan(ranks, plan)
     set_seed(plan.job.train.seed)
-    control.report("phase", phase="loading")
+    control.report(PhaseReport(report="phase", time=time.time(), phase="loading"))
     engine = make_engine(plan, load_model(plan), universal=start is not None and start.convert)
     if start is None:
-        check_weights(engine.module, ranks, plan.model.folder)
+        check_weights(engine.module, ranks, plan.training.model.folder)
     training = Training(run, plan, ranks, engine, control, hosts)
     training.begin(start)
     training.train()
@@ -52,45 +53,45 @@ def work(run_path: Path, plan_file: Path, start: Start | None, control: Control)
 
 
 class Training:
-    """One rank's training: the state of the loop, and what happens around it."""
+    """One rank's training: the loop, its state, evaluations and checkpoints."""
 
     def __init__(
         self, run: RunDir, plan: Plan, ranks: Ranks, engine: Any, control: Control, hosts: Sequence[str]
     ) -> None:
         self.run, self.plan, self.ranks, self.engine, self.control = run, plan, ranks, engine, control
         self.part = part_of(plan.world, ranks)
-        self.journal = Journal(run, ranks)
-        self.own_time = OwnTime(ranks.device)
-        self.checkpoints = Checkpoints(run, plan, ranks, control.tell)
-        self.in_step = InStep(ranks, plan, hosts)
-        self.guard = Guard(run, plan, ranks, engine, self.in_step, control.tell)
-        self.train_store = TokenStore(Path(plan.data.train.folder))
-        self.eval_store = TokenStore(Path(plan.data.eval.folder)) if plan.data.eval else None
+        self.metrics = MetricsWriter(run, ranks)
+        self.compute_time = ComputeTime(ranks.device)
+        self.checkpoints = Checkpoints(run, plan, ranks, control.record_event)
+        self.lr_check = LRCheck(ranks, plan, hosts)
+        self.guard = SpikeGuard(run, plan, ranks, engine, self.lr_check, control.record_event)
+        self.train_store = TokenStore(Path(plan.training.data.train.folder))
+        self.eval_store = TokenStore(Path(plan.training.data.eval.folder)) if plan.training.data.eval else None
         self.progress = Progress(update=0, samples=0)
         self.stopped = False
         self.router_loss = 0.0
-        """Of the update's mean loss the part that balances the experts' routers."""
+        """The part of the update's mean loss that balances the experts' routers."""
 
     def begin(self, start: Start | None) -> None:
-        """Stands where the first update begins: of a fresh run, or after a checkpoint."""
+        """Prepares the first update of a new run, or the first one after a checkpoint."""
         if start is None:
             scheduler.begin(self.engine, self.plan)
             self.phase("training")
             self.evaluate()
         else:
             self.progress, guard_state = self.checkpoints.load(self.engine, start)
-            check_weights(self.engine.module, self.ranks, self.plan.model.folder, start.checkpoint)
+            check_weights(self.engine.module, self.ranks, self.plan.training.model.folder, start.checkpoint)
             self.guard.load_state_dict(guard_state)
             scheduler.resume(self.engine)
             self.phase("training")
-        self.journal.restart_clock()
+        self.metrics.restart_clock()
 
     def train(self) -> None:
-        """The updates of the plan that are still to be made, or those until a stop."""
+        """Makes the remaining updates of the plan, until the end or a stop."""
         summed = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
-        fused, coefficient = self.plan.job.model.liger, self.plan.model.router_loss_coefficient
+        fused, coefficient = self.plan.training.job.model.liger, self.plan.training.model.router_loss_coefficient
         for batch in self.batches():
-            with self.own_time:
+            with self.compute_time:
                 tensors = (batch.input_ids, batch.attention_mask, batch.labels)
                 loss, router_loss = summed_losses(
                     self.engine, *tensors, fused=fused, part=self.part, router_coefficient=coefficient
@@ -101,20 +102,20 @@ class Training:
                 self.engine.step()
                 continue
             mean, stop = self.reduce(summed.tolist(), batch)
-            rate = self.in_step.check(self.engine, batch.update)
+            lr = self.lr_check.check(self.engine, batch.update)
             grad_norm = norm_before_step(self.engine, self.plan)
-            if self.guard.refuses(batch.update, mean, grad_norm):
+            if self.guard.rejects(batch.update, mean, grad_norm):
                 self.stopped = True
                 break
             self.engine.step()
-            self.advance(batch, mean, rate, grad_norm)
+            self.advance(batch, mean, lr, grad_norm)
             summed.zero_()
             if (stop or self.guard.stop_reason) and self.progress.update < self.plan.length.total_updates:
                 self.stopped = True
                 break
 
     def batches(self) -> Any:
-        """This rank's micro-batches of the updates still to be made."""
+        """This rank's micro-batches of the remaining updates."""
         plan = self.plan
         share = Share(
             self.ranks.rank // self.part.size,
@@ -127,40 +128,49 @@ class Training:
         return micro_batches(self.train_store, order, share, updates, self.progress.samples, self.ranks.device)
 
     def loss_scale(self, batch: MicroBatch) -> float:
-        """Turns a micro-batch's summed loss into its part of the update's mean over all learned tokens.
+        """The factor from a micro-batch's summed loss to its share of the update's mean over all learned tokens.
 
-        DeepSpeed divides by the accumulation steps and averages over the ranks: both are multiplied back.
+        DeepSpeed divides by the accumulation steps and averages over the ranks; the factor undoes both.
         """
-        return averaged_over(self.plan) * self.plan.gradient_accumulation_steps / max(1, batch.update_targets)
+        return gradient_divisor(self.plan) * self.plan.gradient_accumulation_steps / max(1, batch.update_targets)
 
     def reduce(self, summed: Sequence[float], batch: MicroBatch) -> tuple[float, bool]:
-        """(the update's mean loss, whether any rank was asked to stop): the same on every rank.
+        """(the update's mean loss, whether any rank got the order to stop): the same on every rank.
 
-        `summed` are this rank's loss, and the part of it that balances routers.
+        `summed` is this rank's loss and the part of it that balances routers.
         """
-        words = self.in_step.words(self.engine, batch.update)
-        total, router, stops, *table = self.ranks.sum([*summed, float(self.control.stop.is_set()), *words])
+        row = self.lr_check.table_row(self.engine, batch.update)
+        total, router, stops, *table = self.ranks.sum([*summed, float(self.control.stop.is_set()), *row])
         self.router_loss = router / max(1, batch.update_targets)
-        self.in_step.compare(table, batch.update)
+        self.lr_check.compare(table, batch.update)
         return total / max(1, batch.update_targets), stops > 0
 
-    def advance(self, batch: MicroBatch, loss: float, rate: float, grad_norm: float | None) -> None:
-        """After an update: write it down, and evaluate or save where it is time."""
+    def advance(self, batch: MicroBatch, loss: float, lr: float, grad_norm: float | None) -> None:
+        """After an update: writes its metrics, and evaluates or saves if due."""
         samples = self.progress.samples + self.plan.train_batch_size
         self.progress = Progress(update=batch.update + 1, samples=samples)
         norm = grad_norm if grad_norm is not None else norm_of_step(self.engine, self.plan)
         skipped = not self.engine.was_step_applied()
-        self.journal.write(
+        self.metrics.write(
             update=batch.update,
             samples=samples,
             tokens=batch.update_tokens,
             loss=loss,
-            lr=rate,
+            lr=lr,
             grad_norm=norm,
             skipped=skipped,
-            **({} if self.plan.model.router_loss_coefficient is None else {"router_loss": self.router_loss}),
+            router_loss=None if self.plan.training.model.router_loss_coefficient is None else self.router_loss,
         )
-        self.control.report("update", update=batch.update, **self.journal.pulse(), own_seconds=self.own_time.take())
+        self.control.report(
+            UpdateReport(
+                report="update",
+                time=time.time(),
+                update=batch.update,
+                step_seconds=self.metrics.step_seconds,
+                gpu_memory_used_bytes=self.metrics.gpu_memory_used_bytes(),
+                own_seconds=self.compute_time.take(),
+            )
+        )
         self.guard.watch(batch.update, loss, norm, skipped=skipped)
         done, total = self.progress.update, self.plan.length.total_updates
         every = self.plan.job.train.eval_every
@@ -170,30 +180,33 @@ class Training:
             self.save()
 
     def evaluate(self) -> None:
-        """Evaluates on the held-out text, if there is any."""
+        """Evaluates, if the job has evaluation data."""
         if self.eval_store is not None:
             found = evaluate(
                 self.engine, self.eval_store, self.plan.train_micro_batch_size_per_gpu, self.ranks, self.part
             )
-            self.journal.evaluated(update=self.progress.update, **asdict(found))
+            self.metrics.write_evaluation(self.progress.update, found.loss, found.perplexity, found.targets)
 
     def save(self) -> None:
-        """Saves a checkpoint of where the run stands."""
+        """Saves a checkpoint in the middle of training."""
         self.phase("saving")
         self.save_state()
         self.phase("training")
-        self.journal.restart_clock()
+        self.metrics.restart_clock()
 
     def save_state(self) -> None:
         self.checkpoints.save(self.engine, self.progress, self.guard.plan.sha256, self.guard.state_dict())
 
     def finish(self) -> None:
-        """The end: evaluation, checkpoint and export; of a run that was stopped, the checkpoint alone."""
+        """The end of training: evaluation, checkpoint and export; after a stop, only a checkpoint."""
         if self.stopped:
             self.phase("saving")
             self.save_state()
             reason, code = self.guard.stop_reason, self.guard.stop_code
-            self.control.report("stopped", update=self.progress.update, reason=reason, code=code)
+            update = self.progress.update
+            self.control.report(
+                StoppedReport(report="stopped", time=time.time(), update=update, reason=reason, code=code)
+            )
             return
         self.evaluate()
         if self.plan.job.checkpoint.save_final:
@@ -203,6 +216,7 @@ class Training:
             self.phase("exporting")
             export_model(self.engine, self.plan, self.ranks, self.run.export)
 
-    def phase(self, name: str) -> None:
+    def phase(self, name: Phase) -> None:
         if self.ranks.first:
-            self.control.report("phase", phase=name, update=self.progress.update)
+            update = self.progress.update
+            self.control.report(PhaseReport(report="phase", time=time.time(), phase=name, update=update))

@@ -1,4 +1,4 @@
-"""Sequences that several ranks share (DeepSpeed's Ulysses): each has its part of the positions, attention is exchanged.
+"""Sequence parallelism (DeepSpeed's Ulysses): each rank has a part of every sequence and exchanges attention heads.
 
 Ulysses: arXiv 2309.14509; for transformers: arXiv 2506.13996.
 """
@@ -17,13 +17,13 @@ from launcher.worker.ranks import Ranks
 
 @dataclass(frozen=True)
 class Part:
-    """Which of `size` equal parts of every sequence is this rank's."""
+    """This rank's part of every sequence: number `index` of `size` equal parts."""
 
     index: int = 0
     size: int = 1
 
     def cut(self, tensor: torch.Tensor, padding: int) -> torch.Tensor:
-        """This rank's columns of [sequences, length], which is first padded to a multiple of `size`."""
+        """This rank's columns of a [sequences, length] tensor, after padding it to a multiple of `size`."""
         whole = functional.pad(tensor, (0, -tensor.shape[1] % self.size), value=padding)
         return whole.chunk(self.size, dim=1)[self.index].contiguous()
 
@@ -32,14 +32,14 @@ WHOLE = Part()
 
 
 def part_of(world: World, ranks: Ranks) -> Part:
-    """The part of this rank: ranks in a row share their sequences."""
+    """This rank's part: consecutive ranks share their sequences."""
     return Part(ranks.rank % world.sequence_parallel_size, world.sequence_parallel_size)
 
 
 def exchange_attention(plan: Plan, model: Any) -> Any:
-    """Has attention in this process gather whole sequences; the groups of ranks that deepspeed.initialize asks for.
+    """Makes attention in this process gather whole sequences; returns the `mpu` argument of deepspeed.initialize.
 
-    None where every rank has sequences of its own.
+    None without sequence parallelism.
     """
     size = plan.world.sequence_parallel_size
     if size == 1:
@@ -48,7 +48,7 @@ def exchange_attention(plan: Plan, model: Any) -> Any:
 
     text = model.config.get_text_config()
     if getattr(text, "head_dim", 0) is None:
-        # Some configs leave it to the model to divide; DeepSpeed takes the None for the number.
+        # Some configs set None and let the model compute it; DeepSpeed would use the None.
         text.head_dim = text.hidden_size // text.num_attention_heads
     return UlyssesSPAttentionHF.register_with_transformers(
         model_name_or_path=model,
@@ -59,11 +59,11 @@ def exchange_attention(plan: Plan, model: Any) -> Any:
     )
 
 
-def averaged_over(plan: Plan) -> int:
-    """By how much DeepSpeed divides the sum of all ranks' gradients.
+def gradient_divisor(plan: Plan) -> int:
+    """The number by which DeepSpeed divides the sum of all ranks' gradients.
 
-    Stages 0 to 2 divide by the groups that share sequences, and not at all where the JSON asks for sums; stage 3's
-    reduce-scatter divides by all ranks (runtime/engine.py and runtime/comm/coalesced_collectives.py of 0.19.8).
+    Stages 0 to 2 divide by the data-parallel size, or by 1 if the JSON asks for sums; the reduce-scatter of stage 3
+    divides by the world size (runtime/engine.py and runtime/comm/coalesced_collectives.py of 0.19.8).
     """
     if str(plan.ds_config.get("gradient_allreduce_op", "")).lower() == "sum":
         return 1

@@ -147,12 +147,12 @@ def pod_container(pod: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_job_that_the_rayjob_runs_takes_its_overrides(tmp_path: Path) -> None:
-    from launcher.job import read_job
+    from launcher.job import load_job
 
     _, _, _, *overrides = shlex.split(load("kuberay-rayjob.yaml")["spec"]["entrypoint"])
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump({"model": {"name_or_path": "m"}, "data": {"train": "t.jsonl"}}))
-    job = read_job(path, overrides)
+    job = load_job(path, *overrides).job
     assert (job.cluster.nodes, job.cluster.gpus_per_node, job.output_dir) == (2, 8, "/shared/runs")
 
 

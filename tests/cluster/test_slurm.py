@@ -190,7 +190,7 @@ def test_a_rank_that_raises_on_the_second_node_is_told_from_a_login_node(slurm: 
     first = "rank 1 on node 1 (h2) failed first, with exit code 1: ValueError: a bad sample on this node"
     for told in (output, launcher(hosts, "why", str(run.path))):
         assert first in told
-        assert "1 other rank fell in a collective only afterwards: rank 0 on node 0 (h1)" in told
+        assert "1 other rank failed because a peer was lost: rank 0 on node 0 (h1)" in told
     logs = launcher(hosts, "logs", str(run.path))
     assert "a bad sample on this node" in logs and "rank 0" in logs
     own = launcher(hosts, "logs", str(run.path), "--node", "h2", "--grep", "ValueError")
@@ -281,7 +281,7 @@ def test_a_node_that_refuses_ends_the_job_at_once(slurm: Slurm, shared: Path) ->
         job = sbatch(hosts, job_file, "--nodes=2", PATH=f"{wrapper.parent}:{os.environ['PATH']}", BLIND=host)
         state, output = ended(hosts, shared, job)
         assert state == "FAILED 2:0", output
-        assert f"node {node} ({host}) refused: " in output
+        assert f"node {node} ({host}) failed to start: " in output
         assert output.count("there is no folder /nowhere/model") == 2, "each side says why it ends"
     assert [path.name for path in (shared / "runs").iterdir() if path.name.startswith(".")] == []
     assert of_launcher(hosts) == []
@@ -307,12 +307,12 @@ def test_the_interface_that_reaches_the_others_is_found() -> None:
         left.cluster.mkdir(parents=True)
         command = ["srun", "--nodes=2", "--cpus-per-task=2", str(wrapper)]
         good = hosts.run("ctl", command, seconds=240, **WITH_LAUNCHER)
-        assert "every node will do" in good.stdout and not left.path.exists()
+        assert "every node is fit" in good.stdout and not left.path.exists()
         assert good.stdout.count("eth0") == 2 and "dead0" not in good.stdout
         bad = hosts.run("ctl", [*command, "other"], seconds=240, check=False, **WITH_LAUNCHER)
         assert bad.returncode == 1
         assert "node 1 (h2): transformers 4.0.0, and" in bad.stderr
-        assert "will not do" in bad.stdout
+        assert "unfit" in bad.stdout
         assert [path.name for path in (hosts.shared / "runs").iterdir() if path.name.startswith(".doctor")] == []
 
 

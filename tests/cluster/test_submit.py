@@ -105,8 +105,8 @@ def test_what_is_shown_is_what_slurm_gets(slurm: Slurm, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("argument", "says"),
     [
-        ("slurm.partition=nowhere", "command line: slurm.partition: Slurm did not take the job: sbatch: error: inval"),
-        ("slurm.nodelist=h9", "command line: slurm.nodelist: Slurm did not take the job"),
+        ("slurm.partition=nowhere", "command line: slurm.partition: Slurm rejected the job: sbatch: error: inval"),
+        ("slurm.nodelist=h9", "command line: slurm.nodelist: Slurm rejected the job"),
         ("slurm.gres=gpu:99", "Requested node configuration is not available"),
     ],
 )

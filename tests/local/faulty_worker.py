@@ -28,7 +28,7 @@ def blind_scheduler_runs_ahead(at_update: int) -> None:
     def blind(_self, engine, _update):
         return engine.optimizer.param_groups[0]["lr"]
 
-    train.InStep.check = blind
+    train.LRCheck.check = blind
 
 
 def raises(at_update: int) -> None:

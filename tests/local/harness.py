@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.fleet.agent import Agent, Event, NodeTask
-from launcher.job import validate_job
+from launcher.fleet.agent import Agent, NodeTask
+from launcher.job import load_job
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
+from launcher.records import AgentReport
 from launcher.run_dir import RunDir, write_atomic, write_json
-from launcher.runs.planning import check_job, make_plan
+from launcher.runs.planning import make_plan
 from tests.local.warm import forked_ranks
 from tests.patience import PATIENCE_SECONDS
 
@@ -30,8 +31,7 @@ def merged(job: dict[str, Any], **sections: Any) -> dict[str, Any]:
 
 
 def plan_of(job: dict[str, Any]) -> Plan:
-    valid = validate_job(job)
-    return make_plan(valid, check_job(valid, "test"), lambda _: None)
+    return make_plan(load_job(job))
 
 
 def run_directory(plan: Plan, folder: Path) -> RunDir:
@@ -51,8 +51,8 @@ def run_ranks(
     environments: Mapping[int, Mapping[str, str]] | None = None,
     command: tuple[str, ...] = WORKER,
     timeout_seconds: float = PATIENCE_SECONDS,
-) -> list[dict[str, Any]]:
-    """Every event of the ranks, to the last exit. `environments` adds variables to single ranks."""
+) -> list[AgentReport]:
+    """Every report of the ranks, up to the last exit. `environments` adds variables to single ranks."""
     agent = _Watched(environments or {}, stop_at)
     task = NodeTask(
         node_rank=0,
@@ -68,18 +68,18 @@ def run_ranks(
         agent.start(task)
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.free_port())}
     agent.order({"go": {"env": rendezvous, "start": start.model_dump() if start else None}})
-    events: list[dict[str, Any]] = []
+    reports: list[AgentReport] = []
     deadline = time.monotonic() + timeout_seconds
     try:
-        while sum(event["report"] == "exit" for event in events) < plan.world.size:
-            assert time.monotonic() < deadline, f"ranks still run after {timeout_seconds} s: {events[-3:]}"
-            for event in agent.next_events(1.0):
-                events.append(event)
-                if event["report"] == "event":
-                    run.event(event["event"], **event["details"])
+        while sum(report["report"] == "exit" for report in reports) < plan.world.size:
+            assert time.monotonic() < deadline, f"ranks still run after {timeout_seconds} s: {reports[-3:]}"
+            for report in agent.next_reports(1.0):
+                reports.append(report)
+                if report["report"] == "event":
+                    run.rank_event(report)
     finally:
         agent.end(1.0)
-    return events
+    return reports
 
 
 def logs(run: RunDir) -> str:
@@ -111,7 +111,7 @@ class _Watched(Agent):
 
         return super().start(Task(**vars(task)))
 
-    def _hear(self, event: Event) -> None:
-        super()._hear(event)
-        if event["report"] == "update" and event["update"] == self._stop_at:
+    def _receive(self, report: AgentReport) -> None:
+        super()._receive(report)
+        if report["report"] == "update" and report["update"] == self._stop_at:
             self.order({"stop": True})

@@ -17,6 +17,7 @@ from launcher.ds_config.catalogue import load_catalogue
 from launcher.ds_config.lint import lint
 from launcher.ds_config.read import parse_ds_config
 from launcher.ds_config.target import Target
+from launcher.plan.inputs import plan_inputs
 from launcher.plan.resolve import resolve
 from tests.unit.ds_config.public_shapes import TEMPLATES
 from tests.unit.inputs import data_facts, job_of, machine_facts, model_facts
@@ -134,9 +135,10 @@ def test_presets_train_on_a_cpu() -> None:
 
 def test_presets_and_templates_of_others_are_parsed_as_they_are_planned() -> None:
     """Plans for one GPU, since DeepSpeed reckons batch sizes with the ranks that there are."""
-    facts = (model_facts(), data_facts(), machine_facts(1))
+    facts, machine = (model_facts(), data_facts()), machine_facts(1)
     job = job_of(train={"max_steps": 100})
-    plans = {name: resolve(job, parse_ds_config(text, "ds.json"), *facts) for name, text in TEMPLATES.items()}
+    jsons = {name: parse_ds_config(text, "ds.json") for name, text in TEMPLATES.items()}
+    plans = {name: resolve(plan_inputs(job, user, machine), *facts) for name, user in jsons.items()}
     configs = [*(completed(preset, "cuda") for preset in ALL), *(plan.ds_config for plan in plans.values())]
     results = dict(zip((*ALL, *plans), outcomes(PARSE, "parse", configs), strict=True))
     for name, plan in plans.items():

@@ -12,7 +12,7 @@ from launcher.plan.schema import Plan
 from launcher.worker import scheduler
 from launcher.worker.checkpoint import _group_settings, _restore_settings
 from launcher.worker.gradient_norm import norm_before_step, norm_of_step
-from launcher.worker.lr_check import InStep, OutOfStep
+from launcher.worker.lr_check import LRCheck, OutOfSyncError
 from launcher.worker.model import load_model, make_engine, parameter_groups
 from launcher.worker.ranks import Ranks
 from tests.local.harness import merged, plan_of
@@ -89,16 +89,16 @@ def test_a_partitioned_weight_without_its_shape_is_neither_matrix_nor_vector(job
     assert [len(group["params"]) for group in parameter_groups(model)] == [15, 5]
     for parameter in model.parameters():
         del parameter.ds_shape
-    with pytest.raises(RunFailed, match="does not name the shape"):
+    with pytest.raises(RunFailed, match="does not report the shape"):
         parameter_groups(model)
 
 
 def test_the_group_that_leaves_the_plan_is_named(job_dict):
     plan, engine = an_engine(job_dict, deepspeed=zero_config(1))
     here = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), host="here")
-    in_step = InStep(here, plan, ["here"])
-    rate = in_step.check(engine, 0)
+    lr_check = LRCheck(here, plan, ["here"])
+    rate = lr_check.check(engine, 0)
     engine.optimizer.param_groups[1]["lr"] = rate / 2
-    with pytest.raises(OutOfStep) as stopped:
-        in_step.check(engine, 0)
+    with pytest.raises(OutOfSyncError) as stopped:
+        lr_check.check(engine, 0)
     assert f"learning rate of {rate / 2!r} in parameter group 1 of 2; the plan says {rate!r}" in str(stopped.value)

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from launcher.plan.learning_rate import planned_rates
-from launcher.plan.schema import Plan, ScriptPlan
+from launcher.plan.schema import Plan, Script
 from launcher.run_dir import RunDir
 from tests.local.processes import Command, a_ray, run_folder, state_of
 from tests.unit import inputs
@@ -54,14 +54,14 @@ def execute(tmp_path, shared_ray):
     return start
 
 
-def finished(command: Command, tmp_path: Path) -> tuple[RunDir, ScriptPlan]:
+def finished(command: Command, tmp_path: Path) -> tuple[RunDir, Plan]:
     """The run of a command that ended well, and its plan."""
     assert command.wait() == 0, command.output
     run = RunDir(run_folder(tmp_path))
     assert run.state()["state"] == "finished"
     assert "Traceback" not in command.output
     plan = Plan.from_json(run.plan_file.read_text())
-    assert isinstance(plan, ScriptPlan)
+    assert isinstance(plan.workload, Script)
     assert json.loads(run.ds_config_file.read_text()) == plan.ds_config
     return run, plan
 
@@ -136,7 +136,9 @@ def test_the_example_a_plain_deepspeed_script_reports_the_planned_rates(shared_r
     node = json.loads((run.node_logs(0, socket.gethostname()) / "node.json").read_text())
     assert [(rank["updates"], rank["exit_code"]) for rank in node["ranks"]] == [(updates, 0), (updates, 0)]
     shown = inputs.command("lr", str(run.path)).out
-    assert f"{updates} of {updates} updates were made, every one at exactly the planned rate" in " ".join(shown.split())
+    assert f"{updates} of {updates} updates were made, all at exactly the planned learning rate" in " ".join(
+        shown.split()
+    )
 
 
 def test_a_module_under_plain_pytorch_has_torchruns_variables_and_its_other_rate_is_told(execute, tmp_path):
@@ -200,12 +202,12 @@ def test_ctrl_c_is_a_sigterm_for_the_script(execute, tmp_path):
     command.wait_for(at_work)
     command.wait_for(shown)
     run = run_folder(tmp_path)
-    assert "it still runs: training" in inputs.command("why", str(run)).out
+    assert "the run is still active: training" in inputs.command("why", str(run)).out
     command.interrupt()
     assert command.wait() == 128 + signal.SIGINT, command.output
     assert "SIGTERM for the script" in command.output and "stopped" in command.output
     assert state_of(tmp_path)["state"] == "stopped"
-    assert "nothing failed: it was stopped" in inputs.command("why", str(run)).out
+    assert "no failure: the run was stopped" in inputs.command("why", str(run)).out
     agent = (RunDir(run_folder(tmp_path)).node_logs(0, socket.gethostname()) / "agent.log").read_text()
     for rank in (0, 1):
         assert f"rank {rank} ended with -{int(signal.SIGTERM)}" in agent

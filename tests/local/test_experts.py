@@ -137,13 +137,13 @@ def test_updates_weight_the_balance_loss_by_learned_tokens(job_dict: dict, tmp_p
     model = {"name_or_path": str(folder)}
     plan = plan_of(merged(job_dict, model=model, train=train, schedule=rate, deepspeed=zero_config(3)))
     assert plan.gradient_accumulation_steps == 2
-    assert plan.model.router_loss_coefficient == COEFFICIENT
+    assert plan.training.model.router_loss_coefficient == COEFFICIENT
     run = fine_tuned(plan, tmp_path)
     lines = run.metrics()
 
     plain = AutoModelForCausalLM.from_pretrained(folder)
     optimizer = torch.optim.AdamW(plain.parameters(), eps=1e-8, weight_decay=0.0)
-    store = TokenStore(Path(plan.data.train.folder))
+    store = TokenStore(Path(plan.training.data.train.folder))
     order = SampleOrder(len(store), plan.job.train.seed)
     for update, line in enumerate(lines):
         loss = router = torch.zeros(())

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from launcher.errors import RunFailed
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
-from launcher.worker.exporter import fill
+from launcher.worker.exporter import copy_weights
 from tests.local.harness import fine_tuned, logs, merged, plan_of, run_directory, run_ranks
 from tests.local.processes import Command
 from tests.local.test_losses import zero_config
@@ -118,8 +118,8 @@ def test_weights_of_another_model_are_refused():
         ({**weights, "other": torch.zeros(2)}, "it differs in other"),
     ):
         with pytest.raises(RunFailed, match=words):
-            fill(model, changed, lambda _: None)
+            copy_weights(model, changed, lambda _: None)
     model.bias.requires_grad_(False)
-    fill(model, {"weight": weights["weight"]}, lambda _: None)
-    fill(model, weights, lambda _: None)
+    copy_weights(model, {"weight": weights["weight"]}, lambda _: None)
+    copy_weights(model, weights, lambda _: None)
     assert all(torch.equal(tensor, torch.full_like(tensor, 7.0)) for tensor in model.state_dict().values())

@@ -1,4 +1,4 @@
-"""What lint says of the table of JSONs for CPUs is what real engines do with them."""
+"""Real engines on CPUs fail on exactly the JSONs that lint rejects."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from launcher.ds_config.target import Device
 from launcher.errors import RequestError
 from launcher.prepare.machine import missing_packages
 from tests.local.deepspeed_truth import NOT_COMPILED, WORLD_SIZE
-from tests.unit.ds_config.failing_jsons import FINE, REFUSED
+from tests.unit.ds_config.failing_jsons import ACCEPTED, REJECTED
 
 pytestmark = pytest.mark.local
 
 
 def completed(config: dict[str, Any], device: Device = "cpu") -> dict[str, Any]:
-    """The JSON as a plan completes it; as far as needed where the plan's values contradict it."""
+    """The JSON as the plan completes it; only the required keys if the plan's values contradict it."""
     user = from_mapping(config, "ds.json")
     adam = {"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
     sizes = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}
@@ -49,7 +49,7 @@ def completed(config: dict[str, Any], device: Device = "cpu") -> dict[str, Any]:
 
 
 def engines(configs: list[dict[str, Any]]) -> list[str | None]:
-    """What came of an engine with each of the configs: its first error, or None."""
+    """The first error of an engine with each config, or None."""
     command = [sys.executable, "-m", "tests.local.deepspeed_truth"]
     done = subprocess.run(command, input=json.dumps(configs), text=True, capture_output=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -57,15 +57,15 @@ def engines(configs: list[dict[str, Any]]) -> list[str | None]:
     return answers
 
 
-def test_an_engine_fails_on_what_lint_refuses_and_runs_what_it_does_not() -> None:
+def test_an_engine_fails_on_what_lint_rejects_and_runs_the_rest() -> None:
     missing = missing_packages(MONITORS_AND_OPTIMIZERS)
     failing = [
         row.config
-        for row in REFUSED
-        if row.seen and "cpu" in row.where and needed_packages(row.config).keys() <= missing
+        for row in REJECTED
+        if row.fails_on_cpu and "cpu" in row.where and needed_packages(row.config).keys() <= missing
     ]
     assert len(failing) > 30
-    configs = [*failing, *FINE]
+    configs = [*failing, *ACCEPTED]
     answers = engines([completed(config) for config in configs])
     wrong = []
     for config, answer in zip(configs, answers, strict=True):
@@ -75,9 +75,9 @@ def test_an_engine_fails_on_what_lint_refuses_and_runs_what_it_does_not() -> Non
     assert wrong == []
 
 
-def test_the_shipped_catalogue_is_what_the_installed_deepspeed_answers() -> None:
-    """Where it is of other versions it is asked itself, and this test has nothing to compare."""
+def test_the_shipped_catalogue_is_that_of_the_installed_deepspeed() -> None:
+    """Skipped if other versions are installed: the launcher does not use the shipped catalogue then."""
     shipped = json.loads(catalogue.SHIPPED.read_text())
     if (metadata.version("deepspeed"), catalogue._torch_version()) != (shipped["deepspeed"], shipped["torch"]):
         pytest.skip("another DeepSpeed or PyTorch is installed")
-    assert catalogue._ask_deepspeed() == shipped
+    assert catalogue._query_deepspeed() == shipped

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.local
 EXPECTED = {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::RayAgent"}
 WITH_A_RAY = """
 import sys
-from launcher.fleet.nodes import Needs, Nodes
-nodes = Nodes(Needs(nodes=1, cpus=1, gpus=0), print)
+from launcher.fleet.nodes import NodeResources, Nodes
+nodes = Nodes(NodeResources(nodes=1, cpus=1, gpus=0), print)
 nodes.connect("local")
 [node] = nodes.place(60.0)
 print(nodes._folder.path, node.address, flush=True)

@@ -99,14 +99,14 @@ def check_export(plan: Plan, run: RunDir) -> None:
     loss = run.evaluations()[-1]["loss"]
     adapters = run.export / "adapter"
     weights = load_file(adapters / "adapter_model.safetensors")
-    assert sum(tensor.numel() for tensor in weights.values()) == plan.model.trainable_parameters
+    assert sum(tensor.numel() for tensor in weights.values()) == plan.training.model.trainable_parameters
     assert all(tensor.abs().max() > 0 for tensor in weights.values())
     config = json.loads((adapters / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 8, plan.model.folder)
-    assert {name.rsplit(".", 1)[-1] for name in config["target_modules"]} == set(plan.model.adapted_modules)
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 8, plan.training.model.folder)
+    assert {name.rsplit(".", 1)[-1] for name in config["target_modules"]} == set(plan.training.model.adapted_modules)
 
-    held_out = TokenStore(Path(plan.data.eval.folder))
-    base = AutoModelForCausalLM.from_pretrained(plan.model.folder)
+    held_out = TokenStore(Path(plan.training.data.eval.folder))
+    base = AutoModelForCausalLM.from_pretrained(plan.training.model.folder)
     assert evaluated(base, held_out) > loss
     adapted = PeftModel.from_pretrained(base, adapters)
     assert evaluated(adapted, held_out) == pytest.approx(loss, rel=1e-5)
@@ -121,10 +121,12 @@ def test_adapters_alone_are_the_export_where_nothing_is_merged(job_dict, tmp_pat
     """In this process, in bfloat16 and under ZeRO-3: the export itself is peft's folder, and not empty."""
     model = {"lora": ADAPTERS, "dtype": "bfloat16"}
     plan, engine = an_engine(job_dict, model=model, deepspeed=zero_config(3))
-    assert plan.model.adapted_modules == ("q_proj", "v_proj")
+    assert plan.training.model.adapted_modules == ("q_proj", "v_proj")
     export_model(engine, plan, one_rank(), tmp_path / "export")
     weights = load_file(tmp_path / "export/adapter_model.safetensors")
-    assert sum(tensor.numel() for tensor in weights.values()) == plan.model.trainable_parameters
+    assert sum(tensor.numel() for tensor in weights.values()) == plan.training.model.trainable_parameters
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     assert not (tmp_path / "export/config.json").exists()
-    assert PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(plan.model.folder), tmp_path / "export")
+    assert PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(plan.training.model.folder), tmp_path / "export"
+    )

@@ -88,8 +88,13 @@ def test_zero_stages_make_the_updates_of_a_plain_loop(stage, accumulation, job_d
     )
     assert plan.gradient_accumulation_steps == accumulation
     run = fine_tuned(plan, tmp_path)
-    held_out = TokenStore(Path(plan.data.eval.folder))
-    plain = plain_loop(Path(plan.model.folder), TokenStore(Path(plan.data.train.folder)), held_out, plan.job.train.seed)
+    held_out = TokenStore(Path(plan.training.data.eval.folder))
+    plain = plain_loop(
+        Path(plan.training.model.folder),
+        TokenStore(Path(plan.training.data.train.folder)),
+        held_out,
+        plan.job.train.seed,
+    )
 
     lines = run.metrics()
     assert [line["update"] for line in lines] == list(range(UPDATES))

@@ -86,7 +86,7 @@ def test_a_real_run_was_made_at_the_planned_rates(job_dict: dict, tmp_path: Path
     planned, applied = found["curves"]
     assert (planned["name"], applied["name"]) == ("planned", "applied")
     assert applied["rates"] == planned["rates"]
-    assert "6 of 6 updates were made, every one at exactly the planned rate." in found["notes"]
+    assert "6 of 6 updates were made, all at exactly the planned learning rate." in found["notes"]
     for columns in (80, 120):
         out = lr(str(run.path), folder=tmp_path, columns=columns)
         assert max(len(line) for line in out.splitlines()) <= columns

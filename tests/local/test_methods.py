@@ -18,7 +18,7 @@ from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.prepare.model_sizes import whole_attention
 from launcher.run_dir import RunDir
-from launcher.trainable import choose_trained
+from launcher.trainable import set_trainable
 from launcher.worker import scheduler
 from launcher.worker.batches import SampleOrder, Share, TokenStore, micro_batches
 from launcher.worker.checkpoint import Checkpoints, Progress
@@ -53,7 +53,7 @@ def an_engine(job_dict: dict, **sections: Any) -> tuple[Plan, Any]:
 
 
 def batches(plan: Plan, updates: range) -> Any:
-    store = TokenStore(Path(plan.data.train.folder))
+    store = TokenStore(Path(plan.training.data.train.folder))
     order, share = SampleOrder(len(store), plan.job.train.seed), Share(0, 1, BATCH, 1)
     return micro_batches(store, order, share, updates, updates.start * BATCH, torch.device("cpu"))
 
@@ -79,7 +79,7 @@ def weights(engine: Any) -> dict[str, torch.Tensor]:
 
 def plainly_trained(plan: Plan) -> list[float]:
     """What a PyTorch loop loses that trains the second layer alone, its norms without weight decay."""
-    model = AutoModelForCausalLM.from_pretrained(plan.model.folder)
+    model = AutoModelForCausalLM.from_pretrained(plan.training.model.folder)
     model.requires_grad_(False)
     model.model.layers[1].requires_grad_(True)
     parts = [[p for p in model.parameters() if p.requires_grad and (p.dim() > 1) == large] for large in (True, False)]
@@ -105,7 +105,7 @@ def test_frozen_weights_stay_and_the_rest_learns(job_dict, tmp_path, stage):
     plan, engine = an_engine(job_dict, **sections)
     before = weights(engine)
     learns = {name for name in before if name.startswith("model.layers.1.")}
-    assert plan.model.trainable_parameters == sum(before[name].numel() for name in learns)
+    assert plan.training.model.trainable_parameters == sum(before[name].numel() for name in learns)
     checkpoints = Checkpoints(RunDir.create(tmp_path, "frozen"), plan, one_rank(), lambda *_, **__: None)
     losses = trained(plan, engine, range(2))
     saved = checkpoints.save(engine, Progress(2, 2 * BATCH), plan.sha256, {})
@@ -129,7 +129,7 @@ def test_frozen_weights_stay_and_the_rest_learns(job_dict, tmp_path, stage):
 def test_a_tied_head_does_not_hide_that_all_is_frozen(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     with pytest.raises(RequestError, match="nothing is left to train"):
-        choose_trained(model, ModelSection(name_or_path=str(tiny_model), freeze=["model"]))
+        set_trainable(model, ModelSection(name_or_path=str(tiny_model), freeze=["model"]))
 
 
 @pytest.mark.parametrize(("stage", "lora"), [(0, None), (2, None), (3, None), (3, ADAPTERS)])
@@ -212,9 +212,9 @@ def test_two_ranks_share_each_sequence_and_lose_the_same(job_dict, tmp_path, sta
     """Ulysses on two ranks against one rank with whole sequences: the same gradients, losses and evaluations."""
     schedule = {"peak_lr": 5e-3, "allow_unsafe": True}
     plan, engine = an_engine(job_dict, model=model, deepspeed=zero_config(stage), schedule=schedule)
-    before = evaluate(engine, TokenStore(Path(plan.data.eval.folder)), BATCH, one_rank()).loss
+    before = evaluate(engine, TokenStore(Path(plan.training.data.eval.folder)), BATCH, one_rank()).loss
     losses, norms = trained(plan, engine), engine.get_global_grad_norm()
-    after = evaluate(engine, TokenStore(Path(plan.data.eval.folder)), BATCH, one_rank()).loss
+    after = evaluate(engine, TokenStore(Path(plan.training.data.eval.folder)), BATCH, one_rank()).loss
 
     model = {**model, "sequence_parallel_size": 2}
     train = {"max_steps": UPDATES, "train_batch_size": BATCH, "weight_decay": 0.1}

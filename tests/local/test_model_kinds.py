@@ -16,8 +16,8 @@ from launcher.errors import RequestError
 from launcher.job.schema import ModelSection
 from launcher.plan.facts import ModelFacts
 from launcher.prepare.model_facts import measure_model
-from launcher.prepare.probe import probe
-from launcher.prepare.shrink import shrunk
+from launcher.prepare.small_config import small_config
+from launcher.prepare.small_model_probe import probe_small_model
 
 pytestmark = pytest.mark.local
 
@@ -164,7 +164,7 @@ def test_a_folder_with_an_adapter_is_refused(whole: bool, tmp_path: Path) -> Non
     (folder / "adapter_model.safetensors").touch()
     if not whole:
         (folder / "model.safetensors").unlink()
-    assert "holds an adapter (adapter_config.json), not just a model" in refused(folder)
+    assert "contains an adapter (adapter_config.json), not only a model" in refused(folder)
     assert "name the base model, org/base" in refused(folder)
 
 
@@ -177,7 +177,7 @@ def test_a_weight_file_that_is_a_pointer_is_named(tmp_path: Path) -> None:
 
 def test_weights_that_would_be_random_are_refused(tmp_path: Path) -> None:
     saved(tmp_path / "classifier", "LlamaForSequenceClassification")
-    assert "lacks lm_head.weight, which would be trained from random values" in refused(tmp_path / "classifier")
+    assert "lacks lm_head.weight: they would be initialised randomly" in refused(tmp_path / "classifier")
     with_config(saved(tmp_path / "grown", "LlamaForCausalLM"), num_hidden_layers=3)
     assert "lacks model.layers.2." in refused(tmp_path / "grown")
     with_config(saved(tmp_path / "wide", "LlamaForCausalLM"), vocab_size=308)
@@ -244,13 +244,13 @@ def test_configs_that_name_sizes_in_ways_of_their_own_are_measured(kind: str, tm
 
 @pytest.mark.parametrize("kind", ["dbrx", "reformer"])
 def test_a_config_that_its_class_does_not_take_is_refused_without_a_traceback(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"no causal language model can be made from .*(AttributeError|Assertion)"):
+    with pytest.raises(RequestError, match=r"cannot build a causal language model from .*(AttributeError|Assertion)"):
         default_sizes(tmp_path, kind)
 
 
 def test_a_shrunk_config_keeps_one_layer_of_each_kind() -> None:
     config = AutoConfig.for_model("gemma3_text", num_hidden_layers=26)
-    small = shrunk(config)
+    small = small_config(config)
     assert set(small.layer_types) == {"sliding_attention", "full_attention"}
     assert len(small.layer_types) == small.num_hidden_layers == 4
 
@@ -261,12 +261,12 @@ def test_a_large_model_is_probed_by_a_small_one_of_its_kind() -> None:
         config = AutoConfig.for_model(kind)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        assert probe(type(model), model.config, 110_000_000).causal is causal
+        assert probe_small_model(type(model), model.config, 110_000_000).causal is causal
 
 
 def test_heads_of_a_prime_number_are_made_fewer_too() -> None:
     """Falcon 7B's 71: at its full width a probe takes minutes."""
-    small = shrunk(transformers.FalconConfig(hidden_size=4544, num_attention_heads=71))
+    small = small_config(transformers.FalconConfig(hidden_size=4544, num_attention_heads=71))
     assert (small.num_attention_heads, small.hidden_size) == (1, 64)
-    seen = probe(transformers.FalconForCausalLM, transformers.FalconConfig(), 7_000_000_000)
+    seen = probe_small_model(transformers.FalconForCausalLM, transformers.FalconConfig(), 7_000_000_000)
     assert (seen.causal, seen.failure) == (True, None)

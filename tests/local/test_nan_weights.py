@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from launcher.plan.resume import Start
 from launcher.run_dir import RunDir, read_manifest
-from launcher.worker.finite_weights import UnsoundWeights, check_weights, held_by_rank
+from launcher.worker.finite_weights import NonFiniteWeightsError, check_weights, local_values
 from tests.local.harness import fine_tuned, logs, merged, plan_of, run_ranks
 from tests.local.processes import Command, run_folder, write_job
 from tests.unit.inputs import command
@@ -44,7 +44,7 @@ def test_a_nan_that_one_rank_loads_fails_the_run_before_it_trains(job_dict, tiny
         (0, "nan_weights"),
         (1, "nan_weights"),
     ]
-    assert failure["error"].startswith(f"UnsoundWeights: the weights of {model} hold NaN or Inf in 1 of ")
+    assert failure["error"].startswith(f"NonFiniteWeightsError: the weights of {model} contain NaN or Inf in 1 of ")
     assert f"first in {NAME}, as loaded in float32" in failure["error"]
     assert run.metrics() == run.evaluations() == list(run.checkpoints.iterdir()) == []
     why = command("why", str(run.path)).out
@@ -66,7 +66,7 @@ def test_a_nan_in_a_checkpoint_fails_the_resume(job_dict, tmp_path):
     start = Start(checkpoint=str(checkpoint), update=1, samples=read_manifest(checkpoint)["samples"])
     (failed,) = [event for event in run_ranks(plan, run, start=start) if event["report"] == "failed"]
     assert failed["code"] == "nan_weights", logs(run)
-    assert failed["message"].startswith(f"the weights of {checkpoint} hold NaN or Inf in ")
+    assert failed["message"].startswith(f"the weights of {checkpoint} contain NaN or Inf in ")
 
 
 def tensors_of(value):
@@ -97,11 +97,15 @@ def test_whatever_is_not_finite_is_found_and_nothing_else(dtype, value):
         model[1].weight[1, 2] = float(value)
     model[0].weight.requires_grad = False
     for checkpoint, origin in ((None, "folder"), ("update-3", "update-3")):
-        with pytest.raises(UnsoundWeights, match=rf"^the weights of {origin} hold NaN or Inf in 1 of 4 .* 1\.weight, "):
+        with pytest.raises(
+            NonFiniteWeightsError, match=rf"^the weights of {origin} contain NaN or Inf in 1 of 4 .* 1\.weight, "
+        ):
             check_weights(model, Alone(), "folder", checkpoint)
     with torch.no_grad():
         model[0].weight[0, 0] = float(value)
-    with pytest.raises(UnsoundWeights, match=r"^the weights of folder hold NaN or Inf in 2 of 4 .* 0\.weight, "):
+    with pytest.raises(
+        NonFiniteWeightsError, match=r"^the weights of folder contain NaN or Inf in 2 of 4 .* 0\.weight, "
+    ):
         check_weights(model, Alone(), "folder", "update-3")
 
 
@@ -113,4 +117,4 @@ def test_quantised_weights_and_padding_are_not_looked_at():
     part = torch.tensor([1.0, 2.0, float("nan")])
     part.ds_numel = 3
     sharded = SimpleNamespace(ds_tensor=part, ds_numel=5, ds_zero_partition_rank=1)
-    assert held_by_rank(sharded).tolist() == [1.0, 2.0]
+    assert local_values(sharded).tolist() == [1.0, 2.0]

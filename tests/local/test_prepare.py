@@ -20,7 +20,7 @@ from launcher.plan.facts import DataFacts
 from launcher.prepare import Prepared, prepare
 from launcher.prepare.hub_rows import hub_readers, saved_reader
 from launcher.prepare.read_rows import held_out_rows
-from launcher.prepare.request import Request, cached, carry_out
+from launcher.prepare.request import Request, cached, run_request
 from launcher.prepare.rows import BadFile
 from launcher.prepare.sources import DataSource
 from launcher.prepare.tokenise import TextRequest, tokenise
@@ -209,11 +209,11 @@ def test_a_share_is_held_out_the_same_each_time_and_apart(tokenizer_folder: Path
     [
         ("broken.jsonl", '{"text": "a"}\n{"text": \n', "cannot be read"),
         ("broken.parquet", "this is no parquet", "cannot be read"),
-        ("empty.jsonl", "", "cannot be read|there are no rows"),
-        ("strange.jsonl", '{"question": "a", "answer": "b"}\n', "columns answer, question fit no format"),
+        ("empty.jsonl", "", "cannot be read|found no rows"),
+        ("strange.jsonl", '{"question": "a", "answer": "b"}\n', "columns answer, question do not match any format"),
         ("bad.jsonl", '{"messages": [{"role": "user"}]}\n', "row 1: a message needs role and content"),
-        ("blank.jsonl", '{"text": " "}\n', "leaves anything to learn"),
-        ("short.csv", "prompt,completion\na,\n", "leaves anything to learn"),
+        ("blank.jsonl", '{"text": " "}\n', "has anything to learn"),
+        ("short.csv", "prompt,completion\na,\n", "has anything to learn"),
     ],
 )
 def test_data_that_cannot_be_used_is_told(
@@ -232,7 +232,7 @@ def test_messages_need_a_chat_template(tmp_path: Path) -> None:
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     as_jsonl(tmp_path / "chats.jsonl", CHATS)
-    with pytest.raises(RequestError, match="row 1: the tokenizer has no chat template"):
+    with pytest.raises(RequestError, match="row 1: rows with messages need a chat template"):
         tokenised(tmp_path / "tokenizer", tmp_path / "chats.jsonl")
 
 
@@ -262,7 +262,7 @@ def is_cached(job: Job) -> bool:
 
 def carried_out(job: Job) -> Prepared:
     assert job.data.cache_dir is not None
-    return carry_out(Request(job=job, cache=Path(job.data.cache_dir)), lambda **_: None)
+    return run_request(Request(job=job, cache=Path(job.data.cache_dir)), lambda **_: None)
 
 
 def test_text_that_looks_like_json_or_a_number_is_learned_as_it_is(tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_files_of_a_hub_set_are_read_as_local_ones_are(mixed: Rows, tmp_path: Pa
     assert rows("train") == mixed
     assert rows("test") == mixed[2:]
     assert rows("train[1:]+test") == mixed[1:] + mixed[2:]
-    assert sum(reader.look().rows for reader in hub_readers(str(tmp_path), None, "train[:2]")) == 2
+    assert sum(reader.summary().rows for reader in hub_readers(str(tmp_path), None, "train[:2]")) == 2
     with pytest.raises(BadFile) as caught:
         rows("validation")
     assert caught.value.hint == "data.split or data.eval_split: train, test"
@@ -355,8 +355,8 @@ def test_folders_of_save_to_disk_are_read(mixed: Rows, tmp_path: Path) -> None:
         "null",
     ]
     assert found[2]["messages"][0]["content"] == "1.50"
-    (note,) = saved_reader(tmp_path / "json", "train").look().notes
-    assert "keeps messages as datasets' Json type" in note
+    (note,) = saved_reader(tmp_path / "json", "train").summary().notes
+    assert "stores messages as datasets' Json type" in note
 
 
 def test_what_is_cached_starts_no_process(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,8 @@ def test_a_run_whose_ray_head_is_killed_fails_and_names_ray(job_dict, tmp_path):
     run = RunDir(run_folder(tmp_path))
     assert (run.state()["state"], run.state()["code"]) == ("failed", "ray_lost")
     why = command("why", str(run.path)).out
-    assert why.startswith("it failed while training: Ray's head process (gcs_server) at ")
-    assert "likely cause: Ray was not reached, or its head process ended\n" in why
+    assert why.startswith("the run failed while training: Ray's head process (gcs_server) at ")
+    assert "likely cause: Ray could not be reached, or its head process ended\n" in why
     assert "Ray's head process (gcs_server) at " in running.output and "Traceback" not in running.output
     # Ray's own two agents try for a minute to reach a head that is gone; they end by themselves then.
     left = [each for each in running.left_behind() if "ray::RuntimeEnvAgent" not in each and "ray::Dash" not in each]

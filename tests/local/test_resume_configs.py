@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launcher.cli.console import RunConsole
-from launcher.cli.resume import rest_of
 from launcher.errors import RequestError
 from launcher.plan.learning_rate import planned_rates
 from launcher.prepare.universal import make_universal
 from launcher.run_dir import RunDir, universal_folder, write_atomic
+from launcher.runs.console import RunConsole
+from launcher.runs.rest import rest_of
 from tests.local.harness import fine_tuned, logs, merged, plan_of, run_ranks
 
 pytestmark = pytest.mark.local

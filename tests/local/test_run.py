@@ -185,5 +185,5 @@ def test_a_ray_that_exists_is_joined_and_left_as_it_was(job_dict, tmp_path, exis
     two = merged(job_dict, train={"train_micro_batch_size_per_gpu": 2}, cluster={"nodes": 2, "wait_seconds": 2})
     beyond = Command("run", str(write_job(third, two)), folder=third, **existing_ray)
     assert beyond.wait() == 1
-    assert "asked for 2 nodes with 2 CPU each; of 1 in this Ray 1 have that much" in beyond.output
+    assert "asked for 2 nodes with 2 CPU each; nodes in this Ray: 1, large enough: 1" in beyond.output
     assert "Traceback" not in beyond.output

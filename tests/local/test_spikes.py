@@ -96,7 +96,7 @@ def test_a_spike_with_warn_is_told_and_changes_nothing(job_dict, tmp_path):
 def test_a_spike_with_stop_saves_and_stops(job_dict, tmp_path):
     _, run, events = spiking(job_dict, tmp_path, on_spike="stop")
     ((stopped, code),) = {(event["reason"], event["code"]) for event in events if event["report"] == "stopped"}
-    assert "a spike, as schedule.on_spike asks" in stopped and code == "loss_spike"
+    assert "a spike, and schedule.on_spike is stop" in stopped and code == "loss_spike"
     assert len(run.metrics()) == 43
     assert run.complete_checkpoints() == [43]
 
@@ -104,7 +104,7 @@ def test_a_spike_with_stop_saves_and_stops(job_dict, tmp_path):
 def test_no_more_extensions_than_asked(job_dict, tmp_path):
     _, run, _ = spiking(job_dict, tmp_path, max_extensions=0)
     assert of_kind(run, "warmup_extended") == []
-    assert "lengthened 0 times already" in of_kind(run, "not_extended")[0]["reason"]
+    assert "the warm-up was already extended 0 times" in of_kind(run, "not_extended")[0]["reason"]
 
 
 def test_a_loss_that_is_no_number_stops_before_its_update(job_dict, tmp_path):
@@ -113,6 +113,6 @@ def test_a_loss_that_is_no_number_stops_before_its_update(job_dict, tmp_path):
     fault = {"FAULT": "loss_is_nan:6"}
     events = run_ranks(plan, run, command=FAULTY, environments={0: fault, 1: fault})
     ((reason, code),) = {(event["reason"], event["code"]) for event in events if event["report"] == "stopped"}
-    assert (reason, code) == ("the loss of update 6 is nan; the weights are those before it", "nan_loss")
+    assert (reason, code) == ("the loss of update 6 is nan; the weights are those before this update", "nan_loss")
     assert len(run.metrics()) == 6
     assert run.complete_checkpoints() == [6]

@@ -15,7 +15,7 @@ from launcher.errors import RequestError
 from launcher.job import validate_job
 from launcher.plan.facts import DataFacts
 from launcher.plan.length import check_token_ids
-from launcher.prepare.request import Request, cached, carry_out
+from launcher.prepare.request import Request, cached, run_request
 from launcher.prepare.sources import DataSource
 from launcher.prepare.tokenise import TextRequest, tokenise
 from launcher.token_store import TokenStore
@@ -96,7 +96,7 @@ def test_rows_that_are_left_out_are_counted_by_reason(plain: Path, tmp_path: Pat
         "are empty": 1,
         "have nothing to learn within data.max_length": 1,
     }
-    assert "columns that are not used: score" in facts.train.notes
+    assert "unused columns: score" in facts.train.notes
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_nothing_to_learn_has_its_cause(rows: Rows, says: str, hint: str, plain:
 
 def test_an_unknown_role_is_refused_with_its_row(plain: Path, tmp_path: Path) -> None:
     rows = [{"messages": chat("a", "b")}, {"messages": [{"role": "gpt", "content": "x"}]}]
-    with pytest.raises(RequestError, match="row 2: role gpt, wanted system, user, assistant, tool"):
+    with pytest.raises(RequestError, match="row 2: unknown role gpt, expected system, user, assistant, tool"):
         tokenised(plain, rows, tmp_path / "chats.jsonl")
 
 
@@ -149,14 +149,14 @@ def test_what_a_user_should_know_of_a_template_is_noted(plain: Path, tmp_path: P
     rows = [{"messages": chat("q", "<think>hm</think>a")}]
     begin = {"chat_template_kwargs": {"bos_token": ""}}
     for name, words in (
-        ("no_end", "writes no end of turn after the last answer of 1 conversations"),
+        ("no_end", "in 1 conversations the chat template does not write an end of turn after the last answer"),
         ("deepseek_r1", "the generation prompt ends in '<think>\\n'"),
         ("llama3", "tokenised with 26 Jul 2024"),
     ):
         facts = tokenised(plain, rows, tmp_path / f"{name}.jsonl", chat_template=TEMPLATES[name], **begin)
         assert words in " ".join(facts.train.notes)
     reasoning = tokenised(plain, rows, tmp_path / "cut.jsonl", chat_template=TEMPLATES["deepseek_r1"], **begin)
-    assert "leaves out part of what the assistant says" in " ".join(reasoning.train.notes)
+    assert "drops part of the assistant's text" in " ".join(reasoning.train.notes)
     assert tokenised(plain, [{"messages": chat("q", "a")}], tmp_path / "ok.jsonl").train.notes == ()
 
 
@@ -170,7 +170,9 @@ def test_tools_in_a_file(plain: Path, tmp_path: Path) -> None:
     facts = tokenised(plain, rows, tmp_path / "calls.jsonl", chat_template=TEMPLATES["qwen25"])
     wanted = '<tool_call>\n{"name": "get", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>\na<|im_end|>\n'
     assert learned(facts, plain) == [wanted]
-    with pytest.raises(RequestError, match=r"row 1: the chat template of plain\d* writes no tool_calls \(message 2\)"):
+    with pytest.raises(
+        RequestError, match=r"row 1: the chat template of plain\d* does not write tool_calls \(message 2\)"
+    ):
         tokenised(plain, rows, tmp_path / "again.jsonl")
 
 
@@ -193,7 +195,7 @@ def test_the_cache_knows_the_template_and_what_is_learned(tiny_model: Path, tmp_
         return Request(job=validate_job(job), cache=tmp_path / "cache")
 
     first = request(chat_template=str(template))
-    prepared = carry_out(first, lambda **_: None)
+    prepared = run_request(first, lambda **_: None)
     assert prepared.data.chat_template == TEMPLATES["chatml"]
     assert cached(first) == prepared
     assert cached(request(chat_template=TEMPLATES["chatml"])) == prepared

@@ -98,7 +98,7 @@ def test_a_rank_that_raises_is_watched_and_explained(job_dict, tmp_path, monkeyp
     assert why.startswith(f"{head}\n")
     assert str(run.node_logs(0, HOST) / "rank-1.log") in why
     # The other rank waited for it in a collective.
-    assert f"1 other rank fell in a collective only afterwards: rank 0 on node 0 ({HOST})" in why
+    assert f"1 other rank failed because a peer was lost: rank 0 on node 0 ({HOST})" in why
     # The run said the same by itself, and so does a copy of its directory, and watch at its end.
     assert f"error: {why.rstrip()}" in running.output
     assert head in watched and watched.startswith(("planning", "preparing", "placing"))
@@ -119,7 +119,7 @@ def test_a_run_cancelled_at_once_saves_nothing_and_leaves_nothing(job_dict, tmp_
     assert running.wait() == 128 + signal.SIGTERM, running.output
     assert running.left_behind() == []
     assert run.complete_checkpoints() == [] and "Traceback" not in running.output
-    assert said("why", str(run.path)) == f"nothing failed: it was stopped after {made} updates: {reason}\n"
+    assert said("why", str(run.path)) == f"no failure: the run was stopped after {made} updates: {reason}\n"
     # What the node last told of itself is of its end, and of the time before it.
     last = json.loads(run.node_file(0, HOST).read_text())
     assert last["ended"] and last["cpu_percent"] > 0 and last.get("oom_kills", 0) == 0

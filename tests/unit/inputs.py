@@ -1,9 +1,10 @@
-"""Hand-made facts, jobs and folders, and the command line in this process: planning without torch."""
+"""Facts, jobs and folders for tests, and the command line in this process: planning without torch."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import os
@@ -15,8 +16,9 @@ from unittest.mock import patch
 
 from launcher import cli
 from launcher.ds_config import DsConfig, from_mapping, read_ds_config
-from launcher.job import Job, read_job, validate_job
+from launcher.job import Job, load_job, validate_job
 from launcher.plan.facts import DataFacts, MachineFacts, ModelFacts, SplitFacts
+from launcher.plan.inputs import plan_inputs
 from launcher.plan.resolve import resolve
 from launcher.plan.schema import Plan
 from launcher.prepare import cache_folder
@@ -27,7 +29,7 @@ GIB = 1024**3
 
 
 def model_facts(**changes: Any) -> ModelFacts:
-    """A Llama of 8 billion parameters."""
+    """A Llama with 8 billion parameters."""
     facts: dict[str, Any] = {
         "folder": "/models/llama",
         "model_type": "llama",
@@ -70,7 +72,7 @@ def data_facts(sequences: int = 1000, evaluated: int | None = None, **changes: A
 
 
 def machine_facts(gpus: int = 0, gpu_gib: int = 80, **changes: Any) -> MachineFacts:
-    """A node with `gpus` GPUs that know bfloat16, 64 CPUs and 1 TiB of memory."""
+    """A node with `gpus` GPUs that support bfloat16, 64 CPUs and 1 TiB of memory."""
     facts: dict[str, Any] = {
         "device": "cuda" if gpus else "cpu",
         "device_name": "H100" if gpus else "CPU",
@@ -85,7 +87,7 @@ def machine_facts(gpus: int = 0, gpu_gib: int = 80, **changes: Any) -> MachineFa
 
 
 def job_of(**sections: Any) -> Job:
-    """A valid job with keys of its sections replaced."""
+    """A valid job; `sections` replace keys of its sections."""
     base: dict[str, Any] = {"name": "tiny", "model": {"name_or_path": "model"}, "data": {"train": "train.jsonl"}}
     for name, value in copy.deepcopy(sections).items():
         mapping = isinstance(value, dict) and name != "deepspeed"
@@ -104,14 +106,28 @@ def plan_of(
     data: DataFacts | None = None,
     machine: MachineFacts | None = None,
 ) -> Plan:
-    """The plan of a job on facts; whatever is not given is ordinary."""
+    """The plan of a job, with default facts for those not given."""
     config = preset("zero2") if user is None else from_mapping(user, "ds.json")
-    return resolve(job or job_of(), config, model or model_facts(), data or data_facts(), machine or machine_facts(8))
+    inputs = plan_inputs(job or job_of(), config, machine or machine_facts(8))
+    return resolve(inputs, model or model_facts(), data or data_facts())
+
+
+def in_format_1(plan: Plan) -> dict[str, Any]:
+    """plan.json of a training as the first version of the launcher wrote it."""
+    data = plan.model_dump(mode="json")
+    workload = data.pop("workload")
+    del workload["kind"]
+    data |= workload
+    return {"sha256": format_1_hash(data), "plan": data}
+
+
+def format_1_hash(plan: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plan, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended, and what it printed."""
+    """The exit status and output of a command."""
 
     status: int
     out: str
@@ -119,7 +135,7 @@ class Ended:
 
 
 def command(*arguments: str) -> Ended:
-    """`launcher ARGUMENTS` in this process."""
+    """Runs `launcher ARGUMENTS` in this process."""
     out, err = io.StringIO(), io.StringIO()
     status = 0
     with (
@@ -135,9 +151,9 @@ def command(*arguments: str) -> Ended:
 
 
 def as_nobody(folder: Path, *arguments: str) -> Ended:
-    """`launcher ARGUMENTS` as a user who owns nothing, in a process of its own; needs root.
+    """Runs `launcher ARGUMENTS` in a child process as user nobody; needs root.
 
-    The folders above `folder` are opened to that user meanwhile.
+    In the meantime the folders above `folder` are readable for that user.
     """
     closed = [each for each in (folder, *folder.parents) if not each.stat().st_mode & 0o005]
     for each in closed:
@@ -151,11 +167,11 @@ def as_nobody(folder: Path, *arguments: str) -> Ended:
         os._exit(0)
     os.close(write)
     with os.fdopen(read, "rb") as answer:
-        told = answer.read()
+        output = answer.read()
     os.waitpid(child, 0)
     for each in closed:
         each.chmod(0o700)
-    return Ended(*json.loads(told))
+    return Ended(*json.loads(output))
 
 
 JOB = """\
@@ -166,7 +182,7 @@ cluster: {gpus_per_node: 0, processes_per_node: 4}
 
 
 def write_folder(folder: Path, job: str = JOB) -> None:
-    """A job file with the model and the data that it names."""
+    """Writes a job file, and the model and the data that it names."""
     (folder / "job.yaml").write_text(job)
     (folder / "model").mkdir()
     (folder / "model/config.json").write_text("{}")
@@ -176,8 +192,8 @@ def write_folder(folder: Path, job: str = JOB) -> None:
 
 
 def remember(job_file: Path, overrides: tuple[str, ...], model: ModelFacts, data: DataFacts) -> None:
-    """Puts facts into the job's cache as if they had been measured. To be called in the job's folder."""
-    job = read_job(job_file, overrides)
+    """Writes facts into the job's cache, like a measurement. The job's folder must be the current folder."""
+    job = load_job(job_file, *overrides).job
     request = Request(job=job, cache=cache_folder(job))
     folder = Path(job.model.name_or_path).resolve()
     _write(_model_facts_file(request), model.model_copy(update={"folder": str(folder)}).model_dump_json())

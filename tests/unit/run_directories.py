@@ -1,4 +1,4 @@
-"""Run directories as runs on several nodes leave them, built by hand."""
+"""Builds run directories like those of runs on several nodes."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ GIB = 1024**3
 
 
 def stamp(seconds: float) -> str:
-    """The time so long after START, as every file of a run has it."""
+    """The time `seconds` after START, in the format of a run's files."""
     time = datetime.fromtimestamp(START + seconds, UTC)
     return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def bytes_read() -> int:
-    """How many bytes this process has read so far, from whatever."""
+    """The number of bytes that this process has read so far."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(fields["rchar"])
 
 
 class Built:
-    """One run directory. All times are seconds after START by the supervisor's clock, unless told otherwise."""
+    """A run directory. All times are in seconds after START by the supervisor's clock, unless stated otherwise."""
 
     def __init__(self, output_dir: Path, name: str = "tiny-20260301-120000") -> None:
         self.run = RunDir(output_dir / name)
@@ -42,7 +42,7 @@ class Built:
         self.event(at, "state", state=state)
 
     def nodes(self, hosts: Iterable[str], at: float = 1.0, offsets: Iterable[float] | None = None) -> None:
-        """The nodes are placed; `offsets` are how far their clocks are ahead."""
+        """Places the nodes; `offsets` are the seconds by which their clocks are ahead."""
         self.event(at, "state", state="placing")
         hosts = list(hosts)
         for rank, (host, offset) in enumerate(zip(hosts, offsets or [0.0] * len(hosts), strict=True)):
@@ -81,7 +81,7 @@ class Built:
         self.run.plan_file.write_text(json.dumps({"sha256": "0", "plan": {"length": {"total_updates": updates}}}))
 
     def metrics(self, updates: Iterable[int], at: float = 10.0, every: float = 2.0, **changes: Any) -> None:
-        """Lines of metrics.jsonl, one `every` so many seconds from `at` on."""
+        """Writes lines to metrics.jsonl, one every `every` seconds, starting at `at`."""
         lines = [
             {
                 "update": update,
@@ -100,7 +100,7 @@ class Built:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def failure(self, at: float, *failures: dict[str, Any]) -> None:
-        """The event of a failed run; the first failure is the one that counts."""
+        """Writes a "failure" event; its first failure is the run's first failure."""
         known = {"error": None, "traceback": None}
         listed = [{**known, "time": START + at + index / 100, **one} for index, one in enumerate(failures)]
         named = {key: listed[0][key] for key in ("rank", "node_rank", "host", "how", "error")}
@@ -108,7 +108,7 @@ class Built:
 
 
 def rank(number: int, **changes: Any) -> dict[str, Any]:
-    """A rank as node.json has it."""
+    """The record of a rank in node.json."""
     return {
         "rank": number,
         "local_rank": 0,
@@ -120,7 +120,7 @@ def rank(number: int, **changes: Any) -> dict[str, Any]:
         "step_seconds": 0.8,
         "own_seconds": 0.3,
         "memory_bytes": GIB,
-        "gpu_memory_bytes": None,
+        "gpu_memory_used_bytes": None,
         "time": None,
         **changes,
     }

@@ -22,7 +22,7 @@ from launcher.runs.export import _hear
 
 
 class Coded(RunFailed):
-    """An error whose kind has a code of its own."""
+    """An error class with its own code."""
 
     code = FailureCode.OUT_OF_STEP
 
@@ -46,7 +46,7 @@ class Coded(RunFailed):
 )
 def test_every_error_has_a_code(error: BaseException, code: str) -> None:
     assert code_of(error) == code
-    # As it goes from an agent through Ray.
+    # Errors travel from an agent through Ray.
     again = pickle.loads(pickle.dumps(error))
     assert (code_of(again), str(again)) == (code, str(error))
 
@@ -62,7 +62,7 @@ def test_a_full_disk_and_missing_rights_need_no_traceback(number: int, plain: bo
 
 
 def test_the_code_comes_through_from_the_process() -> None:
-    with pytest.raises(LauncherError, match=r"measuring failed: /cache/x: full\n  the cache lies in") as caught:
+    with pytest.raises(LauncherError, match=r"measuring failed: /cache/x: full\n  the cache is in") as caught:
         _answer({"failed": "/cache/x: full", "code": "disk_full"}, lambda _: None)
     assert caught.value.code is FailureCode.DISK_FULL
     with pytest.raises(LauncherError, match="not written") as caught:

@@ -1,4 +1,4 @@
-"""Files that grow by lines: what is damaged is skipped and counted, what is set aside is never lost."""
+"""JSON lines files: damaged lines are skipped and counted, and lines that are set aside are never lost."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher import files
-from launcher.files import append_line, parse_lines, read_json, read_lines, replace_folder, set_aside
-from launcher.tail import Tail
+from launcher.files import Tail, append_line, parse_lines, read_json, read_lines, replace_folder, set_aside
 
 GARBAGE = [
     b'{"update": 3, "lo',  # torn
-    b'{"update": 3, "lo{"update": 4}',  # torn, and the next line behind it
+    b'{"update": 3, "lo{"update": 4}',  # torn, followed by the next record
     b"[1, 2]",
     b'"text"',
     b"NULL",
@@ -29,7 +28,7 @@ GARBAGE = [
 ]
 
 
-def test_damaged_lines_are_skipped_and_counted_wherever_they_are(tmp_path: Path) -> None:
+def test_damaged_lines_are_skipped_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     whole = [{"update": number, "loss": 1.5} for number in range(len(GARBAGE))]
     with path.open("wb") as file:
@@ -42,7 +41,7 @@ def test_damaged_lines_are_skipped_and_counted_wherever_they_are(tmp_path: Path)
 
 
 @given(st.lists(st.binary(max_size=40)), st.lists(st.integers(), max_size=5))
-def test_no_bytes_stop_the_reader(garbage: list[bytes], numbers: list[int]) -> None:
+def test_arbitrary_bytes_do_not_stop_the_reader(garbage: list[bytes], numbers: list[int]) -> None:
     lines = [b.replace(b"\n", b"") for b in garbage] + [json.dumps({"n": n}).encode() for n in numbers]
     found = [record["n"] for record in parse_lines(lines) if set(record) == {"n"}]
     assert found[len(found) - len(numbers) :] == numbers
@@ -52,12 +51,12 @@ def test_no_bytes_stop_the_reader(garbage: list[bytes], numbers: list[int]) -> N
     ("tail", "found"),
     [
         (b'{"update": 1, "lo', [0, 2]),
-        (b'{"update": 1}', [0, 1, 2]),  # only its end is missing
+        (b'{"update": 1}', [0, 1, 2]),  # only the newline is missing
         (b"\x00\x00\x00", [0, 2]),
         (b"", [0, 2]),
     ],
 )
-def test_an_append_starts_on_a_line_of_its_own(tmp_path: Path, tail: bytes, found: list[int]) -> None:
+def test_an_append_starts_on_a_new_line(tmp_path: Path, tail: bytes, found: list[int]) -> None:
     path = tmp_path / "metrics.jsonl"
     append_line(path, {"update": 0})
     with path.open("ab") as file:
@@ -67,17 +66,15 @@ def test_an_append_starts_on_a_line_of_its_own(tmp_path: Path, tail: bytes, foun
     assert path.read_bytes().count(b"\n") == (3 if tail else 2)
 
 
-def test_a_short_write_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that is nearly full takes a part of what it is given."""
+def test_a_partial_write_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a nearly full disk a write may be partial."""
     write = os.write
     monkeypatch.setattr(files.os, "write", lambda descriptor, data: write(descriptor, bytes(data)[:7]))
     append_line(tmp_path / "x.jsonl", {"text": "x" * 50})
     assert list(read_lines(tmp_path / "x.jsonl")) == [{"text": "x" * 50}]
 
 
-def test_a_write_that_fails_after_its_first_part_is_an_error_and_the_next_line_is_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_line_after_a_failed_partial_write_is_intact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, write = tmp_path / "x.jsonl", os.write
     append_line(path, {"update": 0})
     room = [10]
@@ -115,10 +112,10 @@ class Crash(BaseException):
     links=st.booleans(),
     torn=st.sampled_from([b"", b'{"update": 9, "l', b"\xff\xff\n", b'{"update": 6}']),
 )
-def test_lines_are_never_lost_while_they_are_set_aside(
+def test_a_crash_while_lines_are_set_aside_loses_no_line(
     tmp_path_factory: pytest.TempPathFactory, last: int, crash_at: int, after: bool, links: bool, torn: bytes
 ) -> None:
-    """A crash before or after any step: the file is whole, every line is somewhere, and a second try comes to the same.
+    """Crashes before or after any step: the file is intact, no line is lost, and a second call completes the work.
 
     With and without hard links, which not every file system has.
     """
@@ -160,7 +157,7 @@ def test_lines_are_never_lost_while_they_are_set_aside(
     assert [each.read_bytes() for each in undone] in ([], [original])
 
 
-def test_what_is_set_aside_a_second_time_gets_a_name_of_its_own(tmp_path: Path) -> None:
+def test_lines_set_aside_again_get_a_new_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     (tmp_path / "metrics.undone-7.jsonl").write_text("{}\n")
     for update in range(3):
@@ -177,7 +174,7 @@ def test_a_damaged_json_file_is_read_as_none(tmp_path: Path, content: bytes) -> 
     assert read_json(tmp_path / "x.json") is None
 
 
-def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
+def test_a_folder_replaces_another(tmp_path: Path) -> None:
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
@@ -186,3 +183,13 @@ def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         replace_folder(tmp_path / "missing", tmp_path / "old")
     assert (tmp_path / "old/new").exists()
+
+
+def test_damaged_lines_are_skipped_when_following_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"update": 0}\n{"upd\x00\n[1]\n\xff\n{"update": 1}\n{"upd')
+    tail = Tail(file)
+    assert tail.new() == [{"update": 0}, {"update": 1}]
+    with file.open("a") as more:
+        more.write('ate": 2}\n')
+    assert tail.new() == [{"update": 2}]

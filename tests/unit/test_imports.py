@@ -1,11 +1,13 @@
-"""Which package may import which, and which commands run without a heavy package."""
+"""Import rules: which package may import which, and which commands must not import a heavy package."""
 
 from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ HOMES = {
         "worker/",
         "prepare/model_facts.py",
         "prepare/model_sizes.py",
-        "prepare/probe.py",
+        "prepare/small_model_probe.py",
         "ds_config/build_catalogue.py",
     ),
     "deepspeed": ("worker/", "ds_config/build_catalogue.py"),
@@ -43,11 +45,11 @@ HOMES = {
         "ds_config/catalogue.py",
     ),
 }
-"""The files in which a heavy package, or the one that starts processes, is imported."""
+"""The files that may import a heavy package, or the package that starts processes."""
 
 
 def imported(module: Path) -> set[str]:
-    """The packages that a module imports, at its top or in a function."""
+    """The packages that a module imports, at the top or in a function."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(module.read_text())):
         if isinstance(node, ast.Import):
@@ -62,7 +64,7 @@ def place(module: Path) -> str:
     return module.relative_to(PACKAGE).as_posix()
 
 
-def test_the_import_contracts_hold() -> None:
+def test_the_import_contracts_are_kept() -> None:
     """The contracts of pyproject.toml: which package may import which."""
     done = subprocess.run(
         [Path(sys.executable).with_name("lint-imports"), "--no-cache"], cwd=ROOT, capture_output=True, text=True
@@ -71,7 +73,7 @@ def test_the_import_contracts_hold() -> None:
     assert " 0 broken" in done.stdout
 
 
-def test_a_heavy_package_is_imported_in_few_files() -> None:
+def test_heavy_packages_are_imported_only_in_their_files() -> None:
     imports = {place(module): imported(module) for module in MODULES}
     strays = [
         f"{file} imports {name}"
@@ -83,7 +85,7 @@ def test_a_heavy_package_is_imported_in_few_files() -> None:
     assert set(HOMES) == {name for names in imports.values() for name in names & set(HOMES)}
 
 
-def test_plans_and_schedules_open_and_print_nothing() -> None:
+def test_plans_and_schedules_do_no_input_or_output() -> None:
     pure = [module for module in MODULES if place(module).startswith(("plan/", "schedule/"))]
     assert len(pure) > 20
     for module in pure:
@@ -101,7 +103,7 @@ print(json.dumps([sorted(set({heavy}) & set(sys.modules)), out.getvalue()]))
 
 
 def fresh(body: str, folder: Path) -> str:
-    """What `body` prints in a new interpreter that ends without a heavy package."""
+    """The output of `body` in a new interpreter; fails if that imports a heavy package."""
     code = FRESH.format(body=body, heavy=HEAVY)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=PATIENCE_SECONDS
@@ -130,17 +132,19 @@ def fresh(body: str, folder: Path) -> str:
     ],
     ids=" ".join,
 )
-def test_a_command_that_trains_nothing_is_light(arguments: list[str], shown: tuple[str, ...], tmp_path: Path) -> None:
+def test_commands_that_do_not_train_import_no_heavy_package(
+    arguments: list[str], shown: tuple[str, ...], tmp_path: Path
+) -> None:
     body = f"sys.argv = ['launcher', *{arguments}]; from launcher.cli import main; main()"
     printed = fresh(body, tmp_path)
     assert all(words in printed for words in shown)
 
 
-def test_modules_that_plan_and_watch_are_light(tmp_path: Path) -> None:
-    rooms = (
+def test_modules_that_plan_and_watch_import_no_heavy_package(tmp_path: Path) -> None:
+    paths = (
         "job",
         "plan",
-        "tail.py",
+        "files.py",
         "schedule",
         "ds_config",
         "watch",
@@ -150,8 +154,25 @@ def test_modules_that_plan_and_watch_are_light(tmp_path: Path) -> None:
         "runs/planning.py",
         "token_store.py",
     )
-    light = [m for m in MODULES if place(m).startswith(rooms) and m.stem not in ("__main__", "build_catalogue")]
+    light = [m for m in MODULES if place(m).startswith(paths) and m.stem not in ("__main__", "build_catalogue")]
     names = [".".join(("launcher", *m.relative_to(PACKAGE).with_suffix("").parts)) for m in light]
-    assert {"launcher.plan.resolve", "launcher.schedule.curve", "launcher.tail", "launcher.run_dir"} <= set(names)
+    assert {"launcher.plan.resolve", "launcher.schedule.curve", "launcher.files", "launcher.run_dir"} <= set(names)
     body = f"import importlib; found = [importlib.import_module(name) for name in {names}]; print(len(found))"
     assert fresh(body, tmp_path) == f"{len(names)}\n"
+
+
+def test_the_picture_in_contributing_is_that_of_the_contracts() -> None:
+    """Each layer of the contract is one line of the picture, in the same order, and every package is in it."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (layers,) = (contract["layers"] for contract in settings["contracts"] if contract["type"] == "layers")
+    picture = (ROOT / "CONTRIBUTING.md").read_text().split("```")[1].splitlines()
+    known = {module.stem if module.suffix else module.name for module in PACKAGE.iterdir()}
+    drawn = [words for line in picture if (words := names_in(line, known))]
+    assert drawn == [re.split(r"\W+", layer) for layer in layers if layer != "__main__"]
+
+
+def names_in(line: str, known: set[str]) -> list[str]:
+    """The packages and modules at the beginning of a line of the picture."""
+    found = re.match(r"\w+(?:  \w+)*(?=   |$)", line)
+    words = found[0].split() if found else []
+    return words if set(words) <= known else []

@@ -1,4 +1,4 @@
-"""One launcher in a run directory, also where file locks mean nothing, and none that a mere reader can keep out."""
+"""Only one launcher works in a run directory, also without working file locks; a reader cannot lock a launcher out."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 
 from launcher import lock
-from launcher.cli.run import alone_in
 from launcher.errors import RequestError
 from launcher.lock import STALE_SECONDS, heartbeat_age, hold, read_holder
 from launcher.run_dir import RunDir
+from launcher.runs.run_lock import only_launcher_of
 
 HOLDING = """
 import sys
@@ -52,12 +52,12 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system that grants every lock, as Lustre does to another host."""
+    """A file system that grants every lock, like Lustre on different hosts."""
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
 
 
-def written(path: Path, age_seconds: float, **changes: object) -> None:
-    """A lock file whose launcher touched it last so many seconds ago."""
+def write_lock(path: Path, age_seconds: float, **changes: object) -> None:
+    """Writes a lock file that its launcher last touched `age_seconds` ago."""
     path.unlink(missing_ok=True)
     with hold(path) as held:
         assert held
@@ -66,75 +66,75 @@ def written(path: Path, age_seconds: float, **changes: object) -> None:
     os.utime(path, (time.time() - age_seconds,) * 2)
 
 
-def free(path: Path) -> bool:
+def is_free(path: Path) -> bool:
     with hold(path) as held:
         return held
 
 
-def test_one_process_at_a_time_holds_it(path: Path) -> None:
+def test_only_one_process_holds_the_lock(path: Path) -> None:
     with another_launcher(path) as other:
-        assert not free(path)
+        assert not is_free(path)
         holder = read_holder(path)
         assert holder is not None and (holder.pid, holder.host) == (other.pid, socket.gethostname())
     assert read_holder(path) is None
-    assert free(path)
+    assert is_free(path)
 
 
 @pytest.mark.usefixtures("no_locks")
-def test_a_process_of_this_host_is_seen_where_locks_mean_nothing(path: Path) -> None:
+def test_a_process_on_this_host_is_detected_without_file_locks(path: Path) -> None:
     with another_launcher(path) as other:
-        os.utime(path, (0, 0))  # however quiet it is
-        assert not free(path)
+        os.utime(path, (0, 0))  # an old heartbeat does not matter
+        assert not is_free(path)
         other.send_signal(signal.SIGKILL)
         other.wait()
         assert read_holder(path) is not None
-        assert free(path)
+        assert is_free(path)
 
 
 @pytest.mark.usefixtures("no_locks")
-def test_another_process_of_the_same_number_is_not_the_holder(path: Path) -> None:
-    written(path, 0.0, pid=os.getpid(), started=1)
-    assert free(path)
+def test_another_process_with_the_same_pid_is_not_the_holder(path: Path) -> None:
+    write_lock(path, 0.0, pid=os.getpid(), started=1)
+    assert is_free(path)
 
 
 @pytest.mark.parametrize(
-    ("age", "changes", "is_free"),
+    ("age", "changes", "expected"),
     [
         (1.0, {"host": "other"}, False),
         (STALE_SECONDS - 20, {"host": "other"}, False),
         (STALE_SECONDS + 1, {"host": "other"}, True),
-        # A host of the same name that is another one, or was started anew.
+        # Another host with the same name, or the same host after a reboot.
         (1.0, {"boot": "another"}, False),
         (STALE_SECONDS + 1, {"boot": "another"}, True),
-        # What is not a holder's name does not hold.
+        # A record with invalid values is not a holder.
         (1.0, {"host": 7}, True),
         (1.0, {"pid": "7"}, True),
     ],
 )
-def test_the_heartbeat_of_another_host_decides(path: Path, age: float, changes: dict, is_free: bool) -> None:
-    written(path, age, **changes)
-    assert free(path) is is_free
-
-
-def test_a_job_that_slurm_requeued_does_not_wait_for_its_earlier_start(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_launcher_on_another_host_is_checked_by_its_heartbeat(
+    path: Path, age: float, changes: dict, expected: bool
 ) -> None:
+    write_lock(path, age, **changes)
+    assert is_free(path) is expected
+
+
+def test_a_requeued_slurm_job_does_not_wait_for_its_previous_start(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    written(path, 1.0, host="other", slurm_job="7", slurm_restart="0")
-    assert free(path)
+    write_lock(path, 1.0, host="other", slurm_job="7", slurm_restart="0")
+    assert is_free(path)
     for same_start in ({"slurm_restart": "1"}, {"slurm_job": "8"}):
-        written(path, 1.0, **{"host": "other", "slurm_job": "7", "slurm_restart": "0", **same_start})
-        assert not free(path)
+        write_lock(path, 1.0, **{"host": "other", "slurm_job": "7", "slurm_restart": "0", **same_start})
+        assert not is_free(path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\x00" * 9])
-def test_a_lock_file_of_an_earlier_version_or_a_damaged_one_holds_nothing(path: Path, content: str) -> None:
+def test_an_empty_or_damaged_lock_file_does_not_lock(path: Path, content: str) -> None:
     path.write_text(content)
-    assert free(path)
+    assert is_free(path)
 
 
-def test_the_holder_touches_the_file_while_it_works(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_holder_touches_the_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
     with hold(path):
         os.utime(path, (0, 0))
@@ -147,7 +147,7 @@ def test_the_holder_touches_the_file_while_it_works(path: Path, monkeypatch: pyt
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
-def test_a_look_at_the_lock_does_not_keep_a_launcher_out(path: Path) -> None:
+def test_checking_the_lock_does_not_keep_a_launcher_out(path: Path) -> None:
     """`launcher status` takes a shared lock for a moment."""
     path.touch()
     looking = subprocess.Popen(
@@ -162,11 +162,11 @@ def test_a_look_at_the_lock_does_not_keep_a_launcher_out(path: Path) -> None:
     )
     assert looking.stdout is not None
     looking.stdout.readline()
-    assert free(path)
+    assert is_free(path)
     looking.wait()
 
 
-def test_where_there_are_no_locks_at_all_the_holder_is_seen(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_holder_is_detected_on_a_file_system_without_locks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
@@ -175,19 +175,19 @@ def test_where_there_are_no_locks_at_all_the_holder_is_seen(path: Path, monkeypa
         assert (first, second) == (True, False)
 
 
-def test_a_claim_that_a_crash_left_behind_does_not_last(path: Path) -> None:
+def test_a_stale_claim_from_a_crash_is_replaced(path: Path) -> None:
     claim = path.with_name(f".{path.name}.claim")
     claim.touch()
-    assert not free(path)
+    assert not is_free(path)
     os.utime(claim, (0, 0))
-    assert free(path)
+    assert is_free(path)
     assert not claim.exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user to try this")
 @pytest.mark.parametrize("before", [None, 0o644])
-def test_a_user_who_may_only_read_cannot_lock_it(tmp_path: Path, before: int | None) -> None:
-    """Whatever the folder's mode is, and also in a run directory of an earlier version."""
+def test_a_user_with_read_permission_cannot_lock_it(tmp_path: Path, before: int | None) -> None:
+    """With any mode of the folder, and also with a readable lock file of an earlier version."""
     run = RunDir.create(tmp_path, "job")
     closed = {path: path.stat().st_mode for path in (run.path, *run.path.parents) if path.stat().st_mode & 0o5 != 0o5}
     for folder in closed:
@@ -204,17 +204,17 @@ def test_a_user_who_may_only_read_cannot_lock_it(tmp_path: Path, before: int | N
     done = subprocess.run([sys.executable, "-c", locking, str(run.lock_file)], capture_output=True, text=True)
     for folder, mode in closed.items():
         folder.chmod(mode)
-    # The file is seen, and cannot be opened.
+    # stat works, open does not.
     assert "PermissionError" in done.stderr and "line 4" in done.stderr
     with run.held() as held:
         assert held
 
 
-def test_who_holds_a_run_is_named(tmp_path: Path) -> None:
+def test_the_holder_of_a_run_is_named(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path, "job")
     run.enter("training")
-    written(run.lock_file, 1.0, host="node7", pid=4711)
-    with pytest.raises(RequestError) as refused, alone_in(run):
+    write_lock(run.lock_file, 1.0, host="node7", pid=4711)
+    with pytest.raises(RequestError) as refused, only_launcher_of(run):
         pass
     (problem,) = refused.value.problems
     assert "another launcher holds this run: training, process 4711 on node7, since 20" in problem.message

@@ -1,4 +1,4 @@
-"""The request for a Ray cluster: what is in it, what is not, and what is refused before anything is sent."""
+"""The request for a Ray cluster: its contents, and what is rejected before anything is sent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from launcher import ray_jobs
 from launcher.errors import RequestError
 from launcher.job import validate_job
-from launcher.ray_jobs import ON_THE_HEAD, dashboard_address, ray_request, submit_to_ray
+from launcher.ray_jobs import ENTRYPOINT_SCRIPT, dashboard_address, ray_request, submit_to_ray
 from launcher.run_dir import RunDir
 from tests.unit.inputs import command, write_folder
 
@@ -43,13 +43,13 @@ def refused(**options: Any) -> str:
     return str(error.value)
 
 
-def test_the_request_is_what_ray_is_told(capsys):
+def test_the_request_has_everything_that_ray_receives(capsys):
     made = request(
         ["train.max_steps=5", "schedule.warmup=2M tokens"], cluster={"nodes": 2, "env": {"NCCL_DEBUG": "INFO"}}
     )
     words = ["launcher", "run", "jobs/my job.yaml", "train.max_steps=5", "schedule.warmup=2M tokens"]
     assert made.arguments() == {
-        "entrypoint": shlex.join(["sh", "-c", ON_THE_HEAD, *words]),
+        "entrypoint": shlex.join(["sh", "-c", ENTRYPOINT_SCRIPT, *words]),
         "runtime_env": {"working_dir": "/shared/project", "excludes": [], "env_vars": {"NCCL_DEBUG": "INFO"}},
         "metadata": {"launcher_job": "tune", "launcher_output_dir": "/shared/runs"},
     }
@@ -59,14 +59,14 @@ def test_the_request_is_what_ray_is_told(capsys):
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=4), st.text("a b'$`;&\"\\\n|*", min_size=1))
-def test_arguments_arrive_through_the_shell_unharmed(overrides, name):
+def test_arguments_pass_through_the_shell_unchanged(overrides, name):
     made = request(overrides, job_file=HERE / f"x{name}.yaml")
     assert shlex.split(made.entrypoint)[3:] == ["launcher", "run", f"x{name}.yaml", *overrides]
 
 
 @pytest.fixture
 def programs(tmp_path):
-    """A folder for the PATH that has what a shell needs, and no launcher and no Python."""
+    """A folder for the PATH that has what the shell script needs, but no launcher and no Python."""
     folder = tmp_path / "programs"
     folder.mkdir()
     for name in ("sh", "tr", "sed"):
@@ -74,34 +74,34 @@ def programs(tmp_path):
     return folder
 
 
-def on_the_head(programs: Path, cwd: Path, python: str) -> subprocess.CompletedProcess[str]:
-    """Runs an entrypoint as Ray's job supervisor does, below a raylet that was started with `python`."""
-    entrypoint = shlex.join(["sh", "-c", ON_THE_HEAD, "launcher", "run", "my job.yaml", "a=$b 'c'"])
+def run_entrypoint(programs: Path, cwd: Path, python: str) -> subprocess.CompletedProcess[str]:
+    """Runs an entrypoint as Ray's job supervisor does, as a child of a raylet that was started with `python`."""
+    entrypoint = shlex.join(["sh", "-c", ENTRYPOINT_SCRIPT, "launcher", "run", "my job.yaml", "a=$b 'c'"])
     raylet = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1], shell=True).returncode)"
-    told = f"--python_worker_command={python} /ray/default_worker.py --port=1"
-    command = [sys.executable, "-c", raylet, entrypoint, told]
+    option = f"--python_worker_command={python} /ray/default_worker.py --port=1"
+    command = [sys.executable, "-c", raylet, entrypoint, option]
     return subprocess.run(command, cwd=cwd, env={"PATH": str(programs)}, capture_output=True, text=True)
 
 
 def test_the_launcher_is_found_without_the_path_of_the_cluster(tmp_path, programs):
-    """In the Python that Ray runs; and a launcher.py of the user's in the job's folder is not taken for it."""
+    """It is found in the Python that Ray runs; a launcher.py in the job's folder does not replace it."""
     (tmp_path / "launcher.py").write_text("raise SystemExit('the wrong one')")
-    done = on_the_head(programs, tmp_path, sys.executable)
+    done = run_entrypoint(programs, tmp_path, sys.executable)
     assert (done.returncode, done.stdout) == (2, "")
     assert "my job.yaml" in done.stderr and "the wrong one" not in done.stderr
 
-    done = on_the_head(programs, tmp_path, "/nowhere/python")
+    done = run_entrypoint(programs, tmp_path, "/nowhere/python")
     assert done.returncode == 127
-    assert f"launcher is not on the PATH of this Ray ({programs}), nor in its Python (/nowhere/python)" in done.stderr
+    assert f"is neither on the PATH of this Ray ({programs}) nor in its Python (/nowhere/python)" in done.stderr
 
     (programs / "launcher").write_text("#!/bin/sh\nprintf '%s,' \"$@\"\n")
     (programs / "launcher").chmod(0o755)
-    done = on_the_head(programs, tmp_path, "/nowhere/python")
+    done = run_entrypoint(programs, tmp_path, "/nowhere/python")
     assert (done.returncode, done.stdout) == (0, "run,my job.yaml,a=$b 'c',"), done.stderr
 
 
-class YoungRay(BaseHTTPRequestHandler):
-    """The dashboard of a Ray whose agent is not up yet, as Ray's own client sees it; the second attempt succeeds."""
+class StartingRay(BaseHTTPRequestHandler):
+    """The dashboard of a Ray whose agent is still starting; the second attempt succeeds."""
 
     attempts = 0
 
@@ -111,8 +111,8 @@ class YoungRay(BaseHTTPRequestHandler):
 
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
-        YoungRay.attempts += 1
-        if YoungRay.attempts == 1:
+        StartingRay.attempts += 1
+        if StartingRay.attempts == 1:
             self._answer(500, "No available agent to submit job, please try again later.")
         else:
             self._answer(200, json.dumps({"job_id": "1", "submission_id": "raysubmit_1"}))
@@ -126,34 +126,34 @@ class YoungRay(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_ray_that_does_not_take_jobs_yet_is_tried_again(tmp_path, monkeypatch, capsys):
+def test_submission_is_retried_while_ray_starts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ray_jobs, "_RETRY_SECONDS", 0.0)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    with HTTPServer(("127.0.0.1", 0), YoungRay) as server:
+    with HTTPServer(("127.0.0.1", 0), StartingRay) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         made = ray_request(job(), tmp_path / "job.yaml", [], address, tmp_path)
         assert submit_to_ray(made, print, dry_run=False, parsable=True, follow=False) == 0
         server.shutdown()
-    told = capsys.readouterr()
-    assert told.out == "raysubmit_1\n"
-    assert told.err.count(f"the Ray at {address} does not take jobs yet: trying again for up to 60 s\n") == 1
-    assert YoungRay.attempts == 2
+    printed = capsys.readouterr()
+    assert printed.out == "raysubmit_1\n"
+    assert printed.err.count(f"the Ray at {address} does not accept jobs yet: trying again for up to 60 s\n") == 1
+    assert StartingRay.attempts == 2
 
 
-def test_what_runs_write_is_not_uploaded():
+def test_output_of_runs_is_not_uploaded():
     made = request(output_dir="/shared/project/out/run*s", data={"train": "t", "cache_dir": "/shared/project/cache"})
     assert made.excludes == ("/out/run\\*s/", "/cache/")
     assert request(output_dir="/shared/project").excludes == ()
 
 
-def test_paths_are_read_as_on_the_way_from_this_folder(monkeypatch):
+def test_paths_are_relative_to_this_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/shared")
     made = request(output_dir="~/project/runs", data={"train": "t", "cache_dir": "build/../cache"})
     assert made.excludes == ("/runs/", "/cache/")
     assert request(data={"train": "t", "cache_dir": "../cache"}).excludes == ()
     assert shlex.split(request(job_file=HERE / "a/../job.yaml").entrypoint)[5] == "job.yaml"
-    assert "does not lie under /shared/project" in refused(job_file=HERE / "../job.yaml")
+    assert "is not inside /shared/project" in refused(job_file=HERE / "../job.yaml")
 
 
 TO_RAY = ("submit", "job.yaml", "--to", "ray", "--address", ADDRESS, "--dry-run", "output_dir=/shared/runs")
@@ -167,29 +167,29 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("folder")
-def test_what_is_not_here_but_on_the_cluster_is_not_looked_for():
+def test_files_on_the_cluster_are_not_looked_for():
     there = ("model.name_or_path=/there/model", "data.train=[/there/a.jsonl]", "deepspeed=/there/ds.json")
     for more in ((), there, ("cluster.gpus_per_node=auto", "cluster.processes_per_node=auto"), ("model.lora={r: 8}",)):
         ended = command(*TO_RAY, *more)
         assert ended.status == 0, ended.err
         assert shlex.split(yaml.safe_load(ended.out)["entrypoint"])[6:] == ["output_dir=/shared/runs", *more]
-        assert ("the cluster alone sees how many ranks" in ended.err) == ("cluster.gpus_per_node=auto" in more)
+        assert ("only the cluster knows how many ranks" in ended.err) == ("cluster.gpus_per_node=auto" in more)
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("model.name_or_path=./modle", "model.name_or_path: there is no folder modle"),
+        ("model.name_or_path=./modle", "model.name_or_path: folder not found: modle"),
         ("data.train=data/trian.jsonl", "data.train: no file matches data/trian.jsonl"),
         ("data.eval=data/none.jsonl", "data.eval: no file matches data/none.jsonl"),
-        ("deepspeed=zero9", "there is no file zero9"),
+        ("deepspeed=zero9", "the file zero9 does not exist"),
         ("deepspeed={zero_optimisation: {stage: 2}}", "zero_optimisation"),
         ("train.train_batch_size=3", "train_batch_size"),
-        ("cluster.gpus_per_node=3", "4 processes and 3 GPUs a node"),
+        ("cluster.gpus_per_node=3", "4 processes and 3 GPUs per node"),
     ],
 )
 @pytest.mark.usefixtures("folder")
-def test_what_is_wrong_wherever_it_runs_is_told_before_it_is_sent(override, words):
+def test_errors_that_do_not_depend_on_the_cluster_are_reported_first(override, words):
     ended = command(*TO_RAY, override)
     assert (ended.status, ended.out) == (2, "")
     assert words in ended.err
@@ -198,34 +198,34 @@ def test_what_is_wrong_wherever_it_runs_is_told_before_it_is_sent(override, word
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"address": "head:8265"}, "'head:8265' is no address that jobs are submitted to"),
+        ({"address": "head:8265"}, "'head:8265' is not the address of a Ray dashboard"),
         ({"address": "ray://head:10001"}, "http://HEAD:8265"),
         ({"address": "http://me:pudding@head:8265"}, "RAY_AUTH_TOKEN_PATH"),
-        ({"output_dir": "runs"}, "output_dir: runs would lie in the job's working directory"),
-        ({"cluster": {"address": "local"}}, "cluster.address: local is not where a run joins"),
-        ({"cluster": {"address": "http://head:8265"}}, "give the dashboard's address with --address"),
+        ({"output_dir": "runs"}, "output_dir: runs would be in the job's working directory"),
+        ({"cluster": {"address": "local"}}, "cluster.address: local is not an address at which a run can join"),
+        ({"cluster": {"address": "http://head:8265"}}, "set the dashboard's address with --address"),
         ({"cluster": {"env": {"HF_TOKEN": "hf_abc"}}}, "cluster.env.HF_TOKEN: looks like a secret"),
         ({"cluster": {"env": {"AWS_SECRET_ACCESS_KEY": "abc"}}}, "set it on the nodes themselves"),
-        ({"job_file": Path("/elsewhere/job.yaml")}, "does not lie under /shared/project"),
+        ({"job_file": Path("/elsewhere/job.yaml")}, "is not inside /shared/project"),
     ],
 )
-def test_a_request_that_would_fail_or_tell_is_refused(options, words):
+def test_a_request_that_would_fail_or_show_secrets_is_rejected(options, words):
     assert words in refused(**options)
 
 
-def test_a_refusal_tells_no_secret_and_every_problem():
-    told = refused(address="nowhere", output_dir="runs", cluster={"env": {"API_KEY": "sesame"}})
-    assert "sesame" not in told
-    assert [key in told for key in ("--address", "output_dir", "API_KEY")] == [True] * 3
+def test_an_error_shows_every_problem_and_no_secret():
+    message = refused(address="nowhere", output_dir="runs", cluster={"env": {"API_KEY": "sesame"}})
+    assert "sesame" not in message
+    assert [key in message for key in ("--address", "output_dir", "API_KEY")] == [True] * 3
     assert "pudding" not in refused(address="http://me:pudding@head:8265")
 
 
-def test_names_that_only_sound_like_secrets_pass():
+def test_names_that_only_resemble_secrets_are_accepted():
     env = {"TOKENIZERS_PARALLELISM": "false", "KEYBOARD": "uk", "MONKEY_PATCH": "1"}
     assert request(cluster={"env": env}).env_vars == env
 
 
-def test_the_address_is_given_or_stands_where_ray_looks_for_it():
+def test_the_address_is_given_or_from_rays_variables():
     there = {"RAY_API_SERVER_ADDRESS": "http://a:1", "RAY_ADDRESS": "http://b:2"}
     assert dashboard_address("http://c:3", there) == "http://c:3"
     assert dashboard_address(None, there) == "http://a:1"
@@ -234,11 +234,11 @@ def test_the_address_is_given_or_stands_where_ray_looks_for_it():
         dashboard_address(None, {})
 
 
-def test_a_run_knows_the_ray_job_that_it_runs_in(tmp_path, monkeypatch):
+def test_a_run_records_its_ray_job(tmp_path, monkeypatch):
     run = RunDir.create(tmp_path, "tune")
     run.enter("planning")
     assert "ray_job_id" not in run.state()
-    told = {"runtime_env": {}, "metadata": {"job_submission_id": "raysubmit_1", "job_name": "x"}}
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(told))
+    config = {"runtime_env": {}, "metadata": {"job_submission_id": "raysubmit_1", "job_name": "x"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(config))
     run.enter("training")
     assert run.state()["ray_job_id"] == "raysubmit_1"

@@ -15,12 +15,12 @@ from rich.console import Console
 
 import launcher
 from launcher import reporting
-from launcher.cli.console import RunConsole, number_text
 from launcher.run_dir import RunDir
+from launcher.runs.console import RunConsole, number_text
 
 
 class Tensor:
-    """What PyTorch's tensor of one element is to Python."""
+    """Behaves like a PyTorch tensor with one element."""
 
     def __init__(self, value: float) -> None:
         self._value = value
@@ -31,12 +31,12 @@ class Tensor:
 
 @pytest.fixture
 def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Reads metrics.jsonl of a run whose first rank is this process; nobody listens to its reports."""
+    """Returns a reader of the run's metrics.jsonl; this process is rank 0, and the agent has closed its pipe."""
     monkeypatch.setattr(reporting, "_last", None)
-    ears, mouth = os.pipe()
-    os.close(ears)
+    read_end, write_end = os.pipe()
+    os.close(read_end)
     for name, value in {
-        "REPORT_FD": str(mouth),
+        "REPORT_FD": str(write_end),
         "REPORT_PID": str(os.getpid()),
         "RUN_DIR": str(tmp_path),
         "TRAIN_BATCH_SIZE": "4",
@@ -44,10 +44,10 @@ def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setenv(f"LAUNCHER_{name}", value)
     monkeypatch.setenv("RANK", "0")
     yield lambda: RunDir(tmp_path).metrics()
-    os.close(mouth)
+    os.close(write_end)
 
 
-def test_outside_a_run_nothing_is_done_and_nothing_heavy_imported(tmp_path: Path) -> None:
+def test_report_does_nothing_outside_a_run(tmp_path: Path) -> None:
     code = "import sys, launcher; launcher.report(step=-1, loss='x'); print(sorted(sys.modules))"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LAUNCHER_")}
     done = subprocess.run(
@@ -58,7 +58,7 @@ def test_outside_a_run_nothing_is_done_and_nothing_heavy_imported(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_numbers_of_any_kind_are_written_down(lines: Any) -> None:
+def test_values_of_several_types_are_written(lines: Any) -> None:
     launcher.report(step=2, loss=Tensor(0.25), lr=None, skipped=True, phase="late", worst=Tensor(float("inf")))
     (line,) = lines()
     assert {name: line[name] for name in ("update", "samples", "loss", "skipped", "phase", "worst")} == {
@@ -72,38 +72,38 @@ def test_numbers_of_any_kind_are_written_down(lines: Any) -> None:
     assert "lr" not in line and "step_seconds" not in line
 
 
-def test_a_count_that_goes_back_has_no_step_time(lines: Any) -> None:
+def test_a_step_that_decreases_has_no_step_time(lines: Any) -> None:
     for step in (3, 5, 1, 2):
         launcher.report(step=step)
     assert ["step_seconds" in line for line in lines()] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("name", ["update", "samples", "time", "step_seconds", "peak_memory_bytes"])
-def test_a_name_of_the_launchers_own_is_refused(lines: Any, name: str) -> None:
-    with pytest.raises(ValueError, match=f"^{name}: launcher.report writes that itself"):
+def test_reserved_names_are_refused(lines: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: reserved name, written by launcher.report"):
         launcher.report(step=0, **{name: 1.0})
     assert lines() == []
 
 
 @pytest.mark.usefixtures("lines")
-def test_a_line_that_cannot_be_written_does_not_end_the_training(
+def test_a_line_that_cannot_be_written_does_not_stop_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     for step in range(3):
         launcher.report(step=step, loss=0.5)
-    told = capsys.readouterr().err
-    assert told.count("launcher.report: metrics are not written") == 1 and "metrics.jsonl" in told
+    printed = capsys.readouterr().err
+    assert printed.count("launcher.report: metrics are not written") == 1 and "metrics.jsonl" in printed
 
 
-def test_tokens_that_cannot_be_divided_have_no_rate(lines: Any) -> None:
+def test_invalid_tokens_give_no_tokens_per_second(lines: Any) -> None:
     for step, tokens in enumerate([8, float("nan"), "many", 8]):
         launcher.report(step=step, tokens=tokens)
     assert ["tokens_per_second" in line for line in lines()] == [False, False, False, True]
 
 
 @pytest.mark.parametrize(("first", "kept"), [(3, [0, 1, 2]), (0, [])])
-def test_a_script_that_is_started_again_takes_the_place_of_what_it_makes_again(
+def test_a_restarted_script_replaces_only_the_lines_that_it_repeats(
     lines: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, kept: list[int]
 ) -> None:
     for step in range(5):
@@ -124,8 +124,8 @@ ODD: list[Any] = [float("nan"), "nan", "[/]", None, [1.0], {"a": 1}, True, 10**4
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_the_console_shows_whatever_a_script_reports(terminal: bool) -> None:
-    """It stands in the loop that follows the run, which no value may end."""
+def test_the_console_shows_any_reported_value(terminal: bool) -> None:
+    """The console is part of the supervisor's loop, so no value may raise an exception in it."""
     written = io.StringIO()
     console = RunConsole(Console(file=written, force_terminal=terminal, width=200))
     console.total = 1
@@ -144,11 +144,11 @@ def test_the_console_shows_whatever_a_script_reports(terminal: bool) -> None:
 @pytest.mark.parametrize(
     ("step", "loss", "error", "words"),
     [
-        (-1, 0.5, ValueError, "step counts from 0, got -1"),
+        (-1, 0.5, ValueError, "step must be 0 or more, got -1"),
         (0, [1.0, 2.0], TypeError, "list"),
     ],
 )
-def test_what_is_no_update_or_no_number_is_refused(
+def test_an_invalid_step_or_value_is_refused(
     lines: Any, step: int, loss: Any, error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):

@@ -1,4 +1,4 @@
-"""The run directory: what is replaced is replaced whole, what grows is read by whole lines."""
+"""The run directory: files are replaced atomically, and growing files are read by complete lines."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def saved(run: RunDir, update: int, **files: str) -> Path:
     return folder
 
 
-def test_every_caller_gets_a_directory_of_its_own(tmp_path: Path) -> None:
+def test_every_caller_gets_another_directory(tmp_path: Path) -> None:
     found: list[Path] = []
     threads = [threading.Thread(target=lambda: found.append(RunDir.create(tmp_path, "tiny").path)) for _ in range(8)]
     for thread in threads:
@@ -54,7 +54,7 @@ def test_every_caller_gets_a_directory_of_its_own(tmp_path: Path) -> None:
     assert all(path.is_absolute() and (path / "checkpoints").is_dir() for path in found)
 
 
-def test_a_reader_sees_one_text_or_the_other(tmp_path: Path) -> None:
+def test_a_reader_sees_the_old_or_the_new_content(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     texts = {"a" * 200_000, "b" * 100_000}
     write_atomic(path, "a" * 200_000)
@@ -74,7 +74,7 @@ def test_a_reader_sees_one_text_or_the_other(tmp_path: Path) -> None:
     assert [child.name for child in tmp_path.iterdir()] == ["state.json"]
 
 
-def test_a_write_that_fails_leaves_the_old_text_and_nothing_else(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_no_other_file(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     write_json(path, {"state": "training"})
     with pytest.raises(TypeError):
@@ -86,7 +86,7 @@ def test_a_write_that_fails_leaves_the_old_text_and_nothing_else(tmp_path: Path)
     assert [child.name for child in tmp_path.iterdir()] == ["state.json"]
 
 
-def test_a_half_written_last_line_is_left_for_later(tmp_path: Path) -> None:
+def test_an_unfinished_last_line_is_read_later(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert list(read_lines(path)) == []
     append_line(path, {"update": 0})
@@ -98,7 +98,7 @@ def test_a_half_written_last_line_is_left_for_later(tmp_path: Path) -> None:
     assert list(read_lines(path)) == [{"update": 0}, {"update": 1, "loss": 2.0}]
 
 
-def test_lines_of_many_writers_stay_whole(tmp_path: Path) -> None:
+def test_lines_of_several_writers_stay_intact(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
 
     def write(number: int) -> None:
@@ -116,7 +116,7 @@ def test_lines_of_many_writers_stay_whole(tmp_path: Path) -> None:
         assert [line["i"] for line in lines if line["writer"] == number] == list(range(50))
 
 
-def test_states_are_entered_and_told(run: RunDir) -> None:
+def test_states_are_written_to_the_state_file_and_the_events(run: RunDir) -> None:
     assert run.state() == {}
     run.enter("planning")
     run.enter("failed", reason="no room")
@@ -124,21 +124,21 @@ def test_states_are_entered_and_told(run: RunDir) -> None:
     assert [(event["event"], event["state"]) for event in run.events()] == [("state", "planning"), ("state", "failed")]
 
 
-def test_a_state_that_is_none_is_refused(run: RunDir) -> None:
+def test_an_unknown_state_is_refused(run: RunDir) -> None:
     run.enter("training")
     with pytest.raises(ValueError, match="'trianing' is not a state of a run"):
         run.enter("trianing")
     assert run.state()["state"] == "training"
 
 
-def test_complete_checkpoints_come_in_the_order_of_their_updates(run: RunDir) -> None:
+def test_complete_checkpoints_are_in_order_of_updates(run: RunDir) -> None:
     for update in (100, 20, 3):
         saved(run, update)
     assert run.complete_checkpoints() == [3, 20, 100]
 
 
 @pytest.mark.parametrize("content", ["ab", "abcd", None])
-def test_a_file_cut_off_grown_or_missing_makes_a_checkpoint_incomplete(run: RunDir, content: str | None) -> None:
+def test_a_file_of_another_size_or_missing_makes_a_checkpoint_incomplete(run: RunDir, content: str | None) -> None:
     saved(run, 10)
     file = saved(run, 20) / "states/model"
     file.unlink()
@@ -147,7 +147,7 @@ def test_a_file_cut_off_grown_or_missing_makes_a_checkpoint_incomplete(run: RunD
     assert run.complete_checkpoints() == [10]
 
 
-def test_a_checkpoint_without_a_whole_manifest_is_none(run: RunDir) -> None:
+def test_a_checkpoint_without_a_valid_manifest_is_incomplete(run: RunDir) -> None:
     unfinished, torn = saved(run, 1), saved(run, 2)
     (unfinished / MANIFEST).unlink()
     (torn / MANIFEST).write_text((torn / MANIFEST).read_text()[:-20])
@@ -157,19 +157,19 @@ def test_a_checkpoint_without_a_whole_manifest_is_none(run: RunDir) -> None:
     assert run.complete_checkpoints() == []
 
 
-def test_a_manifest_names_every_file_but_itself(run: RunDir) -> None:
+def test_a_manifest_lists_every_file_except_itself(run: RunDir) -> None:
     folder = saved(run, 5, model="abc", optimizer="")
     assert json.loads((folder / MANIFEST).read_text())["files"] == {"states/model": 3, "states/optimizer": 0}
     assert checkpoint_is_complete(folder)
 
 
 @pytest.mark.usefixtures("_east_of_utc")
-def test_times_are_utc_and_can_be_read_back() -> None:
+def test_times_are_utc_and_can_be_parsed() -> None:
     assert utc_now().endswith("Z")
     assert 0 <= time.time() - datetime.fromisoformat(utc_now()).timestamp() < PATIENCE_SECONDS
 
 
-def test_checkpoints_are_ordered_by_samples_since_updates_count_anew(tmp_path: Path) -> None:
+def test_checkpoints_are_ordered_by_samples(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path, "x")
     for update, samples in ((900, 7200), (1000, 8000), (600, 9600)):
         run.checkpoint(update).mkdir()
@@ -177,7 +177,7 @@ def test_checkpoints_are_ordered_by_samples_since_updates_count_anew(tmp_path: P
     assert run.complete_checkpoints() == [900, 1000, 600]
 
 
-def test_a_rewind_sets_the_lines_beyond_a_checkpoint_aside(tmp_path: Path) -> None:
+def test_a_rewind_sets_aside_lines_after_a_checkpoint(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path, "x")
     for update in range(5):
         append_line(run.metrics_file, {"update": update, "samples": 8 * (update + 1)})
@@ -190,7 +190,7 @@ def test_a_rewind_sets_the_lines_beyond_a_checkpoint_aside(tmp_path: Path) -> No
     assert len(list(run.path.glob("*.undone-*"))) == 1
 
 
-def test_one_launcher_holds_a_run_directory(tmp_path: Path) -> None:
+def test_only_one_launcher_holds_a_run_directory(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path, "x")
     with run.held() as first, run.held() as second:
         assert (first, second) == (True, False)
@@ -198,7 +198,9 @@ def test_one_launcher_holds_a_run_directory(tmp_path: Path) -> None:
         assert again
 
 
-def test_a_file_system_without_locks_is_taken_as_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_directory_is_held_on_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = RunDir.create(tmp_path, "job")
 
     def no_locks(*_: object) -> None:
@@ -209,7 +211,7 @@ def test_a_file_system_without_locks_is_taken_as_held(tmp_path: Path, monkeypatc
         assert held
 
 
-def test_a_request_to_stop_names_who_asks_and_is_read_back(tmp_path: Path) -> None:
+def test_a_stop_request_names_the_user_and_can_be_read(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path, "job", "slurm-7")
     assert run.path.name == "job-slurm-7"
     assert run.stop_request() is None
@@ -230,14 +232,14 @@ def test_a_request_to_stop_names_who_asks_and_is_read_back(tmp_path: Path) -> No
         b"[" * 99999,
     ],
 )
-def test_a_manifest_that_cannot_be_read_is_like_a_missing_one(run: RunDir, content: bytes) -> None:
+def test_an_unreadable_manifest_is_like_a_missing_one(run: RunDir, content: bytes) -> None:
     saved(run, 1)
     (saved(run, 2) / MANIFEST).write_bytes(content)
     assert read_manifest(run.checkpoint(2)) is None
     assert run.complete_checkpoints() == [1]
 
 
-def test_a_manifest_of_another_update_does_not_count(run: RunDir) -> None:
+def test_a_manifest_of_another_update_is_ignored(run: RunDir) -> None:
     saved(run, 1).rename(run.checkpoint(5))
     saved(run, 2)
     assert run.complete_checkpoints() == [2]
@@ -251,14 +253,14 @@ def test_the_next_revision_has_the_highest_number(run: RunDir) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b'{"state": "trai', b"\xff\xfe", b"\x00" * 99])
-def test_a_state_that_cannot_be_read_is_like_a_missing_one(run: RunDir, content: bytes) -> None:
+def test_an_unreadable_state_is_like_a_missing_one(run: RunDir, content: bytes) -> None:
     run.state_file.write_bytes(content)
     run.stop_file.write_bytes(content)
     assert run.state() == {}
     assert run.stop_request() is None
 
 
-def test_damaged_lines_are_left_out_and_counted_by_file(run: RunDir) -> None:
+def test_damaged_lines_are_skipped_and_counted_per_file(run: RunDir) -> None:
     assert run.damaged_lines() == {}
     for file, record in (
         (run.metrics_file, {"update": 0, "samples": 8}),
@@ -274,7 +276,7 @@ def test_damaged_lines_are_left_out_and_counted_by_file(run: RunDir) -> None:
     assert [len(found) for found in (run.metrics(), run.evaluations(), run.events())] == [2, 2, 2]
 
 
-def test_a_rewind_takes_lines_without_samples_by_their_update(run: RunDir) -> None:
+def test_a_rewind_uses_the_update_of_lines_without_samples(run: RunDir) -> None:
     for update in range(3):
         append_line(run.metrics_file, {"update": update, "loss": "nan"})
     append_line(run.metrics_file, {"loss": 1.0})
@@ -285,7 +287,7 @@ def test_a_rewind_takes_lines_without_samples_by_their_update(run: RunDir) -> No
     assert {path.name for path in run.path.glob("*.undone-*")} == {f"metrics.undone-{k}.jsonl" for k in (1, 2)}
 
 
-def test_a_run_directory_is_its_owners_alone(tmp_path: Path) -> None:
+def test_only_the_owner_can_read_a_run_directory(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path, "x")
     for folder in (run.path, run.checkpoints, run.logs):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700

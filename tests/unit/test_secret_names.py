@@ -1,4 +1,4 @@
-"""One rule for which environment variables are secrets, and everything that goes by it."""
+"""The rule for secret environment variables, and everything that uses it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from launcher.errors import RequestError
 from launcher.fleet.environment import forwarded_environment
-from launcher.job import read_job, validate_job
+from launcher.job import load_job, validate_job
 from launcher.runs.planning import check_job
 from launcher.secret_names import is_secret
 from tests.unit.inputs import job_of, write_folder
@@ -90,42 +90,42 @@ HARMLESS = [
 
 
 @pytest.mark.parametrize("name", SECRETS)
-def test_secrets_are_known_by_their_names(name: str) -> None:
+def test_secrets_are_recognised_by_name(name: str) -> None:
     assert is_secret(name)
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_names_that_only_look_like_secrets_are_not(name: str) -> None:
+def test_similar_names_are_not_secrets(name: str) -> None:
     assert not is_secret(name)
 
 
-def test_no_secret_is_forwarded_to_the_launchers_own_ranks_and_a_script_gets_them() -> None:
+def test_secrets_are_forwarded_only_to_scripts() -> None:
     own = dict.fromkeys(("HF_TOKEN", "HF_CREDENTIALS", "DS_DB_PASSWD", "HF_HOME", "TOKENIZERS_PARALLELISM"), "x")
     assert set(forwarded_environment(own)) == {"HF_HOME", "TOKENIZERS_PARALLELISM"}
     assert forwarded_environment(own, script=True) == own
 
 
 @pytest.mark.parametrize("name", ["HF_CREDENTIALS", "DS_DB_PASSWD", "WANDB_API_KEY"])
-def test_a_secret_in_the_job_is_refused_by_both_ways_to_submit(name: str) -> None:
-    told = refused_by_ray(cluster={"env": {name: "sesame"}})
-    assert f"cluster.env.{name}: looks like a secret" in told and "sesame" not in told
+def test_both_ways_to_submit_refuse_a_secret_in_the_job(name: str) -> None:
+    message = refused_by_ray(cluster={"env": {name: "sesame"}})
+    assert f"cluster.env.{name}: looks like a secret" in message and "sesame" not in message
     with pytest.raises(RequestError, match=f"cluster.env.{name}: looks like a secret") as caught:
         request_of(job_of(cluster={"gpus_per_node": 0, "env": {name: "sesame"}}))
     assert "sesame" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["`touch x`", "| touch x", "", "A B", "A=B", "1A", "A-B", "A.B", "É", "A\n", "$(x)"])
-def test_what_is_not_the_name_of_a_variable_is_refused(name: str) -> None:
+def test_invalid_variable_names_are_refused(name: str) -> None:
     job = {"model": {"name_or_path": "m"}, "data": {"train": "t.jsonl"}, "cluster": {"env": {name: "1"}}}
     with pytest.raises(RequestError, match=r"cluster\.env.*must be the name of an environment variable"):
         validate_job(job)
 
 
-def test_a_plan_warns_of_a_secret_in_the_job_file_and_does_not_repeat_it(
+def test_a_plan_warns_of_a_secret_in_the_job_file_without_printing_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
-    job = read_job(tmp_path / "job.yaml", ["cluster.env={HF_TOKEN: sesame, NCCL_DEBUG: INFO}"])
-    [note] = [note for note in check_job(job, "job.yaml").notes if "secret" in note]
+    job = load_job(tmp_path / "job.yaml", "cluster.env={HF_TOKEN: sesame, NCCL_DEBUG: INFO}")
+    [note] = [note for note in check_job(job).notes if "secret" in note]
     assert note.startswith("cluster.env.HF_TOKEN looks like a secret") and "sesame" not in note

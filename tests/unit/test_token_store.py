@@ -1,4 +1,4 @@
-"""Token stores: what was written comes back, and a folder appears whole or not at all."""
+"""Token stores: written sequences are read back, and a folder appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write(folder: Path, sequences: list[list[tuple[int, int]]]) -> dict[str, int
 
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(sequences=SEQUENCES)
-def test_what_was_written_comes_back(sequences: list[list[tuple[int, int]]], tmp_path_factory) -> None:
+def test_written_sequences_are_read_back(sequences: list[list[tuple[int, int]]], tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("store") / "train"
     facts = write(folder, sequences)
     store = TokenStore(folder)
@@ -43,14 +43,14 @@ def test_what_was_written_comes_back(sequences: list[list[tuple[int, int]]], tmp
     assert read_facts(folder) == facts
 
 
-def test_a_store_cannot_be_written_to(tmp_path: Path) -> None:
+def test_a_store_is_read_only(tmp_path: Path) -> None:
     write(tmp_path / "train", [[(1, 1)]])
     tokens, _ = TokenStore(tmp_path / "train")[0]
     with pytest.raises(ValueError, match="read-only"):
         tokens[0] = 2
 
 
-def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_writer_leaves_no_files(tmp_path: Path) -> None:
     def fail() -> None:
         with TokenWriter(tmp_path / "train") as writer:
             writer.add([1], [1])
@@ -62,7 +62,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert read_facts(tmp_path / "train") is None
 
 
-def test_nothing_is_seen_under_the_name_before_the_end(tmp_path: Path) -> None:
+def test_the_folder_does_not_exist_before_the_writer_ends(tmp_path: Path) -> None:
     folder = tmp_path / "train"
     with TokenWriter(folder) as writer:
         writer.add([1, 2], [0, 1])
@@ -70,7 +70,7 @@ def test_nothing_is_seen_under_the_name_before_the_end(tmp_path: Path) -> None:
     assert len(TokenStore(folder)) == 1
 
 
-def test_of_two_writers_the_first_stays(tmp_path: Path) -> None:
+def test_the_folder_of_the_first_of_two_writers_stays(tmp_path: Path) -> None:
     folder, both = tmp_path / "train", threading.Barrier(2)
 
     def race(token: int) -> None:
@@ -89,7 +89,7 @@ def test_of_two_writers_the_first_stays(tmp_path: Path) -> None:
     assert np.all(learned == 1)
 
 
-def test_a_file_in_the_way_is_told(tmp_path: Path) -> None:
+def test_a_file_with_the_folder_s_name_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "temporary").mkdir()
     (tmp_path / "train").write_text("a file")
     with pytest.raises(OSError):

@@ -1,4 +1,4 @@
-"""What of a model is trained and by what means: names, refusals, rates, and what the plan tells."""
+"""Which parameters are trained: patterns, refused options, learning rates, and the output of the plan."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.cli.resume import _settled
 from launcher.errors import RequestError
 from launcher.job.schema import ModelSection
-from launcher.plan.resolve import check_request
+from launcher.plan.inputs import plan_inputs
+from launcher.plan.resolve import check_inputs
 from launcher.plan.schema import Plan
+from launcher.runs.rest import _is_fixed
 from launcher.trainable import frozen_names
 from tests.unit.inputs import command, data_facts, job_of, machine_facts, model_facts, plan_of, preset, remember
 from tests.unit.inputs import write_folder as write_project
@@ -41,12 +42,12 @@ def problem(error: pytest.ExceptionInfo[RequestError]) -> tuple[str | None, str]
         (["*.q_proj", "lm_head"], {name for name in NAMES if "q_proj" in name or "head" in name}),
     ],
 )
-def test_a_pattern_names_parameters_or_the_modules_around_them(patterns: list[str], frozen: set[str]) -> None:
+def test_a_pattern_matches_parameters_or_modules(patterns: list[str], frozen: set[str]) -> None:
     assert frozen_names(NAMES, patterns) == frozen
 
 
 @given(st.sets(st.sampled_from(NAMES), min_size=1, max_size=len(NAMES) - 1))
-def test_full_names_freeze_themselves_and_nothing_else(chosen: set[str]) -> None:
+def test_a_full_name_freezes_only_its_parameter(chosen: set[str]) -> None:
     assert frozen_names(NAMES, sorted(chosen)) == chosen
 
 
@@ -55,12 +56,12 @@ def test_full_names_freeze_themselves_and_nothing_else(chosen: set[str]) -> None
     [
         (["model.embed_token"], "did you mean model.embed_tokens?"),
         (["model.layers.2"], "did you mean model.layers"),
-        (["zzz*"], "there are: lm_head, model"),
+        (["zzz*"], "names in this model: lm_head, model"),
         (["*"], "nothing is left to train"),
         (["model", "lm_head"], "nothing is left to train"),
     ],
 )
-def test_a_pattern_that_cannot_be_meant_is_refused(patterns: list[str], words: str) -> None:
+def test_invalid_patterns_are_refused(patterns: list[str], words: str) -> None:
     with pytest.raises(RequestError) as error:
         frozen_names(NAMES, patterns)
     key, text = problem(error)
@@ -82,7 +83,7 @@ HERE = {"deepspeed": "0.19.8", "peft": "0.21.2", "liger-kernel": "0.6.0", "trito
         ({"attn_implementation": "flash_attention_2"}, 8, ("flash-attn",), "pip install flash-attn, or leave it out"),
     ],
 )
-def test_what_the_machine_cannot_do_is_told_before_anything_is_measured(model, gpus, lacks, words) -> None:
+def test_options_that_the_machine_does_not_support_are_refused_before_measuring(model, gpus, lacks, words) -> None:
     job = job_of(model=model)
     (key,) = (f"model.{name}" for name in model)
 
@@ -91,11 +92,11 @@ def test_what_the_machine_cannot_do_is_told_before_anything_is_measured(model, g
         return machine_facts(gpus, versions=versions, compiler=None if "compiler" in missing else "/usr/bin/g++")
 
     with pytest.raises(RequestError) as error:
-        check_request(job, preset("zero2"), machine(lacks))
+        check_inputs(plan_inputs(job, preset("zero2"), machine(lacks)))
     found, text = problem(error)
     assert found == key and words in text
     if lacks:
-        check_request(job, preset("zero2"), machine(()))
+        check_inputs(plan_inputs(job, preset("zero2"), machine(())))
 
 
 @pytest.mark.parametrize(
@@ -108,15 +109,15 @@ def test_what_the_machine_cannot_do_is_told_before_anything_is_measured(model, g
         ({"freeze": "lm_head"}, "model.freeze", "must be a list"),
     ],
 )
-def test_a_malformed_method_is_refused(model: dict, key: str, words: str) -> None:
+def test_invalid_sections_are_refused(model: dict, key: str, words: str) -> None:
     with pytest.raises(RequestError) as error:
         job_of(model=model)
     found, text = problem(error)
     assert found == key and words in text
 
 
-def test_compiling_under_zero_3_gains_little_and_that_is_told() -> None:
-    told = {}
+def test_a_plan_warns_of_torch_compile_under_zero_3() -> None:
+    warnings = {}
     for stage in (2, 3):
         job = job_of(model={"torch_compile": True}, deepspeed=f"zero{stage}")
         plan = plan_of(
@@ -124,8 +125,8 @@ def test_compiling_under_zero_3_gains_little_and_that_is_told() -> None:
             machine=machine_facts(8, versions=HERE, compiler="/usr/bin/g++"),
             user=dict(preset(f"zero{stage}").data),
         )
-        told[stage] = [warning for warning in plan.warnings if "torch_compile under ZeRO-3" in warning]
-    assert told[2] == [] and len(told[3]) == 1
+        warnings[stage] = [warning for warning in plan.warnings if "torch_compile under ZeRO-3" in warning]
+    assert warnings[2] == [] and len(warnings[3]) == 1
 
 
 LORA_FACTS = {"trainable_parameters": 20_000_000, "adapted_modules": ("q_proj", "v_proj")}
@@ -136,25 +137,25 @@ def lora_plan(**sections: object) -> Plan:
     return plan_of(job_of(model={"lora": {"r": 8}}, **sections), model=facts, machine=machine_facts(8, versions=HERE))
 
 
-def test_adapters_are_advised_the_rates_of_adapters() -> None:
+def test_the_advised_learning_rate_of_adapters_is_higher() -> None:
     full, lora = plan_of(), lora_plan()
     assert lora.learning_rate.reasons[0].value == "lora"
     assert lora.learning_rate.peak_lr == pytest.approx(2.0e-4 * (8 / 7) ** -0.3, rel=0.02)
     assert lora.learning_rate.peak_lr > 5 * full.learning_rate.peak_lr
-    # What is unsafe for all weights is usual for adapters.
+    # A learning rate that is unsafe for full fine-tuning is usual for adapters.
     assert lora_plan(schedule={"peak_lr": 3e-4}).learning_rate.peak_lr == 3e-4
     with pytest.raises(RequestError, match="peak_lr"):
         plan_of(job_of(schedule={"peak_lr": 3e-4}))
 
 
-def test_what_changes_no_weight_may_be_other_from_a_checkpoint_on() -> None:
+def test_options_that_do_not_affect_weights_may_change_on_resume() -> None:
     free = ["gradient_checkpointing", "attn_implementation", "torch_compile", "liger"]
-    assert not any(_settled(f"model.{name}") for name in free)
+    assert not any(_is_fixed(f"model.{name}") for name in free)
     others = [name for name in ModelSection.model_fields if name not in free]
-    assert all(_settled(f"model.{name}") for name in others) and _settled("model.lora.r")
-    # As a whole a section may hold anything.
-    assert _settled("model") and _settled("data") and _settled("data.train") and _settled("train.seed")
-    assert not _settled("train.max_steps") and not _settled("train.seeds")
+    assert all(_is_fixed(f"model.{name}") for name in others) and _is_fixed("model.lora.r")
+    # A whole section may contain any key, so it is settled.
+    assert _is_fixed("model") and _is_fixed("data") and _is_fixed("data.train") and _is_fixed("train.seed")
+    assert not _is_fixed("train.max_steps") and not _is_fixed("train.seeds")
 
 
 CPU_JOB = """\
@@ -173,7 +174,7 @@ cluster: {{gpus_per_node: 0, processes_per_node: 2}}
     ],
     ids=["lora", "freeze", "switch"],
 )
-def test_plan_and_lr_tell_what_is_trained(method, changes, words, tmp_path: Path, monkeypatch) -> None:
+def test_plan_and_lr_print_what_is_trained(method, changes, words, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_project(tmp_path, CPU_JOB.format(method=method))
     remember(tmp_path / "job.yaml", (), model_facts(**changes), data_facts())
@@ -181,9 +182,9 @@ def test_plan_and_lr_tell_what_is_trained(method, changes, words, tmp_path: Path
     assert shown.status == 0, shown.err
     text = " ".join(shown.out.split())
     assert all(word in text for word in words)
-    rates = command("lr", "job.yaml")
-    assert rates.status == 0, rates.err
-    assert ("Published lora recipes" in " ".join(rates.out.split())) == ("lora" in method)
+    report = command("lr", "job.yaml")
+    assert report.status == 0, report.err
+    assert ("Published lora recipes" in " ".join(report.out.split())) == ("lora" in method)
 
 
 SHARING = {"key_value_heads": 8, "whole_attention": True}
@@ -195,17 +196,17 @@ def shared_plan(size: int, user: dict | None = None, facts: dict | None = None, 
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_ranks_that_share_sequences_count_as_one_in_the_batch(size: int) -> None:
+def test_ranks_that_share_sequences_count_as_one_in_the_batch_size(size: int) -> None:
     plan = shared_plan(size, train={"train_batch_size": 64, "train_micro_batch_size_per_gpu": 2})
     assert (plan.world.size, plan.world.data_parallel_size) == (8, 8 // size)
     assert plan.gradient_accumulation_steps == 64 // 2 // (8 // size)
-    # DeepSpeed checks the batch against the groups only where it is told their size.
+    # DeepSpeed checks the batch against the groups only if the JSON has their size.
     assert plan.ds_config.get("sequence_parallel_size", 1) == size
 
 
-def test_sharing_makes_room_for_activations() -> None:
+def test_sharing_sequences_reduces_activation_memory() -> None:
     train = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 8}
-    alone, shared = (shared_plan(size, train=train).memory for size in (1, 4))
+    alone, shared = (shared_plan(size, train=train).training.memory for size in (1, 4))
     assert shared["activations"] < 0.4 * alone["activations"]
     assert shared["parameters"] == alone["parameters"]
 
@@ -222,7 +223,7 @@ def test_sharing_makes_room_for_activations() -> None:
         (2, {"user": {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}}, "gradients: true"),
     ],
 )
-def test_sequences_that_cannot_be_shared_rightly_are_refused(size: int, changes: dict, words: str) -> None:
+def test_unsupported_sequence_sharing_is_refused(size: int, changes: dict, words: str) -> None:
     with pytest.raises(RequestError) as error:
         shared_plan(size, **changes)
     key, text = problem(error)
@@ -230,15 +231,15 @@ def test_sequences_that_cannot_be_shared_rightly_are_refused(size: int, changes:
 
 
 @pytest.mark.parametrize("other", [{"torch_compile": True}, {"liger": True}, {"attn_implementation": "eager"}])
-def test_what_was_not_shown_to_go_together_is_refused(other: dict) -> None:
+def test_options_not_verified_with_sequence_parallelism_are_refused(other: dict) -> None:
     job = job_of(model={"sequence_parallel_size": 2, **other})
     machine = machine_facts(8, versions=HERE, compiler="/usr/bin/g++")
     with pytest.raises(RequestError) as error:
-        check_request(job, preset("zero2"), machine)
+        check_inputs(plan_inputs(job, preset("zero2"), machine))
     key, _ = problem(error)
     assert key == "model.sequence_parallel_size"
 
 
-def test_a_json_that_shares_sequences_otherwise_than_the_job_is_refused() -> None:
+def test_a_json_with_another_sequence_parallel_size_is_refused() -> None:
     with pytest.raises(RequestError, match=r"2 here, but model.sequence_parallel_size in the job is 1"):
         shared_plan(1, user={"sequence_parallel_size": 2, "zero_optimization": {"stage": 2}})

@@ -15,10 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli import cancel
-from launcher.cli import run as run_verb
-from launcher.cli.console import RunConsole
-from launcher.cli.run import interruptible
+from launcher.runs import cancel, interrupts
+from launcher.runs.console import RunConsole
 from launcher.watch import status
 from tests.patience import PATIENCE_SECONDS
 from tests.unit.inputs import as_nobody, command, write_folder
@@ -27,7 +25,7 @@ from tests.unit.run_directories import START, Built
 
 @pytest.fixture
 def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Built:
-    for name in ("_HEARD_SECONDS", "_NOW_SECONDS"):
+    for name in ("_RECEIVED_SECONDS", "_NOW_SECONDS"):
         monkeypatch.setattr(cancel, name, 0.3)
     monkeypatch.setattr(cancel, "_LOOK_SECONDS", 0.02)
     return Built(tmp_path / "runs")
@@ -54,7 +52,7 @@ def after(condition: Callable[[], bool], built: Built, state: str) -> Iterator[N
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not condition() and time.monotonic() < deadline:
             time.sleep(0.02)
-        built.run.event("stop_requested", now=False, by="u@h")
+        built.run.event({"event": "stop_requested", "now": False, "by": "u@h"})
         built.run.enter(state, reason="cancelled by u@h")
 
     thread = threading.Thread(target=take)
@@ -145,11 +143,11 @@ def test_one_who_may_not_write_is_told_so(built: Built, tmp_path: Path) -> None:
 
 def test_one_that_listens_hears_a_request_made_before(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     """While nodes come up there is no supervisor, and the run ends at once; who listens next hears nothing twice."""
-    monkeypatch.setattr(run_verb, "_REQUEST_SECONDS", 0.05)
+    monkeypatch.setattr(interrupts, "_POLL_SECONDS", 0.05)
     built.run.request_stop(now=False)
-    with pytest.raises(run_verb.typer.Exit) as ended, interruptible(RunConsole(), built.run):
+    with pytest.raises(interrupts.Interrupted) as ended, interrupts.interruptible(RunConsole(), built.run):
         time.sleep(30)
-    assert ended.value.exit_code == 143
+    assert ended.value.exit_status == 143
     assert [event["event"] for event in built.run.events()][-1] == "stop_requested"
 
 

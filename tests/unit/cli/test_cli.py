@@ -29,7 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (("trian",), 2, "No such command 'trian'"),
         (("run",), 2, "Missing argument"),
         (("plan", "job.yaml", "--jsn"), 2, "--json"),
-        (("resume", "nowhere"), 2, "there is no run"),
+        (("resume", "nowhere"), 2, "was not found"),
     ],
 )
 def test_exit_statuses(arguments: tuple[str, ...], status: int, says: str) -> None:
@@ -42,7 +42,7 @@ def test_it_runs_as_a_module(folder: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "launcher", "--version"], cwd=folder, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"launcher {launcher.__version__}\n", "")
     wrong = subprocess.run([sys.executable, "-m", "launcher", "resume", "nowhere"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and "there is no run" in wrong.stderr and "Traceback" not in wrong.stderr
+    assert wrong.returncode == 2 and "was not found" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

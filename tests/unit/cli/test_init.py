@@ -1,4 +1,4 @@
-"""What `launcher init` writes and refuses."""
+"""What `launcher init` writes and rejects."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.job import read_job
+from launcher.job import load_job
 from launcher.presets import preset_names, shipped_folder
 from tests.unit.inputs import command, write_folder
 
@@ -21,7 +21,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_init_writes_a_job_that_is_valid_and_never_overwrites(folder: Path) -> None:
     ended = command("init", "new", "--model", "models/ä \U0001f600", "--data", "d/*.jsonl", "--name", "mine")
     assert ended.status == 0
-    job = read_job(folder / "new/mine.yaml")
+    job = load_job(folder / "new/mine.yaml").job
     assert (job.name, job.model.name_or_path, job.data.train) == ("mine", "models/ä \U0001f600", "d/*.jsonl")
     for name in preset_names():
         copied = folder / f"new/ds_configs/{name}.json"

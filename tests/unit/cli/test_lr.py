@@ -12,7 +12,7 @@ import pytest
 
 from launcher.plan.revision import with_longer_warmup
 from launcher.run_dir import RunDir, append_line, write_atomic
-from launcher.schedule.curve import deepspeed_blocks, make_schedule, rate_at, rates
+from launcher.schedule.curve import deepspeed_blocks, lr_at, lr_curve, make_schedule
 from launcher.schedule.deepspeed_schedulers import simulate_deepspeed
 from tests.unit.inputs import command, data_facts, job_of, model_facts, plan_of, remember, write_folder
 
@@ -58,7 +58,7 @@ def test_the_example_of_a_thousand_updates_has_its_exact_values(known: Path) -> 
     ramp = [low + (2e-5 - low) * (update / 100) for update in range(100)]
     decay = [low + (2e-5 - low) * ((1000 - update) / 900.0) for update in range(100, 1000)]
     assert curve["rates"] == ramp + decay
-    assert curve["rates"] == rates(make_schedule("linear", peak_lr=2e-5, warmup_updates=100, total_updates=1000))
+    assert curve["rates"] == lr_curve(make_schedule("linear", peak_lr=2e-5, warmup_updates=100, total_updates=1000))
     assert (curve["rates"][0], curve["rates"][100]) == (1.9801980198019803e-07, 2e-5)
     assert (curve["highest_update"], curve["half_update"], curve["at_floor"]) == (100, 50, 1)
     assert [point["update"] for point in found["points"]] == [0, 50, 100, 500, 555, 999]
@@ -88,7 +88,7 @@ def test_a_job_is_shown_on_80_columns_without_colour(known: Path) -> None:
         "in updates at the peak 505.0",
         "updates at the floor 1",
         "schedule.warmup in the job is 100.",
-        "every rate comes one update later: updates 0 and 1 both run at 1.98e-07",
+        "every learning rate comes one update later: updates 0 and 1 both use 1.98e-07",
         "engine.lr_scheduler.step() once after a fresh deepspeed.initialize",
         '"warmup_max_lr": 2e-05',
     ):
@@ -119,7 +119,7 @@ def test_shapes_are_compared_and_written_as_csv(known: Path, folder: Path) -> No
     assert list(rows[0]) == ["update", "linear", "cosine", "wsd"]
     for shape in ("linear", "cosine", "wsd"):
         schedule = make_schedule(shape, peak_lr=2e-5, warmup_updates=100, total_updates=1000)
-        assert [float(row[shape]) for row in rows] == rates(schedule)
+        assert [float(row[shape]) for row in rows] == lr_curve(schedule)
     assert as_json(str(known), *THOUSAND, "--compare", "cosine")["curves"][1]["floor_lr"] == 2e-5 * 0.1
 
 
@@ -151,7 +151,7 @@ def test_a_scheduler_of_ones_own_is_shown_as_deepspeed_drives_it(known: Path, fo
     name = decay_json(folder / "ds.json", **params)
     found = as_json(str(known), "train.max_steps=40", f"deepspeed={name}", "schedule.allow_unsafe=true")
     assert found["curves"][0]["rates"] == simulate_deepspeed("WarmupDecayLR", params, 2e-5, 40)
-    assert any("Updates 0 and 1 both run at 0" in warning for warning in found["warnings"])
+    assert any("Updates 0 and 1 both use 0" in warning for warning in found["warnings"])
     assert found["blocks_notes"] == ["The scheduler is your own: DeepSpeed starts and steps it, here as in any script."]
 
 
@@ -163,10 +163,10 @@ def test_a_deepspeed_json_is_shown_as_the_engine_applies_it(folder: Path) -> Non
     assert written["rates"] == simulate_deepspeed("WarmupDecayLR", params, 2e-5, 1000)
     assert (written["at_floor"], written["floor_lr"], written["highest_lr"]) == (2, 0.0, 1e-3)
     schedule = make_schedule("linear", peak_lr=2e-5, warmup_updates=100, total_updates=1000)
-    assert fixed["rates"] == rates(schedule)
+    assert fixed["rates"] == lr_curve(schedule)
     assert found["blocks"]["scheduler"] == deepspeed_blocks(schedule)["scheduler"]
     said = " ".join(found["warnings"])
-    for words in ("Updates 0 and 1 both run at 0", "log ramp is the default", "DeepSpeed's default 0.001"):
+    for words in ("Updates 0 and 1 both use 0", "log ramp is the default", "DeepSpeed's default 0.001"):
         assert words in said
     assert [point["what"] for point in found["points"]][1:3] == ["after step 1: i = 0", "after step 2: i = 1"]
     out = " ".join(command("lr", "--deepspeed", name).out.split())
@@ -188,9 +188,9 @@ def test_a_cosine_json_keeps_its_floor_in_the_mend(folder: Path) -> None:
     name = write_json(folder / "ds.json", optimizer=optimizer, scheduler={"type": "WarmupCosineLR", "params": params})
     found = as_json("--deepspeed", name)
     schedule = make_schedule("cosine", peak_lr=1e-5, warmup_updates=20, total_updates=200, floor=0.05)
-    assert found["curves"][1]["rates"] == rates(schedule)
+    assert found["curves"][1]["rates"] == lr_curve(schedule)
     assert found["blocks"]["optimizer"] == optimizer
-    assert "update 0 runs at 0, and update 1 at 4.762e-07" in found["blocks_notes"][1]
+    assert "update 0 uses 0, and update 1 uses 4.762e-07" in found["blocks_notes"][1]
 
 
 def test_auto_values_are_explained(folder: Path) -> None:
@@ -219,7 +219,7 @@ def test_schedulers_without_a_mend_are_shown(folder: Path) -> None:
     assert found["curves"][0]["rates"] == simulate_deepspeed("OneCycle", params, 1e-3, 30)
     assert (found["blocks"], len(found["curves"])) == (None, 1)
     short = decay_json(folder / "short.json", total_num_steps=10, warmup_num_steps=20)
-    assert "leaves nothing of a run of 10" in as_json("--deepspeed", short)["blocks_notes"][0]
+    assert "is not shorter than the run of 10" in as_json("--deepspeed", short)["blocks_notes"][0]
 
 
 def test_a_run_shows_what_was_planned_extended_and_applied(folder: Path) -> None:
@@ -228,21 +228,21 @@ def test_a_run_shows_what_was_planned_extended_and_applied(folder: Path) -> None
     run = RunDir.create(folder / "runs", "tiny")
     write_atomic(run.plan_file, plan.to_json())
     write_atomic(run.path / "plan.revision-1.json", longer.to_json())
-    run.event("warmup_extended", update=20, warmup_updates=40, peak_lr=2e-5)
+    run.event({"event": "warmup_extended", "update": 20, "warmup_updates": 40, "peak_lr": 2e-5})
     schedule = make_schedule("cosine", peak_lr=2e-5, warmup_updates=10, total_updates=100)
     for update in range(20):
-        append_line(run.metrics_file, {"update": update, "lr": rate_at(schedule, update)})
+        append_line(run.metrics_file, {"update": update, "lr": lr_at(schedule, update)})
     found = as_json(str(run.path))
     assert [curve["name"] for curve in found["curves"]] == ["extended at 20", "planned", "applied"]
-    assert found["curves"][1]["rates"] == rates(schedule)
+    assert found["curves"][1]["rates"] == lr_curve(schedule)
     assert found["curves"][2]["updates"] == list(range(20))
-    assert found["curves"][2]["rates"] == rates(schedule)[:20]
+    assert found["curves"][2]["rates"] == lr_curve(schedule)[:20]
     assert found["blocks_notes"] == [
-        "The blocks hold the warm-up in force now; the curve before it was lengthened is not in them."
+        "The blocks have the present warm-up; the curve before it was lengthened is not in them."
     ]
     assert found["blocks"]["scheduler"]["params"]["warmup_num_steps"] == 40
     ended = command("lr", str(run.path))
-    for said in ("warm-up now 40 updates", "lengthened to 40 updates", "every one at exactly the planned rate"):
+    for said in ("warm-up now 40 updates", "lengthened to 40 updates", "all at exactly the planned learning rate"):
         assert said in " ".join(ended.out.split())
     assert max(len(line) for line in ended.out.splitlines()) <= 80
 
@@ -255,17 +255,17 @@ WARMUP = {"total_num_steps": 10, "warmup_num_steps": 2}
     [
         ({"type": "WarmupDekayLR", "params": {}}, ("scheduler.type", "did you mean WarmupDecayLR?")),
         ({"type": "CosineAnnealingLR", "params": {}}, ("not one of DeepSpeed's schedulers",)),
-        ({"params": {}}, ("a block", "was expected")),
-        ("WarmupLR", ("a block", "was expected")),
+        ({"params": {}}, ("expected a block",)),
+        ("WarmupLR", ("expected a block",)),
         ({"type": "WarmupLR", "params": 3}, ("scheduler.params", "found 3")),
         ({"type": "WarmupDecayLR", "params": {"warmup_num_steps": 5}}, ("total_num_steps is required",)),
         ({"type": "WarmupDecayLR", "params": {**WARMUP, "warmup_num_stps": 1}}, ("did you mean warmup_num_steps?",)),
-        ({"type": "WarmupDecayLR", "params": {**WARMUP, "warmup_num_steps": 0}}, ("positive integer, got 0",)),
-        ({"type": "WarmupDecayLR", "params": {**WARMUP, "warmup_max_lr": "big"}}, ("must be a number, got 'big'",)),
+        ({"type": "WarmupDecayLR", "params": {**WARMUP, "warmup_num_steps": 0}}, ("positive integer, found 0",)),
+        ({"type": "WarmupDecayLR", "params": {**WARMUP, "warmup_max_lr": "big"}}, ("must be a number, found 'big'",)),
         ({"type": "WarmupCosineLR", "params": WARMUP}, ("optimizer.params.lr", "is not in this JSON")),
         ({"type": "WarmupLR", "params": {"warmup_max_lr": 1e-5}}, ("--updates N",)),
         ({"type": "WarmupDecayLR", "params": {**WARMUP, "total_num_steps": "auto"}}, ("--updates N",)),
-        (None, ("optimizer.params.lr", "no scheduler names a rate")),
+        (None, ("optimizer.params.lr", "no scheduler sets one")),
     ],
     ids=str,
 )
@@ -285,14 +285,14 @@ def test_a_json_that_gives_no_curve_is_refused_in_its_place(
     [
         ((), "a job file, a run directory or a DeepSpeed JSON is needed"),
         (("missing.yaml",), "there is no such job file"),
-        (("--deepspeed", "missing.json"), "missing.json: --deepspeed: there is no such file"),
-        (("data",), "this is not a run directory"),
+        (("--deepspeed", "missing.json"), "missing.json: --deepspeed: file not found"),
+        (("data",), "so it is not a run directory"),
         (("model/config.json",), "launcher lr --deepspeed model/config.json"),
         (("job.yaml", "--updates", "3"), "train.max_steps=N"),
         (("job.yaml", "--compare", "linear,cosin"), "did you mean cosine?"),
         (("job.yaml", "--compare", "zigzag"), "one or more of linear, cosine"),
         (("job.yaml", "--compare", ""), "no shape ''"),
-        (("--deepspeed", "model/config.json", "job.yaml"), "'job.yaml' is no setting"),
+        (("--deepspeed", "model/config.json", "job.yaml"), "'job.yaml' is not a setting"),
         (("job.yaml", "--csv", "nowhere/x.csv"), "nowhere/x.csv: --csv: cannot be written"),
         (("job.yaml", "--png", "data"), "data: --png: cannot be written"),
         (("job.yaml", "schedule.peek_lr=1"), "peak_lr"),

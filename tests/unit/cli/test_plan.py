@@ -28,11 +28,11 @@ def test_a_plan_is_shown_and_nothing_is_written(folder: Path) -> None:
         "4 ranks: 1 node x 4 on CPU, gloo, fp32",
         "320 sequences, 32,000 tokens, 19,200 learned",
         "32 = micro-batch 8 x accumulation 1 x world size 4",
-        "10 in all, 10.0 an epoch",
+        "10 in all, 10.0 per epoch",
         "learning rate",
         "memory of a process",
         "under ZeRO-2",
-        "filled in or altered",
+        "filled in or changed",
     ):
         assert words in ended.out
     assert set(folder.rglob("*")) == before

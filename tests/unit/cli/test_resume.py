@@ -1,4 +1,4 @@
-"""What `launcher resume` reports where a run cannot be resumed."""
+"""What `launcher resume` reports when a run cannot be resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Completing a DeepSpeed JSON: what is filled, kept and refused, and that every change is told."""
+"""Completing a DeepSpeed JSON: what is filled, kept and rejected, and that every change is recorded."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def composed(data: dict[str, Any], *explicit: str, **changed: Any) -> tuple[dict
     return result.config, {change.key_path: change for change in result.changes}
 
 
-def refused(data: dict[str, Any], *explicit: str, **changed: Any) -> str:
+def rejected(data: dict[str, Any], *explicit: str, **changed: Any) -> str:
     with pytest.raises(RequestError) as caught:
         composed(data, *explicit, **changed)
     return str(caught.value)
 
 
-def test_an_empty_json_is_completed_and_every_key_is_told() -> None:
+def test_an_empty_json_is_completed_and_every_change_is_recorded() -> None:
     config, changes = composed({})
     assert config == {
         "train_batch_size": 32,
@@ -122,7 +122,7 @@ def test_bucket_sizes_follow_the_hidden_size_as_in_transformers() -> None:
     assert changes["zero_optimization.reduce_bucket_size"].reason == "hidden size squared"
 
 
-def test_truth_values_are_read_as_deepspeed_reads_them() -> None:
+def test_booleans_are_read_as_deepspeed_reads_them() -> None:
     config, changes = composed({"fp16": {"enabled": "true"}})
     assert (config["fp16"], "bf16" in config) == ({"enabled": True}, False)
     assert changes["fp16.enabled"].before == "true"
@@ -132,8 +132,8 @@ def test_truth_values_are_read_as_deepspeed_reads_them() -> None:
     assert (config["bf16"], config["fp16"]) == ({"enabled": True}, {"enabled": False})
 
 
-def test_a_key_of_zero_3_stays_under_the_name_that_the_user_took() -> None:
-    """DeepSpeed refuses a key that stands under both names."""
+def test_a_zero_3_key_keeps_the_name_that_the_user_wrote() -> None:
+    """DeepSpeed rejects a key under both names."""
     names = ("gather_16bit_weights_on_model_save", "prefetch_bucket_size", "param_persistence_threshold")
     config, _ = composed({"zero_optimization": {"stage": 3, **dict.fromkeys(names, "auto")}})
     assert config["zero_optimization"] == {"stage": 3, **dict(zip(names, (True, 9000, 1000), strict=True))}
@@ -142,7 +142,7 @@ def test_a_key_of_zero_3_stays_under_the_name_that_the_user_took() -> None:
     assert not [path for path in changes if path.startswith("zero")]
 
 
-def test_parameters_that_are_left_open_in_one_word_are_filled() -> None:
+def test_params_auto_is_filled_as_a_whole() -> None:
     blocks = {"optimizer": {"type": "Adam", "params": "auto"}, "scheduler": {"type": "WarmupDecayLR", "params": "auto"}}
     config, changes = composed(copy.deepcopy(blocks))
     assert config["optimizer"] == {"type": "Adam", "params": DECISIONS.optimizer["params"]}
@@ -152,21 +152,21 @@ def test_parameters_that_are_left_open_in_one_word_are_filled() -> None:
     assert config["optimizer"]["params"]["betas"] == [0.9, 0.95]
 
 
-def test_the_start_of_an_open_schedule_may_be_written_out() -> None:
+def test_the_start_of_an_auto_schedule_may_be_written_out() -> None:
     params = {**dict.fromkeys(SCHEDULER["params"], "auto"), "warmup_min_lr": 0, "last_batch_iteration": -1}
     generated = {**SCHEDULER, "params": {**SCHEDULER["params"], "warmup_min_lr": 1e-6}}
     config, changes = composed({"scheduler": {"type": "WarmupDecayLR", "params": params}}, scheduler=generated)
     assert config["scheduler"]["params"] == {**generated["params"], "last_batch_iteration": -1}
-    assert "no update is spent at rate 0" in changes["scheduler.params.warmup_min_lr"].reason
+    assert "no update has a learning rate of 0" in changes["scheduler.params.warmup_min_lr"].reason
 
 
 def test_a_bucket_size_needs_a_hidden_size() -> None:
-    words = refused({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, hidden_size=None)
+    words = rejected({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, hidden_size=None)
     assert "zero_optimization.reduce_bucket_size" in words
     assert "hidden size" in words
 
 
-def test_numbers_as_text_are_turned_into_numbers_and_told() -> None:
+def test_numbers_as_text_are_converted_and_recorded() -> None:
     config, changes = composed(
         {
             "train_micro_batch_size_per_gpu": "2",
@@ -188,7 +188,7 @@ def test_a_full_scheduler_is_kept() -> None:
     assert not [path for path in changes if path.startswith("scheduler")]
 
 
-def test_a_full_scheduler_gives_way_where_the_job_asks_for_a_generated_one() -> None:
+def test_a_full_scheduler_is_replaced_if_the_job_sets_a_generated_one() -> None:
     config, changes = composed({"scheduler": FULL_SCHEDULER}, "schedule.shape")
     assert config["scheduler"] == SCHEDULER
     assert changes["scheduler"].before == FULL_SCHEDULER
@@ -197,7 +197,7 @@ def test_a_full_scheduler_gives_way_where_the_job_asks_for_a_generated_one() -> 
     assert changes["scheduler"].after is None
 
 
-def test_cpu_takes_the_adam_of_pytorch_and_says_why() -> None:
+def test_on_a_cpu_pytorchs_adam_is_used_with_a_reason() -> None:
     config, changes = composed({"zero_optimization": {"stage": 2}}, device="cpu")
     assert config["optimizer"]["params"]["torch_adam"] is True
     assert "CPU" in changes["optimizer.params.torch_adam"].reason
@@ -205,21 +205,21 @@ def test_cpu_takes_the_adam_of_pytorch_and_says_why() -> None:
     assert config["optimizer"]["params"]["torch_adam"] is False
 
 
-def test_offload_is_left_alone_on_a_cpu() -> None:
+def test_offload_is_unchanged_on_a_cpu() -> None:
     block = {"stage": 3, "overlap_comm": True, "offload_param": {"device": "cpu", "pin_memory": True}}
     config, _ = composed({"zero_optimization": dict(block)}, device="cpu")
     assert {key: config["zero_optimization"][key] for key in block} == block
 
 
-def test_printing_that_is_switched_off_by_infinity_is_null() -> None:
+def test_infinite_steps_per_print_becomes_null() -> None:
     """JSON has no infinity, and a plan is JSON."""
     config, changes = composed({"steps_per_print": math.inf})
     assert config["steps_per_print"] is None
     assert changes["steps_per_print"].after is None
 
 
-def test_clipping_is_not_filled_in_where_the_norm_is_not_computed() -> None:
-    """DeepSpeed refuses the two together."""
+def test_clipping_is_not_filled_in_if_the_norm_is_not_computed() -> None:
+    """DeepSpeed rejects the combination."""
     zero = {"stage": 2, "compute_grad_norm": False}
     config, changes = composed({"zero_optimization": dict(zero), "gradient_clipping": "auto"})
     assert config["gradient_clipping"] == 0
@@ -228,8 +228,8 @@ def test_clipping_is_not_filled_in_where_the_norm_is_not_computed() -> None:
     assert config["gradient_clipping"] == 0.5
 
 
-def test_what_the_job_says_of_another_optimizer_is_written() -> None:
-    """Its defaults stay where the job says nothing."""
+def test_explicit_job_values_are_written_for_other_optimizers() -> None:
+    """Without a value in the job, the optimizer keeps its defaults."""
     lion = {"optimizer": {"type": "Lion", "params": {"lr": 1e-5}}}
     optimizer = {**DECISIONS.optimizer, "params": {**DECISIONS.optimizer["params"], "weight_decay": 0.3}}
     config, changes = composed(copy.deepcopy(lion), "train.weight_decay", "train.betas", optimizer=optimizer)
@@ -239,24 +239,24 @@ def test_what_the_job_says_of_another_optimizer_is_written() -> None:
     assert config == config | lion
 
 
-OPEN = dict.fromkeys(SCHEDULER["params"], "auto")
+ALL_AUTO = dict.fromkeys(SCHEDULER["params"], "auto")
 
 
-@pytest.mark.parametrize("block", [{"params": OPEN}, {"type": "auto", "params": {"warmup_num_steps": "auto"}}, {}])
-def test_a_scheduler_that_says_nothing_is_the_generated_one(block: dict[str, Any]) -> None:
+@pytest.mark.parametrize("block", [{"params": ALL_AUTO}, {"type": "auto", "params": {"warmup_num_steps": "auto"}}, {}])
+def test_a_scheduler_without_values_becomes_the_generated_one(block: dict[str, Any]) -> None:
     config, _ = composed({"scheduler": copy.deepcopy(block)})
     assert config["scheduler"] == SCHEDULER
     config, _ = composed({"scheduler": copy.deepcopy(block)}, scheduler=None)
     assert "scheduler" not in config
 
 
-def test_changes_hold_their_own_copies() -> None:
+def test_changes_keep_copies_of_values() -> None:
     config, changes = composed({}, device="cpu")
     assert "torch_adam" in config["optimizer"]["params"]
     assert "torch_adam" not in changes["optimizer"].after["params"]
 
 
-def test_an_auto_that_nobody_fills_is_left_to_deepspeed() -> None:
+def test_an_auto_that_cannot_be_filled_is_removed() -> None:
     config, changes = composed({"zero_optimization": {"stage": 2, "overlap_comm": "auto"}, "steps_per_print": "auto"})
     assert config["zero_optimization"] == {"stage": 2}
     assert "steps_per_print" not in config
@@ -277,8 +277,13 @@ def test_an_auto_that_nobody_fills_is_left_to_deepspeed() -> None:
         ({"fp16": {"enabled": True}}, "model.dtype", {}, ("fp16", "bf16", "model.dtype")),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "", {}, ("both on",)),
         ({"fp16": {"enabled": "1"}, "bf16": {"enabled": "on"}}, "", {}, ("both on",)),
-        ({"fp16": {"enabled": True}}, "", {"device": "cpu"}, ("no fp16 on a CPU",)),
-        ({"sequence_parallel_size": 2}, "", {"sequence_parallel_size": 1}, ("2 here", "the job does not say")),
+        ({"fp16": {"enabled": True}}, "", {"device": "cpu"}, ("not support fp16 on CPUs",)),
+        (
+            {"sequence_parallel_size": 2},
+            "",
+            {"sequence_parallel_size": 1},
+            ("found 2", "the job does not set model.sequence_parallel_size"),
+        ),
         (
             {"sequence_parallel_size": 2},
             "model.sequence_parallel_size",
@@ -317,18 +322,18 @@ def test_an_auto_that_nobody_fills_is_left_to_deepspeed() -> None:
         ),
         ({"zero_optimization": {"stage": 4}}, "", {}, ("stage of 0, 1, 2 or 3", "4")),
         ({"bf16": True}, "", {}, ("bf16", "a block")),
-        ({"scheduler": {"params": {"warmup_num_steps": 5}}}, "", {}, ("scheduler.type", "no type")),
+        ({"scheduler": {"params": {"warmup_num_steps": 5}}}, "", {}, ("scheduler.type", "without a type")),
     ],
 )
 def test_conflicts_name_both_places_and_both_values(
     data: dict[str, Any], explicit: str, changed: dict[str, Any], words: tuple[str, ...]
 ) -> None:
-    told = refused(data, explicit, **changed)
-    assert all(word in told for word in words), told
-    assert "ds.json" in told
+    message = rejected(data, explicit, **changed)
+    assert all(word in message for word in words), message
+    assert "ds.json" in message
 
 
-def test_equal_values_on_both_sides_are_no_conflict() -> None:
+def test_equal_values_in_job_and_json_do_not_conflict() -> None:
     data = {
         "train_batch_size": 32,
         "gradient_clipping": 1,
@@ -344,7 +349,7 @@ def test_equal_values_on_both_sides_are_no_conflict() -> None:
     }
 
 
-def test_values_that_the_job_leaves_open_yield_to_the_json() -> None:
+def test_the_json_wins_over_values_that_the_job_does_not_set() -> None:
     config, changes = composed({"gradient_clipping": 0.3, "optimizer": {"type": "Adam", "params": {"lr": 2e-6}}})
     assert config["gradient_clipping"] == 0.3
     assert config["optimizer"]["type"] == "Adam"
@@ -353,11 +358,11 @@ def test_values_that_the_job_leaves_open_yield_to_the_json() -> None:
 
 
 def test_all_problems_are_listed_at_once() -> None:
-    told = refused(
+    message = rejected(
         {"gradient_clipping": 2.0, "train_batch_size": 8}, "train.gradient_clipping", "train.train_batch_size"
     )
-    assert "train.gradient_clipping" in told
-    assert "train.train_batch_size" in told
+    assert "train.gradient_clipping" in message
+    assert "train.train_batch_size" in message
 
 
 plain = st.dictionaries(
@@ -377,15 +382,15 @@ def _leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @given(plain)
-def test_every_difference_has_a_change_line(data: dict[str, Any]) -> None:
+def test_every_difference_is_recorded_as_a_change(data: dict[str, Any]) -> None:
     config, changes = composed(copy.deepcopy(data))
     before, after = _leaves(data), _leaves(config)
     differing = {path for path in before | after if before.get(path) != after.get(path)}
-    assert all(any(path == told or path.startswith(f"{told}.") for told in changes) for path in differing)
+    assert all(any(path == changed or path.startswith(f"{changed}.") for changed in changes) for path in differing)
     assert compose(from_mapping(config, "ds.json"), DECISIONS).changes == ()
 
 
-def test_the_planner_reads_what_the_json_fixes() -> None:
+def test_the_planner_reads_what_the_json_sets() -> None:
     config = from_mapping(
         {
             "train_batch_size": "16",
@@ -412,7 +417,7 @@ def test_the_planner_reads_what_the_json_fixes() -> None:
 
 
 @pytest.mark.parametrize(("value", "size"), [(0, "0"), (2.5, "2.5"), ("many", "many"), (True, "True")])
-def test_a_batch_size_that_is_none_is_refused(value: Any, size: str) -> None:
+def test_an_invalid_batch_size_is_rejected(value: Any, size: str) -> None:
     with pytest.raises(RequestError, match=f"train_batch_size.*{size}"):
         batch_keys(from_mapping({"train_batch_size": value}, "ds.json"))
 

@@ -1,4 +1,4 @@
-"""lint on a table of bad JSONs; --fix; and that our own presets have nothing to fix."""
+"""lint on a table of bad JSONs; --fix; and that lint finds nothing to fix in the presets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ADAM = '"optimizer": {"type": "AdamW", "params": {"lr": 1e-5}}'
 
 @pytest.fixture(scope="session")
 def keys() -> Catalogue:
-    """Of the real DeepSpeed: asked for in a process of its own, or read from the cache."""
+    """The catalogue of the installed DeepSpeed: shipped, cached or from a separate process."""
     return load_catalogue()
 
 
@@ -78,7 +78,7 @@ BAD = [
     ('{"elasticity": {"enabled": true}}', "error", "elasticity", "removed"),
     ('{"curriculum_learning": {}}', "error", "curriculum_learning", "data_efficiency"),
     (zero(stage=3, mics_shard_size=4), "error", "zero_optimization.mics_shard_size", "MiCS"),
-    (zero(stage=5), "error", "zero_optimization.stage", "none of its values"),
+    (zero(stage=5), "error", "zero_optimization.stage", "not an allowed value"),
     (
         zero(stage=2, reduce_bucket_size="many"),
         "error",
@@ -108,9 +108,9 @@ BAD = [
     ('{"gradient_clipping": 0}', "warning", "gradient_clipping", "not clipped"),
     ('{"train_micro_batch_size_per_gpu": "2"}', "error", "train_micro_batch_size_per_gpu", "in quotes"),
     ('{"train_batch_size": 2.5}', "error", "train_batch_size", "whole number"),
-    ('{"gradient_clipping": true}', "error", "gradient_clipping", "for the number 1"),
+    ('{"gradient_clipping": true}', "error", "gradient_clipping", "as the number 1"),
     ('{"scheduler": {"type": null, "params": {}}}', "error", "scheduler.type", "ignores it without a type"),
-    ('{"gradient_clipping": "1.0"}', "error", "gradient_clipping", "a plan of the launcher does"),
+    ('{"gradient_clipping": "1.0"}', "error", "gradient_clipping", "the launcher's plan converts it"),
     ('{"fp16": {"enabled": true}, "bf16": {"enabled": true}}', "error", "fp16.enabled", "both on"),
     (
         '{"torch_autocast": {"enabled": true}, "bf16": {"enabled": true}}',
@@ -130,14 +130,14 @@ BAD = [
     (zero(stage=2, reduce_bucket_size=1e30), "error", "zero_optimization.reduce_bucket_size", "a whole number"),
     ('{"fp16": {"enabled": "perhaps"}}', "error", "fp16.enabled", "true or false"),
     ('{"fp16": {"enabled": "None"}}', "error", "fp16.enabled", "true or false"),
-    ('{"float16": {"enabled": true}}', "error", "float16", "belongs at fp16"),
-    ('{"zero": {"stage": 2}}', "error", "zero", "belongs at zero_optimization"),
+    ('{"float16": {"enabled": true}}', "error", "float16", "Use fp16"),
+    ('{"zero": {"stage": 2}}', "error", "zero", "Use zero_optimization"),
     ('{"clip_grad": 1.0}', "error", "clip_grad", "gradient_clipping"),
     ('{"steps_per_print": "10"}', "error", "steps_per_print", "in quotes"),
     ('{"steps_per_print": "inf"}', "error", "steps_per_print", "a number or null"),
     ('{"steps_per_print": 0}', "error", "steps_per_print", "divides by it"),
-    ('{"steps_per_print": -1}', "warning", "steps_per_print", "does not switch the printing off"),
-    ('{"steps_per_print": -Infinity}', "error", "steps_per_print", "which JSON does not have"),
+    ('{"steps_per_print": -1}', "warning", "steps_per_print", "does not switch printing off"),
+    ('{"steps_per_print": -Infinity}', "error", "steps_per_print", "which is not valid JSON"),
     (
         '{"activation_checkpointing": {"number_checkpoints": "4"}}',
         "error",
@@ -149,7 +149,7 @@ BAD = [
         zero(stage=3, prefetch_bucket_size=1, stage3_prefetch_bucket_size=1),
         "error",
         "zero_optimization.prefetch_bucket_size",
-        "stage3_prefetch_bucket_size, which stands here too",
+        "stage3_prefetch_bucket_size, which is set too",
     ),
     (zero(stage=2, max_live_parameters=1), "warning", "zero_optimization.max_live_parameters", "stage 2"),
     (
@@ -164,7 +164,7 @@ BAD = [
         "zero_optimization.stage3_gather_fp16_weights_on_model_save",
         "Use stage3_gather_16bit_weights_on_model_save",
     ),
-    (zero(stage=2, cpu_offload=False), "warning", "zero_optimization.cpu_offload", "Take it out"),
+    (zero(stage=2, cpu_offload=False), "warning", "zero_optimization.cpu_offload", "Remove it"),
     (
         zero(stage=2, offload_optimizer={"device": "gpu"}),
         "error",
@@ -191,7 +191,7 @@ BAD = [
         zero(stage=2, cpu_offload=True, offload_optimizer={"device": "cpu"}),
         "error",
         "zero_optimization.cpu_offload",
-        "beside it",
+        "is set too",
     ),
     (
         zero(stage=0, offload_optimizer={"device": "cpu"}),
@@ -250,7 +250,7 @@ BAD = [
     (optimizer("DeepSpeedCPUAdam"), "error", "optimizer.type", 'Write "AdamW"'),
     (optimizer("AdamW", betas=[0.9]), "error", "optimizer.params.betas", "two numbers"),
     (optimizer("AdamW", betas=[0.9, 1.0]), "error", "optimizer.params.betas", "two numbers"),
-    (optimizer("AdamW", weight_decay=-1), "error", "optimizer.params.weight_decay", "from 0 up"),
+    (optimizer("AdamW", weight_decay=-1), "error", "optimizer.params.weight_decay", "at least 0"),
     (optimizer("AdamW", lr=[1e-5]), "error", "optimizer.params.lr", "Write a number"),
     (optimizer("AdamW", weight_decy=0.1), "error", "optimizer.params.weight_decy", "weight_decay"),
     (optimizer("AdamW", max_grad_norm=1.0), "error", "optimizer.params.max_grad_norm", "gradient_clipping"),
@@ -298,13 +298,13 @@ BAD = [
         scheduler("WarmupCosineLR", total_num_steps=9, warmup_max_lr=1),
         "error",
         "scheduler.params.warmup_max_lr",
-        "climbs to optimizer.params.lr",
+        "peaks at optimizer.params.lr",
     ),
     (
         scheduler("WarmupCosineLR", total_num_steps=9, warmup_max_ratio=1),
         "error",
         "scheduler.params.warmup_max_ratio",
-        "climbs to optimizer.params.lr",
+        "peaks at optimizer.params.lr",
     ),
     (
         scheduler("WarmupDecayLR", total_num_steps=9, warmup_ratio=0.1),
@@ -324,13 +324,13 @@ BAD = [
         scheduler("WarmupLR", warmup_type="cubic"),
         "error",
         "scheduler.params.warmup_type",
-        "none of its values",
+        "not an allowed value",
     ),
     (
         scheduler("WarmupLR", warmup_max_lr=2e-5, warmup_type="linear"),
         "warning",
         "scheduler.params.warmup_max_lr",
-        "same rate",
+        "same learning rate",
     ),
     (
         scheduler("WarmupLR", warmup_max_lr=1e-5, warmup_min_lr=1e-4, warmup_type="linear"),
@@ -348,7 +348,7 @@ BAD = [
         scheduler("WarmupLR", warmup_type="linear", last_batch_iteration=3),
         "error",
         "scheduler.params.last_batch_iteration",
-        "full rate",
+        "full learning rate",
     ),
     (
         f'{{{ADAM}, "scheduler": {{"type": "WarmupLR"}}}}',
@@ -360,7 +360,7 @@ BAD = [
         scheduler("OneCycle", cycle_min_lr=1e-6, cycle_max_lr=1e-5),
         "warning",
         "scheduler.params",
-        "the first cycles between 0.9 and 0.8, the second is 0.99",
+        "beta1 cycles between 0.9 and 0.8, beta2 is 0.99",
     ),
     (
         scheduler("StepLR", step_size=3).replace("{", '{"zero_optimization": {"stage": 1}, ', 1),
@@ -382,8 +382,9 @@ BAD = [
 )
 def test_bad_jsons(text: str, severity: str, path: str, words: str, keys: Catalogue) -> None:
     found = findings(text, keys)
-    told = [f"{f.severity} {f.key_path} {f.message} {f.hint}" for f in found]
-    assert any(f.severity == severity and f.key_path == path and words in f"{f.message} {f.hint}" for f in found), told
+    messages = [f"{f.severity} {f.key_path} {f.message} {f.hint}" for f in found]
+    match = [f.severity == severity and f.key_path == path and words in f"{f.message} {f.hint}" for f in found]
+    assert any(match), messages
 
 
 @pytest.mark.parametrize(
@@ -399,7 +400,7 @@ def test_bad_jsons(text: str, severity: str, path: str, words: str, keys: Catalo
         (("auto", 2, 8), 5, False),
     ],
 )
-def test_batch_sizes_must_multiply(
+def test_batch_sizes_must_match(
     sizes: tuple[object, ...], world_size: int | None, wrong: bool, keys: Catalogue
 ) -> None:
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -408,8 +409,8 @@ def test_batch_sizes_must_multiply(
 
 
 @pytest.mark.parametrize("number", [math.inf, math.nan])
-def test_a_number_that_json_does_not_have_is_refused(number: float, keys: Catalogue) -> None:
-    """YAML has them: .inf and .nan."""
+def test_nan_and_inf_are_rejected(number: float, keys: Catalogue) -> None:
+    """YAML can write them: .inf and .nan."""
     data = {"train_batch_size": number, "gradient_clipping": number, "zero_optimization": {"sub_group_size": number}}
     found = lint(from_mapping(data, "job.yaml"), Target("cuda"), keys)
     wrong = {one.key_path for one in found if one.severity == "error"}
@@ -423,11 +424,11 @@ def test_hpz_must_divide_the_world(keys: Catalogue) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
-def test_our_presets_have_nothing_to_mend(preset: Path, keys: Catalogue) -> None:
+def test_the_presets_lint_clean(preset: Path, keys: Catalogue) -> None:
     assert lint(read_ds_config(preset), Target("cuda"), keys) == []
 
 
-def test_a_good_complete_json_has_nothing_to_mend(keys: Catalogue) -> None:
+def test_a_complete_valid_json_lints_clean(keys: Catalogue) -> None:
     text = """{
       "train_batch_size": 32, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 8,
       "gradient_clipping": 1.0, "bf16": {"enabled": true}, "steps_per_print": 100, "_note": "mine",
@@ -440,7 +441,7 @@ def test_a_good_complete_json_has_nothing_to_mend(keys: Catalogue) -> None:
     assert findings(text, keys, 2) == []
 
 
-def test_findings_stand_where_the_key_stands(keys: Catalogue) -> None:
+def test_findings_have_the_location_of_the_key(keys: Catalogue) -> None:
     found = findings('{\n  "zero_optimization": {\n    "stage": 2,\n    "overlap_com": true\n  }\n}', keys)
     assert [(f.line, f.column) for f in found] == [(4, 5)]
 
@@ -455,7 +456,7 @@ BROKEN = """{
   "nebula": {}
 }
 """
-MENDED = """{
+FIXED = """{
   // kept
   "train_batch_size": 8,   # kept too
   "fp16": {"enabled": true,
@@ -467,7 +468,7 @@ MENDED = """{
 """
 
 
-def test_a_key_is_not_renamed_to_one_that_stands_there(keys: Catalogue) -> None:
+def test_a_key_is_not_renamed_to_an_existing_one(keys: Catalogue) -> None:
     text = '{"train_bacth_size": 8, "train_batch_size": 16}'
     assert apply_fixes(text, findings(text, keys)) == text
 
@@ -487,33 +488,33 @@ NEAR_MISSES = [
 
 
 @pytest.mark.parametrize("text", NEAR_MISSES)
-def test_what_could_be_meant_otherwise_is_told_and_not_written(text: str, keys: Catalogue) -> None:
+def test_an_ambiguous_mistake_is_reported_but_not_fixed(text: str, keys: Catalogue) -> None:
     found = findings(text, keys)
     assert found
     assert apply_fixes(text, found) == text
 
 
-def test_the_second_names_of_zero_3_are_those_that_deepspeed_has(keys: Catalogue) -> None:
-    """All of them are the names without stage3_, which is how the values are looked up."""
-    second = {name: key.alias for name, key in keys.blocks["zero_optimization"].keys.items() if key.alias}
-    assert {"prefetch_bucket_size", "gather_16bit_weights_on_model_save"} < set(second)
-    assert all(alias == f"stage3_{name}" for name, alias in second.items())
+def test_the_aliases_of_zero_3_keys_are_deepspeeds(keys: Catalogue) -> None:
+    """All are the names without stage3_, which is how the launcher looks up the values."""
+    aliases = {name: key.alias for name, key in keys.blocks["zero_optimization"].keys.items() if key.alias}
+    assert {"prefetch_bucket_size", "gather_16bit_weights_on_model_save"} < set(aliases)
+    assert all(alias == f"stage3_{name}" for name, alias in aliases.items())
 
 
 @pytest.fixture
 def other_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """The shipped catalogue is not the installed DeepSpeed's, and nothing is cached. What DeepSpeed would answer."""
+    """Makes the shipped catalogue that of another version, with an empty cache; returns DeepSpeed's output."""
     monkeypatch.setattr(catalogue, "_torch_version", lambda: "0.0")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     raw: dict[str, Any] = json.loads(catalogue.SHIPPED.read_text())
     return raw
 
 
-def test_a_cache_that_cannot_be_written_is_no_hindrance(
+def test_a_cache_that_cannot_be_written_is_ignored(
     other_torch: dict[str, Any], keys: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file where the cache's folder would be, and a user who has no home: both as containers have it."""
-    monkeypatch.setattr(catalogue, "_ask_deepspeed", lambda: other_torch)
+    """A file in place of the cache folder, and a user without a home folder, as in containers."""
+    monkeypatch.setattr(catalogue, "_query_deepspeed", lambda: other_torch)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))
     assert load_catalogue() == keys
@@ -523,24 +524,24 @@ def test_a_cache_that_cannot_be_written_is_no_hindrance(
     assert load_catalogue() == keys
 
 
-def test_the_keys_of_another_version_are_asked_for_once(
+def test_the_keys_of_another_version_are_queried_once(
     other_torch: dict[str, Any], keys: Catalogue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[None] = []
-    monkeypatch.setattr(catalogue, "_ask_deepspeed", lambda: asked.append(None) or other_torch)
+    queries: list[None] = []
+    monkeypatch.setattr(catalogue, "_query_deepspeed", lambda: queries.append(None) or other_torch)
     assert [load_catalogue() == keys, load_catalogue() == keys] == [True, True]
-    assert len(asked) == 1
+    assert len(queries) == 1
 
 
 @pytest.mark.usefixtures("other_torch")
-def test_a_deepspeed_that_cannot_be_asked_does_not_stop_lint(
+def test_lint_works_if_deepspeed_cannot_be_queried(
     keys: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text("import os; print('welcome', flush=True); os._exit(0)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     found = load_catalogue()
     assert found.warning is not None
-    assert "could not be asked" in found.warning and "'welcome" in found.warning
+    assert "could not find out which keys" in found.warning and "'welcome" in found.warning
     assert replace(found, warning=None) == keys
     file = tmp_path / "ds.json"
     file.write_text('{"train_bacth_size": 8}')
@@ -555,13 +556,13 @@ def test_a_deepspeed_that_cannot_be_asked_does_not_stop_lint(
     [
         pytest.param("blocks", {"": {"keys": {}, "model": False}}, id="a DeepSpeedConfig that reads no keys"),
         pytest.param("optimizers", {}, id="no optimizers"),
-        pytest.param("schedulers", None, id="of another form"),
+        pytest.param("schedulers", None, id="another format"),
     ],
 )
-def test_an_answer_that_cannot_be_right_is_not_used(
+def test_an_implausible_catalogue_is_not_used(
     part: str, left: Any, other_torch: dict[str, Any], keys: Catalogue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalogue, "_ask_deepspeed", lambda: {**other_torch, part: left})
+    monkeypatch.setattr(catalogue, "_query_deepspeed", lambda: {**other_torch, part: left})
     found = load_catalogue()
     assert found.warning is not None
     assert found.blocks == keys.blocks
@@ -574,11 +575,11 @@ def run(*arguments: str) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
-def test_fix_writes_what_is_unambiguous_and_keeps_the_rest(tmp_path: Path) -> None:
+def test_fix_corrects_what_is_unambiguous_and_keeps_the_rest(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text(BROKEN)
     status, output = run(str(file), "--fix")
-    assert file.read_text() == MENDED
+    assert file.read_text() == FIXED
     assert status == 2
     assert f"{file}:8:3: error: nebula:" in output
     assert [path.name for path in tmp_path.iterdir()] == ["ds.json"]
@@ -596,7 +597,7 @@ def test_one_broken_file_does_not_hide_the_others(tmp_path: Path) -> None:
     status, output = run("--fix", str(missing), str(good), str(broken))
     assert status == 2
     assert good.read_text() == '{"train_batch_size": 8}'
-    assert f"{missing}: error: there is no such file" in output
+    assert f"{missing}: error: file not found" in output
     assert f"{broken}:2: error: not valid JSON: the text ends inside an object" in output
     assert "3 files: 1 fixed, 2 errors" in output
     assert "job file" not in output
@@ -604,7 +605,7 @@ def test_one_broken_file_does_not_hide_the_others(tmp_path: Path) -> None:
     assert [(row["file"], row["line"], row["severity"]) for row in rows] == [(str(broken), 2, "error")]
 
 
-def test_the_command_tells_place_severity_and_mend(tmp_path: Path) -> None:
+def test_the_command_prints_location_severity_and_hint(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text('{\n  "train_bacth_size": 8\n}\n')
     status, output = run(str(file))

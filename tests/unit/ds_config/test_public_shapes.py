@@ -1,4 +1,4 @@
-"""JSONs as people have them: nothing to fix in them, and a plan that keeps what they say."""
+"""JSONs as real projects write them: lint finds nothing to fix, and the plan keeps their values."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from launcher.ds_config import parse_ds_config
 from launcher.ds_config.catalogue import load_catalogue
 from launcher.ds_config.lint import lint
 from launcher.ds_config.target import Target
+from launcher.plan.inputs import plan_inputs
 from launcher.plan.learning_rate import planned_rates
-from launcher.plan.resolve import check_request, resolve
+from launcher.plan.resolve import check_inputs, resolve
 from tests.unit.ds_config.public_shapes import TEMPLATES
 from tests.unit.inputs import data_facts, job_of, machine_facts, model_facts
 
@@ -28,26 +29,27 @@ def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_lints_clean_and_is_planned(name: str) -> None:
+def test_a_template_lints_clean_and_can_be_planned(name: str) -> None:
     user = parse_ds_config(TEMPLATES[name], "ds.json")
     found = lint(user, Target("cuda", 8), load_catalogue())
     assert [one for one in found if one.severity != "note"] == []
 
-    check_request(JOB, user, machine_facts(8))
-    plan = resolve(JOB, user, model_facts(), data_facts(), machine_facts(8))
+    inputs = plan_inputs(JOB, user, machine_facts(8))
+    check_inputs(inputs)
+    plan = resolve(inputs, model_facts(), data_facts())
     made = dict(leaves(plan.ds_config))
     assert not [path for path, value in made.items() if "auto" in (value if isinstance(value, list) else [value])]
     assert (made["bf16.enabled"], made.get("fp16.enabled", False)) == (True, False)
     assert made["train_batch_size"] == made["train_micro_batch_size_per_gpu"] * made["gradient_accumulation_steps"] * 8
-    told = {change.key for change in plan.ds_config_changes}
+    changed = {change.key for change in plan.ds_config_changes}
     for path, value in leaves(user.data):
         kept = made.get(path) is value or made.get(path) == value
-        assert kept or any(path == key or path.startswith(f"{key}.") for key in told), path
+        assert kept or any(path == key or path.startswith(f"{key}.") for key in changed), path
 
-    rate = planned_rates(plan)
-    rates = [rate(update) for update in range(100)]
-    highest = rates.index(max(rates))
+    lr_at = planned_rates(plan)
+    lrs = [lr_at(update) for update in range(100)]
+    highest = lrs.index(max(lrs))
     assert made["scheduler.params.warmup_type"] == "linear"
-    assert max(rates) == pytest.approx(plan.learning_rate.peak_lr)
-    assert rates[: highest + 1] == sorted(rates[: highest + 1])
-    assert rates[highest:].count(0.0) == 0
+    assert max(lrs) == pytest.approx(plan.learning_rate.peak_lr)
+    assert lrs[: highest + 1] == sorted(lrs[: highest + 1])
+    assert lrs[highest:].count(0.0) == 0

@@ -15,13 +15,13 @@ from launcher.fleet.agent import Agent, NodeTask
 from tests.patience import PATIENCE_SECONDS
 
 LINES = 50_000
-PRINTS = f"for i in range({LINES}): print('a line that nobody can write down', i)"
+PRINTS = f"for i in range({LINES}): print('a line that cannot be written', i)"
 SLEEPS = "import time; print('here', flush=True); time.sleep(600)"
 
 
 @pytest.fixture
 def full(tmp_path: Path) -> Path:
-    """A log folder on a full disk: what is there can be opened, and nothing is written to it."""
+    """A log folder on a full disk: its files can be opened but not written."""
     folder = tmp_path / "node-0-h0"
     folder.mkdir()
     for name in ("agent.log", "rank-0.log", "rank-1.log"):
@@ -37,7 +37,7 @@ def agent() -> Iterator[Agent]:
 
 
 def task(folder: Path, *code: str) -> NodeTask:
-    """A rank for each piece of code."""
+    """A task with one rank per piece of code."""
     script = f"import os; exec({list(code)!r}[int(os.environ['RANK'])])"
     return NodeTask(
         node_rank=0,
@@ -55,23 +55,23 @@ def exits(agent: Agent, count: int) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     deadline = time.monotonic() + PATIENCE_SECONDS
     while len(found) < count:
-        assert time.monotonic() < deadline, "a rank's end was never told"
-        found += [event for event in agent.next_events(1.0) if event["report"] == "exit"]
+        assert time.monotonic() < deadline, "an exit was never reported"
+        found += [event for event in agent.next_reports(1.0) if event["report"] == "exit"]
     return found
 
 
-def test_a_full_disk_neither_ends_a_rank_that_prints_nor_hides_its_end(agent: Agent, full: Path) -> None:
+def test_on_a_full_disk_a_rank_that_prints_runs_on_and_its_exit_is_reported(agent: Agent, full: Path) -> None:
     agent.start(task(full, PRINTS, "raise SystemExit(7)"))
     assert {event["rank"]: event["code"] for event in exits(agent, 2)} == {0: 0, 1: 7}
 
 
-def test_a_full_disk_does_not_keep_the_agent_from_ending_its_ranks(agent: Agent, full: Path) -> None:
+def test_on_a_full_disk_the_agent_can_end_its_ranks(agent: Agent, full: Path) -> None:
     agent.start(task(full, SLEEPS))
     agent.end(PATIENCE_SECONDS)
     assert [event["code"] for event in exits(agent, 1)] == [-15]
 
 
-def test_a_log_that_cannot_be_made_starts_nothing(agent: Agent, tmp_path: Path) -> None:
+def test_nothing_starts_if_the_log_cannot_be_created(agent: Agent, tmp_path: Path) -> None:
     (tmp_path / "node-0-h0" / "rank-0.log").mkdir(parents=True)
     before = psutil.Process().children()
     with pytest.raises(IsADirectoryError):

@@ -1,4 +1,4 @@
-"""What a node's agent writes of the node: its processors, its memory and its GPUs."""
+"""What a node's agent writes about the node: CPUs, memory and GPUs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def own(tmp_path: Path, *lines: str) -> Path:
     return file
 
 
-def test_the_lowest_bound_of_the_groups_above_counts_without_what_can_be_reclaimed(tmp_path: Path) -> None:
+def test_the_lowest_limit_of_the_group_and_its_parents_counts_without_reclaimable_memory(tmp_path: Path) -> None:
     mounts = tmp_path / "fs"
     group(mounts / "job_7", memory_max=str(2 * GIB), memory_current=str(GIB), memory_stat=f"inactive_file {GIB // 4}")
     group(mounts / "job_7/step_0", memory_max="max", memory_current="5")
@@ -44,7 +44,7 @@ def test_the_lowest_bound_of_the_groups_above_counts_without_what_can_be_reclaim
     assert found.oom_kills() == 2
 
 
-def test_the_first_version_of_groups(tmp_path: Path) -> None:
+def test_version_1_of_control_groups(tmp_path: Path) -> None:
     mounts = tmp_path / "fs"
     stat = f"inactive_file 1\ntotal_inactive_file {GIB // 2}"
     files = {"memory_limit_in_bytes": str(GIB), "memory_usage_in_bytes": str(GIB), "memory_stat": stat}
@@ -54,7 +54,7 @@ def test_the_first_version_of_groups(tmp_path: Path) -> None:
     assert found.oom_kills() == 1
 
 
-def test_a_container_may_not_see_where_its_group_lies(tmp_path: Path) -> None:
+def test_the_group_of_a_container_may_be_mounted_without_its_parents(tmp_path: Path) -> None:
     mounts = group(tmp_path / "fs", memory_max=str(GIB), memory_current="1", memory_events="oom_kill 0")
     found = ControlGroup(own(tmp_path, "0::/docker/5f0c"), mounts)
     assert found.memory() == Memory(1, GIB)
@@ -62,12 +62,12 @@ def test_a_container_may_not_see_where_its_group_lies(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lines", [(), ("0::/nowhere",), ("0::/",), ("damaged",)])
-def test_without_a_bound_the_machine_s_memory_counts(tmp_path: Path, lines: tuple[str, ...]) -> None:
+def test_without_a_limit_the_machines_memory_counts(tmp_path: Path, lines: tuple[str, ...]) -> None:
     (tmp_path / "fs").mkdir()
     found = ControlGroup(own(tmp_path, *lines), tmp_path / "fs")
     assert found.memory().total_bytes == psutil.virtual_memory().total
     assert found.oom_kills() is None
-    # A bound beyond what there is bounds nothing.
+    # A limit above the machine's memory has no effect.
     group(tmp_path / "fs", memory_max=str(2**63 - 4096), memory_current="1")
     assert ControlGroup(own(tmp_path, "0::/"), tmp_path / "fs").memory().total_bytes == psutil.virtual_memory().total
 
@@ -77,12 +77,12 @@ def written(folder: Path) -> dict[str, Any]:
     return record
 
 
-def test_the_use_of_processors_is_that_of_the_time_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_use_is_measured_between_heartbeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "_FIRST_SECONDS", 0.3)
     file = group(tmp_path / "fs", memory_max=str(GIB), memory_current="1", memory_events="oom_kill 4") / "memory.events"
     monkeypatch.setattr(heartbeat, "ControlGroup", lambda: ControlGroup(own(tmp_path, "0::/"), tmp_path / "fs"))
-    pulse = Heartbeat(tmp_path, {"host": "h0"})
-    pulse.begin([])
+    beat = Heartbeat(tmp_path, {"host": "h0"})
+    beat.begin([])
     busy_until((tmp_path / "node.json").exists)
     first = written(tmp_path)
     assert first["cpu_percent"] > 0 and not first["ended"]
@@ -90,12 +90,12 @@ def test_the_use_of_processors_is_that_of_the_time_between(tmp_path: Path, monke
     file.write_text("oom_kill 6\n")
     beginning = time.process_time()
     busy_until(lambda: time.process_time() - beginning > 0.3)
-    pulse.end()
+    beat.end()
     last = written(tmp_path)
     assert last["cpu_percent"] > 0 and last["ended"]
     assert last["oom_kills"] == 2
-    # A second end, and that of one which never began, do nothing.
-    pulse.end()
+    # A second end, and the end of a heartbeat that never began, do nothing.
+    beat.end()
     assert written(tmp_path) == last
     Heartbeat(tmp_path, {}).end()
 
@@ -107,11 +107,11 @@ def busy_until(condition: Callable[[], bool]) -> None:
 
 
 class NVMLError(Exception):
-    """As pynvml has it."""
+    """Stands in for pynvml's error."""
 
 
 def nvml(**calls: Callable[[str], Any]) -> SimpleNamespace:
-    """pynvml for GPUs whose handles are their names; a call that is not given is not supported."""
+    """A pynvml for GPUs whose handles are their names; calls that are not given are unsupported."""
 
     def unsupported(_: str) -> Any:
         raise NVMLError
@@ -121,8 +121,8 @@ def nvml(**calls: Callable[[str], Any]) -> SimpleNamespace:
     return SimpleNamespace(NVMLError=NVMLError, nvmlInit=lambda: None, **found)
 
 
-def test_a_part_of_a_gpu_tells_what_it_can_and_one_that_is_gone_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A MIG instance has a name and memory, and no use of its own; nvmlDeviceGetUtilizationRates refuses it."""
+def test_a_mig_slice_has_no_utilization_and_a_lost_gpu_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A MIG instance has a name and memory, but nvmlDeviceGetUtilizationRates does not support it."""
 
     def use(handle: str) -> Any:
         if handle.startswith("MIG"):
@@ -148,6 +148,6 @@ def test_a_part_of_a_gpu_tells_what_it_can_and_one_that_is_gone_hides_no_other(m
         {"index": 0, "name": "H100 MIG-1", **memory, "utilization_percent": None},
         {"index": 2, "name": "H100 GPU-2", **memory, "utilization_percent": 40},
     ]
-    # A driver that fails later on tells nothing more, and the GPUs stay.
+    # If the driver fails later, the GPUs stay and their values are None.
     monkeypatch.setattr(module, "nvmlDeviceGetMemoryInfo", nvml().nvmlDeviceGetMemoryInfo)
     assert [gpu["memory_bytes"] for gpu in _Gpus().read()] == [None, None]

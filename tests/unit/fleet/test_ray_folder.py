@@ -1,4 +1,4 @@
-"""Ray's temporary folder: private, kept while its owner lives, removed once the owner is gone."""
+"""Ray's temporary folder: private, kept while its owner runs, removed after the owner has ended."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ time.sleep(600)
 
 @pytest.fixture
 def owner(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """Another process that has a folder in tmp_path, and the folder."""
+    """Another process that owns a folder in tmp_path, and the folder."""
     with subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield process, Path(process.stdout.readline().strip())
         process.kill()
 
 
-def test_a_folder_is_private_and_ends_with_its_owner(tmp_path: Path) -> None:
+def test_a_folder_is_private_and_removed_by_its_owner(tmp_path: Path) -> None:
     folder = RayFolder(tmp_path)
     assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
     assert folder.token.parent == folder.path and folder.ray.parent == folder.path
     folder.ray.mkdir()
     remove_abandoned(tmp_path)
-    assert folder.ray.is_dir(), "its owner lives"
+    assert folder.ray.is_dir(), "its owner is running"
     folder.remove()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_paths_of_rays_sockets_fit() -> None:
+def test_the_paths_of_rays_sockets_are_short_enough() -> None:
     folder = RayFolder()
     try:
         longest = f"{folder.ray}/session_2026-11-25_14-12-05_575123_4194304/sockets/plasma_store.99"
@@ -56,19 +56,19 @@ def test_the_paths_of_rays_sockets_fit() -> None:
         folder.remove()
 
 
-def test_what_a_killed_owner_left_is_removed_by_the_next_one(
+def test_the_next_owner_removes_the_folder_of_a_killed_one(
     tmp_path: Path, owner: tuple[subprocess.Popen[str], Path]
 ) -> None:
     process, left = owner
     with_owner_alive = RayFolder(tmp_path)
-    assert (left / "token").is_file(), "a live owner keeps its folder"
+    assert (left / "token").is_file(), "a running owner keeps its folder"
     process.send_signal(signal.SIGKILL)
     process.wait()
     new = RayFolder(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([with_owner_alive.path, new.path])
 
 
-def test_what_is_not_certainly_abandoned_and_ones_own_is_kept(
+def test_only_abandoned_folders_of_this_user_are_removed(
     tmp_path: Path, owner: tuple[subprocess.Popen[str], Path]
 ) -> None:
     process, left = owner

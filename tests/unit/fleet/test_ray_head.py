@@ -1,4 +1,4 @@
-"""Whether Ray's head process is seen to be gone: by a port on which nothing listens any more."""
+"""Ray's head process is lost when nothing listens on its port any more."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from launcher.fleet.ray_head import RayHead
 
 
 @pytest.fixture(autouse=True)
-def at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_head, "_LOOK_SECONDS", 0.0)
+def check_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_head, "_CHECK_SECONDS", 0.0)
 
 
-def test_a_head_is_gone_once_nothing_listened_for_several_looks() -> None:
+def test_a_head_is_lost_after_several_failed_attempts() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         head = RayHead(address, patience_seconds=0.0)
@@ -23,7 +23,7 @@ def test_a_head_is_gone_once_nothing_listened_for_several_looks() -> None:
     assert [head.gone() for _ in range(4)] == [False, False, True, True]
 
 
-def test_a_head_that_comes_back_was_not_gone() -> None:
+def test_a_head_that_comes_back_is_not_lost() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     head = RayHead(f"127.0.0.1:{port}", patience_seconds=0.0)
@@ -33,6 +33,6 @@ def test_a_head_that_comes_back_was_not_gone() -> None:
     assert [head.gone() for _ in range(3)] == [False, False, True]
 
 
-def test_a_head_has_its_time_to_come_back() -> None:
+def test_a_head_has_time_to_come_back() -> None:
     head = RayHead("127.0.0.1:1", patience_seconds=3600.0)
     assert not any(head.gone() for _ in range(10))

@@ -178,23 +178,27 @@ FILES = [
         ("job.yaml:2: data.train: no file matches data/trian.jsonl", "did you mean data/train.jsonl?"),
         with_data("{train: data/trian.jsonl}"),
     ),
-    Bad("empty glob", ("no file matches data/*.parquet", "looked from"), text=with_data("{train: 'data/*.parquet'}")),
+    Bad(
+        "empty glob",
+        ("no file matches data/*.parquet", "working directory"),
+        text=with_data("{train: 'data/*.parquet'}"),
+    ),
     Bad("one of two missing", ("no file matches data/b.jsonl"), with_data("{train: [data/train.jsonl, data/b.jsonl]}")),
     Bad(
         "two kinds",
-        ("job.yaml:2: data.train: files of one kind are needed, found .csv, .jsonl"),
+        ("job.yaml:2: data.train: all files must have the same type, found .csv, .jsonl"),
         with_data("{train: [data/train.jsonl, data/a.csv]}"),
         files={"data/a.csv": "text\na\n"},
     ),
     Bad(
         "unknown suffix",
-        ("data/a.xlsx is of no kind", "valid: .jsonl"),
+        ("data/a.xlsx has an unsupported file type", "valid: .jsonl"),
         with_data("{train: data/a.xlsx}"),
         files={"data/a.xlsx": "?"},
     ),
     Bad(
         "folder without data",
-        ("data.train: the folder model/sub holds no data", ".csv"),
+        ("data.train: the folder model/sub contains no data", ".csv"),
         with_data("{train: model/sub}"),
         files={"model/sub/readme.md": "?"},
     ),
@@ -205,35 +209,44 @@ FILES = [
     ),
     Bad(
         "model folder missing",
-        ("job.yaml:1: model.name_or_path: there is no folder modle", "did you mean model?"),
+        ("job.yaml:1: model.name_or_path: folder not found: modle", "did you mean model?"),
         with_model("{name_or_path: ./modle}"),
     ),
     Bad(
         "model folder without config",
-        ("data holds no config.json", "not a Hugging Face model"),
+        ("data has no config.json", "not a Hugging Face model"),
         with_model("{name_or_path: data}"),
     ),
     Bad(
         "folder of a GGUF",
-        ("holds no config.json", "model.gguf_file"),
+        ("has no config.json", "model.gguf_file"),
         with_model("{name_or_path: gg}"),
         files={"gg/a.gguf": "GGUF"},
     ),
     Bad(
         "model is a file",
-        ("is a file; a folder is needed", "model.gguf_file"),
+        ("is a file, not a folder", "model.gguf_file"),
         with_model("{name_or_path: model/config.json}"),
     ),
     Bad(
         "GGUF missing",
-        ("model.gguf_file: there is no b.gguf in gg", "found there: a.gguf"),
+        ("model.gguf_file: b.gguf not found in gg", "the folder has: a.gguf"),
         with_model("{name_or_path: gg, gguf_file: b.gguf}"),
         files={"gg/a.gguf": "GGUF"},
     ),
-    Bad("JSON missing", ("job.yaml: deepspeed: there is no file my.json", "looked from"), JOB + "deepspeed: my.json\n"),
+    Bad(
+        "home directory of an unknown user",
+        ("job.yaml:4: output_dir: ~no-such-user/runs: the user of ~no-such-user is unknown", "write ./~no-such-user"),
+        JOB + "output_dir: ~no-such-user/runs\n",
+    ),
+    Bad(
+        "JSON missing",
+        ("job.yaml: deepspeed: the file my.json does not exist", "looked from"),
+        JOB + "deepspeed: my.json\n",
+    ),
     Bad(
         "misspelt preset",
-        ("deepspeed: there is no file zero3_cpu_ofload", "did you mean the preset zero3_cpu_offload?"),
+        ("deepspeed: the file zero3_cpu_ofload does not exist", "did you mean the preset zero3_cpu_offload?"),
         JOB + "deepspeed: zero3_cpu_ofload\n",
     ),
     Bad("unlike any preset", ("presets: zero1, zero2, zero3"), JOB + "deepspeed: qqq\n"),
@@ -245,7 +258,7 @@ FILES = [
     ),
     Bad(
         "key twice in the JSON",
-        ("ds.json:3: bf16", "stands twice"),
+        ("ds.json:3: bf16", "duplicate key"),
         JOB + "deepspeed: ds.json\n",
         files={"ds.json": '{\n"bf16": {},\n"bf16": {}\n}\n'},
     ),
@@ -289,17 +302,17 @@ NUMBERS = [
     ),
     Bad(
         "evaluates on nothing",
-        ("train.eval_every: there is nothing to evaluate on", "data.eval"),
+        ("train.eval_every: the job has no evaluation data", "data.eval"),
         JOB + "train: {max_steps: 20, eval_every: 5}\n",
     ),
     Bad(
         "GPUs and processes",
-        ("job.yaml:3: cluster.processes_per_node: 3 processes and 8 GPUs", "one rank a GPU"),
+        ("job.yaml:3: cluster.processes_per_node: 3 processes and 8 GPUs", "each GPU has one rank"),
         with_cluster("{gpus_per_node: 8, processes_per_node: 3}"),
     ),
     Bad(
         "ZeRO stage 4",
-        ("zero_optimization.stage", "4 is none of its values", "one of 0, 1, 2, 3"),
+        ("zero_optimization.stage", "4 is not an allowed value", "one of 0, 1, 2, 3"),
         JOB + "deepspeed: {zero_optimization: {stage: 4}}\n",
     ),
     Bad(
@@ -402,23 +415,23 @@ CONTRADICTIONS = [
     ),
     Contradiction(
         "precision of job and JSON",
-        ("the JSON trains in bf16", "model.dtype in the job"),
+        ("the JSON sets bf16", "model.dtype in the job"),
         text="model: {name_or_path: model, dtype: float32}\ndeepspeed: {bf16: {enabled: true}}\n",
     ),
     Contradiction(
         "a parameter that the optimizer lacks",
-        ("job.yaml:4: train.betas: SGD does not take it", "job.yaml:4: train.eps: SGD does not", "weight_decay"),
+        ("job.yaml:4: train.betas: SGD does not accept it", "job.yaml:4: train.eps: SGD does not", "weight_decay"),
         text="train: {betas: [0.9, 0.95], eps: 1e-7, weight_decay: 0.1}\n"
         "deepspeed: {optimizer: {type: SGD, params: {lr: 1e-6}}}\n",
     ),
     Contradiction(
         "a parameter of another kind",
-        ("train.eps: Adafactor does not take it",),
+        ("train.eps: Adafactor does not accept it",),
         text="train: {eps: 1e-7}\ndeepspeed: {optimizer: {type: Adafactor, params: {lr: 1e-6}}}\n",
     ),
     Contradiction(
         "fp16 on CPUs",
-        ("fp16.enabled", "DeepSpeed has no fp16 on a CPU"),
+        ("fp16.enabled", "DeepSpeed does not support fp16 on CPUs"),
         text="model: {name_or_path: model, dtype: float16}\n",
     ),
 ]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.errors import Problem, RequestError
-from launcher.job import Job, explicit_keys, placing, read_job, validate_job
+from launcher.job import Job, explicit_keys, load_job, validate_job
 from launcher.job.read import apply_override, load_yaml
 from tests.unit.inputs import JOB, job_of
 
@@ -19,7 +19,7 @@ from tests.unit.inputs import JOB, job_of
 def read(tmp_path: Path, text: str, *overrides: str, name: str = "job.yaml") -> Job:
     path = tmp_path / name
     path.write_text(text)
-    return read_job(path, overrides)
+    return load_job(path, *overrides).job
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_late_problem_is_placed(tmp_path: Path, key: str | None, file: str | N
     path.write_text(JOB + "train:\n  max_steps: 3\n")
 
     def late() -> None:
-        with placing(path, ["data.train=x"]):
+        with load_job(path, "data.train=x").placing():
             raise RequestError(Problem("wrong", key=key))
 
     with pytest.raises(RequestError) as caught:
@@ -181,7 +181,7 @@ def test_a_problem_that_has_a_place_keeps_it(tmp_path: Path) -> None:
     problem = Problem("wrong", file="ds.json", line=7, key="data.train")
 
     def late() -> None:
-        with placing(path, []):
+        with load_job(path).placing():
             raise RequestError(problem)
 
     with pytest.raises(RequestError) as caught:
@@ -192,6 +192,6 @@ def test_a_problem_that_has_a_place_keeps_it(tmp_path: Path) -> None:
 def test_a_time_is_no_number_to_the_base_60(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text("model: {name_or_path: m}\ndata: {train: d}\nslurm: {time: 24:00:00}\n")
-    assert read_job(path).slurm.time == "24:00:00"
-    assert read_job(path, ["slurm.time=1:30:00"]).slurm.time == "1:30:00"
-    assert read_job(path, ["slurm.time=90"]).slurm.time == "90"
+    assert load_job(path).job.slurm.time == "24:00:00"
+    assert load_job(path, "slurm.time=1:30:00").job.slurm.time == "1:30:00"
+    assert load_job(path, "slurm.time=90").job.slurm.time == "90"

@@ -10,12 +10,9 @@ import pytest
 
 from launcher.ds_config import from_mapping
 from launcher.errors import RequestError
-from launcher.job import ScriptJob
-from launcher.job.read import validate_as
+from launcher.plan.inputs import plan_inputs
 from launcher.plan.learning_rate import planned_rates
-from launcher.plan.resolve import check_request
-from launcher.plan.schema import Script
-from launcher.plan.script import resolve_script
+from launcher.plan.resolve import check_inputs
 from tests.unit.inputs import (
     Ended,
     command,
@@ -102,7 +99,7 @@ def test_a_scheduler_with_one_value_open_is_the_users_own() -> None:
 @pytest.mark.usefixtures("folder")
 def test_a_safe_scheduler_is_asked_for_and_an_unsafe_one_needs_the_users_word() -> None:
     text = SCHEDULER.replace('"warmup_max_lr": 1e-5, ', "")
-    assert "no warmup_max_lr: WarmupDecayLR then peaks at 1e-3" in tried(text).err
+    assert "no warmup_max_lr: WarmupDecayLR peaks at 1e-3" in tried(text).err
     remember(Path("job.yaml"), ("train.max_steps=500",), model_facts(), data_facts())
     ended = tried(text, "train.max_steps=500", "schedule.allow_unsafe=true")
     assert ended.status == 0, ended.err
@@ -178,7 +175,7 @@ def test_an_open_warm_up_is_linear_and_told_to_be() -> None:
     user = own("auto", warmup_num_steps="auto")
     del user["scheduler"]["params"]["warmup_type"]
     job = job_of(train={"max_steps": 100}, schedule={"warmup_type": "linear"})
-    check_request(job, from_mapping(user, "ds.json"), machine_facts(8))
+    check_inputs(plan_inputs(job, from_mapping(user, "ds.json"), machine_facts(8)))
     plan = plan_of(job, user=user)
     assert plan.ds_config["scheduler"]["params"]["warmup_type"] == "linear"
     (change,) = (one for one in plan.ds_config_changes if one.key == "scheduler.params.warmup_type")
@@ -231,33 +228,7 @@ def test_ratios_and_starts_that_are_left_open_are_filled() -> None:
     user = {"scheduler": {"type": "WarmupCosineLR", "params": {**COSINE, "cos_min_ratio": "auto"}}}
     user["scheduler"]["params"]["last_batch_iteration"] = "auto"
     job = job_of(train={"max_steps": 100}, schedule={"floor": 0.25})
-    check_request(job, from_mapping(user, "ds.json"), machine_facts(8))
+    check_inputs(plan_inputs(job, from_mapping(user, "ds.json"), machine_facts(8)))
     params = plan_of(job, user=user).ds_config["scheduler"]["params"]
     assert (params["warmup_min_ratio"], params["last_batch_iteration"]) == (0.0, -1)
     assert params["cos_min_ratio"] == 0.25
-
-
-DIVIDED = {
-    "tensor_parallel.autotp_size": {"tensor_parallel": {"autotp_size": 4}},
-    "tensor_parallel.tp.tp_size": {"tensor_parallel": {"tp": {"tp_size": "2"}}},
-    "pipeline": {"pipeline": {"stages": 2}},
-    "expert_parallel": {"expert_parallel": {"enabled": "true", "autoep_size": 2}},
-}
-
-
-@pytest.mark.parametrize("key", DIVIDED)
-def test_other_ways_to_divide_a_model_are_left_to_scripts(key: str) -> None:
-    told = refusal(DIVIDED[key])
-    assert f"ds.json: {key}: no " in told
-    assert "launcher exec" in told
-    train = {"max_steps": 10, "train_micro_batch_size_per_gpu": 1}
-    schedule = {"shape": "linear", "peak_lr": 1e-5, "warmup": 2}
-    job = validate_as(ScriptJob, {"name": "mine", "train": train, "schedule": schedule}, None, "job.yaml")
-    script = Script(arguments=("train.py",), folder="/work")
-    config = resolve_script(job, from_mapping(DIVIDED[key], "ds.json"), None, machine_facts(8), script).ds_config
-    assert config[key.partition(".")[0]] == DIVIDED[key][key.partition(".")[0]]
-
-
-def test_a_model_that_is_not_divided_may_say_so() -> None:
-    user = {"tensor_parallel": {"autotp_size": 1}, "expert_parallel": {"enabled": False}, "pipeline": {}}
-    assert plan_of(user=user).ds_config["tensor_parallel"] == {"autotp_size": 1}

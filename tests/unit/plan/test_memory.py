@@ -15,8 +15,8 @@ import pytest
 from launcher.ds_config import Offload, from_mapping
 from launcher.ds_config.sizes import ZeroSizes, zero_sizes
 from launcher.plan.fit import Needs
+from launcher.plan.inputs import plan_inputs
 from launcher.plan.memory import FRAGMENTATION, PROCESS_BYTES, MemoryEstimate, Work, estimate_memory, host_bytes
-from launcher.plan.resolve import resolve_world
 from tests.unit.inputs import job_of, machine_facts, model_facts
 
 BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "memory.py"
@@ -193,7 +193,7 @@ def test_the_export_takes_whole_weights_where_it_makes_them(stage: int, section:
     def host(**changes: Any) -> int:
         user = from_mapping({"zero_optimization": {"stage": stage}}, "ds.json")
         job = job_of(model=section, **changes)
-        return Needs(job, user, MODEL, resolve_world(job, machine_facts(4)), "bf16", 16).host_bytes(1)
+        return Needs(plan_inputs(job, user, machine_facts(4)), MODEL, 16).host_bytes(1)
 
     assert host() - host(export=False) == gathered * 2 * MILLION
 
@@ -201,9 +201,9 @@ def test_the_export_takes_whole_weights_where_it_makes_them(stage: int, section:
 def test_a_fused_loss_spares_the_logits_unless_there_is_something_to_evaluate() -> None:
     def logits(**data: Any) -> int:
         job = job_of(model={"liger": True}, data=data)
-        world = resolve_world(job, machine_facts(4))
+        inputs = plan_inputs(job, from_mapping({}, "ds.json"), machine_facts(4))
         model = MODEL.model_copy(update={"vocab_size": 5000})
-        return Needs(job, from_mapping({}, "ds.json"), model, world, "bf16", 16).estimate(1).logits
+        return Needs(inputs, model, 16).estimate(1).logits
 
     assert logits() == 0 < logits(eval=0.1)
 
@@ -269,7 +269,7 @@ def test_the_estimate_is_what_ranks_took(benchmark: ModuleType, tmp_path: Path) 
     assert list(measured) == [row.name for row in benchmark.ROWS]
     errors = []
     for row in benchmark.ROWS:
-        found = {**measured[row.name], "memory": benchmark.plan_for(row, tmp_path).memory}
+        found = {**measured[row.name], "memory": benchmark.plan_for(row, tmp_path).training.memory}
         errors.append(benchmark.errors_of(found)[0])
         assert abs(errors[-1]) < 0.1, found
     assert len(errors) > 20
@@ -282,7 +282,7 @@ def test_a_shorter_reuse_distance_spared_what_the_estimate_says(benchmark: Modul
     measured = {row["row"]: row["in_use"] for row in json.loads(BENCHMARK.with_suffix(".json").read_text())}
     rows = [row for row in benchmark.ROWS if row.model == "100M" and row.micro == 4]
     taken = [measured[row.name] for row in rows]
-    estimates = [benchmark.plan_for(row, tmp_path).memory for row in rows]
+    estimates = [benchmark.plan_for(row, tmp_path).training.memory for row in rows]
     mine = [benchmark.on_device(memory) - memory["fragmentation"] for memory in estimates]
     assert len(rows) == 3
     for each in (taken, mine):
@@ -296,6 +296,7 @@ def test_the_benchmark_counts_what_lies_on_the_device_that_it_measures(benchmark
     row = next(row for row in benchmark.ROWS if "offload_optimizer" in row.name)
     on_cpu, on_gpu = (benchmark.plan_for(row, tmp_path, gpus) for gpus in (0, 2))
     assert (on_gpu.world.device, on_gpu.world.size, on_gpu.precision) == ("cuda", 2, "bf16")
-    assert benchmark.on_device(on_gpu.memory) == on_gpu.memory["device_total"]
-    whole = on_cpu.memory["device_total"] - on_cpu.memory["base"] + on_cpu.memory["offloaded"]
-    assert benchmark.on_device(on_cpu.memory) == whole
+    assert benchmark.on_device(on_gpu.training.memory) == on_gpu.training.memory["device_total"]
+    memory = on_cpu.training.memory
+    whole = memory["device_total"] - memory["base"] + memory["offloaded"]
+    assert benchmark.on_device(memory) == whole

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from launcher.errors import RequestError
+from launcher.plan.inputs import plan_inputs
 from launcher.plan.preset import IN_ORDER, recommend
 from launcher.plan.schema import Recommendation
 from tests.unit.inputs import (
@@ -31,7 +32,8 @@ def chosen(
     presets = {name: preset(name) for name in IN_ORDER}
     machine = machine_facts(gpus, gpu_gib=gpu_gib)
     model = model_facts(parameters=parameters)
-    return recommend(job_of(**sections), presets, model, data_facts(), machine, kept=kept)
+    inputs = plan_inputs(job_of(**sections), presets["zero1"], machine)
+    return recommend(inputs, presets, model, data_facts(), kept=kept)
 
 
 @pytest.mark.parametrize(

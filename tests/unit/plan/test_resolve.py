@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from launcher.ds_config import from_mapping
 from launcher.errors import RequestError
+from launcher.plan.inputs import plan_inputs
 from launcher.plan.learning_rate import planned_rates
 from launcher.plan.length import length_warnings, resolve_length
-from launcher.plan.resolve import resolve, resolve_precision, resolve_world
+from launcher.plan.resolve import resolve
 from tests.unit.inputs import GIB, data_facts, job_of, machine_facts, model_facts, plan_of
 
 EPOCHS = st.one_of(st.none(), st.floats(0.01, 20.0))
@@ -45,10 +46,10 @@ def test_max_steps_is_the_number_of_updates(sequences: int, steps: int, batch: i
 
 def test_a_token_without_an_embedding_is_refused() -> None:
     job, user = job_of(train={"max_steps": 3}), from_mapping({}, "ds.json")
-    model = model_facts(vocab_size=300)
-    resolve(job, user, model, data_facts(64, largest_token=299), machine_facts(1))
+    model, inputs = model_facts(vocab_size=300), plan_inputs(job, user, machine_facts(1))
+    resolve(inputs, model, data_facts(64, largest_token=299))
     with pytest.raises(RequestError, match="token 300, and the model has 300 embeddings") as caught:
-        resolve(job, user, model, data_facts(64, largest_token=300), machine_facts(1))
+        resolve(inputs, model, data_facts(64, largest_token=300))
     assert caught.value.problems[0].key == "model.name_or_path"
 
 
@@ -86,7 +87,7 @@ def test_what_happens_to_rows_and_batches_is_told() -> None:
     ],
 )
 def test_ranks_and_their_device(cluster: dict[str, Any], gpus: int, world: tuple[int, int, str, str]) -> None:
-    found = resolve_world(job_of(cluster=cluster), machine_facts(gpus))
+    found = plan_inputs(job_of(cluster=cluster), from_mapping({}, "ds.json"), machine_facts(gpus)).world
     assert (found.nodes, found.processes_per_node, found.device, found.backend) == world
     assert found.size == found.nodes * found.processes_per_node
     assert 1 <= found.threads_per_process <= 64
@@ -105,7 +106,7 @@ def test_ranks_and_their_device(cluster: dict[str, Any], gpus: int, world: tuple
 )
 def test_precision(dtype: str, user: dict[str, Any], machine: Any, precision: str) -> None:
     job = job_of(model={"dtype": dtype})
-    assert resolve_precision(job, from_mapping(user, "ds.json"), resolve_world(job, machine), machine) == precision
+    assert plan_inputs(job, from_mapping(user, "ds.json"), machine).precision == precision
 
 
 def test_a_plan_says_the_same_thing_everywhere() -> None:
@@ -140,7 +141,7 @@ def test_the_micro_batch_follows_the_memory() -> None:
 def test_too_little_memory_is_told_with_its_numbers() -> None:
     job = job_of(train={"train_micro_batch_size_per_gpu": 1})
     plan = plan_of(job, machine=machine_facts(2, gpu_gib=24))
-    need = plan.memory["device_total"] / GIB
+    need = plan.training.memory["device_total"] / GIB
     assert any(f"about {need:.1f} GiB" in warning and "21.6 GiB" in warning for warning in plan.warnings)
     unseen = plan_of(job_of(cluster={"gpus_per_node": 8}), machine=machine_facts(0))
     (told,) = (warning for warning in unseen.warnings if "no GPU is seen from here" in warning)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,17 @@ from launcher.ds_config import from_mapping
 from launcher.errors import RequestError
 from launcher.job import explicit_keys
 from launcher.plan.checkpoint_conversion import must_convert, ranks_known, refuse_other_state
-from launcher.plan.resolve import check_request, resolve
+from launcher.plan.inputs import plan_inputs
+from launcher.plan.resolve import check_inputs, resolve
 from launcher.plan.schema import Plan
+from launcher.plan_file import read_plan
 from launcher.run_dir import MANIFEST, RunDir, write_manifest
 from launcher.runs.planning import lint_ds_config
 from tests.unit.inputs import (
     command,
     data_facts,
+    format_1_hash,
+    in_format_1,
     job_of,
     machine_facts,
     model_facts,
@@ -50,12 +53,13 @@ def test_what_the_json_says_for_itself_can_be_planned_again_from_plan_json(own: 
         del params["total_num_steps"]
     user = from_mapping(config, "ds.json")
     job = job_of(**STEPS, schedule={"allow_unsafe": True})
-    facts = (model_facts(), data_facts(), machine_facts(8))
-    plan = resolve(job, user, *facts)
+    facts = (model_facts(), data_facts())
+    plan = resolve(plan_inputs(job, user, machine_facts(8)), *facts)
     again = Plan.from_json(plan.to_json()).job
     assert explicit_keys(again) == explicit_keys(job)
-    check_request(again, user, machine_facts(8))
-    assert resolve(again, user, *facts) == plan
+    inputs = plan_inputs(again, user, machine_facts(8))
+    check_inputs(inputs)
+    assert resolve(inputs, *facts) == plan
 
 
 REFUSED = [
@@ -80,7 +84,7 @@ REFUSED = [
 def test_what_the_loop_does_not_carry_out_is_refused_before_a_run(config: dict[str, Any], key: str) -> None:
     user = from_mapping({"zero_optimization": {"stage": 2}, **config}, "ds.json")
     with pytest.raises(RequestError) as refused:
-        lint_ds_config(job_of(**STEPS), user, machine_facts(8))
+        lint_ds_config(plan_inputs(job_of(**STEPS), user, machine_facts(8)))
     assert [(problem.file, problem.key) for problem in refused.value.problems] == [("ds.json", key)]
     assert refused.value.problems[0].hint
 
@@ -96,12 +100,12 @@ def test_what_the_loop_does_not_carry_out_is_refused_before_a_run(config: dict[s
 )
 def test_what_is_the_same_for_every_group_is_planned(config: dict[str, Any]) -> None:
     user = from_mapping({"zero_optimization": {"stage": 2}, **config}, "ds.json")
-    lint_ds_config(job_of(**STEPS, schedule={"allow_unsafe": True}), user, machine_facts(8))
+    lint_ds_config(plan_inputs(job_of(**STEPS, schedule={"allow_unsafe": True}), user, machine_facts(8)))
 
 
 def test_lists_in_a_scheduler_that_a_generated_one_replaces_do_not_count() -> None:
     user = from_mapping({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": [1e-5, 1e-6]}}}, "ds.json")
-    lint_ds_config(job_of(**STEPS, schedule={"shape": "linear"}), user, machine_facts(8))
+    lint_ds_config(plan_inputs(job_of(**STEPS, schedule={"shape": "linear"}), user, machine_facts(8)))
 
 
 def test_load_universal_of_the_json_is_reported_as_not_used() -> None:
@@ -215,9 +219,9 @@ def test_a_run_that_was_planned_in_the_old_format_is_resumed(tmp_path: Path, mon
     write_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
     run = a_run(tmp_path, ADAM_OF_ITS_OWN)
-    plan = json.loads(run.plan_file.read_text())["plan"]
+    plan = in_format_1(read_plan(run.plan_file))["plan"]
     del plan["job"]["train"]["eval_every"]  # as if the key had come since
-    named = hashlib.sha256(json.dumps(plan, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    named = format_1_hash(plan)
     run.plan_file.write_text(json.dumps({"sha256": named, "plan": plan}))
     (run.checkpoint(2) / MANIFEST).unlink()
     write_manifest(run.checkpoint(2), update=2, samples=64, world_size=4, plan_sha256=named)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ from launcher.errors import LauncherError
 from launcher.job import Job, explicit_keys, validate_job
 from launcher.job.set_keys import changed_keys, set_keys, with_set_keys
 from launcher.plan.schema import Plan, hash_in
-from tests.unit.inputs import data_facts, job_of, machine_facts, plan_of
+from tests.unit.inputs import data_facts, in_format_1, job_of, machine_facts, plan_of
+
+PLANS = Path(__file__).parents[2] / "data/plans"
+"""plan.json as earlier versions of the launcher wrote it."""
 
 JOBS = st.builds(
     lambda steps, batch, seed, shape, eps: job_of(
@@ -83,16 +87,10 @@ def test_a_plan_keeps_which_keys_were_set(job: Job) -> None:
     assert validate_job(back.job.model_dump(mode="json", exclude_unset=True)) == job
 
 
-def old_format(plan: Plan) -> dict[str, Any]:
-    """plan.json as it was written before it kept which keys were set."""
-    document = json.loads(plan.to_json())
-    return {"sha256": document["sha256"], "plan": document["plan"]}
-
-
 def test_a_plan_in_the_old_format_has_set_what_differs_from_the_defaults() -> None:
     job = job_of(train={"max_steps": 9, "weight_decay": 0.1, "eps": 1e-8}, model={"lora": {}})
     plan = plan_of(job, machine=WITH_PEFT)
-    back = Plan.from_json(json.dumps(old_format(plan)))
+    back = Plan.from_json(json.dumps(in_format_1(plan)))
     assert back == plan
     names = {"name", "model.name_or_path", "data.train", "train.max_steps", "train.weight_decay"}
     assert explicit_keys(back.job) == names
@@ -101,7 +99,7 @@ def test_a_plan_in_the_old_format_has_set_what_differs_from_the_defaults() -> No
 
 
 def test_a_plan_without_a_newer_key_of_the_job_is_read_and_names_its_own_hash() -> None:
-    document = old_format(plan_of(job_of(train={"max_steps": 9})))
+    document = in_format_1(plan_of(job_of(train={"max_steps": 9})))
     del document["plan"]["job"]["train"]["eval_every"]
     text = json.dumps(document)
     with pytest.raises(LauncherError, match="altered"):
@@ -114,10 +112,34 @@ def test_a_plan_without_a_newer_key_of_the_job_is_read_and_names_its_own_hash() 
     assert hash_in(text) == document["sha256"]
 
 
+@pytest.mark.parametrize("name", ["training", "script"])
+def test_a_plan_that_an_earlier_version_wrote_is_read(name: str) -> None:
+    text = (PLANS / f"{name}-format-2.json").read_text()
+    old = json.loads(text)["plan"]
+    plan = Plan.from_json(text)
+    assert plan.workload.kind == name
+    assert hash_in(text) != plan.sha256
+    written = json.loads(plan.to_json())["plan"]
+    workload = written.pop("workload")
+    moved = {key: old[key] for key in ("job", "model") if key in old}
+    moved |= old["script"] if name == "script" else {key: old[key] for key in ("data", "memory", "recommendation")}
+    assert {key: workload[key] for key in moved if key != "job"} == {key: moved[key] for key in moved if key != "job"}
+    assert {key: workload["job"][key] for key in old["job"]} == old["job"]
+    assert {key: written[key] for key in written} == {key: old[key] for key in written}
+    with pytest.raises(LauncherError, match="altered"):
+        Plan.from_json(text.replace('"zero_stage": 2', '"zero_stage": 1'))
+
+
+def test_the_hash_depends_on_the_format() -> None:
+    document = json.loads(plan_of().to_json())
+    with pytest.raises(LauncherError, match="damaged"):
+        Plan.from_json(json.dumps({**document, "format": 2}))
+
+
 def test_a_plan_of_a_newer_format_is_refused() -> None:
     document = json.loads(plan_of(job_of(train={"max_steps": 9})).to_json())
-    with pytest.raises(LauncherError, match="it has format 3, and this launcher reads formats 1 and 2"):
-        Plan.from_json(json.dumps({**document, "format": 3}))
+    with pytest.raises(LauncherError, match="it has format 4, and this launcher reads formats 1 to 3"):
+        Plan.from_json(json.dumps({**document, "format": 4}))
 
 
 def test_set_keys_are_marked_and_unknown_ones_refused() -> None:

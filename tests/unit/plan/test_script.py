@@ -11,20 +11,20 @@ from typing import Any
 
 import pytest
 
-from launcher.cli.node import _directory
-from launcher.cli.run import write_plan
 from launcher.ds_config import from_mapping
 from launcher.errors import RequestError
 from launcher.fleet.environment import forwarded_environment
-from launcher.job import ScriptJob, is_for_a_script
-from launcher.job.read import validate_as
+from launcher.job import ScriptJob, load_job, validate_job
 from launcher.plan.facts import MachineFacts, ModelFacts
+from launcher.plan.inputs import plan_inputs
 from launcher.plan.learning_rate import planned_rates
 from launcher.plan.length import resolve_length
-from launcher.plan.schema import Plan, Script, ScriptPlan
+from launcher.plan.schema import Plan, Script
 from launcher.plan.script import filled_arguments, pairing, resolve_script
 from launcher.presets import preset_names
 from launcher.run_dir import RunDir, write_atomic
+from launcher.runs.run import _write_plan
+from launcher.runs.slurm_node import _directory
 from launcher.schedule.deepspeed_schedulers import simulate_deepspeed
 from launcher.slurm.allocation import Allocation
 from tests.unit.inputs import command, data_facts, job_of, machine_facts, model_facts, preset
@@ -35,8 +35,10 @@ CPUS = {"gpus_per_node": 0, "processes_per_node": 2}
 
 
 def script_job(**sections: Any) -> ScriptJob:
-    given = {"name": "mine", "train": TRAIN, "schedule": SCHEDULE, "cluster": CPUS, **sections}
-    return validate_as(ScriptJob, given, None, "job.yaml")
+    given = {"name": "mine", "script": {}, "train": TRAIN, "schedule": SCHEDULE, "cluster": CPUS, **sections}
+    job = validate_job(given)
+    assert isinstance(job, ScriptJob)
+    return job
 
 
 def script_plan(
@@ -46,12 +48,12 @@ def script_plan(
     arguments: tuple[str, ...] = ("train.py",),
     of_model: Mapping[str, Any] = MappingProxyType({}),
     **sections: Any,
-) -> ScriptPlan:
+) -> Plan:
     config = preset(user) if isinstance(user, str) else from_mapping(user, "ds.json")
-    script = Script(arguments=arguments, folder="/work")
     if model is not None:
         sections["model"] = {"name_or_path": "model", **of_model}
-    return resolve_script(script_job(**sections), config, model, machine or machine_facts(), script)
+    job = script_job(script={"command": list(arguments)}, **sections)
+    return resolve_script(plan_inputs(job, config, machine or machine_facts()), model, "/work")
 
 
 def problems(**options: Any) -> str:
@@ -60,7 +62,7 @@ def problems(**options: Any) -> str:
     return str(error.value)
 
 
-def driven(plan: ScriptPlan) -> list[float]:
+def driven(plan: Plan) -> list[float]:
     """The rates that DeepSpeed's engine gives a script under the plan's JSON."""
     optimizer, scheduler = plan.ds_config["optimizer"], plan.ds_config["scheduler"]
     return simulate_deepspeed(
@@ -105,7 +107,7 @@ def test_the_planned_rates_are_those_that_the_engine_applies(shape: str) -> None
     assert driven(plan)[11] == pytest.approx(1e-3, rel=1e-3)
     assert plan.learning_rate.advance == 0
     words = " ".join(reason.reason for reason in plan.learning_rate.reasons)
-    assert ("Update 0 runs at 0" if shape == "cosine" else "Updates 0 and 1 both run at") in words
+    assert ("Update 0 uses 0" if shape == "cosine" else "Updates 0 and 1 both use") in words
 
 
 def test_a_scheduler_of_the_users_own_is_kept() -> None:
@@ -176,7 +178,7 @@ def test_a_misshapen_json_is_told_with_its_place(folder: Path) -> None:
 def test_a_plan_reads_back_as_it_was_written() -> None:
     plan = script_plan(arguments=("train.py", "--deepspeed", "{ds_config}"), model=model_facts(parameters=10**8))
     again = Plan.from_json(plan.to_json())
-    assert isinstance(again, ScriptPlan)
+    assert isinstance(again.workload, Script)
     assert again == plan and again.sha256 == plan.sha256
     assert script_plan(arguments=("other.py",)).sha256 != plan.sha256
 
@@ -244,7 +246,8 @@ def test_what_a_script_does_not_heed_is_told() -> None:
 def test_the_arguments_take_the_plans_numbers() -> None:
     arguments = ("train.py", "--config={ds_config}", "{trainer_args}", "--lr", "{learning_rate}", '{"max_steps": 1}')
     plan = script_plan(arguments=arguments)
-    script, config, *options, lr, rate, own = filled_arguments(plan, {"ds_config": "/run/ds.json"})
+    assert isinstance(plan.workload, Script)
+    script, config, *options, lr, rate, own = filled_arguments(plan, plan.workload, {"ds_config": "/run/ds.json"})
     assert (script, config, lr, rate, own) == ("train.py", "--config=/run/ds.json", "--lr", "0.001", '{"max_steps": 1}')
     given = dict(zip(options[::2], options[1::2], strict=True))
     assert given == {f"--{name}": value for name, value in pairing(plan).items()}
@@ -275,6 +278,7 @@ def test_a_script_is_given_what_a_shared_ray_does_not_have_in_its_environment() 
 
 
 JOB = """\
+script: {}
 train: {max_steps: 20, train_micro_batch_size_per_gpu: 2}
 schedule: {shape: linear, peak_lr: 1.0e-3, warmup: 10}
 cluster: {gpus_per_node: 0, processes_per_node: 2}
@@ -322,23 +326,26 @@ def test_a_dry_run_shows_the_plan_and_the_command(folder: Path) -> None:
         (["job.yaml", "--"], "no script is named after --"),
         (["job.yaml", "--", "-m"], "no script is named after --"),
         (["job.yaml", "train.py"], "no script is named"),
-        (["job.yaml", "--dry-run", "--", "train.py"], "--dry-run: options stand before the job file"),
-        (["job.yaml", "--", "--lr", "1"], "after -- stands a Python script or -m MODULE, found --lr"),
-        (["job.yaml", "--", "tran.py"], "there is no script tran.py"),
+        (["job.yaml", "--dry-run", "--", "train.py"], "--dry-run: options belong before the job file"),
+        (["job.yaml", "--", "--lr", "1"], "the command must begin with a Python script or -m MODULE, found --lr"),
+        (["job.yaml", "--", "tran.py"], "the script tran.py does not exist"),
         (["job.yaml", "--", "python", "train.py"], "leave it out: launcher exec"),
         (["job.yaml", "--", "/usr/bin/python3.11", "train.py"], "leave it out: launcher exec"),
-        (["job.yaml", "--", "torchrun", "--nproc_per_node", "2", "train.py"], "torchrun stands before the script"),
-        (["job.yaml", "--", "deepspeed", "train.py"], "deepspeed stands before the script"),
+        (["job.yaml", "--", "torchrun", "--nproc_per_node", "2", "train.py"], "torchrun is in front of the script"),
+        (["job.yaml", "--", "deepspeed", "train.py"], "deepspeed is in front of the script"),
         (["job.yaml", "--", "./run.sh"], "./run.sh is a shell script, and every rank runs a Python script"),
         (["job.yaml", "--", "start"], "start is for another interpreter (/usr/bin/env bash)"),
-        (["job.yaml", "--", "program"], "program is no text"),
+        (["job.yaml", "--", "program"], "program is not text"),
         (["job.yaml", "train.max_stps=3", "--", "train.py"], "did you mean max_steps?"),
         (
             ["job.yaml", "schedule.peak_lr=auto", "--", "train.py"],
             "command line: schedule.peak_lr: the rate",
         ),
         (["job.yaml", "deepspeed=auto", "--", "train.py"], "deepspeed: a preset is chosen by the memory that model"),
-        (["job.yaml", "cluster.nodes=2", "--", "train.py"], "2 nodes, and there is this machine alone"),
+        (
+            ["job.yaml", "cluster.nodes=2", "--", "train.py"],
+            "the job asks for 2 nodes, and only this machine is available",
+        ),
         (["job.yaml", "model.name_or_path=gone/away/here", "--", "train.py"], "gone/away/here"),
     ],
     ids=str,
@@ -351,22 +358,23 @@ def test_a_bad_request_starts_nothing(folder: Path, arguments: list[str], words:
 
 
 def test_model_and_data_are_needed_everywhere_else(folder: Path) -> None:
-    for verb in (["run"], ["plan", "train.total_samples=null"]):
-        (folder / "job.yaml").write_text(JOB.replace("max_steps: 20, ", "") if verb[0] == "plan" else JOB)
-        ended = command(verb[0], "job.yaml")
+    (folder / "job.yaml").write_text(JOB.replace("script: {}\n", ""))
+    for verb in ("run", "plan", "lr"):
+        ended = command(verb, "job.yaml")
         assert ended.status == 2
         assert "model: this key is needed" in ended.err and "data: this key is needed" in ended.err
+        assert "A job that runs your own script has a section `script` instead" in ended.err
 
 
 def test_plan_and_lr_show_what_a_job_for_a_script_comes_to(folder: Path) -> None:
-    assert is_for_a_script(folder / "job.yaml")
+    assert isinstance(load_job(folder / "job.yaml").job, ScriptJob)
     ended = command("plan", "job.yaml")
     assert ended.status == 0, ended.err
-    assert "to be named after launcher exec JOB.YAML --" in ended.out
+    assert "named after launcher exec JOB.YAML --" in ended.out
     assert "20 in all, 80 samples" in ended.out
     shown = json.loads(command("lr", "job.yaml", "--json").out)
     plan = Plan.from_json(command("plan", "job.yaml", "--json").out)
-    assert isinstance(plan, ScriptPlan)
+    assert isinstance(plan.workload, Script)
     (curve,) = shown["curves"]
     assert curve["rates"] == driven(plan)
     assert curve["rates"][0] == curve["rates"][1] == 1e-3 / 11
@@ -380,7 +388,7 @@ def test_a_requeued_script_has_its_directory_and_its_checkpoints_again(tmp_path:
     assert not again
     (begun.checkpoints / "of-the-script").write_text("weights")
     if planned:
-        write_plan(script_plan(), begun)
+        _write_plan(script_plan(), begun)
     requeued, again = _directory(job, replace(first, restart=1))
     assert (requeued.path, again) == (begun.path, planned)
     # Without a plan nothing was started in it.

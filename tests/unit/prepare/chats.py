@@ -14,7 +14,7 @@ Messages = list[Message]
 
 FOLDER = Path(__file__).parents[2] / "data/chat_templates"
 TEMPLATES = {path.stem: path.read_text() for path in sorted(FOLDER.glob("*.jinja"))}
-"""Source by name: each has the constructs of one family of models."""
+"""Template source by name: each has the features of one model family."""
 MARKERS = (
     "<|im_start|>",
     "<|im_end|>",
@@ -42,7 +42,7 @@ MARKERS = (
     "<s>",
     "</s>",
 )
-"""What models' tokenizers have as added tokens."""
+"""Added tokens of various tokenizers."""
 PLAIN = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -50,12 +50,12 @@ PLAIN = (
 
 
 def template(name: str, tokens: tuple[str, ...] = MARKERS, **variables: Any) -> ChatTemplate:
-    """One of TEMPLATES with <s> and </s> as its special tokens."""
+    """One of TEMPLATES with the special tokens <s> and </s>."""
     return ChatTemplate(TEMPLATES[name], name, {"bos_token": "<s>", "eos_token": "</s>"}, tokens, variables)
 
 
 def plain() -> ChatTemplate:
-    """A template of few letters, for what does not depend on the template."""
+    """A minimal template, for tests that do not depend on the template."""
     return ChatTemplate(PLAIN, "plain")
 
 
@@ -64,7 +64,7 @@ def reader(name: str, kind: str = "messages", **variables: Any) -> Reader:
 
 
 def chat(*turns: str) -> Messages:
-    """Turns of user and assistant in alternation."""
+    """Alternating user and assistant turns."""
     return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 

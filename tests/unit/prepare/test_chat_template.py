@@ -1,4 +1,4 @@
-"""Exactly what the assistant writes is learned, in the constructs of every family of chat templates."""
+"""Exactly the assistant's text is learned, with the chat templates of all model families."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ENDS = {
     "results_inside": ("<end_of_turn>\n", "<end_of_turn>\n"),
     "unclosed_last": ("<|im_end|>\n", ""),
 }
-"""What ends an earlier and the last turn."""
+"""The text that ends an earlier turn, and the last turn."""
 
 
 @pytest.mark.parametrize("tokens", [True, False], ids=["added tokens", "no added tokens"])
@@ -119,11 +119,11 @@ def test_each_answer_is_learned_with_its_end(name: str, tokens: bool) -> None:
         ),
     ],
 )
-def test_constructs(name: str, messages: list[dict[str, Any]], wanted: list[str]) -> None:
+def test_features_of_model_families(name: str, messages: list[dict[str, Any]], wanted: list[str]) -> None:
     assert learned(reader(name).read({"messages": messages})) == wanted
 
 
-def test_what_the_template_writes_is_otherwise_left_alone() -> None:
+def test_the_rendered_text_is_otherwise_unchanged() -> None:
     example = reader("qwen25").read({"messages": chat("q", "a")})
     assert isinstance(example, Example)
     assert example.text == (
@@ -132,7 +132,7 @@ def test_what_the_template_writes_is_otherwise_left_alone() -> None:
     assert example.complete
 
 
-def test_the_date_is_the_same_each_day() -> None:
+def test_the_date_is_the_same_every_day() -> None:
     example = reader("llama3").read({"messages": chat("q", "a")})
     assert isinstance(example, Example)
     assert "Today Date: 26 Jul 2024\n" in example.text
@@ -144,13 +144,13 @@ def test_the_date_is_the_same_each_day() -> None:
 
 
 @pytest.mark.parametrize("name", ["deepseek_r1", "qwen3"])
-def test_reasoning_that_the_template_leaves_out_is_reported(name: str) -> None:
+def test_reasoning_that_the_template_drops_is_reported(name: str) -> None:
     example = reader(name).read({"messages": THOUGHT})
     assert isinstance(example, Example)
     assert example.shortened
 
 
-def test_a_generation_prompt_that_the_answers_do_not_have_is_reported() -> None:
+def test_a_generation_prompt_missing_before_answers_is_reported() -> None:
     example = reader("deepseek_r1").read({"messages": TWO})
     assert isinstance(example, Example)
     assert example.unwritten == "<think>\n"
@@ -160,31 +160,33 @@ def test_a_generation_prompt_that_the_answers_do_not_have_is_reported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "messages", "says"),
+    ("name", "messages", "words"),
     [
-        ("no_tools", CALLED, r"no_tools writes no tool_calls \(message 2\)"),
-        ("chatml", CALLED, "chatml writes no tool_calls"),
-        ("only_user_and_assistant", SYSTEM, r"leaves out the turn of role system \(message 1\)"),
-        ("phi", [*chat("q", "a"), {"role": "tool", "content": "7"}], "leaves out the turn of role tool"),
-        ("system_before_the_last_question", SYSTEM, "leaves out the turn of role system"),
-        ("gemma", chat("q", "a")[1:], "gemma refuses these messages: roles must alternate"),
-        ("gemma", CALLED, "gemma refuses these messages: roles must alternate"),
+        ("no_tools", CALLED, r"no_tools does not write tool_calls \(message 2\)"),
+        ("chatml", CALLED, "chatml does not write tool_calls"),
+        ("only_user_and_assistant", SYSTEM, r"drops the turn of role system \(message 1\)"),
+        ("phi", [*chat("q", "a"), {"role": "tool", "content": "7"}], "drops the turn of role tool"),
+        ("system_before_the_last_question", SYSTEM, "drops the turn of role system"),
+        ("gemma", chat("q", "a")[1:], "gemma rejects these messages: roles must alternate"),
+        ("gemma", CALLED, "gemma rejects these messages: roles must alternate"),
         ("llama3", [*chat("q"), call(tool_calls=call()["tool_calls"] * 2)], "one tool call at a time"),
     ],
 )
-def test_what_a_template_drops_is_refused(name: str, messages: list[dict[str, Any]], says: str) -> None:
-    with pytest.raises(BadRow, match=says):
+def test_rows_with_parts_that_a_template_drops_are_rejected(
+    name: str, messages: list[dict[str, Any]], words: str
+) -> None:
+    with pytest.raises(BadRow, match=words):
         reader(name).read({"messages": messages})
 
 
-def test_tools_that_a_template_drops_are_refused() -> None:
+def test_rows_with_tools_that_a_template_drops_are_rejected() -> None:
     row = {"messages": CALLED, "tools": [tool()]}
     assert learned(reader("qwen25").read(row))[0] == QWEN_CALL
-    with pytest.raises(BadRow, match="deepseek_r1 writes no tools"):
+    with pytest.raises(BadRow, match="deepseek_r1 does not write tools"):
         reader("deepseek_r1").read(row)
 
 
-def test_arguments_that_a_template_prints_as_python_become_json() -> None:
+def test_arguments_are_json_even_if_a_template_would_print_python() -> None:
     source = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
         "{% for c in m.tool_calls or [] %}{{ c.function.name }}: {{ c.function.arguments }}{% endfor %}<end>"
@@ -195,7 +197,7 @@ def test_arguments_that_a_template_prints_as_python_become_json() -> None:
     assert learned(found) == ['get: {"city": "Paris"}<end>']
 
 
-def test_generation_blocks_decide_and_an_end_they_leave_out_is_learned() -> None:
+def test_generation_blocks_define_the_span_and_a_missing_end_is_added() -> None:
     source = (
         "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}note: "
         "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}"
@@ -205,7 +207,7 @@ def test_generation_blocks_decide_and_an_end_they_leave_out_is_learned() -> None
     assert learned(found) == ["a1<|end|>", "a2<|end|>"]
 
 
-def test_turns_outside_of_generation_blocks_are_not_learned() -> None:
+def test_turns_outside_generation_blocks_are_not_learned() -> None:
     source = (
         "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and loop.last %}"
         "{% generation %}{{ m.content }}<|end|>{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}"
@@ -218,7 +220,7 @@ def test_turns_outside_of_generation_blocks_are_not_learned() -> None:
     assert Reader("messages", ChatTemplate(source, "marked")).read({"messages": TWO[:3]}) is Reason.NOT_FOUND
 
 
-def test_a_result_that_a_template_writes_into_the_turn_that_asked_for_it_is_not_learned() -> None:
+def test_a_tool_result_inside_the_calling_turn_is_not_learned() -> None:
     spoken = [*chat("q"), call(content="let me look"), {"role": "tool", "content": "7"}]
     example = reader("results_inside").read({"messages": [*spoken, {"role": "assistant", "content": "a1"}]})
     assert learned(example) == ['<call>get{"city": "Paris"}</call>', "a1<end_of_turn>\n"]
@@ -226,12 +228,12 @@ def test_a_result_that_a_template_writes_into_the_turn_that_asked_for_it_is_not_
     assert example.partly
 
 
-def test_the_last_turn_alone() -> None:
+def test_only_the_last_turn_is_learned() -> None:
     found = Reader("messages", template("chatml"), learn="last").read({"messages": TWO})
     assert learned(found) == ["a2<|im_end|>\n"]
 
 
-def test_a_template_of_the_job_is_a_file_or_text(tmp_path: Any) -> None:
+def test_the_jobs_template_is_a_file_or_text(tmp_path: Any) -> None:
     file = tmp_path / "chat.jinja"
     file.write_text(TEMPLATES["chatml"])
     assert read_template(str(file)) == (TEMPLATES["chatml"], f"the chat template {file}")

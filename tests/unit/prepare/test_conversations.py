@@ -1,4 +1,4 @@
-"""Conversations as people have them: parts, roles, tool calls, and turns that are not to be learned."""
+"""Conversations in various formats: parts, roles, tool calls, and turns that are not learned."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ PARTS = [{"type": "text", "text": "be", "image_url": None}, {"type": "text", "te
 QWEN = '<tool_call>\n{"name": "get", "arguments": %s}\n</tool_call><|im_end|>\n'
 
 
-def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
+def message(role: str, content: Any, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen3", "gemma", "parts", "chatml", "harmony"])
-def test_parts_are_their_text(name: str) -> None:
+def test_parts_are_joined_to_text(name: str) -> None:
     asked = [{"type": "text", "text": "alpha?"}]
     whole = reader(name).read({"messages": chat("alpha?", "beta")})
-    assert reader(name).read({"messages": [said("user", asked), said("assistant", PARTS)]}) == whole
+    assert reader(name).read({"messages": [message("user", asked), message("assistant", PARTS)]}) == whole
     assert learned(whole)[0].count("beta") == 1
     assert "alpha?" in whole.text  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "words"),
     [
         ([{"type": "image_url", "image_url": {"url": "x"}}], "a part of type image_url"),
         ([{"type": "text", "text": "x"}, {"type": "input_audio", "input_audio": {}}], "a part of type input_audio"),
         ([{"image": "x.png", "text": None}], "a part of type image"),
-        ([{"type": "text", "text": {"a": 1}}], "content must be text: a text part holds dict"),
+        ([{"type": "text", "text": {"a": 1}}], "content must be text: a text part has dict"),
         ([3], "found int in the list"),
         ({"answer": 42}, "content must be text, found dict"),
         (42, "content must be text, found int"),
         (True, "content must be text, found bool"),
     ],
 )
-def test_what_is_not_text_is_refused(content: Any, says: str) -> None:
-    with pytest.raises(BadRow, match=says):
-        reader("llama3").read({"messages": [said("user", "q"), said("assistant", content)]})
+def test_content_that_is_not_text_is_rejected(content: Any, words: str) -> None:
+    with pytest.raises(BadRow, match=words):
+        reader("llama3").read({"messages": [message("user", "q"), message("assistant", content)]})
 
 
 @pytest.mark.parametrize("text", ['{"a": 1}', "1.50", "null", "007", "NA", "[1, 2]", "true"])
@@ -53,7 +53,7 @@ def test_text_that_looks_like_json_stays_text(text: str) -> None:
 
 @pytest.mark.parametrize("empty", [None, "", " \n", [], [{"type": "text", "text": ""}]])
 def test_empty_answers_are_not_learned(empty: Any) -> None:
-    row = {"messages": [said("user", "q"), said("assistant", empty)]}
+    row = {"messages": [message("user", "q"), message("assistant", empty)]}
     assert reader("llama3").read(row) is Reason.EMPTY_ANSWERS
     row["messages"] += chat("q2", "a2")
     assert learned(reader("llama3").read(row)) == ["a2<|eot_id|>"]
@@ -64,36 +64,36 @@ def test_empty_answers_are_not_learned(empty: Any) -> None:
 )
 def test_turns_can_be_switched_off(switch: dict[str, Any]) -> None:
     messages = [
-        said("user", "q1"),
-        said("assistant", "a1", **switch),
-        said("user", "q2"),
-        said("assistant", "a2", weight=1),
+        message("user", "q1"),
+        message("assistant", "a1", **switch),
+        message("user", "q2"),
+        message("assistant", "a2", weight=1),
     ]
     assert learned(Reader("messages", plain()).read({"messages": messages})) == ["a2<end>"]
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", **switch}]
     assert Reader("messages", plain()).read({"conversations": turns}) is Reason.SWITCHED_OFF
 
 
-@pytest.mark.parametrize("figure", [{"loss": 0.0}, {"loss": 2.5}, {"loss": True}, {"training": 1}])
-def test_a_figure_that_is_called_loss_switches_nothing_off(figure: dict[str, Any]) -> None:
-    found = Reader("messages", plain()).read({"messages": [said("user", "q"), said("assistant", "a", **figure)]})
+@pytest.mark.parametrize("values", [{"loss": 0.0}, {"loss": 2.5}, {"loss": True}, {"training": 1}])
+def test_a_measured_loss_does_not_switch_a_turn_off(values: dict[str, Any]) -> None:
+    found = Reader("messages", plain()).read({"messages": [message("user", "q"), message("assistant", "a", **values)]})
     assert learned(found) == ["a<end>"]
 
 
 @pytest.mark.parametrize("switch", [{"weight": 0.5}, {"weight": "0"}, {"train": "no"}])
-def test_switches_have_two_positions(switch: dict[str, Any]) -> None:
+def test_invalid_switches_are_rejected(switch: dict[str, Any]) -> None:
     with pytest.raises(BadRow, match="must be"):
-        Reader("messages", plain()).read({"messages": [said("user", "q"), said("assistant", "a", **switch)]})
+        Reader("messages", plain()).read({"messages": [message("user", "q"), message("assistant", "a", **switch)]})
 
 
 @pytest.mark.parametrize("role", ["gpt", "human", "model", "bot", "observation", "narrator", "Assistant"])
-def test_roles_of_messages_are_refused_by_name(role: str) -> None:
-    with pytest.raises(BadRow, match=f"^role {role}, wanted system, user, assistant, tool$"):
-        reader("gemma").read({"messages": [said("user", "q"), said(role, "a")]})
+def test_unknown_roles_of_messages_are_rejected(role: str) -> None:
+    with pytest.raises(BadRow, match=f"^unknown role {role}, expected system, user, assistant, tool$"):
+        reader("gemma").read({"messages": [message("user", "q"), message(role, "a")]})
 
 
 @pytest.mark.parametrize(
-    ("role", "meant"),
+    ("role", "standard"),
     [
         ("human", "user"),
         ("gpt", "assistant"),
@@ -103,21 +103,21 @@ def test_roles_of_messages_are_refused_by_name(role: str) -> None:
         ("function", "tool"),
     ],
 )
-def test_roles_of_sharegpt_have_their_meaning(role: str, meant: str) -> None:
+def test_sharegpt_roles_are_mapped_to_standard_roles(role: str, standard: str) -> None:
     turns = [{"from": "human", "value": "q"}, {"from": role, "value": "x"}, {"from": "gpt", "value": "a"}]
-    messages = [said("user", "q"), said(meant, "x"), said("assistant", "a")]
+    messages = [message("user", "q"), message(standard, "x"), message("assistant", "a")]
     assert Reader("messages", plain()).read({"conversations": turns}) == Reader("messages", plain()).read(
         {"messages": messages}
     )
-    with pytest.raises(BadRow, match="role alien, wanted"):
+    with pytest.raises(BadRow, match="unknown role alien, expected"):
         Reader("messages", plain()).read({"conversations": [{"from": "alien", "value": "x"}]})
 
 
-def test_developer_and_function_have_the_name_that_the_template_knows() -> None:
-    messages = [said("developer", "S"), *chat("q", "a")]
+def test_developer_and_function_get_the_name_that_the_template_uses() -> None:
+    messages = [message("developer", "S"), *chat("q", "a")]
     assert "<|im_start|>system\nS" in reader("chatml").read({"messages": messages}).text  # type: ignore[union-attr]
     assert "# Instructions\nS" in reader("harmony").read({"messages": messages}).text  # type: ignore[union-attr]
-    messages = [*chat("q"), call(), said("function", "7"), said("assistant", "a")]
+    messages = [*chat("q"), call(), message("function", "7"), message("assistant", "a")]
     assert "<tool_response>\n7\n" in reader("qwen25").read({"messages": messages}).text  # type: ignore[union-attr]
 
 
@@ -137,19 +137,19 @@ def test_developer_and_function_have_the_name_that_the_template_knows() -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["qwen25", "qwen3"])
-def test_arguments_are_objects(name: str, arguments: Any, written: str) -> None:
-    row = {"messages": [*chat("q"), call(arguments=arguments), said("tool", "7"), said("assistant", "a")]}
+def test_arguments_are_parsed_to_objects(name: str, arguments: Any, written: str) -> None:
+    row = {"messages": [*chat("q"), call(arguments=arguments), message("tool", "7"), message("assistant", "a")]}
     assert learned(reader(name).read(row))[0] == QWEN % written
 
 
-def test_nulls_of_files_that_do_not_pad_are_kept() -> None:
+def test_nulls_are_kept_for_files_that_do_not_pad() -> None:
     row = {"messages": [*chat("q"), call(arguments={"unit": None})]}
     one = reader("qwen25")
     assert learned(Reader("messages", one.template, padded=False).read(row)) == [QWEN % '{"unit": null}']
     assert learned(one.read(row)) == [QWEN % "{}"]
 
 
-def test_nulls_of_tools_are_removed_at_every_depth() -> None:
+def test_nulls_in_tools_are_removed_at_every_depth() -> None:
     row = {"messages": chat("q", "a"), "tools": [tool(strict=None, more={"x": None, "y": 1})]}
     text = reader("qwen25").read(row).text  # type: ignore[union-attr]
     assert '"more": {"y": 1}' in text
@@ -157,13 +157,13 @@ def test_nulls_of_tools_are_removed_at_every_depth() -> None:
 
 
 @pytest.mark.parametrize("key", ["arguments", "parameters", "input"])
-def test_arguments_by_another_name_are_written(key: str) -> None:
-    given = said("assistant", None, tool_calls=[{"name": "get", key: {"city": "Paris"}}])
+def test_arguments_under_another_name_are_written(key: str) -> None:
+    given = message("assistant", None, tool_calls=[{"name": "get", key: {"city": "Paris"}}])
     for name, written in (
         ("qwen25", QWEN % '{"city": "Paris"}'),
         ("always_prompt", '[get: {"city": "Paris"}]<|eot_id|>'),
     ):
-        assert learned(reader(name).read({"messages": [said("user", "q"), given]})) == [written]
+        assert learned(reader(name).read({"messages": [message("user", "q"), given]})) == [written]
 
 
 def test_calls_may_be_json_text_or_bare_functions() -> None:
@@ -172,7 +172,7 @@ def test_calls_may_be_json_text_or_bare_functions() -> None:
     bare = [{"name": "get", "arguments": {"city": "Paris"}}]
     for calls in (text, bare, [text[1:-1]]):
         assert learned(reader("qwen25").read({"messages": [*chat("q"), call(tool_calls=calls)]})) == wanted
-    old = said("assistant", None, function_call={"name": "get", "arguments": '{"city": "Paris"}'})
+    old = message("assistant", None, function_call={"name": "get", "arguments": '{"city": "Paris"}'})
     assert learned(reader("qwen25").read({"messages": [*chat("q"), old]})) == wanted
     turns = [
         {"from": "human", "value": "q"},
@@ -183,7 +183,7 @@ def test_calls_may_be_json_text_or_bare_functions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("calls", "says"),
+    ("calls", "words"),
     [
         ("[…", "tool_calls is text that is not JSON"),
         ([{"function": {"name": "get", "arguments": "{…"}}], "arguments of get is text that is not JSON"),
@@ -192,12 +192,12 @@ def test_calls_may_be_json_text_or_bare_functions() -> None:
         ([3], "a tool call must be an object, found int"),
     ],
 )
-def test_broken_calls_are_refused(calls: Any, says: str) -> None:
-    with pytest.raises(BadRow, match=says):
+def test_invalid_calls_are_rejected(calls: Any, words: str) -> None:
+    with pytest.raises(BadRow, match=words):
         reader("qwen25").read({"messages": [*chat("q"), call(tool_calls=calls)]})
 
 
-def test_text_beside_a_call_that_the_template_leaves_out_is_reported() -> None:
+def test_text_with_a_call_that_the_template_drops_is_reported() -> None:
     found = reader("llama3").read({"messages": [*chat("q"), call(content="Let me look.")]})
     assert learned(found) == ['{"name": "get", "parameters": {"city": "Paris"}}<|eot_id|>']
     assert found.shortened  # type: ignore[union-attr]

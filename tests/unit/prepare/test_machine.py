@@ -1,4 +1,4 @@
-"""Which GPUs a node is seen to have, with a pretended NVML."""
+"""Which GPUs a node has, with a fake NVML."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ GIB = 1024**3
 
 
 class NVMLError(Exception):
-    """As pynvml's."""
+    """Like pynvml's."""
 
 
 class NVMLError_NoPermission(NVMLError):
-    """As pynvml's."""
+    """Like pynvml's."""
 
 
 GPUS = [SimpleNamespace(uuid=f"GPU-{index}a", name="H100", bytes=80 * GIB, of=None) for index in range(4)]
 SLICE = SimpleNamespace(uuid="MIG-1", name="H100 MIG 1g.10gb", bytes=10 * GIB, of=GPUS[0])
 
 
-def pretended(denied: tuple[int, ...]) -> ModuleType:
-    """An NVML of four GPUs, of which the job's cgroup denies some, with a slice of the first."""
+def fake_nvml(denied: tuple[int, ...]) -> ModuleType:
+    """A fake NVML with four GPUs and a MIG slice of the first; the job's cgroup denies some GPUs."""
 
     def by_index(index: int) -> SimpleNamespace:
         if index in denied:
@@ -73,7 +73,7 @@ def pretended(denied: tuple[int, ...]) -> ModuleType:
         ((), "GPU-3,GPU-1a", 2, "H100"),
         ((), "1,7,0", 1, "H100"),
         ((), "", 0, "CPU"),
-        # Slurm with ConstrainDevices: what is left is numbered from 0.
+        # Slurm with ConstrainDevices: allowed GPUs are numbered from 0.
         ((0, 3), None, 2, "H100"),
         ((0, 3), "0,1", 2, "H100"),
         ((0, 3), "2", 0, "CPU"),
@@ -82,10 +82,10 @@ def pretended(denied: tuple[int, ...]) -> ModuleType:
         ((), "MIG-gone", 0, "CPU"),
     ],
 )
-def test_gpus_that_cuda_would_show_are_counted(
+def test_gpus_that_cuda_can_see_are_counted(
     monkeypatch: pytest.MonkeyPatch, denied: tuple[int, ...], visible: str | None, gpus: int, name: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", pretended(denied))
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(denied))
     monkeypatch.setattr(machine, "_torch_has_cuda", lambda: True)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:

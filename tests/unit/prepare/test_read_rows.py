@@ -36,8 +36,8 @@ def rows_of(file: Path, content: str | bytes | None = None) -> RowList:
     return [dict(row) for row in loaded(file).train]
 
 
-def refused(file: Path, content: str | bytes, kind: str = "auto") -> Problem:
-    """The one problem of a file with this content."""
+def rejected(file: Path, content: str | bytes, kind: str = "auto") -> Problem:
+    """The problem of a file with this content."""
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(RequestError) as caught:
         list(loaded(file, kind=kind).train)
@@ -47,7 +47,7 @@ def refused(file: Path, content: str | bytes, kind: str = "auto") -> Problem:
 
 
 def write(file: Path, rows: RowList) -> None:
-    """Rows as the usual writers of each kind write them."""
+    """Writes rows like the usual writers of each file type."""
     if file.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     elif file.suffix == ".csv":
@@ -83,7 +83,7 @@ TEXT = st.one_of(st.sampled_from(LOOKS_LIKE_SOMETHING_ELSE), st.text(st.characte
 
 
 @pytest.mark.parametrize("suffix", KINDS)
-def test_what_is_text_stays_text(suffix: str, tmp_path: Path) -> None:
+def test_text_stays_text(suffix: str, tmp_path: Path) -> None:
     rows = [{"prompt": text, "completion": text} for text in LOOKS_LIKE_SOMETHING_ELSE]
     write(tmp_path / f"x{suffix}", rows)
     assert rows_of(tmp_path / f"x{suffix}") == rows
@@ -92,7 +92,7 @@ def test_what_is_text_stays_text(suffix: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", KINDS)
 @settings(max_examples=60, deadline=None)
 @given(pairs=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=5))
-def test_any_text_comes_back(
+def test_any_text_survives_a_round_trip(
     suffix: str, tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]]
 ) -> None:
     file = tmp_path_factory.mktemp("rows") / f"x{suffix}"
@@ -111,7 +111,7 @@ def test_a_byte_order_mark_is_not_text(suffix: str, tmp_path: Path) -> None:
     assert rows_of(tmp_path / f"x{suffix}", b"\xef\xbb\xbf" + content.encode()) == [{"text": "a"}]
 
 
-def test_a_mark_in_the_middle_of_joined_files_is_not_text(tmp_path: Path) -> None:
+def test_a_byte_order_mark_inside_joined_files_is_not_text(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "x.jsonl", '\ufeff{"text": "a"}\n\ufeff{"text": "b"}\n') == [{"text": "a"}, {"text": "b"}]
 
 
@@ -137,17 +137,17 @@ def test_rows_of_json_in_every_arrangement(name: str, content: str, tmp_path: Pa
     assert rows_of(tmp_path / name, content) == TWO
 
 
-def test_one_row_that_holds_a_list_of_objects_is_a_row(tmp_path: Path) -> None:
+def test_one_row_with_a_list_of_objects_is_a_row(tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "a"}]}
     assert rows_of(tmp_path / "x.json", json.dumps(row, indent=2)) == [row]
 
 
-def test_rows_longer_than_what_is_read_at_once(tmp_path: Path) -> None:
+def test_rows_longer_than_a_chunk(tmp_path: Path) -> None:
     rows = [{"text": "a"}, {"text": "é\n" * 1_500_000}, {"text": "b"}]
     write(tmp_path / "x.jsonl", rows)
     assert rows_of(tmp_path / "x.jsonl") == rows
-    places = [row.place for row in loaded(tmp_path / "x.jsonl").train]
-    assert [(place.row, place.line) for place in places] == [(1, 1), (2, 2), (3, 3)]
+    locations = [row.location for row in loaded(tmp_path / "x.jsonl").train]
+    assert [(location.row, location.line) for location in locations] == [(1, 1), (2, 2), (3, 3)]
 
 
 @pytest.mark.parametrize(
@@ -156,18 +156,18 @@ def test_rows_longer_than_what_is_read_at_once(tmp_path: Path) -> None:
 def test_compressed_files(suffix: str, compress: Any, tmp_path: Path) -> None:
     two_members = compress(b'{"text": "a"}\n') + compress(b'{"text": "b"}\n')
     assert rows_of(tmp_path / f"x.jsonl{suffix}", two_members) == TWO
-    problem = refused(tmp_path / f"y.jsonl{suffix}", two_members[:-9])
+    problem = rejected(tmp_path / f"y.jsonl{suffix}", two_members[:-9])
     assert problem.message.startswith("cannot be read")
 
 
-def test_zstd_needs_no_package_of_its_own(tmp_path: Path) -> None:
+def test_zstd_needs_no_extra_package(tmp_path: Path) -> None:
     frames = [pyarrow.compress(text, codec="zstd", asbytes=True) for text in (b'{"text": "a"}\n', b'{"text": "b"}\n')]
     assert rows_of(tmp_path / "x.jsonl.zst", b"".join(frames)) == TWO
-    assert "cannot be read" in refused(tmp_path / "y.jsonl.zst", b"".join(frames)[:-5]).message
+    assert "cannot be read" in rejected(tmp_path / "y.jsonl.zst", b"".join(frames)[:-5]).message
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says", "line"),
+    ("name", "content", "words", "line"),
     [
         ("x.jsonl", '{"text": "a"}\n{"text": \n', "row 2 cannot be read: not valid JSON in column 10", 2),
         ("x.jsonl", '{"text": \n{"text": "b"}\n', "row 1 cannot be read", 1),
@@ -175,56 +175,63 @@ def test_zstd_needs_no_package_of_its_own(tmp_path: Path) -> None:
         ("x.jsonl", '{"text": "a"}\n{"text": "b\n{"text": "c"}\n', "row 2 cannot be read", 2),
         ("x.jsonl", '{"text": "a"}\n{"text": "b', "the row is cut off", 2),
         ("x.json", '[{"text": "a"},\n{"text": "b"}\n', "ends in the middle of its array", 3),
-        ("x.json", '[{"text": "a"}\n{"text": "b"}]', "',' or ']' was expected", 2),
-        ("x.jsonl", '[{"role": "user"}]\n[{"role": "user"}]\n', "the end of the file was expected", 2),
+        ("x.json", '[{"text": "a"}\n{"text": "b"}]', "expected ',' or ']'", 2),
+        ("x.jsonl", '[{"role": "user"}]\n[{"role": "user"}]\n', "expected the end of the file", 2),
         ("x.json", '[[{"role": "user"}]]', "row 1 cannot be read: it is a list", 1),
-        ("x.jsonl", '{"text": "a"}\n5\n', "row 2 cannot be read: it is 5 alone", 2),
+        ("x.jsonl", '{"text": "a"}\n5\n', "row 2 cannot be read: it is 5", 2),
         ("x.json", '{"a": [{"text": "a"}], "b": [{"text": "b"}]}', "several arrays of rows: a, b", None),
-        ("x.jsonl", '{"text": "a"}\n{"text": "b", "text": "c"}\n', "row 2 cannot be read: `text` is written twice", 2),
+        ("x.jsonl", '{"text": "a"}\n{"text": "b", "text": "c"}\n', "row 2 cannot be read: duplicate key `text`", 2),
         (
             "x.jsonl",
             '{"messages": [{"role": "user", "content": "a", "content": "b"}]}\n',
-            "row 1 cannot be read: `content` is written twice",
+            "row 1 cannot be read: duplicate key `content`",
             1,
         ),
         ("x.jsonl", '{"text": "a"}\n{"text": "\\ud83d"}\n', "row 2 cannot be read: `text` has half", 2),
         ("x.jsonl", '{"text": "a"}\n{"text": ' + "[" * 200_000, "nested too deeply", 2),
-        ("x.csv", "prompt,completion\na,b\nc,d,e\n", "row 2 cannot be read: 3 cells, and the header has 2", 3),
-        ("x.csv", 'prompt,completion\n"a\nb",c\nd,"e\nf,g\n', "row 2 cannot be read: a quote that opens", 4),
+        ("x.csv", "prompt,completion\na,b\nc,d,e\n", "row 2 cannot be read: 3 cells, but the header has 2", 3),
+        (
+            "x.csv",
+            'prompt,completion\n"a\nb",c\nd,"e\nf,g\n',
+            "row 2 cannot be read: it has a quote that is never closed",
+            4,
+        ),
         ("x.csv", 'text\n"a"b\n', "row 1 cannot be read", 2),
-        ("x.csv", "text,text\na,b\n", "the header names text more than once", 1),
-        ("x.csv", "", "there are no rows", None),
-        ("x.jsonl", "", "there are no rows", None),
-        ("x.json", "[]", "there are no rows", None),
+        ("x.csv", "text,text\na,b\n", "duplicate columns in the header: text", 1),
+        ("x.csv", "", "found no rows", None),
+        ("x.jsonl", "", "found no rows", None),
+        ("x.json", "[]", "found no rows", None),
         ("x.parquet", "hello", "cannot be read", None),
         ("x.jsonl", '{"text": "a"}\n{"text": 5}\n', r"row 2: text must be text, found a number (5)", 2),
         ("x.jsonl", '{"instruction": "a", "output": "b", "input": 5}\n', "row 1: input must be text", 1),
         ("x.json", '{"prompt": ["a", "b"], "completion": ["c", "d"]}', "row 1: prompt and completion are lists", 1),
         ("x.json", '{"text": {"0": "a", "1": "b"}}', "row 1: text must be text, found an object", 1),
         ("x.jsonl", '{"messages": "hello"}', "row 1: messages must be a list of messages", 1),
-        ("x.jsonl", '{"question": "a"}', "columns question fit no format", None),
+        ("x.jsonl", '{"question": "a"}', "columns question do not match any format", None),
     ],
 )
-def test_errors_name_the_row_and_the_line(name: str, content: str, says: str, line: int | None, tmp_path: Path) -> None:
-    problem = refused(tmp_path / name, content)
-    assert says in problem.message
+def test_errors_name_the_row_and_the_line(
+    name: str, content: str, words: str, line: int | None, tmp_path: Path
+) -> None:
+    problem = rejected(tmp_path / name, content)
+    assert words in problem.message
     assert problem.line == line
     assert (problem.key or "").startswith("data.")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".txt"])
-def test_other_encodings_are_refused_with_a_hint(suffix: str, tmp_path: Path) -> None:
+def test_other_encodings_are_rejected_with_a_hint(suffix: str, tmp_path: Path) -> None:
     text = {".csv": "text\na\né\n", ".txt": "a\nb\né\n"}.get(suffix, '{"text": "a"}\n\n{"text": "é"}\n')
-    latin = refused(tmp_path / f"x{suffix}", text.encode("latin-1"))
+    latin = rejected(tmp_path / f"x{suffix}", text.encode("latin-1"))
     assert (latin.line, "byte 0xe9" in latin.message, "UTF-8" in str(latin.hint)) == (3, True, True)
     for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):
-        wide = refused(tmp_path / f"x{suffix}", text.encode(encoding))
-        assert "UTF-8 is needed" in wide.message
+        wide = rejected(tmp_path / f"x{suffix}", text.encode(encoding))
+        assert "not UTF-8" in wide.message
         assert "save it as UTF-8" in str(wide.hint)
 
 
-def test_a_compressed_file_under_another_name_is_refused_as_one(tmp_path: Path) -> None:
-    problem = refused(tmp_path / "x.jsonl", gzip.compress(b'{"text": "a"}'))
+def test_a_compressed_file_with_another_suffix_is_rejected_as_compressed(tmp_path: Path) -> None:
+    problem = rejected(tmp_path / "x.jsonl", gzip.compress(b'{"text": "a"}'))
     assert (problem.message, problem.hint) == (
         "cannot be read: it is compressed with gzip",
         "add .gz to its name",
@@ -233,17 +240,17 @@ def test_a_compressed_file_under_another_name_is_refused_as_one(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("content", ['{"text": "a"},\n{"text": "b"}\n', '[{"text": "a"},]', '{"text": "a",}\n'])
-def test_a_comma_too_many_has_a_hint(content: str, tmp_path: Path) -> None:
-    assert "remove the comma" in str(refused(tmp_path / "x.json", content).hint)
-    assert "comma" not in str(refused(tmp_path / "y.jsonl", '{"text": "a,] b" "c"}').hint)
+def test_an_extra_comma_has_a_hint(content: str, tmp_path: Path) -> None:
+    assert "remove the comma" in str(rejected(tmp_path / "x.json", content).hint)
+    assert "comma" not in str(rejected(tmp_path / "y.jsonl", '{"text": "a,] b" "c"}').hint)
 
 
-def test_a_key_that_nobody_needs_may_be_written_twice(tmp_path: Path) -> None:
+def test_duplicates_of_unused_keys_are_allowed(tmp_path: Path) -> None:
     rows = '{"text": "a", "m": {"x": 1, "x": 2}, "n": 1, "n": 2}\n'
     assert [row["text"] for row in rows_of(tmp_path / "x.jsonl", rows)] == ["a"]
 
 
-def test_two_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+def test_parquet_columns_with_the_same_name_are_rejected(tmp_path: Path) -> None:
     file = tmp_path / "x.parquet"
     columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
     pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=["text", "text"]), file)
@@ -265,12 +272,12 @@ def test_two_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_files_of_other_splits_in_a_folder_are_noted(names: tuple[str, ...], noted: list[str], tmp_path: Path) -> None:
     for name in names:
         write(tmp_path / f"{name}.jsonl", [{"text": "a"}])
-    found = [note for note in loaded(tmp_path).train.notes if "whose rows are trained on" in note]
+    found = [note for note in loaded(tmp_path).train.notes if "its rows are trained on" in note]
     assert len(found) == len(noted)
     assert all(name in found[0] for name in noted)
 
 
-def test_columns_and_types_may_differ_where_nobody_needs_them(tmp_path: Path) -> None:
+def test_unused_columns_may_differ_in_name_and_type(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     write(folder / "a.jsonl", [{"text": "a", "meta": None, "ids": [1]}, {"text": "b", "meta": {"x": "y"}, "ids": "no"}])
@@ -279,7 +286,7 @@ def test_columns_and_types_may_differ_where_nobody_needs_them(tmp_path: Path) ->
     assert loaded(folder).train.column_names == ("text", "meta", "ids", "n")
 
 
-def test_a_parquet_column_that_nobody_needs_is_not_read(tmp_path: Path) -> None:
+def test_an_unused_parquet_column_is_not_read(tmp_path: Path) -> None:
     write(tmp_path / "x.parquet", [{"text": "NA", "image": b"1", "n": 1}, {"text": "b", "image": b"2", "n": 2}])
     assert rows_of(tmp_path / "x.parquet") == [{"text": "NA"}, {"text": "b"}]
     write(tmp_path / "y.parquet", [{"text": "NA", "prompt": b"1"}])
@@ -296,18 +303,18 @@ def test_every_type_of_text_in_parquet(kind: Any, dictionary: bool, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "words"),
     [([b"a"], "row 1: text must be text, found bytes"), ([1], "row 1: text must be text, found a number (1)")],
 )
-def test_parquet_columns_that_are_not_text_are_refused_by_name(values: list[Any], says: str, tmp_path: Path) -> None:
+def test_parquet_columns_without_text_are_rejected_by_name(values: list[Any], words: str, tmp_path: Path) -> None:
     write(tmp_path / "x.parquet", [{"text": value} for value in values])
     with pytest.raises(RequestError) as caught:
         rows_of(tmp_path / "x.parquet")
-    assert says in caught.value.problems[0].message
+    assert words in caught.value.problems[0].message
 
 
 @pytest.mark.parametrize("column", ["messages", "conversations"])
-def test_messages_as_json_text_and_by_field_are_read(column: str, tmp_path: Path) -> None:
+def test_messages_as_json_text_or_as_a_list_per_field_are_read(column: str, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": '{"a": 1}'}, {"role": "assistant", "content": "007"}]
     by_field = {"role": ["user", "assistant"], "content": ['{"a": 1}', "007"]}
     for value in (turns, json.dumps(turns), by_field):
@@ -325,12 +332,12 @@ def test_missing_columns_are_named_and_counted(tmp_path: Path) -> None:
 
 
 def test_a_column_that_no_row_has_is_an_error(tmp_path: Path) -> None:
-    problem = refused(tmp_path / "x.jsonl", '{"text": "b"}\n', kind="prompt-completion")
+    problem = rejected(tmp_path / "x.jsonl", '{"text": "b"}\n', kind="prompt-completion")
     assert problem.message == "no row has completion; the columns are text"
     assert "data.format" in str(problem.hint)
 
 
-def test_cells_that_a_row_leaves_off_are_missing(tmp_path: Path) -> None:
+def test_cells_after_the_end_of_a_row_are_missing(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "x.csv", "prompt,completion\na\n\nb,c\n") == [
         {"prompt": "a"},
         {"prompt": "b", "completion": "c"},
@@ -356,7 +363,7 @@ def texts(rows: Any) -> list[str]:
     return [row["text"] for row in rows]
 
 
-def test_what_is_held_out_depends_on_the_seed_alone_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_held_out_rows_depend_only_on_the_seed_and_no_row_is_lost(tmp_path: Path) -> None:
     write(tmp_path / "x.jsonl", [{"text": str(number)} for number in range(50)])
     read = loaded(tmp_path / "x.jsonl", 0.1)
     assert read.eval is not None
@@ -368,8 +375,8 @@ def test_what_is_held_out_depends_on_the_seed_alone_and_nothing_is_lost(tmp_path
     assert texts(read.eval) == held_out
 
 
-def test_a_share_that_leaves_nothing_is_refused() -> None:
-    with pytest.raises(RequestError, match="leaves none to train on"):
+def test_a_fraction_that_leaves_no_training_rows_is_rejected() -> None:
+    with pytest.raises(RequestError, match="leaves no rows to train on"):
         held_out_rows(1, 0.5, 0)
 
 
@@ -391,15 +398,15 @@ def test_evaluation_rows_that_are_training_rows_are_counted(tmp_path: Path) -> N
     assert shared(0.25) == 2
 
 
-def test_a_file_that_is_named_twice_is_noted(tmp_path: Path) -> None:
+def test_a_file_that_is_listed_twice_is_noted(tmp_path: Path) -> None:
     write(tmp_path / "x.jsonl", TWO)
     source = find_data([str(tmp_path / "x.jsonl")] * 2, "data.train")
     read = load_rows(source, None, data_format="auto", split="train", eval_split="train", seed=3)
     assert texts(read.train) == ["a", "b", "a", "b"]
-    assert read.notes() == (f"data.train names {tmp_path / 'x.jsonl'} 2 times: its rows count as often",)
+    assert read.notes() == (f"data.train names {tmp_path / 'x.jsonl'} 2 times: its rows are used 2 times",)
 
 
-def test_a_file_without_any_column_of_use_is_noted(tmp_path: Path) -> None:
+def test_a_file_without_any_content_column_is_noted(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", [{"text": "a"}])
     write(tmp_path / "b.parquet", [{"question": "b"}, {"question": "c"}])
     read = loaded(tmp_path)
@@ -409,7 +416,7 @@ def test_a_file_without_any_column_of_use_is_noted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_file_that_changes_while_it_is_read_is_refused(rows: int, tmp_path: Path) -> None:
+def test_a_file_that_changes_during_reading_is_rejected(rows: int, tmp_path: Path) -> None:
     write(tmp_path / "x.jsonl", TWO)
     read = loaded(tmp_path / "x.jsonl")
     write(tmp_path / "x.jsonl", [{"text": "a"}] * rows)

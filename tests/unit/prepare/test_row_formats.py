@@ -1,4 +1,4 @@
-"""From rows to text and to exactly the spans of it that are learned."""
+"""Rows become text and exactly the spans that are learned."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ def text(found: Example | Reason) -> str:
         (["messages", "text"], "messages"),
     ],
 )
-def test_formats_are_told_from_the_columns(columns: list[str], kind: str) -> None:
+def test_formats_are_detected_from_the_columns(columns: list[str], kind: str) -> None:
     assert detect_format(columns) == kind
 
 
 @pytest.mark.parametrize("columns", [[], ["prompt"], ["Text"], ["question", "answer"]])
-def test_columns_of_no_format_are_told_with_those_that_would_do(columns: list[str]) -> None:
+def test_unknown_columns_are_rejected_with_the_needed_ones(columns: list[str]) -> None:
     with pytest.raises(BadRow, match="prompt-completion: prompt, completion") as caught:
         detect_format(columns)
     assert all(column in str(caught.value) for column in columns)
 
 
-def test_columns_that_nobody_reads_are_named() -> None:
+def test_unused_columns_are_named() -> None:
     assert unused_columns(["messages", "tools", "system", "id", "history", "score"], "messages") == ["history", "score"]
     assert unused_columns(["instruction", "output", "history", "system"], "instruction") == []
     assert unused_columns(["text", "system"], "text") == ["system"]
@@ -75,7 +75,7 @@ CONTENT = st.text("ab <>\n", max_size=6)
 @given(
     turns=st.lists(st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), CONTENT), min_size=1, max_size=6)
 )
-def test_every_assistant_turn_and_nothing_else_is_learned(turns: list[tuple[str, str]]) -> None:
+def test_exactly_the_assistant_turns_are_learned(turns: list[tuple[str, str]]) -> None:
     messages = [{"role": role, "content": content} for role, content in turns]
     wanted = [content + "<end>" for role, content in turns if role == "assistant" and content.strip()]
     example = read({"messages": messages}, "messages")
@@ -89,7 +89,7 @@ def test_every_assistant_turn_and_nothing_else_is_learned(turns: list[tuple[str,
         assert example.text.startswith(answer, start)
 
 
-def test_tools_reach_the_template() -> None:
+def test_tools_are_passed_to_the_template() -> None:
     source = "{% if tools %}{{ tools | tojson }}{% endif %}" + PLAIN
     row = {"messages": chat("q", "a"), "tools": [{"name": "t1", "default": None}]}
     for tools in (row["tools"], '[{"name": "t1"}]', ['{"name": "t1"}']):
@@ -100,7 +100,7 @@ def test_tools_reach_the_template() -> None:
         assert text(read({**row, "tools": none}, "messages")).startswith("<user>")
 
 
-def test_sharegpt() -> None:
+def test_sharegpt_conversations() -> None:
     turns = [("system", "s"), ("human", "q"), ("gpt", "a"), ("user", "q2"), ("assistant", "a2")]
     row = {"conversations": [{"from": who, "value": said} for who, said in turns]}
     example = read(row, "messages")
@@ -108,7 +108,7 @@ def test_sharegpt() -> None:
     assert learned(example) == ["a<end>", "a2<end>"]
 
 
-def test_conversations_may_hold_messages_or_json_text() -> None:
+def test_conversations_may_be_messages_or_json_text() -> None:
     assert learned(read({"conversations": chat("q", "a")}, "messages")) == ["a<end>"]
     row = {"messages": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "1.50"}]'}
     assert learned(read(row, "messages")) == ["1.50<end>"]
@@ -124,7 +124,7 @@ def test_a_system_column_is_the_first_turn() -> None:
         read({"messages": [{"role": "system", "content": "s"}, *chat("q", "a")], "system": "S"}, "messages")
 
 
-def test_variables_of_a_row_reach_the_template() -> None:
+def test_variables_of_a_row_are_passed_to_the_template() -> None:
     source = "{% if thinking %}<yes>{% endif %}" + PLAIN
     row = {"messages": chat("q", "a"), "chat_template_kwargs": {"thinking": True, "other": None}}
     template = ChatTemplate(source, "own", template_kwargs={"thinking": False})
@@ -139,11 +139,11 @@ def test_prompt_and_completion_as_text() -> None:
     example = read({"prompt": "2+2=", "completion": "4"}, "prompt-completion")
     assert example == Example("2+2=4", ((4, 5),))
     assert bare({"prompt": None, "completion": "4"}, "prompt-completion") == Example("4", ((0, 1),))
-    with pytest.raises(BadRow, match="the column system cannot be used with a prompt that is text"):
+    with pytest.raises(BadRow, match="the column system cannot be used with a text prompt"):
         read({"prompt": "q", "completion": "a", "system": "S"}, "prompt-completion")
 
 
-def test_prompt_and_completion_as_messages_learn_only_the_completion() -> None:
+def test_only_the_completion_of_messages_is_learned() -> None:
     row = {"prompt": chat("q1", "a1", "q2"), "completion": [{"role": "assistant", "content": "a2"}]}
     assert learned(read(row, "prompt-completion")) == ["a2<end>"]
     assert learned(read({"prompt": chat("q"), "completion": "a"}, "prompt-completion")) == ["a<end>"]
@@ -176,11 +176,11 @@ def test_instructions_with_system_and_history() -> None:
         "You are kappa.\n\n### Instruction:\nq0\n\n### Response:\na0\n\n### Instruction:\nq1\n\n### Response:\na1"
     )
     assert learned(without) == ["a0", "a1"]
-    with pytest.raises(BadRow, match="history must be a list of pairs"):
+    with pytest.raises(BadRow, match="history must be a list of question-answer pairs"):
         read({**row, "history": ["q0", "a0"]}, "instruction")
 
 
-def test_text_is_learned_whole() -> None:
+def test_all_of_a_text_is_learned() -> None:
     assert read({"text": "abc"}, "text") == Example("abc", ((0, 3),))
 
 
@@ -211,12 +211,12 @@ def test_byte_order_marks_are_removed() -> None:
         ({"text": None}, "text", Reason.EMPTY),
     ],
 )
-def test_rows_that_hold_nothing_to_learn(row: Row, kind: str, reason: Reason) -> None:
+def test_rows_without_anything_to_learn(row: Row, kind: str, reason: Reason) -> None:
     assert read(row, kind) is reason
 
 
 @pytest.mark.parametrize(
-    ("row", "kind", "says"),
+    ("row", "kind", "words"),
     [
         ({"messages": "hello"}, "messages", "messages is text that is not JSON"),
         ({"messages": 3}, "messages", "messages must be a list, found int"),
@@ -233,11 +233,11 @@ def test_rows_that_hold_nothing_to_learn(row: Row, kind: str, reason: Reason) ->
         ({"messages": chat("q", "a"), "tools": {"a": 1}}, "messages", "tools must be a list of objects"),
     ],
 )
-def test_bad_rows_are_told(row: Row, kind: str, says: str) -> None:
-    with pytest.raises(BadRow, match=says):
+def test_invalid_rows_are_rejected(row: Row, kind: str, words: str) -> None:
+    with pytest.raises(BadRow, match=words):
         read(row, kind)
 
 
 def test_messages_need_a_template() -> None:
-    with pytest.raises(BadRow, match=r"no chat template.*data\.chat_template"):
+    with pytest.raises(BadRow, match=r"need a chat template.*data\.chat_template"):
         Reader("messages", None).read({"messages": chat("q", "a")})

@@ -1,4 +1,4 @@
-"""Where a job's model and data lie, and the stamps that tell whether they have changed."""
+"""Finding a job's model and data, and the stamps that show whether they have changed."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_file_whose_name_looks_like_a_glob(folder: Path) -> None:
         ("x.tsv", "csv"),
     ],
 )
-def test_the_suffix_tells_the_kind(folder: Path, name: str, builder: str) -> None:
+def test_the_suffix_determines_the_file_type(folder: Path, name: str, builder: str) -> None:
     (folder / name).write_text("")
     assert find_data(name, "data.train").builder == builder
 
@@ -87,12 +87,12 @@ def test_hub_names(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["org/data.jsonl", "a/b/c", "/nowhere", "../x", "org/", "has space", "data/*.txt"])
-def test_names_that_the_hub_cannot_have(name: str) -> None:
+def test_names_that_are_not_valid_on_the_hub(name: str) -> None:
     with pytest.raises(RequestError, match=r"data\.train: no file matches"):
         find_data(name, "data.train")
 
 
-def test_a_hub_name_that_was_meant_as_a_file() -> None:
+def test_a_hub_name_that_looks_like_a_misspelt_file() -> None:
     assert hub_hint("data/a.json") == "did you mean data/a.jsonl?"
     assert "local files" in hub_hint("org/unlike-anything")
 
@@ -127,7 +127,7 @@ def test_stamps_do_not_depend_on_the_order(folder: Path) -> None:
     assert fingerprint([1]) != fingerprint(["1"])
 
 
-def test_the_tokenizer_counts_and_the_weights_do_not(folder: Path) -> None:
+def test_the_fingerprint_depends_on_the_tokenizer_and_not_on_the_weights(folder: Path) -> None:
     model = folder / "model"
     model.mkdir()
     (model / "tokenizer.json").write_text("{}")
@@ -139,7 +139,7 @@ def test_the_tokenizer_counts_and_the_weights_do_not(folder: Path) -> None:
     assert tokenizer_fingerprint(model) != first
 
 
-def test_files_that_programs_leave_behind_are_skipped(folder: Path) -> None:
+def test_hidden_files_are_skipped(folder: Path) -> None:
     for name in ("._a.jsonl", ".a.jsonl.swp", ".hidden.jsonl", ".ipynb_checkpoints/a.jsonl", ".cache/x.jsonl"):
         path = folder / "data" / name
         path.parent.mkdir(exist_ok=True)
@@ -169,13 +169,13 @@ def problem_of(value: str | list[str]) -> Problem:
 def test_folders_without_data(folder: Path) -> None:
     (folder / "empty").mkdir()
     problem = problem_of("empty")
-    assert (problem.message, problem.key) == ("the folder empty holds no data", "data.train")
+    assert (problem.message, problem.key) == ("the folder empty contains no data", "data.train")
     assert ".jsonl, .ndjson, .json, .parquet" in str(problem.hint)
     for name in ("outer/one", "outer/two", "outer/.three"):
         (folder / name).mkdir(parents=True)
         (folder / name / "x.parquet").write_text("")
     hint = str(problem_of("outer").hint)
-    assert hint == "give one of the folders in it: outer/one, outer/two; or all files with outer/*/*.parquet"
+    assert hint == "use one of its subfolders: outer/one, outer/two; for all files, use outer/*/*.parquet"
     assert names(find_data("outer/*/*.parquet", "data.train")) == ["x.parquet", "x.parquet"]
 
 
@@ -187,7 +187,7 @@ def save_to_disk_folder(folder: Path) -> Path:
     return folder
 
 
-def test_folders_that_save_to_disk_wrote(folder: Path) -> None:
+def test_folders_from_save_to_disk(folder: Path) -> None:
     save_to_disk_folder(folder / "saved")
     assert find_data("saved", "data.train") == DataSource(saved=Path("saved"))
     assert not DataSource(saved=Path("saved")).has_splits
@@ -199,10 +199,10 @@ def test_folders_that_save_to_disk_wrote(folder: Path) -> None:
     assert DataSource(saved=Path("dict")).has_splits
     (folder / "above").mkdir()
     save_to_disk_folder(folder / "above/saved")
-    assert problem_of("above").hint == "give one of the folders in it: above/saved"
+    assert problem_of("above").hint == "use one of its subfolders: above/saved"
 
 
-def test_a_hub_set_has_a_configuration_and_a_split_for_evaluation() -> None:
+def test_a_hub_data_set_has_a_configuration_and_an_evaluation_split() -> None:
     hub = DataSource(hub_name="org/set")
     configured = DataSource(hub_name="org/set", config="en")
     for section, found in (
@@ -226,7 +226,7 @@ def test_a_hub_set_has_a_configuration_and_a_split_for_evaluation() -> None:
         ({"train": "data/a.jsonl", "split": "train[:10]"}, "data.split"),
     ],
 )
-def test_a_key_for_hub_sets_is_refused_where_it_would_do_nothing(section: dict[str, Any], key: str) -> None:
+def test_a_key_for_hub_data_sets_is_rejected_if_it_has_no_effect(section: dict[str, Any], key: str) -> None:
     with pytest.raises(RequestError) as caught:
         find_split_data(DataSection(**section))
     assert [problem.key for problem in caught.value.problems] == [key]

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launcher.cli.console import RunConsole
-from launcher.cli.resume import _report_damage, rest_of, where_to_go_on
 from launcher.errors import RequestError
 from launcher.export_folder import export_fault
 from launcher.manifest import MANIFEST, write_manifest
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
 from launcher.runs.checkpoints import saved_at
+from launcher.runs.console import RunConsole
+from launcher.runs.rest import rest_as_planned, rest_of
+from launcher.runs.resume import _report_damage
 from tests.unit.inputs import command, plan_of
 
 NEWEST, BEFORE = 8, 4
@@ -66,19 +67,19 @@ DAMAGE = {
     "optim_states.pt is missing": lambda folder: (folder / "optim_states.pt").unlink(),
     "optim_states.pt is not a PyTorch file": zeros,
     "model_states.pt is missing": lambda folder: (folder / "model_states.pt").unlink(),
-    "it has no manifest.json: saving it was not finished": lambda folder: (folder / MANIFEST).unlink(),
-    "manifest.json is not readable JSON": lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"),
+    "it has no manifest.json: it was not saved completely": lambda folder: (folder / MANIFEST).unlink(),
+    "manifest.json is not valid JSON": lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"),
     "manifest.json has no valid 'samples'": lambda folder: other_manifest(folder, samples="64"),
     "manifest.json has no valid 'plan_sha256'": lambda folder: other_manifest(folder, plan_sha256=None),
     "manifest.json has no valid 'world_size'": lambda folder: other_manifest(folder, world_size=True),
-    "manifest.json is that of update 3": lambda folder: other_manifest(folder, update=3),
+    "manifest.json belongs to update 3": lambda folder: other_manifest(folder, update=3),
 }
 
 
 @pytest.mark.parametrize("reason", DAMAGE)
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_used(run: RunDir, reason: str) -> None:
     DAMAGE[reason](run.checkpoint(NEWEST))
-    rest = where_to_go_on(run)
+    rest = rest_as_planned(run)
     assert (rest.start.update, rest.saved.folder) == (BEFORE, run.checkpoint(BEFORE))
     console = RunConsole(Console(width=500, record=True))
     _report_damage(rest, run, console)
@@ -92,12 +93,12 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_used(run: Run
 
 def test_the_end_of_a_file_that_was_never_written_is_seen(run: RunDir) -> None:
     end_is_zeros(run.checkpoint(NEWEST))
-    assert where_to_go_on(run).start.update == BEFORE
+    assert rest_as_planned(run).start.update == BEFORE
 
 
 def test_an_older_damaged_checkpoint_is_not_spoken_of(run: RunDir) -> None:
     cut(run.checkpoint(BEFORE))
-    rest = where_to_go_on(run)
+    rest = rest_as_planned(run)
     assert (rest.start.update, rest.damaged) == (NEWEST, ())
 
 
@@ -107,7 +108,7 @@ def test_a_newer_one_may_have_a_lower_number(run: RunDir) -> None:
     run.checkpoint(BEFORE).rename(folder)
     other_manifest(folder, update=BEFORE - 1, samples=10**6)
     zeros(folder)
-    rest = where_to_go_on(run)
+    rest = rest_as_planned(run)
     assert [each.path for each in rest.damaged] == [folder]
 
 
@@ -155,7 +156,7 @@ def test_an_export_is_whole_or_it_is_said_what_is_wrong(tmp_path: Path) -> None:
     weights = folder / "model.safetensors"
     data = weights.read_bytes()
     for content, fault in (
-        (data[:-1], "model.safetensors is not whole"),
+        (data[:-1], "model.safetensors is incomplete"),
         (data[:20], "model.safetensors is damaged"),
         (bytes(len(data)), "model.safetensors is damaged"),
         (b"", "model.safetensors is damaged"),

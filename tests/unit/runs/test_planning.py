@@ -10,11 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from launcher.ds_config import from_mapping
+from launcher.errors import RequestError
+from launcher.job import validate_job
+from launcher.plan.inputs import plan_inputs
+from launcher.plan.script import resolve_script
+from launcher.runs.planning import lint_ds_config
 from tests.unit.inputs import (
     Ended,
     command,
     data_facts,
+    job_of,
+    machine_facts,
     model_facts,
+    plan_of,
     remember,
     write_folder,
 )
@@ -41,7 +50,7 @@ def tried(text: str, *overrides: str, verb: str = "plan") -> Ended:
         ('{\n  "zero_optimisation": {"stage": 2}\n}', "ds.json:2: zero_optimisation: DeepSpeed has no such key here"),
         ('{\n  "fp16": {"enabled": true},\n  "bf16": {"enabled": true}\n}', "fp16.enabled: fp16 and bf16 are both on"),
         ('{"zero_optimization": {"stage": 2,\n "reduce_bucket_size": "many"}}', "ds.json:2: zero_optimization.reduce"),
-        ('{"amp": {"enabled": true}}', "ds.json:1: amp: DeepSpeed refuses this key"),
+        ('{"amp": {"enabled": true}}', "ds.json:1: amp: DeepSpeed rejects this key"),
         ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', "NVMe offload without nvme_path"),
     ],
 )
@@ -58,7 +67,7 @@ def test_a_warning_of_lint_is_shown_with_line_and_mend() -> None:
     ended = tried('{"zero_optimization": {"stage": 2,\n  "stage3_max_live_parameters": 1e9}}')
     assert ended.status == 0, ended.err
     assert "note: ds.json:2: zero_optimization.stage3_max_live_parameters: has no effect under stage 2" in ended.out
-    assert "Set stage to 3, or take it out." in ended.out
+    assert "Set stage to 3, or remove it." in ended.out
 
 
 @pytest.mark.usefixtures("folder")
@@ -141,10 +150,10 @@ def test_the_diff_is_told_key_by_key_with_reasons() -> None:
     remember(Path("job.yaml"), (), model_facts(), data_facts())
     ended = tried('{"gradient_clipping": "auto", "steps_per_print": 10, "zero_optimization": {"stage": 1}}')
     rows = {line.split()[0]: " ".join(line.split()[1:]) for line in ended.out.splitlines() if "→" in line}
-    assert rows["gradient_clipping"] == "auto → 1 the global gradient norm is held below this"
+    assert rows["gradient_clipping"] == "auto → 1 the largest global gradient norm"
     assert rows["optimizer.type"].startswith("not set → AdamW the plan's optimizer")
     assert rows["scheduler.params.warmup_type"].startswith("not set → linear the generated schedule")
-    assert rows["optimizer.params.torch_adam"].startswith("not set → true on a CPU PyTorch's own Adam is used")
+    assert rows["optimizer.params.torch_adam"].startswith("not set → true on CPUs the launcher uses PyTorch's Adam")
     assert not {"steps_per_print", "zero_optimization.stage"} & set(rows)
 
 
@@ -155,3 +164,30 @@ def test_what_a_plan_writes_by_itself_is_not_warned_of() -> None:
     assert ended.status == 0, ended.err
     assert "no lr" not in ended.out
     assert "optimizer.params.lr" in ended.out
+
+
+DIVIDED = {
+    "tensor_parallel.autotp_size": {"tensor_parallel": {"autotp_size": 4}},
+    "tensor_parallel.tp.tp_size": {"tensor_parallel": {"tp": {"tp_size": "2"}}},
+    "pipeline": {"pipeline": {"stages": 2}},
+    "expert_parallel": {"expert_parallel": {"enabled": True, "autoep_size": 2}},
+}
+
+
+@pytest.mark.parametrize("key", DIVIDED)
+def test_other_ways_to_divide_a_model_are_left_to_scripts(key: str) -> None:
+    with pytest.raises(RequestError, match=f"ds.json: {key}: .*") as refused:
+        lint_ds_config(plan_inputs(job_of(), from_mapping(DIVIDED[key], "ds.json"), machine_facts(8)))
+    assert "launcher exec" in str(refused.value)
+    train = {"max_steps": 10, "train_micro_batch_size_per_gpu": 1}
+    schedule = {"shape": "linear", "peak_lr": 1e-5, "warmup": 2}
+    job = validate_job({"script": {"command": "train.py"}, "train": train, "schedule": schedule})
+    inputs = plan_inputs(job, from_mapping(DIVIDED[key], "ds.json"), machine_facts(8))
+    lint_ds_config(inputs)
+    config = resolve_script(inputs, None, "/work").ds_config
+    assert config[key.partition(".")[0]] == DIVIDED[key][key.partition(".")[0]]
+
+
+def test_a_model_that_is_not_divided_may_say_so() -> None:
+    user = {"tensor_parallel": {"autotp_size": 1}, "expert_parallel": {"enabled": False}, "pipeline": {}}
+    assert plan_of(user=user).ds_config["tensor_parallel"] == {"autotp_size": 1}

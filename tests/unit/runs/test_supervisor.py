@@ -29,23 +29,23 @@ def failed(rank: int, time: float, message: str = "boom") -> dict[str, Any]:
 NCCL = "[rank{}]:[E ProcessGroupNCCL.cpp:607] [Rank {}] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=9"
 
 
-class Heard(Nodes):
-    """Two nodes whose ranks' news is given, an item a look."""
+class ScriptedNodes(Nodes):
+    """Two nodes whose reports are given: one list per call of `reports`."""
 
-    def __init__(self, *news: list[dict[str, Any]]) -> None:
+    def __init__(self, *batches: list[dict[str, Any]]) -> None:
         self.nodes = [Node(None, f"h{rank}", f"10.0.0.{rank}", ()) for rank in range(2)]
-        self._news = list(news)
+        self._batches = list(batches)
 
-    def events(self, timeout_seconds: float) -> list[dict[str, Any]]:
+    def reports(self, timeout_seconds: float) -> list[dict[str, Any]]:
         del timeout_seconds
-        return self._news.pop(0) if self._news else []
+        return self._batches.pop(0) if self._batches else []
 
     def end(self, grace_seconds: float) -> None:
         """Nothing runs here."""
 
 
-class Silent:
-    """A console that shows nothing but keeps the notes."""
+class RecordingConsole:
+    """A console that shows nothing and keeps the notes."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -58,20 +58,20 @@ class Silent:
 
 
 class Placed(Supervisor):
-    """A supervisor whose ranks were started already."""
+    """A supervisor whose ranks are already running."""
 
     def place(self) -> None:
-        """There are nodes."""
+        """The nodes are given."""
 
     def start(self, start: Any) -> None:
-        """Ranks run."""
+        """The ranks are running."""
 
 
-def supervised(built: Built, *news: list[dict[str, Any]]) -> Supervisor:
+def supervised(built: Built, *batches: list[dict[str, Any]]) -> Supervisor:
     """The supervisor of eight ranks on two nodes, placed."""
     plan = plan_of(job_of(cluster={"nodes": 2, "gpus_per_node": 4}), machine=machine_facts(4))
-    found = Placed(plan, built.run.plan_file, built.run, Silent())
-    found.nodes = Heard(*news)
+    found = Placed(plan, built.run.plan_file, built.run, RecordingConsole())
+    found.nodes = ScriptedNodes(*batches)
     return found
 
 
@@ -84,10 +84,10 @@ def built(tmp_path: Path) -> Built:
     return Built(tmp_path / "runs")
 
 
-def test_aborts_after_a_time_out_are_waited_for_and_the_rank_that_did_not_come_is_named(
+def test_after_a_time_out_late_aborts_are_awaited_and_the_absent_rank_is_named(
     built: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NCCL's watchdogs give up within some seconds of each other; C++ ends a rank without a word to its agent."""
+    """NCCL's watchdogs abort within some seconds of each other; an abort in C++ sends no report to the agent."""
     monkeypatch.setattr(supervision, "_SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(supervision, "_LOST_NODE_SECONDS", 0.5)
     built.nodes(["h0", "h1"])
@@ -99,7 +99,7 @@ def test_aborts_after_a_time_out_are_waited_for_and_the_rank_that_did_not_come_i
     first, *late = ([on_eight(number, 40.0 + number, -6)] for number in (0, 1, 2, 3, 4, 6, 7))
     with pytest.raises(RunFailed) as ended:
         supervised(built, first, [], *late).follow()
-    headline = "a collective timed out; these ranks did not come to it: rank 5 on node 1 (h1)"
+    headline = "a collective timed out; these ranks did not join it: rank 5 on node 1 (h1)"
     assert str(ended.value).startswith(f"{headline}\n  the end of {built.run.node_logs(0, 'h0') / 'rank-0.log'}:")
     (failure,) = [event for event in built.run.events() if event["event"] == "failure"]
     assert [one["rank"] for one in failure["failures"]] == [0, 1, 2, 3, 4, 6, 7]
@@ -110,13 +110,13 @@ def test_aborts_after_a_time_out_are_waited_for_and_the_rank_that_did_not_come_i
     assert command("why", str(built.run.path)).out.startswith(f"{headline}\n")
 
 
-def test_what_is_heard_together_with_a_lost_peer_is_not_lost(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first node's rank notices at once, and both tell in the same look."""
+def test_a_failure_in_the_same_batch_as_a_lost_peer_is_the_first(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rank of the first node notices at once, and both reports arrive together."""
     monkeypatch.setattr(supervision, "_SETTLE_SECONDS", 0.0)
     lost = failed(0, 40.01, "[gloo] Connection closed by peer [10.0.0.1]:4242")
-    news = [lost, failed(4, 40.0, "a bad sample") | {"node_rank": 1}]
+    batch = [lost, failed(4, 40.0, "a bad sample") | {"node_rank": 1}]
     with pytest.raises(RunFailed) as ended:
-        supervised(built, news).follow()
+        supervised(built, batch).follow()
     first = "rank 4 on node 1 (h1) failed first, with an exception: ValueError: a bad sample"
     assert str(ended.value).splitlines()[0] == first
 
@@ -129,13 +129,13 @@ def test_a_full_disk_does_not_hide_the_failure(built: Built, monkeypatch: pytest
     supervisor = supervised(built, [on_eight(4, 40.0, 1)])
     with pytest.raises(RunFailed, match=r"rank 4 on node 1 \(h1\) failed first, with exit code 1\n.*\n.*No space left"):
         supervisor.follow()
-    # What went wrong with writing it down is printed beside it.
+    # The error while writing is printed as a note.
     (note,) = supervisor.console.notes  # type: ignore[attr-defined]
     assert "the failure could not be written to" in note and "No space left on device" in note
     assert stamp(39.0) in built.run.node_logs(1, "h1").joinpath("rank-4.log").read_text()
 
 
-class Broken(Heard):
+class Broken(ScriptedNodes):
     """Nodes whose Ray is gone."""
 
     def end(self, _grace_seconds: float) -> None:
@@ -145,9 +145,7 @@ class Broken(Heard):
         raise ConnectionError("Ray is gone")
 
 
-def test_what_goes_wrong_after_a_failure_is_printed_and_does_not_hide_it(
-    built: Built, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_after_a_failure_are_printed_and_do_not_hide_it(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervision, "_SETTLE_SECONDS", 0.0)
     supervisor = supervised(built)
     supervisor.nodes = Broken([failed(4, 40.0, "a bad sample") | {"node_rank": 1}])

@@ -13,7 +13,7 @@ from launcher.schedule.spikes import SpikeDetector, Verdict
 
 
 def falling(seed: int, updates: int, noise: float = 0.05) -> Iterator[tuple[int, float, float]]:
-    """(update, loss, gradient norm) of an ordinary run: a falling loss, noise, norms that vary by factors."""
+    """(update, loss, gradient norm) of a normal run: a falling loss with noise, and norms with multiplicative noise."""
     rng = random.Random(seed)
     for update in range(updates):
         loss = 1.5 + 3 * math.exp(-update / 60) + rng.gauss(0, noise)
@@ -32,25 +32,25 @@ def warmed(updates: int = 60, seed: int = 0) -> SpikeDetector:
 
 @pytest.mark.parametrize("noise", [0.01, 0.05, 0.15, 0.3])
 @pytest.mark.parametrize("seed", range(10))
-def test_an_ordinary_run_raises_no_alarm(seed: int, noise: float) -> None:
+def test_a_normal_run_raises_no_alarm(seed: int, noise: float) -> None:
     assert [v for v in verdicts(SpikeDetector(), falling(seed, 600, noise)) if v.kind != "ok"] == []
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_noise_that_remembers_raises_no_spike(seed: int) -> None:
+def test_autocorrelated_noise_is_not_a_spike(seed: int) -> None:
     rng, drift, detector = random.Random(seed), 0.0, SpikeDetector()
     for update in range(600):
         drift = 0.7 * drift + rng.gauss(0, 0.05)
         assert detector.watch(update, 2.0 + drift, 1.0 + rng.random()).kind != "spike"
 
 
-def test_a_constant_loss_and_a_fall_at_a_new_epoch_are_ordinary() -> None:
+def test_a_constant_loss_and_a_drop_at_a_new_epoch_are_normal() -> None:
     detector = SpikeDetector()
     for update in range(200):
         assert detector.watch(update, 2.0 if update < 100 else 1.2, 1.0).kind == "ok"
 
 
-def test_one_high_loss_is_an_outlier_and_is_forgotten() -> None:
+def test_one_high_loss_is_an_outlier_and_does_not_change_the_level() -> None:
     detector = warmed()
     verdict = detector.watch(60, 9.0, 1.0)
     assert verdict.kind == "outlier"
@@ -84,7 +84,7 @@ def test_a_slow_climb_without_outliers_is_a_spike(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_small_step_in_loud_noise_is_a_spike(seed: int) -> None:
+def test_a_small_step_in_strong_noise_is_a_spike(seed: int) -> None:
     rng, detector = random.Random(seed), SpikeDetector()
     kinds = [detector.watch(u, rng.gauss(2.65 if u < 70 else 3.3, 0.12)).kind for u in range(110)]
     assert "spike" not in kinds[:70]
@@ -95,7 +95,7 @@ RECORDED = json.loads((Path(__file__).parents[3] / "benchmarks" / "spike_guard.j
 
 
 @pytest.mark.parametrize("run", [run for run in RECORDED if run["remedy"] == "warn"], ids=lambda r: str(r["peak"]))
-def test_runs_that_broke_are_told_and_no_others(run: dict[str, Any]) -> None:
+def test_the_detector_reports_recorded_runs_that_diverged_and_no_others(run: dict[str, Any]) -> None:
     detector = SpikeDetector()
     series = enumerate(zip(run["losses"], run["norms"], strict=True))
     spikes = [update for update, (loss, norm) in series if detector.watch(update, loss, norm).kind == "spike"]
@@ -103,7 +103,7 @@ def test_runs_that_broke_are_told_and_no_others(run: dict[str, Any]) -> None:
     assert bool(spikes) == (run["final"] > run["first"])
 
 
-def test_an_early_rise_is_seen_while_the_loss_still_falls() -> None:
+def test_an_early_rise_is_detected_while_the_loss_still_falls() -> None:
     detector = SpikeDetector()
     kinds = []
     for update, loss, norm in falling(3, 40):
@@ -115,20 +115,20 @@ def test_an_early_rise_is_seen_while_the_loss_still_falls() -> None:
 @pytest.mark.parametrize(
     ("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (2.0, math.nan), (2.0, math.inf), (math.nan, None)]
 )
-def test_what_is_not_finite_is_a_spike_at_once(loss: float, norm: float | None) -> None:
+def test_nan_or_inf_is_a_spike_at_once(loss: float, norm: float | None) -> None:
     for detector in (SpikeDetector(), warmed()):
         verdict = detector.watch(60, loss, norm)
         assert verdict.kind == "spike"
-        assert "not finite" in verdict.reason
+        assert "NaN or Inf" in verdict.reason
 
 
-def test_guarding_starts_after_24_updates() -> None:
+def test_detection_starts_after_24_updates() -> None:
     for known in (10, 23, 24):
         detector = warmed(known)
         assert detector.watch(known, 50.0, 1.0).kind == ("outlier" if known >= 24 else "ok")
 
 
-def test_after_a_spike_the_detector_keeps_still_and_then_guards_again() -> None:
+def test_after_a_spike_the_detector_cools_down_and_then_detects_again() -> None:
     detector = SpikeDetector(cooldown=40)
     for update, loss, norm in falling(1, 60):
         detector.watch(update, loss, norm)
@@ -141,7 +141,7 @@ def test_after_a_spike_the_detector_keeps_still_and_then_guards_again() -> None:
     assert detector.watch(141, math.nan, 1.0).kind == "spike"
 
 
-def test_the_state_goes_through_json_and_decides_the_same() -> None:
+def test_the_state_survives_json_and_gives_the_same_verdicts() -> None:
     whole, first = SpikeDetector(), SpikeDetector()
     series = [(u, loss + (4 if u >= 70 else 0), norm) for u, loss, norm in falling(5, 90)]
     expected = verdicts(whole, iter(series))
@@ -169,6 +169,6 @@ def test_memory_stays_within_the_window() -> None:
 @pytest.mark.parametrize(
     "numbers", [{"window": 10}, {"minimum": 4}, {"minimum": 200}, {"deviations": 0.0}, {"sustained": 0}]
 )
-def test_numbers_that_cannot_work_are_refused(numbers: dict[str, float]) -> None:
+def test_invalid_numbers_are_rejected(numbers: dict[str, float]) -> None:
     with pytest.raises(ValueError):
         SpikeDetector(**numbers)  # type: ignore[arg-type]

@@ -1,11 +1,11 @@
-"""What Slurm's variables say about a task."""
+"""A task's allocation from Slurm's variables."""
 
 from __future__ import annotations
 
 import pytest
 
-from launcher.cli.node import _check_allocation, _settled_by
 from launcher.errors import RequestError
+from launcher.runs.slurm_node import _check_allocation, _decided_by
 from launcher.slurm.allocation import expand_hosts, read_allocation, run_stamp
 from tests.unit.inputs import job_of, machine_facts
 
@@ -35,7 +35,7 @@ def test_hosts_are_expanded_in_order(listed: str, hosts: tuple[str, ...]) -> Non
     assert expand_hosts(listed) == hosts
 
 
-def test_a_task_knows_its_place_and_what_it_was_given() -> None:
+def test_the_allocation_of_a_task() -> None:
     allocation = read_allocation(TASK)
     assert (allocation.node, allocation.nodes, allocation.cpus, allocation.gpus) == (1, 3, 64, 8)
     assert allocation.hosts == ("gpu01", "gpu02", "gpu03")
@@ -46,7 +46,7 @@ def test_a_task_knows_its_place_and_what_it_was_given() -> None:
     assert read_allocation({**TASK, "SLURM_STEP_NODELIST": "gpu[02-04]"}).hosts == ("gpu02", "gpu03", "gpu04")
 
 
-def test_an_array_has_a_stamp_for_each_of_its_jobs() -> None:
+def test_each_job_of_an_array_has_its_own_stamp() -> None:
     array = {"SLURM_JOB_ID": "78", "SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "4"}
     assert run_stamp(array) == "slurm-77_4"
 
@@ -60,7 +60,9 @@ def test_an_array_has_a_stamp_for_each_of_its_jobs() -> None:
         ({**TASK, "SLURM_LOCALID": "1"}, ("3 tasks on 3 nodes", "--ntasks-per-node=1")),
     ],
 )
-def test_what_is_no_task_of_its_own_is_refused(environment: dict[str, str], words: tuple[str, ...]) -> None:
+def test_other_processes_than_one_task_per_node_are_rejected(
+    environment: dict[str, str], words: tuple[str, ...]
+) -> None:
     with pytest.raises(RequestError) as refused:
         read_allocation(environment)
     assert all(word in str(refused.value) for word in words)
@@ -73,15 +75,17 @@ def test_what_is_no_task_of_its_own_is_refused(environment: dict[str, str], word
         (
             {},
             {"SLURM_GPUS_ON_NODE": "4"},
-            ("auto: Slurm gave 4 GPUs of this node, and 8 are seen", "--gpus-per-node=8"),
+            ("auto: Slurm gave 4 GPUs of this node, and 8 are visible", "--gpus-per-node=8"),
         ),
-        ({"gpus_per_node": 4}, {"SLURM_GPUS_ON_NODE": "2"}, ("4 GPUs a node, and Slurm gave 2", "--gpus-per-node=4")),
-        ({}, {"SLURM_CPUS_PER_TASK": "4"}, ("8 ranks a node, and Slurm gave 4", "--cpus-per-task=8")),
-        ({"gpus_per_node": 0, "processes_per_node": 80}, {}, ("80 ranks a node, and Slurm gave 64",)),
+        ({"gpus_per_node": 4}, {"SLURM_GPUS_ON_NODE": "2"}, ("4 GPUs per node, and Slurm gave 2", "--gpus-per-node=4")),
+        ({}, {"SLURM_CPUS_PER_TASK": "4"}, ("8 ranks per node, and Slurm gave 4", "--cpus-per-task=8")),
+        ({"gpus_per_node": 0, "processes_per_node": 80}, {}, ("80 ranks per node, and Slurm gave 64",)),
         ({"address": "head:6379"}, {}, ("head:6379", "leave it out")),
     ],
 )
-def test_what_slurm_did_not_give_is_refused(cluster: dict, given: dict[str, str], words: tuple[str, ...]) -> None:
+def test_a_job_that_needs_more_than_the_allocation_is_rejected(
+    cluster: dict, given: dict[str, str], words: tuple[str, ...]
+) -> None:
     job = job_of(cluster={"nodes": 3, **cluster})
     with pytest.raises(RequestError) as refused:
         _check_allocation(job, read_allocation({**TASK, **given}), machine_facts(gpus=8))
@@ -93,15 +97,15 @@ def test_what_slurm_did_not_give_is_refused(cluster: dict, given: dict[str, str]
     [
         ({}, ["cluster.nodes=3"]),
         ({"nodes": 2}, []),
-        # Ray is started for the job already, on all of its nodes.
+        # `launcher node` starts Ray on all nodes of the job.
         ({"nodes": 3, "address": "local"}, ["cluster.address=auto"]),
     ],
 )
-def test_the_allocation_settles_what_the_job_leaves_open(cluster: dict, overrides: list[str]) -> None:
-    assert list(_settled_by(read_allocation(TASK), job_of(cluster=cluster))) == overrides
+def test_the_allocation_sets_what_the_job_leaves_open(cluster: dict, overrides: list[str]) -> None:
+    assert list(_decided_by(read_allocation(TASK), job_of(cluster=cluster))) == overrides
 
 
-def test_each_call_of_srun_is_told_from_the_others() -> None:
+def test_each_call_of_srun_has_its_own_id() -> None:
     first = read_allocation({**TASK, "SLURM_STEP_ID": "0"}).start
     again = [{"SLURM_STEP_ID": "1"}, {"SLURM_STEP_ID": "0", "SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "78"}]
     assert len({first, *(read_allocation({**TASK, **more}).start for more in again)}) == 4

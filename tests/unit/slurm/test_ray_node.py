@@ -1,4 +1,4 @@
-"""The Ray of a Slurm job, where it does not start."""
+"""The Ray of a Slurm job when it does not start."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import pytest
 
 from launcher.errors import RunFailed
 from launcher.slurm.allocation import Allocation
-from launcher.slurm.ray_node import OwnRay
+from launcher.slurm.ray_node import RayNode
 
 
-def test_a_ray_that_ends_at_once_is_tried_again_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_that_exits_at_once_is_started_again_and_then_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho no libstdc++ here\nexit 1\n")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     log = io.BytesIO()
-    ray = OwnRay(Allocation("77", 0, 0, ("h1",), cpus=1, gpus=0), "127.0.0.1", None, log)
+    ray = RayNode(Allocation("77", 0, 0, ("h1",), cpus=1, gpus=0), "127.0.0.1", None, log)
     with pytest.raises(RunFailed, match=r"Ray did not start on .* in 3 tries"):
         ray.start()
     ray.end()

@@ -1,4 +1,4 @@
-"""Submission to Slurm: the scripts against golden files, what every value may be, and what the scripts do when run."""
+"""Submission to Slurm: scripts compared with golden files, valid values, and the behaviour of the scripts."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from launcher.errors import RequestError
-from launcher.job import Job, read_job
+from launcher.job import Job, load_job
 from launcher.job.slurm import OWNED, gres_gpus, time_seconds
 from launcher.presets import shipped_folder
 from launcher.slurm.options import sbatch_options
-from launcher.slurm.sbatch_errors import STATES, refusal, standing
-from launcher.slurm.submit import SHIPPED, SlurmRequest, Surroundings, Templates, read_templates, slurm_request
+from launcher.slurm.sbatch_errors import STATES, explain_sbatch_error, job_status
+from launcher.slurm.submit import SHIPPED, SlurmRequest, SubmitContext, Templates, read_templates, slurm_request
 from tests.patience import PATIENCE_SECONDS
 from tests.unit.inputs import Ended, command, job_of, write_folder
 from tests.unit.test_imports import fresh
 
 GOLDEN = Path(__file__).parent / "golden"
-HERE = Surroundings(Path("/home/me/project"), "launcher", ())
+HERE = SubmitContext(Path("/home/me/project"), "launcher", ())
 SHIPPED_TEXT = (shipped_folder("slurm") / SHIPPED).read_text()
 FINETUNE = shipped_folder("slurm") / "finetune.sbatch"
 EXTENDING = """\
@@ -138,8 +138,8 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], str | None]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_scripts_are_those_of_the_golden_files(name: str) -> None:
-    """After a change that is meant: WRITE_GOLDEN=1 pytest tests/unit/slurm/test_submit.py, and read the difference."""
+def test_scripts_equal_the_golden_files(name: str) -> None:
+    """After an intended change: WRITE_GOLDEN=1 pytest tests/unit/slurm/test_submit.py, then read the diff."""
     sections, overrides, own = CASES[name]
     made = request_of(job_of(**sections), *overrides, own=own)
     golden = GOLDEN / f"{name}.sbatch"
@@ -151,11 +151,11 @@ def test_scripts_are_those_of_the_golden_files(name: str) -> None:
         assert made.argv == ("sbatch", "--parsable")
 
 
-def test_what_a_template_of_ones_own_leaves_out_is_said_on_the_command_line() -> None:
+def test_options_that_a_template_leaves_out_go_to_the_command_line() -> None:
     sections, overrides, own = CASES["own_from_nothing"]
     made = request_of(job_of(**sections), *overrides, own=own)
-    asked = ("--nodes=2", "--dependency=afterany:7", "--array=0-1", "--comment=a b")
-    assert made.argv == ("sbatch", "--parsable", *asked)
+    explicit = ("--nodes=2", "--dependency=afterany:7", "--array=0-1", "--comment=a b")
+    assert made.argv == ("sbatch", "--parsable", *explicit)
 
 
 def test_options_after_the_first_command_are_not_read() -> None:
@@ -170,14 +170,14 @@ def test_options_after_the_first_command_are_not_read() -> None:
     [
         ("#!/bin/bash\n{{ slrum }}\n", 2, "'slrum' is undefined"),
         ("#!/bin/bash\n\n{{ job.slurm.tme }}\n", 3, "tme"),
-        ("#!/bin/bash\n{% if %}\n", 2, "no jinja2 template"),
+        ("#!/bin/bash\n{% if %}\n", 2, "not a jinja2 template"),
         ("#!/bin/bash\n{{ ''.__class__.__mro__ }}\n", 2, "unsafe"),
-        ("#!/bin/bash\n{% include '/etc/passwd' %}\n", 2, "/etc/passwd is asked for"),
+        ("#!/bin/bash\n{% include '/etc/passwd' %}\n", 2, "found /etc/passwd, but only"),
         ("#!/bin/bash\n{{ 1 / 0 }}\n", 2, "division by zero"),
-        ("hostname\n", 1, "begins with no #! line"),
+        ("hostname\n", 1, "does not start with #!"),
     ],
 )
-def test_a_template_that_fails_is_told_with_its_line(text: str, line: int, says: str) -> None:
+def test_a_failing_template_is_reported_with_its_line(text: str, line: int, says: str) -> None:
     with pytest.raises(RequestError) as caught:
         request_of(on_cpus(), own=text)
     (problem,) = caught.value.problems
@@ -185,7 +185,7 @@ def test_a_template_that_fails_is_told_with_its_line(text: str, line: int, says:
     assert says in problem.message
 
 
-def test_a_template_is_found_from_the_folder_or_said_to_be_missing(tmp_path: Path) -> None:
+def test_a_template_is_found_from_the_folder_or_reported_as_missing(tmp_path: Path) -> None:
     (tmp_path / "mine.j2").write_text("#!/bin/sh\n")
     found = read_templates(on_cpus(template="mine.j2"), tmp_path)
     assert found.texts[found.name] == "#!/bin/sh\n"
@@ -194,7 +194,7 @@ def test_a_template_is_found_from_the_folder_or_said_to_be_missing(tmp_path: Pat
         read_templates(on_cpus(template="other.j2"), tmp_path)
 
 
-def test_the_environment_neither_overrides_the_job_nor_brings_another_job_along() -> None:
+def test_the_environment_does_not_override_the_job() -> None:
     kept = ("PATH", "SLURM_CONF", "SBATCH_ACCOUNT", "SBATCH_WCKEY", "HF_TOKEN")
     dropped = (
         "SBATCH_WAIT",
@@ -279,22 +279,22 @@ BAD: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in GOOD.items() for value in values])
-def test_what_slurm_knows_is_taken(key: str, value: Any) -> None:
+def test_valid_values_are_accepted(key: str, value: Any) -> None:
     signal_seconds = {"signal_seconds": 30} if key == "time" else {}
     found = getattr(on_cpus(**{key: value}, **signal_seconds).slurm, key)
     assert found == (str(value) if key in ("mem", "array") else value)
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in BAD.items() for value in values])
-def test_what_slurm_does_not_know_is_refused_by_name(key: str, value: Any) -> None:
+def test_invalid_values_are_rejected_with_their_key(key: str, value: Any) -> None:
     with pytest.raises(RequestError, match=rf"the job: slurm\.{key}(\.0)?: ") as caught:
         on_cpus(**{key: value})
     assert len(str(caught.value).splitlines()) <= 2
 
 
 @pytest.mark.parametrize("option", sorted(OWNED))
-def test_an_option_with_a_key_of_its_own_is_not_given_beside_it(option: str) -> None:
-    """Nor by its first letters, which sbatch takes for the whole."""
+def test_extra_cannot_repeat_an_option_that_has_a_key(option: str) -> None:
+    """Not even abbreviated: sbatch accepts the first letters of an option."""
     for given_as in (f"--{option}=1", f"--{option}", f"--{option[: max(4, len(option) - 1)]}=1"):
         with pytest.raises(RequestError, match=r"give it there|not of the sbatch command"):
             on_cpus(extra=[given_as])
@@ -303,18 +303,21 @@ def test_an_option_with_a_key_of_its_own_is_not_given_beside_it(option: str) -> 
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({}, "cluster.gpus_per_node: auto, and Slurm gives a job no GPUs"),
-        ({"slurm": {"gres": "lscratch:1"}}, "cluster.gpus_per_node: auto, and Slurm gives a job no GPUs"),
-        ({"cluster": {"gpus_per_node": 4}, "slurm": {"gres": "gpu:h100:8"}}, "4, and slurm.gres asks for 8"),
-        ({"cluster": {"gpus_per_node": 0}, "slurm": {"gres": "gpu"}}, "0, and slurm.gres asks for 1"),
+        ({}, "cluster.gpus_per_node: auto, but Slurm gives a job only"),
+        ({"slurm": {"gres": "lscratch:1"}}, "cluster.gpus_per_node: auto, but Slurm gives a job only"),
+        ({"cluster": {"gpus_per_node": 4}, "slurm": {"gres": "gpu:h100:8"}}, "4, but slurm.gres requests 8"),
+        ({"cluster": {"gpus_per_node": 0}, "slurm": {"gres": "gpu"}}, "0, but slurm.gres requests 1"),
         ({"cluster": {"gpus_per_node": 0, "address": "head:6379"}}, "cluster.address: head:6379"),
-        ({"cluster": {"gpus_per_node": 8}, "slurm": {"cpus_per_task": 4}}, "4 processors, and 8 ranks a node"),
-        ({"cluster": {"gpus_per_node": 0, "processes_per_node": 2}, "slurm": {"cpus_per_task": 1}}, "and 2 ranks"),
-        ({"cluster": {"gpus_per_node": 0}, "output_dir": "/a\\b"}, "output_dir: /a\\b holds a backslash"),
-        ({"cluster": {"gpus_per_node": 0}, "output_dir": "/a\u2028b"}, "holds a line break"),
+        ({"cluster": {"gpus_per_node": 8}, "slurm": {"cpus_per_task": 4}}, "4 CPUs for 8 ranks per node"),
+        (
+            {"cluster": {"gpus_per_node": 0, "processes_per_node": 2}, "slurm": {"cpus_per_task": 1}},
+            "1 CPUs for 2 ranks",
+        ),
+        ({"cluster": {"gpus_per_node": 0}, "output_dir": "/a\\b"}, "output_dir: /a\\b contains a backslash"),
+        ({"cluster": {"gpus_per_node": 0}, "output_dir": "/a\u2028b"}, "contains a line break"),
     ],
 )
-def test_contradictions_are_told(sections: dict[str, Any], says: str) -> None:
+def test_contradictions_are_reported(sections: dict[str, Any], says: str) -> None:
     with pytest.raises(RequestError) as caught:
         request_of(job_of(**sections))
     assert says in str(caught.value)
@@ -328,7 +331,7 @@ def test_contradictions_are_told(sections: dict[str, Any], says: str) -> None:
         ({"container_mounts": ["/x"]}, "there is no container"),
     ],
 )
-def test_keys_that_need_each_other(slurm: dict[str, Any], says: str) -> None:
+def test_keys_that_depend_on_each_other(slurm: dict[str, Any], says: str) -> None:
     with pytest.raises(RequestError, match=says):
         on_cpus(**slurm)
     on_cpus(time="5", signal_seconds=299)
@@ -375,14 +378,14 @@ KEYS_SCHEMA = Job.model_json_schema()["$defs"]["SlurmSection"]["properties"]
 
 
 def patterns(schema: Any) -> list[str]:
-    """The patterns that the schema of a key holds, at any depth."""
+    """The patterns in the schema of a key, at any depth."""
     inner = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ()
     own = [schema["pattern"]] if isinstance(schema, dict) and "pattern" in schema else []
     return own + [pattern for value in inner for pattern in patterns(value)]
 
 
 def texts_for(key: str) -> st.SearchStrategy[tuple[str, str]]:
-    """The key with text of any kind, or with text such as its own grammar describes."""
+    """The key with arbitrary text, or with text that matches its pattern."""
     own = [st.from_regex(f"\\A{pattern[1:-1]}\\Z") for pattern in patterns(KEYS_SCHEMA[key]) if "[^" not in pattern]
     options = [PLAIN.map("--licenses=".__add__), ANYTHING.map("--licenses=".__add__)] if key == "extra" else []
     return st.tuples(st.just(key), st.one_of(ANYTHING, PLAIN, *own, *own, *own, *options))
@@ -391,14 +394,14 @@ def texts_for(key: str) -> st.SearchStrategy[tuple[str, str]]:
 @settings(max_examples=200, deadline=None)
 @given(st.one_of(map(texts_for, TEXT_KEYS)))
 def test_no_value_becomes_another_line_or_word_of_the_script(key_and_text: tuple[str, str]) -> None:
-    """Any text is refused, or is one word of one line, in a script that bash can read."""
+    """Any text is either rejected, or becomes one word of one line in a script that bash can parse."""
     key, value = key_and_text
     more = {"time": {"signal_seconds": 1}}.get(key, {})
     try:
         job = on_cpus(**{key: [value] if key in LISTS else value}, **more)
+        made = request_of(job)
     except RequestError:
         return
-    made = request_of(job)
     assert not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", value)
     options = sbatch_options(job, HERE.cwd / "runs")
     lines = {"modules": 1, "activate": 1}.get(key, len(options) - len(sbatch_options(on_cpus(), HERE.cwd / "runs")))
@@ -411,17 +414,17 @@ def test_no_value_becomes_another_line_or_word_of_the_script(key_and_text: tuple
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(PLAIN, max_size=4), PLAIN, PLAIN.filter(bool), PLAIN.filter(bool))
-def test_arguments_arrive_unharmed(
+def test_arguments_arrive_unchanged(
     tmp_path_factory: pytest.TempPathFactory, overrides: list[str], name: str, activate: str, image: str
 ) -> None:
-    """The script is run by bash, with an srun that writes down what it is called with."""
+    """bash runs the script with a fake srun that records its arguments."""
     folder = tmp_path_factory.mktemp("programs")
     with_programs(folder)
     file = f"/jobs/{name}.yaml"
     script = folder / "envs" / activate.replace("/", "_").replace("~", "_") / "bin/activate"
     script.parent.mkdir(parents=True)
     script.write_text("export ACTIVATED=yes\n")
-    # Mounts are divided by commas and colons: a folder with one is refused, in a test of its own.
+    # Folders with a comma or colon cannot be mounted; another test covers that.
     contained = image[0] in "ab1" and not set(",:") & set(str(Path(file).parent))
     mounted = {"container": "/x.sqsh", "container_mounts": ["/data", "/jobs"]} if contained else {}
     made = request_of(on_cpus(activate=str(script.parent.parent), **mounted), *overrides, file=file)
@@ -434,15 +437,15 @@ def test_arguments_arrive_unharmed(
         f"--container-workdir={HERE.cwd}",
         f"--container-mounts={here},/data,/jobs",
     ]
-    told = called(folder / "srun")
-    place = told.index("--wait=60") + 1
-    after = told[place:]
-    assert "--export=ALL" in told[:place]
+    given = called(folder / "srun")
+    place = given.index("--wait=60") + 1
+    after = given[place:]
+    assert "--export=ALL" in given[:place]
     assert after == [*(container if mounted else []), "launcher", "node", str(Path(file)), *overrides]
 
 
 def mounts_of(file: str, output_dir: str = "runs", mounts: tuple[str, ...] = (), runtime: str = "pyxis") -> str:
-    """What is mounted for a job file, with the user's own mounts last."""
+    """The mounts for a job file; the user's mounts are last."""
     container = {"container": "/x.sqsh", "container_mounts": list(mounts), "container_runtime": runtime}
     job = job_of(cluster={"gpus_per_node": 0}, output_dir=output_dir, slurm=container)
     line = next(line for line in request_of(job, file=file).script.splitlines() if line.startswith("stop()"))
@@ -455,7 +458,7 @@ def mounts_of(file: str, output_dir: str = "runs", mounts: tuple[str, ...] = (),
 
 
 @pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
-def test_a_container_sees_the_folders_of_the_job_once(runtime: str) -> None:
+def test_a_container_mounts_each_folder_of_the_job_once(runtime: str) -> None:
     project = "/home/me/project"
     assert mounts_of("job.yaml", runtime=runtime) == f"{project}:{project}"
     apart = mounts_of("../jobs/job.yaml", output_dir="/scratch/runs", runtime=runtime)
@@ -467,25 +470,25 @@ def test_a_container_sees_the_folders_of_the_job_once(runtime: str) -> None:
 
 
 @pytest.mark.parametrize(("file", "says"), [("/a,b/job.yaml", "a comma or a colon"), ("/job.yaml", "the root of the")])
-def test_a_folder_that_cannot_be_mounted_is_refused(file: str, says: str) -> None:
+def test_a_folder_that_cannot_be_mounted_is_rejected(file: str, says: str) -> None:
     with pytest.raises(RequestError, match=says):
         mounts_of(file)
 
 
 @pytest.mark.parametrize("character", list("\n\r\t\x00\x0b\x1b\x7f\x85\u2028\udcff"), ids=ascii)
-def test_arguments_with_control_characters_are_refused(character: str) -> None:
+def test_arguments_with_control_characters_are_rejected(character: str) -> None:
     for words in ({"file": f"a{character}.yaml"}, {"overrides": f"name=a{character}"}):
-        with pytest.raises(RequestError, match="holds a line break, a control character or bytes that are not UTF-8"):
+        with pytest.raises(
+            RequestError, match="contains a line break, a control character or bytes that are not UTF-8"
+        ):
             request_of(on_cpus(), *filter(None, [words.get("overrides")]), file=words.get("file", "job.yaml"))
 
 
 @pytest.mark.skipif(shutil.which("sbatch") is None, reason="no sbatch here: apt-get install slurm-client")
 @settings(max_examples=60, deadline=None)
 @given(PLAIN, PLAIN)
-def test_sbatch_reads_our_quotes_as_we_write_them(
-    tmp_path_factory: pytest.TempPathFactory, comment: str, folder: str
-) -> None:
-    """The real sbatch says with -v what it understood, before it finds that there is no controller."""
+def test_sbatch_understands_the_quoting(tmp_path_factory: pytest.TempPathFactory, comment: str, folder: str) -> None:
+    """The real sbatch prints with --verbose what it parsed, before it fails to reach a controller."""
     assume(comment and "\\" not in folder)
     made = request_of(job_of(cluster={"gpus_per_node": 0}, output_dir=f"/{folder}", slurm={"comment": comment}))
     conf = tmp_path_factory.mktemp("slurm") / "slurm.conf"
@@ -510,7 +513,7 @@ def test_sbatch_reads_our_quotes_as_we_write_them(
 
 FAKE_SRUN = """\
 #!/bin/bash
-# Passes over srun's options, as srun does, and becomes the command.
+# Skips srun's options, and executes the command.
 printf '%s\\0' "$@" >{folder}/srun
 while [[ $1 == --* ]]; do shift; done
 exec "$@"
@@ -519,7 +522,7 @@ FAKE_LAUNCHER = """\
 #!/bin/bash
 if [[ $2 == --stop ]]; then
     printf '%s\\0' "$@" >{folder}/stop.new && mv {folder}/stop.new {folder}/stop
-    exit 1  # a run that cannot be told changes nothing of the job's end
+    exit 1  # a failing stop must not change the job's exit status
 fi
 printf '%s\\0' "$@" >{folder}/node.new && mv {folder}/node.new {folder}/node
 {body}
@@ -528,7 +531,7 @@ UNTIL_STOPPED = "for _ in {1..9000}; do [[ -e $FOLDER/stop ]] && exit 7; sleep 0
 
 
 def with_programs(folder: Path, body: str = "exit 0") -> None:
-    """An srun and a launcher in `folder`: small programs that take down their arguments."""
+    """A fake srun and launcher in `folder` that record their arguments."""
     for name, text in (("srun", FAKE_SRUN), ("launcher", FAKE_LAUNCHER)):
         (folder / "bin").mkdir(exist_ok=True)
         program = folder / "bin" / name
@@ -579,7 +582,7 @@ def job_words(batch_job: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("status", [0, 1, 143])
-def test_the_batch_jobs_status_is_that_of_srun(batch_job: list[str], tmp_path: Path, status: int) -> None:
+def test_the_batch_job_has_the_exit_status_of_srun(batch_job: list[str], tmp_path: Path, status: int) -> None:
     with_programs(tmp_path, f"exit {status}")
     done = subprocess.run(batch_job, env=environment_of(tmp_path, SLURM_CPUS_PER_TASK="5"), timeout=PATIENCE_SECONDS)
     assert done.returncode == status
@@ -588,7 +591,7 @@ def test_the_batch_jobs_status_is_that_of_srun(batch_job: list[str], tmp_path: P
     assert {"--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=5"} <= set(options[: options.index("launcher")])
 
 
-def test_usr1_asks_the_run_to_stop_and_its_end_is_waited_for(batch_job: list[str], tmp_path: Path) -> None:
+def test_usr1_stops_the_run_and_waits_for_its_end(batch_job: list[str], tmp_path: Path) -> None:
     with_programs(tmp_path, UNTIL_STOPPED)
     process = subprocess.Popen(batch_job, env=environment_of(tmp_path), text=True)
     wait_for(tmp_path / "node", process)
@@ -597,7 +600,7 @@ def test_usr1_asks_the_run_to_stop_and_its_end_is_waited_for(batch_job: list[str
     assert called(tmp_path / "stop") == ["node", "--stop", *job_words(batch_job)]
 
 
-def test_term_leaves_the_end_to_the_run(batch_job: list[str], tmp_path: Path) -> None:
+def test_term_waits_for_the_end_of_the_run(batch_job: list[str], tmp_path: Path) -> None:
     with_programs(tmp_path, UNTIL_STOPPED)
     process = subprocess.Popen(batch_job, env=environment_of(tmp_path), text=True)
     wait_for(tmp_path / "node", process)
@@ -609,7 +612,7 @@ def test_term_leaves_the_end_to_the_run(batch_job: list[str], tmp_path: Path) ->
     assert process.wait(PATIENCE_SECONDS) == 7
 
 
-def test_the_template_to_copy_is_sound() -> None:
+def test_the_script_to_copy_is_valid() -> None:
     text = FINETUNE.read_text()
     assert parses(text)
     lines = text.splitlines()
@@ -629,10 +632,10 @@ def test_shellcheck_has_no_warning(script: Path) -> None:
     assert checked.returncode == 0, checked.stdout
 
 
-def test_every_state_of_slurm_has_one_of_ours() -> None:
+def test_states_of_slurm_map_to_job_status() -> None:
     assert set(STATES.values()) == {"waiting", "running", "finished", "failed", "stopped"}
-    assert standing("CANCELLED by 1000") == standing("CANCELLED+") == "stopped"
-    assert (standing("PENDING"), standing("NODE_FAIL"), standing("NEW_ONE"), standing("")) == (
+    assert job_status("CANCELLED by 1000") == job_status("CANCELLED+") == "stopped"
+    assert (job_status("PENDING"), job_status("NODE_FAIL"), job_status("NEW_ONE"), job_status("")) == (
         "waiting",
         "failed",
         "unknown",
@@ -641,7 +644,7 @@ def test_every_state_of_slurm_has_one_of_ours() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "ours", "key"),
+    ("message", "in_job", "key"),
     [
         ("sbatch: error: invalid partition specified: x\nsbatch: error: Batch job …", True, "slurm.partition"),
         ("Batch job submission failed: Invalid account or account/partition combination", True, "slurm.account"),
@@ -653,9 +656,9 @@ def test_every_state_of_slurm_has_one_of_ours() -> None:
         ("sbatch: fatal: Could not establish a configuration source", False, None),
     ],
 )
-def test_what_sbatch_says_leads_to_the_key(told: str, ours: bool, key: str | None) -> None:
-    found = refusal(told)
-    assert (found.ours, found.key) == (ours, key)
+def test_messages_of_sbatch_lead_to_the_key(message: str, in_job: bool, key: str | None) -> None:
+    found = explain_sbatch_error(message)
+    assert (found.in_job, found.key) == (in_job, key)
 
 
 JOB = """\
@@ -683,7 +686,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def submit_with(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str, *arguments: str) -> Ended:
-    """`launcher submit` where sbatch is a small program: the real one answers in tests/cluster."""
+    """Runs `launcher submit` with a fake sbatch; tests/cluster has the real one."""
     (folder / "bin").mkdir(exist_ok=True)
     program = folder / "bin/sbatch"
     program.write_text(FAKE_SBATCH.format(body=body))
@@ -693,7 +696,7 @@ def submit_with(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str, *argum
     return command("submit", "job.yaml", *arguments)
 
 
-def test_a_dry_run_prints_what_is_then_submitted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_prints_what_would_be_submitted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("train.max_steps=3", "slurm.array_key=train.seed", "--array", "0-3%2", "--dependency", "afterok:1")
     before = set(folder.rglob("*"))
     shown = command("submit", "job.yaml", *words, "--dry-run")
@@ -705,7 +708,7 @@ def test_a_dry_run_prints_what_is_then_submitted(folder: Path, monkeypatch: pyte
 
     (line,) = (line for line in shown.out.splitlines() if line.startswith("job=("))
     file, *overrides = shlex.split(line.removeprefix("job=(").removesuffix(")"))
-    assert read_job(Path(file), [*overrides, "train.seed=2"]).slurm.array_key == "train.seed"
+    assert load_job(Path(file), *overrides, "train.seed=2").job.slurm.array_key == "train.seed"
 
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     ended = submit_with(folder, monkeypatch, "echo '91;far'", *words, "--parsable")
@@ -716,12 +719,12 @@ def test_a_dry_run_prints_what_is_then_submitted(folder: Path, monkeypatch: pyte
     assert (folder / "runs").is_dir()
 
 
-def test_a_dry_run_needs_nothing_heavy(folder: Path) -> None:
+def test_a_dry_run_imports_no_heavy_packages(folder: Path) -> None:
     body = "sys.argv = ['launcher', 'submit', 'job.yaml', '--dry-run']; from launcher.cli import main; main()"
     assert fresh(body, folder) == command("submit", "job.yaml", "--dry-run").out
 
 
-def test_people_are_told_where_to_look(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_printed_summary_of_a_submission(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "bin").mkdir()
     (folder / "bin/squeue").write_text("#!/bin/sh\necho 'PENDING|Dependency'\n")
     (folder / "bin/squeue").chmod(0o755)
@@ -738,13 +741,13 @@ def test_people_are_told_where_to_look(folder: Path, monkeypatch: pytest.MonkeyP
     [
         ("echo 'sbatch: error: invalid partition specified: debug' >&2; exit 1", 2, "job.yaml:5: slurm.partition: "),
         ("echo 'sbatch: error: something new' >&2; exit 1", 2, "sbatch: error: something new"),
-        ("exit 3", 2, "sbatch ended with status 3 and said nothing"),
+        ("exit 3", 2, "sbatch ended with status 3 and printed nothing"),
         ("echo 'Unable to contact slurm controller' >&2; exit 1", 1, "Slurm did not answer: Unable to contact"),
-        ("true", 1, "sbatch took the job and printed no id for it, but ''"),
-        ("echo Submitted batch job 7", 1, "but 'Submitted batch job 7'"),
+        ("true", 1, "sbatch accepted the job but printed no job id, only ''"),
+        ("echo Submitted batch job 7", 1, "only 'Submitted batch job 7'"),
     ],
 )
-def test_what_slurm_refuses_is_told(
+def test_errors_of_sbatch_are_reported(
     folder: Path, monkeypatch: pytest.MonkeyPatch, body: str, status: int, says: str
 ) -> None:
     ended = submit_with(folder, monkeypatch, body)
@@ -760,16 +763,16 @@ def test_what_slurm_refuses_is_told(
         (("--array", "0-"), "command line: slurm.array: must be indices"),
         (("--dependency", "after\n"), "command line: slurm.dependency: must be type:job"),
         (("slurm.time=24:00:00:00",), "command line: slurm.time: must be a time as Slurm writes it"),
-        (("cluster.gpus_per_node=auto",), "command line: cluster.gpus_per_node: auto, and Slurm gives"),
+        (("cluster.gpus_per_node=auto",), "command line: cluster.gpus_per_node: auto, but Slurm gives"),
         (("model.name_or_path=./nowhere",), "nowhere"),
         (("name=a/b",), "name: must be letters"),
-        (("cluster.env.A=a\n",), "holds a line break"),
-        (("--address", "http://h:8265", "--array", "0-1"), "--array is for slurm, and the job goes to ray"),
-        (("--to", "slurm", "--address", "http://h:8265"), "--address is for ray, and the job goes to slurm"),
+        (("cluster.env.A=a\n",), "contains a line break"),
+        (("--address", "http://h:8265", "--array", "0-1"), "--array is for slurm, and the job is submitted to ray"),
+        (("--to", "slurm", "--address", "http://h:8265"), "--address is for ray, and the job is submitted to slurm"),
         (("--to", "pbs"), "'pbs' is not one of"),
     ],
 )
-def test_a_bad_request_is_told_and_nothing_is_submitted(
+def test_invalid_input_is_reported_and_nothing_is_submitted(
     folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], says: str
 ) -> None:
     ended = submit_with(folder, monkeypatch, "echo 1", *arguments)
@@ -779,7 +782,7 @@ def test_a_bad_request_is_told_and_nothing_is_submitted(
     assert not (folder / "runs").exists()
 
 
-def test_where_a_job_goes_is_said_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_target_of_a_submission(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "job.yaml").write_text(JOB.split("slurm:")[0])
     ended = command("submit", "job.yaml", "--dry-run")
     assert (ended.status, "to Slurm or to Ray?" in ended.err) == (2, True)
@@ -787,7 +790,7 @@ def test_where_a_job_goes_is_said_once(folder: Path, monkeypatch: pytest.MonkeyP
     assert command("submit", "job.yaml", "--dry-run", "--array", "0-1").status == 0
     monkeypatch.setenv("PATH", str(folder))
     ended = command("submit", "job.yaml", "--to", "slurm")
-    assert (ended.status, "there is no sbatch here" in ended.err) == (2, True)
+    assert (ended.status, "sbatch is not installed here" in ended.err) == (2, True)
 
 
 def test_init_copies_the_templates(folder: Path) -> None:
@@ -810,8 +813,8 @@ slurm: {partition: debug}
 
 
 @pytest.mark.parametrize("before", [("--dry-run", "job.yaml"), ("job.yaml", "--dry-run")])
-def test_a_script_of_ones_own_is_submitted(folder: Path, before: tuple[str, ...]) -> None:
-    """Its arguments come through as they are, whatever they look like to us."""
+def test_a_users_script_is_submitted(folder: Path, before: tuple[str, ...]) -> None:
+    """Its arguments are passed on unchanged."""
     (folder / "job.yaml").write_text(SCRIPT_JOB)
     (folder / "my train.py").write_text("")
     ended = command("submit", *before, "train.seed=3", "--", "my train.py", "--array", "0", "--", "a=b", "--dry-run")
@@ -827,18 +830,18 @@ def test_a_script_of_ones_own_is_submitted(folder: Path, before: tuple[str, ...]
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "launcher submit JOB.YAML -- SCRIPT [ARGUMENT]..."),
+        ((), "A job that runs your own script has a section `script` instead"),
         (("--",), "no script is named after --"),
-        (("--", "none.py"), "there is no script none.py"),
-        (("--", "--lr", "1"), "after -- stands a Python script or -m MODULE, found --lr"),
-        (("--", "train.py", "a\nb"), "holds a line break"),
-        (("--array=0-1", "slurm.array_key=train.seed", "--", "train.py"), "slurm.array_key: the index would stand"),
+        (("--", "none.py"), "the script none.py does not exist"),
+        (("--", "--lr", "1"), "the command must begin with a Python script or -m MODULE, found --lr"),
+        (("--", "train.py", "a\nb"), "contains a line break"),
+        (("--array=0-1", "slurm.array_key=train.seed", "--", "train.py"), "slurm.array_key: the index would follow"),
         (("deepspeed=auto", "--", "train.py"), "deepspeed: a preset is chosen by the memory"),
-        (("--resume", "--", "train.py"), "--resume goes on with a run, as it was planned"),
+        (("--resume", "--", "train.py"), "--resume continues a run as it was planned"),
         (("--to", "ray", "--address=http://h:8265", "--", "train.py"), "launcher exec JOB.YAML -- SCRIPT"),
     ],
 )
-def test_a_script_that_cannot_be_submitted_is_told(folder: Path, arguments: tuple[str, ...], says: str) -> None:
+def test_a_script_that_cannot_be_submitted_is_reported(folder: Path, arguments: tuple[str, ...], says: str) -> None:
     (folder / "job.yaml").write_text(SCRIPT_JOB)
     (folder / "train.py").write_text("")
     ended = command("submit", "job.yaml", "--dry-run", *arguments)

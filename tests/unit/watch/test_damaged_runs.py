@@ -1,4 +1,4 @@
-"""Run directories in which values have other types than the launcher writes: no command ends in a traceback."""
+"""Run directories with values of unexpected types: no command ends with a traceback."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def built(tmp_path: Path) -> Built:
 
 
 def damaged(value: Any) -> Iterator[Any]:
-    """The value with each of its parts, at any depth, gone or replaced by one of VALUES."""
+    """Copies of the value, each with one of its parts (at any depth) removed or replaced by one of VALUES."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in list(items):
         if isinstance(value, dict):
@@ -52,7 +52,7 @@ def damaged(value: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("name", ["state.json", "logs/node-0-h0/node.json", "events.jsonl", "metrics.jsonl"])
-def test_a_value_of_another_type_is_passed_over(built: Built, name: str) -> None:
+def test_values_of_another_type_are_ignored(built: Built, name: str) -> None:
     file = built.run.path / name
     lines = file.read_text().splitlines() if name.endswith("l") else [file.read_text()]
     console = Console(file=io.StringIO(), width=200)
@@ -69,7 +69,7 @@ def test_a_value_of_another_type_is_passed_over(built: Built, name: str) -> None
                 raise AssertionError(f"line {number}: {wrong}") from error
 
 
-def test_what_is_whole_is_shown_beside_what_is_not(built: Built) -> None:
+def test_valid_values_are_shown_despite_damaged_ones(built: Built) -> None:
     record = json.loads(built.run.node_file(0, "h0").read_text())
     record |= {"cpu_percent": "3", "memory_used_bytes": [], "ranks": ["x", {"rank": None}, rank(1, updates="9")]}
     built.run.node_file(0, "h0").write_text(json.dumps(record))
@@ -78,8 +78,8 @@ def test_what_is_whole_is_shown_beside_what_is_not(built: Built) -> None:
     assert (node.cpus, node.gpu_percent) == (8, 5.0)
 
 
-def test_a_code_that_was_written_is_not_guessed_again_from_words(built: Built) -> None:
-    """The sentences of runs without codes are for those runs alone."""
+def test_a_written_code_takes_precedence_over_the_message(built: Built) -> None:
+    """Messages determine the code only in runs without codes."""
     built.failure(57.0, {**KILLED, "how": "the node's agent is gone", "code": "unknown", "exit_code": 1})
     found = explain(built.run).failures
     assert found is not None and found.first.code is FailureCode.UNKNOWN
@@ -102,7 +102,7 @@ def test_a_damaged_plan_is_reported_with_its_file(built: Built, name: str, conte
 
 
 @pytest.mark.parametrize("name", ["plan.json", "events.jsonl", "metrics.jsonl", "state.json", "logs"])
-def test_a_folder_where_a_file_should_be_is_a_message(built: Built, name: str) -> None:
+def test_a_folder_in_place_of_a_file_gives_a_message(built: Built, name: str) -> None:
     path = built.run.path / name
     if path.is_dir():
         shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""The lines of all nodes in the order of time, past and live."""
+"""`launcher logs`: the lines of all nodes in time order, of an ended and of a live run."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.cli.logs import _since
 from launcher.errors import RequestError
-from launcher.tail import lines_backwards
+from launcher.files import lines_backwards
 from launcher.watch import end_of_run
-from launcher.watch.follow import HOLD_SECONDS, Follower
-from launcher.watch.lines import Line, merged
+from launcher.watch.follow_logs import REORDER_SECONDS, Follower
+from launcher.watch.log_files import LogFile, log_files_of
+from launcher.watch.log_lines import Line, merged
 from launcher.watch.print_lines import Printer
-from launcher.watch.session import read_session
-from launcher.watch.sources import Source, sources_of
+from launcher.watch.print_logs import since_seconds
+from launcher.watch.run_session import read_session
 from launcher.watch.terminal_safe import coloured, plain
 from tests.patience import PATIENCE_SECONDS
 from tests.unit.inputs import command
 from tests.unit.run_directories import START, Built, bytes_read, stamp
-from tests.unit.run_directories import rank as told_rank
+from tests.unit.run_directories import rank as rank_record
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def built(tmp_path: Path) -> Built:
 
 
 def shown(built: Built, *options: str) -> list[str]:
-    """The texts that `launcher logs` prints, with the names of their files."""
+    """The lines that `launcher logs` prints, as "file: text"."""
     ended = command("logs", str(built.run.path), *options)
     assert (ended.status, ended.err) == (0, ""), ended.err
     return [f"{line.split()[0]}: {line.split('Z ', 1)[-1].strip()}" for line in ended.out.splitlines()]
@@ -53,7 +53,7 @@ def three_nodes(built: Built) -> None:
     built.log(2, "h10", "node", (0.5, "ray is up"))
 
 
-def test_lines_of_all_nodes_come_in_the_order_of_time(built: Built) -> None:
+def test_lines_of_all_nodes_are_in_time_order(built: Built) -> None:
     three_nodes(built)
     assert shown(built) == [
         "node-0-h0/agent: rank 0 started",
@@ -87,12 +87,12 @@ def test_lines_of_all_nodes_come_in_the_order_of_time(built: Built) -> None:
     ],
     ids=" ".join,
 )
-def test_a_part_is_chosen(built: Built, options: list[str], texts: list[str]) -> None:
+def test_options_select_lines(built: Built, options: list[str], texts: list[str]) -> None:
     three_nodes(built)
     assert [line.split(": ", 1)[1] for line in shown(built, *options)] == texts
 
 
-def test_clocks_that_differ_are_set_right(built: Built) -> None:
+def test_different_clocks_are_corrected(built: Built) -> None:
     built.nodes(["h0", "h1"], offsets=[0.0, 30.0])
     built.log(0, "h0", "rank-0", (1.0, "first"), (3.0, "third"))
     built.log(1, "h1", "rank-1", (32.0, "second"), (34.0, "fourth"))
@@ -105,7 +105,7 @@ def test_clocks_that_differ_are_set_right(built: Built) -> None:
     ]
 
 
-def test_a_line_without_a_time_belongs_to_the_line_before(built: Built) -> None:
+def test_a_line_without_a_time_follows_the_line_before_it(built: Built) -> None:
     built.log(
         0, "h0", "rank-0", "before any", (1.0, "a"), "still a", "  and still", (3.0, "c"), torn=f"{stamp(4.0)} to"
     )
@@ -116,7 +116,7 @@ def test_a_line_without_a_time_belongs_to_the_line_before(built: Built) -> None:
     assert [line.split()[-1] for line in shown(built, "--since", stamp(1.0))] == ["a", "a", "still", "b", "c", "to"]
 
 
-def test_a_clock_that_was_set_back_does_not_change_a_file_s_order(built: Built) -> None:
+def test_a_clock_set_back_does_not_change_the_order_of_a_file(built: Built) -> None:
     built.log(0, "h0", "rank-0", (5.0, "a"), (2.0, "b"), (6.0, "c"))
     built.log(1, "h1", "rank-1", (4.0, "x"), (5.5, "y"))
     texts = [line.split(": ")[1] for line in shown(built)]
@@ -129,13 +129,13 @@ TEXTS = st.lists(st.tuples(st.integers(0, 20), st.sampled_from(["", "a", "ab", "
 
 @settings(max_examples=60, deadline=None)
 @given(files=st.lists(TEXTS, min_size=1, max_size=4), count=st.integers(0, 40), since=st.integers(0, 20))
-def test_tail_and_since_are_ends_of_the_whole(
+def test_tail_and_since_select_the_end_of_all_lines(
     tmp_path_factory: pytest.TempPathFactory, files: list[list[tuple[int, str]]], count: int, since: int
 ) -> None:
     built = Built(tmp_path_factory.mktemp("runs"))
     for node, lines in enumerate(files):
         built.log(node, f"h{node}", f"rank-{node}", *sorted(lines))
-    sources = sources_of(built.run, {})
+    sources = log_files_of(built.run, {})
     whole = [(line.time, line.text) for line in merged(sources)]
     assert whole == sorted(whole, key=lambda line: line[0])
     assert len(whole) == sum(map(len, files))
@@ -149,7 +149,7 @@ def test_tail_and_since_are_ends_of_the_whole(
     text=st.lists(st.sampled_from(["", "a", "bc", "defghij"]), max_size=12).map("\n".join),
     block=st.integers(1, 9),
 )
-def test_lines_backwards_are_the_lines_backwards(
+def test_lines_backwards_returns_lines_in_reverse_order(
     tmp_path_factory: pytest.TempPathFactory, text: str, block: int
 ) -> None:
     path = tmp_path_factory.mktemp("text") / "file"
@@ -159,22 +159,22 @@ def test_lines_backwards_are_the_lines_backwards(
     assert found[::-1] == (wanted[:-1] if text.endswith("\n") else wanted)
 
 
-def test_the_end_of_a_huge_file_is_not_found_by_reading_it(built: Built) -> None:
+def test_only_the_end_of_a_huge_file_is_read(built: Built) -> None:
     path = built.log(0, "h0", "rank-0", (1.0, "start"))
     with path.open("r+b") as file:
-        file.truncate(3 * 1024**3)  # a hole: no disk is used
+        file.truncate(3 * 1024**3)  # sparse: uses no disk space
     built.log(0, "h0", "rank-0", "", (2.0, "last but one"), (3.0, "last"))
-    sources, before = sources_of(built.run, {}), bytes_read()
+    sources, before = log_files_of(built.run, {}), bytes_read()
     assert [line.text for line in merged(sources, last=2)] == ["last but one", "last"]
     follower = Follower(lambda: sources)
     assert follower.ends[0] == path.stat().st_size
     assert bytes_read() - before < 1024**2
 
 
-def test_since_reads_no_more_than_it_must(built: Built) -> None:
+def test_since_reads_only_the_end_of_a_file(built: Built) -> None:
     path = built.log(0, "h0", "rank-0", *((i / 10, "x" * 100) for i in range(80_000)))
     before = bytes_read()
-    lines = list(merged(sources_of(built.run, {}), since=START + 7_999.0))
+    lines = list(merged(log_files_of(built.run, {}), since=START + 7_999.0))
     assert [line.time - START for line in lines] == pytest.approx([7_999.0 + i / 10 for i in range(10)])
     assert bytes_read() - before < path.stat().st_size / 10
 
@@ -184,21 +184,21 @@ def test_since_reads_no_more_than_it_must(built: Built) -> None:
     [
         (["--node", "h11"], ("--node", "'h11'", "did you mean h1")),
         (["--node", "7"], ("--node", "0 (h0), 1 (h1), 2 (h10)")),
-        (["--rank", "9"], ("--rank", "no rank 9", "ranks 0, 1, 2")),
-        (["--node", "h1", "--rank", "0"], ("no rank 0 of node h1", "ranks 1")),
+        (["--rank", "9"], ("--rank", "rank 9 has no log", "ranks 0, 1, 2")),
+        (["--node", "h1", "--rank", "0"], ("rank 0 of node h1 has no log", "ranks 1")),
         (["--grep", "("], ("--grep", "no regular expression")),
         (["--since", "ten minutes"], ("--since", "'ten minutes' is no time", "10m")),
     ],
     ids=lambda value: " ".join(value),
 )
-def test_what_is_not_there_is_told(built: Built, options: list[str], words: tuple[str, ...]) -> None:
+def test_an_option_that_selects_nothing_is_an_error(built: Built, options: list[str], words: tuple[str, ...]) -> None:
     three_nodes(built)
     ended = command("logs", str(built.run.path), *options)
     assert (ended.status, ended.out) == (2, "")
     assert all(word in ended.err for word in words), ended.err
 
 
-def test_a_run_is_found_by_its_name_and_the_nearest_is_named(built: Built, tmp_path: Path) -> None:
+def test_a_run_is_found_by_name_and_an_unknown_name_gets_a_suggestion(built: Built, tmp_path: Path) -> None:
     three_nodes(built)
     by_name = command("logs", built.run.path.name, "--output-dir", str(tmp_path / "runs"), "--tail", "1")
     assert "rank 0 ended with 1" in by_name.out
@@ -220,13 +220,13 @@ def test_a_run_is_found_by_its_name_and_the_nearest_is_named(built: Built, tmp_p
         ("tiny-lora-20260303-120000", "tiny-lora-20260303-120000"),
     ],
 )
-def test_a_run_is_found_by_its_job_or_by_how_its_name_begins(tmp_path: Path, name: str, found: str) -> None:
+def test_a_run_is_found_by_its_job_or_by_the_start_of_its_name(tmp_path: Path, name: str, found: str) -> None:
     names = {
         "tiny-20260301-120000": 1,
         "tiny-20260302-120000": 2,
         "tiny-lora-20260303-120000": 3,
         "large-slurm-10": 1,
-        "large-slurm-9": 2,  # Slurm counted anew
+        "large-slurm-9": 2,  # Slurm's job ids started again
     }
     for run_name, day in names.items():
         run = Built(tmp_path / "runs", run_name)
@@ -234,33 +234,34 @@ def test_a_run_is_found_by_its_job_or_by_how_its_name_begins(tmp_path: Path, nam
         run.log(0, "h0", "rank-0", (1.0, f"of {run_name}"))
     output_dir = ("--output-dir", str(tmp_path / "runs"))
     assert command("logs", name, *output_dir).out.endswith(f" of {found}\n")
-    # A folder of the job's name is no run, and hides none.
+    # Several runs whose names start alike are an error that lists them.
     several = command("logs", "tiny-2026", *output_dir)
     assert several.status == 2
     assert "2 runs in" in several.err and "tiny-20260301-120000, tiny-20260302-120000" in several.err
 
 
-def test_no_logs_yet_is_told(built: Built) -> None:
+def test_a_run_without_logs_is_an_error(built: Built) -> None:
     ended = command("logs", str(built.run.path))
     assert ended.status == 2
     assert "no node has written a log yet" in ended.err and "prepare" not in ended.err
     (built.run.logs / "prepare.log").write_text("tokenising\n")
-    assert f"see {built.run.logs / 'prepare.log'}" in command("logs", str(built.run.path)).err
+    log = built.run.logs / "prepare.log"
+    assert f"the log of the data preparation is {log}" in command("logs", str(built.run.path)).err
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("2d", 172_800)])
-def test_since_is_ago(text: str, seconds: float) -> None:
-    assert _since(text, START) == START - seconds
+def test_since_accepts_a_duration(text: str, seconds: float) -> None:
+    assert since_seconds(text, START) == START - seconds
 
 
 @pytest.mark.usefixtures("_east_of_utc")
-def test_since_is_a_time() -> None:
-    assert _since("2026-03-01T12:00:00Z", 0.0) == START
-    assert _since("2026-03-01T13:00:00+01:00", 0.0) == START
-    assert _since("2026-03-01 12:00", 0.0) == START
-    assert _since(None, 0.0) is None
+def test_since_accepts_a_time() -> None:
+    assert since_seconds("2026-03-01T12:00:00Z", 0.0) == START
+    assert since_seconds("2026-03-01T13:00:00+01:00", 0.0) == START
+    assert since_seconds("2026-03-01 12:00", 0.0) == START
+    assert since_seconds(None, 0.0) is None
     with pytest.raises(RequestError):
-        _since("10", 0.0)
+        since_seconds("10", 0.0)
 
 
 class Terminal(io.StringIO):
@@ -271,11 +272,11 @@ class Terminal(io.StringIO):
 NASTY = "a\x1b[31mred\x1b[2J\x1b]0;title\x07 [bold]b[/]\x9b1A\x08\x1b]52;c;aGk=\x1b\\c\x1b(0d\rover\te"
 
 
-def test_a_line_does_nothing_to_a_terminal(monkeypatch: pytest.MonkeyPatch, built: Built) -> None:
+def test_control_sequences_do_not_reach_the_terminal(monkeypatch: pytest.MonkeyPatch, built: Built) -> None:
     assert plain(NASTY) == "ared [bold]b[/]cdover\te"
     assert coloured(NASTY) == "a\x1b[31mred [bold]b[/]cdover\te\x1b[0m"
     built.log(3, "h3", "rank-3", (1.0, NASTY))
-    sources = sources_of(built.run, {})
+    sources = log_files_of(built.run, {})
 
     def printed(out: io.StringIO, **environment: str) -> str:
         for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
@@ -291,7 +292,7 @@ def test_a_line_does_nothing_to_a_terminal(monkeypatch: pytest.MonkeyPatch, buil
     assert printed(io.StringIO()) == f"node-3-h3/rank-3 {stamp(1.0)} {NASTY}\n"
 
 
-def test_a_reader_that_goes_away_is_no_error(built: Built) -> None:
+def test_a_closed_pipe_is_not_an_error(built: Built) -> None:
     built.log(0, "h0", "rank-0", *((i / 10, f"line {i}") for i in range(20_000)))
     launcher = str(Path(sys.executable).with_name("launcher"))
     with subprocess.Popen(
@@ -305,7 +306,7 @@ def test_a_reader_that_goes_away_is_no_error(built: Built) -> None:
 
 
 class Script:
-    """A clock by which things happen to the files while the follower waits."""
+    """A clock that changes the files at given times while the follower waits."""
 
     def __init__(self, *steps: tuple[float, Callable[[], object]]) -> None:
         self.now, self._steps = 0.0, list(steps)
@@ -326,15 +327,15 @@ class Script:
 
 
 def followed(built: Built, clock: Script, after: float = 3.0) -> list[tuple[float, Line]]:
-    """(when it was shown, line) for every line that a follower shows until `after` the script's end."""
-    follower = Follower(lambda: sources_of(built.run, read_session(built.run).offsets), clock)
+    """(time of display, line) for every line that a follower returns until `after` seconds after the script's end."""
+    follower = Follower(lambda: log_files_of(built.run, read_session(built.run).offsets), clock)
     seen: list[tuple[float, Line]] = []
     for batch in follower.batches(lambda: clock.over and follower.quiet_seconds > after):
         seen += [(clock.now, line) for line in batch]
     return seen
 
 
-def test_lines_of_slower_files_fall_in_order(built: Built) -> None:
+def test_lines_of_slower_files_are_put_in_order(built: Built) -> None:
     built.log(0, "h0", "rank-0", (0.0, "old"))
     built.log(1, "h1", "rank-1", (0.0, "old"))
     clock = Script(
@@ -347,12 +348,12 @@ def test_lines_of_slower_files_fall_in_order(built: Built) -> None:
     )
     seen = followed(built, clock)
     assert [line.text for _, line in seen] == ["a", "b", "c", "half and half", "new file", "never ended"]
-    # What is shown was held for as long as it takes, and not much longer than the poll's pace allows.
-    assert 1.0 + HOLD_SECONDS <= seen[0][0] <= 1.0 + HOLD_SECONDS + 1.1
+    # Lines are held back for the reorder time, and not longer than one more poll.
+    assert 1.0 + REORDER_SECONDS <= seen[0][0] <= 1.0 + REORDER_SECONDS + 1.1
 
 
-def test_a_follower_of_many_files_loses_nothing_and_slows_down_when_nothing_comes(built: Built) -> None:
-    """64 files, of which each gains a line every half second at a moment of its own, on nodes with odd clocks."""
+def test_a_follower_of_many_files_loses_no_line_and_polls_less_often_without_new_lines(built: Built) -> None:
+    """64 files, each with a new line every half second at different times, on nodes with different clocks."""
     hosts = [f"h{node}" for node in range(16)]
     offsets = [(node % 5 - 2) * 60.0 for node in range(16)]
     built.nodes(hosts, offsets=offsets)
@@ -366,13 +367,13 @@ def test_a_follower_of_many_files_loses_nothing_and_slows_down_when_nothing_come
     seen = [line for _, line in followed(built, clock, after=20.0)]
     assert len(seen) == 64 * 20
     assert len({line.text for line in seen}) == 64 * 20
-    # The files themselves are new, and found within two seconds; from then on all is in order.
+    # New files are found within two seconds; from then on all lines are in order.
     late = [line.time for line in seen if line.time > START + 4.0]
     assert late == sorted(late)
     assert clock.waits[-3:] == [1.0] * 3
 
 
-def test_follow_ends_with_the_run_and_begins_with_its_last_lines(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_follow_starts_with_the_last_lines_and_ends_with_the_run(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(end_of_run, "QUIET_SECONDS", 0.2)
     three_nodes(built)
     built.log(0, "h0", "rank-0", *((10 + i / 10, f"line {i}") for i in range(150)))
@@ -382,7 +383,7 @@ def test_follow_ends_with_the_run_and_begins_with_its_last_lines(built: Built, m
     assert len(shown(built, "-f", "--since", stamp(9.0))) == 151
 
 
-def test_follow_ends_where_the_run_is_lost(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_follow_ends_if_the_run_is_lost(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(end_of_run, "QUIET_SECONDS", 0.2)
     three_nodes(built)
     built.state("training", 30.0)
@@ -393,33 +394,33 @@ def test_follow_ends_where_the_run_is_lost(built: Built, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(["--node", "h9"], "no node 'h9' has logs here"), (["--rank", "9"], "no rank 9 has a log here")],
+    [(["--node", "h9"], "node 'h9' has no logs in this run"), (["--rank", "9"], "rank 9 has no log in this run")],
     ids=["node", "rank"],
 )
-def test_follow_tells_what_will_never_come_once_that_is_known(built: Built, options: list[str], words: str) -> None:
+def test_follow_rejects_a_selection_once_all_ranks_are_known(built: Built, options: list[str], words: str) -> None:
     built.nodes(["h0", "h1"])
     built.state("training", time.time() - START)
     built.log(0, "h0", "rank-0", (1.0, "one"))
-    built.node_json(0, "h0", 2.0, [told_rank(0)])
+    built.node_json(0, "h0", 2.0, [rank_record(0)])
     launcher = str(Path(sys.executable).with_name("launcher"))
-    # Held, so that the run is not lost however long the machine takes.
+    # The lock is held so that the run is not lost on a slow machine.
     with (
         built.run.held(),
         subprocess.Popen(
             [launcher, "logs", str(built.run.path), "-f", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE
         ) as process,
     ):
-        # While a node has not told of its ranks, it waits.
+        # It waits until every node has reported its ranks.
         time.sleep(0.5)
         assert process.poll() is None
-        built.node_json(1, "h1", 2.0, [told_rank(1)])
+        built.node_json(1, "h1", 2.0, [rank_record(1)])
         out, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert (process.returncode, out) == (2, b"")
     assert words in err.decode()
 
 
 @pytest.mark.parametrize("verb", [("logs", "-f"), ("watch",)], ids=" ".join)
-def test_what_is_watched_ends_where_the_run_is_removed(built: Built, verb: tuple[str, ...]) -> None:
+def test_watching_ends_if_the_run_directory_is_removed(built: Built, verb: tuple[str, ...]) -> None:
     three_nodes(built)
     built.state("training", time.time() - START)
     launcher = str(Path(sys.executable).with_name("launcher"))
@@ -433,10 +434,10 @@ def test_what_is_watched_ends_where_the_run_is_removed(built: Built, verb: tuple
         shutil.rmtree(built.run.path)
         _, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 1
-    assert err.decode() == f"error: the run is gone: {built.run.path} was removed while it was watched\n"
+    assert err.decode() == f"error: the run directory {built.run.path} was removed while it was being watched\n"
 
 
-def test_ctrl_c_ends_following_quietly(built: Built) -> None:
+def test_ctrl_c_ends_following_without_an_error_message(built: Built) -> None:
     three_nodes(built)
     built.state("training", time.time() - START)
     launcher = str(Path(sys.executable).with_name("launcher"))
@@ -453,6 +454,6 @@ def test_ctrl_c_ends_following_quietly(built: Built) -> None:
         assert process.wait(PATIENCE_SECONDS) == 130
 
 
-def test_source_names_are_their_paths() -> None:
-    source = Source(Path("/runs/a/logs/node-2-gpu-a.site/rank-17.log"), 2, "gpu-a.site", 17)
+def test_the_label_of_a_log_file_is_its_path() -> None:
+    source = LogFile(Path("/runs/a/logs/node-2-gpu-a.site/rank-17.log"), 2, "gpu-a.site", 17)
     assert source.label == "node-2-gpu-a.site/rank-17"

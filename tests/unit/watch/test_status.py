@@ -1,4 +1,4 @@
-"""Where runs stand: one with its nodes, and all of them."""
+"""The status of one run with its nodes, and of all runs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import pytest
 from rich.console import Console
 
 from launcher.cli import status as status_verb
-from launcher.watch.history import sampled
-from launcher.watch.nodes import NodeStatus, straggling
+from launcher.watch.node_status import NodeStatus, mark_stragglers
 from launcher.watch.number_format import duration
+from launcher.watch.sample_metrics import sampled
 from launcher.watch.screen import plots_of
-from launcher.watch.status import RunStatus, read_brief, read_status
+from launcher.watch.status import RunStatus, read_status, read_status_without_nodes
 from launcher.watch.status_report import rank_range, status_view
 from tests.unit.inputs import as_nobody, command
 from tests.unit.run_directories import GIB, START, Built, bytes_read, rank, stamp
@@ -44,7 +44,7 @@ def text_of(status: RunStatus, most_nodes: int | None = None) -> str:
 
 
 def training(built: Built, own: tuple[float, ...] = (0.30, 0.31, 0.30)) -> None:
-    """Three nodes of two ranks; their own work takes so long."""
+    """One node with two ranks per value of `own`, the seconds of the second rank's own work per update."""
     built.plan(400)
     built.nodes([f"h{node}" for node in range(len(own))])
     built.state("training", 5.0)
@@ -54,7 +54,7 @@ def training(built: Built, own: tuple[float, ...] = (0.30, 0.31, 0.30)) -> None:
     built.metrics(range(20), at=20.0)
 
 
-def test_a_run_in_training(built: Built) -> None:
+def test_the_status_of_a_run_in_training(built: Built) -> None:
     training(built)
     status = at(built, 60.0)
     assert (status.state, status.state_seconds, status.live) == ("training", 55.0, True)
@@ -74,7 +74,7 @@ def test_a_run_in_training(built: Built) -> None:
     assert "GPU" not in text
 
 
-def test_a_straggler_stands_out(built: Built) -> None:
+def test_a_straggler_is_marked(built: Built) -> None:
     training(built, own=(0.30, 0.31, 0.62))
     status = at(built, 60.0)
     assert status.compared == "own_seconds"
@@ -84,7 +84,7 @@ def test_a_straggler_stands_out(built: Built) -> None:
     assert re.search(r"h2 .* 2\.00x .* slow: rank 5\n", text)
     assert [node.slow_ranks for node in status.nodes] == [(), (), (5,)]
     assert status.nodes[2].rank_own_seconds == (0.2, 0.62)
-    assert "beyond 1.25x the median of the nodes" in text
+    assert "above 1.25x the median of the nodes" in text
 
 
 @pytest.mark.parametrize(
@@ -104,12 +104,12 @@ def test_which_nodes_are_slow(own: Any, step: Any, compared: str | None, slow: l
     nodes = [
         NodeStatus(k, f"h{k}", own_seconds=o, step_seconds=s) for k, (o, s) in enumerate(zip(own, step, strict=True))
     ]
-    key, marked = straggling(nodes)
+    key, marked = mark_stragglers(nodes)
     assert key == compared
     assert [node.node_rank for node in marked if node.straggler] == slow
 
 
-def test_a_stale_heartbeat_is_marked_while_the_run_lives(built: Built) -> None:
+def test_a_stale_heartbeat_is_marked_only_in_a_live_run(built: Built) -> None:
     training(built)
     built.node_json(1, "h1", 20.0, [rank(2), rank(3, alive=False, exit_code=-9)])
     status = at(built, 60.0)
@@ -120,7 +120,7 @@ def test_a_stale_heartbeat_is_marked_while_the_run_lives(built: Built) -> None:
     assert not any(node.stale for node in at(built, 500.0).nodes)
 
 
-def test_heartbeats_are_told_by_the_supervisor_s_clock(built: Built) -> None:
+def test_heartbeat_ages_use_the_supervisor_s_clock(built: Built) -> None:
     built.nodes(["h0", "h1", "h2"], offsets=[0.0, 100.0, -100.0])
     built.state("training", 2.0)
     for node, ahead in enumerate((0.0, 100.0, -100.0)):
@@ -129,7 +129,7 @@ def test_heartbeats_are_told_by_the_supervisor_s_clock(built: Built) -> None:
     assert [node.heartbeat_seconds for node in status.nodes] == [3.0] * 3
 
 
-def test_a_node_that_has_written_nothing_is_a_row_as_well(built: Built) -> None:
+def test_a_node_without_a_report_has_a_row(built: Built) -> None:
     training(built)
     (built.run.node_logs(1, "h1") / "node.json").write_text('{"time": "2026')
     (built.run.node_logs(2, "h2") / "node.json").unlink()
@@ -138,7 +138,7 @@ def test_a_node_that_has_written_nothing_is_a_row_as_well(built: Built) -> None:
     assert "h2" in text_of(status)
 
 
-def test_nodes_of_an_earlier_session_are_left_out(built: Built) -> None:
+def test_nodes_of_an_earlier_session_are_not_shown(built: Built) -> None:
     training(built)
     built.event(1000.0, "resume", update=20, samples=160)
     built.nodes(["h0", "h7"], at=1001.0)
@@ -150,32 +150,31 @@ def test_nodes_of_an_earlier_session_are_left_out(built: Built) -> None:
     assert status.left_seconds == pytest.approx(376 * 3.0)
 
 
-def test_gpus_have_columns_of_their_own(built: Built) -> None:
+def test_gpus_have_their_own_columns(built: Built) -> None:
     training(built)
     gpu = {"name": "H100", "memory_used_bytes": 60 * GIB, "memory_bytes": 80 * GIB}
     gpus = [{"index": 0, "utilization_percent": 90, **gpu}, {"index": 1, "utilization_percent": 100, **gpu}]
     built.node_json(0, "h0", 58.0, [rank(0)], gpus=gpus)
     node = at(built, 60.0).nodes[0]
     assert (node.gpus, node.gpu_percent) == (2, 95.0)
-    assert (node.gpu_memory_used_bytes, node.gpu_memory_bytes) == (120 * GIB, 160 * GIB)
+    assert (node.gpu_memory_used_bytes, node.gpu_memory_total_bytes) == (120 * GIB, 160 * GIB)
     assert "120.0/160.0" in text_of(at(built, 60.0))
 
 
-def test_a_supervisor_that_vanished_is_told(built: Built) -> None:
+def test_a_run_without_a_supervisor_is_lost(built: Built) -> None:
     training(built)
-    # Something was heard a minute ago at most: a checkpoint, an evaluation or a slow disk would look the same.
+    # Less than a minute of silence is not a loss: a checkpoint, an evaluation or a slow disk looks the same.
     assert at(built, 117.0).state == "training"
     status = at(built, 200.0)
     assert (status.state, status.written_state, status.live) == ("lost", "training", False)
     assert status.silent_seconds == 142.0
     assert status.left_seconds is None
     text = " ".join(text_of(status).split())
-    assert "lost: state.json says training, but no launcher holds the run's directory; the last sign of it came" in text
-    assert "came 2 min 22 s ago" in text
-    assert read_brief(built.run, START + 200.0).state == "lost"
+    assert "lost: its state is training, but no launcher holds its lock; last activity 2 min 22 s ago" in text
+    assert read_status_without_nodes(built.run, START + 200.0).state == "lost"
 
 
-def test_a_launcher_that_holds_the_run_is_alive_however_quiet_it_is(built: Built) -> None:
+def test_a_launcher_that_holds_the_lock_is_alive_without_any_output(built: Built) -> None:
     built.state("preparing", 1.0)
     with (built.run.path / "launcher.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -184,7 +183,7 @@ def test_a_launcher_that_holds_the_run_is_alive_however_quiet_it_is(built: Built
     assert at(built, 5000.0).state == "lost"
 
 
-def test_a_script_s_metrics_may_lack_anything(built: Built) -> None:
+def test_a_script_s_metrics_may_lack_any_key(built: Built) -> None:
     built.plan(50)
     built.state("training", 1.0)
     built.run.metrics_file.write_text('{"update": 3, "loss": "nan"}\n{"update": 4, "custom": [1]}\n{"upda')
@@ -193,14 +192,14 @@ def test_a_script_s_metrics_may_lack_anything(built: Built) -> None:
     built.run.metrics_file.write_text('{"update": 3, "loss": "nan"}\n')
     assert at(built, 10.0).loss == "nan"
     assert "loss nan" in text_of(at(built, 10.0))
-    # Without a line the nodes' reports count.
+    # Without metrics the nodes' reports are used.
     built.run.metrics_file.unlink()
     built.nodes(["h0"], at=2.0)
     built.node_json(0, "h0", 9.0, [rank(0, updates=7), rank(1, updates=8)])
     assert at(built, 10.0).updates == 7
 
 
-def test_damaged_files_are_passed_over(built: Built) -> None:
+def test_damaged_files_are_ignored(built: Built) -> None:
     built.run.plan_file.write_text("{")
     with built.run.events_file.open("a") as file:
         file.write('{"time": "2026-03-01T12:00:0\n[1, 2]\nnull\n')
@@ -213,7 +212,7 @@ def test_damaged_files_are_passed_over(built: Built) -> None:
     assert at(built, 3.0).state == "unknown"
 
 
-def test_the_newest_plan_counts(built: Built) -> None:
+def test_the_newest_plan_is_used(built: Built) -> None:
     training(built)
     for number, updates in ((1, 300), (2, 200), (10, 100)):
         document = {"sha256": "0", "plan": {"length": {"total_updates": updates}}}
@@ -221,10 +220,10 @@ def test_the_newest_plan_counts(built: Built) -> None:
     assert at(built, 60.0).total_updates == 100
 
 
-def test_a_long_run_is_not_read_whole(built: Built) -> None:
+def test_only_a_part_of_a_long_run_is_read(built: Built) -> None:
     training(built)
     with built.run.metrics_file.open("r+b") as file:
-        file.truncate(2 * 1024**3)  # a hole: no disk is used
+        file.truncate(2 * 1024**3)  # sparse: uses no disk space
     with built.run.metrics_file.open("a") as file:
         file.write("\n")
     built.metrics(range(20, 300), at=20.0)
@@ -234,7 +233,7 @@ def test_a_long_run_is_not_read_whole(built: Built) -> None:
     assert bytes_read() - before < 2 * 1024**2
 
 
-def test_a_curve_is_sampled_over_the_whole_file(tmp_path: Path) -> None:
+def test_metrics_are_sampled_over_the_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"update": u, "loss": 1 / (1 + u)}) + "\n" for u in range(20_000)))
     updates = [line["update"] for line in sampled(path)]
@@ -248,18 +247,18 @@ def test_a_curve_is_sampled_over_the_whole_file(tmp_path: Path) -> None:
     assert sampled(tmp_path / "none") == []
 
 
-def test_small_plots_of_loss_and_rate(built: Built) -> None:
+def test_small_plots_of_loss_and_learning_rate(built: Built) -> None:
     training(built)
-    loss, rate = plots_of(sampled(built.run.metrics_file), width=100, colour=False)
+    loss, lr = plots_of(sampled(built.run.metrics_file), width=100, colour=False)
     assert loss.plain.startswith("loss") and "3.000" in loss.plain and "2.810" in loss.plain
-    assert rate.plain.startswith("learning rate") and "2.0e-04" in rate.plain
+    assert lr.plain.startswith("learning rate") and "2.0e-04" in lr.plain
     assert max(map(len, loss.plain.splitlines())) <= 50
     nan = [{"update": update, "loss": "nan", "lr": 1e-3} for update in range(3)]
     assert [plot.plain.split("\n")[0] for plot in plots_of(nan, width=100, colour=True)] == ["learning rate"]
     assert plots_of([], width=100, colour=True) == []
 
 
-def test_of_many_nodes_those_that_stand_out_come_first(built: Built) -> None:
+def test_nodes_with_problems_come_first_among_many(built: Built) -> None:
     training(built, own=(*(0.3,) * 39, 0.9))
     text = text_of(at(built, 60.0), most_nodes=5)
     assert "and 35 more nodes" in text
@@ -267,7 +266,7 @@ def test_of_many_nodes_those_that_stand_out_come_first(built: Built) -> None:
     assert text.index("h39") < text.index("h0 ")
 
 
-def test_names_are_text_and_no_markup(built: Built) -> None:
+def test_markup_in_names_is_printed_as_text(built: Built) -> None:
     built.nodes(["[red]x[/]", "h\x1b[2J1"])
     built.state("failed", 2.0, reason="[bold]an error[/] \x1b[2Jof a rank\nwith more")
     text = text_of(at(built, 10.0))
@@ -276,7 +275,7 @@ def test_names_are_text_and_no_markup(built: Built) -> None:
     assert "\x1b" not in text
 
 
-def test_the_verb_prints_json_with_the_keys_that_it_documents(built: Built, tmp_path: Path) -> None:
+def test_the_json_has_the_documented_keys(built: Built, tmp_path: Path) -> None:
     training(built)
     built.state("finished", 70.0, update=20, reason=None, slurm_job_id=77)
     found = json.loads(command("status", str(built.run.path), "--json").out)
@@ -292,7 +291,7 @@ def _ages(of: dict[str, Any]) -> dict[str, Any]:
     return {key: of[key] for key in ("state_seconds", "silent_seconds")}
 
 
-def test_all_runs_are_listed_newest_first(tmp_path: Path) -> None:
+def test_runs_are_listed_newest_first(tmp_path: Path) -> None:
     for day, (name, state) in enumerate((("b-old", "finished"), ("c-new", "failed"), ("a-newest", "training"))):
         built = Built(tmp_path / "runs", name)
         built.run.events_file.write_text(json.dumps({"time": stamp(86_400.0 * day), "event": "plan"}) + "\n")
@@ -306,28 +305,28 @@ def test_all_runs_are_listed_newest_first(tmp_path: Path) -> None:
     rows = [line.split() for line in ended.out.splitlines()]
     assert [row[:2] for row in rows[1:4]] == [["a-newest", "lost"], ["c-new", "failed"], ["b-old", "finished"]]
     assert "3/10" in rows[1] and "2.9800" in rows[1] and "2026-03-03" in rows[1]
-    assert "no launcher holds the directory" in ended.out
+    assert "no launcher holds its lock" in ended.out
 
 
-def test_no_runs_and_no_folder_are_told(tmp_path: Path) -> None:
+def test_an_empty_folder_and_a_missing_folder_are_reported(tmp_path: Path) -> None:
     assert command("status", "--output-dir", str(tmp_path)).out == f"no runs in {tmp_path}\n"
     ended = command("status", "--output-dir", str(tmp_path / "none"))
     assert ended.status == 2
     assert "cannot be read: No such file" in ended.err
 
 
-def test_watch_without_a_terminal_tells_the_end_of_a_run(built: Built) -> None:
+def test_watch_without_a_terminal_prints_the_end_of_a_run(built: Built) -> None:
     training(built)
     built.state("finished", 70.0, update=20)
     ended = command("watch", str(built.run.path))
     assert ended.status == 0
     first, *rest = ended.out.splitlines()
-    assert first.startswith("finished  update 20/400  loss 2.8100  rate 2.00e-04")
+    assert first.startswith("finished  update 20/400  loss 2.8100  lr 2.00e-04")
     assert "tiny-20260301-120000  finished" in rest[0]
 
 
-def test_nothing_in_the_run_directory_is_touched(built: Built) -> None:
-    """A run of somebody else is watched without the right to write, and a file that is made would change it."""
+def test_watching_does_not_change_the_run_directory(built: Built) -> None:
+    """Another user's run can be watched without write permission, and watching creates no file in it."""
     training(built)
     built.log(0, "h0", "rank-0", (1.0, "a"))
     built.failure(60.0, {"rank": 0, "node_rank": 0, "host": "h0", "how": "exit code 1"})
@@ -343,7 +342,7 @@ def test_nothing_in_the_run_directory_is_touched(built: Built) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody to try this")
-def test_a_run_that_may_not_be_read_is_told_and_hides_no_other(built: Built, tmp_path: Path) -> None:
+def test_a_run_without_read_permission_does_not_hide_the_others(built: Built, tmp_path: Path) -> None:
     training(built)
     built.run.path.chmod(0o755)
     built.run.events_file.chmod(0o600)
@@ -361,8 +360,8 @@ def test_a_run_that_may_not_be_read_is_told_and_hides_no_other(built: Built, tmp
     rows = [re.split(r"  +", line.strip()) for line in listed.out.splitlines()]
     assert [row[:2] for row in rows[1:]] == [
         ["c-open", "failed"],
-        ["tiny-20260301-120000", "may not be read"],
-        ["b-closed", "may not be read"],
+        ["tiny-20260301-120000", "permission denied"],
+        ["b-closed", "permission denied"],
     ]
     states = json.loads(as_nobody(tmp_path, "status", "--json", "--output-dir", str(runs)).out)
     assert [run["state"] for run in states] == ["failed", "unreadable", "unreadable"]
@@ -370,8 +369,8 @@ def test_a_run_that_may_not_be_read_is_told_and_hides_no_other(built: Built, tmp
     assert wrong.status == 2 and "did you mean c-open?" in wrong.err
 
 
-def test_a_file_that_is_stale_for_a_moment_is_read_again(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As NFS has it where another host replaced the file in between."""
+def test_a_stale_file_is_read_again(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS raises ESTALE if another host replaces the file while it is read."""
     training(built)
     errors = [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "Input/output error")]
     bytes_of = Path.read_bytes
@@ -404,7 +403,7 @@ def test_durations(seconds: float | None, words: str) -> None:
     assert duration(seconds) == words
 
 
-def test_ranks_in_short() -> None:
+def test_rank_ranges() -> None:
     assert rank_range((0, 1, 2, 3)) == "0-3"
     assert rank_range((4,)) == "4"
     assert rank_range((1, 3)) == "1,3"
@@ -419,7 +418,7 @@ def test_the_status_of_many_nodes_reads_each_file_once(built: Built) -> None:
     assert bytes_read() - before < 1.2 * size
 
 
-def test_a_launcher_that_touches_its_lock_is_alive_where_locks_are_not_seen(built: Built) -> None:
+def test_a_launcher_that_touches_its_lock_is_alive_on_another_host(built: Built) -> None:
     built.state("preparing", 1.0)
     built.run.lock_file.touch()
     touched = built.run.lock_file.stat().st_mtime

@@ -1,4 +1,4 @@
-"""The line between a rank and its agent, over real pipes: orders in, reports out, and the end of either side."""
+"""The connection between a rank and its agent, over real pipes: orders in, reports out, and the end of either side."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ HEAD = """
 import json, os, sys, time
 from launcher.worker.control import Control
 control = Control.from_environment()
+def report(kind, **details): control.report({"report": kind, "time": 1.5, **details})
 """
 
 
@@ -78,16 +79,13 @@ def rank_that(body: str) -> Iterator[Rank]:
 
 
 def test_the_order_to_go_is_returned_and_a_report_reaches_the_agent() -> None:
-    with rank_that("control.report('got', go=control.wait_for_go()); control.wait_for_go()") as rank:
-        before = time.time()
+    with rank_that("report('got', go=control.wait_for_go()); control.wait_for_go()") as rank:
         rank.order(go={"env": {"MASTER_PORT": "1"}, "start": None})
-        report = rank.report()
-        assert before <= report.pop("time") <= time.time()
-        assert report == {"report": "got", "go": {"env": {"MASTER_PORT": "1"}, "start": None}}
+        assert rank.report() == {"report": "got", "time": 1.5, "go": {"env": {"MASTER_PORT": "1"}, "start": None}}
 
 
 def test_an_order_that_comes_before_it_is_waited_for_is_kept() -> None:
-    with rank_that("time.sleep(0.2); control.report('got', go=control.wait_for_go())") as rank:
+    with rank_that("time.sleep(0.2); report('got', go=control.wait_for_go())") as rank:
         rank.order(go={"number": 1})
         assert rank.report()["go"] == {"number": 1}
         assert rank.exit_status() == 0
@@ -95,9 +93,9 @@ def test_an_order_that_comes_before_it_is_waited_for_is_kept() -> None:
 
 def test_an_order_to_stop_sets_stop_and_is_no_order_to_go() -> None:
     body = """
-control.report("stop", set=control.stop.is_set())
-control.report("stop", set=control.stop.wait(60))
-control.report("got", go=control.wait_for_go())
+report("stop", set=control.stop.is_set())
+report("stop", set=control.stop.wait(60))
+report("got", go=control.wait_for_go())
 """
     with rank_that(body) as rank:
         assert rank.report()["set"] is False
@@ -108,7 +106,7 @@ control.report("got", go=control.wait_for_go())
 
 
 def test_an_unknown_order_is_ignored() -> None:
-    with rank_that("go = control.wait_for_go(); control.report('got', go=go, stop=control.stop.is_set())") as rank:
+    with rank_that("go = control.wait_for_go(); report('got', go=go, stop=control.stop.is_set())") as rank:
         rank.order(other=True)
         rank.order(go={})
         report = rank.report()
@@ -116,15 +114,16 @@ def test_an_unknown_order_is_ignored() -> None:
 
 
 def test_an_event_names_its_kind_and_its_details() -> None:
-    with rank_that("control.tell('spike', update=42, lr=1e-5)") as rank:
+    before = time.time()
+    with rank_that("control.record_event({'event': 'spike', 'update': 42, 'lr': 1e-5})") as rank:
         report = rank.report()
-        assert report.pop("time") > 0
+        assert before <= report.pop("time") <= time.time()
         assert report == {"report": "event", "event": "spike", "details": {"update": 42, "lr": 1e-5}}
 
 
 def test_a_rank_ends_itself_once_its_agent_is_gone() -> None:
     """Also one that computes and waits for no order; what holds its report pipe open does not keep it."""
-    with rank_that("control.report('at work')\nwhile True: time.sleep(0.01)") as rank:
+    with rank_that("report('at work')\nwhile True: time.sleep(0.01)") as rank:
         assert rank.report()["report"] == "at work"
         rank.orders.close()
         assert rank.exit_status() == AGENT_LOST_EXIT == 113
@@ -132,7 +131,7 @@ def test_a_rank_ends_itself_once_its_agent_is_gone() -> None:
 
 
 def test_a_rank_that_waits_for_its_order_ends_itself_too() -> None:
-    with rank_that("control.report('ready'); control.wait_for_go(); control.report('never')") as rank:
+    with rank_that("report('ready'); control.wait_for_go(); report('never')") as rank:
         assert rank.report()["report"] == "ready"
         rank.orders.close()
         assert rank.exit_status() == AGENT_LOST_EXIT
@@ -143,7 +142,7 @@ def test_a_report_into_a_broken_pipe_raises() -> None:
     body = """
 control.wait_for_go()
 try:
-    control.report("lost")
+    report("lost")
 except BrokenPipeError:
     os._exit(7)
 """
@@ -157,15 +156,15 @@ def test_without_an_agent_nothing_is_waited_for_and_reports_go_nowhere(monkeypat
     monkeypatch.delenv("LAUNCHER_REPORT_FD", raising=False)
     threads = threading.active_count()
     control = Control.from_environment()
-    assert control.wait_for_go() == {}
-    control.report("phase", phase="training")
-    control.tell("spike")
+    assert control.wait_for_go() == {"env": {}}
+    control.report({"report": "phase", "time": 1.5, "phase": "training"})
+    control.record_event({"event": "outlier", "update": 1, "reason": "high"})
     assert not control.stop.is_set()
     assert threading.active_count() == threads
 
 
 def test_what_a_rank_starts_does_not_inherit_the_name_of_its_pipe() -> None:
-    with rank_that("control.report('left', name=os.environ.get('LAUNCHER_REPORT_FD'))") as rank:
+    with rank_that("report('left', name=os.environ.get('LAUNCHER_REPORT_FD'))") as rank:
         assert rank.report()["name"] is None
 
 
@@ -173,7 +172,7 @@ def test_reports_of_several_threads_are_whole_lines() -> None:
     """Longer than a pipe takes in one write."""
     body = """
 import threading
-threads = [threading.Thread(target=control.report, args=("long",), kwargs={"text": str(n) * 100_000}) for n in range(8)]
+threads = [threading.Thread(target=report, args=("long",), kwargs={"text": str(n) * 100_000}) for n in range(8)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 """

@@ -14,7 +14,7 @@ from launcher.errors import FailureCode
 from launcher.plan.revision import with_longer_warmup
 from launcher.plan.schema import Plan
 from launcher.worker import lr_check, scheduler
-from launcher.worker.lr_check import InStep, OutOfStep, same_plan
+from launcher.worker.lr_check import LRCheck, OutOfSyncError, check_same_plan
 from launcher.worker.ranks import Ranks
 from tests.unit.inputs import job_of, machine_facts, plan_of
 from tests.unit.worker.fake_engine import PEAK, START, WARMUP, FakeEngine, fake_ranks, on_each_rank, small_plan
@@ -36,7 +36,7 @@ def other_plan(plan: Plan) -> Plan:
 
 def same_plans(*plans: Plan) -> list[Any]:
     """What each rank gets from the comparison of these plans: the hosts, or the error."""
-    return on_each_rank(len(plans), lambda ranks: same_plan(ranks, plans[ranks.rank]))
+    return on_each_rank(len(plans), lambda ranks: check_same_plan(ranks, plans[ranks.rank]))
 
 
 def test_ranks_with_equal_plans_get_the_host_of_every_rank(plan: Plan) -> None:
@@ -50,7 +50,7 @@ def test_every_rank_names_the_one_with_another_plan(plan: Plan, odd: int) -> Non
     errors = same_plans(*(other if rank == odd else plan for rank in range(3)))
     assert len({str(error) for error in errors}) == 1
     for error in errors:
-        assert type(error) is OutOfStep
+        assert type(error) is OutOfSyncError
         assert error.code is FailureCode.PLAN_DIFFERS
         assert f"rank {odd} on h{odd} has {other.sha256[:12]}…" in str(error)
         assert plan.sha256[:12] in str(error)
@@ -77,12 +77,12 @@ def test_every_rank_names_the_one_with_another_deepspeed(plan: Plan, monkeypatch
 
     def compare(ranks: Ranks) -> list[str]:
         this_rank.odd = ranks.rank == 1
-        return same_plan(ranks, plan)
+        return check_same_plan(ranks, plan)
 
     monkeypatch.setattr(lr_check, "version", version)
     errors = on_each_rank(3, compare)
     for error in errors:
-        assert type(error) is OutOfStep
+        assert type(error) is OutOfSyncError
         assert error.code is FailureCode.VERSIONS_DIFFER
         assert "rank 1 on h1 has 0.19.9" in str(error) and "0.19.8" in str(error)
         assert "rank 0 on" not in str(error) and "rank 2 on" not in str(error)
@@ -97,12 +97,12 @@ def test_ranks_that_agree_on_another_deepspeed_than_the_plans_are_refused(
         assert "rank 0 on h0" in str(error) and "rank 1 on h1" in str(error)
 
 
-def in_step(plan: Plan, rank: int = 0, world_size: int = 4) -> InStep:
-    return InStep(fake_ranks(rank, world_size), plan, HOSTS)
+def new_check(plan: Plan, rank: int = 0, world_size: int = 4) -> LRCheck:
+    return LRCheck(fake_ranks(rank, world_size), plan, HOSTS)
 
 
 def test_the_learning_rate_of_each_update_is_the_plans(plan: Plan) -> None:
-    engine, checked = FakeEngine(plan), in_step(plan)
+    engine, checked = FakeEngine(plan), new_check(plan)
     found = []
     for update in range(WARMUP + 5):
         found.append(checked.check(engine, update))
@@ -123,8 +123,8 @@ def test_another_learning_rate_in_one_parameter_group_is_named(plan: Plan, group
     engine = FakeEngine(plan, groups=3)
     wrong = math.nextafter(START, 1.0)
     set_lrs(engine, [wrong if index == group else START for index in range(3)])
-    with pytest.raises(OutOfStep) as raised:
-        in_step(plan, rank=2).check(engine, 0)
+    with pytest.raises(OutOfSyncError) as raised:
+        new_check(plan, rank=2).check(engine, 0)
     message = str(raised.value)
     assert raised.value.code is FailureCode.OUT_OF_STEP
     assert "rank 2 on h2" in message
@@ -136,12 +136,12 @@ def test_another_learning_rate_in_one_parameter_group_is_named(plan: Plan, group
 def test_all_groups_with_another_learning_rate_are_named(plan: Plan) -> None:
     engine = FakeEngine(plan, groups=3)
     set_lrs(engine, [1e-3, START, 2e-3])
-    with pytest.raises(OutOfStep, match=r"0\.001 in parameter group 0 and 0\.002 in parameter group 2 of 3"):
-        in_step(plan).check(engine, 0)
+    with pytest.raises(OutOfSyncError, match=r"0\.001 in parameter group 0 and 0\.002 in parameter group 2 of 3"):
+        new_check(plan).check(engine, 0)
     alone = FakeEngine(plan, groups=1)
     set_lrs(alone, [1e-3])
-    with pytest.raises(OutOfStep, match=r"0\.001") as raised:
-        in_step(plan).check(alone, 0)
+    with pytest.raises(OutOfSyncError, match=r"0\.001") as raised:
+        new_check(plan).check(alone, 0)
     assert "parameter group" not in str(raised.value)
 
 
@@ -149,15 +149,15 @@ def test_an_engine_at_another_update_is_refused_though_its_learning_rate_is_righ
     engine = FakeEngine(plan)
     for _ in range(WARMUP + 5):
         engine.update()
-    assert in_step(plan).check(engine, WARMUP + 5) == PEAK
+    assert new_check(plan).check(engine, WARMUP + 5) == PEAK
     for update in (WARMUP + 4, WARMUP + 6):
-        with pytest.raises(OutOfStep) as raised:
-            in_step(plan).check(engine, update)
+        with pytest.raises(OutOfSyncError) as raised:
+            new_check(plan).check(engine, update)
         assert f"{update}" in str(raised.value) and f"{WARMUP + 5}" in str(raised.value)
 
 
 def test_an_update_after_a_skipped_one_is_made_at_the_learning_rate_of_the_skipped_one(plan: Plan) -> None:
-    engine, checked = FakeEngine(plan, skips=(1,)), in_step(plan)
+    engine, checked = FakeEngine(plan, skips=(1,)), new_check(plan)
     found = []
     for update in range(4):
         found.append(checked.check(engine, update))
@@ -166,22 +166,22 @@ def test_an_update_after_a_skipped_one_is_made_at_the_learning_rate_of_the_skipp
 
 
 def test_a_scheduler_that_runs_ahead_is_noticed_at_the_next_update(plan: Plan) -> None:
-    engine, checked = FakeEngine(plan), in_step(plan)
+    engine, checked = FakeEngine(plan), new_check(plan)
     checked.check(engine, 0)
     engine.update()
     engine.lr_scheduler.step()
-    with pytest.raises(OutOfStep):
+    with pytest.raises(OutOfSyncError):
         checked.check(engine, 1)
 
 
 def test_after_a_revision_the_revised_plan_counts(plan: Plan) -> None:
-    engine, checked = FakeEngine(plan), in_step(plan)
+    engine, checked = FakeEngine(plan), new_check(plan)
     for _ in range(43):
         engine.update()
     revised = with_longer_warmup(plan, 43)
     assert checked.check(engine, 43) == PEAK
     checked.follow(revised)
-    with pytest.raises(OutOfStep):
+    with pytest.raises(OutOfSyncError):
         checked.check(engine, 43)
     scheduler.follow(engine, revised, 43)
     assert checked.check(engine, 43) == pytest.approx(START + (PEAK - START) * 43 / 86, rel=1e-12)
@@ -199,7 +199,7 @@ def test_the_users_own_scheduler_is_checked_as_deepspeed_drives_it() -> None:
     job = job_of(train={"max_steps": 10}, cluster={"gpus_per_node": 0}, schedule={"allow_unsafe": True})
     own = plan_of(job, user, machine=machine_facts(0))
     assert own.learning_rate.schedule is None
-    engine, checked = FakeEngine(small_plan()), in_step(own)
+    engine, checked = FakeEngine(small_plan()), new_check(own)
     for update, share in enumerate([0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0]):
         set_lrs(engine, [share * peak, share * peak])
         engine.global_steps = update
@@ -210,7 +210,7 @@ def test_ranks_are_compared_every_few_updates(plan: Plan) -> None:
     engine = FakeEngine(plan)
     sizes = []
     for update in range(7):
-        sizes.append(len(in_step(plan).words(engine, update)))
+        sizes.append(len(new_check(plan).table_row(engine, update)))
         engine.update()
     # check_every is 3; each of four ranks adds three numbers.
     assert sizes == [12, 0, 0, 12, 0, 0, 12]
@@ -222,8 +222,8 @@ def test_a_rank_adds_its_own_three_numbers_to_the_table(plan: Plan) -> None:
         engine.update()
     row = [3.0, engine.lrs[0], 1.0]
     assert row[1] == pytest.approx(3 * START, rel=1e-12)
-    assert in_step(plan, rank=0).words(engine, 3) == [*row, *[0.0] * 9]
-    assert in_step(plan, rank=2).words(engine, 3) == [*[0.0] * 6, *row, *[0.0] * 3]
+    assert new_check(plan, rank=0).table_row(engine, 3) == [*row, *[0.0] * 9]
+    assert new_check(plan, rank=2).table_row(engine, 3) == [*[0.0] * 6, *row, *[0.0] * 3]
 
 
 def compared(plan: Plan, change: Any, odd: int, world_size: int = 4) -> list[Any]:
@@ -235,8 +235,8 @@ def compared(plan: Plan, change: Any, odd: int, world_size: int = 4) -> list[Any
             engine.update()
         if ranks.rank == odd:
             change(engine)
-        checked = InStep(ranks, plan, HOSTS)
-        checked.compare(ranks.sum(checked.words(engine, 3)), 3)
+        checked = LRCheck(ranks, plan, HOSTS)
+        checked.compare(ranks.sum(checked.table_row(engine, 3)), 3)
 
     return on_each_rank(world_size, compare)
 
@@ -256,7 +256,7 @@ def test_every_rank_names_the_one_that_differs(plan: Plan, name: str, odd: int) 
     assert len(errors) == 4
     assert len({str(error) for error in errors}) == 1
     for error in errors:
-        assert type(error) is OutOfStep
+        assert type(error) is OutOfSyncError
         assert error.code is FailureCode.OUT_OF_STEP
         assert f"rank {odd} on h{odd}" in str(error) and value in str(error)
         assert not any(f"rank {rank} on" in str(error) for rank in range(4) if rank != odd)
@@ -264,7 +264,7 @@ def test_every_rank_names_the_one_that_differs(plan: Plan, name: str, odd: int) 
 
 def test_ranks_that_agree_pass_and_an_update_without_a_comparison_too(plan: Plan) -> None:
     assert compared(plan, lambda _: None, 0) == [None] * 4
-    in_step(plan).compare([], 4)
+    new_check(plan).compare([], 4)
 
 
 def test_a_plan_from_its_file_is_the_same_plan(plan: Plan, tmp_path: Path) -> None:

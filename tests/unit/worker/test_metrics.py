@@ -15,7 +15,7 @@ import torch
 
 from launcher.run_dir import RunDir
 from launcher.worker import metrics
-from launcher.worker.metrics import Journal
+from launcher.worker.metrics import MetricsWriter
 from tests.unit.worker.fake_engine import fake_ranks
 
 
@@ -58,9 +58,9 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 def test_an_update_is_one_line_with_its_time_and_tokens_per_second(tmp_path: Path, clock: Clock) -> None:
     run = RunDir(tmp_path)
-    journal = Journal(run, fake_ranks())
+    writer = MetricsWriter(run, fake_ranks())
     clock.passes(1.5)
-    journal.write(**UPDATE)
+    writer.write(**UPDATE)
     (line,) = lines(run.metrics_file)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
     memory = line.pop("peak_memory_bytes")
@@ -70,35 +70,35 @@ def test_an_update_is_one_line_with_its_time_and_tokens_per_second(tmp_path: Pat
 
 def test_each_update_has_the_time_since_the_one_before(tmp_path: Path, clock: Clock) -> None:
     run = RunDir(tmp_path)
-    journal = Journal(run, fake_ranks())
+    writer = MetricsWriter(run, fake_ranks())
     for update, seconds in enumerate([2.0, 0.5, 7.0]):
         clock.passes(seconds)
-        journal.write(**{**UPDATE, "update": update, "tokens": 100})
+        writer.write(**{**UPDATE, "update": update, "tokens": 100})
     found = [(line["update"], line["step_seconds"], line["tokens_per_second"]) for line in lines(run.metrics_file)]
     assert found == [(0, 2.0, 50.0), (1, 0.5, 200.0), (2, 7.0, 14.3)]
 
 
 def test_what_is_done_between_updates_is_left_out_of_their_time(tmp_path: Path, clock: Clock) -> None:
     run = RunDir(tmp_path)
-    journal = Journal(run, fake_ranks())
+    writer = MetricsWriter(run, fake_ranks())
     clock.passes(100.0)
-    journal.restart_clock()
+    writer.restart_clock()
     clock.passes(2.0)
-    journal.write(**UPDATE)
+    writer.write(**UPDATE)
     clock.passes(50.0)
-    journal.evaluated(update=1, loss=2.0, perplexity=7.4, targets=60)
+    writer.write_evaluation(update=1, loss=2.0, perplexity=7.4, targets=60)
     clock.passes(4.0)
-    journal.write(**{**UPDATE, "update": 1})
+    writer.write(**{**UPDATE, "update": 1})
     assert [line["step_seconds"] for line in lines(run.metrics_file)] == [2.0, 4.0]
 
 
 @pytest.mark.parametrize(("value", "written"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])
 def test_nan_and_inf_are_written_as_text(tmp_path: Path, clock: Clock, value: float, written: str) -> None:
     run = RunDir(tmp_path)
-    journal = Journal(run, fake_ranks())
+    writer = MetricsWriter(run, fake_ranks())
     clock.passes(1.0)
-    journal.write(**{**UPDATE, "loss": value, "grad_norm": value})
-    journal.evaluated(update=1, loss=value, perplexity=value, targets=60)
+    writer.write(**{**UPDATE, "loss": value, "grad_norm": value})
+    writer.write_evaluation(update=1, loss=value, perplexity=value, targets=60)
     (line,) = lines(run.metrics_file)
     assert (line["loss"], line["grad_norm"], line["lr"]) == (written, written, 1e-6)
     (evaluation,) = lines(run.evaluations_file)
@@ -107,16 +107,16 @@ def test_nan_and_inf_are_written_as_text(tmp_path: Path, clock: Clock, value: fl
 
 def test_a_gradient_norm_that_is_not_known_is_null(tmp_path: Path, clock: Clock) -> None:
     run = RunDir(tmp_path)
-    journal = Journal(run, fake_ranks())
+    writer = MetricsWriter(run, fake_ranks())
     clock.passes(1.0)
-    journal.write(**{**UPDATE, "grad_norm": None})
+    writer.write(**{**UPDATE, "grad_norm": None})
     (line,) = lines(run.metrics_file)
     assert line["grad_norm"] is None
 
 
 def test_an_evaluation_is_one_line(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    Journal(run, fake_ranks()).evaluated(update=3, loss=2.0, perplexity=7.4, targets=60)
+    MetricsWriter(run, fake_ranks()).write_evaluation(update=3, loss=2.0, perplexity=7.4, targets=60)
     (line,) = lines(run.evaluations_file)
     assert line.pop("time").endswith("Z")
     assert line == {"update": 3, "loss": 2.0, "perplexity": 7.4, "targets": 60}
@@ -125,16 +125,16 @@ def test_an_evaluation_is_one_line(tmp_path: Path) -> None:
 
 def test_only_the_first_rank_writes_and_every_rank_measures(tmp_path: Path, clock: Clock) -> None:
     run = RunDir(tmp_path)
-    journal = Journal(run, fake_ranks(rank=1, world_size=2))
-    assert journal.pulse() == {"step_seconds": 0.0, "gpu_memory_bytes": None}
+    writer = MetricsWriter(run, fake_ranks(rank=1, world_size=2))
+    assert (writer.step_seconds, writer.gpu_memory_used_bytes()) == (0.0, None)
     clock.passes(1.23456789)
-    journal.write(**UPDATE)
-    assert journal.pulse() == {"step_seconds": 1.234568, "gpu_memory_bytes": None}
+    writer.write(**UPDATE)
+    assert (writer.step_seconds, writer.gpu_memory_used_bytes()) == (1.234568, None)
     clock.passes(50.0)
-    journal.evaluated(update=1, loss=2.0, perplexity=7.4, targets=60)
+    writer.write_evaluation(update=1, loss=2.0, perplexity=7.4, targets=60)
     clock.passes(3.0)
-    journal.write(**UPDATE)
-    assert journal.pulse()["step_seconds"] == 3.0
+    writer.write(**UPDATE)
+    assert writer.step_seconds == 3.0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -143,5 +143,5 @@ def test_memory_of_a_gpu_is_what_torch_has_reserved(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(torch.cuda, "memory_reserved", {device: 5_000}.__getitem__)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", {device: 4_000}.__getitem__)
     ranks = SimpleNamespace(device=device, first=True)
-    assert Journal(RunDir(tmp_path), ranks).pulse()["gpu_memory_bytes"] == 5_000
+    assert MetricsWriter(RunDir(tmp_path), ranks).gpu_memory_used_bytes() == 5_000
     assert metrics.peak_memory_bytes(device) == 4_000

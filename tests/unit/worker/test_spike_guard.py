@@ -13,10 +13,11 @@ import pytest
 from launcher.errors import FailureCode
 from launcher.plan.learning_rate import planned_rates
 from launcher.plan.schema import Plan
+from launcher.records import RankEvent
 from launcher.run_dir import RunDir
-from launcher.worker.lr_check import InStep, OutOfStep
+from launcher.worker.lr_check import LRCheck, OutOfSyncError
 from launcher.worker.ranks import Ranks
-from launcher.worker.spike_guard import Guard
+from launcher.worker.spike_guard import SpikeGuard
 from tests.unit.inputs import data_facts, job_of, machine_facts, model_facts, plan_of
 from tests.unit.worker.fake_engine import PEAK, START, TOTAL, FakeEngine, fake_ranks, small_plan
 
@@ -38,19 +39,20 @@ class Watched:
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.made: list[float] = []
         self.engine = FakeEngine(self.plan, skips=self.skips)
-        self.in_step = InStep(self.ranks, self.plan, [f"h{rank}" for rank in range(self.ranks.world_size)])
+        self.lr_check = LRCheck(self.ranks, self.plan, [f"h{rank}" for rank in range(self.ranks.world_size)])
         self.guard = self.new_guard()
 
-    def new_guard(self) -> Guard:
-        return Guard(self.run, self.plan, self.ranks, self.engine, self.in_step, self.tell)
+    def new_guard(self) -> SpikeGuard:
+        return SpikeGuard(self.run, self.plan, self.ranks, self.engine, self.lr_check, self.record_event)
 
-    def tell(self, kind: str, **details: Any) -> None:
-        self.events.append((kind, details))
+    def record_event(self, event: RankEvent) -> None:
+        details = {key: value for key, value in event.items() if key != "event"}
+        self.events.append((event["event"], details))
 
     def update(self, loss: float, grad_norm: float | None = 1.0) -> None:
         """One update as the training loop makes it."""
         update = self.engine.global_steps
-        self.made.append(self.in_step.check(self.engine, update))
+        self.made.append(self.lr_check.check(self.engine, update))
         self.engine.update()
         self.guard.watch(update, loss, grad_norm, skipped=not self.engine.was_step_applied())
 
@@ -144,8 +146,8 @@ def test_a_revised_plan_is_the_one_that_updates_are_checked_against(tmp_path: Pa
     rank.spike()
     for group in rank.engine.optimizer.param_groups:
         group["lr"] = PEAK
-    with pytest.raises(OutOfStep):
-        rank.in_step.check(rank.engine, 43)
+    with pytest.raises(OutOfSyncError):
+        rank.lr_check.check(rank.engine, 43)
 
 
 def test_after_a_remedy_nothing_is_judged_for_32_updates(tmp_path: Path) -> None:
@@ -219,7 +221,7 @@ def test_a_scheduler_of_the_users_own_json_is_left_as_it_is(tmp_path: Path) -> N
     plan = plan_of(job, user, model_facts(), data_facts(), machine_facts(0))
     assert plan.learning_rate.schedule is None
     rank = watched(tmp_path, "warn")
-    guard = Guard(rank.run, plan, rank.ranks, rank.engine, rank.in_step, rank.tell)
+    guard = SpikeGuard(rank.run, plan, rank.ranks, rank.engine, rank.lr_check, rank.record_event)
     for update in range(43):
         guard.watch(update, 2.0 if update < JUMP else 9.0, 1.0, skipped=False)
     assert rank.kinds == [*OUTLIERS, ("not_extended", 42)]
@@ -259,7 +261,7 @@ def test_an_update_whose_loss_or_gradient_is_not_finite_is_refused(
     tmp_path: Path, loss: float, grad_norm: float | None, value: str, on_spike: str
 ) -> None:
     rank = watched(tmp_path, on_spike)
-    assert rank.guard.refuses(7, loss, grad_norm) is True
+    assert rank.guard.rejects(7, loss, grad_norm) is True
     ((kind, event),) = rank.events
     assert (kind, event["update"], event["remedy"]) == ("spike", 7, "stop")
     what = "gradient norm" if math.isfinite(loss) else "loss"
@@ -273,7 +275,7 @@ def test_an_update_whose_loss_or_gradient_is_not_finite_is_refused(
 @pytest.mark.parametrize("grad_norm", [None, 0.0, 1e30])
 def test_finite_numbers_are_not_refused(tmp_path: Path, grad_norm: float | None) -> None:
     rank = watched(tmp_path, "stop")
-    assert rank.guard.refuses(7, 1e30, grad_norm) is False
+    assert rank.guard.rejects(7, 1e30, grad_norm) is False
     assert rank.events == []
     assert (rank.guard.stop_reason, rank.guard.stop_code) == (None, None)
 
@@ -283,7 +285,7 @@ def test_with_warn_the_update_is_made_and_reported(
     tmp_path: Path, loss: float, grad_norm: float | None, _value: str
 ) -> None:
     rank = watched(tmp_path, "warn")
-    assert rank.guard.refuses(0, loss, grad_norm) is False
+    assert rank.guard.rejects(0, loss, grad_norm) is False
     assert rank.events == []
     rank.update(loss, grad_norm)
     assert rank.kinds == [("spike", 0)]
@@ -294,7 +296,7 @@ def test_with_warn_the_update_is_made_and_reported(
 def test_fp16_leaves_skipped_updates_to_its_loss_scale(tmp_path: Path) -> None:
     plan = small_plan(schedule={"on_spike": "stop"}).model_copy(update={"precision": "fp16"})
     rank = Watched(tmp_path, plan, skips=(0, 1))
-    assert rank.guard.refuses(0, math.nan, None) is False
+    assert rank.guard.rejects(0, math.nan, None) is False
     for _ in range(2):
         rank.update(2.0, math.inf)
     assert rank.engine.skipped_steps == 2

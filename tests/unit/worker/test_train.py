@@ -13,9 +13,10 @@ import pytest
 
 from launcher.errors import FailureCode
 from launcher.plan.schema import Plan
+from launcher.records import RankReport
 from launcher.run_dir import RunDir
 from launcher.token_store import TokenStore, TokenWriter
-from launcher.worker.lr_check import OutOfStep
+from launcher.worker.lr_check import OutOfSyncError
 from launcher.worker.ranks import Ranks
 from launcher.worker.train import Training
 from tests.unit.inputs import data_facts, job_of, machine_facts, plan_of
@@ -55,15 +56,15 @@ class Trained:
     """One rank that trained on a fake engine, and its reports."""
 
     def __init__(self, run: RunDir, plan: Plan, ranks: Ranks, engine: FakeEngine, stop_at: int | None = None) -> None:
-        self.engine, self.reports = engine, []  # type: FakeEngine, list[tuple[str, dict[str, Any]]]
+        self.engine, self.reports = engine, []  # type: FakeEngine, list[RankReport]
         self._stop, self._stop_at = threading.Event(), stop_at
-        control: Any = SimpleNamespace(stop=self._stop, report=self._report, tell=self._report)
+        control: Any = SimpleNamespace(stop=self._stop, report=self._report, record_event=lambda _event: None)
         self.training = Training(run, plan, ranks, engine, control, [f"h{rank}" for rank in range(RANKS)])
         self.training.train()
 
-    def _report(self, kind: str, **details: Any) -> None:
-        self.reports.append((kind, details))
-        if kind == "update" and details["update"] == self._stop_at:
+    def _report(self, report: RankReport) -> None:
+        self.reports.append(report)
+        if report["report"] == "update" and report["update"] == self._stop_at:
             self._stop.set()
 
 
@@ -119,10 +120,10 @@ def test_the_loss_is_the_mean_over_the_learned_tokens_of_all_ranks_and_micro_bat
 
 def test_every_rank_reports_every_update_to_its_agent(tmp_path: Path, data: Path) -> None:
     for rank in trained(tmp_path, plan_with(data)):
-        updates = [details for kind, details in rank.reports if kind == "update"]
-        assert [details["update"] for details in updates] == list(range(UPDATES))
-        assert set(updates[0]) == {"update", "step_seconds", "gpu_memory_bytes", "own_seconds"}
-        assert all(details["step_seconds"] >= details["own_seconds"] > 0 for details in updates)
+        updates = [report for report in rank.reports if report["report"] == "update"]
+        assert [report["update"] for report in updates] == list(range(UPDATES))
+        assert set(updates[0]) == {"report", "time", "update", "step_seconds", "gpu_memory_used_bytes", "own_seconds"}
+        assert all(report["step_seconds"] >= report["own_seconds"] > 0 for report in updates)
 
 
 def test_all_ranks_stop_after_the_same_update_when_one_of_them_is_asked(tmp_path: Path, data: Path) -> None:
@@ -177,6 +178,6 @@ def test_a_rank_with_another_learning_rate_raises_before_its_update(
 
     monkeypatch.setattr(Training, "advance", runs_ahead)
     _, error = trained(tmp_path, plan_with(data))
-    assert type(error) is OutOfStep
+    assert type(error) is OutOfSyncError
     assert "rank 1 on h1" in str(error)
     assert "rank 0" not in str(error)

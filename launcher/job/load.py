@@ -1,0 +1,77 @@
+"""A job with what is known of where it comes from: its file, its overrides, and the line of every key."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import Problem, RequestError
+from launcher.job.read import COMMAND_LINE, Lines, apply_overrides, override_key, place_of, read_data, validate_job
+from launcher.job.schema import AnyJob, ScriptJob
+
+_USAGE = "launcher exec job.yaml -- train.py arguments..., or script.command in the job file"
+
+
+@dataclass(frozen=True)
+class LoadedJob:
+    """A valid job. `origin` is what messages call it: its file, if it has one. Overridden keys have the line 0."""
+
+    job: AnyJob
+    origin: str
+    file: Path | None = None
+    overrides: tuple[str, ...] = ()
+    lines: Lines = field(default_factory=dict)
+
+    @contextmanager
+    def placing(self) -> Iterator[None]:
+        """Adds the file and the line to each RequestError from inside that names one of the job's keys."""
+        try:
+            yield
+        except RequestError as error:
+            raise RequestError(*map(self._placed, error.problems)) from None
+
+    def lines_in(self, section: str) -> dict[str, int]:
+        """The line of each key inside a section, by its dotted name there."""
+        return {".".join(path[1:]): line for path, line in self.lines.items() if path[0] == section and path[1:]}
+
+    def _placed(self, problem: Problem) -> Problem:
+        key = tuple((problem.key or "").split("."))
+        if self.file is None or problem.file is not None or key[0] not in type(self.job).model_fields:
+            return problem
+        file, line = place_of(key, self.lines, self.origin)
+        return replace(problem, file=file, line=line)
+
+
+def load_job(
+    source: Path | str | Mapping[str, Any], *overrides: str, command: Sequence[str] | None = None
+) -> LoadedJob:
+    """The job of a YAML file, or of a mapping of its sections, with each `section.key=value` set over it.
+
+    A job with a `script` section is a ScriptJob, every other one is a Job. `command` is the script and its arguments,
+    and makes the job one for a script; an empty one leaves the command to the job. Raises RequestError with every
+    problem that was found, each with its line.
+    """
+    if isinstance(source, Mapping):
+        data, file, origin = copy.deepcopy(dict(source)), None, "the job"
+        lines: Lines = dict.fromkeys(apply_overrides(data, overrides), COMMAND_LINE)
+    else:
+        file = Path(source)
+        origin = str(file)
+        data, lines = read_data(file, overrides)
+    if command is not None:
+        section = data.setdefault("script", {})
+        if command and isinstance(section, dict):
+            data["script"] = {**section, "command": list(command)}
+    loaded = LoadedJob(validate_job(data, lines, origin), origin, file, overrides, lines)
+    if command is not None and isinstance(loaded.job, ScriptJob) and not loaded.job.script.command:
+        raise RequestError(Problem("no script is named", file=origin, key="script.command", hint=_USAGE))
+    return loaded
+
+
+def sets_key(overrides: Sequence[str], *key: str) -> bool:
+    """Whether one of the overrides sets a key."""
+    return any(override_key(override) == key for override in overrides)

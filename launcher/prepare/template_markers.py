@@ -1,0 +1,180 @@
+"""Finds the position of each part of a conversation in the text that a chat template renders.
+
+The conversation is rendered a second time with markers around every message's text and after every tool call's name.
+Markers are characters of a private use plane that are not in the text. A marker is used only if the marked text without
+markers equals the unmarked text: the marker then did not change what the template does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.prepare.conversations import REASONING, Messages
+from launcher.prepare.row_values import BadRow
+
+Render = Callable[..., str]
+"""render(messages, add_generation_prompt=False, tools=None) -> text"""
+
+_PLANES = (0xF0000, 0x100000)
+_PLANE_SIZE = 0xFFFD
+_THOUGHT_END = "</think>"
+
+
+@dataclass(frozen=True)
+class Marker:
+    """A marker in a message: before or after its text, after its reasoning or after the name of a tool call."""
+
+    message: int
+    kind: str  # "start", "end", "thought", "reasoning" or "call"; "tool" for the tools (message -1)
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class MarkedText:
+    """A rendered conversation: its text, the position of each marker, and the markers that the template dropped."""
+
+    text: str
+    positions: dict[Marker, int]
+    dropped: frozenset[Marker]
+
+    def of(self, message: int) -> list[int]:
+        """The positions of a message's markers."""
+        return [position for marker, position in self.positions.items() if marker.message == message]
+
+
+def markers_of(messages: Messages, tools: list[Any] | None) -> list[Marker]:
+    """All possible markers of a conversation."""
+    found: list[Marker] = []
+    for i, message in enumerate(messages):
+        if _text(message.get("content")).strip():
+            found += [Marker(i, what) for _, what in _marker_positions(message["content"])]
+        if any(_text(message.get(key)).strip() for key in REASONING):
+            found.append(Marker(i, "reasoning"))
+        found += [Marker(i, "call", k) for k in range(len(message.get("tool_calls") or []))]
+    found += [Marker(-1, "tool", k) for k, tool in enumerate(tools or []) if _tool_name(tool)]
+    return found
+
+
+def render_marked(messages: Messages, tools: list[Any] | None, render: Render) -> MarkedText:
+    """Renders with all markers at once; if a marker changes what the template does, with one marker at a time."""
+    text = render(messages, tools=tools)
+    markers = markers_of(messages, tools)
+    alphabet = MarkerAlphabet(markers, text)
+    together = alphabet.read(_or_none(lambda: alphabet.render(markers, messages, tools, render)))
+    if together and together[0] == text:
+        return MarkedText(text, together[1], frozenset(set(markers) - set(together[1])))
+    positions: dict[Marker, int] = {}
+    dropped = set()
+    for marker in markers:
+        alone = alphabet.read(_or_none(lambda marker=marker: alphabet.render([marker], messages, tools, render)))  # type: ignore[misc]
+        if alone and alone[0] == text:
+            positions.update(alone[1])
+            if not alone[1]:
+                dropped.add(marker)
+    return MarkedText(text, positions, frozenset(dropped))
+
+
+class MarkerAlphabet:
+    """A private use character for each marker; none of them is in `text`."""
+
+    def __init__(self, markers: list[Marker], text: str) -> None:
+        if len(markers) > _PLANE_SIZE:
+            raise BadRow(f"a conversation with {len(markers)} parts is too long")
+        highest = max(text, default="")
+        used = {ord(character) for character in text} if highest >= chr(_PLANES[0]) else set()
+        free = [base for base in _PLANES if not used.intersection(range(base, base + len(markers)))]
+        if not free:
+            raise BadRow("the text uses both private use planes of Unicode, which the launcher needs to find the turns")
+        self.character = {marker: chr(free[0] + k) for k, marker in enumerate(markers)}
+        self._marker = {character: marker for marker, character in self.character.items()}
+        self._pattern = re.compile(f"[{chr(free[0])}-{chr(free[0] + max(0, len(markers) - 1))}]")
+
+    def render(
+        self, markers: list[Marker], messages: Messages, tools: list[Any] | None, render: Render, prompt: bool = False
+    ) -> str:
+        """The conversation rendered with `markers`."""
+        chosen = {marker: self.character[marker] for marker in markers}
+        marked = [_marked_message(i, message, chosen) for i, message in enumerate(messages)]
+        named = [_marked_tool(tool, chosen.get(Marker(-1, "tool", k))) for k, tool in enumerate(tools or [])]
+        return render(marked, add_generation_prompt=prompt, tools=named or tools)
+
+    def read(self, text: str | None) -> tuple[str, dict[Marker, int]] | None:
+        """(text without markers, position of each marker in it).
+
+        For texts the last position: templates may write their start twice. For the name of a tool call the first:
+        templates repeat it before the call's result.
+        """
+        if text is None:
+            return None
+        positions: dict[Marker, int] = {}
+        pieces: list[str] = []
+        length = start = 0
+        for found in self._pattern.finditer(text) if self._marker else ():
+            pieces.append(text[start : found.start()])
+            length += found.start() - start
+            start = found.end()
+            marker = self._marker[found.group()]
+            if marker.kind != "call" or marker not in positions:
+                positions[marker] = length
+        return "".join([*pieces, text[start:]]), positions
+
+
+def _or_none(render: Callable[[], str]) -> str | None:
+    try:
+        return render()
+    except BadRow:
+        return None
+
+
+def _marked_message(i: int, message: dict[str, Any], chosen: dict[Marker, str]) -> dict[str, Any]:
+    marked = dict(message)
+    content = _text(message.get("content"))
+    if content.strip():
+        for at, what in reversed(_marker_positions(content)):
+            content = content[:at] + chosen.get(Marker(i, what), "") + content[at:]
+        marked["content"] = content
+    for key in REASONING:
+        if (reasoning := _text(message.get(key))).strip():
+            inner = reasoning.rstrip()
+            marked[key] = inner + chosen.get(Marker(i, "reasoning"), "") + reasoning[len(inner) :]
+    if message.get("tool_calls"):
+        marked["tool_calls"] = [
+            _renamed_call(call, chosen.get(Marker(i, "call", k), "")) for k, call in enumerate(message["tool_calls"])
+        ]
+    return marked
+
+
+def _marker_positions(content: str) -> list[tuple[int, str]]:
+    """(position, kind) of the markers of a text: at both ends without white space, and after reasoning in it."""
+    start, stop = len(content) - len(content.lstrip()), len(content.rstrip())
+    thought = len(content[: max(0, content.rfind(_THOUGHT_END))].rstrip())
+    inner = [(thought, "thought")] if thought > start else []
+    return [(start, "start"), *inner, (stop, "end")]
+
+
+def _renamed_call(call: dict[str, Any], character: str) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "name": function["name"] + character}}
+
+
+def _marked_tool(tool: dict[str, Any], character: str | None) -> dict[str, Any]:
+    name = _tool_name(tool)
+    if not character or name is None:
+        return tool
+    if isinstance(tool.get("function"), dict):
+        return {**tool, "function": {**tool["function"], "name": name + character}}
+    return {**tool, "name": name + character}
+
+
+def _tool_name(tool: Any) -> str | None:
+    function = tool.get("function") if isinstance(tool.get("function"), dict) else tool
+    name = function.get("name")
+    return name if isinstance(name, str) and name else None
+
+
+def _text(value: Any) -> str:
+    """A text field as text; "" for anything else."""
+    return value if isinstance(value, str) else ""

@@ -1,0 +1,469 @@
+"""Types of the messages between ranks, agents and supervisor, and of the lines and files of a run directory.
+
+Writers use these types. Readers of files that may be damaged check each value that they use, and keep plain dicts.
+None of these messages and files has a format version. Times in files are UTC text (`files.utc_text`); times in reports
+are seconds since the epoch. A float that is NaN or Inf is written as text (`files.json_number`).
+"""
+
+# Without `from __future__ import annotations`, which would hide NotRequired from `__required_keys__`.
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, NotRequired, TypedDict, TypeGuard, final
+
+Number = float | str
+"""A float, or "nan", "inf" or "-inf"."""
+RunState = Literal[
+    "planning",
+    "preparing",
+    "placing",
+    "starting",
+    "training",
+    "saving",
+    "exporting",
+    "finished",
+    "failed",
+    "stopped",
+]
+Phase = Literal["loading", "training", "saving", "exporting"]
+
+# Reports: a rank sends JSON lines to its agent, which passes all but updates on to the supervisor.
+
+
+class _Report(TypedDict):
+    time: float
+    rank: NotRequired[int]
+    """Added by the agent."""
+    node_rank: NotRequired[int]
+    """Added by the supervisor."""
+
+
+class ReadyReport(_Report):
+    """The rank has loaded its libraries and waits for the order to start."""
+
+    report: Literal["ready"]
+
+
+class PhaseReport(_Report):
+    """The rank starts a phase, after `update` updates; every rank reports "loading", the first rank all others."""
+
+    report: Literal["phase"]
+    phase: Phase
+    update: NotRequired[int]
+
+
+class EventReport(_Report):
+    """An event of the first rank, for events.jsonl: one of `RankEvent`, with its other keys in `details`."""
+
+    report: Literal["event"]
+    event: str
+    details: Mapping[str, object]
+
+
+class UpdateReport(_Report):
+    """The rank has made an update. A script reports no `own_seconds` and may report no GPU memory."""
+
+    report: Literal["update"]
+    update: int
+    step_seconds: float | None
+    gpu_memory_used_bytes: NotRequired[int | None]
+    own_seconds: NotRequired[float]
+
+
+class StoppedReport(_Report):
+    """The rank stopped after `update` updates: on an order (`reason` is None), or because of the spike guard."""
+
+    report: Literal["stopped"]
+    update: int
+    reason: str | None
+    code: str | None
+
+
+class FailedReport(_Report):
+    """The rank raised an exception."""
+
+    report: Literal["failed"]
+    host: str
+    code: str
+    error: str
+    message: str
+    traceback: str
+
+
+class DoneReport(_Report):
+    """The rank has finished or stopped, and exits."""
+
+    report: Literal["done"]
+
+
+class ExitReport(_Report):
+    """The agent's report on the end of a rank's process; `code` is negative for a signal."""
+
+    report: Literal["exit"]
+    code: int
+
+
+class NodeLostReport(_Report):
+    """The supervisor's own report on a node whose agent is gone; without `rank`."""
+
+    report: Literal["node-lost"]
+    message: str
+
+
+RankReport = ReadyReport | PhaseReport | EventReport | UpdateReport | StoppedReport | FailedReport | DoneReport
+AgentReport = RankReport | ExitReport
+Report = AgentReport | NodeLostReport
+_RANK_REPORTS = ("ready", "phase", "event", "update", "stopped", "failed", "done")
+
+
+def parse_report(line: bytes) -> RankReport | None:
+    """The report on a line from a rank; None if the line is not a report."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if _is_report(value) else None
+
+
+def _is_report(value: object) -> TypeGuard[RankReport]:
+    return isinstance(value, dict) and value.get("report") in _RANK_REPORTS
+
+
+# Orders: the supervisor sends them through the agents to every rank.
+
+
+class Go(TypedDict):
+    """Environment variables of every rank, and the checkpoint to start from: a `plan.resume.Start` as JSON."""
+
+    env: dict[str, str]
+    start: NotRequired[dict[str, Any] | None]
+
+
+@final
+class GoOrder(TypedDict):
+    """Start the work."""
+
+    go: Go
+
+
+@final
+class StopOrder(TypedDict):
+    """Stop after the current update, and save."""
+
+    stop: Literal[True]
+
+
+Order = GoOrder | StopOrder
+
+
+# state.json and events.jsonl
+
+
+class StateDetails(TypedDict, total=False):
+    """What a state may add. `reason` is one line and `message` the whole error; `code` is an `errors.FailureCode`."""
+
+    update: int | None
+    reason: str | None
+    message: str
+    code: str | None
+
+
+class JobIds(TypedDict, total=False):
+    """The Slurm job or the Ray job of the run."""
+
+    slurm_job_id: str
+    ray_job_id: str
+
+
+class StateRecord(StateDetails, JobIds):
+    """state.json: the run's state, and the launcher that wrote it."""
+
+    state: RunState
+    since: str
+    host: str
+    pid: int
+
+
+class StateEvent(StateDetails):
+    event: Literal["state"]
+    state: RunState
+
+
+class OverridesEvent(TypedDict):
+    event: Literal["overrides"]
+    values: list[str]
+
+
+class PlanEvent(TypedDict):
+    event: Literal["plan"]
+    sha256: str
+    updates: int
+
+
+class NodeEvent(TypedDict):
+    """A node was placed. Its clock is `clock_offset_seconds` ahead of the supervisor's."""
+
+    event: Literal["node"]
+    node_rank: int
+    host: str
+    address: str
+    interface: str | None
+    gpus: list[str]
+    clock_offset_seconds: float
+
+
+class ResumeEvent(TypedDict):
+    event: Literal["resume"]
+    update: int
+    samples: int
+    overrides: list[str]
+
+
+class RestartEvent(TypedDict):
+    """A script is started again after Slurm requeued its job."""
+
+    event: Literal["restart"]
+
+
+class CheckpointDamagedEvent(TypedDict):
+    """A resume found `checkpoint` damaged and used another one."""
+
+    event: Literal["checkpoint_damaged"]
+    checkpoint: str
+    reason: str
+    used: str
+
+
+class StopRequestedEvent(TypedDict):
+    event: Literal["stop_requested"]
+    now: bool
+    by: str
+
+
+class OtherRateEvent(TypedDict):
+    """A script made an update with a learning rate that is not the plan's."""
+
+    event: Literal["other_rate"]
+    update: int
+    lr: float
+    planned_lr: float
+    reason: str
+
+
+class FailedRank(TypedDict):
+    """The failure of a rank, or of a node (`rank` is None), in a failure event; `time` in seconds since the epoch."""
+
+    rank: int | None
+    node_rank: int
+    time: float
+    how: str
+    error: str | None
+    traceback: str | None
+    exit_code: int | None
+    code: str
+    host: str
+
+
+class FailureEvent(TypedDict):
+    """The run failed: the first failure, and all failures, the first one at the start."""
+
+    event: Literal["failure"]
+    rank: int | None
+    node_rank: int
+    host: str
+    how: str
+    exit_code: int | None
+    code: str
+    error: str | None
+    failures: list[FailedRank]
+
+
+class CheckpointEvent(TypedDict):
+    event: Literal["checkpoint"]
+    update: int
+    samples: int
+
+
+class OutlierEvent(TypedDict):
+    event: Literal["outlier"]
+    update: int
+    reason: str
+
+
+class SpikeEvent(TypedDict):
+    event: Literal["spike"]
+    update: int
+    reason: str
+    remedy: str
+
+
+class NotExtendedEvent(TypedDict):
+    """The remedy of a spike was not applied."""
+
+    event: Literal["not_extended"]
+    update: int
+    reason: str
+
+
+class WarmupExtendedEvent(TypedDict):
+    """The remedy of a spike: a new revision of the plan is used from `update` on."""
+
+    event: Literal["warmup_extended"]
+    update: int
+    warmup_updates: int
+    peak_lr: float
+    lr: float
+    plan_sha256: str
+
+
+RankEvent = CheckpointEvent | OutlierEvent | SpikeEvent | NotExtendedEvent | WarmupExtendedEvent
+"""Events that the first rank reports."""
+RunEvent = (
+    StateEvent
+    | OverridesEvent
+    | PlanEvent
+    | NodeEvent
+    | ResumeEvent
+    | RestartEvent
+    | CheckpointDamagedEvent
+    | StopRequestedEvent
+    | OtherRateEvent
+    | FailureEvent
+    | RankEvent
+)
+"""A line of events.jsonl, without the `time` that `RunDir.event` adds at the start."""
+
+
+# metrics.jsonl and evaluations.jsonl
+
+
+class RouterLoss(TypedDict, total=False):
+    """The part of the loss that balances the experts' routers, if the plan adds it."""
+
+    router_loss: Number
+
+
+class MetricsLine(RouterLoss):
+    """An update of the launcher's own training loop. `tokens` are the update's, without padding."""
+
+    update: int
+    samples: int
+    tokens: int
+    loss: Number
+    lr: Number
+    grad_norm: Number | None
+    skipped: bool
+    step_seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    time: str
+
+
+class ScriptMetricsLine(TypedDict):
+    """An update of a script, from `launcher.report`. The script may add keys; without a value a key is missing."""
+
+    update: int
+    samples: NotRequired[int]
+    loss: NotRequired[Number]
+    lr: NotRequired[Number]
+    tokens: NotRequired[Number]
+    step_seconds: NotRequired[float]
+    tokens_per_second: NotRequired[float]
+    peak_memory_bytes: int
+    time: str
+
+
+class EvaluationLine(TypedDict):
+    """The evaluation after `update` updates: mean loss over `targets` learned tokens (nats)."""
+
+    update: int
+    loss: Number
+    perplexity: Number
+    targets: int
+    time: str
+
+
+# node.json
+
+
+class GpuRecord(TypedDict):
+    """A GPU of a node; None is what NVML does not report."""
+
+    index: int
+    name: str | None
+    memory_used_bytes: int | None
+    memory_bytes: int | None
+    utilization_percent: int | None
+
+
+class RankRecord(TypedDict):
+    """A rank of a node. `step_seconds` and `own_seconds` are medians; `own_seconds` is that of its forward passes."""
+
+    rank: int
+    local_rank: int
+    pid: int
+    alive: bool
+    exit_code: int | None
+    phase: Phase | None
+    updates: int | None
+    step_seconds: float | None
+    own_seconds: float | None
+    memory_bytes: int | None
+    gpu_memory_used_bytes: int | None
+    time: str | None
+
+
+class NodeIdentity(TypedDict):
+    """A node, and the network interface that reaches the other nodes."""
+
+    node_rank: int
+    host: str
+    address: str | None
+    interface: str | None
+
+
+class OomKills(TypedDict, total=False):
+    """How many processes the kernel killed for lack of memory, if it counts them."""
+
+    oom_kills: int
+
+
+class NodeRecord(NodeIdentity, OomKills):
+    """node.json: a node's heartbeat."""
+
+    time: str
+    cpus: int
+    cpu_percent: float
+    memory_used_bytes: int
+    memory_peak_bytes: int
+    memory_bytes: int
+    gpus: list[GpuRecord]
+    ended: bool
+    ranks: list[RankRecord]
+
+
+# manifest.json and stop.json
+
+
+class ManifestFacts(TypedDict):
+    """What a checkpoint is of: the progress, the plan (or revision), and the number of ranks that saved it."""
+
+    world_size: int
+    update: int
+    samples: int
+    plan_sha256: str
+
+
+class Manifest(ManifestFacts):
+    """manifest.json of a checkpoint; `files` has the size in bytes of every file."""
+
+    time: str
+    files: dict[str, int]
+
+
+class StopRequest(TypedDict):
+    """stop.json: `launcher cancel` asks the supervisor to stop the run, at once if `now`."""
+
+    time: str
+    now: bool
+    by: str

@@ -1,0 +1,63 @@
+"""Carrying out a plan in a run directory, from placing the nodes to the summary."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.errors import RunFailed, code_of
+from launcher.plan.resume import Start
+from launcher.plan.schema import Plan, Script
+from launcher.run_dir import RunDir
+from launcher.runs.console import RunConsole
+from launcher.runs.failure_record import record_failure
+from launcher.runs.interrupts import Interrupts
+from launcher.runs.outcome import RunResult
+from launcher.runs.summary import how_to_continue, print_summary
+
+if TYPE_CHECKING:
+    from launcher.runs.supervisor import Supervisor
+
+
+def carry_out(
+    plan: Plan, plan_file: Path, directory: RunDir, console: RunConsole, start: Start | None, interrupts: Interrupts
+) -> RunResult:
+    """Runs the plan that is in `plan_file`, from the checkpoint of `start` if there is one, and prints how it ends.
+
+    Raises RunFailed, and KeyboardInterrupt if the run is stopped at once.
+    """
+    console.total = plan.length.total_updates
+    supervisor = interrupts.supervisor = _supervisor(plan, plan_file, directory, console)
+    try:
+        outcome = supervisor.run(start)
+    except KeyboardInterrupt:
+        with suppress(OSError):
+            directory.enter("stopped", reason=interrupts.reason)
+        console.note(f"stopped at once. {how_to_continue(plan, directory)}")
+        raise
+    except (RunFailed, OSError) as error:
+        from launcher.watch.why import failed_message
+
+        message, code = failed_message(directory, str(error), code_of(error))
+        record_failure(directory, error, console.note, code)
+        raise RunFailed(message, code=code) from None
+    except BaseException as error:
+        record_failure(directory, error, console.note)
+        raise
+    directory.enter(outcome.state, update=outcome.updates, reason=outcome.reason, code=outcome.code)
+    print_summary(plan, directory, console, outcome)
+    if outcome.state == "finished":
+        return RunResult(directory.path, outcome, 0)
+    # As a shell reports a command that a signal ended: what waits for a finished run must not start.
+    return RunResult(directory.path, outcome, 1 if outcome.reason else 128 + supervisor.stop_signal)
+
+
+def _supervisor(plan: Plan, plan_file: Path, directory: RunDir, console: RunConsole) -> Supervisor:
+    if isinstance(plan.workload, Script):
+        from launcher.runs.script_supervisor import ScriptSupervisor
+
+        return ScriptSupervisor(plan, plan.workload, plan_file, directory, console)
+    from launcher.runs.supervisor import Supervisor
+
+    return Supervisor(plan, plan_file, directory, console)

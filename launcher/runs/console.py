@@ -1,0 +1,187 @@
+"""What a run shows: states, a progress bar with loss, rate and tokens/s, and the summary at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from launcher.fleet.preflight import NodeCheck
+
+_PLAIN_EVERY_SECONDS = 10.0
+_LOG_WIDTH = 200
+_SHOWN = {
+    "planning": "planning",
+    "preparing": "preparing the data",
+    "placing": "placing the nodes",
+    "starting": "starting the ranks",
+    "saving": "saving a checkpoint",
+    "exporting": "exporting the model",
+}
+
+
+class _KeptConsole(Console):
+    """A console whose reader may go away: the run continues, and nothing is shown any more."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+class RunConsole:
+    """Shows one run: live in a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or _KeptConsole(highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._began = time.monotonic()
+        self._last_plain = 0.0
+        self.total = 0
+
+    def state(self, name: str) -> None:
+        """Tells that the run has come to a state."""
+        if name in _SHOWN:
+            self._print(f"[dim]{time.monotonic() - self._began:6.1f} s[/]  {_SHOWN[name]}")
+        elif name == "training" and self._progress is None:
+            self._print(f"[dim]{time.monotonic() - self._began:6.1f} s[/]  training")
+            self._start_bar()
+
+    def note(self, text: str) -> None:
+        """A line for the user."""
+        self._print(text)
+
+    def prepare(self, progress: dict[str, Any]) -> None:
+        """How far measuring and tokenising are."""
+        done = f" {progress['done']}/{progress['total']} rows" if progress.get("total") else ""
+        self._print(f"          {progress['message']}{done}")
+
+    def preflight(self, checks: list[NodeCheck]) -> None:
+        """What was found on the nodes: a table where there are several, and what is odd about each."""
+        if len(checks) > 1:
+            print_whole(self.console, Padding(preflight_table(checks), (0, 0, 0, 10)))
+        self.preflight_notes(checks)
+
+    def preflight_notes(self, checks: list[NodeCheck]) -> None:
+        """What is odd about each node, and no reason to stop."""
+        for check in checks:
+            for note in check.notes:
+                self._print(
+                    f"          [yellow]note:[/] {escape(f'node {check.node_rank} ({check.node.host}): {note}')}"
+                )
+
+    def update(self, metrics: dict[str, Any]) -> None:
+        """One update was made."""
+        if not isinstance(metrics.get("update"), int):
+            return
+        text = "  ".join(_update_words(metrics))
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=metrics["update"] + 1, shown=escape(text))
+        elif self._due() or metrics["update"] + 1 == self.total:
+            self._print(f"          update {metrics['update'] + 1}/{self.total}  {escape(text)}")
+
+    def evaluation(self, evaluation: dict[str, Any]) -> None:
+        """An evaluation was made."""
+        update = evaluation.get("update")
+        loss, perplexity = (number_text(evaluation.get(key)) for key in ("loss", "perplexity"))
+        self._print(f"          evaluation after {update} updates: loss [bold]{loss}[/], perplexity {perplexity}")
+
+    def _start_bar(self) -> None:
+        if not self.console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("         "),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=False,
+        )
+        self._task = self._progress.add_task("training", total=self.total, shown="")
+        self._progress.start()
+
+    def end_progress(self) -> None:
+        """Takes the progress bar down, as it is."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _due(self) -> bool:
+        now = time.monotonic()
+        if now - self._last_plain < _PLAIN_EVERY_SECONDS:
+            return False
+        self._last_plain = now
+        return True
+
+    def _print(self, text: str) -> None:
+        self.console.print(text)
+
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """Leaves the terminal as it was, whatever happens."""
+        try:
+            yield
+        finally:
+            self.end_progress()
+
+
+def preflight_table(checks: list[NodeCheck]) -> Table:
+    """A row a node: where it is, how it is reached, what it has, and whether it will do.
+
+    Versions: torch's, and those of other packages that are not the same on all nodes.
+    """
+    from launcher.fleet.preflight import differing_versions
+
+    versions = ["torch", *(name for name in differing_versions(checks) if name != "torch")]
+    columns = ("node", "host", "address", "interface", "clock", "GPUs", "free", *versions, "")
+    table = Table(*columns, box=None, pad_edge=False)
+    for check in checks:
+        node, facts = check.node, check.facts
+        table.add_row(
+            str(check.node_rank),
+            Text(node.host),
+            node.address,
+            Text(node.interface or "-"),
+            f"{node.clock_offset_seconds:+.3f} s",
+            f"{facts.gpus} {facts.gpu_name}" if facts.gpus else "0",
+            f"{facts.free_bytes / 1024**3:.0f} GiB",
+            *(facts.versions.get(name, "missing") for name in versions),
+            "[red]unfit[/]" if check.problems else "[green]good[/]",
+        )
+    return table
+
+
+def _update_words(metrics: dict[str, Any]) -> Iterator[str]:
+    """What is known of an update: a script of one's own tells what it likes."""
+    if "loss" in metrics:
+        yield f"loss {number_text(metrics['loss'])}"
+    if "lr" in metrics:
+        yield f"rate {number_text(metrics['lr'], '.2e')}"
+    if "tokens_per_second" in metrics:
+        yield f"{number_text(metrics['tokens_per_second'], ',.0f')} tokens/s"
+
+
+def print_whole(console: Console, table: RenderableType) -> None:
+    """Prints a table as wide as it is where there is no terminal: a log has no edge."""
+    if not console.is_terminal:
+        console = Console(file=console.file, width=_LOG_WIDTH, highlight=False)
+    console.print(table)
+
+
+def number_text(value: Any, form: str = ".4f") -> str:
+    """A number in its form; anything else, "nan" among it, as it is."""
+    try:
+        return format(value, form) if isinstance(value, float | int) else str(value)
+    except (OverflowError, ValueError):
+        return "a number too long to show"

@@ -1,0 +1,154 @@
+"""The rest of a run: the plan from a checkpoint on, under overrides if there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import Problem, RequestError
+from launcher.export_folder import export_fault
+from launcher.job import AnyJob, LoadedJob, validate_job
+from launcher.job.read import apply_overrides
+from launcher.job.schema import LENGTHS
+from launcher.plan.batch import KEYS
+from launcher.plan.checkpoint_conversion import must_convert, ranks_known, refuse_other_state
+from launcher.plan.resume import Start, continued
+from launcher.plan.schema import Plan
+from launcher.run_dir import DamagedCheckpoint, RunDir
+from launcher.runs.checkpoints import Saved, newest_saved
+from launcher.runs.console import RunConsole
+from launcher.runs.planning import check_job, make_plan
+
+_ORIGIN = "the resumed job"
+_FIXED = ("name", "model", "data", "output_dir", "train.seed")
+_CHANGES_NO_WEIGHT = tuple(
+    f"model.{name}" for name in ("gradient_checkpointing", "attn_implementation", "torch_compile", "liger")
+)
+_NOT_THE_CURVE = ("schedule.on_spike", "schedule.max_extensions", "schedule.check_every", "schedule.allow_unsafe")
+
+
+@dataclass(frozen=True)
+class Rest:
+    """The plan for the rest of a run, and where it starts. `plan_file` is None if the plan is not written yet.
+
+    `saved` is the checkpoint that it starts from, and `damaged` are newer ones that cannot be used.
+    """
+
+    plan: Plan
+    plan_file: Path | None
+    start: Start
+    saved: Saved
+    damaged: tuple[DamagedCheckpoint, ...] = ()
+
+    @property
+    def only_export(self) -> bool:
+        """Whether all updates are made."""
+        return self.start.update >= self.plan.length.total_updates
+
+
+def planned_run(path: Path) -> RunDir:
+    """The run directory at `path`. Raises RequestError if no run was ever planned in it."""
+    directory = RunDir(path.resolve())
+    if not directory.plan_file.is_file():
+        raise RequestError(Problem("it has no plan.json, so it is not a run directory", file=str(path)))
+    return directory
+
+
+def rest_of(directory: RunDir, overrides: Sequence[str], console: RunConsole) -> Rest:
+    """The rest of a run under the overrides. Raises RequestError if it cannot be resumed."""
+    rest = rest_as_planned(directory)
+    lacks_export = rest.plan.job.export and export_fault(directory.export) is not None
+    if rest.only_export and lacks_export and not _changes_length(rest.plan, overrides):
+        # An export is the same on any ranks: in another allocation, `launcher node` overrides their number.
+        return rest
+    if overrides:
+        rest = _changed(rest, overrides, console)
+    if rest.only_export:
+        total = rest.plan.length.total_updates
+        hint = f"train.max_steps={2 * total} would train on; launcher export makes another export"
+        raise RequestError(Problem(f"all {total} updates are made already", file=str(directory.path), hint=hint))
+    return rest
+
+
+def rest_as_planned(directory: RunDir) -> Rest:
+    """The plan in force at the newest checkpoint that can be used, and the start from there. Raises RequestError."""
+    saved, damaged = newest_saved(directory)
+    start = Start(checkpoint=str(saved.folder), update=saved.update, samples=saved.samples)
+    return Rest(saved.plan, saved.plan_file, start, saved, tuple(damaged))
+
+
+def job_of_rest(directory: RunDir, overrides: Sequence[str]) -> LoadedJob:
+    """The job of the rest of a run under the overrides. Raises RequestError as `rest_of` does."""
+    rest = rest_as_planned(directory)
+    loaded, _ = _job_with(rest.plan, overrides)
+    if ranks := ranks_known(rest.plan, loaded.job.cluster):
+        must_convert(rest.plan, rest.saved.world_size, ranks)
+    return loaded
+
+
+def _changed(rest: Rest, overrides: Sequence[str], console: RunConsole) -> Rest:
+    """The rest of the run under the overrides."""
+    old, start = rest.plan, rest.start
+    loaded, keys = _job_with(old, overrides)
+    checked = check_job(loaded, kept_micro_batch=old.train_micro_batch_size_per_gpu)
+    new = make_plan(checked, on_progress=console.prepare, preset=_preset_of(old, loaded.job))
+    refuse_other_state(old, new)
+    new_schedule = any(_changes_curve(key) for key in keys)
+    plan = continued(old, new, start.update, start.samples, new_schedule=new_schedule)
+    assert plan.resumed is not None
+    convert = must_convert(old, rest.saved.world_size, plan.world.size)
+    return replace(
+        rest,
+        plan=plan,
+        plan_file=None,
+        start=start.model_copy(update={"update": plan.resumed.update, "convert": convert}),
+    )
+
+
+def _preset_of(old: Plan, job: AnyJob) -> str | None:
+    """The preset that `deepspeed: auto` chose before, if the job still has it: its checkpoints are of that stage."""
+    recommendation = old.training.recommendation
+    return recommendation.preset if recommendation and job.deepspeed == "auto" else None
+
+
+def _changes_length(plan: Plan, overrides: Sequence[str]) -> bool:
+    _, keys = _job_with(plan, overrides)
+    return any(key == f"train.{name}" for key in keys for name in LENGTHS)
+
+
+def _changes_curve(key: str) -> bool:
+    """Whether an override asks for another learning rate, or another length of the run."""
+    if key in [f"train.{name}" for name in LENGTHS]:
+        return True
+    return key.startswith("schedule.") and key not in _NOT_THE_CURVE
+
+
+def _job_with(old: Plan, overrides: Sequence[str]) -> tuple[LoadedJob, list[str]]:
+    """The job with its overrides, and their keys. The batch stays as it was unless they change it."""
+    data: dict[str, Any] = old.job.model_dump(mode="json", exclude_unset=True)
+    keys = [".".join(key) for key in apply_overrides(data, overrides)]
+    for key in keys:
+        if _is_fixed(key):
+            raise RequestError(
+                Problem(
+                    "a run is resumed with the model and the data that it started with",
+                    key=key,
+                    hint=f"launcher run starts a new run; of the model {', '.join(_CHANGES_NO_WEIGHT)} may change",
+                )
+            )
+    train = data.setdefault("train", {})
+    batch, micro, accumulation = KEYS
+    if f"train.{batch}" not in keys:
+        train[batch] = old.train_batch_size
+    for name in (micro, accumulation):
+        if f"train.{name}" not in keys:
+            train.pop(name, None)
+    return LoadedJob(validate_job(data, origin=_ORIGIN), _ORIGIN), keys
+
+
+def _is_fixed(key: str) -> bool:
+    """Whether a run cannot be resumed with another value of this key."""
+    inside = any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED)
+    return inside and key not in _CHANGES_NO_WEIGHT

@@ -1,0 +1,103 @@
+"""Running a job: a new run directory, its plan, and carrying the plan out."""
+
+from __future__ import annotations
+
+import shutil
+
+import yaml
+from rich.markup import escape
+
+from launcher.errors import RequestError
+from launcher.job import LoadedJob, ScriptJob
+from launcher.job.user_path import user_path
+from launcher.plan.schema import Plan
+from launcher.run_dir import RunDir, write_atomic, write_json
+from launcher.runs.carry_out import carry_out
+from launcher.runs.console import RunConsole
+from launcher.runs.failure_record import record_failure
+from launcher.runs.interrupts import interruptible
+from launcher.runs.outcome import RunResult
+from launcher.runs.planning import CheckedJob, check_job, make_plan
+from launcher.runs.reach import check_reach
+from launcher.runs.run_lock import only_launcher_of
+from launcher.runs.script import check_script
+
+
+def run(job: LoadedJob, *, console: RunConsole | None = None) -> RunResult:
+    """Plans a job and carries it out: places the nodes, starts the ranks, trains, saves and exports.
+
+    Returns when the run has finished or was stopped. Raises RequestError for an invalid job, RunFailed for a run that
+    failed, and Interrupted for one that a signal stopped at once. `console` prints the progress.
+    """
+    checked = check_to_run(job)
+    directory = RunDir.create(user_path(job.job.output_dir, "output_dir"), job.job.name)
+    with only_launcher_of(directory):
+        return run_checked(checked, directory, console or RunConsole())
+
+
+def check_to_run(loaded: LoadedJob) -> CheckedJob:
+    """A job that can be run from here. Raises RequestError."""
+    checked = check_job(loaded)
+    with loaded.placing():
+        if isinstance(loaded.job, ScriptJob):
+            check_script(loaded.job)
+        check_reach(loaded.job, checked.inputs.machine)
+    return checked
+
+
+def run_checked(checked: CheckedJob, directory: RunDir, console: RunConsole) -> RunResult:
+    """Runs a checked job in a new run directory, whose lock the caller holds. Raises as `run` does."""
+    with console.closing(), checked.loaded.placing(), interruptible(console, directory) as interrupts:
+        plan = _planned(checked, directory, console)
+        return carry_out(plan, directory.plan_file, directory, console, None, interrupts)
+
+
+def _planned(checked: CheckedJob, directory: RunDir, console: RunConsole) -> Plan:
+    """The plan, written to the run directory. If the job turns out to be invalid, the directory is removed."""
+    try:
+        directory.enter("planning")
+        console.state("planning")
+        if checked.loaded.overrides:
+            directory.event({"event": "overrides", "values": list(checked.loaded.overrides)})
+        write_atomic(directory.job_file, _job_text(checked.loaded))
+        with (directory.logs / "prepare.log").open("wb") as log:
+            plan = make_plan(checked, on_progress=_Preparing(directory, console), log=log)
+        _write_plan(plan, directory)
+    except (RequestError, KeyboardInterrupt):
+        # Open files, the lock among them, may keep their folder on a network file system.
+        shutil.rmtree(directory.path, ignore_errors=True)
+        raise
+    except BaseException as error:
+        record_failure(directory, error, console.note)
+        raise
+    for warning in plan.warnings:
+        console.note(f"          [yellow]note:[/] {escape(warning)}")
+    return plan
+
+
+def _job_text(loaded: LoadedJob) -> bytes:
+    """The job file as it is; a job that was not read from a file as YAML."""
+    if loaded.file is not None:
+        return loaded.file.read_bytes()
+    return yaml.safe_dump(loaded.job.model_dump(mode="json", exclude_unset=True), sort_keys=False).encode()
+
+
+def _write_plan(plan: Plan, directory: RunDir) -> None:
+    """Writes plan.json and ds_config.json."""
+    write_atomic(directory.plan_file, plan.to_json())
+    write_json(directory.ds_config_file, plan.ds_config)
+    directory.event({"event": "plan", "sha256": plan.sha256, "updates": plan.length.total_updates})
+
+
+class _Preparing:
+    """Enters the state "preparing" at the first progress: what is cached makes none."""
+
+    def __init__(self, directory: RunDir, console: RunConsole) -> None:
+        self._directory, self._console, self._entered = directory, console, False
+
+    def __call__(self, progress: dict[str, object]) -> None:
+        if not self._entered:
+            self._entered = True
+            self._directory.enter("preparing")
+            self._console.state("preparing")
+        self._console.prepare(progress)

@@ -1,0 +1,72 @@
+"""Your own training script: whether it can be run, and running it again in its run directory."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+
+from launcher.errors import Problem, RequestError
+from launcher.job import ScriptJob
+from launcher.job.user_path import user_path
+from launcher.plan_file import read_plan
+from launcher.run_dir import RunDir
+from launcher.runs.carry_out import carry_out
+from launcher.runs.console import RunConsole
+from launcher.runs.interrupts import interruptible
+from launcher.runs.outcome import RunResult
+
+USAGE = "launcher exec job.yaml [section.key=value]... -- train.py arguments..."
+_STARTERS = re.compile(r"^(python[\d.]*|torchrun|deepspeed|accelerate|accelerate-launch|srun|mpirun|mpiexec)$")
+_SHELL = (".sh", ".bash", ".zsh")
+
+
+def check_script(job: ScriptJob) -> None:
+    """Raises RequestError if the script does not exist, or is not for Python. Python itself looks for modules."""
+    command, folder = job.script.command, user_path(job.script.folder, "script.folder").absolute()
+    if not command or command == ["-m"]:
+        raise RequestError(Problem("no script is named", key="script.command", hint=USAGE))
+    if not folder.is_dir():
+        raise RequestError(Problem(f"the folder {folder} does not exist", key="script.folder"))
+    first = command[0]
+    if first == "-m":
+        return
+    if first.startswith("-"):
+        found = f"the command must begin with a Python script or -m MODULE, found {first}"
+        raise RequestError(Problem(found, key="script.command", hint=USAGE))
+    if _STARTERS.match(Path(first).name):
+        found = f"{first} is in front of the script, and every rank is started with the node's Python already"
+        raise RequestError(Problem(found, key="script.command", hint=f"leave it out: {USAGE}"))
+    script = folder / first
+    if not script.is_file():
+        hint = "its path from script.folder, in which it is run"
+        found = f"the script {first} does not exist (looked from {folder})"
+        raise RequestError(Problem(found, key="script.command", hint=hint))
+    if other := _not_python(script):
+        hint = "name the Python script that it starts; what it sets up belongs in cluster.env or in the batch script"
+        found = f"{first} is {other}, and every rank runs a Python script"
+        raise RequestError(Problem(found, key="script.command", hint=hint))
+
+
+def run_script_again(directory: RunDir) -> RunResult:
+    """Runs the script of a run once more, in the directory in which it finds what its earlier start saved."""
+    console = RunConsole()
+    with console.closing(), interruptible(console, directory) as interrupts:
+        plan = read_plan(directory.plan_file)
+        console.note("running the script again in its run directory")
+        # `launcher.report` restores the lines of updates that the script does not repeat: only the script knows where
+        # it resumes.
+        directory.rewind(samples=0, update=-1)
+        directory.event({"event": "restart"})
+        return carry_out(plan, directory.plan_file, directory, console, None, interrupts)
+
+
+def _not_python(script: Path) -> str | None:
+    """What kind of file it is if Python cannot run it, else None."""
+    with script.open("rb") as file:
+        begin = file.readline(256)
+    if begin.startswith(b"#!") and b"python" not in begin:
+        return f"for another interpreter ({begin[2:].decode(errors='replace').strip()})"
+    if script.suffix in _SHELL:
+        return "a shell script"
+    return "not text" if b"\0" in begin and not zipfile.is_zipfile(script) else None

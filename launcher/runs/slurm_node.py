@@ -1,0 +1,266 @@
+"""The task of one node inside a Slurm allocation: it joins the others, and the first node carries out the run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+from launcher.errors import Problem, RequestError
+from launcher.job import AnyJob, LoadedJob, ScriptJob, load_job
+from launcher.job.load import sets_key
+from launcher.job.user_path import user_path
+from launcher.plan.facts import MachineFacts
+from launcher.prepare.machine import measure_machine
+from launcher.run_dir import ENDED, RunDir
+from launcher.runs.console import RunConsole
+from launcher.runs.doctor import examine
+from launcher.runs.failure_record import record_failure
+from launcher.runs.interrupts import Interrupted, interruptible
+from launcher.runs.outcome import RunResult
+from launcher.runs.planning import CheckedJob, check_job
+from launcher.runs.rest import planned_run, rest_as_planned, rest_of
+from launcher.runs.resume import resume_held
+from launcher.runs.run import run_checked
+from launcher.runs.run_lock import only_launcher_of
+from launcher.runs.script import check_script, run_script_again
+from launcher.slurm.allocation import Allocation, read_allocation, run_stamp
+from launcher.slurm.startup_errors import StartupErrors
+
+_THIS_MACHINE, _OWN_RAY = "local", "cluster.address=auto"
+_DOCTOR = ".doctor"
+
+
+def run_on_node(job_file: Path, overrides: Sequence[str], command: Sequence[str] | None) -> int:
+    """Runs a job in the allocation, on the node that this is. Returns the exit status; raises as `run` does.
+
+    The first node carries out the run, on a Ray of all nodes; the others lend themselves to it.
+    """
+    job, allocation = _job_and_allocation(job_file, overrides, command)
+    with _reporting_errors(_run_directory(job, job.name, allocation.stamp), allocation) as errors:
+        checked = _checked(_in_allocation(job_file, overrides, command, allocation, job), allocation)
+        job = checked.loaded.job
+        if allocation.node != 0:
+            return _lend(job, allocation, _run_directory(job, job.name, allocation.stamp), errors)
+        directory, again = _directory(job, allocation)
+        act = partial(run_checked, checked, directory, RunConsole())
+        if again:
+            script = isinstance(job, ScriptJob)
+            act = partial(run_script_again, directory) if script else partial(resume_held, directory, [], RunConsole())
+        return _on_a_ray(job, allocation, directory, errors, act)
+
+
+def resume_on_node(run: Path, overrides: list[str]) -> int:
+    """Resumes a run in an allocation that may be another one, with another number of nodes. As `run_on_node`."""
+    allocation = read_allocation(os.environ)
+    with _reporting_errors(RunDir(run.resolve()), allocation) as errors:
+        directory = planned_run(run)
+        before = rest_as_planned(directory).plan
+        if before.world.nodes != allocation.nodes and not sets_key(overrides, "cluster", "nodes"):
+            overrides = [*overrides, f"cluster.nodes={allocation.nodes}"]
+        if before.job.cluster.address == _THIS_MACHINE and not sets_key(overrides, "cluster", "address"):
+            overrides = [*overrides, _OWN_RAY]
+        rest = rest_of(directory, overrides, RunConsole())
+        job = rest.plan.job
+        _check_allocation(job, allocation, measure_machine())
+        if allocation.node != 0:
+            return _lend(job, allocation, directory, errors)
+        act = partial(resume_held, directory, overrides, RunConsole(), rest)
+        return _on_a_ray(job, allocation, directory, errors, act)
+
+
+def examine_on_node(job_file: Path, overrides: Sequence[str], command: Sequence[str] | None) -> int:
+    """Checks the nodes of the allocation as `launcher doctor` does. As `run_on_node`."""
+    from launcher.slurm.ray_cluster import first_node
+
+    job, allocation = _job_and_allocation(job_file, overrides, command)
+    path = _run_directory(job, _DOCTOR, allocation.stamp)
+    with _reporting_errors(path, allocation) as errors:
+        checked = _checked(_in_allocation(job_file, overrides, command, allocation, job), allocation)
+        job = checked.loaded.job
+        if allocation.node != 0:
+            return _lend(job, allocation, path, errors)
+        # A doctor that was killed in this allocation has left a directory of the same name.
+        shutil.rmtree(path.path, ignore_errors=True)
+        directory = RunDir.create(user_path(job.output_dir, "output_dir"), _DOCTOR, allocation.stamp)
+        try:
+            RunConsole().note(_starting_ray(allocation))
+            with first_node(allocation, directory, job.cluster.wait_seconds, errors):
+                examine(checked.inputs)
+        finally:
+            shutil.rmtree(directory.path)
+        return 0
+
+
+def stop_run_of_job(job_file: Path, overrides: Sequence[str], command: Sequence[str] | None) -> None:
+    """Asks the run of this allocation to save and stop. Raises RequestError."""
+    job = load_job(job_file, *overrides, command=command).job
+    _request_stop(_run_directory(job, job.name, run_stamp(os.environ)))
+
+
+def stop_resumed_run(run: Path) -> None:
+    """Asks a resumed run to save and stop. Raises RequestError."""
+    _request_stop(planned_run(run))
+
+
+def _job_and_allocation(
+    job_file: Path, overrides: Sequence[str], command: Sequence[str] | None
+) -> tuple[AnyJob, Allocation]:
+    loaded = load_job(job_file, *overrides, command=command)
+    with loaded.placing():
+        return loaded.job, read_allocation(os.environ)
+
+
+def _in_allocation(
+    job_file: Path, overrides: Sequence[str], command: Sequence[str] | None, allocation: Allocation, job: AnyJob
+) -> LoadedJob:
+    """The job with what the allocation decides: the number of nodes if the job does not, and its own Ray."""
+    return load_job(job_file, *overrides, *_decided_by(allocation, job), command=command)
+
+
+@contextmanager
+def _reporting_errors(directory: RunDir, allocation: Allocation) -> Iterator[StartupErrors]:
+    """Reports an error of this node to the other nodes if they have not met yet, so that none waits for it."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    errors = StartupErrors(directory, allocation)
+    with errors.reported():
+        yield errors
+
+
+def _on_a_ray(
+    job: AnyJob, allocation: Allocation, directory: RunDir, errors: StartupErrors, act: Callable[[], RunResult]
+) -> int:
+    """Carries out the run on a Ray of all nodes. The run can be cancelled while that Ray starts."""
+    from launcher.slurm.ray_cluster import first_node
+
+    console = RunConsole()
+    with only_launcher_of(directory), _end_recorded(directory), ExitStack() as listening:
+        listening.enter_context(interruptible(console, directory))
+        directory.enter("placing")
+        console.note(_starting_ray(allocation))
+        with first_node(allocation, directory, job.cluster.wait_seconds, errors):
+            # Two readers of requests would take one request for two: from here on `act` reads them.
+            listening.close()
+            return act().exit_status
+
+
+def _checked(loaded: LoadedJob, allocation: Allocation) -> CheckedJob:
+    machine = measure_machine()
+    with loaded.placing():
+        _check_allocation(loaded.job, allocation, machine)
+        if isinstance(loaded.job, ScriptJob):
+            check_script(loaded.job)
+    return check_job(loaded, machine)
+
+
+def _starting_ray(allocation: Allocation) -> str:
+    hosts = ", ".join(allocation.hosts)
+    return f"starting a Ray of {allocation.nodes} node{'s' if allocation.nodes > 1 else ''}: {hosts}"
+
+
+@contextmanager
+def _end_recorded(directory: RunDir) -> Iterator[None]:
+    """Records the end of a run that ended before its supervisor could record it."""
+    try:
+        yield
+    except BaseException as error:
+        if directory.path.exists() and directory.state().get("state") not in ENDED:
+            if isinstance(error, KeyboardInterrupt | SystemExit | Interrupted):
+                reason = _stopped_by(directory)
+                # A full disk must not hide what ended the run.
+                with suppress(OSError):
+                    directory.enter("stopped", reason=reason, message=reason)
+            else:
+                record_failure(directory, error, RunConsole().note)
+        raise
+
+
+def _stopped_by(directory: RunDir) -> str:
+    request = directory.stop_request()
+    return f"cancelled by {request['by']}" if request else "interrupted"
+
+
+def _lend(job: AnyJob, allocation: Allocation, directory: RunDir, errors: StartupErrors) -> int:
+    """Lends this node to the first one until the run ends."""
+    from launcher.slurm.ray_cluster import other_node
+
+    other_node(allocation, directory, job.cluster.wait_seconds, errors, _ignore_stop_signals)
+    return 0
+
+
+def _ignore_stop_signals() -> None:
+    # Slurm signals every task at once; this one ends when the first node has saved and gone.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: None)
+
+
+def _request_stop(directory: RunDir) -> None:
+    if not directory.path.is_dir():
+        raise RequestError(Problem("the run does not exist, or not yet", file=str(directory.path)))
+    directory.request_stop(now=False)
+
+
+def _decided_by(allocation: Allocation, job: AnyJob) -> Iterator[str]:
+    """Overrides: the number of nodes, if the job leaves it open, and the allocation's own Ray."""
+    if "nodes" not in job.cluster.model_fields_set:
+        yield f"cluster.nodes={allocation.nodes}"
+    if job.cluster.address == _THIS_MACHINE:
+        yield _OWN_RAY
+
+
+def _check_allocation(job: AnyJob, allocation: Allocation, machine: MachineFacts) -> None:
+    """Raises RequestError if the job asks for other nodes than Slurm gave, or if this node does not have the GPUs."""
+    cluster = job.cluster
+    if allocation.nodes != cluster.nodes:
+        found = f"the job asks for {cluster.nodes} nodes, and Slurm gave {allocation.nodes}"
+        hint = f"sbatch --nodes={cluster.nodes}, or leave cluster.nodes to the allocation"
+        raise RequestError(Problem(found, key="cluster.nodes", hint=hint))
+    if cluster.address != "auto":
+        hint = "leave it out: inside an allocation the launcher starts a Ray of the job's own"
+        raise RequestError(Problem(f"found {cluster.address}", key="cluster.address", hint=hint))
+    if cluster.gpus_per_node == "auto" and machine.gpus != allocation.gpus:
+        found = f"auto: Slurm gave {allocation.gpus} GPUs of this node, and {machine.gpus} are visible on it"
+        ask = f"sbatch --gpus-per-node={machine.gpus}" if machine.gpus else "make nvidia-smi work there"
+        hint = f"{ask}, or set it to 0 to train on CPUs"
+        raise RequestError(Problem(found, key="cluster.gpus_per_node", hint=hint))
+    wanted = cluster.gpus_per_node if isinstance(cluster.gpus_per_node, int) else allocation.gpus
+    if wanted > allocation.gpus:
+        found = f"{wanted} GPUs per node, and Slurm gave {allocation.gpus}"
+        raise RequestError(Problem(found, key="cluster.gpus_per_node", hint=f"sbatch --gpus-per-node={wanted}"))
+    processes = max(wanted, cluster.processes_per_node if isinstance(cluster.processes_per_node, int) else 1)
+    if processes > allocation.cpus:
+        found = f"{processes} ranks per node, and Slurm gave {allocation.cpus} processors"
+        raise RequestError(Problem(found, key="cluster", hint=f"sbatch --cpus-per-task={processes} or more"))
+
+
+def _directory(job: AnyJob, allocation: Allocation) -> tuple[RunDir, bool]:
+    """The run directory of this allocation, and whether a requeued run continues in it.
+
+    Only a script knows what it has saved there: its directory is kept once the script may have started.
+    """
+    directory = _run_directory(job, job.name, allocation.stamp)
+    if allocation.restart and directory.path.exists():
+        started = directory.ds_config_file.is_file() if isinstance(job, ScriptJob) else directory.complete_checkpoints()
+        if started:
+            return directory, True
+        # Nothing was saved before the job was requeued: it starts from scratch.
+        directory.path.rename(directory.path.with_name(f"{directory.path.name}.start-{allocation.restart}"))
+    elif directory.path.exists():
+        hint = "give each its own name: launcher node JOB.yaml name=…"
+        raise RequestError(
+            Problem("this allocation already had a run of this name", file=str(directory.path), hint=hint)
+        )
+    return RunDir.create(directory.path.parent, job.name, allocation.stamp), False
+
+
+def _run_directory(job: AnyJob, name: str, stamp: str) -> RunDir:
+    return RunDir((user_path(job.output_dir, "output_dir") / f"{name}-{stamp}").resolve())
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)

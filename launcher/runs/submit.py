@@ -1,0 +1,175 @@
+"""Submitting a job to Slurm or to a Ray cluster, after what can be checked from here is checked."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from launcher.errors import Problem, RequestError
+from launcher.job import AnyJob, Job, LoadedJob, ScriptJob, load_job
+from launcher.plan.facts import MachineFacts
+from launcher.plan.inputs import is_training, plan_inputs
+from launcher.plan.resolve import check_inputs
+from launcher.prepare.machine import measure_machine
+from launcher.prepare.sources import find_data, find_model_folder
+from launcher.runs.planning import check_job, lint_ds_config, load_ds_config
+from launcher.runs.rest import job_of_rest, planned_run
+from launcher.runs.script import check_script
+
+
+class Target(StrEnum):
+    """What a job is submitted to."""
+
+    slurm = "slurm"
+    ray = "ray"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job, or with `resume` a run, that is to be submitted. `command` is a script on the command line.
+
+    `path` is the job file or the run directory. `print_id` prints the job's id alone, and `echo` prints a line.
+    """
+
+    path: Path
+    overrides: tuple[str, ...]
+    command: tuple[str, ...] = ()
+    resume: bool = False
+    dry_run: bool = False
+    print_id: bool = False
+    echo: Callable[[str], None] = print
+
+    def load(self) -> LoadedJob:
+        """The job that is submitted. Raises RequestError."""
+        if self.resume:
+            return job_of_rest(planned_run(self.path), self.overrides)
+        return load_job(self.path, *self.overrides, command=self.command or None)
+
+
+def choose_target(job: AnyJob, address: str | None) -> Target:
+    """Ray if an address of its dashboard is given, else Slurm if the job has that section. Raises RequestError."""
+    if address is not None:
+        return Target.ray
+    if "slurm" in job.model_fields_set:
+        return Target.slurm
+    raise RequestError(
+        Problem(
+            "to Slurm or to Ray? The job has no slurm section, and no address of a Ray is given",
+            hint="add --to slurm, or --to ray --address http://HEAD:8265",
+        )
+    )
+
+
+def to_slurm(submission: Submission, loaded: LoadedJob) -> None:
+    """Submits a job to Slurm, or prints what would be submitted. Raises RequestError."""
+    from launcher.slurm.options import gpus_per_node
+    from launcher.slurm.submit import describe_submission, read_templates, slurm_request, submit_context, submit_request
+
+    with loaded.placing():
+        messages = Console(stderr=True, highlight=False, soft_wrap=True)
+        job = loaded.job
+        cluster = job.cluster.model_copy(update={"gpus_per_node": gpus_per_node(job)})
+        if submission.overrides or not submission.resume:
+            _check(replace(loaded, job=job.model_copy(update={"cluster": cluster})))
+        here = submit_context()
+        words = [*submission.overrides, *(["--", *submission.command] if submission.command else [])]
+        request = slurm_request(
+            job, submission.path, words, here, read_templates(job, here.cwd), resume=submission.resume
+        )
+        if cluster.gpus_per_node and job.slurm.cpus_per_task is None and not job.slurm.exclusive:
+            _note(messages, "slurm.cpus_per_task is not set: a node gives what the site grants, which may be one core")
+        if submission.dry_run:
+            messages.print(Text(f"# in {shlex.quote(str(request.cwd))}: {request.command()}", style="dim"))
+            print(request.script, end="")
+            return
+        submitted, answer = submit_request(request, os.environ)
+        if answer:
+            _note(messages, answer)
+        submission.echo(str(submitted) if submission.print_id else describe_submission(request, submitted))
+
+
+def to_ray(submission: Submission, loaded: LoadedJob, address: str | None, *, follow: bool) -> int:
+    """Submits a job to a Ray cluster, or prints what would be submitted. Returns the exit status.
+
+    Raises RequestError.
+    """
+    from launcher.ray_jobs import dashboard_address, ray_request, submit_to_ray
+
+    job = loaded.job
+    if submission.resume:
+        hint = "ray job submit … -- launcher resume RUN, with the run's absolute path"
+        raise RequestError(Problem("--resume is for Slurm, and the run is submitted to Ray", hint=hint))
+    if isinstance(job, ScriptJob):
+        hint = "ray job submit … -- launcher exec JOB.YAML -- SCRIPT [ARGUMENT]..."
+        raise RequestError(Problem("a script is for Slurm, and the job is submitted to Ray", hint=hint))
+    with loaded.placing():
+        where = dashboard_address(address, os.environ)
+        request = ray_request(job, submission.path.absolute(), submission.overrides, where, Path.cwd())
+        _check_uploaded(job)
+        _check_for_elsewhere(loaded)
+    return submit_to_ray(
+        request, submission.echo, dry_run=submission.dry_run, parsable=submission.print_id, follow=follow
+    )
+
+
+def _check(loaded: LoadedJob) -> None:
+    """Raises RequestError for what can be checked of a Slurm job from here."""
+    check_job(loaded)
+    job = loaded.job
+    if not isinstance(job, ScriptJob):
+        return
+    check_script(job)
+    if job.slurm.array_key:
+        found = "the index would follow the script's own arguments"
+        hint = "leave it out, and let the script read SLURM_ARRAY_TASK_ID"
+        raise RequestError(Problem(found, key="slurm.array_key", hint=hint))
+
+
+def _note(messages: Console, text: str) -> None:
+    messages.print(Text.assemble(("note: ", "yellow"), text))
+
+
+def _check_uploaded(job: Job) -> None:
+    """Raises RequestError for a model or data that would be uploaded from this folder and are not in it."""
+    from launcher.ray_jobs import path_in_upload
+
+    here = Path.cwd()
+    if path_in_upload(job.model.name_or_path, here):
+        find_model_folder(job.model.name_or_path, job.model.gguf_file)
+    for key in ("train", "eval"):
+        named = getattr(job.data, key)
+        names = [named] if isinstance(named, str) else named if isinstance(named, list) else []
+        if names and all(path_in_upload(name, here) for name in names):
+            find_data(named, f"data.{key}")
+
+
+def _check_for_elsewhere(loaded: LoadedJob) -> None:
+    """Raises RequestError for what is wrong wherever the job runs. Paths on the cluster are not checked."""
+    from launcher.ray_jobs import path_in_upload
+
+    job = loaded.job
+    if isinstance(job.deepspeed, str) and not path_in_upload(job.deepspeed, Path.cwd()):
+        return
+    user = load_ds_config(loaded)
+    if job.cluster.gpus_per_node == "auto":
+        note = "cluster.gpus_per_node is auto: only the cluster knows how many ranks the job has, and checks the rest"
+        _note(Console(stderr=True, highlight=False, soft_wrap=True), note)
+        return
+    inputs = plan_inputs(job, user, _some_node())
+    lint_ds_config(inputs)
+    if is_training(inputs):
+        check_inputs(inputs)
+
+
+def _some_node() -> MachineFacts:
+    """A node of a cluster that cannot be seen from here, on which nothing is missing."""
+    here = measure_machine()
+    installed = dict.fromkeys(here.versions, "installed")
+    return here.model_copy(update={"gpus": 0, "device": "cpu", "versions": installed, "compiler": "c++"})

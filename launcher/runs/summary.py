@@ -1,0 +1,64 @@
+"""What is printed when a run has ended: how far it came, the losses, and how to continue."""
+
+from __future__ import annotations
+
+from launcher.plan.schema import Plan, Script
+from launcher.run_dir import RunDir
+from launcher.runs.console import RunConsole, number_text
+from launcher.runs.outcome import Outcome
+
+
+def print_summary(plan: Plan, directory: RunDir, console: RunConsole, outcome: Outcome) -> None:
+    """Prints how a run ended that did not fail."""
+    evaluations = directory.evaluations()
+    console.end_progress()
+    if outcome.state == "stopped":
+        console.note(f"[bold yellow]stopped[/]{_progress(plan, outcome)}")
+        if outcome.reason:
+            console.note(f"  because of       {outcome.reason}")
+    else:
+        console.note(f"[bold green]finished[/]{_progress(plan, outcome)}")
+    if len(evaluations) > 1:
+        first, last = (number_text(evaluations[place].get("loss")) for place in (0, -1))
+        console.note(f"  evaluation loss  {first} before, {last} after")
+    note_damaged_lines(directory, console)
+    console.note(f"  run directory    {directory.path}")
+    if outcome.state == "stopped":
+        lower = f" schedule.peak_lr={plan.learning_rate.peak_lr / 2:g}" if outcome.reason else ""
+        console.note(f"  {how_to_continue(plan, directory)}{lower}")
+    elif plan.job.export and not isinstance(plan.workload, Script):
+        console.note(f"  exported model   {directory.export}")
+        console.note("  load it with     AutoModelForCausalLM.from_pretrained(<exported model>)")
+
+
+def note_damaged_lines(directory: RunDir, console: RunConsole) -> None:
+    """Reports the lines of the run's files that cannot be read, if there are any."""
+    for name, count in directory.damaged_lines().items():
+        lines = "1 damaged line, which is" if count == 1 else f"{count} damaged lines, which are"
+        console.note(f"  [yellow]note:[/] {name} has {lines} skipped (a full disk or a crash leaves such lines)")
+
+
+def how_to_continue(plan: Plan, directory: RunDir) -> str:
+    """The command that continues a stopped run."""
+    if isinstance(plan.workload, Script):
+        return "a script's own checkpoints are where it writes them; start it again with launcher exec"
+    if directory.complete_checkpoints():
+        return f"continue with: {_resume_command(plan, directory)} {directory.path}"
+    return "no checkpoint was saved: start the run from scratch with launcher run"
+
+
+def _progress(plan: Plan, outcome: Outcome) -> str:
+    """How many updates were made, if that is known."""
+    if outcome.updates is None:
+        return ""
+    if outcome.state == "finished":
+        return f" after {outcome.updates} updates"
+    saved = "" if isinstance(plan.workload, Script) else ", saved"
+    return f" after update {outcome.updates} of {plan.length.total_updates}{saved}"
+
+
+def _resume_command(plan: Plan, directory: RunDir) -> str:
+    """A run that began inside a Slurm allocation needs another allocation."""
+    if "-slurm-" not in directory.path.name:
+        return "launcher resume"
+    return "launcher submit --resume" if "slurm" in plan.job.model_fields_set else "sbatch SCRIPT --resume"

@@ -1,0 +1,147 @@
+"""A run's present session, read from its directory: the state, the nodes, and the failure."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import math
+import socket
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from launcher.errors import RunFailed
+from launcher.files import parse_lines, read_json, read_lines
+from launcher.run_dir import ENDED, RunDir
+
+__all__ = ["Record", "parsed", "read_json", "records"]
+
+Record = dict[str, Any]
+records, parsed = read_lines, parse_lines
+
+
+@dataclass(frozen=True)
+class Session:
+    """The record in state.json, and the events of events.jsonl since the run was last placed on nodes.
+
+    Times are in seconds since the epoch; `start_time` is that of the run's first event. `nodes` are the "node" events
+    by (node rank, host). `offsets` are the seconds by which a node's clock is ahead of the supervisor's, by log folder.
+    `failure` is the session's last "failure" event, or None. `last_phase` is the last state before the run ended.
+    """
+
+    state: Record
+    start_time: float | None = None
+    placed_time: float | None = None
+    last_event_time: float | None = None
+    nodes: dict[tuple[int, str], Record] = field(default_factory=dict)
+    offsets: dict[str, float] = field(default_factory=dict)
+    failure: Record | None = None
+    last_phase: str = "planning"
+
+    @property
+    def name(self) -> str:
+        """The state's name; "unknown" without a state.json."""
+        return str(self.state.get("state", "unknown"))
+
+    @property
+    def ended(self) -> bool:
+        return self.name in ENDED
+
+
+def read_session(run: RunDir) -> Session:
+    """The session of a run, without missing or damaged records."""
+    start, placed, last = None, None, None
+    nodes: dict[tuple[int, str], Record] = {}
+    offsets: dict[str, float] = {}
+    failure: Record | None = None
+    phase = "planning"
+    for event in records(run.events_file):
+        last = seconds_of(event.get("time")) or last
+        start = start or last
+        kind = event.get("event")
+        if kind == "resume" or (kind == "state" and event.get("state") == "placing"):
+            nodes, failure, placed = {}, None, last
+        elif kind == "node":
+            rank, host = int_of(event.get("node_rank")), text_of(event.get("host"))
+            if rank is None or host is None:
+                continue
+            nodes[rank, host] = event
+            offsets[run.node_logs(rank, host).name] = number_of(event.get("clock_offset_seconds")) or 0.0
+        elif kind == "failure":
+            failure = event
+        if kind == "state" and event.get("state") not in ENDED:
+            phase = str(event.get("state"))
+    return Session(read_json(run.state_file) or {}, start, placed, last, nodes, offsets, failure, phase)
+
+
+def is_removed(run: RunDir) -> bool:
+    """Whether the run directory no longer exists."""
+    try:
+        run.path.stat()
+    except OSError as error:
+        return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+    return False
+
+
+def run_removed(run: RunDir) -> RunFailed:
+    """The error for a run that is removed while it is being watched."""
+    return RunFailed(f"the run directory {run.path} was removed while it was being watched")
+
+
+def seconds_of(time: Any) -> float | None:
+    """A time from a file of the run, in seconds since the epoch; None for anything else."""
+    try:
+        return datetime.fromisoformat(time).timestamp()
+    except (TypeError, ValueError, OverflowError, OSError):
+        return None
+
+
+def number_of(value: Any) -> float | None:
+    """A finite number from a file of the run; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:  # an integer that is too large for a float
+        return None
+
+
+def int_of(value: Any) -> int | None:
+    """An integer from a file of the run; None for anything else."""
+    return int(value) if isinstance(value, int) and number_of(value) is not None else None
+
+
+def text_of(value: Any) -> str | None:
+    """A string from a file of the run, with unprintable characters replaced; None for anything else."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else None
+
+
+def lock_touch_time(run: RunDir) -> float | None:
+    """When the launcher last touched its lock file: seconds since the epoch, by the file system's clock."""
+    try:
+        return run.lock_file.stat().st_mtime
+    except OSError:
+        return None
+
+
+def supervisor_ended(run: RunDir, state: Record) -> bool:
+    """Whether the launcher that wrote this state has certainly ended: it ran on this host, and the lock is free.
+
+    On another host a free lock is no proof, since locks may not be visible there: then the heartbeat decides.
+    """
+    return state.get("host") == socket.gethostname() and is_locked(run) is False
+
+
+def is_locked(run: RunDir) -> bool | None:
+    """Whether a launcher holds the lock of the run directory; None if this host cannot find out."""
+    try:
+        with run.lock_file.open("rb") as lock:
+            # A shared lock needs no write permission.
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False

@@ -1,0 +1,24 @@
+"""The summary that a run prints at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from launcher.run_dir import RunDir
+from launcher.runs.console import RunConsole
+from launcher.runs.outcome import Outcome
+from launcher.runs.summary import print_summary
+from tests.unit.inputs import plan_of
+
+
+def test_the_summary_of_a_run_survives_damaged_evaluations(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "runs", "tiny")
+    lines = ['{"update": 0, "loss": "nan"}', "{}", '{"update": 8, "loss": 1.25}', '{"update": 9, "lo']
+    run.evaluations_file.write_text("\n".join(lines))
+    console = RunConsole(Console(width=500, record=True))
+    print_summary(plan_of(), run, console, Outcome("finished", 8))
+    text = console.console.export_text()
+    assert "evaluation loss  nan before, 1.2500 after" in text
+    assert "evaluations.jsonl has 1 damaged line, which is skipped" in text

@@ -1,0 +1,103 @@
+"""The Python API: what `from launcher import …` gives, and that it does what the commands do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import launcher
+from launcher import RequestError, load_job, make_plan
+from launcher.job import ScriptJob
+from tests.unit.inputs import command, data_facts, model_facts, remember, write_folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a job, its model and its data, both measured."""
+    write_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    remember(tmp_path / "job.yaml", (), model_facts(parameters=10**8), data_facts(320))
+    return tmp_path
+
+
+def test_every_name_is_there_and_unknown_ones_are_not() -> None:
+    assert all(getattr(launcher, name) is not None for name in launcher.__all__)
+    with pytest.raises(AttributeError, match="'launcher' has no attribute 'trian'"):
+        launcher.trian  # noqa: B018
+
+
+def test_import_launcher_imports_only_the_standard_library() -> None:
+    code = "import sys; before = set(sys.modules); import launcher; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    packages = {name.split(".")[0] for name in done.stdout.split()}
+    assert packages - sys.stdlib_module_names == {"launcher"}
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_plan_is_that_of_the_command() -> None:
+    overrides = ("train.max_steps=20", "cluster.processes_per_node=2")
+    plan = make_plan(load_job("job.yaml", *overrides))
+    assert plan.length.total_updates == 20
+    assert json.loads(plan.to_json()) == json.loads(command("plan", "job.yaml", *overrides, "--json").out)
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_job_may_be_a_mapping() -> None:
+    sections = {"model": {"name_or_path": "model"}, "data": {"train": "data/train.jsonl"}}
+    sections |= {"name": "job", "cluster": {"gpus_per_node": 0, "processes_per_node": 4}}
+    loaded = load_job(sections, "train.max_steps=20")
+    assert loaded.job == load_job("job.yaml", "train.max_steps=20").job
+    assert make_plan(loaded) == make_plan(load_job("job.yaml", "train.max_steps=20"))
+    assert "train" not in sections
+
+
+def test_an_error_names_the_file_the_line_and_the_key(folder: Path) -> None:
+    (folder / "job.yaml").write_text((folder / "job.yaml").read_text() + "train:\n  eval_every: 5\n")
+    with pytest.raises(RequestError) as refused:
+        make_plan(load_job("job.yaml"))
+    (problem,) = refused.value.problems
+    assert (problem.file, problem.line, problem.key) == ("job.yaml", 5, "train.eval_every")
+
+
+def test_a_key_of_an_inline_json_has_its_line_in_the_job_file(folder: Path) -> None:
+    job = (folder / "job.yaml").read_text() + "deepspeed:\n  zero_optimization:\n    stage: 7\n"
+    (folder / "job.yaml").write_text(job)
+    with pytest.raises(RequestError, match=r"^job.yaml:6: deepspeed\.zero_optimization\.stage"):
+        make_plan(load_job("job.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("[train.py, --lr, '{learning_rate}', two words]", ["train.py", "--lr", "{learning_rate}", "two words"]),
+        ("train.py --lr {learning_rate} 'two words'", ["train.py", "--lr", "{learning_rate}", "two words"]),
+        ("-m package.train", ["-m", "package.train"]),
+    ],
+)
+def test_a_script_section_makes_it_a_job_for_a_script(tmp_path: Path, written: str, read: list[str]) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(f"script:\n  command: {written}\n")
+    job = load_job(path).job
+    assert isinstance(job, ScriptJob)
+    assert (job.script.command, job.script.folder) == (read, ".")
+    replaced = load_job(path, command=["other.py"]).job
+    assert isinstance(replaced, ScriptJob) and replaced.script.command == ["other.py"]
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_command_line_makes_any_job_one_for_a_script() -> None:
+    assert not isinstance(load_job("job.yaml").job, ScriptJob)
+    assert isinstance(load_job("job.yaml", command=["train.py"]).job, ScriptJob)
+    with pytest.raises(RequestError, match=r"job.yaml: script\.command: no script is named"):
+        load_job("job.yaml", command=[])
+
+
+def test_an_open_quote_in_a_command_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text('script:\n  command: "train.py \'two"\n')
+    with pytest.raises(RequestError, match=r"job.yaml:2: script\.command: a quote is not closed"):
+        load_job(path)
