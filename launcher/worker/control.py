@@ -6,6 +6,7 @@ started without an agent (LAUNCHER_REPORT_FD unset) sends no reports and does no
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -15,7 +16,8 @@ import time
 from collections.abc import Callable
 
 from launcher.errors import AGENT_LOST_EXIT
-from launcher.records import EventReport, Go, Order, RankEvent, RankReport
+from launcher.files import parse_lines
+from launcher.records import EventReport, Go, RankEvent, RankReport
 
 RecordEvent = Callable[[RankEvent], None]
 
@@ -56,10 +58,19 @@ class Control:
         self.report(EventReport(report="event", time=time.time(), event=event["event"], details=details))
 
     def _listen(self) -> None:
-        for line in sys.stdin:
-            order: Order = json.loads(line)
-            if "go" in order:
-                self._orders.put(order["go"])
-            elif "stop" in order:
-                self.stop.set()
+        # Not sys.stdin.buffer: Python aborts at its exit while a thread reads from that.
+        with open(sys.stdin.fileno(), "rb", closefd=False) as orders:
+            for order in parse_lines(orders, _log_damaged):
+                if "go" in order:
+                    self._orders.put(order["go"])
+                elif "stop" in order:
+                    self.stop.set()
         os._exit(AGENT_LOST_EXIT)
+
+
+def _log_damaged(line: bytes) -> None:
+    """Logs an order that is not a JSON object."""
+    message = f"skipped an order from the agent that is not a JSON object: {line.strip()[:200]!r}"
+    # An agent that is killed while it writes an order leaves a torn line, and nobody reads stderr then.
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)

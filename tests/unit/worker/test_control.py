@@ -113,6 +113,34 @@ def test_an_unknown_order_is_ignored() -> None:
         assert (report["go"], report["stop"]) == ({}, False)
 
 
+DAMAGED = [b'{"stop": tr', b"not JSON", b'["go"]', b"3", b"\xff\x00"]
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_order_is_logged_and_skipped(line: bytes) -> None:
+    body = "report('got', go=control.wait_for_go(), stop=control.stop.is_set())\nwhile True: time.sleep(0.01)"
+    with rank_that(body) as rank:
+        rank.orders.write(line + b"\n")
+        rank.order(go={"number": 1})
+        report = rank.report()
+        assert (report["go"], report["stop"]) == ({"number": 1}, False)
+        rank.orders.close()
+        assert rank.exit_status() == AGENT_LOST_EXIT
+        (logged,) = rank.errors().splitlines()
+        assert logged == f"skipped an order from the agent that is not a JSON object: {line!r}"
+
+
+def test_a_rank_exits_if_its_agent_is_gone_in_the_middle_of_an_order() -> None:
+    """Then nobody reads its standard error either."""
+    with rank_that("report('at work')\nwhile True: time.sleep(0.01)") as rank:
+        assert rank.report()["report"] == "at work"
+        assert rank.process.stderr is not None
+        rank.process.stderr.close()
+        rank.orders.write(DAMAGED[0])
+        rank.orders.close()
+        assert rank.exit_status() == AGENT_LOST_EXIT
+
+
 def test_an_event_names_its_kind_and_its_details() -> None:
     before = time.time()
     with rank_that("control.record_event({'event': 'spike', 'update': 42, 'lr': 1e-5})") as rank:
