@@ -233,7 +233,7 @@ def test_a_run_is_cancelled_from_a_login_node_and_requeued_goes_on(slurm: Slurm,
     # The signal that comes before the time limit: to the batch script alone.
     hosts.run("ctl", ["scancel", "--batch", "--signal=USR1", job])
     state, output = ended(hosts, shared, job)
-    assert f"going on after update {made}" in output
+    assert f"resuming after update {made}" in output
     made = len(run.metrics())
     assert run.complete_checkpoints()[-1] == made
     assert f"sbatch SCRIPT --resume {path}" in " ".join(output.split())
