@@ -156,7 +156,7 @@ def test_two_and_three_nodes_at_once_learn_what_one_node_does(slurm: Slurm, shar
         assert not run.cluster.exists()
     begun, over = zip(*(span(run) for run in (run_two, run_three)), strict=True)
     assert max(begun) < min(over), "they ran side by side"
-    assert [path.name for path in (shared / "runs").iterdir() if path.name.endswith(".refusals")] == []
+    assert [path.name for path in (shared / "runs").iterdir() if path.name.endswith(".startup-errors")] == []
     assert of_launcher(hosts) == []
     for host in hosts.names:
         left = hosts.run(host, ["ls", "/tmp"]).stdout.split()
