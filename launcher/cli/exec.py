@@ -50,7 +50,7 @@ def exec_script(
 def _print_dry_run(loaded: LoadedJob) -> None:
     messages, console = Console(stderr=True, highlight=False), Console(highlight=False)
     checked = check_job(loaded)
-    with loaded.placing():
+    with loaded.locate_errors():
         assert isinstance(loaded.job, ScriptJob)
         check_script(loaded.job)
     plan = make_plan(checked, on_progress=lambda progress: messages.print(f"{progress['message']} …", style="dim"))

@@ -49,7 +49,7 @@ def check_job(
 
     `kept_micro_batch` is that of the run that the job resumes. Raises RequestError with the file and line of each key.
     """
-    with loaded.placing():
+    with loaded.locate_errors():
         job, here = loaded.job, machine or measure_machine()
         if isinstance(job, ScriptJob) and job.deepspeed == AUTO:
             found = "a preset is chosen by the memory that model and data take, and those are the script's own"
@@ -78,7 +78,7 @@ def make_plan(
     `deepspeed: auto` in the run that the job resumes. Raises RequestError.
     """
     checked = check_job(job) if isinstance(job, LoadedJob) else job
-    with checked.loaded.placing():
+    with checked.loaded.locate_errors():
         inputs = checked.inputs
         if is_script(inputs):
             return _with_notes(

@@ -102,10 +102,10 @@ def test_options_that_the_machine_does_not_support_are_refused_before_measuring(
 @pytest.mark.parametrize(
     ("model", "key", "words"),
     [
-        ({"lora": {}, "freeze": ["lm_head"]}, "model", "leave freeze out, or lora"),
+        ({"lora": {}, "freeze": ["lm_head"]}, "model", "remove freeze or lora"),
         ({"lora": {"r": 0}}, "model.lora.r", "greater than 0"),
         ({"lora": {"dropout": 1}}, "model.lora.dropout", "less than 1"),
-        ({"lora": {"rank": 8}}, "model.lora.rank", "valid here: r, alpha, dropout, target_modules, merge"),
+        ({"lora": {"rank": 8}}, "model.lora.rank", "valid keys: r, alpha, dropout, target_modules, merge"),
         ({"freeze": "lm_head"}, "model.freeze", "must be a list"),
     ],
 )

@@ -359,8 +359,8 @@ def test_model_and_data_are_needed_everywhere_else(folder: Path) -> None:
     for verb in ("run", "plan", "lr"):
         ended = command(verb, "job.yaml")
         assert ended.status == 2
-        assert "model: this key is needed" in ended.err and "data: this key is needed" in ended.err
-        assert "A job that runs your own script has a section `script` instead" in ended.err
+        assert "model: this key is required" in ended.err and "data: this key is required" in ended.err
+        assert "To run your own script, add a section `script` instead" in ended.err
 
 
 def test_plan_and_lr_show_what_a_job_for_a_script_comes_to(folder: Path) -> None:
