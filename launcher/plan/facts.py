@@ -1,4 +1,4 @@
-"""What was measured about the model, the data and the machines before planning: plain numbers."""
+"""Measurements of the model, the data and the machine, from which a plan is made."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ class Facts(BaseModel):
 
 
 class ModelFacts(Facts):
-    """A pretrained model, as its config and weights say, and what of it the job trains.
+    """A pretrained model, from its config and weights, and the parameters that the job trains.
 
-    `parameters` are the pretrained ones. `trainable_parameters` are those that get gradients and optimizer states: all
-    of them; fewer where model.freeze holds some; under model.lora the adapters' alone, which are not in `parameters`.
-    `adapted_modules` are the last names of the modules that adapters stand on; empty without model.lora.
-    `whole_attention`: every layer attends to all that came before, through transformers' exchangeable attention.
+    `parameters` counts the pretrained parameters. `trainable_parameters` counts those with gradients and optimizer
+    states: all, fewer with model.freeze; with model.lora only the adapters', which are not in `parameters`.
+    `adapted_modules` are the last parts of the names of modules with adapters; empty without model.lora.
+    `whole_attention`: every layer attends to all previous tokens, through transformers' attention interface.
     `attention_heads` is 0 for a model without attention. `vocab_size` is the number of rows of the input embeddings.
-    `router_loss_coefficient`: how many times the balance loss of its experts' routers is added to the loss; None
-    without one. `notes` are sentences for the plan's warnings.
+    `router_loss_coefficient` is the weight of the router's load-balancing loss in the loss; None without one. `notes`
+    are sentences for the plan's warnings.
     """
 
     folder: str
@@ -48,8 +48,8 @@ class ModelFacts(Facts):
 class SplitFacts(Facts):
     """One tokenised split.
 
-    `dropped_because` counts the `dropped` rows by the reason, which completes "N rows …". `largest_token` is the
-    largest token id, -1 in facts measured before it was kept. `notes` are sentences for the plan's warnings.
+    `dropped_because` counts the `dropped` rows by reason; a reason completes "N rows …". `largest_token` is the largest
+    token id, or -1 in facts from an older version. `notes` are sentences for the plan's warnings.
     """
 
     folder: str
@@ -69,8 +69,8 @@ class SplitFacts(Facts):
 class DataFacts(Facts):
     """The tokenised data of a job.
 
-    `shared_rows` of the evaluation rows say the same as a training row. `notes` are what reading the rows found.
-    `chat_template` is the source of the template that the job supplies.
+    `shared_rows` counts the evaluation rows that are also training rows. `notes` are findings from reading the rows.
+    `chat_template` is the source of the job's own template.
     """
 
     fingerprint: str
@@ -83,7 +83,7 @@ class DataFacts(Facts):
 
 
 class MachineFacts(Facts):
-    """One node, all nodes being alike. `compiler` is the C++ compiler that torch.compile takes, if there is one."""
+    """A node; all nodes are alike. `compiler` is the C++ compiler that torch.compile uses, if one is installed."""
 
     device: Literal["cpu", "cuda"]
     device_name: str

@@ -19,7 +19,7 @@ from launcher.job import AnyJob, Job, LoadedJob, ScriptJob
 from launcher.job.user_path import user_path
 from launcher.plan.facts import MachineFacts, ModelFacts
 from launcher.plan.inputs import PlanInputs, is_script, is_training, plan_inputs
-from launcher.plan.preset import IN_ORDER, recommend
+from launcher.plan.preset import PRESETS_IN_ORDER, recommend
 from launcher.plan.resolve import check_inputs, resolve
 from launcher.plan.schema import Plan
 from launcher.plan.script import check_script_inputs, resolve_script
@@ -88,7 +88,7 @@ def make_plan(
         prepared = prepare(inputs.job, on_progress, log)
         if inputs.job.deepspeed != AUTO:
             return _with_notes(resolve(inputs, prepared.model, prepared.data), checked)
-        presets = {name: _preset(name) for name in IN_ORDER}
+        presets = {name: _preset(name) for name in PRESETS_IN_ORDER}
         chosen = recommend(inputs, presets, prepared.model, prepared.data, kept=preset)
         plan = resolve(inputs.with_ds_config(presets[chosen.preset]), prepared.model, prepared.data)
         reason = f"deepspeed: auto takes {chosen.preset}: {chosen.reason}"
@@ -147,7 +147,7 @@ def load_ds_config(loaded: LoadedJob) -> DsConfig:
     if path.is_file():
         return read_ds_config(path)
     if named == AUTO:
-        return _preset(IN_ORDER[0])
+        return _preset(PRESETS_IN_ORDER[0])
     if named in preset_names():
         return _preset(named)
     match = nearest(path.stem, preset_names())
