@@ -1,7 +1,7 @@
 """Memory of one rank under ZeRO, estimated from the sizes of the model and of the DeepSpeed JSON.
 
 Model states follow DeepSpeed's own accounting (arXiv 1910.02054, estimate_zero2_model_states_mem_needs): weights and
-gradients in the working precision, and 12 bytes per trained parameter for float32 weights and two usage. Stage 1
+gradients in the working precision, and 12 bytes per trained parameter for float32 weights and two moments. Stage 1
 divides the optimizer states by the world size, stage 2 also the gradients, stage 3 also the weights. The estimate adds
 the largest of four phases of an update in DeepSpeed 0.19:
 

@@ -43,7 +43,7 @@ def test_a_plan_file_that_was_edited_is_refused(job_dict, tmp_path):
     run.plan_file.write_text(json.dumps(document))
     events = run_ranks(plan, run)
     failure = first_failure(events)
-    assert "plan.json was altered" in failure.error and failure.code == "plan_damaged"
+    assert "plan.json was changed" in failure.error and failure.code == "plan_damaged"
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_what_cannot_be_gone_on_with_is_told(job_dict, tmp_path):
     run = half_done(plan, tmp_path)
     for override, words in {
         "train.seed=1": "goes on with the model and the data that it began with",
-        "cluster.processes_per_node=3": "train_batch_size 8 does not divide by world size 3",
+        "cluster.processes_per_node=3": "train_batch_size 8 is not divisible by world size 3",
         "train.max_step=3": "did you mean max_steps?",
     }.items():
         command = Command("resume", str(run.path), override, folder=tmp_path)

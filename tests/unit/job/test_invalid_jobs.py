@@ -293,7 +293,7 @@ FILES = [
 NUMBERS = [
     InvalidJob(
         "batch and world size",
-        ("train_batch_size 30 does not divide by world size 4", "28 or 32"),
+        ("train_batch_size 30 is not divisible by world size 4", "28 or 32"),
         JOB + "train: {train_batch_size: 30}\n",
     ),
     InvalidJob(
@@ -303,22 +303,22 @@ NUMBERS = [
     ),
     InvalidJob(
         "batch below the world size",
-        ("does not divide", "the nearest that does: 4"),
+        ("not divisible", "the nearest valid size: 4"),
         JOB + "train: {train_batch_size: 2}\n",
     ),
     InvalidJob(
         "all three",
-        ("micro-batch 2 x accumulation 3 x world size 4 = 24", "make it 24", "it comes to 4"),
+        ("micro-batch 2 x accumulation 3 x world size 4 = 24", "set it to 24", "it is then 4"),
         JOB + "train: {train_batch_size: 32, train_micro_batch_size_per_gpu: 2, gradient_accumulation_steps: 3}\n",
     ),
     InvalidJob(
         "batch sizes of job and JSON",
-        ("does not divide by world size 4 x train_micro_batch_size_per_gpu 3",),
+        ("not divisible by world size 4 x train_micro_batch_size_per_gpu 3",),
         JOB + "train: {train_batch_size: 32}\ndeepspeed: {train_micro_batch_size_per_gpu: 3}\n",
     ),
     InvalidJob(
         "evaluates after the end",
-        ("job.yaml:4: train.eval_every: 50 is beyond the run, which has 20 updates", "at most 20"),
+        ("job.yaml:4: train.eval_every: 50 is more than the run's 20 updates", "at most 20"),
         JOB + "train: {max_steps: 20, eval_every: 50}\n",
     ),
     InvalidJob(
@@ -381,13 +381,13 @@ CONTRADICTIONS = [
     ),
     Contradiction(
         "epochs below a batch",
-        ("train.train_batch_size: 20 sequences in all are less than one batch of 64", "at most 20"),
+        ("train.train_batch_size: the run has 20 sequences, fewer than one batch of 64", "at most 20"),
         text="train: {train_batch_size: 64}\n",
         data={"sequences": 20},
     ),
     Contradiction(
         "evaluates beyond the epochs",
-        ("train.eval_every: 40 is beyond the run, which has 32 updates",),
+        ("train.eval_every: 40 is more than the run's 32 updates",),
         text="train: {train_batch_size: 32, eval_every: 40}\ndata: {train: data/train.jsonl, eval: 0.1}\n",
         data={"evaluated": 100},
     ),
