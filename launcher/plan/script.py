@@ -49,7 +49,7 @@ def resolve_script(inputs: PlanInputs[ScriptJob], model: ModelFacts | None, fold
 
     Raises RequestError.
     """
-    inputs, shape = _without_auto_scheduler(inputs)
+    inputs, shape = _with_auto_scheduler(inputs)
     job, user = inputs.job, inputs.ds_config
     batch = _batch(inputs)
     length = _length(job, batch.train_batch_size)
@@ -75,7 +75,7 @@ def resolve_script(inputs: PlanInputs[ScriptJob], model: ModelFacts | None, fold
 
 def check_script_inputs(inputs: PlanInputs[ScriptJob]) -> None:
     """Raises RequestError for errors that do not depend on the model."""
-    inputs, shape = _without_auto_scheduler(inputs)
+    inputs, shape = _with_auto_scheduler(inputs)
     zero_stage(inputs.ds_config)
     length = _length(inputs.job, _batch(inputs).train_batch_size)
     if inputs.job.model is None:
@@ -168,8 +168,8 @@ def _length(job: ScriptJob, batch: int) -> Length:
     )
 
 
-def _without_auto_scheduler(inputs: PlanInputs[ScriptJob]) -> tuple[PlanInputs[ScriptJob], str | None]:
-    """The inputs without a scheduler whose params are all "auto", and its shape; None if there is no such scheduler.
+def _with_auto_scheduler(inputs: PlanInputs[ScriptJob]) -> tuple[PlanInputs[ScriptJob], str | None]:
+    """The inputs, with a scheduler whose params are all "auto" replaced by "auto"; and its shape, else None.
 
     transformers' examples have such schedulers, which a Trainer fills in.
     """
