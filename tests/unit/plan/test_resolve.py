@@ -1,4 +1,4 @@
-"""Planning: lengths, ranks, what the plan says, and its hash."""
+"""Planning: lengths, ranks, the content of the plan, and its hash."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from launcher.errors import LauncherError, RequestError
 from launcher.job import Job, explicit_keys, validate_job
 from launcher.job.set_keys import changed_keys, set_keys, with_set_keys
 from launcher.plan.inputs import plan_inputs
-from launcher.plan.learning_rate import planned_rates
+from launcher.plan.learning_rate import planned_lrs
 from launcher.plan.length import length_warnings, resolve_length
 from launcher.plan.resolve import resolve
 from launcher.plan.schema import Plan, hash_in
@@ -30,9 +30,7 @@ PLANS = Path(__file__).parents[2] / "data/plans"
 
 
 @given(sequences=st.integers(1, 5000), epochs=EPOCHS, batch=st.integers(1, 600))
-def test_the_samples_of_all_epochs_are_taken_and_none_is_dropped(
-    sequences: int, epochs: float | None, batch: int
-) -> None:
+def test_a_run_has_the_samples_of_all_epochs(sequences: int, epochs: float | None, batch: int) -> None:
     job = job_of(train={"num_train_epochs": epochs} if epochs else {})
     wanted = max(1, round(sequences * (epochs or 1.0)))
     if wanted < batch:
@@ -52,29 +50,29 @@ def test_max_steps_is_the_number_of_updates(sequences: int, steps: int, batch: i
     assert (length.total_updates, length.samples, length.refilled_samples) == (steps, steps * batch, 0)
 
 
-def test_a_token_without_an_embedding_is_refused() -> None:
+def test_a_token_without_an_embedding_is_an_error() -> None:
     job, user = job_of(train={"max_steps": 3}), from_mapping({}, "ds.json")
     model, inputs = model_facts(vocab_size=300), plan_inputs(job, user, machine_facts(1))
     resolve(inputs, model, data_facts(64, largest_token=299))
-    with pytest.raises(RequestError, match="token 300, and the model has 300 embeddings") as caught:
+    with pytest.raises(RequestError, match="token 300, but the model has 300 embeddings") as caught:
         resolve(inputs, model, data_facts(64, largest_token=300))
     assert caught.value.problems[0].key == "model.name_or_path"
 
 
-def test_what_happens_to_rows_and_batches_is_told() -> None:
+def test_warnings_about_rows_and_batches() -> None:
     reasons = {"are empty": 1, "have no assistant turn": 1}
     data = data_facts(10, cut=3, dropped=2, partly_learned=1, dropped_because=reasons, notes=("the template is odd",))
     job = job_of(train={"num_train_epochs": 2}, data={"max_length": 77})
-    told = "\n".join(length_warnings(job, data, 16, resolve_length(job, data, 16)))
+    warnings = "\n".join(length_warnings(job, data, 16, resolve_length(job, data, 16)))
     for words in (
         "filled up with 12 samples",
-        "a batch of 16 takes some of the 10",
+        "a batch of 16 contains some of the 10",
         "3 of 10 rows are cut at 77",
-        "2 of 10 rows leave nothing to learn and are left out: 1 are empty, 1 have no assistant turn",
+        "2 of 10 rows have nothing to learn and are skipped: 1 are empty, 1 have no assistant turn",
         "the template is odd",
     ):
-        assert words in told
-    assert "in 1 conversations" in told
+        assert words in warnings
+    assert "in 1 conversations" in warnings
     assert length_warnings(job, data_facts(8), 16, resolve_length(job, data_facts(8), 16))[0].startswith(
         "a batch of 16"
     )
@@ -117,7 +115,7 @@ def test_precision(dtype: str, user: dict[str, Any], machine: Any, precision: st
     assert plan_inputs(job, from_mapping(user, "ds.json"), machine).precision == precision
 
 
-def test_a_plan_says_the_same_thing_everywhere() -> None:
+def test_the_parts_of_a_plan_agree() -> None:
     job = job_of(
         train={"max_steps": 1000, "train_batch_size": 128},
         schedule={"shape": "linear", "peak_lr": 2e-5, "warmup": 100},
@@ -130,14 +128,14 @@ def test_a_plan_says_the_same_thing_everywhere() -> None:
     assert plan.train_micro_batch_size_per_gpu * plan.gradient_accumulation_steps * plan.world.size == 128
     assert config["scheduler"]["params"]["total_num_steps"] == plan.length.total_updates == 1000
     assert config["optimizer"]["params"]["lr"] == plan.learning_rate.peak_lr == 2e-5
-    rate = planned_rates(plan)
-    rates = [rate(update) for update in range(1000)]
-    assert max(rates) == rates[100] == pytest.approx(2e-5)
-    assert rates[0] == pytest.approx(2e-5 / 101)
+    lr_of = planned_lrs(plan)
+    lrs = [lr_of(update) for update in range(1000)]
+    assert max(lrs) == lrs[100] == pytest.approx(2e-5)
+    assert lrs[0] == pytest.approx(2e-5 / 101)
     assert {change.key for change in plan.ds_config_changes} >= {"optimizer", "scheduler", "train_batch_size"}
 
 
-def test_the_micro_batch_follows_the_memory() -> None:
+def test_the_default_micro_batch_depends_on_the_memory() -> None:
     model, job = model_facts(parameters=500_000_000), job_of(train={"train_batch_size": 256})
     sizes = [
         plan_of(job, model=model, machine=machine_facts(8, gpu_gib=gib)).train_micro_batch_size_per_gpu
@@ -146,20 +144,20 @@ def test_the_micro_batch_follows_the_memory() -> None:
     assert sizes[0] < sizes[1] == 16
 
 
-def test_too_little_memory_is_told_with_its_numbers() -> None:
+def test_the_warning_about_too_little_memory_has_the_numbers() -> None:
     job = job_of(train={"train_micro_batch_size_per_gpu": 1})
     plan = plan_of(job, machine=machine_facts(2, gpu_gib=24))
     need = plan.training.memory["device_total"] / GIB
     assert any(f"about {need:.1f} GiB" in warning and "21.6 GiB" in warning for warning in plan.warnings)
     unseen = plan_of(job_of(cluster={"gpus_per_node": 8}), machine=machine_facts(0))
-    (told,) = (warning for warning in unseen.warnings if "no GPU is seen from here" in warning)
-    assert "a micro-batch that is left open is 1" in told
+    (warning,) = (warning for warning in unseen.warnings if "no GPU is visible here" in warning)
+    assert "an unset micro-batch is 1" in warning
 
 
 @pytest.mark.parametrize("gib", [1, 1024])
 @pytest.mark.parametrize(("train", "batch"), [({}, 32), ({"train_batch_size": 64}, 64)])
-def test_where_no_gpu_is_seen_an_open_micro_batch_is_one(train: dict[str, int], batch: int, gib: int) -> None:
-    """However small or large the login node is."""
+def test_without_a_visible_gpu_the_default_micro_batch_is_one(train: dict[str, int], batch: int, gib: int) -> None:
+    """Whatever the memory of the login node."""
     login_node = machine_facts(0, memory_bytes=gib * GIB)
     job = job_of(cluster={"gpus_per_node": 8}, train=train)
     plan = plan_of(job, machine=login_node)
@@ -169,23 +167,23 @@ def test_where_no_gpu_is_seen_an_open_micro_batch_is_one(train: dict[str, int], 
     assert plan_of(given, machine=login_node).train_micro_batch_size_per_gpu == 4
 
 
-def test_a_checkpoint_beyond_the_run_is_told() -> None:
+def test_a_warning_if_the_run_ends_before_the_first_checkpoint() -> None:
     plan = plan_of(job_of(train={"max_steps": 10}, checkpoint={"every": 50}))
-    assert any("checkpoint.every 50 is beyond" in warning for warning in plan.warnings)
+    assert any("checkpoint.every 50 is more than the run's 10 updates" in warning for warning in plan.warnings)
 
 
-def test_a_scheduler_of_ones_own_is_kept_as_deepspeed_drives_it() -> None:
+def test_a_scheduler_of_the_user_is_kept_as_deepspeed_steps_it() -> None:
     params = {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-5, "warmup_num_steps": 10, "total_num_steps": 50}
     scheduler = {"type": "WarmupDecayLR", "params": {**params, "warmup_type": "linear"}}
     user = {"scheduler": scheduler, "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}}}
     plan = plan_of(job_of(train={"max_steps": 50}), user=user)
     assert plan.ds_config["scheduler"] == scheduler
     assert (plan.learning_rate.schedule, plan.learning_rate.advance) == (None, 0)
-    rate = planned_rates(plan)
-    assert [rate(0), rate(1), rate(2)] == pytest.approx([0.0, 0.0, 1e-6])
+    lr_of = planned_lrs(plan)
+    assert [lr_of(0), lr_of(1), lr_of(2)] == pytest.approx([0.0, 0.0, 1e-6])
 
-    asked = plan_of(job_of(train={"max_steps": 50}, schedule={"shape": "cosine", "peak_lr": 1e-5}), user=user)
-    assert asked.ds_config["scheduler"]["type"] == "WarmupCosineLR"
+    generated = plan_of(job_of(train={"max_steps": 50}, schedule={"shape": "cosine", "peak_lr": 1e-5}), user=user)
+    assert generated.ds_config["scheduler"]["type"] == "WarmupCosineLR"
 
 
 JOBS = st.builds(
@@ -203,7 +201,7 @@ JOBS = st.builds(
 
 @settings(max_examples=60, deadline=None)
 @given(one=JOBS, other=JOBS)
-def test_hashes_are_equal_where_plans_are(one: Job, other: Job) -> None:
+def test_hashes_are_equal_if_and_only_if_plans_are(one: Job, other: Job) -> None:
     first, second = plan_of(one), plan_of(other)
     assert (first.sha256 == second.sha256) == (first == second) == (one == other)
     assert plan_of(one).sha256 == first.sha256
@@ -211,7 +209,7 @@ def test_hashes_are_equal_where_plans_are(one: Job, other: Job) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(job=JOBS)
-def test_a_plan_comes_back_from_its_json(job: Job) -> None:
+def test_a_plan_is_read_back_from_its_json(job: Job) -> None:
     plan = plan_of(job)
     back = Plan.from_json(plan.to_json())
     assert back == plan
@@ -230,7 +228,7 @@ SEGMENTS = [{"kind": "constant", "until": 100, "to": 1.0}, {"kind": "linear", "u
         job_of(train={"max_steps": 200}, data={"eval": "2e-2"}, schedule={"warmup": "3%"}),
     ],
 )
-def test_whole_numbers_and_shares_stay_what_they_are(job: Job) -> None:
+def test_whole_numbers_and_fractions_are_preserved(job: Job) -> None:
     plan = plan_of(job)
     assert Plan.from_json(plan.to_json()) == plan
 
@@ -247,7 +245,7 @@ EXPLICIT = [
 
 
 @pytest.mark.parametrize("job", EXPLICIT)
-def test_a_plan_keeps_which_keys_were_set(job: Job) -> None:
+def test_a_plan_stores_which_keys_were_set(job: Job) -> None:
     plan = plan_of(job, machine=WITH_PEFT)
     back = Plan.from_json(plan.to_json())
     assert explicit_keys(back.job) == explicit_keys(job)
@@ -255,7 +253,7 @@ def test_a_plan_keeps_which_keys_were_set(job: Job) -> None:
     assert validate_job(back.job.model_dump(mode="json", exclude_unset=True)) == job
 
 
-def test_a_plan_in_the_old_format_has_set_what_differs_from_the_defaults() -> None:
+def test_in_a_plan_in_the_old_format_keys_that_differ_from_the_defaults_are_set() -> None:
     job = job_of(train={"max_steps": 9, "weight_decay": 0.1, "eps": 1e-8}, model={"lora": {}})
     plan = plan_of(job, machine=WITH_PEFT)
     back = Plan.from_json(json.dumps(in_format_1(plan)))
@@ -266,11 +264,11 @@ def test_a_plan_in_the_old_format_has_set_what_differs_from_the_defaults() -> No
     assert "lora" in back.job.model.model_fields_set
 
 
-def test_a_plan_without_a_newer_key_of_the_job_is_read_and_names_its_own_hash() -> None:
+def test_a_plan_without_a_newer_key_of_the_job_is_read_and_keeps_its_hash() -> None:
     document = in_format_1(plan_of(job_of(train={"max_steps": 9})))
     del document["plan"]["job"]["train"]["eval_every"]
     text = json.dumps(document)
-    with pytest.raises(LauncherError, match="altered"):
+    with pytest.raises(LauncherError, match="was changed"):
         Plan.from_json(text)
     document["sha256"] = hashlib.sha256(
         json.dumps(document["plan"], sort_keys=True, separators=(",", ":")).encode()
@@ -281,7 +279,7 @@ def test_a_plan_without_a_newer_key_of_the_job_is_read_and_names_its_own_hash() 
 
 
 @pytest.mark.parametrize("name", ["training", "script"])
-def test_a_plan_that_an_earlier_version_wrote_is_read(name: str) -> None:
+def test_a_plan_of_an_earlier_version_is_read(name: str) -> None:
     text = (PLANS / f"{name}-format-2.json").read_text()
     old = json.loads(text)["plan"]
     plan = Plan.from_json(text)
@@ -294,7 +292,7 @@ def test_a_plan_that_an_earlier_version_wrote_is_read(name: str) -> None:
     assert {key: workload[key] for key in moved if key != "job"} == {key: moved[key] for key in moved if key != "job"}
     assert {key: workload["job"][key] for key in old["job"]} == old["job"]
     assert {key: written[key] for key in written} == {key: old[key] for key in written}
-    with pytest.raises(LauncherError, match="altered"):
+    with pytest.raises(LauncherError, match="was changed"):
         Plan.from_json(text.replace('"zero_stage": 2', '"zero_stage": 1'))
 
 
@@ -304,13 +302,13 @@ def test_the_hash_depends_on_the_format() -> None:
         Plan.from_json(json.dumps({**document, "format": 2}))
 
 
-def test_a_plan_of_a_newer_format_is_refused() -> None:
+def test_a_plan_in_a_newer_format_is_an_error() -> None:
     document = json.loads(plan_of(job_of(train={"max_steps": 9})).to_json())
-    with pytest.raises(LauncherError, match="it has format 4, and this launcher reads formats 1 to 3"):
+    with pytest.raises(LauncherError, match="it has format 4, but this launcher reads formats 1 to 3"):
         Plan.from_json(json.dumps({**document, "format": 4}))
 
 
-def test_set_keys_are_marked_and_unknown_ones_refused() -> None:
+def test_set_keys_are_marked_and_unknown_keys_are_an_error() -> None:
     job = job_of(train={"max_steps": 9, "seed": 42})
     assert "train.seed" in set_keys(job)
     assert "train.seed" not in changed_keys(job)
@@ -325,7 +323,7 @@ def leaves(node: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found or [at]
 
 
-def altered(document: dict[str, Any], path: tuple[Any, ...]) -> str:
+def with_changed_value(document: dict[str, Any], path: tuple[Any, ...]) -> str:
     copied = json.loads(json.dumps(document))
     node = copied
     for key in path[:-1]:
@@ -336,22 +334,22 @@ def altered(document: dict[str, Any], path: tuple[Any, ...]) -> str:
     return json.dumps(copied)
 
 
-def test_a_plan_that_was_altered_anywhere_is_detected() -> None:
+def test_a_change_anywhere_in_a_plan_is_detected() -> None:
     document = json.loads(plan_of(job_of(train={"max_steps": 9}), data=data_facts(50, evaluated=5)).to_json())
     paths = leaves(document)
     assert len(paths) > 150
     for path in paths:
-        with pytest.raises(LauncherError, match=r"altered|damaged"):
-            Plan.from_json(altered(document, path))
+        with pytest.raises(LauncherError, match=r"changed|damaged"):
+            Plan.from_json(with_changed_value(document, path))
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"sha256": "0"}', '{"sha256": "0", "plan": {}}', "null"])
-def test_a_damaged_plan_is_told(text: str) -> None:
+def test_a_damaged_plan_is_an_error(text: str) -> None:
     with pytest.raises(LauncherError, match=r"plan\.json is damaged"):
         Plan.from_json(text)
 
 
-def test_half_a_plan_is_told() -> None:
+def test_half_a_plan_is_an_error() -> None:
     text = plan_of().to_json()
     with pytest.raises(LauncherError, match="damaged"):
         Plan.from_json(text[: len(text) // 2])

@@ -1,6 +1,6 @@
 """The user's DeepSpeed JSON in `launcher plan` and `launcher run`: linted, compared with the job, and completed.
 
-What is wrong is told before model or data are looked at: the folder here holds neither weights nor a tokenizer.
+Errors are reported before model or data are read: the folder here has neither weights nor a tokenizer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from launcher.ds_config import from_mapping
 from launcher.errors import RequestError
 from launcher.job import validate_job
 from launcher.plan.inputs import plan_inputs
-from launcher.plan.learning_rate import planned_rates
+from launcher.plan.learning_rate import planned_lrs
 from launcher.plan.resolve import check_inputs
 from launcher.plan.script import resolve_script
 from launcher.runs.planning import lint_ds_config
@@ -40,15 +40,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def tried(text: str, *overrides: str, verb: str = "plan") -> Ended:
-    """`launcher VERB` on the job with ds.json holding `text`."""
+def launch(text: str, *overrides: str, verb: str = "plan") -> Ended:
+    """Runs `launcher VERB` on the job with `text` as ds.json."""
     Path("ds.json").write_text(text)
     return command(verb, "job.yaml", "deepspeed=ds.json", *overrides)
 
 
 @pytest.mark.parametrize("verb", ["plan", "run"])
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "words"),
     [
         ('{\n  "zero_optimisation": {"stage": 2}\n}', "ds.json:2: zero_optimisation: DeepSpeed has no such key here"),
         ('{\n  "fp16": {"enabled": true},\n  "bf16": {"enabled": true}\n}', "fp16.enabled: fp16 and bf16 are both on"),
@@ -57,24 +57,24 @@ def tried(text: str, *overrides: str, verb: str = "plan") -> Ended:
         ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', "NVMe offload without nvme_path"),
     ],
 )
-def test_an_error_of_lint_refuses(text: str, says: str, verb: str, folder: Path) -> None:
-    ended = tried(text, verb=verb)
+def test_an_error_of_lint_ends_the_command(text: str, words: str, verb: str, folder: Path) -> None:
+    ended = launch(text, verb=verb)
     assert ended.status == 2
-    assert says in ended.err
+    assert words in ended.err
     assert not (folder / "runs").exists()
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_warning_of_lint_is_shown_with_line_and_mend() -> None:
+def test_a_warning_of_lint_is_shown_with_line_and_hint() -> None:
     remember(Path("job.yaml"), (), model_facts(), data_facts())
-    ended = tried('{"zero_optimization": {"stage": 2,\n  "stage3_max_live_parameters": 1e9}}')
+    ended = launch('{"zero_optimization": {"stage": 2,\n  "stage3_max_live_parameters": 1e9}}')
     assert ended.status == 0, ended.err
     assert "note: ds.json:2: zero_optimization.stage3_max_live_parameters: has no effect under stage 2" in ended.out
     assert "Set stage to 3, or remove it." in ended.out
 
 
 @pytest.mark.usefixtures("folder")
-def test_keys_inside_the_job_file_are_told_with_its_lines() -> None:
+def test_errors_in_an_inline_json_have_the_lines_of_the_job_file() -> None:
     with Path("job.yaml").open("a") as job:
         job.write("deepspeed:\n  zero_optimization:\n    stage: 2\n    overlap_com: true\n")
     ended = command("plan", "job.yaml")
@@ -101,7 +101,7 @@ SCHEDULER += '{"warmup_max_lr": 1e-5, "warmup_type": "linear",\n"warmup_num_step
 CONFLICTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "batch": ('{\n"train_batch_size": 64}', "train.train_batch_size=32", ("ds.json:2: train_batch_size", "64", "32")),
     "precision": ('{"bf16": {\n"enabled": true}}', "model.dtype=float32", ("ds.json:1: bf16", "bf16", "fp32")),
-    "rate": (
+    "learning rate": (
         '{"optimizer": {"type": "AdamW", "params": {\n"lr": 3e-6}}}',
         "schedule.peak_lr=1e-6",
         ("ds.json:2: optimizer.params.lr: 3e-06 here", "schedule.peak_lr in the job is 1e-06"),
@@ -114,29 +114,29 @@ CONFLICTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "total steps": (
         SCHEDULER,
         "train.max_steps=100",
-        ("train.max_steps: 100 in the job", "total_num_steps 500 in ds.json"),
+        ("train.max_steps: 100 in the job", "total_num_steps is 500 in ds.json"),
     ),
 }
 
 
 @pytest.mark.parametrize("name", CONFLICTS)
-def test_conflicts_are_told_before_anything_is_measured(name: str, folder: Path) -> None:
-    text, override, says = CONFLICTS[name]
-    ended = tried(text, override)
+def test_conflicts_are_reported_before_anything_is_measured(name: str, folder: Path) -> None:
+    text, override, expected = CONFLICTS[name]
+    ended = launch(text, override)
     assert ended.status == 2
-    assert all(words in ended.err for words in says), ended.err
-    assert not (folder / "runs").exists(), "the model was looked at"
+    assert all(words in ended.err for words in expected), ended.err
+    assert not (folder / "runs").exists(), "the model was read"
 
 
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("name", CONFLICTS)
-def test_equal_values_are_no_conflict(name: str) -> None:
+def test_equal_values_do_not_conflict(name: str) -> None:
     text, override, _ = CONFLICTS[name]
     key = override.partition("=")[0]
     same = {"train.train_batch_size": "64", "model.dtype": "bfloat16", "schedule.peak_lr": "3e-6"}
     same |= {"train.gradient_clipping": "0.5", "train.max_steps": "500"}
     remember(Path("job.yaml"), (f"{key}={same[key]}",), model_facts(), data_facts())
-    ended = tried(text, f"{key}={same[key]}")
+    ended = launch(text, f"{key}={same[key]}")
     assert ended.status == 0, ended.err
 
 
@@ -167,7 +167,7 @@ WARMUP = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps")
     ("kind", "names", "shape"),
     [("WarmupLR", WARMUP, "constant"), ("WarmupDecayLR", (*WARMUP, "total_num_steps"), "linear")],
 )
-def test_a_template_of_transformers_is_completed(kind: str, names: tuple[str, ...], shape: str) -> None:
+def test_a_template_of_transformers_is_filled_in(kind: str, names: tuple[str, ...], shape: str) -> None:
     user = {**TEMPLATE, "scheduler": {"type": kind, "params": dict.fromkeys(names, "auto")}}
     plan = plan_of(job_of(train={"max_steps": 100}, schedule={"warmup": 7}), user=user)
     config = plan.ds_config
@@ -184,7 +184,7 @@ def test_a_template_of_transformers_is_completed(kind: str, names: tuple[str, ..
     assert {"optimizer.params.lr", "scheduler.params.warmup_type", "zero_optimization.reduce_bucket_size"} <= changed
 
 
-def test_a_scheduler_with_one_value_open_is_the_users_own() -> None:
+def test_a_scheduler_with_some_auto_params_is_kept_and_filled_in() -> None:
     params = {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-6, "warmup_num_steps": "auto", "warmup_type": "linear"}
     user = {"scheduler": {"type": "WarmupDecayLR", "params": {**params, "total_num_steps": "auto"}}}
     plan = plan_of(job_of(train={"max_steps": 100}, schedule={"warmup": 7}), user=user)
@@ -195,24 +195,24 @@ def test_a_scheduler_with_one_value_open_is_the_users_own() -> None:
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_safe_scheduler_is_asked_for_and_an_unsafe_one_needs_the_users_word() -> None:
+def test_an_unsafe_scheduler_needs_allow_unsafe() -> None:
     text = SCHEDULER.replace('"warmup_max_lr": 1e-5, ', "")
-    assert "no warmup_max_lr: WarmupDecayLR peaks at 1e-3" in tried(text).err
+    assert "no warmup_max_lr: WarmupDecayLR peaks at 1e-3" in launch(text).err
     remember(Path("job.yaml"), ("train.max_steps=500",), model_facts(), data_facts())
-    ended = tried(text, "train.max_steps=500", "schedule.allow_unsafe=true")
+    ended = launch(text, "train.max_steps=500", "schedule.allow_unsafe=true")
     assert ended.status == 0, ended.err
     assert "note: ds.json:1: scheduler.params: no warmup_max_lr" in ended.out
 
 
 @pytest.mark.usefixtures("folder")
-def test_numbers_in_quotes_are_taken_where_they_are_converted() -> None:
+def test_numbers_in_quotes_are_accepted_if_deepspeed_converts_them() -> None:
     remember(Path("job.yaml"), (), model_facts(), data_facts())
-    ended = tried('{"gradient_clipping": "0.7", "train_batch_size": "64" # kept\n}')
+    ended = launch('{"gradient_clipping": "0.7", "train_batch_size": "64" # kept\n}')
     assert ended.status == 0, ended.err
     assert "a number written as text" in ended.out
 
 
-def test_a_scheduler_of_the_users_is_held_to_the_rules_for_ours() -> None:
+def test_the_safety_rules_apply_to_a_scheduler_of_the_user() -> None:
     user = {
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-6}},
@@ -222,9 +222,9 @@ def test_a_scheduler_of_the_users_is_held_to_the_rules_for_ours() -> None:
 
 
 @pytest.mark.usefixtures("folder")
-def test_the_diff_is_told_key_by_key_with_reasons() -> None:
+def test_the_changes_are_listed_key_by_key_with_reasons() -> None:
     remember(Path("job.yaml"), (), model_facts(), data_facts())
-    ended = tried('{"gradient_clipping": "auto", "steps_per_print": 10, "zero_optimization": {"stage": 1}}')
+    ended = launch('{"gradient_clipping": "auto", "steps_per_print": 10, "zero_optimization": {"stage": 1}}')
     rows = {line.split()[0]: " ".join(line.split()[1:]) for line in ended.out.splitlines() if "→" in line}
     assert rows["gradient_clipping"] == "auto → 1 the largest global gradient norm"
     assert rows["optimizer.type"].startswith("not set → AdamW the plan's optimizer")
@@ -234,62 +234,66 @@ def test_the_diff_is_told_key_by_key_with_reasons() -> None:
 
 
 def own(total: object, **params: object) -> dict[str, Any]:
-    """A JSON with a whole scheduler and its rate."""
-    rates = {"warmup_min_lr": 0, "warmup_max_lr": 1e-6, "warmup_num_steps": 5, "warmup_type": "linear"}
-    scheduler = {"type": "WarmupDecayLR", "params": {**rates, "total_num_steps": total, **params}}
+    """A JSON with a scheduler and an optimizer."""
+    lrs = {"warmup_min_lr": 0, "warmup_max_lr": 1e-6, "warmup_num_steps": 5, "warmup_type": "linear"}
+    scheduler = {"type": "WarmupDecayLR", "params": {**lrs, "total_num_steps": total, **params}}
     return {"optimizer": {"type": "AdamW", "params": {"lr": 1e-6}}, "scheduler": scheduler}
 
 
-def refusal(user: dict[str, Any], **sections: Any) -> str:
-    with pytest.raises(RequestError) as error:
+def plan_error(user: dict[str, Any], **sections: Any) -> str:
+    with pytest.raises(RequestError) as caught:
         plan_of(job_of(**sections), user=user, data=data_facts(10_000))
-    return str(error.value)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("train", [{"num_train_epochs": 3}, {"total_samples": 30_000}])
-def test_a_scheduler_for_a_run_of_another_length_is_refused(train: dict[str, Any]) -> None:
+def test_a_scheduler_for_another_length_is_an_error(train: dict[str, Any]) -> None:
     (key, value), *_ = train.items()
-    told = refusal(own(200), train=train)
-    assert f"train.{key}: {value}" in told
-    assert "in the job comes to 938 updates, and total_num_steps is 200 in ds.json" in told
-    assert 'write 938 there, or "auto"' in told
+    error = plan_error(own(200), train=train)
+    assert f"train.{key}: {value}" in error
+    assert "in the job gives 938 updates, but total_num_steps is 200 in ds.json" in error
+    assert 'set total_num_steps to 938 or "auto"' in error
     for total in (938, "auto"):
         plan = plan_of(job_of(train=train), user=own(total), data=data_facts(10_000))
         assert plan.ds_config["scheduler"]["params"]["total_num_steps"] == plan.length.total_updates == 938
 
 
-def test_updates_at_rate_0_need_the_users_word_where_the_job_names_no_length() -> None:
-    told = refusal(own(200))
-    assert "scheduler.params.total_num_steps: 112 of the run's 313 updates run at rate 0 and train nothing" in told
-    assert "schedule.allow_unsafe: true" in told
+def test_updates_at_learning_rate_0_need_allow_unsafe_if_the_job_sets_no_length() -> None:
+    error = plan_error(own(200))
+    assert (
+        "scheduler.params.total_num_steps: 112 of the run's 313 updates have learning rate 0 and train nothing" in error
+    )
+    assert "schedule.allow_unsafe: true" in error
     plan = plan_of(job_of(schedule={"allow_unsafe": True}), user=own(200), data=data_facts(10_000))
-    rate = planned_rates(plan)
-    assert [rate(update) for update in range(313)][5:].count(0.0) == 112
+    lr_of = planned_lrs(plan)
+    assert [lr_of(update) for update in range(313)][5:].count(0.0) == 112
     assert plan_of(job_of(), user=own(400), data=data_facts(10_000)).length.total_updates == 313
 
 
 @pytest.mark.usefixtures("folder")
-def test_what_is_wrong_with_a_scheduler_is_told_at_its_line() -> None:
+def test_errors_of_a_scheduler_have_its_line() -> None:
     remember(Path("job.yaml"), (), model_facts(), data_facts())
     text = json.dumps(own(200, warmup_num_steps=40), indent=1)
     line = 1 + text[: text.index('"total_num_steps"')].count("\n")
     job = ("train.max_steps=300", "schedule.warmup=30")
-    told = tried(text, *job).err
-    assert f"train.max_steps: 300 in the job, and total_num_steps 200 in ds.json:{line}" in told
-    assert "schedule.warmup: ds.json:8 has a WarmupDecayLR of its own" in told
+    error = launch(text, *job).err
+    assert f"train.max_steps: 300 in the job, but total_num_steps is 200 in ds.json:{line}" in error
+    assert "schedule.warmup: the WarmupDecayLR in ds.json:8 does not use it" in error
     remember(Path("job.yaml"), ("train.max_steps=200",), model_facts(), data_facts())
     ramp = json.dumps(own(200, warmup_num_steps=40, warmup_max_lr=1e-2, warmup_min_lr=0), indent=1)
-    told = tried(ramp, "train.max_steps=200").err
-    assert "ds.json:12: scheduler.params.warmup_max_lr: a peak of 0.01 is high for full training" in told
+    error = launch(ramp, "train.max_steps=200").err
+    assert "ds.json:12: scheduler.params.warmup_max_lr: a peak of 0.01 is high for full training" in error
 
 
-def test_equal_words_about_a_warm_up_are_no_conflict() -> None:
+def test_an_equal_warm_up_in_job_and_json_does_not_conflict() -> None:
     sections: dict[str, Any] = {"train": {"max_steps": 100}, "schedule": {"warmup": 5, "warmup_type": "linear"}}
     assert plan_of(job_of(**sections), user=own(100)).ds_config["scheduler"]["params"]["warmup_num_steps"] == 5
-    assert "schedule.warmup: ds.json has a" in refusal(own(100), **{**sections, "schedule": {"warmup": 6}})
+    assert "schedule.warmup: the WarmupDecayLR in ds.json does not use it" in plan_error(
+        own(100), **{**sections, "schedule": {"warmup": 6}}
+    )
 
 
-def test_an_open_warm_up_is_linear_and_told_to_be() -> None:
+def test_an_auto_warm_up_is_linear_and_reported() -> None:
     user = own("auto", warmup_num_steps="auto")
     del user["scheduler"]["params"]["warmup_type"]
     job = job_of(train={"max_steps": 100}, schedule={"warmup_type": "linear"})
@@ -303,7 +307,7 @@ def test_an_open_warm_up_is_linear_and_told_to_be() -> None:
 COSINE = {"total_num_steps": "auto", "warmup_num_steps": 5, "warmup_min_ratio": "auto", "warmup_type": "linear"}
 
 
-def test_a_cosine_of_the_users_climbs_to_the_advised_peak_where_nothing_says_it() -> None:
+def test_a_cosine_of_the_user_without_a_peak_gets_the_advised_peak() -> None:
     user = {
         "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": ["auto", "auto"]}},
         "scheduler": {"type": "WarmupCosineLR", "params": {**COSINE, "cos_min_ratio": 0.2}},
@@ -318,31 +322,31 @@ def test_a_cosine_of_the_users_climbs_to_the_advised_peak_where_nothing_says_it(
     assert plan.learning_rate.reasons[0].sources
 
 
-def test_a_floor_that_is_left_open_is_that_of_a_cosine() -> None:
+def test_an_auto_floor_is_that_of_a_cosine() -> None:
     user = {"scheduler": {"type": "WarmupCosineLR", "params": {**COSINE, "cos_min_ratio": "auto"}}}
     plan = plan_of(job_of(train={"max_steps": 100}), user=user)
     assert plan.ds_config["scheduler"]["params"]["cos_min_ratio"] == 0.1
 
 
 @pytest.mark.parametrize(("lr", "words"), [(0, "must be above 0"), (1, "a peak of 1 is high")])
-def test_a_peak_of_the_jsons_optimizer_is_refused_there(lr: float, words: str) -> None:
+def test_an_unsafe_peak_of_the_jsons_optimizer_is_reported_at_its_key(lr: float, words: str) -> None:
     user = {"optimizer": {"type": "AdamW", "params": {"lr": lr}}}
-    told = refusal(user, train={"max_steps": 100})
-    assert told.startswith("ds.json: optimizer.params.lr: ")
-    assert words in told
-    own_peak = refusal(user, train={"max_steps": 100}, schedule={"peak_lr": 0.5})
+    error = plan_error(user, train={"max_steps": 100})
+    assert error.startswith("ds.json: optimizer.params.lr: ")
+    assert words in error
+    own_peak = plan_error(user, train={"max_steps": 100}, schedule={"peak_lr": 0.5})
     assert own_peak.startswith("schedule.peak_lr: ")
 
 
-def test_a_run_at_rate_0_is_not_advised_another_length() -> None:
+def test_a_run_at_learning_rate_0_gets_no_hint_about_its_length() -> None:
     user = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0, "warmup_num_steps": 2}}}
     user["scheduler"]["params"]["warmup_type"] = "linear"
-    told = refusal(user, train={"max_steps": 100})
-    assert "100 of the run's 100 updates run at rate 0" in told
-    assert "give it a learning rate above 0" in told
+    error = plan_error(user, train={"max_steps": 100})
+    assert "100 of the run's 100 updates have learning rate 0" in error
+    assert "set a learning rate above 0" in error
 
 
-def test_ratios_and_starts_that_are_left_open_are_filled() -> None:
+def test_auto_ratios_and_starts_are_filled() -> None:
     user = {"scheduler": {"type": "WarmupCosineLR", "params": {**COSINE, "cos_min_ratio": "auto"}}}
     user["scheduler"]["params"]["last_batch_iteration"] = "auto"
     job = job_of(train={"max_steps": 100}, schedule={"floor": 0.25})
@@ -353,9 +357,9 @@ def test_ratios_and_starts_that_are_left_open_are_filled() -> None:
 
 
 @pytest.mark.usefixtures("folder")
-def test_what_a_plan_writes_by_itself_is_not_warned_of() -> None:
+def test_values_that_the_plan_fills_in_cause_no_warning() -> None:
     remember(Path("job.yaml"), (), model_facts(), data_facts())
-    ended = tried('{"optimizer": {"type": "AdamW", "params": {"weight_decay": 0.1}}}')
+    ended = launch('{"optimizer": {"type": "AdamW", "params": {"weight_decay": 0.1}}}')
     assert ended.status == 0, ended.err
     assert "no lr" not in ended.out
     assert "optimizer.params.lr" in ended.out
@@ -370,10 +374,10 @@ DIVIDED = {
 
 
 @pytest.mark.parametrize("key", DIVIDED)
-def test_other_ways_to_divide_a_model_are_left_to_scripts(key: str) -> None:
-    with pytest.raises(RequestError, match=f"ds.json: {key}: .*") as refused:
+def test_other_kinds_of_model_parallelism_are_only_for_scripts(key: str) -> None:
+    with pytest.raises(RequestError, match=f"ds.json: {key}: .*") as caught:
         lint_ds_config(plan_inputs(job_of(), from_mapping(DIVIDED[key], "ds.json"), machine_facts(8)))
-    assert "launcher exec" in str(refused.value)
+    assert "launcher exec" in str(caught.value)
     train = {"max_steps": 10, "train_micro_batch_size_per_gpu": 1}
     schedule = {"shape": "linear", "peak_lr": 1e-5, "warmup": 2}
     job = validate_job({"script": {"command": "train.py"}, "train": train, "schedule": schedule})
@@ -383,6 +387,6 @@ def test_other_ways_to_divide_a_model_are_left_to_scripts(key: str) -> None:
     assert config[key.partition(".")[0]] == DIVIDED[key][key.partition(".")[0]]
 
 
-def test_a_model_that_is_not_divided_may_say_so() -> None:
+def test_disabled_model_parallelism_is_accepted() -> None:
     user = {"tensor_parallel": {"autotp_size": 1}, "expert_parallel": {"enabled": False}, "pipeline": {}}
     assert plan_of(user=user).ds_config["tensor_parallel"] == {"autotp_size": 1}
