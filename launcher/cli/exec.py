@@ -13,7 +13,7 @@ from launcher.cli.options import JOB_FILE, WITH_SCRIPT, split_command
 from launcher.errors import Problem, RequestError
 from launcher.job import LoadedJob, ScriptJob, load_job
 from launcher.plan.schema import Script
-from launcher.plan.script import filled_arguments
+from launcher.plan.script import fill_arguments
 from launcher.runs.planning import check_job, make_plan
 from launcher.runs.print_plan import print_plan
 from launcher.runs.run import run
@@ -50,11 +50,11 @@ def exec_script(
 def _print_dry_run(loaded: LoadedJob) -> None:
     messages, console = Console(stderr=True, highlight=False), Console(highlight=False)
     checked = check_job(loaded)
-    with loaded.placing():
+    with loaded.locate_errors():
         assert isinstance(loaded.job, ScriptJob)
         check_script(loaded.job)
     plan = make_plan(checked, on_progress=lambda progress: messages.print(f"{progress['message']} …", style="dim"))
     print_plan(plan, console)
     assert isinstance(plan.workload, Script)
-    arguments = filled_arguments(plan, plan.workload, {"ds_config": "RUN/ds_config.json", "run_dir": "RUN"})
+    arguments = fill_arguments(plan, plan.workload, {"ds_config": "RUN/ds_config.json", "run_dir": "RUN"})
     console.print(Text.assemble("\n", ("every rank runs", "bold"), f"  python {shlex.join(arguments)}"), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What the user asks for: the typed, validated job file."""
+"""The job file: its schema, its reader and its validation."""
 
 from launcher.job.load import LoadedJob, load_job
 from launcher.job.read import explicit_keys, validate_job

@@ -1,4 +1,4 @@
-"""A job with what is known of where it comes from: its file, its overrides, and the line of every key."""
+"""A job with its source: its file, its overrides and the line of every key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import Problem, RequestError
-from launcher.job.read import COMMAND_LINE, Lines, apply_overrides, override_key, place_of, read_data, validate_job
+from launcher.job.read import COMMAND_LINE, Lines, apply_overrides, location_of, override_key, read_data, validate_job
 from launcher.job.schema import AnyJob, ScriptJob
 
 _USAGE = "launcher exec job.yaml -- train.py arguments..., or script.command in the job file"
@@ -18,7 +18,7 @@ _USAGE = "launcher exec job.yaml -- train.py arguments..., or script.command in 
 
 @dataclass(frozen=True)
 class LoadedJob:
-    """A valid job. `origin` is what messages call it: its file, if it has one. Overridden keys have the line 0."""
+    """A valid job. `origin` names it in messages: its file, if it has one. Overridden keys have line 0."""
 
     job: AnyJob
     origin: str
@@ -27,33 +27,33 @@ class LoadedJob:
     lines: Lines = field(default_factory=dict)
 
     @contextmanager
-    def placing(self) -> Iterator[None]:
-        """Adds the file and the line to each RequestError from inside that names one of the job's keys."""
+    def locate_errors(self) -> Iterator[None]:
+        """Adds the file and line to each problem of a RequestError in the block that names one of the job's keys."""
         try:
             yield
         except RequestError as error:
-            raise RequestError(*map(self._placed, error.problems)) from None
+            raise RequestError(*map(self._located, error.problems)) from None
 
     def lines_in(self, section: str) -> dict[str, int]:
-        """The line of each key inside a section, by its dotted name there."""
+        """The line of each key of a section, by its dotted name in that section."""
         return {".".join(path[1:]): line for path, line in self.lines.items() if path[0] == section and path[1:]}
 
-    def _placed(self, problem: Problem) -> Problem:
+    def _located(self, problem: Problem) -> Problem:
         key = tuple((problem.key or "").split("."))
         if self.file is None or problem.file is not None or key[0] not in type(self.job).model_fields:
             return problem
-        file, line = place_of(key, self.lines, self.origin)
+        file, line = location_of(key, self.lines, self.origin)
         return replace(problem, file=file, line=line)
 
 
 def load_job(
     source: Path | str | Mapping[str, Any], *overrides: str, command: Sequence[str] | None = None
 ) -> LoadedJob:
-    """The job of a YAML file, or of a mapping of its sections, with each `section.key=value` set over it.
+    """The job of a YAML file, or of a mapping of its sections, with the overrides `section.key=value` applied.
 
-    A job with a `script` section is a ScriptJob, every other one is a Job. `command` is the script and its arguments,
-    and makes the job one for a script; an empty one leaves the command to the job. Raises RequestError with every
-    problem that was found, each with its line.
+    A job with a `script` section is a ScriptJob, any other a Job. `command` is a script and its arguments: it makes
+    the job a ScriptJob; an empty one uses the job's script.command. Raises RequestError with every problem found, each
+    with its line.
     """
     if isinstance(source, Mapping):
         data, file, origin = copy.deepcopy(dict(source)), None, "the job"

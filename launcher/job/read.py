@@ -1,4 +1,4 @@
-"""Reading a job file: YAML with the line of every key, overrides, and errors that name the line and the hint."""
+"""Reads a job file: YAML with the line of every key, overrides, and errors with the line and a hint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without its numbers to the base 60: a time of 24:00:00 stays what was written."""
+    """YAML 1.1 without base-60 numbers: a time such as 24:00:00 stays text."""
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
@@ -32,12 +32,12 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_data(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Lines]:
-    """The content of a job file with the overrides, and the line of each key. Raises RequestError."""
+    """The content of a job file with the overrides applied, and the line of each key. Raises RequestError."""
     data, lines = load_yaml(read_text(path), str(path))
     if not isinstance(data, dict):
         raise RequestError(
             Problem(
-                f"a job file is a mapping of sections, found {_kind(data)}",
+                f"a job file must be a mapping of sections, found {_kind(data)}",
                 file=str(path),
                 hint="`launcher init` writes one",
             )
@@ -49,7 +49,7 @@ def read_data(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Lin
 
 
 def validate_job(data: dict[str, Any], lines: Lines | None = None, origin: str = "the job") -> AnyJob:
-    """`data` as a job: one for a script if it has that section. Raises RequestError with one Problem per fault."""
+    """`data` as a Job, or a ScriptJob if it has a script section. Raises RequestError with one Problem per error."""
     kind = ScriptJob if "script" in data else Job
     try:
         return kind.model_validate(data)
@@ -58,7 +58,7 @@ def validate_job(data: dict[str, Any], lines: Lines | None = None, origin: str =
 
 
 def explicit_keys(job: AnyJob) -> frozenset[str]:
-    """Dotted names of the keys that the user gave a value of their own: not left out, and not 'auto'."""
+    """Dotted names of the keys that the user set to a value other than 'auto' and null."""
     return frozenset(_explicit(job, ()))
 
 
@@ -75,19 +75,21 @@ def load_yaml(text: str, origin: str) -> tuple[Any, Lines]:
         raise RequestError(_marked(error, origin)) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        message = f"the character U+{error.character:04X} may not stand in a YAML file"
+        message = f"YAML does not allow the character U+{error.character:04X}"
         raise RequestError(Problem(message, file=origin, line=line, hint="remove it")) from None
     except RecursionError:
-        raise RequestError(Problem("not valid YAML: a value holds itself, or too many levels", file=origin)) from None
-    except ValueError as error:  # a date or a number that is none, such as 2026-13-45
-        hint = "put quotes around what is meant as text"
-        raise RequestError(Problem(f"a value cannot be read: {error}", file=origin, hint=hint)) from None
+        raise RequestError(
+            Problem("not valid YAML: a value contains itself, or the nesting is too deep", file=origin)
+        ) from None
+    except ValueError as error:  # an invalid date or number, such as 2026-13-45
+        hint = "put quotes around a value that is text"
+        raise RequestError(Problem(f"invalid value: {error}", file=origin, hint=hint)) from None
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[KeyPath]:
     """Sets each `section.key=value` in `data`; returns the keys' paths.
 
-    A run has one length: an override of it takes the place of whichever the job file has.
+    A run has one length: an override of it replaces the length in the job file.
     """
     keys = [apply_override(data, override) for override in overrides]
     train = data.get("train")
@@ -114,7 +116,7 @@ def apply_override(data: dict[str, Any], override: str) -> KeyPath:
         if inner is None:
             inner = section[part] = {}
         elif not isinstance(inner, dict):
-            message = f"{part} is {_show(inner)} in the job file, so {name} cannot be set in it"
+            message = f"{part} is {_show(inner)} in the job file, not a mapping, so {name} cannot be set"
             raise RequestError(Problem(message, key=name, hint=f"override {part} as a whole"))
         section = inner
     section[key[-1]] = value
@@ -126,18 +128,18 @@ def override_key(override: str) -> KeyPath:
     name, equals, _ = override.partition("=")
     key = tuple(name.split("."))
     if not equals or not all(key):
-        message = f"an override reads section.key=value, found {override!r}"
+        message = f"an override must be section.key=value, found {override!r}"
         raise RequestError(Problem(message, hint="for example train.max_steps=20"))
     return key
 
 
 def read_text(path: Path) -> str:
-    """The text of a job file. Raises RequestError where there is none."""
+    """The text of a job file. Raises RequestError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RequestError(
-            Problem("there is no such job file", file=str(path), hint="`launcher init` writes one to start from")
+            Problem("job file not found", file=str(path), hint="`launcher init` writes one to start from")
         ) from None
     except IsADirectoryError:
         raise RequestError(Problem("this is a folder, not a job file", file=str(path))) from None
@@ -159,7 +161,7 @@ def _key_lines(node: yaml.Node, at: KeyPath, origin: str) -> Iterator[tuple[KeyP
             if key in seen:
                 raise RequestError(
                     Problem(
-                        f"{key} is given twice, first on line {seen[key]}",
+                        f"duplicate key {key}, first set on line {seen[key]}",
                         file=origin,
                         line=line,
                         hint="keep one of the two",
@@ -175,24 +177,24 @@ def _key_lines(node: yaml.Node, at: KeyPath, origin: str) -> Iterator[tuple[KeyP
 
 
 def _marked(error: yaml.MarkedYAMLError, origin: str) -> Problem:
-    told = ", ".join(part for part in (error.context, error.problem) if part)
+    details = ", ".join(part for part in (error.context, error.problem) if part)
     return Problem(
-        f"not valid YAML: {told}",
+        f"not valid YAML: {details}",
         file=origin,
         line=error.problem_mark.line + 1 if error.problem_mark else None,
-        hint="check the indentation (spaces, not tabs), the colons and the quotes of this line and the one before",
+        hint="check the indentation (spaces, not tabs), colons and quotes on this line and the line before",
     )
 
 
 def _move_to_command_line(lines: Lines, key: KeyPath) -> None:
-    """An overridden key no longer stands on a line of the file."""
+    """Gives an overridden key, and no key inside it, the line COMMAND_LINE."""
     for path in [path for path in lines if path[: len(key)] == key]:
         del lines[path]
     lines[key] = COMMAND_LINE
 
 
-def place_of(path: KeyPath, lines: Lines, origin: str) -> tuple[str, int | None]:
-    """The file and the line of a key, or of the section around it; an overridden one stands on the command line."""
+def location_of(path: KeyPath, lines: Lines, origin: str) -> tuple[str, int | None]:
+    """The file and line of a key, or of the section around it; ("command line", None) for an overridden key."""
     line = next((lines[at] for at in (path, path[:-1]) if at in lines), None)
     return ("command line", None) if line == COMMAND_LINE else (origin, line)
 
@@ -206,7 +208,7 @@ def _problems(error: ValidationError, data: Any, lines: Lines, origin: str, kind
 
 
 def _path_in(data: Any, detail: ErrorDetails) -> KeyPath:
-    """The key path of an error in the user's own terms, without the names that pydantic gives a union's branches."""
+    """The key path of an error as in the job file, without pydantic's names for the branches of a union."""
     path: list[str] = []
     extra = detail["type"] in ("missing", "extra_forbidden")
     for index, part in enumerate(detail["loc"]):
@@ -222,23 +224,25 @@ def _path_in(data: Any, detail: ErrorDetails) -> KeyPath:
 
 def _problem(path: KeyPath, details: list[ErrorDetails], lines: Lines, origin: str, kind: type[AnyJob]) -> Problem:
     key, detail = ".".join(part if part.isprintable() else repr(part) for part in path), details[0]
-    file, line = place_of(path, lines, origin)
-    told = partial(Problem, file=file, line=line, key=key or None)
+    file, line = location_of(path, lines, origin)
+    problem = partial(Problem, file=file, line=line, key=key or None)
     if detail["type"] == "extra_forbidden":
-        return told("there is no such key", hint=_hint_unknown(path, kind))
+        return problem("unknown key", hint=_hint_unknown(path, kind))
     if detail["type"] == "missing":
-        if path in _NEEDED_WITHOUT_SCRIPT:
-            return told("this key is needed", hint=f"{_describe(path, kind)}. {_SCRIPT}")
+        if path in _REQUIRED_WITHOUT_SCRIPT:
+            return problem("this key is required", hint=f"{_describe(path, kind)}. {_SCRIPT}")
         short = isinstance(detail["loc"][-1], int)
-        return told("it has too few values" if short else "this key is needed", hint=_describe(path, kind))
-    wanted = " or ".join(dict.fromkeys(_wanted(d) for d in details)).replace(" or must be ", " or ")
+        return problem("too few values" if short else "this key is required", hint=_describe(path, kind))
+    expected = " or ".join(dict.fromkeys(_expected(d) for d in details)).replace(" or must be ", " or ")
     if detail["type"] == "value_error":
-        return told(wanted)
-    return told(f"{wanted}, found {_show(detail['input'])}", hint=_meant(details) or _describe(path, kind))
+        return problem(expected)
+    return problem(
+        f"{expected}, found {_show(detail['input'])}", hint=_nearest_choice(details) or _describe(path, kind)
+    )
 
 
-def _meant(details: list[ErrorDetails]) -> str | None:
-    """A misspelt choice's nearest."""
+def _nearest_choice(details: list[ErrorDetails]) -> str | None:
+    """A hint with the choice nearest to a misspelt one."""
     for detail in details:
         if detail["type"] == "literal_error" and isinstance(detail["input"], str):
             match = nearest(detail["input"], re.findall("'([^']*)'", detail["ctx"]["expected"]))
@@ -246,7 +250,7 @@ def _meant(details: list[ErrorDetails]) -> str | None:
     return None
 
 
-def _wanted(detail: ErrorDetails) -> str:
+def _expected(detail: ErrorDetails) -> str:
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "literal_error":
         return f"must be {context['expected']}"
@@ -273,8 +277,8 @@ def _wanted(detail: ErrorDetails) -> str:
     return detail["msg"].replace("Input should be", "must be")
 
 
-_NEEDED_WITHOUT_SCRIPT = (("model",), ("data",))
-_SCRIPT = "A job that runs your own script has a section `script` instead"
+_REQUIRED_WITHOUT_SCRIPT = (("model",), ("data",))
+_SCRIPT = "To run your own script, add a section `script` instead"
 _PATTERNS = {
     NAME_PATTERN: "must be text without line breaks and control characters",
     JOB_NAME_PATTERN: "must be letters, digits, '.', '_' and '-', at most 64, the first a letter or digit",
@@ -291,11 +295,11 @@ def _hint_unknown(path: KeyPath, kind: type[AnyJob]) -> str:
         return f"it belongs in {' or '.join(elsewhere)}"
     head, dot, rest = path[-1].partition(".")
     if dot and head in names:
-        return f"in the file, write {rest} under {head}; dots are for the command line"
+        return f"in the file, write {rest} under {head}; dotted keys are only for the command line"
     match = nearest(path[-1], names)
     if match:
         return f"did you mean {match}?"
-    return f"valid here: {', '.join(names)}"
+    return f"valid keys: {', '.join(names)}"
 
 
 def _describe(path: KeyPath, kind: type[AnyJob]) -> str | None:
@@ -304,7 +308,7 @@ def _describe(path: KeyPath, kind: type[AnyJob]) -> str | None:
     if info is None or info.description:
         return info.description if info else None
     inner = _model_in(info.annotation)
-    return f"a section of its own: {', '.join(list(inner.model_fields)[:_SECTION_SHOWN])}, …" if inner else None
+    return f"a section with the keys {', '.join(list(inner.model_fields)[:_SECTION_SHOWN])}, …" if inner else None
 
 
 def _sections(kind: type[AnyJob]) -> Iterator[tuple[str, type[BaseModel]]]:
@@ -342,7 +346,7 @@ def _explicit(section: BaseModel, at: KeyPath) -> Iterator[str]:
 
 
 def _show(value: Any) -> str:
-    """`value` as YAML would have it."""
+    """`value` as in YAML, at most 80 characters."""
     if value is None or isinstance(value, bool):
         return {None: "nothing", True: "true", False: "false"}[value]
     text = repr(value) if isinstance(value, str) else str(value)

@@ -1,4 +1,4 @@
-"""Which keys of a job were set: what a plan keeps beside the values, so that a resume knows what the user chose."""
+"""Which keys of a job were set. plan.json stores them beside the values, so that a resume knows the user's choices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ JobT = TypeVar("JobT", bound=AnyJob)
 
 
 def set_keys(job: AnyJob) -> list[str]:
-    """Dotted names of every section and key that was set, 'auto' and null included, in alphabetical order."""
+    """Dotted names of every section and key that was set, including to 'auto' or null, in alphabetical order."""
     return sorted(_set_in(job, ""))
 
 
@@ -24,7 +24,7 @@ def changed_keys(job: AnyJob) -> list[str]:
 
 
 def with_set_keys(job: JobT, names: Iterable[str]) -> JobT:
-    """The same job, in which `names` and no other keys count as set. Raises ValueError for a name it does not have."""
+    """The same job with exactly the keys `names` marked as set. Raises ValueError for a name that it does not have."""
     wanted = set(names)
     marked = _marked(job, wanted, "")
     if unknown := wanted - set(set_keys(marked)):

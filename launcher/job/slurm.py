@@ -1,4 +1,4 @@
-"""Slurm's grammar: what may stand in each key of a job file's slurm section, as sbatch(1) describes it."""
+"""Slurm's grammar: the valid values of each key of a job file's slurm section, as in sbatch(1)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 @dataclass(frozen=True)
 class Grammar:
-    """What a text must match from its first character to its last, and how that is told."""
+    """The pattern that a whole text must match, and its description in error messages."""
 
     pattern: str
-    wanted: str
+    description: str
 
     def check(self, value: str) -> str:
         if re.fullmatch(self.pattern, value) is None:
-            raise PydanticCustomError("slurm_grammar", "must be {wanted}", {"wanted": self.wanted})
+            raise PydanticCustomError("slurm_grammar", "must be {description}", {"description": self.description})
         return value
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -31,11 +31,11 @@ class Grammar:
 
 
 def _number_as_text(value: Any) -> Any:
-    """YAML reads `time: 90`, `mem: 64000` and `array: 5` as numbers, and they mean what they say."""
+    """Converts the numbers that YAML reads in `time: 90`, `mem: 64000` and `array: 5` to text."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-# No control character, none that some programs take for the end of a line, and nothing that UTF-8 cannot hold.
+# No control characters, Unicode line separators or surrogates: some programs end a line there, or cannot encode them.
 _PLAIN = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*"
 _HOST = r"[A-Za-z0-9_][A-Za-z0-9_.-]*(?:\[[0-9]+(?:-[0-9]+)?(?:,[0-9]+(?:-[0-9]+)?)*\][A-Za-z0-9_.-]*)*"
@@ -47,18 +47,18 @@ _RANGE = r"[0-9]+(?:-[0-9]+(?::[1-9][0-9]*)?)?"
 _RESOURCE = r"[A-Za-z0-9_]+(?::[A-Za-z0-9_][A-Za-z0-9_.-]*)?(?::[0-9]+[KkMmGgTtPp]?)?"
 _TIME = r"[0-9]+(?::[0-9]{1,2}){0,2}|[0-9]+-[0-9]{1,2}(?::[0-9]{1,2}){0,2}|UNLIMITED|INFINITE"
 
-Word = Annotated[str, Grammar(_WORD, "a name of letters, digits and _ . @ + -, not beginning with one of . @ + -")]
-Words = Annotated[str, Grammar(rf"{_WORD}(?:,{_WORD})*", "names of letters, digits and _ . @ + -, divided by commas")]
+Word = Annotated[str, Grammar(_WORD, "a name of letters, digits and _ . @ + -, not starting with . @ + or -")]
+Words = Annotated[str, Grammar(rf"{_WORD}(?:,{_WORD})*", "names of letters, digits and _ . @ + -, separated by commas")]
 Time = Annotated[
     str,
     BeforeValidator(_number_as_text),
-    Grammar(_TIME, "a time as Slurm writes it, such as '90' (minutes), '24:00:00', '2-12' or '2-12:30:00'"),
+    Grammar(_TIME, "a Slurm time, such as '90' (minutes), '24:00:00', '2-12' or '2-12:30:00'"),
 ]
 Memory = Annotated[
     str, BeforeValidator(_number_as_text), Grammar(r"[0-9]+[KkMmGgTt]?", "a number with K, M, G or T, such as 64G")
 ]
 Resources = Annotated[
-    str, Grammar(rf"{_RESOURCE}(?:,{_RESOURCE})*", "name[[:type]:count], divided by commas, such as gpu:h100:8")
+    str, Grammar(rf"{_RESOURCE}(?:,{_RESOURCE})*", "name[[:type]:count], separated by commas, such as gpu:h100:8")
 ]
 Features = Annotated[
     str,
@@ -67,12 +67,12 @@ Features = Annotated[
         "features joined with & and |, such as a100&nvlink or [rack1|rack2]",
     ),
 ]
-Hosts = Annotated[str, Grammar(rf"{_HOST}(?:,{_HOST})*", "names of nodes such as node1,gpu[03-08,12]")]
+Hosts = Annotated[str, Grammar(rf"{_HOST}(?:,{_HOST})*", "node names such as node1,gpu[03-08,12]")]
 Dependency = Annotated[
     str,
     Grammar(
         rf"{_CONDITION}(?:(?:,{_CONDITION})*|(?:\?{_CONDITION})*)",
-        "type:job[:job…], all divided by ',' or all by '?', such as afterok:123:124,singleton",
+        "type:job[:job…], all separated by ',' or all by '?', such as afterok:123:124,singleton",
     ),
 ]
 Array = Annotated[
@@ -82,9 +82,9 @@ Array = Annotated[
 ]
 JobKey = Annotated[str, Grammar(r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*", "a key such as train.seed")]
 Module = Annotated[
-    str, Grammar(r"[A-Za-z0-9_][A-Za-z0-9_.+/:@-]*", "a module's name such as cuda/12.4, not beginning with a dash")
+    str, Grammar(r"[A-Za-z0-9_][A-Za-z0-9_.+/:@-]*", "a module name such as cuda/12.4, not starting with a dash")
 ]
-Address = Annotated[str, Grammar(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(?:@[A-Za-z0-9.-]+)?", "a user or a mail address")]
+Address = Annotated[str, Grammar(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(?:@[A-Za-z0-9.-]+)?", "a user name or a mail address")]
 Mail = Literal[
     "NONE",
     "BEGIN",
@@ -100,10 +100,10 @@ Mail = Literal[
     "TIME_LIMIT_50",
     "ARRAY_TASKS",
 ]
-Plain = Annotated[str, Grammar(rf"{_PLAIN}+", "text, not empty, without line breaks and control characters")]
+Plain = Annotated[str, Grammar(rf"{_PLAIN}+", "non-empty text without line breaks and control characters")]
 Image = Annotated[
     str,
-    Grammar(r"[A-Za-z0-9_/.~][A-Za-z0-9_/.~:#@+-]*", "a path or an address of an image, such as /images/train.sqsh"),
+    Grammar(r"[A-Za-z0-9_/.~][A-Za-z0-9_/.~:#@+-]*", "the path or address of an image, such as /images/train.sqsh"),
 ]
 Mount = Annotated[
     str,
@@ -113,10 +113,10 @@ Mount = Annotated[
     ),
 ]
 
-OWNED = {
+SET_ELSEWHERE = {
     "account": "slurm.account",
     "array": "slurm.array",
-    "chdir": "the folder in which launcher submit is called",
+    "chdir": "the folder in which launcher submit runs",
     "comment": "slurm.comment",
     "constraint": "slurm.constraint",
     "container": "slurm.container",
@@ -140,7 +140,7 @@ OWNED = {
     "nodes": "cluster.nodes",
     "ntasks": "cluster.nodes",
     "ntasks-per-node": "cluster.nodes",
-    "open-mode": "a template of your own",
+    "open-mode": "your own template",
     "output": "output_dir",
     "partition": "slurm.partition",
     "qos": "slurm.qos",
@@ -148,12 +148,12 @@ OWNED = {
     "reservation": "slurm.reservation",
     "signal": "slurm.signal_seconds",
     "time": "slurm.time",
-    "wrap": "a template of your own",
+    "wrap": "your own template",
 }
-"""Options of sbatch that a job file sets in another place: option → that place."""
+"""sbatch options that other parts of a job set: option → that part."""
 
-_SHOWN_ONLY = ("help", "parsable", "quiet", "test-only", "usage", "verbose", "version", "wait")
-"""Options with which sbatch does not answer as it is expected to: with the job's id, at once."""
+_COMMAND_OPTIONS = ("help", "parsable", "quiet", "test-only", "usage", "verbose", "version", "wait")
+"""Options with which sbatch does not submit a job and print its id at once."""
 
 _OPTION = re.compile(rf"--([a-z][a-z0-9-]*)(?:=({_PLAIN}+))?")
 
@@ -162,13 +162,13 @@ def _extra_option(value: str) -> str:
     match = _OPTION.fullmatch(value)
     if match is None:
         raise PydanticCustomError("slurm_option", "must be --key or --key=value without control characters")
-    # sbatch takes an option's first letters for the whole of it: --part=x is --partition=x.
-    owned = next((option for option in OWNED if option.startswith(match[1])), None)
-    if owned is not None:
-        place = OWNED[owned]
-        raise PydanticCustomError("slurm_owned", "sets what {place} sets: give it there", {"place": place})
-    if any(option.startswith(match[1]) for option in _SHOWN_ONLY):
-        raise PydanticCustomError("slurm_shown", "must be an option of the job, not of the sbatch command")
+    # sbatch accepts abbreviated options: --part=x is --partition=x.
+    option = next((option for option in SET_ELSEWHERE if option.startswith(match[1])), None)
+    if option is not None:
+        place = SET_ELSEWHERE[option]
+        raise PydanticCustomError("slurm_set_elsewhere", "must not set what is set by {place}", {"place": place})
+    if any(option.startswith(match[1]) for option in _COMMAND_OPTIONS):
+        raise PydanticCustomError("slurm_command_option", "must be an option of the job, not of the sbatch command")
     return value
 
 
@@ -176,12 +176,12 @@ ExtraOption = Annotated[str, AfterValidator(_extra_option)]
 
 
 def is_plain(text: str) -> bool:
-    """May this stand in a script: no control character, no end of a line, nothing that UTF-8 cannot hold?"""
+    """Whether a text is safe in a script: no control characters, line ends or surrogates."""
     return re.fullmatch(f"{_PLAIN}*", text) is not None
 
 
 def time_seconds(time: str) -> int | None:
-    """A time as Slurm writes it in seconds; None where there is no limit.
+    """A Slurm time in seconds; None if it is unlimited.
 
     Source: sbatch(1), --time: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
     """
@@ -198,7 +198,7 @@ def time_seconds(time: str) -> int | None:
 
 
 def gres_gpus(gres: str) -> int | None:
-    """GPUs a node in a list of generic resources; None where it names none."""
+    """GPUs per node in a list of generic resources; None if it has no gpu entry."""
     entries = [entry.split(":") for entry in gres.split(",")]
     counts = [int(entry[-1]) if entry[-1].isdigit() else 1 for entry in entries if entry[0] == "gpu"]
     return sum(counts) if counts else None

@@ -1,4 +1,4 @@
-"""Paths as the user writes them, with ~ for a home directory."""
+"""Paths from the user, in which ~ is a home directory."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def user_path(text: str | Path, key: str | None = None) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         name = Path(text).parts[0]
-        found = f"{text}: the user of {name} is unknown, so its home directory is too"
-        raise RequestError(Problem(found, key=key, hint=f"write ./{name} for a folder of that name")) from None
+        found = f"{text}: the home directory {name} is unknown"
+        raise RequestError(Problem(found, key=key, hint=f"write ./{name} for a folder with that name")) from None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from launcher.plan.learning_rate import planned_rates
+from launcher.plan.learning_rate import planned_lrs
 from launcher.plan.revision import schedule_of
 from launcher.plan.schema import Plan, Reason
 from launcher.schedule.curve import Schedule, lr_curve, make_schedule
@@ -114,7 +114,7 @@ def plan_curve(plan: Plan, name: str | None = None) -> Curve:
     name = name or plan.learning_rate.shape
     if plan.learning_rate.schedule is not None and plan.learning_rate.advance:
         return schedule_curve(schedule_of(plan), name)
-    lr_of = planned_rates(plan)
+    lr_of = planned_lrs(plan)
     return Curve.of(name, [lr_of(update) for update in range(plan.length.total_updates)])
 
 

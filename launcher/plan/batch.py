@@ -1,4 +1,4 @@
-"""Batch arithmetic: train_batch_size = micro-batch x accumulation x world size, the missing ones derived."""
+"""Batch sizes: train_batch_size = micro-batch x accumulation x world size; derives those that are not given."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from launcher.errors import Problem, RequestError
 
 KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 TARGET_BATCH = 32
-"""Sequences an update where nobody says: small enough for small data, large enough for a calm gradient."""
+"""Default sequences per update: few enough for small data sets, enough for a stable gradient."""
 
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """DeepSpeed's three batch sizes; they multiply out with the world size."""
+    """DeepSpeed's three batch sizes: the first is the product of the others and the world size."""
 
     train_batch_size: int
     train_micro_batch_size_per_gpu: int
@@ -24,17 +24,17 @@ class BatchSizes:
 def resolve_batch(
     given: Mapping[str, int], world_size: int, fits: Callable[[int], bool], sequences: int | None = None
 ) -> BatchSizes:
-    """The three sizes from those of them that are `given`. An open batch is at most `sequences`, if ranks allow it.
+    """The three sizes, from those that are `given`. A batch that is not given is at most `sequences`, if possible.
 
-    `fits(micro)` says whether a micro-batch fits the memory; where the micro-batch is free, the largest that fits and
-    divides is taken (at most 16, and within TARGET_BATCH where the batch is free too), and 1 where none fits.
-    Raises RequestError where the sizes cannot multiply out.
+    `fits(micro)` returns whether a micro-batch fits in memory. A micro-batch that is not given is the largest that fits
+    and divides the batch (at most 16, and within TARGET_BATCH if the batch is not given either), or 1 if none fits.
+    Raises RequestError if the sizes do not multiply out.
     """
     batch, micro, accumulation = (given.get(key) for key in KEYS)
     if batch is None:
         most = TARGET_BATCH if sequences is None else min(TARGET_BATCH, sequences)
         micro = micro or _within(most, world_size * (accumulation or 1), fits)
-        accumulation = accumulation or _open_accumulation(micro * world_size, sequences)
+        accumulation = accumulation or _default_accumulation(micro * world_size, sequences)
         return BatchSizes(micro * accumulation * world_size, micro, accumulation)
     if micro is not None and accumulation is not None:
         return _all_three(batch, micro, accumulation, world_size)
@@ -52,9 +52,9 @@ def _all_three(batch: int, micro: int, accumulation: int, world_size: int) -> Ba
     if batch == product:
         return BatchSizes(batch, micro, accumulation)
     derived, rest = divmod(batch, micro * world_size)
-    hint = f"make it {product}"
+    hint = f"set it to {product}"
     if not rest:
-        hint += f", or leave gradient_accumulation_steps out: it comes to {derived}"
+        hint += f", or remove gradient_accumulation_steps: it is then {derived}"
     raise RequestError(
         Problem(
             f"train_batch_size {batch} is not micro-batch {micro} x accumulation {accumulation} "
@@ -66,7 +66,7 @@ def _all_three(batch: int, micro: int, accumulation: int, world_size: int) -> Ba
 
 
 def _divide(batch: int, world_size: int, name: str = "", factor: int = 1) -> int:
-    """`batch` by the world size and the `factor` called `name`."""
+    """`batch` divided by the world size and by `factor`, the value of `name`. Raises RequestError for a remainder."""
     unit = world_size * factor
     if batch % unit == 0:
         return batch // unit
@@ -75,21 +75,21 @@ def _divide(batch: int, world_size: int, name: str = "", factor: int = 1) -> int
     what = f"world size {world_size}" + (f" x {name} {factor} = {unit}" if name else "")
     raise RequestError(
         Problem(
-            f"train_batch_size {batch} does not divide by {what}",
+            f"train_batch_size {batch} is not divisible by {what}",
             key="train.train_batch_size",
-            hint=f"the nearest that does: {choices}",
+            hint=f"the nearest valid size: {choices}",
         )
     )
 
 
 def _within(most: int, sequences_per_micro: int, fits: Callable[[int], bool]) -> int:
-    """The largest micro-batch of 16, 8, 4 and 2 that fits and keeps the batch within `most`; else 1."""
+    """The largest micro-batch of 16, 8, 4 and 2 that fits and keeps the batch within `most`, or 1."""
     sizes = (size for size in (16, 8, 4, 2) if size * sequences_per_micro <= most and fits(size))
     return next(sizes, 1)
 
 
-def _open_accumulation(unit: int, sequences: int | None) -> int:
-    """Micro-batches per update of `unit` sequences each: near TARGET_BATCH, and within `sequences`."""
+def _default_accumulation(unit: int, sequences: int | None) -> int:
+    """Micro-batches of `unit` sequences per update, for a batch near TARGET_BATCH and within `sequences`."""
     near = round(TARGET_BATCH / unit)
     return max(1, near if sequences is None else min(near, sequences // unit))
 

@@ -1,4 +1,4 @@
-"""What a user should know about how the rows were read, and about the rows that are evaluated on."""
+"""Warnings about the rows as they were read, and about the evaluation rows."""
 
 from __future__ import annotations
 
@@ -7,37 +7,33 @@ from launcher.plan.facts import DataFacts
 
 
 def data_warnings(job: Job, data: DataFacts) -> list[str]:
-    """The notes of reading, and what happened to evaluation rows."""
+    """The notes from reading the rows, and warnings about evaluation rows."""
     return [*data.notes, *eval_warnings(job, data)]
 
 
 def eval_warnings(job: Job, data: DataFacts) -> list[str]:
-    """Evaluation rows that are trained on, cut, left out or learned in part."""
+    """Warnings about evaluation rows that are also training rows, are cut or skipped, or count only in part."""
     held_out = data.eval
     if held_out is None:
         return []
     warnings = []
     if data.shared_rows:
         warnings.append(
-            f"{data.shared_rows} of {held_out.rows} evaluation rows are training rows too, so the evaluation loss says "
-            f"less about new text{_another_split(job)}"
+            f"{data.shared_rows} of {held_out.rows} evaluation rows are also training rows, so the evaluation loss "
+            f"says less about new text{_another_split(job)}"
         )
     if held_out.cut:
         warnings.append(f"{held_out.cut} of {held_out.rows} evaluation rows are cut at {job.data.max_length} tokens")
     if held_out.dropped:
-        warnings.append(f"{held_out.dropped} of {held_out.rows} evaluation rows have no target and are left out")
+        warnings.append(f"{held_out.dropped} of {held_out.rows} evaluation rows have no target tokens and are skipped")
     if held_out.partly_learned:
         warnings.append(
-            f"in {held_out.partly_learned} evaluation conversations some assistant turns are not counted: the chat "
-            f"template rewrites them once other turns follow"
+            f"in {held_out.partly_learned} evaluation conversations some assistant turns are not evaluated: the "
+            f"chat template changes them when other turns follow"
         )
     return warnings
 
 
 def _another_split(job: Job) -> str:
     same = job.data.eval == job.data.train and job.data.eval_split in (None, job.data.split)
-    return (
-        "; data.eval names the same as data.train (of a hub data set, data.eval_split takes another split)"
-        if same
-        else ""
-    )
+    return "; data.eval is the same as data.train (for a hub data set, set data.eval_split)" if same else ""

@@ -1,4 +1,4 @@
-"""What a job decides about its DeepSpeed JSON, in the JSON's own terms."""
+"""A job's decisions about its DeepSpeed JSON, in DeepSpeed's terms."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from launcher.plan.inputs import J, PlanInputs
 
 
 def decisions_of(inputs: PlanInputs[J], batch: BatchSizes, *, optimizer_lr: float, **others: Any) -> Decisions:
-    """The decisions that follow from the job's own keys; `others` are Decisions' remaining ones."""
+    """The decisions that follow from the job's keys; `others` are the remaining fields of Decisions."""
     train = inputs.job.train
     params = {"lr": optimizer_lr, "betas": list(train.betas), "eps": train.eps, "weight_decay": train.weight_decay}
     return Decisions(

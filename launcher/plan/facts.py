@@ -83,7 +83,7 @@ class DataFacts(Facts):
 
 
 class MachineFacts(Facts):
-    """One node; all nodes are alike. `gpu_memory_bytes` is that of one GPU; `compiler` the C++ compiler for torch.compile."""
+    """One node; all nodes are alike. `gpu_memory_bytes` is of one GPU; `compiler` is the C++ compiler, if found."""
 
     device: Literal["cpu", "cuda"]
     device_name: str

@@ -1,4 +1,4 @@
-"""Whether what a rank needs is there: the memory estimate against the machine."""
+"""Whether a job fits in memory: compares the memory estimate with the machine."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from launcher.plan.memory import MemoryEstimate, Work, estimate_memory, export_b
 from launcher.plan.schema import World
 
 _USABLE = 0.9
-"""The share of a memory that a plan counts on: the rest is for the system, CUDA's context and NCCL."""
+"""The fraction of memory that a plan may use. The rest is for the system, the CUDA context and NCCL."""
 GIB = 1024**3
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What decides about the memory of a job's ranks, but for the micro-batch. `longest` is in tokens."""
+class MemoryNeeds:
+    """What determines the memory of a job's ranks, except the micro-batch. `longest` is in tokens."""
 
     inputs: PlanInputs[Job]
     model: ModelFacts
     longest: int
 
     def estimate(self, micro_batch: int) -> MemoryEstimate:
-        """The bytes of one rank."""
+        """The bytes that one rank needs."""
         section, world = self.inputs.job.model, self.inputs.world
         work = Work(
             micro_batch=micro_batch,
@@ -41,7 +41,7 @@ class Needs:
         )
 
     def host_bytes(self, micro_batch: int) -> int:
-        """The bytes of a node's host memory."""
+        """The bytes of host memory that a node needs."""
         job, world = self.inputs.job, self.inputs.world
         stage = zero_sizes(self.inputs.ds_config, self.model.hidden_size).stage
         gathered = job.model.lora.merge if job.model.lora else stage == 3
@@ -50,52 +50,52 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class Room:
-    """Bytes that a plan may use: of a rank's GPU (None where none is seen), and of a node's host memory.
+class MemoryLimits:
+    """Bytes that a plan may use: `device` of a rank's GPU, None if no GPU is visible; `host` of a node's memory.
 
-    On CPUs the ranks share the host's, and `device` is the part of one.
+    On CPUs the ranks share the host memory, and `device` is one rank's part of it.
     """
 
     device: int | None
     host: int
 
-    def holds(self, needs: Needs, micro_batch: int) -> bool:
-        """Whether what is needed fits. Where no GPU is seen, the smallest micro-batch alone is believed to."""
+    def allow(self, needs: MemoryNeeds, micro_batch: int) -> bool:
+        """Whether a micro-batch fits. If no GPU is visible, only the smallest counts as fitting."""
         if self.device is None:
-            # This is a login node then: its host memory says nothing of a node's either.
+            # This may be a login node: its host memory is not that of a compute node either.
             return micro_batch == 1
         on_device = needs.estimate(micro_batch).device_total
         return on_device <= self.device and needs.host_bytes(micro_batch) <= self.host
 
 
-def room_of(world: World, machine: MachineFacts) -> Room:
-    """What a node alike the `machine` can give to the ranks of `world`."""
+def memory_limits(world: World, machine: MachineFacts) -> MemoryLimits:
+    """The limits for the ranks of `world` on nodes like `machine`."""
     host = int(machine.memory_bytes * _USABLE)
     if world.device == "cpu":
-        return Room(host // world.processes_per_node, host)
-    return Room(int(machine.gpu_memory_bytes * _USABLE) if machine.gpu_memory_bytes else None, host)
+        return MemoryLimits(host // world.processes_per_node, host)
+    return MemoryLimits(int(machine.gpu_memory_bytes * _USABLE) if machine.gpu_memory_bytes else None, host)
 
 
-def memory_warnings(needs: Needs, micro_batch: int) -> list[str]:
-    """What is too little, with its numbers, and what to turn."""
+def memory_warnings(needs: MemoryNeeds, micro_batch: int) -> list[str]:
+    """Which memory is too small, with its numbers, and which settings to change."""
     world, machine = needs.inputs.world, needs.inputs.machine
-    room, estimate = room_of(world, machine), needs.estimate(micro_batch)
-    told = []
-    if room.device is None:
-        told.append(
-            "no GPU is seen from here: whether the model fits its memory is not checked, and a micro-batch that is "
-            "left open is 1; set train.train_micro_batch_size_per_gpu where more fits"
+    limits, estimate = memory_limits(world, machine), needs.estimate(micro_batch)
+    warnings = []
+    if limits.device is None:
+        warnings.append(
+            "no GPU is visible here: the plan does not check whether the model fits in its memory, and an unset "
+            "micro-batch is 1; set train.train_micro_batch_size_per_gpu if more fits"
         )
-    elif world.device == "cuda" and estimate.device_total > room.device:
-        told.append(_too_much("a rank needs", estimate.device_total, "a GPU", room.device))
+    elif world.device == "cuda" and estimate.device_total > limits.device:
+        warnings.append(_too_much("a rank needs", estimate.device_total, "a GPU", limits.device))
     host = needs.host_bytes(micro_batch)
-    if host > room.host and (world.device == "cpu" or machine.gpu_memory_bytes):
-        told.append(_too_much("the ranks of a node need", host, "its host memory", room.host))
-    return told
+    if host > limits.host and (world.device == "cpu" or machine.gpu_memory_bytes):
+        warnings.append(_too_much("the ranks of a node need", host, "the node", limits.host, " of host memory"))
+    return warnings
 
 
-def _too_much(who: str, needed: int, where: str, room: int) -> str:
+def _too_much(who: str, needed: int, where: str, limit: int, kind: str = "") -> str:
     return (
-        f"{who} about {needed / GIB:.1f} GiB and {where} has {room / GIB:.1f} GiB to use: take a smaller "
+        f"{who} about {needed / GIB:.1f} GiB{kind}, but {where} has {limit / GIB:.1f} GiB available: use a smaller "
         f"micro-batch, gradient checkpointing, a shorter data.max_length, a higher ZeRO stage or offload"
     )

@@ -1,4 +1,4 @@
-"""What a plan is made from before the model and the data are measured, and what follows from that alone. Pure."""
+"""The inputs of a plan that need no measurement of model or data, and what follows from them. Pure."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ _PRECISIONS: dict[str, Precision] = {"bfloat16": "bf16", "float16": "fp16", "flo
 
 @dataclass(frozen=True)
 class PlanInputs(Generic[J]):
-    """A job, its DeepSpeed JSON as the user wrote it, and a node, all nodes being alike.
+    """A job, its DeepSpeed JSON as the user wrote it, and a node; all nodes are alike.
 
-    `explicit` are the dotted names of the job's keys that the user set to a value of their own. `world` and `precision`
-    follow from the rest. A resumed run keeps its micro-batch, if that is left open and divides the batch.
+    `explicit` are the dotted names of the job's keys that the user set to a value other than auto and null. `world` and
+    `precision` follow from the rest. `kept_micro_batch` is that of a resumed run: it stays if neither micro-batch nor
+    accumulation is set and it divides the batch.
     """
 
     job: J
@@ -35,15 +36,15 @@ class PlanInputs(Generic[J]):
     kept_micro_batch: int | None = None
 
     def with_ds_config(self, ds_config: DsConfig) -> PlanInputs[J]:
-        """The same with another DeepSpeed JSON."""
+        """The same inputs with another DeepSpeed JSON."""
         precision = _precision(self.job, ds_config, self.world, self.machine)
         return replace(self, ds_config=ds_config, precision=precision)
 
     @property
     def given_batch(self) -> dict[str, int]:
-        """The batch sizes that the JSON or the job gives, by DeepSpeed's names; the job's win."""
-        asked = {key: getattr(self.job.train, key) for key in KEYS if getattr(self.job.train, key) != "auto"}
-        given = {**batch_keys(self.ds_config), **asked}
+        """The batch sizes that the JSON or the job sets, by DeepSpeed's names. The job has precedence."""
+        in_job = {key: getattr(self.job.train, key) for key in KEYS if getattr(self.job.train, key) != "auto"}
+        given = {**batch_keys(self.ds_config), **in_job}
         batch, micro, accumulation = KEYS
         kept = self.kept_micro_batch
         if kept is not None and given.keys() & {micro, accumulation} == set() and batch in given:
@@ -55,7 +56,7 @@ class PlanInputs(Generic[J]):
 def plan_inputs(
     job: JobT, ds_config: DsConfig, machine: MachineFacts, *, kept_micro_batch: int | None = None
 ) -> PlanInputs[JobT]:
-    """Raises RequestError if the ranks cannot be divided as the job asks."""
+    """The inputs, with the world and the precision derived. Raises RequestError if the job's ranks are inconsistent."""
     world = resolve_world(job, machine)
     return PlanInputs(
         job=job,
@@ -69,26 +70,26 @@ def plan_inputs(
 
 
 def resolve_world(job: AnyJob, machine: MachineFacts) -> World:
-    """Ranks and their device. A number of GPUs in the job is believed: the plan may be made on a login node."""
+    """Ranks and their device. The job's gpus_per_node is not checked here: this may be a login node."""
     cluster = job.cluster
     gpus = machine.gpus if cluster.gpus_per_node == "auto" else cluster.gpus_per_node
-    asked = cluster.processes_per_node
-    if gpus and cluster.gpus_per_node != "auto" and asked not in ("auto", gpus):
+    requested = cluster.processes_per_node
+    if gpus and cluster.gpus_per_node != "auto" and requested not in ("auto", gpus):
         raise RequestError(
             Problem(
-                f"{asked} processes and {gpus} GPUs per node: each GPU has one rank",
+                f"{requested} processes and {gpus} GPUs per node, but each GPU has one rank",
                 key="cluster.processes_per_node",
-                hint="leave it out where there are GPUs",
+                hint="remove it: it is for CPUs",
             )
         )
-    processes = gpus or (1 if asked == "auto" else asked)
+    processes = gpus or (1 if requested == "auto" else requested)
     shared = job.model.sequence_parallel_size if job.model else 1
     if cluster.nodes * processes % shared:
         raise RequestError(
             Problem(
                 f"{cluster.nodes * processes} ranks cannot be divided into groups of {shared}",
                 key="model.sequence_parallel_size",
-                hint="a divisor of the number of ranks",
+                hint="use a divisor of the number of ranks",
             )
         )
     return World(
@@ -102,7 +103,7 @@ def resolve_world(job: AnyJob, machine: MachineFacts) -> World:
 
 
 def _precision(job: AnyJob, ds_config: DsConfig, world: World, machine: MachineFacts) -> Precision:
-    """What the job asks for, else what the JSON fixes, else the best that the hardware has."""
+    """The job's precision, else the JSON's, else the best that the hardware supports."""
     if job.model is not None and job.model.dtype != "auto":
         return _PRECISIONS[job.model.dtype]
     fixed = precision_of(ds_config)

@@ -1,4 +1,4 @@
-"""The learning rate of a plan: advised where the job leaves it open, checked, and as DeepSpeed's JSON blocks."""
+"""The learning rate of a plan: the job's choices, advice for the rest, safety checks, and DeepSpeed's JSON blocks."""
 
 from __future__ import annotations
 
@@ -19,27 +19,25 @@ from launcher.schedule.deepspeed_schedulers import Params, replica
 from launcher.schedule.safety import ALLOW, check_safety, deepspeed_warnings, log_ramp, unsafe_scheduler
 
 _OPTIONS = ("decay_at", "decay_factor", "decay_start", "decay", "cycles", "segments")
-
-
 _SHAPES = {kind: shape for shape, kind in DEEPSPEED_TYPES.items()}
 
-NO_METHOD = "unknown"
-"""Of which the safety rules know no highest peak."""
+UNLIMITED_METHOD = "unknown"
+"""A method for which the safety rules have no maximum peak."""
 
 
 @dataclass(frozen=True)
-class Decided:
-    """The rate for the plan, and the blocks of the DeepSpeed JSON that carry it."""
+class LearningRateDecision:
+    """The learning rate for the plan, and the values of the DeepSpeed JSON that set it."""
 
     learning_rate: LearningRate
     scheduler: dict[str, Any] | None
     optimizer_lr: float
 
 
-def decide_lr(inputs: PlanInputs[Job], model: ModelFacts, data: DataFacts, length: Length) -> Decided:
-    """The scheduler of the user's own JSON where it has one and the job asks for none, else a generated schedule.
+def decide_lr(inputs: PlanInputs[Job], model: ModelFacts, data: DataFacts, length: Length) -> LearningRateDecision:
+    """The scheduler of the user's JSON if it has one and the job names no shape, else a generated schedule.
 
-    Raises RequestError for a schedule that makes no curve, or that is not safe without the user's word.
+    Raises RequestError for an invalid schedule, or for one that is unsafe without schedule.allow_unsafe.
     """
     job = inputs.job
     situation = Situation(
@@ -51,38 +49,38 @@ def decide_lr(inputs: PlanInputs[Job], model: ModelFacts, data: DataFacts, lengt
         beta2=job.train.betas[1],
         task=job.schedule.task,
     )
-    return kept_or_generated(inputs, situation)
+    return decide_schedule(inputs, situation)
 
 
-def kept_or_generated(inputs: PlanInputs[J], situation: Situation, *, limited: bool = True) -> Decided:
-    """The whole scheduler of the user's JSON, or a generated one where it has none or the job names a shape.
+def decide_schedule(inputs: PlanInputs[J], situation: Situation, *, limited: bool = True) -> LearningRateDecision:
+    """The scheduler of the user's JSON, or a generated one if it has none or the job names a shape.
 
-    A scheduler that leaves all its params to "auto" is generated, in the shape of its type; a few are filled in.
-    `limited`: whether the peak is held to what is published for the situation's method and size. Raises RequestError.
+    A scheduler whose params are all "auto" is generated, in the shape of its type; if only some are, they are filled.
+    `limited`: whether the peak is limited to published values for the situation's method and size. Raises RequestError.
     """
     job, user = inputs.job, inputs.ds_config
     written, lr = scheduler_of(user), (optimizer_of(user) or {}).get("params", {}).get("lr")
-    asked = "schedule.shape" in inputs.explicit
-    shape = None if asked else _SHAPES.get(auto_scheduler(user) or "")
-    if written is None or asked or shape:
+    shape_in_job = "schedule.shape" in inputs.explicit
+    shape = None if shape_in_job else _SHAPES.get(auto_scheduler(user) or "")
+    if written is None or shape_in_job or shape:
         try:
             return generate(job, situation, lr, shape, limited=limited)
         except RequestError as error:
-            raise RequestError(*(_of_peak(problem, job, user, lr) for problem in error.problems)) from None
-    return _written(inputs, _filled(job, written, user, situation, lr), situation, limited)
+            raise RequestError(*(_at_optimizer_lr(problem, job, user, lr) for problem in error.problems)) from None
+    return _user_schedule(inputs, _with_autos_filled(job, written, user, situation, lr), situation, limited)
 
 
-def _of_peak(problem: Problem, job: AnyJob, user: DsConfig, lr: float | None) -> Problem:
-    """A problem of a peak that the JSON's optimizer names, at its place there."""
+def _at_optimizer_lr(problem: Problem, job: AnyJob, user: DsConfig, lr: float | None) -> Problem:
+    """A problem of the peak at its location in the JSON, if the JSON's optimizer sets the peak."""
     if problem.key != "schedule.peak_lr" or job.schedule.peak_lr != "auto" or lr is None:
         return problem
     return user.problem("optimizer.params.lr", problem.message, problem.hint)
 
 
-def _filled(
+def _with_autos_filled(
     job: AnyJob, written: dict[str, Any], user: DsConfig, situation: Situation, lr: float | None
 ) -> dict[str, Any]:
-    """The user's scheduler with a value for each "auto" that the plan can fill."""
+    """The user's scheduler with each "auto" filled for which the plan has a value."""
     raw = user.get("scheduler.params")
     autos = [name for name, value in (raw if isinstance(raw, dict) else {}).items() if value == "auto"]
     if not autos:
@@ -99,8 +97,8 @@ def _filled(
         "last_batch_iteration": -1,
     }
     filled = {name: known[name] for name in autos if name in known}
-    gentle = {"warmup_type": "linear"} if has_auto_warmup(user) else {}
-    return {**written, "params": {**written["params"], **filled, **gentle}}
+    linear = {"warmup_type": "linear"} if has_auto_warmup(user) else {}
+    return {**written, "params": {**written["params"], **filled, **linear}}
 
 
 def generate(
@@ -110,44 +108,46 @@ def generate(
     written_shape: str | None = None,
     *,
     limited: bool = True,
-) -> Decided:
-    """The generated schedule of `job`: what it says, and advice for the rest.
+) -> LearningRateDecision:
+    """The generated schedule of `job`: its own choices, and advice for the rest.
 
-    `written_lr` is the optimizer's rate in the user's JSON, taken as the peak where the job names none; `written_shape`
-    likewise the shape of the JSON's scheduler.
+    `written_lr`, the optimizer's learning rate in the user's JSON, is the peak if the job sets none; `written_shape`,
+    the shape of the JSON's scheduler, likewise.
     """
-    asked = job.schedule
+    section = job.schedule
     chosen = _choose(job, situation, written_lr, written_shape)
     options = {
         name: [segment.model_dump() for segment in value] if name == "segments" else value
         for name in _OPTIONS
-        if (value := getattr(asked, name)) is not None
+        if (value := getattr(section, name)) is not None
     }
-    follows = asked.floor == "auto" and chosen["shape"].value in ("linear", "constant", "step", "compound")
-    floor = None if follows else chosen["floor"].value
+    shape_sets_floor = chosen["shape"].value in ("linear", "constant", "step", "compound")
+    floor = None if section.floor == "auto" and shape_sets_floor else chosen["floor"].value
     schedule = make_schedule(
         chosen["shape"].value,
         peak_lr=chosen["peak_lr"].value,
         warmup_updates=chosen["warmup"].value,
         total_updates=situation.total_updates,
         floor=floor,
-        warmup_type=asked.warmup_type,
+        warmup_type=section.warmup_type,
         **options,
     )
-    method = situation.method if limited else NO_METHOD
+    method = situation.method if limited else UNLIMITED_METHOD
     problems = check_safety(schedule, method=method, parameters=situation.parameters)
-    if problems and not asked.allow_unsafe:
+    if problems and not section.allow_unsafe:
         raise RequestError(*problems)
     if situation.method != "full":
-        reason = "Adapters are trained, so rates are advised, and held to be safe, as published for them."
-        chosen = {"method": _said(situation.method, reason), **chosen}
+        reason = "Adapters are trained, so the advice and the safety limits are those published for adapters."
+        chosen = {"method": _user_choice(situation.method, reason), **chosen}
     if ramp := log_ramp(schedule):
-        chosen["warmup_type"] = _said("log", ramp)
-    return Decided(_described(schedule, chosen), deepspeed_blocks(schedule)["scheduler"], schedule.peak_lr)
+        chosen["warmup_type"] = _user_choice("log", ramp)
+    return LearningRateDecision(
+        _learning_rate(schedule, chosen), deepspeed_blocks(schedule)["scheduler"], schedule.peak_lr
+    )
 
 
-def planned_rates(plan: Plan) -> Callable[[int], float]:
-    """The rate that the plan gives the update of each number (from 0; skipped ones do not count)."""
+def planned_lrs(plan: Plan) -> Callable[[int], float]:
+    """A function from the number of an update (from 0, without skipped ones) to its learning rate in the plan."""
     if plan.learning_rate.schedule is None or not plan.learning_rate.advance:
         scheduler, optimizer = plan.ds_config["scheduler"], plan.ds_config["optimizer"]
         return replica(scheduler["type"], scheduler["params"], optimizer["params"]["lr"]).lr_after
@@ -158,27 +158,29 @@ def planned_rates(plan: Plan) -> Callable[[int], float]:
 def _choose(
     job: AnyJob, situation: Situation, written_lr: float | None, written_shape: str | None = None
 ) -> dict[str, Choice]:
-    """The user's word where there is one, else the advice that follows from it, by name."""
-    asked = job.schedule
-    said: dict[str, Choice] = {}
-    if asked.peak_lr != "auto":
-        said["peak_lr"] = _said(asked.peak_lr, f"schedule.peak_lr in the job is {asked.peak_lr:g}.")
+    """The user's choices, and advice for the rest that takes them into account, by name."""
+    section = job.schedule
+    chosen: dict[str, Choice] = {}
+    if section.peak_lr != "auto":
+        chosen["peak_lr"] = _user_choice(section.peak_lr, f"schedule.peak_lr in the job is {section.peak_lr:g}.")
     elif written_lr is not None:
-        said["peak_lr"] = _said(written_lr, f"The optimizer's rate in the DeepSpeed JSON is {written_lr:g}.")
-    if asked.warmup != "auto":
-        updates = parse_warmup(asked.warmup, situation.total_updates, situation.tokens_per_update)
-        said["warmup"] = _said(updates, f"schedule.warmup in the job is {asked.warmup}.")
-    if asked.shape != "auto":
-        said["shape"] = _said(asked.shape, f"schedule.shape in the job is {asked.shape}.")
+        reason = f"The optimizer's learning rate in the DeepSpeed JSON is {written_lr:g}."
+        chosen["peak_lr"] = _user_choice(written_lr, reason)
+    if section.warmup != "auto":
+        updates = parse_warmup(section.warmup, situation.total_updates, situation.tokens_per_update)
+        chosen["warmup"] = _user_choice(updates, f"schedule.warmup in the job is {section.warmup}.")
+    if section.shape != "auto":
+        chosen["shape"] = _user_choice(section.shape, f"schedule.shape in the job is {section.shape}.")
     elif written_shape is not None:
         kind = DEEPSPEED_TYPES[written_shape]
-        said["shape"] = _said(written_shape, f"The DeepSpeed JSON's scheduler is a {kind}, and leaves the rest open.")
-    if asked.floor != "auto":
-        said["floor"] = _said(asked.floor, f"schedule.floor in the job is {asked.floor:g} of the peak.")
+        reason = f"The DeepSpeed JSON's scheduler is a {kind} whose params are auto."
+        chosen["shape"] = _user_choice(written_shape, reason)
+    if section.floor != "auto":
+        chosen["floor"] = _user_choice(section.floor, f"schedule.floor in the job is {section.floor:g} of the peak.")
     advice = advise(
         situation,
-        shape=said["shape"].value if "shape" in said else None,
-        warmup_updates=said["warmup"].value if "warmup" in said else None,
+        shape=chosen["shape"].value if "shape" in chosen else None,
+        warmup_updates=chosen["warmup"].value if "warmup" in chosen else None,
     )
     advised = {
         "peak_lr": advice.peak_lr,
@@ -186,14 +188,14 @@ def _choose(
         "shape": advice.shape,
         "floor": advice.floor,
     }
-    return {**advised, **said}
+    return {**advised, **chosen}
 
 
-def _said(value: Any, reason: str) -> Choice:
+def _user_choice(value: Any, reason: str) -> Choice:
     return Choice(value, None, None, reason, (), heuristic=False)
 
 
-def _described(schedule: Schedule, chosen: dict[str, Choice]) -> LearningRate:
+def _learning_rate(schedule: Schedule, chosen: dict[str, Choice]) -> LearningRate:
     return LearningRate(
         schedule=schedule.to_dict(),
         advance=1,
@@ -217,44 +219,45 @@ def _reason(name: str, choice: Choice) -> Reason:
     )
 
 
-def _written(inputs: PlanInputs[J], scheduler: dict[str, Any], situation: Situation, limited: bool) -> Decided:
-    """The user's own scheduler, as DeepSpeed will drive it. Raises RequestError where it needs the user's word."""
+def _user_schedule(
+    inputs: PlanInputs[J], scheduler: dict[str, Any], situation: Situation, limited: bool
+) -> LearningRateDecision:
+    """The user's own scheduler, as DeepSpeed steps it. Raises RequestError if it is unsafe or contradicts the job."""
     job, user = inputs.job, inputs.ds_config
     kind, params = scheduler["type"], scheduler["params"]
-    updates, method = situation.total_updates, situation.method if limited else NO_METHOD
-    refuse_unused(inputs, kind, params)
-    _refuse_other_length(inputs, params, updates)
+    updates, method = situation.total_updates, situation.method if limited else UNLIMITED_METHOD
+    check_unused_keys(inputs, kind, params)
+    _check_same_length(inputs, params, updates)
     lr, advised = _written_lr(job, scheduler, user), None
     if lr is None:
         advised = _advised_peak(job, kind, user, situation, limited)
         lr = float(advised.value)
     curve = replica(kind, params, lr)
-    rates = [curve.lr_after(update) for update in range(updates)]
+    lrs = [curve.lr_after(update) for update in range(updates)]
     problems = unsafe_scheduler(kind, params, lr, updates, method=method, parameters=situation.parameters)
-    problems = [*(_in_json(problem, user) for problem in problems), *_idle(params, rates, user)]
+    problems = [*(_in_json(problem, user) for problem in problems), *_zero_lr_problems(params, lrs, user)]
     if problems and not job.schedule.allow_unsafe:
         raise RequestError(*problems)
-    peak = max(rates)
-    kept = f"The DeepSpeed JSON has a whole {kind}, and the job asks for no other shape."
-    told = [kept, *deepspeed_warnings(kind, params, lr, updates)]
-    described = LearningRate(
+    peak = max(lrs)
+    kept = f"The DeepSpeed JSON has a {kind}, and the job names no other shape."
+    sentences = [kept, *deepspeed_warnings(kind, params, lr, updates)]
+    learning_rate = LearningRate(
         schedule=None,
         advance=0,
         shape=kind,
         peak_lr=peak,
-        floor_lr=rates[-1],
-        warmup_updates=rates.index(peak),
+        floor_lr=lrs[-1],
+        warmup_updates=lrs.index(peak),
         reasons=(
             *([_reason("peak_lr", advised)] if advised else []),
-            *(Reason(choice="shape", value=kind, reason=sentence) for sentence in told),
+            *(Reason(choice="shape", value=kind, reason=sentence) for sentence in sentences),
         ),
     )
-    return Decided(described, scheduler, lr)
+    return LearningRateDecision(learning_rate, scheduler, lr)
 
 
 def _in_json(problem: Problem, user: DsConfig) -> Problem:
-    """A problem of the JSON's own scheduler at its place there. A peak that is too high is the scheduler's or, where
-    that names none, the optimizer's."""
+    """A problem of the JSON's scheduler at its location: for the peak, warmup_max_lr if set, else the optimizer lr."""
     key = problem.key or "scheduler"
     if not key.startswith("scheduler."):
         highest = "scheduler.params.warmup_max_lr"
@@ -262,36 +265,36 @@ def _in_json(problem: Problem, user: DsConfig) -> Problem:
     return user.problem(key, problem.message, problem.hint)
 
 
-def _idle(params: Params, rates: Sequence[float], user: DsConfig) -> Iterator[Problem]:
-    """Updates that train nothing once the peak is past. Before it, a warm-up from 0 has its own."""
-    idle = rates[rates.index(max(rates)) :].count(0.0)
-    if idle:
-        message = f"{idle} of the run's {len(rates)} updates run at rate 0 and train nothing"
-        if "total_num_steps" in params and max(rates) > 0:
-            hint = f'write {len(rates)}, or "auto"; {ALLOW}'
+def _zero_lr_problems(params: Params, lrs: Sequence[float], user: DsConfig) -> Iterator[Problem]:
+    """A problem if updates after the peak have learning rate 0. Before it, a warm-up may start at 0."""
+    zeros = lrs[lrs.index(max(lrs)) :].count(0.0)
+    if zeros:
+        message = f"{zeros} of the run's {len(lrs)} updates have learning rate 0 and train nothing"
+        if "total_num_steps" in params and max(lrs) > 0:
+            hint = f'set it to {len(lrs)} or "auto"; {ALLOW}'
             yield user.problem("scheduler.params.total_num_steps", message, hint)
         else:
-            yield user.problem("scheduler.params", message, f"give it a learning rate above 0; {ALLOW}")
+            yield user.problem("scheduler.params", message, f"set a learning rate above 0; {ALLOW}")
 
 
-def _refuse_other_length(inputs: PlanInputs[J], params: Params, updates: int) -> None:
-    """Raises RequestError where the JSON's scheduler is for a run of another length than the job says."""
+def _check_same_length(inputs: PlanInputs[J], params: Params, updates: int) -> None:
+    """Raises RequestError if the JSON's scheduler has another length than the job's epochs or samples."""
     job, user, total = inputs.job, inputs.ds_config, params.get("total_num_steps")
     for name in ("num_train_epochs", "total_samples"):
         if f"train.{name}" in inputs.explicit and total is not None and total != updates:
-            found = f"{getattr(job.train, name)} in the job comes to {updates} updates"
-            found += f", and total_num_steps is {total} in {_where(user, 'scheduler.params.total_num_steps')}"
-            raise RequestError(Problem(found, key=f"train.{name}", hint=f'write {updates} there, or "auto"'))
+            found = f"{getattr(job.train, name)} in the job gives {updates} updates"
+            found += f", but total_num_steps is {total} in {_where(user, 'scheduler.params.total_num_steps')}"
+            raise RequestError(Problem(found, key=f"train.{name}", hint=f'set total_num_steps to {updates} or "auto"'))
 
 
 def _where(user: DsConfig, path: str) -> str:
     """File and line of a key of the JSON."""
-    place = user.location(path)
-    return f"{user.file or user.origin}:{place.line}" if place else user.origin
+    location = user.location(path)
+    return f"{user.file or user.origin}:{location.line}" if location else user.origin
 
 
-def refuse_unused(inputs: PlanInputs[J], kind: str, params: Params) -> None:
-    """Raises RequestError for what the job says of a schedule that the JSON's own scheduler decides otherwise."""
+def check_unused_keys(inputs: PlanInputs[J], kind: str, params: Params) -> None:
+    """Raises RequestError for keys of the job's schedule that the JSON's own scheduler does not use or contradicts."""
     job, user = inputs.job, inputs.ds_config
     used = {"schedule.peak_lr", "schedule.on_spike", "schedule.max_extensions", "schedule.check_every"}
     used |= {"schedule.allow_unsafe", "schedule.task"}
@@ -301,28 +304,28 @@ def refuse_unused(inputs: PlanInputs[J], kind: str, params: Params) -> None:
     if has_auto_warmup(user) or user.get("scheduler.params.warmup_type") == "auto":
         same["warmup_type"] = "linear"
     used |= {f"schedule.{name}" for name, value in same.items() if getattr(job.schedule, name) == value}
-    hint = "name a schedule.shape, and a schedule is generated; or leave it to the JSON"
+    hint = "set schedule.shape to generate a schedule, or remove this key"
     problems = [
-        Problem(f"{_where(user, 'scheduler')} has a {kind} of its own, which does not use it", key=key, hint=hint)
+        Problem(f"the {kind} in {_where(user, 'scheduler')} does not use it", key=key, hint=hint)
         for key in sorted(inputs.explicit)
         if key.startswith("schedule.") and key not in used
     ]
     peak, highest = job.schedule.peak_lr, params.get("warmup_max_lr")
     if peak != "auto" and highest is not None and peak != highest:
         place = _where(user, "scheduler.params.warmup_max_lr")
-        found = f"{peak:g} in the job, and warmup_max_lr {highest:g} in {place}"
+        found = f"{peak:g} in the job, but warmup_max_lr is {highest:g} in {place}"
         problems.append(Problem(found, key="schedule.peak_lr", hint=hint))
     total = params.get("total_num_steps")
     if job.train.max_steps is not None and total is not None and total != job.train.max_steps:
         place = _where(user, "scheduler.params.total_num_steps")
-        found = f"{job.train.max_steps} in the job, and total_num_steps {total} in {place}"
-        problems.append(Problem(found, key="train.max_steps", hint='make them equal, or write "auto" there'))
+        found = f"{job.train.max_steps} in the job, but total_num_steps is {total} in {place}"
+        problems.append(Problem(found, key="train.max_steps", hint='make them equal, or set total_num_steps to "auto"'))
     if problems:
         raise RequestError(*problems)
 
 
 def _written_lr(job: AnyJob, scheduler: dict[str, Any], user: DsConfig) -> float | None:
-    """The optimizer's rate beside a scheduler of the user's own; None where nothing says it."""
+    """The optimizer's learning rate for the user's own scheduler; None if neither JSON nor job sets it."""
     in_json = (optimizer_of(user) or {}).get("params", {}).get("lr")
     in_job = None if job.schedule.peak_lr == "auto" else job.schedule.peak_lr
     for value in (in_json, in_job, scheduler["params"].get("warmup_max_lr")):
@@ -332,10 +335,10 @@ def _written_lr(job: AnyJob, scheduler: dict[str, Any], user: DsConfig) -> float
 
 
 def _advised_peak(job: AnyJob, kind: str, user: DsConfig, situation: Situation, known: bool) -> Choice:
-    """The peak for a scheduler that follows the optimizer's rate. Raises RequestError where the model is not `known`,
-    from whose size it is advised."""
+    """The advised peak for a scheduler that uses the optimizer's learning rate. Raises RequestError if the model is not
+    `known`, since the advice depends on its size."""
     if known:
         return _choose(job, situation, None)["peak_lr"]
-    message = f"the scheduler {kind} follows the optimizer's rate, and none is given"
-    hint = "write it there, or set schedule.peak_lr in the job"
+    message = f"the scheduler {kind} uses the optimizer's learning rate, which is not set"
+    hint = "set it, or set schedule.peak_lr in the job"
     raise RequestError(user.problem("optimizer.params.lr", message, hint))

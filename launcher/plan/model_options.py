@@ -1,4 +1,4 @@
-"""What a model's switches need of the machine: told before anything is started."""
+"""What the options of the model section need from the machine, checked before anything starts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from launcher.plan.inputs import PlanInputs
 from launcher.plan.schema import World
 
 _FLASH = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}
-"""The package of each; without it transformers takes the one of `kernels`."""
+"""The package of each; without it transformers uses the package `kernels`."""
 _INSTALL = "pip install {package} in the launcher's environment, on every node"
 
 
 def check_model_options(inputs: PlanInputs[Job]) -> None:
-    """Raises RequestError with every option of the model section that does not work here, or not with another one."""
+    """Raises RequestError with every option of the model section that does not work here or with another option."""
     job, user, world, machine = inputs.job, inputs.ds_config, inputs.world, inputs.machine
     problems = [
         *_lora(job, machine),
@@ -41,7 +41,7 @@ def _liger(job: Job, world: World, machine: MachineFacts) -> Iterator[Problem]:
         return
     if world.device == "cpu":
         yield Problem(
-            "liger-kernel's kernels are Triton's and need GPUs; this run is on CPUs",
+            "liger-kernel's Triton kernels need GPUs, but this run is on CPUs",
             key="model.liger",
             hint="set it to false",
         )
@@ -54,84 +54,84 @@ def _compile(job: Job, world: World, machine: MachineFacts) -> Iterator[Problem]
         return
     if machine.compiler is None:
         yield Problem(
-            "torch.compile builds its code with a C++ compiler, and neither CXX, g++ nor clang++ is found here",
+            "torch.compile needs a C++ compiler, but neither CXX, g++ nor clang++ is found here",
             key="model.torch_compile",
             hint="install g++ on every node, or set it to false",
         )
     if world.device == "cuda" and machine.gpus and _missing("triton", machine):
         yield Problem(
-            "torch.compile makes Triton kernels on GPUs, and triton is not installed",
+            "torch.compile needs triton on GPUs, but triton is not installed",
             key="model.torch_compile",
-            hint="install the triton that belongs to this torch, or set it to false",
+            hint="install the triton version of this torch, or set it to false",
         )
 
 
 def _attention(job: Job, world: World, machine: MachineFacts) -> Iterator[Problem]:
-    asked = job.model.attn_implementation
-    if asked not in _FLASH:
+    name = job.model.attn_implementation
+    if name not in _FLASH:
         return
-    hint = "leave it out: auto takes PyTorch's sdpa"
+    hint = "remove it: auto uses PyTorch's sdpa"
     if world.device == "cpu":
-        found = f"{asked} needs GPUs, and this run is on CPUs"
+        found = f"{name} needs GPUs, but this run is on CPUs"
         yield Problem(found, key="model.attn_implementation", hint=hint)
-    elif machine.gpus and all(_missing(package, machine) for package in (_FLASH[asked], "kernels")):
-        found = f"{_FLASH[asked]} is not installed"
-        yield Problem(found, key="model.attn_implementation", hint=f"pip install {_FLASH[asked]}, or {hint}")
+    elif machine.gpus and all(_missing(package, machine) for package in (_FLASH[name], "kernels")):
+        found = f"{_FLASH[name]} is not installed"
+        yield Problem(found, key="model.attn_implementation", hint=f"pip install {_FLASH[name]}, or {hint}")
 
 
 def model_option_warnings(inputs: PlanInputs[Job]) -> Iterator[str]:
-    """Options that work without the effect that they are set for."""
+    """Warnings about options that have little or no effect."""
     job, user = inputs.job, inputs.ds_config
     if job.model.torch_compile and zero_stage(user) == 3:
         yield (
             "model.torch_compile under ZeRO-3: DeepSpeed's hooks gather each layer's weights between the compiled "
-            "parts, and PyTorch gives up on some of them (recompile_limit in the rank's log): the result is "
-            "the same, the gain small or none. It does most under ZeRO-1 and 2."
+            "parts, and PyTorch does not compile some of them (recompile_limit in the rank's log). The result is "
+            "the same, but there is little or no speedup; ZeRO-1 and 2 gain most."
         )
     if user.get("checkpoint.load_universal") is not None:
         yield (
-            "checkpoint.load_universal in the DeepSpeed JSON is not used: the launcher switches it on where it has "
-            "converted a checkpoint for another number of ranks, and off for all others."
+            "checkpoint.load_universal in the DeepSpeed JSON is not used: the launcher turns it on for a checkpoint "
+            "that it converted for another number of ranks, and off for all others."
         )
 
 
 def sequence_parallel_problems(job: Job, model: ModelFacts) -> Iterator[Problem]:
-    """Why ranks cannot share this model's sequences, where the job asks for it."""
+    """Why ranks cannot share this model's sequences, if the job sets sequence_parallel_size."""
     size, queries, keys = job.model.sequence_parallel_size, model.attention_heads, model.key_value_heads
     if size == 1:
         return
     if not model.whole_attention or keys is None:
         yield _not_shared(
-            f"Ulysses needs layers that all attend to everything before, which {model.model_type} has not, or not in "
-            "the way that it can exchange",
-            "leave it out; a lower data.max_length, gradient_checkpointing and ZeRO-3 save memory too",
+            f"Ulysses needs layers that all attend to all previous tokens, through transformers' attention interface; "
+            f"{model.model_type} has other layers",
+            "remove it; a lower data.max_length, gradient_checkpointing and ZeRO-3 save memory too",
         )
     elif queries % size or (keys % size and size % keys):
         yield _not_shared(
-            f"{size} ranks cannot share {queries} attention heads with {keys} for keys and values evenly",
-            f"a divisor of {queries} that divides {keys} or is a multiple of it",
+            f"{size} ranks cannot share {queries} attention heads and {keys} key-value heads evenly",
+            f"use a divisor of {queries} that divides {keys} or is a multiple of it",
         )
     if model.router_loss_coefficient:
         yield _not_shared(
-            "the balance loss of the experts' routers is over whole sequences, of which each rank would have a part",
-            "leave it out, or set output_router_logits: false in a copy of the model's config.json",
+            "the routers' load-balancing loss needs whole sequences, but each rank would have a part",
+            "remove it, or set output_router_logits: false in a copy of the model's config.json",
         )
 
 
 def _sequence_parallel(job: Job, user: DsConfig) -> Iterator[Problem]:
-    """What would make wrong gradients, or has not been shown to make right ones."""
+    """Options with which the gradients would be wrong, or are not tested."""
     if job.model.sequence_parallel_size == 1:
         return
     if job.model.attn_implementation == "eager":
-        yield _not_shared("eager attention would write the whole attention matrix", "take sdpa or a flash attention")
-    for switch in ("liger", "torch_compile"):
-        if getattr(job.model, switch):
-            yield _not_shared(f"it does not go together with model.{switch}", "choose one of the two")
-    # Their gradients are averaged over other ranks than those of stage 3's reduce-scatter.
+        yield _not_shared("eager attention would compute the whole attention matrix", "use sdpa or flash attention")
+    for option in ("liger", "torch_compile"):
+        if getattr(job.model, option):
+            yield _not_shared(f"it cannot be combined with model.{option}", "use one of the two")
+    # These average gradients over other ranks than stage 3's reduce-scatter.
     for key, value in (("reduce_scatter", False), ("zero_quantized_gradients", True)):
         if zero_stage(user) == 3 and as_bool(user.get(f"zero_optimization.{key}")) is value:
-            found = f"under ZeRO-3 it does not go together with zero_optimization.{key}: {str(value).lower()}"
-            yield _not_shared(found, f"take {key} out of the DeepSpeed JSON")
+            found = f"under ZeRO-3 it cannot be combined with zero_optimization.{key}: {str(value).lower()}"
+            yield _not_shared(found, f"remove {key} from the DeepSpeed JSON")
 
 
 def _not_shared(message: str, hint: str) -> Problem:

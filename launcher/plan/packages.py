@@ -1,4 +1,4 @@
-"""The packages that a plan's DeepSpeed JSON makes its ranks import, for the check of the nodes."""
+"""The packages that ranks import because of the plan's DeepSpeed JSON; the nodes are checked for them."""
 
 from launcher.ds_config.loop_rules import MONITORS_AND_OPTIMIZERS, needed_packages
 

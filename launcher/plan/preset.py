@@ -1,4 +1,4 @@
-"""`deepspeed: auto`: the first preset that fits, by the memory estimate."""
+"""`deepspeed: auto`: the first preset that fits, according to the memory estimate."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from launcher.ds_config import DsConfig
 from launcher.errors import Problem, RequestError
 from launcher.job import Job
 from launcher.plan.facts import DataFacts, ModelFacts
-from launcher.plan.fit import GIB, Needs, Room, room_of
+from launcher.plan.fit import GIB, MemoryLimits, MemoryNeeds, memory_limits
 from launcher.plan.inputs import PlanInputs
 from launcher.plan.resolve import longest_sequence, training_batch
 from launcher.plan.schema import Candidate, Recommendation, World
 
-IN_ORDER = ("zero1", "zero2", "zero3", "zero3_cpu_offload")
-"""Each communicates more than the one before it. The others need something that only the user knows: a folder on NVMe,
-and whether the network between nodes is slow."""
-UNSEEN = "zero2"
-"""Taken where no GPU's memory is seen from here."""
+PRESETS_IN_ORDER = ("zero1", "zero2", "zero3", "zero3_cpu_offload")
+"""Each communicates more than the one before it. The other presets need something that only the user knows: a folder on
+NVMe, or whether the network between nodes is slow."""
+WITHOUT_VISIBLE_GPU = "zero2"
+"""The preset if no GPU is visible here."""
 
 
 @dataclass(frozen=True)
-class _Weighed:
+class _Evaluated:
     candidate: Candidate
-    needs: Needs
+    needs: MemoryNeeds
 
 
 def recommend(
@@ -35,83 +35,86 @@ def recommend(
     *,
     kept: str | None = None,
 ) -> Recommendation:
-    """The preset for a job, with the numbers of all that were weighed. `presets` holds those of IN_ORDER.
+    """The preset for a job, with the numbers of all candidates. `presets` contains those of PRESETS_IN_ORDER.
 
-    A run that goes on has a preset to be `kept`: its checkpoints are of that stage. Raises RequestError where nothing
-    fits.
+    `kept` is the preset of a resumed run, which its checkpoints require. Raises RequestError if no preset fits.
     """
-    world, room = inputs.world, room_of(inputs.world, inputs.machine)
-    weighed = [
-        _weigh(name, Needs(inputs.with_ds_config(presets[name]), model, longest_sequence(data)), data, room)
-        for name in _weighable(world)
+    world, limits = inputs.world, memory_limits(inputs.world, inputs.machine)
+    evaluated = [
+        _evaluate(name, MemoryNeeds(inputs.with_ds_config(presets[name]), model, longest_sequence(data)), data, limits)
+        for name in _candidates(world)
     ]
-    candidates = tuple(one.candidate for one in weighed)
+    candidates = tuple(one.candidate for one in evaluated)
     if kept is not None:
-        return _recommended(kept, "the run began with it", room, candidates)
-    if room.device is None:
-        reason = "no GPU is seen from here, so that its memory is not known: name a preset where another is needed"
-        return _recommended(UNSEEN, reason, room, candidates)
+        return _recommended(kept, "the run started with it", limits, candidates)
+    if limits.device is None:
+        reason = "no GPU is visible here, so its memory is unknown: name a preset if you need another"
+        return _recommended(WITHOUT_VISIBLE_GPU, reason, limits, candidates)
     for candidate in candidates:
         if candidate.fits:
-            return _recommended(candidate.preset, _why(candidate, candidates, world, room), room, candidates)
-    raise RequestError(_nothing_fits(weighed, world, room))
+            return _recommended(candidate.preset, _why(candidate, candidates, world, limits), limits, candidates)
+    raise RequestError(_nothing_fits(evaluated, world, limits))
 
 
-def _weighable(world: World) -> Iterator[str]:
-    """On a CPU the host is the device: moving states there frees nothing."""
-    return (name for name in IN_ORDER if world.device == "cuda" or not name.endswith("offload"))
+def _candidates(world: World) -> Iterator[str]:
+    """On a CPU the host is the device, so offloading frees nothing."""
+    return (name for name in PRESETS_IN_ORDER if world.device == "cuda" or not name.endswith("offload"))
 
 
-def _weigh(name: str, needs: Needs, data: DataFacts, room: Room) -> _Weighed:
-    """A preset with the micro-batch that the plan would take under it."""
+def _evaluate(name: str, needs: MemoryNeeds, data: DataFacts, limits: MemoryLimits) -> _Evaluated:
+    """A preset with the micro-batch that the plan would use with it."""
     micro = training_batch(needs, data).train_micro_batch_size_per_gpu
     candidate = Candidate(
         preset=name,
         micro_batch=micro,
         device_bytes=needs.estimate(micro).device_total,
         host_bytes=needs.host_bytes(micro),
-        # Nothing is refused on account of a memory that is not seen.
-        fits=room.device is None or room.holds(needs, micro),
+        # Unknown memory rules out no preset.
+        fits=limits.device is None or limits.allow(needs, micro),
     )
-    return _Weighed(candidate, needs)
+    return _Evaluated(candidate, needs)
 
 
-def _recommended(preset: str, reason: str, room: Room, candidates: tuple[Candidate, ...]) -> Recommendation:
+def _recommended(preset: str, reason: str, limits: MemoryLimits, candidates: tuple[Candidate, ...]) -> Recommendation:
     return Recommendation(
-        preset=preset, reason=reason, device_room=room.device, host_room=room.host, candidates=candidates
+        preset=preset, reason=reason, device_room=limits.device, host_room=limits.host, candidates=candidates
     )
 
 
-def _why(chosen: Candidate, candidates: tuple[Candidate, ...], world: World, room: Room) -> str:
-    assert room.device is not None
-    passed = [one.preset for one in candidates[: candidates.index(chosen)]]
-    what = "the first that fits" if passed else "it fits, and the others communicate more"
-    needs = f"about {chosen.device_bytes / GIB:.1f} of {room.device / GIB:.1f} GiB {_place(world)}"
-    return f"{what}: {needs}" + (f"; {', '.join(passed)} would not fit" if passed else "")
+def _why(chosen: Candidate, candidates: tuple[Candidate, ...], world: World, limits: MemoryLimits) -> str:
+    assert limits.device is not None
+    too_large = [one.preset for one in candidates[: candidates.index(chosen)]]
+    what = "the first that fits" if too_large else "it fits, and the others communicate more"
+    needs = f"about {chosen.device_bytes / GIB:.1f} of {limits.device / GIB:.1f} GiB {_device(world)}"
+    return f"{what}: {needs}" + (f"; {', '.join(too_large)} would not fit" if too_large else "")
 
 
-def _place(world: World) -> str:
-    return "of a GPU" if world.device == "cuda" else "of a process's share"
+def _device(world: World) -> str:
+    return "of a GPU" if world.device == "cuda" else "per process"
 
 
-def _nothing_fits(weighed: list[_Weighed], world: World, room: Room) -> Problem:
-    assert room.device is not None
-    needs = "; ".join(_need(one.candidate, world) for one in weighed)
-    there = f"{room.device / GIB:.1f} GiB {_place(world)}"
+def _nothing_fits(evaluated: list[_Evaluated], world: World, limits: MemoryLimits) -> Problem:
+    assert limits.device is not None
+    needs = "; ".join(_need(one.candidate, world) for one in evaluated)
+    available = f"{limits.device / GIB:.1f} GiB {_device(world)}"
     if world.device == "cuda":
-        there += f", {room.host / GIB:.1f} GiB of a node's host memory"
+        available += f" and {limits.host / GIB:.1f} GiB of a node's host memory"
     return Problem(
-        f"no preset fits into {there}: {needs}", key="deepspeed", hint="take " + ", ".join(_turn(weighed[-1], world))
+        f"no preset fits in {available}: {needs}",
+        key="deepspeed",
+        hint="use " + ", ".join(_savings(evaluated[-1], world)),
     )
 
 
 def _need(candidate: Candidate, world: World) -> str:
-    host = f" and {candidate.host_bytes / GIB:.1f} of the host's" if world.device == "cuda" else ""
-    return f"{candidate.preset} needs {candidate.device_bytes / GIB:.1f}{host} at micro-batch {candidate.micro_batch}"
+    host = f" and {candidate.host_bytes / GIB:.1f} GiB of host memory" if world.device == "cuda" else ""
+    return (
+        f"{candidate.preset} needs {candidate.device_bytes / GIB:.1f} GiB{host} at micro-batch {candidate.micro_batch}"
+    )
 
 
-def _turn(last: _Weighed, world: World) -> Iterator[str]:
-    """What makes a job smaller, as far as it is not done yet, the cheapest first."""
+def _savings(last: _Evaluated, world: World) -> Iterator[str]:
+    """Settings that reduce memory and are not in use yet, the cheapest first."""
     job, model = last.needs.inputs.job, last.needs.model
     if last.candidate.micro_batch > 1:
         yield "a smaller train.train_micro_batch_size_per_gpu"
@@ -124,4 +127,4 @@ def _turn(last: _Weighed, world: World) -> Iterator[str]:
     if world.device == "cuda":
         yield "or zero3_nvme_offload, edited for your disks"
     else:
-        yield "or fewer processes a node"
+        yield "or fewer processes per node"

@@ -1,4 +1,4 @@
-"""From a job and what was measured to a plan: the only place where the numbers of a run are decided. Pure."""
+"""Makes a plan from a job and measurements: the only place that decides the numbers of a run. Pure."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from launcher.plan.conflicts import check_conflicts
 from launcher.plan.data_warnings import data_warnings
 from launcher.plan.decisions import decisions_of
 from launcher.plan.facts import DataFacts, ModelFacts
-from launcher.plan.fit import Needs, memory_warnings, room_of
+from launcher.plan.fit import MemoryNeeds, memory_limits, memory_warnings
 from launcher.plan.inputs import PlanInputs
 from launcher.plan.learning_rate import decide_lr
-from launcher.plan.length import check_token_ids, length_warnings, open_batch_limit, resolve_length
+from launcher.plan.length import check_token_ids, default_batch_limit, length_warnings, resolve_length
 from launcher.plan.model_options import check_model_options, model_option_warnings, sequence_parallel_problems
 from launcher.plan.schema import Change, Length, Plan, Training
 from launcher.version import __version__
 
 
 def resolve(inputs: PlanInputs[Job], model: ModelFacts, data: DataFacts) -> Plan:
-    """The plan of a training. Raises RequestError for every contradiction."""
+    """The plan of a training. Raises RequestError if job, JSON and measurements contradict each other."""
     job, user = inputs.job, inputs.ds_config
     check_model_options(inputs)
     check_model(job, model)
     check_token_ids(data, model)
-    needs = Needs(inputs, model, longest_sequence(data))
+    needs = MemoryNeeds(inputs, model, longest_sequence(data))
     batch = training_batch(needs, data)
-    length = resolve_length(job, data, batch.train_batch_size, *_what_decided(inputs, batch))
+    length = resolve_length(job, data, batch.train_batch_size, *_deciding_key(inputs, batch))
     _check_eval_every(job, length.total_updates)
     decided = decide_lr(inputs, model, data, length)
     composed = compose(
@@ -71,7 +71,7 @@ def resolve(inputs: PlanInputs[Job], model: ModelFacts, data: DataFacts) -> Plan
 
 
 def changes_of(composed: Composed) -> tuple[Change, ...]:
-    """What was changed in the user's JSON, as the plan keeps it."""
+    """The changes to the user's JSON, as the plan stores them."""
     return tuple(
         Change(key=change.key_path, before=change.before, after=change.after, reason=change.reason)
         for change in composed.changes
@@ -79,7 +79,7 @@ def changes_of(composed: Composed) -> tuple[Change, ...]:
 
 
 def check_inputs(inputs: PlanInputs[Job]) -> None:
-    """Raises RequestError for the contradictions that need neither model nor data, before time is spent on those."""
+    """Raises RequestError for contradictions that can be found without measuring model and data."""
     check_model_options(inputs)
     zero_stage(inputs.ds_config)
     batch = resolve_batch(inputs.given_batch, inputs.world.data_parallel_size, lambda _: True)
@@ -88,14 +88,14 @@ def check_inputs(inputs: PlanInputs[Job]) -> None:
 
 
 def check_model(job: Job, model: ModelFacts) -> None:
-    """Raises RequestError with everything that the job asks of the model and that the model cannot do."""
+    """Raises RequestError with everything in the job that the model does not support."""
     problems = []
     if model.max_positions is not None and job.data.max_length > model.max_positions:
         problems.append(
             Problem(
                 f"{job.data.max_length} is more than the {model.max_positions} positions of this model",
                 key="data.max_length",
-                hint=f"at most {model.max_positions}",
+                hint=f"use at most {model.max_positions}",
             )
         )
     if job.model.gradient_checkpointing and not model.supports_gradient_checkpointing:
@@ -112,37 +112,37 @@ def check_model(job: Job, model: ModelFacts) -> None:
             Problem(
                 "this model's tokenizer has no chat template",
                 key="data.format",
-                hint="take the model's instruct version, set data.chat_template, or take prompt-completion rows",
+                hint="use the model's instruct version, set data.chat_template, or use prompt-completion rows",
             )
         )
     if problems:
         raise RequestError(*problems)
 
 
-def training_batch(needs: Needs, data: DataFacts) -> BatchSizes:
-    """The batch sizes of a training: a micro-batch that is left open is the largest that fits the memory."""
+def training_batch(needs: MemoryNeeds, data: DataFacts) -> BatchSizes:
+    """The batch sizes of a training. A micro-batch that is not given is the largest that fits in memory."""
     inputs = needs.inputs
-    room = room_of(inputs.world, inputs.machine)
+    limits = memory_limits(inputs.world, inputs.machine)
     return resolve_batch(
         inputs.given_batch,
         inputs.world.data_parallel_size,
-        lambda micro: room.holds(needs, micro),
-        open_batch_limit(inputs.job, data),
+        lambda micro: limits.allow(needs, micro),
+        default_batch_limit(inputs.job, data),
     )
 
 
-def _what_decided(inputs: PlanInputs[Job], batch: BatchSizes) -> tuple[Problem | None, int]:
-    """The place of the key that decided the batch, and the batch divided by that key's value.
+def _deciding_key(inputs: PlanInputs[Job], batch: BatchSizes) -> tuple[Problem | None, int]:
+    """The location of the key that decided the batch, and the batch divided by that key's value.
 
-    (None, 1) if no key gives one, or if the batch is one sequence per rank, the smallest possible.
+    (None, 1) if no key sets one, or if the batch is one sequence per rank, the smallest possible.
     """
     given, job = inputs.given_batch, inputs.job
     name = next((key for key in KEYS if key in given), None)
     if name is None or batch.train_batch_size == inputs.world.data_parallel_size:
         return None, 1
     in_job = getattr(job.train, name) != "auto"
-    place = Problem("", key=f"train.{name}") if in_job else inputs.ds_config.problem(name, "")
-    return place, batch.train_batch_size // given[name]
+    location = Problem("", key=f"train.{name}") if in_job else inputs.ds_config.problem(name, "")
+    return location, batch.train_batch_size // given[name]
 
 
 def longest_sequence(data: DataFacts) -> int:
@@ -156,19 +156,21 @@ def _check_eval_every(job: Job, total_updates: int | None) -> None:
     if every is not None and total_updates is not None and every > total_updates:
         raise RequestError(
             Problem(
-                f"{every} is beyond the run, which has {total_updates} updates",
+                f"{every} is more than the run's {total_updates} updates",
                 key="train.eval_every",
-                hint=f"at most {total_updates}, or leave it out: the start and the end are always evaluated",
+                hint=f"use at most {total_updates}, or remove it: the run always evaluates at its start and end",
             )
         )
     if every is not None and job.data.eval is None:
         raise RequestError(
-            Problem("the job has no evaluation data", key="train.eval_every", hint="give data.eval, or leave it out")
+            Problem("the job has no evaluation data", key="train.eval_every", hint="set data.eval, or remove it")
         )
 
 
 def _checkpoint_warnings(job: Job, length: Length) -> list[str]:
     every = job.checkpoint.every
     if every is not None and every > length.total_updates:
-        return [f"checkpoint.every {every} is beyond the run's {length.total_updates} updates: only the end is saved"]
+        return [
+            f"checkpoint.every {every} is more than the run's {length.total_updates} updates: only the end is saved"
+        ]
     return []

@@ -1,4 +1,4 @@
-"""Going on with a run: the plan from a checkpoint on, when the batch, the world size or the schedule has changed."""
+"""Resuming a run: its plan from a checkpoint on, possibly with another batch, world size or schedule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from launcher.schedule.progress import convert_updates, rescale
 
 
 class Start(Part):
-    """Where the ranks begin: a checkpoint, and the update and the samples that it stands for under the plan."""
+    """Where the ranks start: a checkpoint, and its number of updates (in the plan's batches) and samples."""
 
     checkpoint: str
     update: int
@@ -18,32 +18,32 @@ class Start(Part):
     convert: bool = False
 
 
-def continued(old: Plan, new: Plan, update: int, samples: int, *, new_schedule: bool) -> Plan:
-    """`new`, going on after `update` updates and `samples` samples that were made under `old`.
+def resumed_plan(old: Plan, new: Plan, update: int, samples: int, *, new_schedule: bool) -> Plan:
+    """`new`, resumed after `update` updates and `samples` samples under `old`.
 
-    The run keeps its length in samples. Its schedule is that of `old`, converted to the new batch so that the rate at
-    a number of samples stays what it was; with `new_schedule` it is the one that `new` has. Raises RequestError where
-    nothing is left to do, or where the schedule is the user's own JSON.
+    The run keeps its length in samples. Its schedule is that of `old`, converted to the new batch: the learning rate at
+    a number of samples does not change. With `new_schedule` it is that of `new`. Raises RequestError if no updates are
+    left, or if the scheduler of the user's JSON prevents the change.
     """
     before, after = old.train_batch_size, new.train_batch_size
     if old.learning_rate.schedule is None and before != after:
         raise RequestError(
             Problem(
-                "the scheduler of the DeepSpeed JSON counts updates, and a new batch size changes what they are",
+                "the DeepSpeed JSON's scheduler counts updates, and a new batch size changes their number",
                 key="schedule.shape",
-                hint="name a shape, and a schedule is generated",
+                hint="set a shape to generate a schedule",
             )
         )
     if old.learning_rate.schedule is not None and new.learning_rate.schedule is None:
         raise RequestError(
             Problem(
-                "the run has a generated schedule, and the DeepSpeed JSON brings one of its own",
+                "the run has a generated schedule, but the DeepSpeed JSON has a scheduler",
                 key="deepspeed",
-                hint="take the scheduler out of the JSON, or name a schedule.shape",
+                hint="remove the scheduler from the JSON, or set schedule.shape",
             )
         )
     if new_schedule or old.learning_rate.schedule is None:
-        return _under_its_own(old, new, update, samples)
+        return _with_new_schedule(old, new, update, samples)
     left = old.length.samples - samples
     schedule, resumed, arithmetic = rescale(
         schedule_of(old),
@@ -52,27 +52,25 @@ def continued(old: Plan, new: Plan, update: int, samples: int, *, new_schedule: 
         new_batch=after,
         total_samples=update * before + left,
     )
-    return _going_on(new, schedule, resumed, samples, f"{_batch_words(old, new)} {arithmetic}")
+    return _resume_at(new, schedule, resumed, samples, f"{_batch_change(old, new)} {arithmetic}")
 
 
-def _under_its_own(old: Plan, new: Plan, update: int, samples: int) -> Plan:
+def _with_new_schedule(old: Plan, new: Plan, update: int, samples: int) -> Plan:
     resumed = convert_updates(update, old.train_batch_size, new.train_batch_size)
     if resumed >= new.length.total_updates:
         raise RequestError(
-            Problem(f"{resumed} of {new.length.total_updates} updates are made already", key="train.max_steps")
+            Problem(f"{resumed} of {new.length.total_updates} updates are already done", key="train.max_steps")
         )
     if new.learning_rate.schedule is None:
         return new.model_copy(
-            update={"resumed": Resumed(update=resumed, samples=samples, arithmetic=_batch_words(old, new))}
+            update={"resumed": Resumed(update=resumed, samples=samples, arithmetic=_batch_change(old, new))}
         )
     schedule = schedule_of(new)
-    rate = lr_at(schedule, resumed)
-    return _going_on(
-        new, schedule, resumed, samples, f"{_batch_words(old, new)} The new schedule goes on at {rate:.6g}."
-    )
+    sentence = f"The new schedule continues at a learning rate of {lr_at(schedule, resumed):.6g}."
+    return _resume_at(new, schedule, resumed, samples, f"{_batch_change(old, new)} {sentence}")
 
 
-def _going_on(new: Plan, schedule: Schedule, resumed: int, samples: int, arithmetic: str) -> Plan:
+def _resume_at(new: Plan, schedule: Schedule, resumed: int, samples: int, arithmetic: str) -> Plan:
     updates = schedule.total_updates - resumed
     length = new.length.model_copy(
         update={
@@ -87,8 +85,8 @@ def _going_on(new: Plan, schedule: Schedule, resumed: int, samples: int, arithme
     return with_schedule(plan, schedule, resumed)
 
 
-def _batch_words(old: Plan, new: Plan) -> str:
-    """What became of the batch, in words."""
+def _batch_change(old: Plan, new: Plan) -> str:
+    """A sentence about the change of ranks and batch."""
     ranks = f"{old.world.size} → {new.world.size} ranks"
     if old.train_batch_size != new.train_batch_size:
         return f"{ranks}, train_batch_size {old.train_batch_size} → {new.train_batch_size}."

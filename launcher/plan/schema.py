@@ -1,4 +1,4 @@
-"""The plan: everything a run will do, decided once, with a hash that every rank compares."""
+"""The plan: every decision about a run, made once, with a hash that all ranks compare."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from launcher.job.set_keys import changed_keys, set_keys, with_set_keys
 from launcher.plan.facts import DataFacts, MachineFacts, ModelFacts
 
 FORMAT = 3
-"""The format of plan.json, and of its hash. Format 1 did not keep which of the job's keys were set; format 2 had no
+"""The format of plan.json and of its hash. Format 1 did not store which of the job's keys were set; format 2 had no
 workload."""
 
 
@@ -26,7 +26,7 @@ class Part(BaseModel):
 class World(Part):
     """Ranks, contiguous per node: node k has ranks k·P to (k+1)·P − 1.
 
-    Each `sequence_parallel_size` ranks in a row share their sequences; there are `data_parallel_size` such groups.
+    Groups of `sequence_parallel_size` consecutive ranks share their sequences; there are `data_parallel_size` groups.
     """
 
     nodes: int
@@ -46,9 +46,9 @@ class World(Part):
 
 
 class Length(Part):
-    """How long the run is. `refilled_samples` of a next epoch make the last update a whole one.
+    """How long the run is. `refilled_samples` of another epoch fill up the last update.
 
-    What is not known of a script's data, `updates_per_epoch` and `tokens_per_update`, is 0.
+    For a script, `updates_per_epoch` and `tokens_per_update` are unknown and 0.
     """
 
     total_updates: int
@@ -59,7 +59,7 @@ class Length(Part):
 
 
 class Reason(Part):
-    """Why something was chosen: what, the value, the range that would do, a sentence, and where it comes from."""
+    """Why a value was chosen: its name, the value, the recommended range, a sentence, and its sources."""
 
     choice: str
     value: Any
@@ -71,12 +71,12 @@ class Reason(Part):
 
 
 class LearningRate(Part):
-    """The rate of every update.
+    """The learning rate of every update.
 
-    `schedule` is a generated schedule (launcher.schedule.curve) and `advance` the steps its DeepSpeed scheduler is
-    moved on a fresh start: none in a script of the user's, where DeepSpeed spends two updates at the starting rate. A
-    scheduler of the user's own JSON has no `schedule`, is driven as DeepSpeed drives it, and stands in the plan's
-    ds_config.
+    `schedule` is a generated schedule (launcher.schedule.curve). `advance` is the number of steps that its DeepSpeed
+    scheduler is advanced when a run starts: 0 in a user's script, where DeepSpeed makes two updates at the starting
+    learning rate. If the plan has the scheduler of the user's JSON, `schedule` is None, the scheduler is in the plan's
+    ds_config and DeepSpeed steps it as usual.
     """
 
     schedule: dict[str, Any] | None
@@ -89,7 +89,7 @@ class LearningRate(Part):
 
 
 class Change(Part):
-    """One key of the user's DeepSpeed JSON that was filled or altered."""
+    """A key of the user's DeepSpeed JSON that was filled in or changed."""
 
     key: str
     before: Any
@@ -98,9 +98,9 @@ class Change(Part):
 
 
 class Candidate(Part):
-    """A preset that `deepspeed: auto` weighed: the bytes that a rank needs with that micro-batch, and whether it fits.
+    """A preset that `deepspeed: auto` considered: the bytes that a rank needs with a micro-batch, and whether it fits.
 
-    `host_bytes` are of a node; on a CPU they are those of all its ranks.
+    `host_bytes` is the host memory of a node; on CPUs it includes all its ranks.
     """
 
     preset: str
@@ -111,9 +111,9 @@ class Candidate(Part):
 
 
 class Recommendation(Part):
-    """What `deepspeed: auto` came to, why, and the candidates in the order in which they were weighed.
+    """The preset that `deepspeed: auto` chose, why, and the candidates in the order of preference.
 
-    `device_room` and `host_room` are the bytes that a rank's device and a node may give; None where they are not seen.
+    `device_room` and `host_room` are the available bytes of a rank's device (None if no GPU is visible) and of a node.
     """
 
     preset: str
@@ -124,7 +124,7 @@ class Recommendation(Part):
 
 
 class Resumed(Part):
-    """Where a plan goes on with a run: after how many updates (in its own count) and samples, and how that was got."""
+    """Where a plan resumes a run: the updates (in the plan's batches) and samples already done, and the arithmetic."""
 
     update: int
     samples: int
@@ -132,7 +132,7 @@ class Resumed(Part):
 
 
 class Training(Part):
-    """Fine-tuning by the launcher itself. `memory` are the bytes of one rank, by what they hold."""
+    """Fine-tuning by the launcher itself. `memory` is the estimate of one rank's bytes, by content."""
 
     kind: Literal["training"] = "training"
     job: Job
@@ -143,10 +143,10 @@ class Training(Part):
 
 
 class Script(Part):
-    """Your own training script, which brings its model and data.
+    """The user's own training script, which loads its own model and data.
 
-    Every rank runs Python with `arguments` in `folder`, which all nodes see; numbers of the plan replace their names in
-    braces. `model` is the one that the job names for advice.
+    Every rank runs Python with `arguments` in `folder`, which all nodes see; the plan's numbers replace their names in
+    braces. `model` is the model that the job names for advice.
     """
 
     kind: Literal["script"] = "script"
@@ -181,7 +181,7 @@ class Plan(Part):
 
     @property
     def training(self) -> Training:
-        """The workload of a plan that is known to be for training. Raises TypeError for a script's."""
+        """The workload of a training. Raises TypeError for the plan of a script."""
         if not isinstance(self.workload, Training):
             raise TypeError("this is the plan of a script")
         return self.workload
@@ -192,7 +192,7 @@ class Plan(Part):
         return _hash(self.model_dump(mode="json"), FORMAT)
 
     def to_json(self) -> str:
-        """plan.json: the plan, its hash, and which of the job's keys were set."""
+        """The text of plan.json: the plan, its hash, and which of the job's keys were set."""
         plan = self.model_dump(mode="json")
         document = {"format": FORMAT, "sha256": _hash(plan, FORMAT), "set_keys": set_keys(self.job), "plan": plan}
         return json.dumps(document, indent=2) + "\n"
@@ -201,22 +201,22 @@ class Plan(Part):
     def from_json(cls, text: str, name: str = "plan.json") -> Plan:
         """The plan that `to_json` wrote, in this format or an older one. Raises LauncherError if it was changed.
 
-        For a job in format 1, keys count as set if their values differ from the defaults. `name` is that of the file,
-        for messages.
+        For a job in format 1, keys count as set if their values differ from the defaults. `name` is the file's name in
+        messages.
         """
         try:
             document = json.loads(text)
-            named, data, form = str(document["sha256"]), document["plan"], document.get("format", 1)
+            recorded, data, form = str(document["sha256"]), document["plan"], document.get("format", 1)
             if form not in range(1, FORMAT + 1):
-                raise ValueError(f"it has format {form}, and this launcher reads formats 1 to {FORMAT}")
+                raise ValueError(f"it has format {form}, but this launcher reads formats 1 to {FORMAT}")
             plan = cls.model_validate(data if form == FORMAT else _upgraded(data))
             keys = changed_keys(plan.job) if form == 1 else document["set_keys"]
             plan = _with_set_keys(plan, keys)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            message = f"{name} is damaged, or of another version of the launcher: {first_line(error)}"
+            message = f"{name} is damaged, or from another version of the launcher: {first_line(error)}"
             raise LauncherError(message, code=FailureCode.PLAN_DAMAGED) from None
-        if (found := _hash(data, form)) != named:
-            message = f"{name} was altered: it names the hash {named[:12]}… and has {found[:12]}…"
+        if _hash(data, form) != recorded:
+            message = f"{name} was changed: its content does not match its hash {recorded[:12]}…"
             raise LauncherError(message, code=FailureCode.PLAN_DAMAGED)
         return plan
 
@@ -231,7 +231,7 @@ def _with_set_keys(plan: Plan, keys: Iterable[str]) -> Plan:
 
 
 def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
-    """The plan of format 1 or 2, which had no workload, in the present format."""
+    """A plan of format 1 or 2, which had no workload, in the current format."""
     plan = dict(old)
     job, model, data, memory = (plan.pop(name) for name in ("job", "model", "data", "memory"))
     recommendation, script = plan.pop("recommendation", None), plan.pop("script", None)
@@ -243,11 +243,11 @@ def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
 
 
 def hash_in(text: str) -> str:
-    """The hash that a plan.json names. A key that is newer than the file gives the plan that is read another one."""
+    """The hash that a plan.json records. The plan read from an older file has another hash, since it has newer keys."""
     return str(json.loads(text)["sha256"])
 
 
 def _hash(plan: Any, form: int) -> str:
-    """SHA-256 of the plan as JSON with sorted keys; from format 3 on, the format is a part of what is hashed."""
+    """SHA-256 of the plan as JSON with sorted keys; from format 3 on, the hash includes the format."""
     text = json.dumps(plan if form < 3 else {"format": form, "plan": plan}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

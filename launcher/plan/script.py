@@ -1,4 +1,4 @@
-"""The plan of a script of the user's own: its world, batch, length, learning rate and DeepSpeed JSON. Pure."""
+"""The plan of a user's script: its world, batch, length, learning rate and DeepSpeed JSON. Pure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from launcher.plan.batch import KEYS, BatchSizes, resolve_batch
 from launcher.plan.decisions import decisions_of
 from launcher.plan.facts import ModelFacts
 from launcher.plan.inputs import PlanInputs
-from launcher.plan.learning_rate import Decided, kept_or_generated
+from launcher.plan.learning_rate import LearningRateDecision, decide_schedule
 from launcher.plan.resolve import changes_of
 from launcher.plan.schema import LearningRate, Length, Plan, Reason, Script
 from launcher.schedule.advice import Situation
@@ -40,12 +40,12 @@ _UNUSED = (
     *("model.attn_implementation", "model.freeze", "model.gradient_checkpointing", "model.liger"),
     *("model.sequence_parallel_size", "model.torch_compile"),
 )
-"""Keys, and beginnings of keys, that decide nothing in a script."""
+"""Prefixes of keys that have no effect on a script."""
 _NEAR_THE_PEAK = 0.9
 
 
 def resolve_script(inputs: PlanInputs[ScriptJob], model: ModelFacts | None, folder: str) -> Plan:
-    """The plan of a job's script, which is run in `folder`. `model` is the one that the job names, measured.
+    """The plan of a job's script, which runs in `folder`. `model` is measured from the model that the job names.
 
     Raises RequestError.
     """
@@ -53,7 +53,7 @@ def resolve_script(inputs: PlanInputs[ScriptJob], model: ModelFacts | None, fold
     job, user = inputs.job, inputs.ds_config
     batch = _batch(inputs)
     length = _length(job, batch.train_batch_size)
-    decided = _decided(inputs, model, length, shape)
+    decided = _decide_lr(inputs, model, length, shape)
     composed = _composed(inputs, model, batch, length, decided)
     return Plan(
         launcher=__version__,
@@ -66,7 +66,7 @@ def resolve_script(inputs: PlanInputs[ScriptJob], model: ModelFacts | None, fold
         train_micro_batch_size_per_gpu=batch.train_micro_batch_size_per_gpu,
         gradient_accumulation_steps=batch.gradient_accumulation_steps,
         length=length,
-        learning_rate=_as_driven(decided.learning_rate, composed.config, length.total_updates),
+        learning_rate=_as_stepped(decided.learning_rate, composed.config, length.total_updates),
         ds_config=composed.config,
         ds_config_changes=changes_of(composed),
         warnings=tuple(_warnings(inputs, decided.learning_rate, composed.config, length)),
@@ -74,18 +74,18 @@ def resolve_script(inputs: PlanInputs[ScriptJob], model: ModelFacts | None, fold
 
 
 def check_script_inputs(inputs: PlanInputs[ScriptJob]) -> None:
-    """Raises RequestError for what is wrong whatever the model is."""
+    """Raises RequestError for errors that do not depend on the model."""
     inputs, shape = _with_auto_scheduler(inputs)
     zero_stage(inputs.ds_config)
     length = _length(inputs.job, _batch(inputs).train_batch_size)
     if inputs.job.model is None:
-        _decided(inputs, None, length, shape)
+        _decide_lr(inputs, None, length, shape)
 
 
-def pairing(plan: Plan) -> dict[str, str]:
-    """The plan's numbers under the names that transformers' TrainingArguments have for them, as text.
+def trainer_arguments(plan: Plan) -> dict[str, str]:
+    """The plan's numbers as text, by their names in transformers' TrainingArguments.
 
-    These are what a Trainer compares with its DeepSpeed JSON, and refuses where they differ; with `max_steps`.
+    These are the numbers that a Trainer compares with its DeepSpeed JSON (it fails if they differ), and `max_steps`.
     """
     config = plan.ds_config
     optimizer, scheduler = (config.get(name, {}).get("params", {}) for name in ("optimizer", "scheduler"))
@@ -108,37 +108,37 @@ def pairing(plan: Plan) -> dict[str, str]:
     return {name: str(value) for name, value in values.items() if value is not None}
 
 
-def filled_arguments(plan: Plan, script: Script, places: Mapping[str, str]) -> list[str]:
-    """The arguments of the plan's script with the plan's numbers and `places` (name: path) in them.
+def fill_arguments(plan: Plan, script: Script, paths: Mapping[str, str]) -> list[str]:
+    """The arguments of the plan's script, with the plan's numbers and `paths` (name: path) filled in.
 
-    {trainer_args} by itself becomes all of `pairing` as options, and {learning_rate} and so on one number each. What
-    else stands in braces is the script's own.
+    The argument {trainer_args} becomes all `trainer_arguments` as options; {learning_rate} and so on become one number.
+    Other text in braces does not change.
     """
-    numbers, found = pairing(plan), []
+    numbers, arguments = trainer_arguments(plan), []
     for argument in script.arguments:
         if argument == "{trainer_args}":
-            found += [text for name, value in numbers.items() for text in (f"--{name}", value)]
+            arguments += [text for name, value in numbers.items() for text in (f"--{name}", value)]
         else:
-            found.append(filled(argument, {**numbers, **places}))
-    return found
+            arguments.append(fill_placeholders(argument, {**numbers, **paths}))
+    return arguments
 
 
-def filled(text: str, values: Mapping[str, str]) -> str:
-    """`text` with each value in the place of its {name}."""
+def fill_placeholders(text: str, values: Mapping[str, str]) -> str:
+    """`text` with each {name} replaced by its value."""
     for name, value in values.items():
         text = text.replace(f"{{{name}}}", value)
     return text
 
 
 def _batch(inputs: PlanInputs[ScriptJob]) -> BatchSizes:
-    """The three sizes. Raises RequestError where the micro-batch, which is the script's, is not said."""
+    """The three sizes. Raises RequestError if the micro-batch, which the script decides, is not set."""
     given, (batch, micro, accumulation) = inputs.given_batch, KEYS
     if micro not in given:
         raise RequestError(
             Problem(
-                "the micro-batch is what the script's own data loader yields, so it must be said here",
+                "the script's own data loader decides the micro-batch, so it must be set here",
                 key=f"train.{micro}",
-                hint="for example 4; in the script's arguments {per_device_train_batch_size} passes it on",
+                hint="for example 4; {per_device_train_batch_size} in the script's arguments becomes this number",
             )
         )
     if batch not in given:
@@ -149,10 +149,14 @@ def _batch(inputs: PlanInputs[ScriptJob]) -> BatchSizes:
 def _length(job: ScriptJob, batch: int) -> Length:
     train = job.train
     if train.max_steps is None and train.total_samples is None:
-        found = "epochs of a script's own data are not known" if train.num_train_epochs else "it must be said"
-        hint = "train.max_steps (updates) or train.total_samples, which is divided by the batch"
+        message = (
+            "the launcher does not know a script's epochs"
+            if train.num_train_epochs
+            else "the length of the run is not set"
+        )
+        hint = "set train.max_steps (updates) or train.total_samples (sequences)"
         key = "train.num_train_epochs" if train.num_train_epochs else "train"
-        raise RequestError(Problem(f"how long the script trains: {found}", key=key, hint=hint))
+        raise RequestError(Problem(message, key=key, hint=hint))
     updates = train.max_steps or math.ceil((train.total_samples or 0) / batch)
     samples = updates * batch
     return Length(
@@ -165,9 +169,9 @@ def _length(job: ScriptJob, batch: int) -> Length:
 
 
 def _with_auto_scheduler(inputs: PlanInputs[ScriptJob]) -> tuple[PlanInputs[ScriptJob], str | None]:
-    """A scheduler whose parameters are all "auto" is left to the plan, but for its shape; None where there is none.
+    """The inputs, with a scheduler whose params are all "auto" replaced by "auto"; and its shape, else None.
 
-    That is how transformers' examples are written, for a Trainer to fill in.
+    transformers' examples have such schedulers, which a Trainer fills in.
     """
     user = inputs.ds_config
     written = auto_scheduler(user)
@@ -177,10 +181,12 @@ def _with_auto_scheduler(inputs: PlanInputs[ScriptJob]) -> tuple[PlanInputs[Scri
     return inputs.with_ds_config(replace(user, data={**user.data, "scheduler": "auto"})), shape
 
 
-def _decided(inputs: PlanInputs[ScriptJob], model: ModelFacts | None, length: Length, shape: str | None) -> Decided:
-    """The rate under the script's JSON, which may name the `shape`.
+def _decide_lr(
+    inputs: PlanInputs[ScriptJob], model: ModelFacts | None, length: Length, shape: str | None
+) -> LearningRateDecision:
+    """The learning rate under the script's JSON, which may set the `shape`.
 
-    Raises RequestError for what only an object of the launcher's could do.
+    Raises RequestError for a schedule that DeepSpeed's own schedulers cannot produce.
     """
     job = inputs.job
     _check_shape(job)
@@ -191,7 +197,7 @@ def _decided(inputs: PlanInputs[ScriptJob], model: ModelFacts | None, length: Le
         _check_peak(job, inputs.ds_config)
     lora = job.model is not None and job.model.lora is not None
     situation = Situation(
-        # Where the model is not known the peak is the user's, and the warm-up that of a small model.
+        # Without a model the user sets the peak, and the warm-up is that of a small model.
         parameters=model.parameters if model else 1,
         method="lora" if lora else "full",
         tokens_per_update=None,
@@ -200,7 +206,7 @@ def _decided(inputs: PlanInputs[ScriptJob], model: ModelFacts | None, length: Le
         beta2=job.train.betas[1],
         task=job.schedule.task,
     )
-    return kept_or_generated(inputs, situation, limited=model is not None)
+    return decide_schedule(inputs, situation, limited=model is not None)
 
 
 def _check_shape(job: ScriptJob) -> None:
@@ -208,9 +214,9 @@ def _check_shape(job: ScriptJob) -> None:
     if shape != "auto" and shape not in DEEPSPEED_TYPES:
         raise RequestError(
             Problem(
-                f"DeepSpeed has no class for {shape}, and a script has its schedule from the DeepSpeed JSON",
+                f"DeepSpeed has no scheduler for {shape}, and a script uses the scheduler of the DeepSpeed JSON",
                 key="schedule.shape",
-                hint=f"one of {', '.join(DEEPSPEED_TYPES)}",
+                hint=f"use one of {', '.join(DEEPSPEED_TYPES)}",
             )
         )
 
@@ -220,15 +226,19 @@ def _check_peak(job: ScriptJob, user: DsConfig) -> None:
     if job.schedule.peak_lr == "auto" and written is None and scheduler_of(user) is None:
         raise RequestError(
             Problem(
-                "the rate is advised from the model's size, and the job names no model",
+                "the advised learning rate depends on the model's size, but the job names no model",
                 key="schedule.peak_lr",
-                hint="give the rate, or model.name_or_path, which is measured and not trained",
+                hint="set it, or set model.name_or_path: that model is measured, not trained",
             )
         )
 
 
 def _composed(
-    inputs: PlanInputs[ScriptJob], model: ModelFacts | None, batch: BatchSizes, length: Length, decided: Decided
+    inputs: PlanInputs[ScriptJob],
+    model: ModelFacts | None,
+    batch: BatchSizes,
+    length: Length,
+    decided: LearningRateDecision,
 ) -> Composed:
     user, dropped = (inputs.ds_config, ()) if model else _without_sizes(inputs.ds_config)
     composed = compose(
@@ -248,7 +258,7 @@ def _composed(
 
 
 def _without_sizes(user: DsConfig) -> tuple[DsConfig, Sequence[Change]]:
-    """The JSON without the "auto" that only a model's hidden size could fill."""
+    """The JSON without each "auto" that depends on a model's hidden size."""
     data = copy.deepcopy(user.data)
     block = data.get("zero_optimization")
     block = block if isinstance(block, dict) else {}
@@ -256,52 +266,56 @@ def _without_sizes(user: DsConfig) -> tuple[DsConfig, Sequence[Change]]:
     names = [name for name in written if block.get(name) == "auto"]
     for name in names:
         del block[name]
-    reason = "left to DeepSpeed's default: the job names no model whose hidden size would fill it"
+    reason = "left to DeepSpeed's default: it depends on the hidden size, and the job names no model"
     changes = [Change(f"zero_optimization.{name}", "auto", None, reason) for name in names]
     return replace(user, data=data), changes
 
 
-def _as_driven(rate: LearningRate, config: Mapping[str, Any], updates: int) -> LearningRate:
-    """The rate as a script's engine drives it, which does not skip the update that DeepSpeed spends at the start."""
-    if rate.schedule is None:
-        return rate
+def _as_stepped(learning_rate: LearningRate, config: Mapping[str, Any], updates: int) -> LearningRate:
+    """The learning rate as a script's engine steps it: without the launcher's advance by one step at the start."""
+    if learning_rate.schedule is None:
+        return learning_rate
     scheduler, lr = config["scheduler"], config["optimizer"]["params"]["lr"]
-    told = deepspeed_warnings(scheduler["type"], scheduler["params"], lr, updates)
-    reasons = tuple(Reason(choice="scheduler", value=scheduler["type"], reason=sentence) for sentence in told)
-    return rate.model_copy(update={"advance": 0, "reasons": (*rate.reasons, *reasons)})
+    sentences = deepspeed_warnings(scheduler["type"], scheduler["params"], lr, updates)
+    reasons = tuple(Reason(choice="scheduler", value=scheduler["type"], reason=sentence) for sentence in sentences)
+    return learning_rate.model_copy(update={"advance": 0, "reasons": (*learning_rate.reasons, *reasons)})
 
 
 def _warnings(
-    inputs: PlanInputs[ScriptJob], rate: LearningRate, config: Mapping[str, Any], length: Length
+    inputs: PlanInputs[ScriptJob], learning_rate: LearningRate, config: Mapping[str, Any], length: Length
 ) -> list[str]:
-    told = []
+    warnings = []
     if unused := _unused(inputs):
-        told.append(f"not used, since the script does it its own way: {', '.join(unused)}")
+        warnings.append(f"not used, because the script does this itself: {', '.join(unused)}")
     if length.refilled_samples:
-        told.append(f"the last update is made whole with {length.refilled_samples} samples beyond train.total_samples")
+        warnings.append(
+            f"the last update is filled up with {length.refilled_samples} samples beyond train.total_samples"
+        )
     scheduler = config.get("scheduler")
     if scheduler is not None and any("{trainer_args}" in argument for argument in inputs.job.script.command):
-        told += _two_peaks(scheduler["params"].get("warmup_max_lr"), config["optimizer"]["params"]["lr"])
+        warnings += _two_peaks(scheduler["params"].get("warmup_max_lr"), config["optimizer"]["params"]["lr"])
     if scheduler is not None:
         curve = replica(scheduler["type"], scheduler["params"], config["optimizer"]["params"]["lr"])
         highest = max(curve.lr_after(update) for update in range(length.total_updates))
-        if highest < _NEAR_THE_PEAK * rate.peak_lr:
-            told.append(
-                f"the peak of {rate.peak_lr:g} is not reached in {length.total_updates} updates: {highest:g} is"
+        if highest < _NEAR_THE_PEAK * learning_rate.peak_lr:
+            warnings.append(
+                f"the peak of {learning_rate.peak_lr:g} is not reached in {length.total_updates} updates; the highest "
+                f"learning rate is {highest:g}"
             )
-    return told
+    return warnings
 
 
 def _two_peaks(highest: float | None, lr: float) -> list[str]:
-    """A Trainer compares its one learning_rate with both of them."""
+    """A warning if the peaks differ: a Trainer compares its learning_rate with both."""
     if highest is None or highest == lr:
         return []
     return [
-        f"{{trainer_args}} says --learning_rate {lr}, which is optimizer.params.lr, and scheduler.params.warmup_max_lr "
-        f"is {highest}: a transformers Trainer compares its rate with both, and will not start. Make them the same."
+        f"{{trainer_args}} contains --learning_rate {lr}, the value of optimizer.params.lr, but "
+        f"scheduler.params.warmup_max_lr is {highest}: a transformers Trainer compares its learning rate with both and "
+        f"fails. Make them equal."
     ]
 
 
 def _unused(inputs: PlanInputs[ScriptJob]) -> list[str]:
-    """The keys that the user set and that a script does not heed."""
+    """The keys that the user set and that have no effect on a script."""
     return sorted(key for key in inputs.explicit if key.startswith(_UNUSED))

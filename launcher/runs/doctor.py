@@ -23,7 +23,7 @@ from launcher.runs.reach import check_reach
 def examine_job(loaded: LoadedJob) -> None:
     """Places the nodes of a job and prints what they are. Raises RequestError, or RunFailed for an unfit node."""
     inputs = check_job(loaded).inputs
-    with loaded.placing():
+    with loaded.locate_errors():
         _check_not_for_slurm(loaded)
         check_reach(loaded.job, inputs.machine)
     examine(inputs)

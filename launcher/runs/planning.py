@@ -19,7 +19,7 @@ from launcher.job import AnyJob, Job, LoadedJob, ScriptJob
 from launcher.job.user_path import user_path
 from launcher.plan.facts import MachineFacts, ModelFacts
 from launcher.plan.inputs import PlanInputs, is_script, is_training, plan_inputs
-from launcher.plan.preset import IN_ORDER, recommend
+from launcher.plan.preset import PRESETS_IN_ORDER, recommend
 from launcher.plan.resolve import check_inputs, resolve
 from launcher.plan.schema import Plan
 from launcher.plan.script import check_script_inputs, resolve_script
@@ -49,7 +49,7 @@ def check_job(
 
     `kept_micro_batch` is that of the run that the job resumes. Raises RequestError with the file and line of each key.
     """
-    with loaded.placing():
+    with loaded.locate_errors():
         job, here = loaded.job, machine or measure_machine()
         if isinstance(job, ScriptJob) and job.deepspeed == AUTO:
             found = "a preset is chosen by the memory that model and data take, and those are the script's own"
@@ -78,7 +78,7 @@ def make_plan(
     `deepspeed: auto` in the run that the job resumes. Raises RequestError.
     """
     checked = check_job(job) if isinstance(job, LoadedJob) else job
-    with checked.loaded.placing():
+    with checked.loaded.locate_errors():
         inputs = checked.inputs
         if is_script(inputs):
             return _with_notes(
@@ -88,7 +88,7 @@ def make_plan(
         prepared = prepare(inputs.job, on_progress, log)
         if inputs.job.deepspeed != AUTO:
             return _with_notes(resolve(inputs, prepared.model, prepared.data), checked)
-        presets = {name: _preset(name) for name in IN_ORDER}
+        presets = {name: _preset(name) for name in PRESETS_IN_ORDER}
         chosen = recommend(inputs, presets, prepared.model, prepared.data, kept=preset)
         plan = resolve(inputs.with_ds_config(presets[chosen.preset]), prepared.model, prepared.data)
         reason = f"deepspeed: auto takes {chosen.preset}: {chosen.reason}"
@@ -147,7 +147,7 @@ def load_ds_config(loaded: LoadedJob) -> DsConfig:
     if path.is_file():
         return read_ds_config(path)
     if named == AUTO:
-        return _preset(IN_ORDER[0])
+        return _preset(PRESETS_IN_ORDER[0])
     if named in preset_names():
         return _preset(named)
     match = nearest(path.stem, preset_names())

@@ -13,8 +13,8 @@ from launcher.job import AnyJob, LoadedJob, validate_job
 from launcher.job.read import apply_overrides
 from launcher.job.schema import LENGTHS
 from launcher.plan.batch import KEYS
-from launcher.plan.checkpoint_conversion import must_convert, ranks_known, refuse_other_state
-from launcher.plan.resume import Start, continued
+from launcher.plan.checkpoint_conversion import check_same_kind_of_state, expected_ranks, must_convert
+from launcher.plan.resume import Start, resumed_plan
 from launcher.plan.schema import Plan
 from launcher.run_dir import DamagedCheckpoint, RunDir
 from launcher.runs.checkpoints import Saved, newest_saved
@@ -83,7 +83,7 @@ def job_of_rest(directory: RunDir, overrides: Sequence[str]) -> LoadedJob:
     """The job of the rest of a run under the overrides. Raises RequestError as `rest_of` does."""
     rest = rest_as_planned(directory)
     loaded, _ = _job_with(rest.plan, overrides)
-    if ranks := ranks_known(rest.plan, loaded.job.cluster):
+    if ranks := expected_ranks(rest.plan, loaded.job.cluster):
         must_convert(rest.plan, rest.saved.world_size, ranks)
     return loaded
 
@@ -94,9 +94,9 @@ def _changed(rest: Rest, overrides: Sequence[str], console: RunConsole) -> Rest:
     loaded, keys = _job_with(old, overrides)
     checked = check_job(loaded, kept_micro_batch=old.train_micro_batch_size_per_gpu)
     new = make_plan(checked, on_progress=console.prepare, preset=_preset_of(old, loaded.job))
-    refuse_other_state(old, new)
+    check_same_kind_of_state(old, new)
     new_schedule = any(_changes_curve(key) for key in keys)
-    plan = continued(old, new, start.update, start.samples, new_schedule=new_schedule)
+    plan = resumed_plan(old, new, start.update, start.samples, new_schedule=new_schedule)
     assert plan.resumed is not None
     convert = must_convert(old, rest.saved.world_size, plan.world.size)
     return replace(

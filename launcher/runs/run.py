@@ -38,7 +38,7 @@ def run(job: LoadedJob, *, console: RunConsole | None = None) -> RunResult:
 def check_to_run(loaded: LoadedJob) -> CheckedJob:
     """A job that can be run from here. Raises RequestError."""
     checked = check_job(loaded)
-    with loaded.placing():
+    with loaded.locate_errors():
         if isinstance(loaded.job, ScriptJob):
             check_script(loaded.job)
         check_reach(loaded.job, checked.inputs.machine)
@@ -47,7 +47,7 @@ def check_to_run(loaded: LoadedJob) -> CheckedJob:
 
 def run_checked(checked: CheckedJob, directory: RunDir, console: RunConsole) -> RunResult:
     """Runs a checked job in a new run directory, whose lock the caller holds. Raises as `run` does."""
-    with console.closing(), checked.loaded.placing(), interruptible(console, directory) as interrupts:
+    with console.closing(), checked.loaded.locate_errors(), interruptible(console, directory) as interrupts:
         plan = _planned(checked, directory, console)
         return carry_out(plan, directory.plan_file, directory, console, None, interrupts)
 

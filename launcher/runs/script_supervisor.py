@@ -14,10 +14,10 @@ from launcher.fleet.environment import rank_environment
 from launcher.fleet.failures import first_failure
 from launcher.fleet.nodes import Node
 from launcher.fleet.run_script import STOP_GRACE_SECONDS
-from launcher.plan.learning_rate import planned_rates
+from launcher.plan.learning_rate import planned_lrs
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan, Script
-from launcher.plan.script import filled, filled_arguments
+from launcher.plan.script import fill_arguments, fill_placeholders
 from launcher.run_dir import RunDir
 from launcher.runs.outcome import Outcome
 from launcher.runs.supervisor import Console, Supervisor
@@ -38,7 +38,7 @@ class ScriptSupervisor(Supervisor):
         self.script = script
         self.updates: int | None = None
         self._rendezvous: dict[str, str] = {}
-        self._planned, self._other_rate_told = planned_rates(plan), False
+        self._planned, self._other_rate_told = planned_lrs(plan), False
 
     def start(self, start: Start | None) -> None:
         del start
@@ -95,7 +95,7 @@ class ScriptSupervisor(Supervisor):
         self.nodes.check_visible([str(self.plan_file), script.folder, *file])
 
     def _task(self, node_rank: int, node: Node) -> NodeTask:
-        arguments = filled_arguments(self.plan, self.script, self._places())
+        arguments = fill_arguments(self.plan, self.script, self._places())
         folder = self.script.folder
         return replace(super()._task(node_rank, node), arguments=(*LEASH, folder, *arguments))
 
@@ -103,7 +103,7 @@ class ScriptSupervisor(Supervisor):
         return {"ds_config": str(self.run_dir.ds_config_file), "run_dir": str(self.run_dir.path)}
 
     def _environment(self, node: Node) -> dict[str, str]:
-        users = {name: filled(value, self._places()) for name, value in self.plan.job.cluster.env.items()}
+        users = {name: fill_placeholders(value, self._places()) for name, value in self.plan.job.cluster.env.items()}
         settings = rank_environment(self.plan.world, node.interface, os.environ, users, script=True)
         if "HF_HUB_OFFLINE" not in {**os.environ, **users}:
             # What the script needs was not fetched beforehand.

@@ -112,7 +112,7 @@ def _job_and_allocation(
     job_file: Path, overrides: Sequence[str], command: Sequence[str] | None
 ) -> tuple[AnyJob, Allocation]:
     loaded = load_job(job_file, *overrides, command=command)
-    with loaded.placing():
+    with loaded.locate_errors():
         return loaded.job, read_allocation(os.environ)
 
 
@@ -151,7 +151,7 @@ def _on_a_ray(
 
 def _checked(loaded: LoadedJob, allocation: Allocation) -> CheckedJob:
     machine = measure_machine()
-    with loaded.placing():
+    with loaded.locate_errors():
         _check_allocation(loaded.job, allocation, machine)
         if isinstance(loaded.job, ScriptJob):
             check_script(loaded.job)

@@ -72,7 +72,7 @@ def to_slurm(submission: Submission, loaded: LoadedJob) -> None:
     from launcher.slurm.options import gpus_per_node
     from launcher.slurm.submit import describe_submission, read_templates, slurm_request, submit_context, submit_request
 
-    with loaded.placing():
+    with loaded.locate_errors():
         messages = Console(stderr=True, highlight=False, soft_wrap=True)
         job = loaded.job
         cluster = job.cluster.model_copy(update={"gpus_per_node": gpus_per_node(job)})
@@ -109,7 +109,7 @@ def to_ray(submission: Submission, loaded: LoadedJob, address: str | None, *, fo
     if isinstance(job, ScriptJob):
         hint = "ray job submit … -- launcher exec JOB.YAML -- SCRIPT [ARGUMENT]..."
         raise RequestError(Problem("a script is for Slurm, and the job is submitted to Ray", hint=hint))
-    with loaded.placing():
+    with loaded.locate_errors():
         where = dashboard_address(address, os.environ)
         request = ray_request(job, submission.path.absolute(), submission.overrides, where, Path.cwd())
         _check_uploaded(job)

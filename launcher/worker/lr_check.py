@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from launcher.errors import FailureCode, RunFailed
-from launcher.plan.learning_rate import planned_rates
+from launcher.plan.learning_rate import planned_lrs
 from launcher.plan.schema import Plan
 from launcher.worker.ranks import Ranks
 
@@ -52,11 +52,11 @@ class LRCheck:
     def __init__(self, ranks: Ranks, plan: Plan, hosts: Sequence[str]) -> None:
         self._ranks, self._hosts = ranks, hosts
         self._every = plan.job.schedule.check_every
-        self._planned = planned_rates(plan)
+        self._planned = planned_lrs(plan)
 
     def follow(self, plan: Plan) -> None:
         """Continues with a revision of the plan."""
-        self._planned = planned_rates(plan)
+        self._planned = planned_lrs(plan)
 
     def check(self, engine: Any, update: int) -> float:
         """Returns the learning rate of `update`, which every parameter group must have.

@@ -154,7 +154,7 @@ def test_two_and_three_nodes_at_once_learn_what_one_node_does(slurm: Slurm, shar
         assert not run.cluster.exists()
     begun, over = zip(*(span(run) for run in (run_two, run_three)), strict=True)
     assert max(begun) < min(over), "they ran side by side"
-    assert [path.name for path in (shared / "runs").iterdir() if path.name.endswith(".refusals")] == []
+    assert [path.name for path in (shared / "runs").iterdir() if path.name.endswith(".startup-errors")] == []
     assert of_launcher(hosts) == []
     for host in hosts.names:
         left = hosts.run(host, ["ls", "/tmp"]).stdout.split()
@@ -231,7 +231,7 @@ def test_a_run_is_cancelled_from_a_login_node_and_requeued_goes_on(slurm: Slurm,
     # The signal that comes before the time limit: to the batch script alone.
     hosts.run("ctl", ["scancel", "--batch", "--signal=USR1", job])
     state, output = ended(hosts, shared, job)
-    assert f"going on after update {made}" in output
+    assert f"resuming after update {made}" in output
     made = len(run.metrics())
     assert run.complete_checkpoints()[-1] == made
     assert f"sbatch SCRIPT --resume {path}" in " ".join(output.split())

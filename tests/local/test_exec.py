@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 
-from launcher.plan.learning_rate import planned_rates
+from launcher.plan.learning_rate import planned_lrs
 from launcher.plan.schema import Plan, Script
 from launcher.run_dir import RunDir
 from tests.local.processes import Command, a_ray, run_folder, state_of
@@ -90,7 +90,7 @@ def test_the_rates_that_a_trainer_logs_are_the_plans(execute, tmp_path):
     run, plan = finished(command, tmp_path)
     state = json.loads((run.path / "out/trainer_state.json").read_text())
     logged = {line["step"]: line["learning_rate"] for line in state["log_history"] if "learning_rate" in line}
-    rate = planned_rates(plan)
+    rate = planned_lrs(plan)
     # What a Trainer logs after step n is the rate of the update that comes next, whose number from 0 is n.
     assert logged == {step: rate(step) for step in range(1, UPDATES + 1)}
     assert max(logged.values()) == 1e-3
@@ -107,7 +107,7 @@ def test_an_accelerate_script_takes_optimizer_and_schedule_from_the_json(execute
         env=env,
     )
     run, plan = finished(command, tmp_path)
-    log, rate = rank_log(run, 0), planned_rates(plan)
+    log, rate = rank_log(run, 0), planned_lrs(plan)
     assert "prepared: DEEPSPEED, 2 processes" in log
     made = [float(found) for found in re.findall(r" lr (\S+) loss ", log)]
     assert made == [rate(update) for update in range(UPDATES)]
@@ -125,7 +125,7 @@ def test_the_example_a_plain_deepspeed_script_reports_the_planned_rates(shared_r
     run, plan = finished(command, tmp_path)
     updates = plan.length.total_updates
     assert f"finished after {updates} updates" in command.output
-    rate, lines = planned_rates(plan), run.metrics()
+    rate, lines = planned_lrs(plan), run.metrics()
     assert [(line["update"], line["lr"]) for line in lines] == [(update, rate(update)) for update in range(updates)]
     assert [line["samples"] for line in lines] == [8 * (update + 1) for update in range(updates)]
     losses = [line["loss"] for line in lines]

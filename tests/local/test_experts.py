@@ -125,7 +125,7 @@ def test_the_plan_names_the_coefficient_or_notes_that_there_is_no_balance_loss(t
 
 def test_ranks_cannot_share_sequences_that_have_a_balance_loss(job_dict: dict, tmp_path: Path) -> None:
     folder = save_mixtral(tmp_path, asked=True)
-    with pytest.raises(RequestError, match="balance loss of the experts' routers"):
+    with pytest.raises(RequestError, match="the routers' load-balancing loss"):
         plan_of(merged(job_dict, model={"name_or_path": str(folder), "sequence_parallel_size": 2}))
 
 

@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from launcher.fleet.failures import first_failure
-from launcher.plan.learning_rate import planned_rates
+from launcher.plan.learning_rate import planned_lrs
 from tests.local.harness import fine_tuned, logs, merged, plan_of, run_directory, run_ranks
 
 pytestmark = pytest.mark.local
@@ -43,7 +43,7 @@ def test_a_plan_file_that_was_edited_is_refused(job_dict, tmp_path):
     run.plan_file.write_text(json.dumps(document))
     events = run_ranks(plan, run)
     failure = first_failure(events)
-    assert "plan.json was altered" in failure.error and failure.code == "plan_damaged"
+    assert "plan.json was changed" in failure.error and failure.code == "plan_damaged"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_scheduler_that_leaves_the_plan_in_mid_run_stops_it(job_dict, tmp_path
     assert any(words in message for message in messages), (messages, logs(run))
     assert first_failure(events).code == "out_of_step"
     # Nothing was made at a wrong rate on the rank that is right, and the run did not go on.
-    planned = planned_rates(plan)
+    planned = planned_lrs(plan)
     assert [line["lr"] for line in run.metrics()] == [planned(u) for u in range(len(run.metrics()))]
     assert 5 <= len(run.metrics()) <= 6
 
@@ -82,7 +82,7 @@ def test_other_shapes_run_at_its_planned_rates(job_dict, tmp_path, shape):
     schedule = {"shape": shape, "warmup": 3, "peak_lr": 1e-3, **options}
     plan = plan_of(merged(job_dict, train={"max_steps": 12}, schedule=schedule, cluster={"processes_per_node": 1}))
     run = fine_tuned(plan, tmp_path)
-    planned = planned_rates(plan)
+    planned = planned_lrs(plan)
     rates = [line["lr"] for line in run.metrics()]
     assert rates == [planned(u) for u in range(12)]
     assert max(rates) == pytest.approx(1e-3, rel=0.1)

@@ -71,7 +71,7 @@ def test_adapters_go_on_under_zero_3_on_one_rank_and_with_less_memory(job_dict, 
     overrides = ("cluster.processes_per_node=1", "model.gradient_checkpointing=true")
     command = Command("resume", str(other.path), *overrides, folder=tmp_path)
     assert command.wait() == 0, command.output
-    assert f"going on after update {SAVED} of {UPDATES}" in command.output
+    assert f"resuming after update {SAVED} of {UPDATES}" in command.output
     alone = Plan.from_json(other.plan_revisions()[-1].read_text())
     assert (alone.world.size, alone.gradient_accumulation_steps) == (1, 2)
     assert alone.job.model.gradient_checkpointing

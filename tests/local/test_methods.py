@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.errors import RequestError
 from launcher.job.schema import ModelSection
-from launcher.plan.learning_rate import planned_rates
+from launcher.plan.learning_rate import planned_lrs
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.prepare.model_sizes import whole_attention
@@ -85,7 +85,7 @@ def plainly_trained(plan: Plan) -> list[float]:
     parts = [[p for p in model.parameters() if p.requires_grad and (p.dim() > 1) == large] for large in (True, False)]
     groups = [{"params": parts[0], "weight_decay": 0.1}, {"params": parts[1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, eps=1e-8)
-    rates, losses = planned_rates(plan), []
+    rates, losses = planned_lrs(plan), []
     for batch in batches(plan, range(UPDATES)):
         for group in optimizer.param_groups:
             group["lr"] = rates(batch.update)

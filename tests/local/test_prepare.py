@@ -410,7 +410,7 @@ def test_the_measured_model_is_the_real_one(job: Job, tiny_model: Path) -> None:
 def test_a_contradiction_with_the_model_is_told_before_tokenising(job: Job, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="4096 is more than the 128 positions") as caught:
         prepare(with_data(job, max_length=4096), lambda _: None)
-    assert caught.value.problems[0].hint == "at most 128"
+    assert caught.value.problems[0].hint == "use at most 128"
     assert not (tmp_path / "cache/data").exists()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from launcher.plan.learning_rate import planned_rates
+from launcher.plan.learning_rate import planned_lrs
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
 from tests.local.harness import fine_tuned, merged, plan_of, run_directory, run_ranks
@@ -76,9 +76,9 @@ def test_another_batch_keeps_the_rate_where_it_was_for_the_samples_seen(job_dict
     assert abs(first["update"] - made * 8 / batch) <= 0.5
     assert first["samples"] == made * 8 + batch
     # A larger batch counts fewer updates, so that the rate is met within what it changes by in one of them.
-    assert abs(first["lr"] - planned_rates(plan)(made)) <= 1.01 * plan.learning_rate.peak_lr / (updates - 25)
+    assert abs(first["lr"] - planned_lrs(plan)(made)) <= 1.01 * plan.learning_rate.peak_lr / (updates - 25)
     assert updates * 8 <= lines[-1]["samples"] < updates * 8 + batch
-    planned = planned_rates(new)
+    planned = planned_lrs(new)
     assert [line["lr"] for line in lines[made:]] == [planned(line["update"]) for line in lines[made:]]
     # Updates count anew under a larger batch: the newest checkpoint is the one with the most samples.
     assert run.complete_checkpoints() == [lines[-1]["update"] + 1]
@@ -90,7 +90,7 @@ def test_another_schedule_takes_over_where_the_run_stands(job_dict, tmp_path):
     made = len(run.metrics())
     command = Command("resume", str(run.path), "schedule.peak_lr=2e-4", folder=tmp_path)
     assert command.wait() == 0, command.output
-    planned = planned_rates(resumed_plan(run))
+    planned = planned_lrs(resumed_plan(run))
     lines = run.metrics()
     assert [line["update"] for line in lines] == list(range(UPDATES))
     assert [line["lr"] for line in lines[made:]] == [planned(u) for u in range(made, UPDATES)]
@@ -102,7 +102,7 @@ def test_what_cannot_be_gone_on_with_is_told(job_dict, tmp_path):
     run = half_done(plan, tmp_path)
     for override, words in {
         "train.seed=1": "goes on with the model and the data that it began with",
-        "cluster.processes_per_node=3": "train_batch_size 8 does not divide by world size 3",
+        "cluster.processes_per_node=3": "train_batch_size 8 is not divisible by world size 3",
         "train.max_step=3": "did you mean max_steps?",
     }.items():
         command = Command("resume", str(run.path), override, folder=tmp_path)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from launcher.errors import RequestError
-from launcher.plan.learning_rate import planned_rates
+from launcher.plan.learning_rate import planned_lrs
 from launcher.prepare.universal import make_universal
 from launcher.run_dir import RunDir, universal_folder, write_atomic
 from launcher.runs.console import RunConsole
@@ -149,7 +149,7 @@ def test_muon_follows_a_cosine_and_is_refused_on_other_ranks(job_dict, tmp_path)
     optimizer = {"type": "Muon", "params": {"momentum": 0.9, "torch_adam": True}}
     config = {"zero_optimization": {"stage": 2}, "optimizer": optimizer}
     plan = plan_of(job_with(job_dict, config, schedule={"shape": "cosine"}))
-    planned = planned_rates(plan)
+    planned = planned_lrs(plan)
     plain = {rank: {"TORCHDYNAMO_DISABLE": "1"} for rank in range(2)}
     run = fine_tuned(plan, tmp_path, environments=plain)
     assert column(run, "lr") == [planned(update) for update in range(UPDATES)]

@@ -100,7 +100,7 @@ def test_ctrl_c_twice_stops_at_once_and_leaves_nothing(job_dict, tmp_path):
     command.ranks()[1].suspend()
     command.interrupt()
     # Two signals at once would be taken for one.
-    command.wait_for(lambda: "once more: stop now" in command.output)
+    command.wait_for(lambda: "a second signal stops it now" in command.output)
     command.interrupt()
     assert command.wait() == 130, command.output
     assert command.left_behind() == []

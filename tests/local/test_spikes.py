@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.plan.learning_rate import planned_rates
+from launcher.plan.learning_rate import planned_lrs
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir, read_manifest
@@ -41,7 +41,7 @@ def test_a_spike_lengthens_the_warm_up_once_and_halves_the_rate(job_dict, tmp_pa
     rates = [line["lr"] for line in run.metrics()]
     (revision_file,) = run.plan_revisions()
     revision = Plan.from_json(revision_file.read_text())
-    before, after = planned_rates(plan), planned_rates(revision)
+    before, after = planned_lrs(plan), planned_lrs(revision)
     assert rates == [after(u) for u in range(UPDATES)]
     assert rates[:43] == [before(u) for u in range(43)]
     # WarmupDecayLR's ramp begins at 1/21 of the peak and is at 43/60 of its way; the old curve had begun to fall.
@@ -56,7 +56,7 @@ def test_a_spike_lowers_the_peak_where_asked(job_dict, tmp_path, shape):
     (extended,) = of_kind(run, "warmup_extended")
     assert (extended["update"], extended["warmup_updates"], extended["peak_lr"]) == (43, 60, 1.5e-4)
     (revision_file,) = run.plan_revisions()
-    before, after = planned_rates(plan), planned_rates(Plan.from_json(revision_file.read_text()))
+    before, after = planned_lrs(plan), planned_lrs(Plan.from_json(revision_file.read_text()))
     made = [line["lr"] for line in run.metrics()]
     assert made == [before(u) if u < 43 else after(u) for u in range(UPDATES)]
     assert made[43] < 0.55 * before(43)
@@ -81,13 +81,13 @@ def test_a_changed_schedule_survives_a_resume(job_dict, tmp_path, shape, remedy)
     environment = {"LAUNCHER_PLAN": str(revision_file)}
     events = run_ranks(revision, run, start=start, command=WORKER, environments={0: environment, 1: environment})
     assert [event["code"] for event in events if event["report"] == "exit"] == [0, 0], logs(run)
-    after = planned_rates(revision)
+    after = planned_lrs(revision)
     assert [line["lr"] for line in run.metrics()] == [after(u) for u in range(UPDATES)]
 
 
 def test_a_spike_with_warn_is_told_and_changes_nothing(job_dict, tmp_path):
     plan, run, _ = spiking(job_dict, tmp_path, on_spike="warn")
-    planned = planned_rates(plan)
+    planned = planned_lrs(plan)
     assert [event["update"] for event in of_kind(run, "spike")] == [42]
     assert [line["lr"] for line in run.metrics()] == [planned(u) for u in range(UPDATES)]
     assert run.plan_revisions() == []

@@ -181,7 +181,7 @@ def test_token_ids_beyond_the_embeddings_are_refused(plain: Path, tmp_path: Path
     largest = facts.train.largest_token
     assert largest == max(AutoTokenizer.from_pretrained(plain)("alpha")["input_ids"])
     check_token_ids(facts, model_facts(vocab_size=largest + 1))
-    with pytest.raises(RequestError, match=f"token {largest}, and the model has {largest} embeddings"):
+    with pytest.raises(RequestError, match=f"token {largest}, but the model has {largest} embeddings"):
         check_token_ids(facts, model_facts(vocab_size=largest))
 
 

@@ -1,4 +1,4 @@
-"""Facts, jobs and folders for tests, and the command line in this process: planning without torch."""
+"""Facts, jobs and folders for tests of planning without torch, and commands that run in this process."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def model_facts(**changes: Any) -> ModelFacts:
 
 
 def split_facts(sequences: int = 1000, **changes: Any) -> SplitFacts:
-    """Sequences of 100 tokens, of which 60 are learned."""
+    """A split of sequences with 100 tokens, 60 of them targets."""
     facts: dict[str, Any] = {
         "folder": "/cache/train",
         "rows": sequences,
@@ -87,7 +87,7 @@ def machine_facts(gpus: int = 0, gpu_gib: int = 80, **changes: Any) -> MachineFa
 
 
 def job_of(**sections: Any) -> Job:
-    """A valid job; `sections` replace keys of its sections."""
+    """A valid job; `sections` replace keys in its sections."""
     base: dict[str, Any] = {"name": "tiny", "model": {"name_or_path": "model"}, "data": {"train": "train.jsonl"}}
     for name, value in copy.deepcopy(sections).items():
         mapping = isinstance(value, dict) and name != "deepspeed"
@@ -153,7 +153,7 @@ def command(*arguments: str) -> Ended:
 def as_nobody(folder: Path, *arguments: str) -> Ended:
     """Runs `launcher ARGUMENTS` in a child process as user nobody; needs root.
 
-    In the meantime the folders above `folder` are readable for that user.
+    Makes the folders above `folder` readable for that user while the command runs.
     """
     closed = [each for each in (folder, *folder.parents) if not each.stat().st_mode & 0o005]
     for each in closed:
@@ -182,7 +182,7 @@ cluster: {gpus_per_node: 0, processes_per_node: 4}
 
 
 def write_folder(folder: Path, job: str = JOB) -> None:
-    """Writes a job file, and the model and the data that it names."""
+    """Writes a job file, and the model and data that it names."""
     (folder / "job.yaml").write_text(job)
     (folder / "model").mkdir()
     (folder / "model/config.json").write_text("{}")
@@ -192,7 +192,7 @@ def write_folder(folder: Path, job: str = JOB) -> None:
 
 
 def remember(job_file: Path, overrides: tuple[str, ...], model: ModelFacts, data: DataFacts) -> None:
-    """Writes facts into the job's cache, like a measurement. The job's folder must be the current folder."""
+    """Writes facts into the job's cache as a measurement does. The job's folder must be the current folder."""
     job = load_job(job_file, *overrides).job
     request = Request(job=job, cache=cache_folder(job))
     folder = Path(job.model.name_or_path).resolve()

@@ -1,4 +1,4 @@
-"""The Python API: what `from launcher import …` gives, and that it does what the commands do."""
+"""The Python API: what `from launcher import …` provides, and that it does what the commands do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_every_name_is_there_and_unknown_ones_are_not() -> None:
+def test_every_name_in_all_exists_and_unknown_names_raise() -> None:
     assert all(getattr(launcher, name) is not None for name in launcher.__all__)
     with pytest.raises(AttributeError, match="'launcher' has no attribute 'trian'"):
         launcher.trian  # noqa: B018
@@ -38,7 +38,7 @@ def test_import_launcher_imports_only_the_standard_library() -> None:
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_plan_is_that_of_the_command() -> None:
+def test_make_plan_gives_the_plan_of_the_command() -> None:
     overrides = ("train.max_steps=20", "cluster.processes_per_node=2")
     plan = make_plan(load_job("job.yaml", *overrides))
     assert plan.length.total_updates == 20
@@ -55,15 +55,15 @@ def test_a_job_may_be_a_mapping() -> None:
     assert "train" not in sections
 
 
-def test_an_error_names_the_file_the_line_and_the_key(folder: Path) -> None:
+def test_an_error_names_file_line_and_key(folder: Path) -> None:
     (folder / "job.yaml").write_text((folder / "job.yaml").read_text() + "train:\n  eval_every: 5\n")
-    with pytest.raises(RequestError) as refused:
+    with pytest.raises(RequestError) as caught:
         make_plan(load_job("job.yaml"))
-    (problem,) = refused.value.problems
+    (problem,) = caught.value.problems
     assert (problem.file, problem.line, problem.key) == ("job.yaml", 5, "train.eval_every")
 
 
-def test_a_key_of_an_inline_json_has_its_line_in_the_job_file(folder: Path) -> None:
+def test_a_key_of_an_inline_ds_config_has_its_line_in_the_job_file(folder: Path) -> None:
     job = (folder / "job.yaml").read_text() + "deepspeed:\n  zero_optimization:\n    stage: 7\n"
     (folder / "job.yaml").write_text(job)
     with pytest.raises(RequestError, match=r"^job.yaml:6: deepspeed\.zero_optimization\.stage"):
@@ -78,7 +78,7 @@ def test_a_key_of_an_inline_json_has_its_line_in_the_job_file(folder: Path) -> N
         ("-m package.train", ["-m", "package.train"]),
     ],
 )
-def test_a_script_section_makes_it_a_job_for_a_script(tmp_path: Path, written: str, read: list[str]) -> None:
+def test_a_script_section_makes_a_script_job(tmp_path: Path, written: str, read: list[str]) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(f"script:\n  command: {written}\n")
     job = load_job(path).job
@@ -89,14 +89,14 @@ def test_a_script_section_makes_it_a_job_for_a_script(tmp_path: Path, written: s
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_command_line_makes_any_job_one_for_a_script() -> None:
+def test_a_command_makes_any_job_a_script_job() -> None:
     assert not isinstance(load_job("job.yaml").job, ScriptJob)
     assert isinstance(load_job("job.yaml", command=["train.py"]).job, ScriptJob)
     with pytest.raises(RequestError, match=r"job.yaml: script\.command: no script is named"):
         load_job("job.yaml", command=[])
 
 
-def test_an_open_quote_in_a_command_is_refused(tmp_path: Path) -> None:
+def test_an_unclosed_quote_in_a_command_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text('script:\n  command: "train.py \'two"\n')
     with pytest.raises(RequestError, match=r"job.yaml:2: script\.command: a quote is not closed"):

@@ -75,12 +75,12 @@ HERE = {"deepspeed": "0.19.8", "peft": "0.21.2", "liger-kernel": "0.6.0", "trito
     ("model", "gpus", "lacks", "words"),
     [
         ({"lora": {}}, 0, ("peft",), "pip install peft"),
-        ({"liger": True}, 0, (), "need GPUs; this run is on CPUs"),
+        ({"liger": True}, 0, (), "need GPUs, but this run is on CPUs"),
         ({"liger": True}, 8, ("liger-kernel",), "pip install liger-kernel"),
         ({"torch_compile": True}, 0, ("compiler",), "install g++"),
         ({"torch_compile": True}, 8, ("triton",), "install the triton"),
-        ({"attn_implementation": "flash_attention_2"}, 0, (), "needs GPUs, and this run is on CPUs"),
-        ({"attn_implementation": "flash_attention_2"}, 8, ("flash-attn",), "pip install flash-attn, or leave it out"),
+        ({"attn_implementation": "flash_attention_2"}, 0, (), "needs GPUs, but this run is on CPUs"),
+        ({"attn_implementation": "flash_attention_2"}, 8, ("flash-attn",), "pip install flash-attn, or remove it"),
     ],
 )
 def test_options_that_the_machine_does_not_support_are_refused_before_measuring(model, gpus, lacks, words) -> None:
@@ -102,10 +102,10 @@ def test_options_that_the_machine_does_not_support_are_refused_before_measuring(
 @pytest.mark.parametrize(
     ("model", "key", "words"),
     [
-        ({"lora": {}, "freeze": ["lm_head"]}, "model", "leave freeze out, or lora"),
+        ({"lora": {}, "freeze": ["lm_head"]}, "model", "remove freeze or lora"),
         ({"lora": {"r": 0}}, "model.lora.r", "greater than 0"),
         ({"lora": {"dropout": 1}}, "model.lora.dropout", "less than 1"),
-        ({"lora": {"rank": 8}}, "model.lora.rank", "valid here: r, alpha, dropout, target_modules, merge"),
+        ({"lora": {"rank": 8}}, "model.lora.rank", "valid keys: r, alpha, dropout, target_modules, merge"),
         ({"freeze": "lm_head"}, "model.freeze", "must be a list"),
     ],
 )
@@ -215,10 +215,10 @@ def test_sharing_sequences_reduces_activation_memory() -> None:
     ("size", "changes", "words"),
     [
         (3, {}, "8 ranks cannot be divided into groups of 3"),
-        (4, {"facts": {**SHARING, "whole_attention": False}}, "layers that all attend to everything before"),
-        (4, {"facts": {"whole_attention": True}}, "layers that all attend to everything before"),
+        (4, {"facts": {**SHARING, "whole_attention": False}}, "layers that all attend to all previous tokens"),
+        (4, {"facts": {"whole_attention": True}}, "layers that all attend to all previous tokens"),
         (8, {"facts": {**SHARING, "attention_heads": 12}}, "8 ranks cannot share 12 attention heads"),
-        (8, {"facts": {**SHARING, "attention_heads": 24, "key_value_heads": 6}}, "24 attention heads with 6"),
+        (8, {"facts": {**SHARING, "attention_heads": 24, "key_value_heads": 6}}, "24 attention heads and 6"),
         (2, {"user": {"zero_optimization": {"stage": 3, "reduce_scatter": False}}}, "reduce_scatter: false"),
         (2, {"user": {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}}, "gradients: true"),
     ],

@@ -284,7 +284,7 @@ def test_a_json_that_gives_no_curve_is_refused_in_its_place(
     ("arguments", "says"),
     [
         ((), "a job file, a run directory or a DeepSpeed JSON is needed"),
-        (("missing.yaml",), "there is no such job file"),
+        (("missing.yaml",), "job file not found"),
         (("--deepspeed", "missing.json"), "missing.json: --deepspeed: file not found"),
         (("data",), "so it is not a run directory"),
         (("model/config.json",), "launcher lr --deepspeed model/config.json"),

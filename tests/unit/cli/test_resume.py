@@ -28,7 +28,7 @@ def test_resume_tells_what_is_missing(folder: Path) -> None:
     write_manifest(run.checkpoint(1), update=1, samples=8, world_size=8, plan_sha256=plan.sha256)
     run.plan_file.write_text(run.plan_file.read_text().replace('"seed": 42', '"seed": 43'))
     ended = command("resume", str(run.path))
-    assert (ended.status, "plan.json was altered" in ended.err) == (1, True)
+    assert (ended.status, "plan.json was changed" in ended.err) == (1, True)
     assert "Traceback" not in ended.err
 
 

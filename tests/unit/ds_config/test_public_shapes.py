@@ -12,7 +12,7 @@ from launcher.ds_config.catalogue import load_catalogue
 from launcher.ds_config.lint import lint
 from launcher.ds_config.target import Target
 from launcher.plan.inputs import plan_inputs
-from launcher.plan.learning_rate import planned_rates
+from launcher.plan.learning_rate import planned_lrs
 from launcher.plan.resolve import check_inputs, resolve
 from tests.unit.ds_config.public_shapes import TEMPLATES
 from tests.unit.inputs import data_facts, job_of, machine_facts, model_facts
@@ -46,7 +46,7 @@ def test_a_template_lints_clean_and_can_be_planned(name: str) -> None:
         kept = made.get(path) is value or made.get(path) == value
         assert kept or any(path == key or path.startswith(f"{key}.") for key in changed), path
 
-    lr_at = planned_rates(plan)
+    lr_at = planned_lrs(plan)
     lrs = [lr_at(update) for update in range(100)]
     highest = lrs.index(max(lrs))
     assert made["scheduler.params.warmup_type"] == "linear"

@@ -1,4 +1,4 @@
-"""Bad jobs, each with the words that its message must hold; nothing is started and nothing is left behind."""
+"""Invalid jobs with words that their messages must contain. Nothing starts and no file is left behind."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.unit.inputs import JOB, command, data_facts, model_facts, remember, w
 
 
 @dataclass(frozen=True)
-class Bad:
-    """A job file's text, overrides and extra files, and what the error must say."""
+class InvalidJob:
+    """A job file's text, overrides and extra files, and words of the expected error."""
 
     id: str
-    says: tuple[str, ...] | str
+    expected: tuple[str, ...] | str
     text: str | bytes = JOB
     overrides: tuple[str, ...] = ()
     files: dict[str, str] = field(default_factory=dict)
@@ -26,10 +26,10 @@ class Bad:
 
 @dataclass(frozen=True)
 class Contradiction:
-    """A job that only the measured model or data show to be wrong."""
+    """A job that is invalid only for the measured model or data."""
 
     id: str
-    says: tuple[str, ...] | str
+    expected: tuple[str, ...] | str
     text: str = ""
     model: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
@@ -48,71 +48,77 @@ def with_cluster(value: str) -> str:
 
 
 SHAPE_OF_FILE = [
-    Bad("empty file", ("job.yaml: a job file is a mapping", "found nothing", "launcher init"), text=""),
-    Bad("only comments", ("found nothing", "launcher init"), text="# model:\n# data:\n"),
-    Bad("list at top", ("a job file is a mapping", "found a list"), text="- model\n- data\n"),
-    Bad("one word", ("a job file is a mapping", "found text"), text="fine-tune\n"),
-    Bad(
+    InvalidJob("empty file", ("job.yaml: a job file must be a mapping", "found nothing", "launcher init"), text=""),
+    InvalidJob("only comments", ("found nothing", "launcher init"), text="# model:\n# data:\n"),
+    InvalidJob("list at top", ("a job file must be a mapping", "found a list"), text="- model\n- data\n"),
+    InvalidJob("one word", ("a job file must be a mapping", "found text"), text="fine-tune\n"),
+    InvalidJob(
         "tab",
         ("job.yaml:5: not valid YAML", "'\\t'", "spaces, not tabs"),
         text=JOB + "train:\n\tmax_steps: 3\n",
     ),
-    Bad("brace left open", ("job.yaml:5: not valid YAML", "expected ',' or '}'"), text=JOB + "train: {max_steps: 3\n"),
-    Bad(
-        "quote left open",
+    InvalidJob(
+        "unclosed brace", ("job.yaml:5: not valid YAML", "expected ',' or '}'"), text=JOB + "train: {max_steps: 3\n"
+    ),
+    InvalidJob(
+        "unclosed quote",
         ("job.yaml:5: not valid YAML", "while scanning a quoted scalar"),
         text=JOB + "output_dir: 'runs\n",
     ),
-    Bad("two documents", ("job.yaml:4", "expected a single document"), text=JOB + "---\nname: b\n"),
-    Bad("holds itself", ("job.yaml", "a value holds itself"), text="model: &m {name_or_path: *m}\n"),
-    Bad("no such date", ("job.yaml", "month must be in 1..12", "quotes"), text=JOB + "name: 2026-13-45\n"),
-    Bad("control character", ("job.yaml:4", "U+0007", "remove it"), text=JOB + "name: a\x07b\n"),
-    Bad("not UTF-8", ("job.yaml: not UTF-8 text", "byte 0"), text=b"\xff\xfea: b"),
-    Bad(
-        "duplicated section", ("job.yaml:4: data is given twice", "line 2", "keep one"), text=JOB + "data: {train: x}\n"
+    InvalidJob("two documents", ("job.yaml:4", "expected a single document"), text=JOB + "---\nname: b\n"),
+    InvalidJob("contains itself", ("job.yaml", "a value contains itself"), text="model: &m {name_or_path: *m}\n"),
+    InvalidJob("invalid date", ("job.yaml", "month must be in 1..12", "quotes"), text=JOB + "name: 2026-13-45\n"),
+    InvalidJob("control character", ("job.yaml:4", "U+0007", "remove it"), text=JOB + "name: a\x07b\n"),
+    InvalidJob("not UTF-8", ("job.yaml: not UTF-8 text", "byte 0"), text=b"\xff\xfea: b"),
+    InvalidJob(
+        "duplicated section", ("job.yaml:4: duplicate key data", "line 2", "keep one"), text=JOB + "data: {train: x}\n"
     ),
-    Bad(
+    InvalidJob(
         "duplicated key",
-        ("job.yaml:6: max_steps is given twice", "line 5"),
+        ("job.yaml:6: duplicate key max_steps", "line 5"),
         text=JOB + "train:\n  max_steps: 3\n  max_steps: 4\n",
     ),
-    Bad("python tag", ("job.yaml:4: not valid YAML", "python/object"), text=JOB + "name: !!python/object:os.x {}\n"),
+    InvalidJob(
+        "python tag", ("job.yaml:4: not valid YAML", "python/object"), text=JOB + "name: !!python/object:os.x {}\n"
+    ),
 ]
 
 KEYS = [
-    Bad(
-        "misspelt section", ("job.yaml:4: schedul: there is no such key", "did you mean schedule?"), JOB + "schedul: {}"
-    ),
-    Bad(
+    InvalidJob("misspelt section", ("job.yaml:4: schedul: unknown key", "did you mean schedule?"), JOB + "schedul: {}"),
+    InvalidJob(
         "misspelt key",
-        ("job.yaml:5: train.max_stps: there is no such key", "did you mean max_steps?"),
+        ("job.yaml:5: train.max_stps: unknown key", "did you mean max_steps?"),
         text=JOB + "train:\n  max_stps: 3\n",
     ),
-    Bad(
+    InvalidJob(
         "misspelt key in a list of sections",
-        ("job.yaml:7: schedule.segments.0.kid: there is no such key", "did you mean kind?", "kind: this key is needed"),
+        ("job.yaml:7: schedule.segments.0.kid: unknown key", "did you mean kind?", "kind: this key is required"),
         text=JOB + "schedule:\n  shape: compound\n  segments:\n  - {kid: linear, until: 1.0, to: 0}\n",
     ),
-    Bad("section's key at the top", ("job.yaml:4: seed", "it belongs in train.seed"), text=JOB + "seed: 3\n"),
-    Bad("key in the wrong section", ("train.peak_lr", "belongs in schedule.peak_lr"), JOB + "train: {peak_lr: 1e-5}\n"),
-    Bad("dotted key", ("train.max_steps: there is no such key", "max_steps under train"), JOB + "train.max_steps: 3\n"),
-    Bad("number as a key", ("job.yaml:4: 1: a key must be text, found 1"), text=JOB + "1: 2\n"),
-    Bad("unlike any key", ("train.zzz", "valid here: num_train_epochs, max_steps"), JOB + "train: {zzz: 3}\n"),
-    Bad("no model", ("model: this key is needed", "name_or_path"), text="data: {train: data/train.jsonl}\n"),
-    Bad("no data", ("data: this key is needed", "train, eval"), text="model: {name_or_path: model}\n"),
-    Bad("no training data", ("job.yaml:2: data.train: this key is needed", "jsonl"), with_data("{eval: 0.1}")),
-    Bad("empty section", ("job.yaml:4: train: must be a mapping of keys, found nothing"), text=JOB + "train:\n"),
+    InvalidJob("section's key at the top", ("job.yaml:4: seed", "it belongs in train.seed"), text=JOB + "seed: 3\n"),
+    InvalidJob(
+        "key in the wrong section", ("train.peak_lr", "belongs in schedule.peak_lr"), JOB + "train: {peak_lr: 1e-5}\n"
+    ),
+    InvalidJob("dotted key", ("train.max_steps: unknown key", "max_steps under train"), JOB + "train.max_steps: 3\n"),
+    InvalidJob("number as a key", ("job.yaml:4: 1: a key must be text, found 1"), text=JOB + "1: 2\n"),
+    InvalidJob("unlike any key", ("train.zzz", "valid keys: num_train_epochs, max_steps"), JOB + "train: {zzz: 3}\n"),
+    InvalidJob("no model", ("model: this key is required", "name_or_path"), text="data: {train: data/train.jsonl}\n"),
+    InvalidJob("no data", ("data: this key is required", "train, eval"), text="model: {name_or_path: model}\n"),
+    InvalidJob("no training data", ("job.yaml:2: data.train: this key is required", "jsonl"), with_data("{eval: 0.1}")),
+    InvalidJob("empty section", ("job.yaml:4: train: must be a mapping of keys, found nothing"), text=JOB + "train:\n"),
 ]
 
 
-def value(name: str, text: str, *says: str) -> Bad:
-    """A job with a bad value on line 4."""
-    return Bad(name, ("job.yaml:4", *says), text=JOB + text + "\n")
+def value(name: str, text: str, *expected: str) -> InvalidJob:
+    """A job with an invalid value on line 4."""
+    return InvalidJob(name, ("job.yaml:4", *expected), text=JOB + text + "\n")
 
 
 VALUES = [
     value("yes for a number", "train: {max_steps: yes}", "train.max_steps: must be a whole number, found true"),
-    value("on for a rate", "schedule: {peak_lr: on}", "schedule.peak_lr: must be a number or 'auto', found true"),
+    value(
+        "on for a learning rate", "schedule: {peak_lr: on}", "schedule.peak_lr: must be a number or 'auto', found true"
+    ),
     value("text for a number", "train: {max_steps: lots}", "must be a whole number, found 'lots'"),
     value("negative", "train: {max_steps: -3}", "must be greater than 0, found -3"),
     value("zero", "train: {train_batch_size: 0}", "must be greater than 0 or 'auto', found 0"),
@@ -122,11 +128,9 @@ VALUES = [
     value("infinite as text", "train: {weight_decay: '1e999'}", "must be a finite number"),
     value("number for a switch", "export: 3", "export: must be true or false, found 3"),
     value("seed too large", "train: {seed: 4294967296}", "train.seed: must be less than 4294967296"),
-    value(
-        "both lengths", "train: {num_train_epochs: 3, max_steps: 9}", "num_train_epochs and max_steps are both given"
-    ),
-    value("beta of one", "train: {betas: [0.9, 1.0]}", "betas must lie in [0, 1), found [0.9, 1.0]"),
-    value("one beta", "train: {betas: [0.9]}", "train.betas: it has too few values", "beta1 and beta2"),
+    value("both lengths", "train: {num_train_epochs: 3, max_steps: 9}", "num_train_epochs and max_steps are both set"),
+    value("beta of one", "train: {betas: [0.9, 1.0]}", "betas must be in [0, 1), found [0.9, 1.0]"),
+    value("one beta", "train: {betas: [0.9]}", "train.betas: too few values", "beta1 and beta2"),
     value("name with a slash", "name: a/b", "must be letters, digits", "found 'a/b'"),
     value("name with a newline", 'name: "a\\nb"', "must be letters, digits", "found 'a\\nb'"),
     value("newline in a value", 'output_dir: "runs\\nx"', "output_dir: must be text without line breaks", "'runs\\nx'"),
@@ -135,134 +139,151 @@ VALUES = [
     value("unknown shape", "schedule: {shape: 7}", "'cosine_restarts' or 'compound', found 7"),
     value("floor above the peak", "schedule: {floor: 2}", "schedule.floor: must be less than or equal to 1"),
     value("list for a JSON", "deepspeed: [1]", "deepspeed: must be text or a mapping of keys, found [1]"),
-    Bad(
+    InvalidJob(
         "unknown format",
         ("job.yaml:2: data.format", "found 'chat'"),
         with_data("{train: data/train.jsonl, format: chat}"),
     ),
-    Bad(
+    InvalidJob(
         "messages for a template",
         ("job.yaml:2: data.chat_template_kwargs", "messages cannot be set for a chat template"),
         with_data("{train: x, chat_template_kwargs: {messages: []}}"),
     ),
-    Bad(
-        "learns the first", ("job.yaml:2: data.learn", "must be 'all' or 'last'"), with_data("{train: x, learn: first}")
+    InvalidJob(
+        "trains on the first turn",
+        ("job.yaml:2: data.learn", "must be 'all' or 'last'"),
+        with_data("{train: x, learn: first}"),
     ),
-    Bad("evaluates on all", ("job.yaml:2: data.eval", "less than 1", "found 1.5"), with_data("{train: x, eval: 1.5}")),
-    Bad("length of zero", ("data.max_length: must be greater than 0"), with_data("{train: x, max_length: 0}")),
-    Bad("environment of numbers", ("job.yaml:3: cluster.env.A: must be text, found 1"), with_cluster("{env: {A: 1}}")),
+    InvalidJob(
+        "evaluates on all", ("job.yaml:2: data.eval", "less than 1", "found 1.5"), with_data("{train: x, eval: 1.5}")
+    ),
+    InvalidJob("length of zero", ("data.max_length: must be greater than 0"), with_data("{train: x, max_length: 0}")),
+    InvalidJob(
+        "environment of numbers", ("job.yaml:3: cluster.env.A: must be text, found 1"), with_cluster("{env: {A: 1}}")
+    ),
 ]
 
 OVERRIDES = [
-    Bad("override without =", ("an override reads section.key=value", "train.max_steps=20"), overrides=("train.x",)),
-    Bad("override without a key", ("an override reads section.key=value", "'=3'"), overrides=("=3",)),
-    Bad(
+    InvalidJob(
+        "override without =", ("an override must be section.key=value", "train.max_steps=20"), overrides=("train.x",)
+    ),
+    InvalidJob("override without a key", ("an override must be section.key=value", "'=3'"), overrides=("=3",)),
+    InvalidJob(
         "misspelt override",
         ("command line: train.max_stps", "did you mean max_steps?"),
         overrides=("train.max_stps=3",),
     ),
-    Bad("bad value in an override", ("command line: train.max_steps", "found 'x'"), overrides=("train.max_steps=x",)),
-    Bad("override into a scalar", ("name is 'job' in the job file", "name.x"), overrides=("name.x=1",)),
-    Bad("override of a section", ("command line: train: must be a mapping of keys, found 3",), overrides=("train=3",)),
-    Bad("override with half a list", ("'train.betas=[0.9'", "not valid YAML"), overrides=("train.betas=[0.9",)),
-    Bad(
+    InvalidJob(
+        "invalid value in an override", ("command line: train.max_steps", "found 'x'"), overrides=("train.max_steps=x",)
+    ),
+    InvalidJob("override into a scalar", ("name is 'job' in the job file", "name.x"), overrides=("name.x=1",)),
+    InvalidJob(
+        "override of a section", ("command line: train: must be a mapping of keys, found 3",), overrides=("train=3",)
+    ),
+    InvalidJob("override with half a list", ("'train.betas=[0.9'", "not valid YAML"), overrides=("train.betas=[0.9",)),
+    InvalidJob(
         "overrides of two lengths",
-        ("num_train_epochs and max_steps are both given",),
+        ("num_train_epochs and max_steps are both set",),
         overrides=("train.max_steps=20", "train.num_train_epochs=1"),
     ),
 ]
 
 FILES = [
-    Bad(
+    InvalidJob(
         "data file missing",
         ("job.yaml:2: data.train: no file matches data/trian.jsonl", "did you mean data/train.jsonl?"),
         with_data("{train: data/trian.jsonl}"),
     ),
-    Bad(
+    InvalidJob(
         "empty glob",
         ("no file matches data/*.parquet", "working directory"),
         text=with_data("{train: 'data/*.parquet'}"),
     ),
-    Bad("one of two missing", ("no file matches data/b.jsonl"), with_data("{train: [data/train.jsonl, data/b.jsonl]}")),
-    Bad(
+    InvalidJob(
+        "one of two missing", ("no file matches data/b.jsonl"), with_data("{train: [data/train.jsonl, data/b.jsonl]}")
+    ),
+    InvalidJob(
         "two kinds",
         ("job.yaml:2: data.train: all files must have the same type, found .csv, .jsonl"),
         with_data("{train: [data/train.jsonl, data/a.csv]}"),
         files={"data/a.csv": "text\na\n"},
     ),
-    Bad(
+    InvalidJob(
         "unknown suffix",
         ("data/a.xlsx has an unsupported file type", "valid: .jsonl"),
         with_data("{train: data/a.xlsx}"),
         files={"data/a.xlsx": "?"},
     ),
-    Bad(
+    InvalidJob(
         "folder without data",
         ("data.train: the folder model/sub contains no data", ".csv"),
         with_data("{train: model/sub}"),
         files={"model/sub/readme.md": "?"},
     ),
-    Bad(
+    InvalidJob(
         "evaluation data missing",
         ("data.eval: no file matches data/held-ot.jsonl", "data/held-out.jsonl?"),
         with_data("{train: data/train.jsonl, eval: data/held-ot.jsonl}"),
     ),
-    Bad(
+    InvalidJob(
         "model folder missing",
         ("job.yaml:1: model.name_or_path: folder not found: modle", "did you mean model?"),
         with_model("{name_or_path: ./modle}"),
     ),
-    Bad(
+    InvalidJob(
         "model folder without config",
         ("data has no config.json", "not a Hugging Face model"),
         with_model("{name_or_path: data}"),
     ),
-    Bad(
+    InvalidJob(
         "folder of a GGUF",
         ("has no config.json", "model.gguf_file"),
         with_model("{name_or_path: gg}"),
         files={"gg/a.gguf": "GGUF"},
     ),
-    Bad(
+    InvalidJob(
         "model is a file",
         ("is a file, not a folder", "model.gguf_file"),
         with_model("{name_or_path: model/config.json}"),
     ),
-    Bad(
+    InvalidJob(
         "GGUF missing",
         ("model.gguf_file: b.gguf not found in gg", "the folder has: a.gguf"),
         with_model("{name_or_path: gg, gguf_file: b.gguf}"),
         files={"gg/a.gguf": "GGUF"},
     ),
-    Bad(
+    InvalidJob(
         "home directory of an unknown user",
-        ("job.yaml:4: output_dir: ~no-such-user/runs: the user of ~no-such-user is unknown", "write ./~no-such-user"),
+        (
+            "job.yaml:4: output_dir: ~no-such-user/runs: the home directory ~no-such-user is unknown",
+            "write ./~no-such-user",
+        ),
         JOB + "output_dir: ~no-such-user/runs\n",
     ),
-    Bad(
+    InvalidJob(
         "JSON missing",
         ("job.yaml: deepspeed: the file my.json does not exist", "looked from"),
         JOB + "deepspeed: my.json\n",
     ),
-    Bad(
+    InvalidJob(
         "misspelt preset",
         ("deepspeed: the file zero3_cpu_ofload does not exist", "did you mean the preset zero3_cpu_offload?"),
         JOB + "deepspeed: zero3_cpu_ofload\n",
     ),
-    Bad("unlike any preset", ("presets: zero1, zero2, zero3"), JOB + "deepspeed: qqq\n"),
-    Bad(
+    InvalidJob("unlike any preset", ("presets: zero1, zero2, zero3"), JOB + "deepspeed: qqq\n"),
+    InvalidJob(
         "broken JSON",
         ("ds.json:3: not valid JSON"),
         JOB + "deepspeed: ds.json\n",
         files={"ds.json": '{\n  "zero_optimization": {},\n  "bf16" {}\n}\n'},
     ),
-    Bad(
+    InvalidJob(
         "key twice in the JSON",
         ("ds.json:3: bf16", "duplicate key"),
         JOB + "deepspeed: ds.json\n",
         files={"ds.json": '{\n"bf16": {},\n"bf16": {}\n}\n'},
     ),
-    Bad(
+    InvalidJob(
         "output on a file",
         ("job.yaml: output_dir", "is a file; a folder is needed"),
         JOB + "output_dir: data/train.jsonl/runs\n",
@@ -270,61 +291,61 @@ FILES = [
 ]
 
 NUMBERS = [
-    Bad(
+    InvalidJob(
         "batch and world size",
-        ("train_batch_size 30 does not divide by world size 4", "28 or 32"),
+        ("train_batch_size 30 is not divisible by world size 4", "28 or 32"),
         JOB + "train: {train_batch_size: 30}\n",
     ),
-    Bad(
+    InvalidJob(
         "batch and micro-batch",
         ("world size 4 x train_micro_batch_size_per_gpu 3 = 12", "24 or 36"),
         JOB + "train: {train_batch_size: 32, train_micro_batch_size_per_gpu: 3}\n",
     ),
-    Bad(
+    InvalidJob(
         "batch below the world size",
-        ("does not divide", "the nearest that does: 4"),
+        ("not divisible", "the nearest valid size: 4"),
         JOB + "train: {train_batch_size: 2}\n",
     ),
-    Bad(
+    InvalidJob(
         "all three",
-        ("micro-batch 2 x accumulation 3 x world size 4 = 24", "make it 24", "it comes to 4"),
+        ("micro-batch 2 x accumulation 3 x world size 4 = 24", "set it to 24", "it is then 4"),
         JOB + "train: {train_batch_size: 32, train_micro_batch_size_per_gpu: 2, gradient_accumulation_steps: 3}\n",
     ),
-    Bad(
+    InvalidJob(
         "batch sizes of job and JSON",
-        ("does not divide by world size 4 x train_micro_batch_size_per_gpu 3",),
+        ("not divisible by world size 4 x train_micro_batch_size_per_gpu 3",),
         JOB + "train: {train_batch_size: 32}\ndeepspeed: {train_micro_batch_size_per_gpu: 3}\n",
     ),
-    Bad(
-        "evaluates too late",
-        ("job.yaml:4: train.eval_every: 50 is beyond the run, which has 20 updates", "at most 20"),
+    InvalidJob(
+        "evaluates after the end",
+        ("job.yaml:4: train.eval_every: 50 is more than the run's 20 updates", "at most 20"),
         JOB + "train: {max_steps: 20, eval_every: 50}\n",
     ),
-    Bad(
-        "evaluates on nothing",
+    InvalidJob(
+        "no evaluation data",
         ("train.eval_every: the job has no evaluation data", "data.eval"),
         JOB + "train: {max_steps: 20, eval_every: 5}\n",
     ),
-    Bad(
+    InvalidJob(
         "GPUs and processes",
         ("job.yaml:3: cluster.processes_per_node: 3 processes and 8 GPUs", "each GPU has one rank"),
         with_cluster("{gpus_per_node: 8, processes_per_node: 3}"),
     ),
-    Bad(
+    InvalidJob(
         "ZeRO stage 4",
         ("zero_optimization.stage", "4 is not an allowed value", "one of 0, 1, 2, 3"),
         JOB + "deepspeed: {zero_optimization: {stage: 4}}\n",
     ),
-    Bad(
+    InvalidJob(
         "both half precisions",
         ("fp16 and bf16 are both on",),
         JOB + "deepspeed: {fp16: {enabled: true}, bf16: {enabled: true}}\n",
     ),
 ]
 
-MISSHAPEN = [
-    Bad(
-        f"misshapen {name}",
+WRONG_TYPES = [
+    InvalidJob(
+        f"wrong type of {name}",
         (f"job.yaml:{line}: deepspeed.{key}: found", "Write a block"),
         text=JOB + f"deepspeed:\n  {text}\n",
     )
@@ -338,7 +359,7 @@ MISSHAPEN = [
     )
 ]
 
-TABLE = [*SHAPE_OF_FILE, *KEYS, *VALUES, *OVERRIDES, *FILES, *NUMBERS, *MISSHAPEN]
+TABLE = [*SHAPE_OF_FILE, *KEYS, *VALUES, *OVERRIDES, *FILES, *NUMBERS, *WRONG_TYPES]
 
 CONTRADICTIONS = [
     Contradiction(
@@ -360,13 +381,13 @@ CONTRADICTIONS = [
     ),
     Contradiction(
         "epochs below a batch",
-        ("train.train_batch_size: 20 sequences in all are less than one batch of 64", "at most 20"),
+        ("train.train_batch_size: the run has 20 sequences, fewer than one batch of 64", "at most 20"),
         text="train: {train_batch_size: 64}\n",
         data={"sequences": 20},
     ),
     Contradiction(
         "evaluates beyond the epochs",
-        ("train.eval_every: 40 is beyond the run, which has 32 updates",),
+        ("train.eval_every: 40 is more than the run's 32 updates",),
         text="train: {train_batch_size: 32, eval_every: 40}\ndata: {train: data/train.jsonl, eval: 0.1}\n",
         data={"evaluated": 100},
     ),
@@ -392,14 +413,14 @@ CONTRADICTIONS = [
         text="train: {max_steps: 20}\ndeepspeed: {optimizer: {type: AdamW, params: {lr: 1e-5}}, scheduler: {type: "
         "WarmupDecayLR, params: {total_num_steps: 20, warmup_num_steps: 10, warmup_type: linear}}}\n",
     ),
-    Contradiction("warm-up of no kind", ("schedule.warmup", "'soon'"), text="schedule: {warmup: soon}\n"),
+    Contradiction("unknown warm-up", ("schedule.warmup", "'soon'"), text="schedule: {warmup: soon}\n"),
     Contradiction(
         "segments end early",
         ("schedule.segments", "until: 1.0"),
         text="schedule: {shape: compound, segments: [{kind: linear, until: 0.5, to: 0}]}\n",
     ),
     Contradiction(
-        "rates of job and JSON",
+        "learning rates of job and JSON",
         ("optimizer.params.lr", "schedule.peak_lr in the job is 1e-05", "2e-05 here"),
         text="schedule: {peak_lr: 1e-5}\ndeepspeed: {optimizer: {type: AdamW, params: {lr: 2e-5}}}\n",
     ),
@@ -425,7 +446,7 @@ CONTRADICTIONS = [
         "deepspeed: {optimizer: {type: SGD, params: {lr: 1e-6}}}\n",
     ),
     Contradiction(
-        "a parameter of another kind",
+        "a parameter of another optimizer",
         ("train.eps: Adafactor does not accept it",),
         text="train: {eps: 1e-7}\ndeepspeed: {optimizer: {type: Adafactor, params: {lr: 1e-6}}}\n",
     ),
@@ -438,21 +459,21 @@ CONTRADICTIONS = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def keys_at_hand() -> None:
-    """DeepSpeed's keys, for which a process is started where another version than the shipped one is not cached yet."""
+def catalogue() -> None:
+    """Caches DeepSpeed's keys: for a version other than the shipped one this starts a process."""
     load_catalogue()
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, in which a good job, its model and its data lie. A process that is started is a failure."""
+    """The current folder, with a valid job, its model and its data. Starting a process fails the test."""
 
-    def trip(*arguments: object, **_: object) -> None:
+    def fail(*arguments: object, **_: object) -> None:
         raise AssertionError(f"a process was started: {arguments}")
 
     write_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(subprocess, "Popen", trip)
+    monkeypatch.setattr(subprocess, "Popen", fail)
     return tmp_path
 
 
@@ -460,31 +481,31 @@ def tree(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
-def told(err: str, says: tuple[str, ...] | str) -> None:
+def check_error(err: str, expected: tuple[str, ...] | str) -> None:
     assert err.startswith("error: ")
     assert "Traceback" not in err
-    for words in (says,) if isinstance(says, str) else says:
+    for words in (expected,) if isinstance(expected, str) else expected:
         assert words in err
 
 
-def test_the_table_is_long_and_its_rows_differ() -> None:
+def test_the_rows_have_different_names() -> None:
     assert len(TABLE) + len(CONTRADICTIONS) >= 35
     names = [row.id for row in (*TABLE, *CONTRADICTIONS)]
     assert len(set(names)) == len(names)
 
 
-def test_the_job_that_the_table_spoils_is_good(folder: Path) -> None:
+def test_the_unchanged_job_is_valid(folder: Path) -> None:
     remember(folder / "job.yaml", (), model_facts(), data_facts())
     ended = command("plan", "job.yaml")
     assert ended.status == 0, ended.err
 
 
 RUNS = [pytest.param("run", row, id=row.id) for row in TABLE]
-PLANS = [pytest.param("plan", row, id=f"{row.id}, planned") for row in (*NUMBERS, *MISSHAPEN)]
+PLANS = [pytest.param("plan", row, id=f"{row.id}, planned") for row in (*NUMBERS, *WRONG_TYPES)]
 
 
 @pytest.mark.parametrize(("verb", "row"), RUNS + PLANS)
-def test_a_bad_job_is_told_before_anything_starts(verb: str, row: Bad, folder: Path) -> None:
+def test_an_invalid_job_fails_before_anything_starts(verb: str, row: InvalidJob, folder: Path) -> None:
     for name, content in row.files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
@@ -493,14 +514,16 @@ def test_a_bad_job_is_told_before_anything_starts(verb: str, row: Bad, folder: P
 
     ended = command(verb, "job.yaml", *row.overrides)
 
-    told(ended.err, row.says)
+    check_error(ended.err, row.expected)
     assert (ended.status, ended.out) == (2, "")
     assert tree(folder) == before
 
 
 @pytest.mark.parametrize("verb", ["run", "plan"])
 @pytest.mark.parametrize("row", CONTRADICTIONS, ids=lambda row: row.id)
-def test_a_contradiction_with_model_or_data_leaves_no_run(row: Contradiction, verb: str, folder: Path) -> None:
+def test_a_contradiction_with_model_or_data_creates_no_run_directory(
+    row: Contradiction, verb: str, folder: Path
+) -> None:
     sections = [line for line in JOB.splitlines() if f"{line.split(':')[0]}:" not in row.text]
     (folder / "job.yaml").write_text("\n".join(sections) + "\n" + row.text)
     remember(folder / "job.yaml", (), model_facts(**row.model), data_facts(**row.data))
@@ -508,21 +531,21 @@ def test_a_contradiction_with_model_or_data_leaves_no_run(row: Contradiction, ve
 
     ended = command(verb, "job.yaml")
 
-    told(ended.err, row.says)
+    check_error(ended.err, row.expected)
     assert ended.status == 2
     assert tree(folder) == before
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("nothing.yaml", "there is no such job file"), ("data", "this is a folder, not a job file")]
+    ("name", "words"), [("nothing.yaml", "job file not found"), ("data", "this is a folder, not a job file")]
 )
-def test_a_job_file_that_is_not_one(name: str, says: str) -> None:
+def test_a_path_that_is_not_a_job_file(name: str, words: str) -> None:
     ended = command("run", name)
-    told(ended.err, (says, name))
+    check_error(ended.err, (words, name))
     assert ended.status == 2
 
 
-def test_every_fault_is_told_at_once(folder: Path) -> None:
+def test_all_errors_are_reported_together(folder: Path) -> None:
     (folder / "job.yaml").write_text(JOB + "train: {max_steps: no, sed: 3}\nschedule: {shape: sine}\n")
     ended = command("run", "job.yaml")
     assert ended.status == 2

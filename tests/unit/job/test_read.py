@@ -1,4 +1,4 @@
-"""The job file: what it means where it is good."""
+"""Reading valid job files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read(tmp_path: Path, text: str, *overrides: str, name: str = "job.yaml") -> 
         ("cluster: {gpus_per_node: auto}", "cluster", "gpus_per_node", "auto"),
     ],
 )
-def test_numbers_are_numbers_however_yaml_reads_them(
+def test_all_spellings_of_numbers_are_read_as_numbers(
     tmp_path: Path, text: str, section: str, key: str, value: Any
 ) -> None:
     job = read(tmp_path, "model: {name_or_path: m}\ndata: {train: t.jsonl}\n" + text)
@@ -51,7 +51,7 @@ def test_numbers_are_numbers_however_yaml_reads_them(
 
 
 @pytest.mark.parametrize(("until", "found"), [(1, 1), (1.0, 1.0), ("1e2", 100), (0.25, 0.25), (100.0, 100)])
-def test_an_end_is_an_update_or_a_share(until: Any, found: float) -> None:
+def test_the_end_of_a_segment_is_an_update_or_a_fraction(until: Any, found: float) -> None:
     segments = [{"kind": "linear", "until": until, "to": 0}]
     end = job_of(schedule={"shape": "compound", "segments": segments}).schedule.segments[0].until  # type: ignore[index]
     assert (end, type(end)) == (found, type(found))
@@ -61,19 +61,19 @@ def test_an_end_is_an_update_or_a_share(until: Any, found: float) -> None:
     ("value", "found"),
     [("0.02", 0.02), ("2e-2", 0.02), (0.5, 0.5), ("held-out.jsonl", "held-out.jsonl"), (["a.csv"], ["a.csv"])],
 )
-def test_evaluation_data_is_a_share_or_files(value: Any, found: Any) -> None:
+def test_evaluation_data_is_a_fraction_or_files(value: Any, found: Any) -> None:
     assert job_of(data={"eval": value}).data.eval == found
 
 
 @pytest.mark.parametrize(
     ("file", "name"), [("my job.yaml", "my-job"), ("..x.yaml", "x"), ("ä.yaml", "job"), ("a" * 80 + ".yaml", "a" * 64)]
 )
-def test_the_name_comes_from_the_file(tmp_path: Path, file: str, name: str) -> None:
+def test_the_default_name_is_the_file_name(tmp_path: Path, file: str, name: str) -> None:
     assert read(tmp_path, JOB, name=file).name == name
     assert read(tmp_path, JOB + "name: other\n", name=file).name == "other"
 
 
-def test_overrides_are_set_over_the_file_in_their_order(tmp_path: Path) -> None:
+def test_overrides_replace_the_files_values_in_order(tmp_path: Path) -> None:
     text = JOB + "train: {max_steps: 5}\ndeepspeed: {zero_optimization: {stage: 2}}\n"
     job = read(
         tmp_path,
@@ -92,27 +92,27 @@ def test_overrides_are_set_over_the_file_in_their_order(tmp_path: Path) -> None:
     assert job.deepspeed == {"zero_optimization": {"stage": 3}}
 
 
-def test_a_length_on_the_command_line_takes_the_place_of_the_files(tmp_path: Path) -> None:
+def test_a_length_on_the_command_line_replaces_the_length_in_the_file(tmp_path: Path) -> None:
     text = JOB + "train: {num_train_epochs: 3}\n"
     train = read(tmp_path, text, "train.max_steps=20").train
     assert (train.num_train_epochs, train.max_steps) == (None, 20)
     assert read(tmp_path, text, "train.max_steps=null").train.num_train_epochs == 3
-    with pytest.raises(RequestError, match="max_steps and total_samples are both given"):
+    with pytest.raises(RequestError, match="max_steps and total_samples are both set"):
         read(tmp_path, text, "train.max_steps=20", "train.total_samples=9")
 
 
-def test_null_takes_a_key_back(tmp_path: Path) -> None:
+def test_null_unsets_a_key(tmp_path: Path) -> None:
     job = read(tmp_path, JOB + "train: {num_train_epochs: 3}\n", "train.num_train_epochs=null", "train.max_steps=2")
     assert (job.train.num_train_epochs, job.train.max_steps) == (None, 2)
 
 
-def test_the_value_of_an_override_may_hold_an_equals_sign() -> None:
+def test_the_value_of_an_override_may_contain_an_equals_sign() -> None:
     data: dict[str, Any] = {}
     assert apply_override(data, "cluster.env.FLAGS=a=b") == ("cluster", "env", "FLAGS")
     assert data == {"cluster": {"env": {"FLAGS": "a=b"}}}
 
 
-def test_explicit_keys_are_those_with_a_value_of_the_users_own() -> None:
+def test_explicit_keys_have_a_value_other_than_auto_and_null() -> None:
     job = job_of(train={"max_steps": 3, "train_batch_size": "auto", "eval_every": None}, schedule={"warmup": 0})
     assert explicit_keys(job) == {"name", "model.name_or_path", "data.train", "train.max_steps", "schedule.warmup"}
 
@@ -124,8 +124,7 @@ def test_explicit_keys_are_those_with_a_value_of_the_users_own() -> None:
         max_leaves=12,
     )
 )
-def test_no_value_makes_the_reader_fall(value: Any) -> None:
-    """Whatever stands under a section, a job comes out or a RequestError."""
+def test_any_value_gives_a_job_or_a_request_error(value: Any) -> None:
     for section in Job.model_fields:
         base = {"model": {"name_or_path": "m"}, "data": {"train": "t"}, section: value}
         with contextlib.suppress(RequestError):
@@ -133,12 +132,12 @@ def test_no_value_makes_the_reader_fall(value: Any) -> None:
 
 
 @given(st.text("ab:{}[]-'\"&*#|>!%@` \n\t0.\x00\x85é", max_size=40))
-def test_no_text_makes_the_reader_fall(text: str) -> None:
+def test_any_text_gives_data_or_a_request_error(text: str) -> None:
     with contextlib.suppress(RequestError):
         load_yaml(text, "job.yaml")
 
 
-def test_lines_are_those_of_the_file() -> None:
+def test_keys_have_the_line_numbers_of_the_file() -> None:
     _, lines = load_yaml("a: 1\nb:\n  c:\n  - d: 2\n  - e\n", "f")
     assert lines == {
         ("a",): 1,
@@ -161,12 +160,14 @@ def test_lines_are_those_of_the_file() -> None:
         (None, None, None),
     ],
 )
-def test_a_late_problem_is_placed(tmp_path: Path, key: str | None, file: str | None, line: int | None) -> None:
+def test_a_late_problem_gets_its_file_and_line(
+    tmp_path: Path, key: str | None, file: str | None, line: int | None
+) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(JOB + "train:\n  max_steps: 3\n")
 
     def late() -> None:
-        with load_job(path, "data.train=x").placing():
+        with load_job(path, "data.train=x").locate_errors():
             raise RequestError(Problem("wrong", key=key))
 
     with pytest.raises(RequestError) as caught:
@@ -175,13 +176,13 @@ def test_a_late_problem_is_placed(tmp_path: Path, key: str | None, file: str | N
     assert (found.file and Path(found.file).name, found.line, found.key) == (file, line, key)
 
 
-def test_a_problem_that_has_a_place_keeps_it(tmp_path: Path) -> None:
+def test_a_problem_with_a_file_keeps_it(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(JOB)
     problem = Problem("wrong", file="ds.json", line=7, key="data.train")
 
     def late() -> None:
-        with load_job(path).placing():
+        with load_job(path).locate_errors():
             raise RequestError(problem)
 
     with pytest.raises(RequestError) as caught:
@@ -189,7 +190,7 @@ def test_a_problem_that_has_a_place_keeps_it(tmp_path: Path) -> None:
     assert caught.value.problems == (problem,)
 
 
-def test_a_time_is_no_number_to_the_base_60(tmp_path: Path) -> None:
+def test_a_time_is_not_a_base_60_number(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text("model: {name_or_path: m}\ndata: {train: d}\nslurm: {time: 24:00:00}\n")
     assert load_job(path).job.slurm.time == "24:00:00"

@@ -1,4 +1,4 @@
-"""Batch sizes: they multiply out, or the error names sizes that do."""
+"""Batch sizes multiply out, or the error suggests sizes that do."""
 
 from __future__ import annotations
 
@@ -25,39 +25,39 @@ def fits_all(_micro: int) -> bool:
 
 
 @given(batch=SIZES, micro=SIZES, accumulation=SIZES, world=st.integers(1, 64), room=st.integers(0, 20))
-def test_sizes_multiply_out_or_the_mend_is_right(
+def test_sizes_multiply_out_or_the_hint_is_correct(
     batch: int | None, micro: int | None, accumulation: int | None, world: int, room: int
 ) -> None:
-    asked = sizes(batch, micro, accumulation)
+    requested = sizes(batch, micro, accumulation)
     try:
-        found = resolve_batch(asked, world, lambda size: size <= room)
+        found = resolve_batch(requested, world, lambda size: size <= room)
     except RequestError as error:
-        check_mend(asked, world, str(error.problems[0].hint))
+        check_hint(requested, world, str(error.problems[0].hint))
         return
     product = found.train_micro_batch_size_per_gpu * found.gradient_accumulation_steps * world
     assert found.train_batch_size == product
-    assert {name: getattr(found, name) for name in asked} == asked
+    assert {name: getattr(found, name) for name in requested} == requested
     if micro is None and accumulation is None:
         assert found.train_micro_batch_size_per_gpu <= max(1, min(16, room))
 
 
-def check_mend(asked: dict[str, int], world: int, hint: str) -> None:
-    """Every batch size that the hint names is taken, and is a nearest one."""
-    batches = [int(number) for number in re.findall(r"\d+", hint.partition(", or leave")[0])]
-    unit = world * asked.get(MICRO, 1) * asked.get(ACCUMULATION, 1)
-    all_three = MICRO in asked and ACCUMULATION in asked
-    assert len(set(batches)) == (2 if asked[BATCH] > unit and not all_three else 1)
+def check_hint(requested: dict[str, int], world: int, hint: str) -> None:
+    """Every batch size in the hint is accepted, and is one of the nearest."""
+    batches = [int(number) for number in re.findall(r"\d+", hint.partition(", or remove")[0])]
+    unit = world * requested.get(MICRO, 1) * requested.get(ACCUMULATION, 1)
+    all_three = MICRO in requested and ACCUMULATION in requested
+    assert len(set(batches)) == (2 if requested[BATCH] > unit and not all_three else 1)
     for batch in batches:
-        assert resolve_batch({**asked, BATCH: batch}, world, fits_all).train_batch_size == batch
-        assert abs(batch - asked[BATCH]) < unit or all_three
-    if "leave gradient_accumulation_steps out" in hint:
-        left = {name: value for name, value in asked.items() if name != ACCUMULATION}
+        assert resolve_batch({**requested, BATCH: batch}, world, fits_all).train_batch_size == batch
+        assert abs(batch - requested[BATCH]) < unit or all_three
+    if "remove gradient_accumulation_steps" in hint:
+        left = {name: value for name, value in requested.items() if name != ACCUMULATION}
         derived = resolve_batch(left, world, fits_all).gradient_accumulation_steps
-        assert hint.endswith(f"it comes to {derived}")
+        assert hint.endswith(f"it is then {derived}")
 
 
 @pytest.mark.parametrize(
-    ("asked", "world", "found"),
+    ("requested", "world", "found"),
     [
         (sizes(64, 2), 8, BatchSizes(64, 2, 4)),
         (sizes(64, None, 2), 8, BatchSizes(64, 4, 2)),
@@ -75,21 +75,21 @@ def check_mend(asked: dict[str, int], world: int, hint: str) -> None:
         (sizes(None, None, 4), 2, BatchSizes(TARGET_BATCH, 4, 4)),
     ],
 )
-def test_known_sizes(asked: dict[str, int], world: int, found: BatchSizes) -> None:
-    assert resolve_batch(asked, world, fits_all) == found
+def test_known_sizes(requested: dict[str, int], world: int, found: BatchSizes) -> None:
+    assert resolve_batch(requested, world, fits_all) == found
 
 
-def test_the_largest_micro_batch_that_fits_and_divides_is_taken() -> None:
+def test_the_default_micro_batch_is_the_largest_that_fits_and_divides() -> None:
     assert resolve_batch(sizes(48), 2, lambda size: size <= 7) == BatchSizes(48, 6, 4)
     assert resolve_batch(sizes(48), 2, lambda size: size < 1) == BatchSizes(48, 1, 24)
 
 
-def test_a_micro_batch_that_the_user_gives_is_not_second_guessed() -> None:
+def test_a_given_micro_batch_is_not_changed() -> None:
     assert resolve_batch(sizes(None, 8), 1, lambda _: False).train_micro_batch_size_per_gpu == 8
 
 
 @pytest.mark.parametrize(
-    ("asked", "world", "sequences", "found"),
+    ("requested", "world", "sequences", "found"),
     [
         (sizes(), 1, 1, BatchSizes(1, 1, 1)),
         (sizes(), 1, 5, BatchSizes(4, 4, 1)),
@@ -103,14 +103,14 @@ def test_a_micro_batch_that_the_user_gives_is_not_second_guessed() -> None:
         (sizes(16), 1, 7, BatchSizes(16, 16, 1)),
     ],
 )
-def test_an_open_batch_is_at_most_the_sequences(
-    asked: dict[str, int], world: int, sequences: int, found: BatchSizes
+def test_the_default_batch_is_at_most_the_sequences(
+    requested: dict[str, int], world: int, sequences: int, found: BatchSizes
 ) -> None:
-    assert resolve_batch(asked, world, fits_all, sequences) == found
+    assert resolve_batch(requested, world, fits_all, sequences) == found
 
 
 @given(micro=SIZES, accumulation=SIZES, world=st.integers(1, 64), sequences=st.integers(1, 500))
-def test_an_open_batch_is_within_the_sequences_or_as_small_as_can_be(
+def test_the_default_batch_is_within_the_sequences_or_the_smallest_possible(
     micro: int | None, accumulation: int | None, world: int, sequences: int
 ) -> None:
     found = resolve_batch(sizes(None, micro, accumulation), world, fits_all, sequences)

@@ -11,7 +11,7 @@ import pytest
 from launcher.ds_config import from_mapping
 from launcher.errors import RequestError
 from launcher.plan.inputs import plan_inputs
-from launcher.plan.learning_rate import planned_rates
+from launcher.plan.learning_rate import planned_lrs
 from launcher.plan.resolve import check_inputs
 from tests.unit.inputs import (
     Ended,
@@ -34,8 +34,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def tried(text: str, *overrides: str, verb: str = "plan") -> Ended:
-    """`launcher VERB` on the job with ds.json holding `text`."""
+def launch(text: str, *overrides: str, verb: str = "plan") -> Ended:
+    """Runs `launcher VERB` on the job with `text` as ds.json."""
     Path("ds.json").write_text(text)
     return command(verb, "job.yaml", "deepspeed=ds.json", *overrides)
 
@@ -69,7 +69,7 @@ WARMUP = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps")
     ("kind", "names", "shape"),
     [("WarmupLR", WARMUP, "constant"), ("WarmupDecayLR", (*WARMUP, "total_num_steps"), "linear")],
 )
-def test_a_template_of_transformers_is_completed(kind: str, names: tuple[str, ...], shape: str) -> None:
+def test_a_template_of_transformers_is_filled_in(kind: str, names: tuple[str, ...], shape: str) -> None:
     user = {**TEMPLATE, "scheduler": {"type": kind, "params": dict.fromkeys(names, "auto")}}
     plan = plan_of(job_of(train={"max_steps": 100}, schedule={"warmup": 7}), user=user)
     config = plan.ds_config
@@ -86,7 +86,7 @@ def test_a_template_of_transformers_is_completed(kind: str, names: tuple[str, ..
     assert {"optimizer.params.lr", "scheduler.params.warmup_type", "zero_optimization.reduce_bucket_size"} <= changed
 
 
-def test_a_scheduler_with_one_value_open_is_the_users_own() -> None:
+def test_a_scheduler_with_some_auto_params_is_kept_and_filled_in() -> None:
     params = {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-6, "warmup_num_steps": "auto", "warmup_type": "linear"}
     user = {"scheduler": {"type": "WarmupDecayLR", "params": {**params, "total_num_steps": "auto"}}}
     plan = plan_of(job_of(train={"max_steps": 100}, schedule={"warmup": 7}), user=user)
@@ -97,16 +97,16 @@ def test_a_scheduler_with_one_value_open_is_the_users_own() -> None:
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_safe_scheduler_is_asked_for_and_an_unsafe_one_needs_the_users_word() -> None:
+def test_an_unsafe_scheduler_needs_allow_unsafe() -> None:
     text = SCHEDULER.replace('"warmup_max_lr": 1e-5, ', "")
-    assert "no warmup_max_lr: WarmupDecayLR peaks at 1e-3" in tried(text).err
+    assert "no warmup_max_lr: WarmupDecayLR peaks at 1e-3" in launch(text).err
     remember(Path("job.yaml"), ("train.max_steps=500",), model_facts(), data_facts())
-    ended = tried(text, "train.max_steps=500", "schedule.allow_unsafe=true")
+    ended = launch(text, "train.max_steps=500", "schedule.allow_unsafe=true")
     assert ended.status == 0, ended.err
     assert "note: ds.json:1: scheduler.params: no warmup_max_lr" in ended.out
 
 
-def test_a_scheduler_of_the_users_is_held_to_the_rules_for_ours() -> None:
+def test_the_safety_rules_apply_to_a_scheduler_of_the_user() -> None:
     user = {
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-6}},
@@ -116,62 +116,66 @@ def test_a_scheduler_of_the_users_is_held_to_the_rules_for_ours() -> None:
 
 
 def own(total: object, **params: object) -> dict[str, Any]:
-    """A JSON with a whole scheduler and its rate."""
-    rates = {"warmup_min_lr": 0, "warmup_max_lr": 1e-6, "warmup_num_steps": 5, "warmup_type": "linear"}
-    scheduler = {"type": "WarmupDecayLR", "params": {**rates, "total_num_steps": total, **params}}
+    """A JSON with a scheduler and an optimizer."""
+    lrs = {"warmup_min_lr": 0, "warmup_max_lr": 1e-6, "warmup_num_steps": 5, "warmup_type": "linear"}
+    scheduler = {"type": "WarmupDecayLR", "params": {**lrs, "total_num_steps": total, **params}}
     return {"optimizer": {"type": "AdamW", "params": {"lr": 1e-6}}, "scheduler": scheduler}
 
 
-def refusal(user: dict[str, Any], **sections: Any) -> str:
-    with pytest.raises(RequestError) as error:
+def plan_error(user: dict[str, Any], **sections: Any) -> str:
+    with pytest.raises(RequestError) as caught:
         plan_of(job_of(**sections), user=user, data=data_facts(10_000))
-    return str(error.value)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("train", [{"num_train_epochs": 3}, {"total_samples": 30_000}])
-def test_a_scheduler_for_a_run_of_another_length_is_refused(train: dict[str, Any]) -> None:
+def test_a_scheduler_for_another_length_is_an_error(train: dict[str, Any]) -> None:
     (key, value), *_ = train.items()
-    told = refusal(own(200), train=train)
-    assert f"train.{key}: {value}" in told
-    assert "in the job comes to 938 updates, and total_num_steps is 200 in ds.json" in told
-    assert 'write 938 there, or "auto"' in told
+    error = plan_error(own(200), train=train)
+    assert f"train.{key}: {value}" in error
+    assert "in the job gives 938 updates, but total_num_steps is 200 in ds.json" in error
+    assert 'set total_num_steps to 938 or "auto"' in error
     for total in (938, "auto"):
         plan = plan_of(job_of(train=train), user=own(total), data=data_facts(10_000))
         assert plan.ds_config["scheduler"]["params"]["total_num_steps"] == plan.length.total_updates == 938
 
 
-def test_updates_at_rate_0_need_the_users_word_where_the_job_names_no_length() -> None:
-    told = refusal(own(200))
-    assert "scheduler.params.total_num_steps: 112 of the run's 313 updates run at rate 0 and train nothing" in told
-    assert "schedule.allow_unsafe: true" in told
+def test_updates_at_learning_rate_0_need_allow_unsafe_if_the_job_sets_no_length() -> None:
+    error = plan_error(own(200))
+    assert (
+        "scheduler.params.total_num_steps: 112 of the run's 313 updates have learning rate 0 and train nothing" in error
+    )
+    assert "schedule.allow_unsafe: true" in error
     plan = plan_of(job_of(schedule={"allow_unsafe": True}), user=own(200), data=data_facts(10_000))
-    rate = planned_rates(plan)
-    assert [rate(update) for update in range(313)][5:].count(0.0) == 112
+    lr_of = planned_lrs(plan)
+    assert [lr_of(update) for update in range(313)][5:].count(0.0) == 112
     assert plan_of(job_of(), user=own(400), data=data_facts(10_000)).length.total_updates == 313
 
 
 @pytest.mark.usefixtures("folder")
-def test_what_is_wrong_with_a_scheduler_is_told_at_its_line() -> None:
+def test_errors_of_a_scheduler_have_its_line() -> None:
     remember(Path("job.yaml"), (), model_facts(), data_facts())
     text = json.dumps(own(200, warmup_num_steps=40), indent=1)
     line = 1 + text[: text.index('"total_num_steps"')].count("\n")
     job = ("train.max_steps=300", "schedule.warmup=30")
-    told = tried(text, *job).err
-    assert f"train.max_steps: 300 in the job, and total_num_steps 200 in ds.json:{line}" in told
-    assert "schedule.warmup: ds.json:8 has a WarmupDecayLR of its own" in told
+    error = launch(text, *job).err
+    assert f"train.max_steps: 300 in the job, but total_num_steps is 200 in ds.json:{line}" in error
+    assert "schedule.warmup: the WarmupDecayLR in ds.json:8 does not use it" in error
     remember(Path("job.yaml"), ("train.max_steps=200",), model_facts(), data_facts())
     ramp = json.dumps(own(200, warmup_num_steps=40, warmup_max_lr=1e-2, warmup_min_lr=0), indent=1)
-    told = tried(ramp, "train.max_steps=200").err
-    assert "ds.json:12: scheduler.params.warmup_max_lr: a peak of 0.01 is high for full training" in told
+    error = launch(ramp, "train.max_steps=200").err
+    assert "ds.json:12: scheduler.params.warmup_max_lr: a peak of 0.01 is high for full training" in error
 
 
-def test_equal_words_about_a_warm_up_are_no_conflict() -> None:
+def test_an_equal_warm_up_in_job_and_json_does_not_conflict() -> None:
     sections: dict[str, Any] = {"train": {"max_steps": 100}, "schedule": {"warmup": 5, "warmup_type": "linear"}}
     assert plan_of(job_of(**sections), user=own(100)).ds_config["scheduler"]["params"]["warmup_num_steps"] == 5
-    assert "schedule.warmup: ds.json has a" in refusal(own(100), **{**sections, "schedule": {"warmup": 6}})
+    assert "schedule.warmup: the WarmupDecayLR in ds.json does not use it" in plan_error(
+        own(100), **{**sections, "schedule": {"warmup": 6}}
+    )
 
 
-def test_an_open_warm_up_is_linear_and_told_to_be() -> None:
+def test_an_auto_warm_up_is_linear_and_reported() -> None:
     user = own("auto", warmup_num_steps="auto")
     del user["scheduler"]["params"]["warmup_type"]
     job = job_of(train={"max_steps": 100}, schedule={"warmup_type": "linear"})
@@ -185,7 +189,7 @@ def test_an_open_warm_up_is_linear_and_told_to_be() -> None:
 COSINE = {"total_num_steps": "auto", "warmup_num_steps": 5, "warmup_min_ratio": "auto", "warmup_type": "linear"}
 
 
-def test_a_cosine_of_the_users_climbs_to_the_advised_peak_where_nothing_says_it() -> None:
+def test_a_cosine_of_the_user_without_a_peak_gets_the_advised_peak() -> None:
     user = {
         "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": ["auto", "auto"]}},
         "scheduler": {"type": "WarmupCosineLR", "params": {**COSINE, "cos_min_ratio": 0.2}},
@@ -200,31 +204,31 @@ def test_a_cosine_of_the_users_climbs_to_the_advised_peak_where_nothing_says_it(
     assert plan.learning_rate.reasons[0].sources
 
 
-def test_a_floor_that_is_left_open_is_that_of_a_cosine() -> None:
+def test_an_auto_floor_is_that_of_a_cosine() -> None:
     user = {"scheduler": {"type": "WarmupCosineLR", "params": {**COSINE, "cos_min_ratio": "auto"}}}
     plan = plan_of(job_of(train={"max_steps": 100}), user=user)
     assert plan.ds_config["scheduler"]["params"]["cos_min_ratio"] == 0.1
 
 
 @pytest.mark.parametrize(("lr", "words"), [(0, "must be above 0"), (1, "a peak of 1 is high")])
-def test_a_peak_of_the_jsons_optimizer_is_refused_there(lr: float, words: str) -> None:
+def test_an_unsafe_peak_of_the_jsons_optimizer_is_reported_at_its_key(lr: float, words: str) -> None:
     user = {"optimizer": {"type": "AdamW", "params": {"lr": lr}}}
-    told = refusal(user, train={"max_steps": 100})
-    assert told.startswith("ds.json: optimizer.params.lr: ")
-    assert words in told
-    own_peak = refusal(user, train={"max_steps": 100}, schedule={"peak_lr": 0.5})
+    error = plan_error(user, train={"max_steps": 100})
+    assert error.startswith("ds.json: optimizer.params.lr: ")
+    assert words in error
+    own_peak = plan_error(user, train={"max_steps": 100}, schedule={"peak_lr": 0.5})
     assert own_peak.startswith("schedule.peak_lr: ")
 
 
-def test_a_run_at_rate_0_is_not_advised_another_length() -> None:
+def test_a_run_at_learning_rate_0_gets_no_hint_about_its_length() -> None:
     user = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0, "warmup_num_steps": 2}}}
     user["scheduler"]["params"]["warmup_type"] = "linear"
-    told = refusal(user, train={"max_steps": 100})
-    assert "100 of the run's 100 updates run at rate 0" in told
-    assert "give it a learning rate above 0" in told
+    error = plan_error(user, train={"max_steps": 100})
+    assert "100 of the run's 100 updates have learning rate 0" in error
+    assert "set a learning rate above 0" in error
 
 
-def test_ratios_and_starts_that_are_left_open_are_filled() -> None:
+def test_auto_ratios_and_starts_are_filled() -> None:
     user = {"scheduler": {"type": "WarmupCosineLR", "params": {**COSINE, "cos_min_ratio": "auto"}}}
     user["scheduler"]["params"]["last_batch_iteration"] = "auto"
     job = job_of(train={"max_steps": 100}, schedule={"floor": 0.25})

@@ -1,4 +1,4 @@
-"""`deepspeed: auto`: the first preset that fits, with the numbers of all, and never in silence."""
+"""`deepspeed: auto`: the first preset that fits, reported with the numbers of all candidates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from launcher.errors import RequestError
 from launcher.plan.inputs import plan_inputs
-from launcher.plan.preset import IN_ORDER, recommend
+from launcher.plan.preset import PRESETS_IN_ORDER, recommend
 from launcher.plan.schema import Recommendation
 from tests.unit.inputs import (
     GIB,
@@ -29,7 +29,7 @@ BILLION = 1_000_000_000
 def chosen(
     parameters: int, gpus: int = 8, gpu_gib: int = 80, kept: str | None = None, **sections: Any
 ) -> Recommendation:
-    presets = {name: preset(name) for name in IN_ORDER}
+    presets = {name: preset(name) for name in PRESETS_IN_ORDER}
     machine = machine_facts(gpus, gpu_gib=gpu_gib)
     model = model_facts(parameters=parameters)
     inputs = plan_inputs(job_of(**sections), presets["zero1"], machine)
@@ -45,12 +45,14 @@ def chosen(
         (8 * BILLION, 16, "zero3_cpu_offload"),
     ],
 )
-def test_the_first_that_fits_is_taken(parameters: int, gpu_gib: int, name: str) -> None:
+def test_the_first_preset_that_fits_is_chosen(parameters: int, gpu_gib: int, name: str) -> None:
     found = chosen(parameters, gpu_gib=gpu_gib)
     assert found.preset == name
     verdicts = {one.preset: one.fits for one in found.candidates}
-    assert list(verdicts) == list(IN_ORDER)
-    assert not any(fits for other, fits in verdicts.items() if IN_ORDER.index(other) < IN_ORDER.index(name))
+    assert list(verdicts) == list(PRESETS_IN_ORDER)
+    assert not any(
+        fits for other, fits in verdicts.items() if PRESETS_IN_ORDER.index(other) < PRESETS_IN_ORDER.index(name)
+    )
     assert verdicts[name]
     assert found.device_room == int(0.9 * gpu_gib * GIB)
     sizes = [one.device_bytes for one in found.candidates]
@@ -58,18 +60,18 @@ def test_the_first_that_fits_is_taken(parameters: int, gpu_gib: int, name: str) 
     assert ("would not fit" in found.reason) is (name != "zero1")
 
 
-def test_where_nothing_fits_the_numbers_and_what_to_turn_are_told() -> None:
+def test_if_no_preset_fits_the_error_has_the_numbers_and_a_hint() -> None:
     with pytest.raises(RequestError) as caught:
         chosen(200 * BILLION, gpus=1, gpu_gib=24)
     (problem,) = caught.value.problems
     assert problem.key == "deepspeed"
-    assert "no preset fits into 21.6 GiB of a GPU, 921.6 GiB of a node's host memory" in problem.message
-    assert all(f"{name} needs" in problem.message for name in IN_ORDER)
+    assert "no preset fits in 21.6 GiB of a GPU and 921.6 GiB of a node's host memory" in problem.message
+    assert all(f"{name} needs" in problem.message for name in PRESETS_IN_ORDER)
     assert "model.gradient_checkpointing: true" in str(problem.hint)
     assert "zero3_nvme_offload" in str(problem.hint)
 
 
-def test_on_a_cpu_offload_is_no_choice_and_the_host_is_shared() -> None:
+def test_on_a_cpu_offload_is_not_a_candidate_and_the_host_is_shared() -> None:
     found = chosen(BILLION, gpus=0, cluster={"processes_per_node": 2})
     assert [one.preset for one in found.candidates] == ["zero1", "zero2", "zero3"]
     first = found.candidates[0]
@@ -77,14 +79,14 @@ def test_on_a_cpu_offload_is_no_choice_and_the_host_is_shared() -> None:
     assert found.device_room == found.host_room // 2
 
 
-def test_memory_that_is_not_seen_is_said_to_be_so() -> None:
+def test_the_reason_says_that_no_gpu_is_visible() -> None:
     found = chosen(BILLION, gpus=0, cluster={"gpus_per_node": 8})
     assert (found.preset, found.device_room) == ("zero2", None)
-    assert "no GPU is seen from here" in found.reason
+    assert "no GPU is visible here" in found.reason
     assert {(one.micro_batch, one.fits) for one in found.candidates} == {(1, True)}
 
 
-def test_a_run_that_goes_on_keeps_its_preset() -> None:
+def test_a_resumed_run_keeps_its_preset() -> None:
     assert chosen(BILLION, kept="zero3").preset == "zero3"
 
 
@@ -107,4 +109,4 @@ def test_plan_shows_the_candidates_and_the_choice(tmp_path: Path, monkeypatch: p
     remember(Path("job.yaml"), (), model_facts(parameters=10**13), data_facts())
     ended = command("plan", "job.yaml")
     assert ended.status == 2
-    assert "job.yaml:4: deepspeed: no preset fits into" in ended.err
+    assert "job.yaml:4: deepspeed: no preset fits in" in ended.err

@@ -1,4 +1,4 @@
-"""Planning: lengths, ranks, and what the plan says."""
+"""Planning: lengths, ranks, and the content of the plan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from launcher.ds_config import from_mapping
 from launcher.errors import RequestError
 from launcher.plan.inputs import plan_inputs
-from launcher.plan.learning_rate import planned_rates
+from launcher.plan.learning_rate import planned_lrs
 from launcher.plan.length import length_warnings, resolve_length
 from launcher.plan.resolve import resolve
 from tests.unit.inputs import GIB, data_facts, job_of, machine_facts, model_facts, plan_of
@@ -22,9 +22,7 @@ EPOCHS = st.one_of(st.none(), st.floats(0.01, 20.0))
 
 
 @given(sequences=st.integers(1, 5000), epochs=EPOCHS, batch=st.integers(1, 600))
-def test_the_samples_of_all_epochs_are_taken_and_none_is_dropped(
-    sequences: int, epochs: float | None, batch: int
-) -> None:
+def test_a_run_has_the_samples_of_all_epochs(sequences: int, epochs: float | None, batch: int) -> None:
     job = job_of(train={"num_train_epochs": epochs} if epochs else {})
     wanted = max(1, round(sequences * (epochs or 1.0)))
     if wanted < batch:
@@ -44,29 +42,29 @@ def test_max_steps_is_the_number_of_updates(sequences: int, steps: int, batch: i
     assert (length.total_updates, length.samples, length.refilled_samples) == (steps, steps * batch, 0)
 
 
-def test_a_token_without_an_embedding_is_refused() -> None:
+def test_a_token_without_an_embedding_is_an_error() -> None:
     job, user = job_of(train={"max_steps": 3}), from_mapping({}, "ds.json")
     model, inputs = model_facts(vocab_size=300), plan_inputs(job, user, machine_facts(1))
     resolve(inputs, model, data_facts(64, largest_token=299))
-    with pytest.raises(RequestError, match="token 300, and the model has 300 embeddings") as caught:
+    with pytest.raises(RequestError, match="token 300, but the model has 300 embeddings") as caught:
         resolve(inputs, model, data_facts(64, largest_token=300))
     assert caught.value.problems[0].key == "model.name_or_path"
 
 
-def test_what_happens_to_rows_and_batches_is_told() -> None:
+def test_warnings_about_rows_and_batches() -> None:
     reasons = {"are empty": 1, "have no assistant turn": 1}
     data = data_facts(10, cut=3, dropped=2, partly_learned=1, dropped_because=reasons, notes=("the template is odd",))
     job = job_of(train={"num_train_epochs": 2}, data={"max_length": 77})
-    told = "\n".join(length_warnings(job, data, 16, resolve_length(job, data, 16)))
+    warnings = "\n".join(length_warnings(job, data, 16, resolve_length(job, data, 16)))
     for words in (
         "filled up with 12 samples",
-        "a batch of 16 takes some of the 10",
+        "a batch of 16 contains some of the 10",
         "3 of 10 rows are cut at 77",
-        "2 of 10 rows leave nothing to learn and are left out: 1 are empty, 1 have no assistant turn",
+        "2 of 10 rows have nothing to learn and are skipped: 1 are empty, 1 have no assistant turn",
         "the template is odd",
     ):
-        assert words in told
-    assert "in 1 conversations" in told
+        assert words in warnings
+    assert "in 1 conversations" in warnings
     assert length_warnings(job, data_facts(8), 16, resolve_length(job, data_facts(8), 16))[0].startswith(
         "a batch of 16"
     )
@@ -109,7 +107,7 @@ def test_precision(dtype: str, user: dict[str, Any], machine: Any, precision: st
     assert plan_inputs(job, from_mapping(user, "ds.json"), machine).precision == precision
 
 
-def test_a_plan_says_the_same_thing_everywhere() -> None:
+def test_the_parts_of_a_plan_agree() -> None:
     job = job_of(
         train={"max_steps": 1000, "train_batch_size": 128},
         schedule={"shape": "linear", "peak_lr": 2e-5, "warmup": 100},
@@ -122,14 +120,14 @@ def test_a_plan_says_the_same_thing_everywhere() -> None:
     assert plan.train_micro_batch_size_per_gpu * plan.gradient_accumulation_steps * plan.world.size == 128
     assert config["scheduler"]["params"]["total_num_steps"] == plan.length.total_updates == 1000
     assert config["optimizer"]["params"]["lr"] == plan.learning_rate.peak_lr == 2e-5
-    rate = planned_rates(plan)
-    rates = [rate(update) for update in range(1000)]
-    assert max(rates) == rates[100] == pytest.approx(2e-5)
-    assert rates[0] == pytest.approx(2e-5 / 101)
+    lr_of = planned_lrs(plan)
+    lrs = [lr_of(update) for update in range(1000)]
+    assert max(lrs) == lrs[100] == pytest.approx(2e-5)
+    assert lrs[0] == pytest.approx(2e-5 / 101)
     assert {change.key for change in plan.ds_config_changes} >= {"optimizer", "scheduler", "train_batch_size"}
 
 
-def test_the_micro_batch_follows_the_memory() -> None:
+def test_the_default_micro_batch_depends_on_the_memory() -> None:
     model, job = model_facts(parameters=500_000_000), job_of(train={"train_batch_size": 256})
     sizes = [
         plan_of(job, model=model, machine=machine_facts(8, gpu_gib=gib)).train_micro_batch_size_per_gpu
@@ -138,20 +136,20 @@ def test_the_micro_batch_follows_the_memory() -> None:
     assert sizes[0] < sizes[1] == 16
 
 
-def test_too_little_memory_is_told_with_its_numbers() -> None:
+def test_the_warning_about_too_little_memory_has_the_numbers() -> None:
     job = job_of(train={"train_micro_batch_size_per_gpu": 1})
     plan = plan_of(job, machine=machine_facts(2, gpu_gib=24))
     need = plan.training.memory["device_total"] / GIB
     assert any(f"about {need:.1f} GiB" in warning and "21.6 GiB" in warning for warning in plan.warnings)
     unseen = plan_of(job_of(cluster={"gpus_per_node": 8}), machine=machine_facts(0))
-    (told,) = (warning for warning in unseen.warnings if "no GPU is seen from here" in warning)
-    assert "a micro-batch that is left open is 1" in told
+    (warning,) = (warning for warning in unseen.warnings if "no GPU is visible here" in warning)
+    assert "an unset micro-batch is 1" in warning
 
 
 @pytest.mark.parametrize("gib", [1, 1024])
 @pytest.mark.parametrize(("train", "batch"), [({}, 32), ({"train_batch_size": 64}, 64)])
-def test_where_no_gpu_is_seen_an_open_micro_batch_is_one(train: dict[str, int], batch: int, gib: int) -> None:
-    """However small or large the login node is."""
+def test_without_a_visible_gpu_the_default_micro_batch_is_one(train: dict[str, int], batch: int, gib: int) -> None:
+    """Whatever the memory of the login node."""
     login_node = machine_facts(0, memory_bytes=gib * GIB)
     job = job_of(cluster={"gpus_per_node": 8}, train=train)
     plan = plan_of(job, machine=login_node)
@@ -161,20 +159,20 @@ def test_where_no_gpu_is_seen_an_open_micro_batch_is_one(train: dict[str, int], 
     assert plan_of(given, machine=login_node).train_micro_batch_size_per_gpu == 4
 
 
-def test_a_checkpoint_beyond_the_run_is_told() -> None:
+def test_a_warning_if_the_run_ends_before_the_first_checkpoint() -> None:
     plan = plan_of(job_of(train={"max_steps": 10}, checkpoint={"every": 50}))
-    assert any("checkpoint.every 50 is beyond" in warning for warning in plan.warnings)
+    assert any("checkpoint.every 50 is more than the run's 10 updates" in warning for warning in plan.warnings)
 
 
-def test_a_scheduler_of_ones_own_is_kept_as_deepspeed_drives_it() -> None:
+def test_a_scheduler_of_the_user_is_kept_as_deepspeed_steps_it() -> None:
     params = {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-5, "warmup_num_steps": 10, "total_num_steps": 50}
     scheduler = {"type": "WarmupDecayLR", "params": {**params, "warmup_type": "linear"}}
     user = {"scheduler": scheduler, "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}}}
     plan = plan_of(job_of(train={"max_steps": 50}), user=user)
     assert plan.ds_config["scheduler"] == scheduler
     assert (plan.learning_rate.schedule, plan.learning_rate.advance) == (None, 0)
-    rate = planned_rates(plan)
-    assert [rate(0), rate(1), rate(2)] == pytest.approx([0.0, 0.0, 1e-6])
+    lr_of = planned_lrs(plan)
+    assert [lr_of(0), lr_of(1), lr_of(2)] == pytest.approx([0.0, 0.0, 1e-6])
 
-    asked = plan_of(job_of(train={"max_steps": 50}, schedule={"shape": "cosine", "peak_lr": 1e-5}), user=user)
-    assert asked.ds_config["scheduler"]["type"] == "WarmupCosineLR"
+    generated = plan_of(job_of(train={"max_steps": 50}, schedule={"shape": "cosine", "peak_lr": 1e-5}), user=user)
+    assert generated.ds_config["scheduler"]["type"] == "WarmupCosineLR"

@@ -1,4 +1,4 @@
-"""Planning a resume: what the JSON says for itself, what the loop does not carry out, and what can be converted."""
+"""Planning a resume: values of the JSON, unsupported features, and which checkpoints can be converted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from launcher.ds_config import from_mapping
 from launcher.errors import RequestError
 from launcher.job import explicit_keys
-from launcher.plan.checkpoint_conversion import must_convert, ranks_known, refuse_other_state
+from launcher.plan.checkpoint_conversion import check_same_kind_of_state, expected_ranks, must_convert
 from launcher.plan.inputs import plan_inputs
 from launcher.plan.resolve import check_inputs, resolve
 from launcher.plan.schema import Plan
@@ -32,21 +32,21 @@ from tests.unit.inputs import (
 )
 
 STEPS = {"train": {"max_steps": 6}}
-ADAM_OF_ITS_OWN = {"type": "AdamW", "params": {"lr": 1e-5, "weight_decay": 0.1, "betas": [0.8, 0.9], "eps": 1e-6}}
+OTHER_ADAM = {"type": "AdamW", "params": {"lr": 1e-5, "weight_decay": 0.1, "betas": [0.8, 0.9], "eps": 1e-6}}
 LOG = {"total_num_steps": 6, "warmup_num_steps": 3, "warmup_max_lr": 1e-5, "warmup_type": "log"}
 
 
 @pytest.mark.parametrize(
     "own",
     [
-        {"optimizer": ADAM_OF_ITS_OWN},
+        {"optimizer": OTHER_ADAM},
         {"optimizer": {"type": "SGD", "params": {"lr": 1e-5, "momentum": 0.9}}},
-        {"optimizer": ADAM_OF_ITS_OWN, "scheduler": {"type": "WarmupDecayLR", "params": LOG}},
+        {"optimizer": OTHER_ADAM, "scheduler": {"type": "WarmupDecayLR", "params": LOG}},
         {"scheduler": {"type": "WarmupLR", "params": {**LOG, "total_num_steps": None}}},
         {"gradient_clipping": 0.5, "train_micro_batch_size_per_gpu": 2, "bf16": {"enabled": True}},
     ],
 )
-def test_what_the_json_says_for_itself_can_be_planned_again_from_plan_json(own: dict[str, Any]) -> None:
+def test_values_of_the_json_can_be_planned_again_from_plan_json(own: dict[str, Any]) -> None:
     config = {"zero_optimization": {"stage": 1}, **own}
     params = config.get("scheduler", {}).get("params", {})
     if "total_num_steps" in params and params["total_num_steps"] is None:
@@ -81,12 +81,12 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("config", "key"), REFUSED)
-def test_what_the_loop_does_not_carry_out_is_refused_before_a_run(config: dict[str, Any], key: str) -> None:
+def test_features_that_the_training_loop_does_not_support_are_errors(config: dict[str, Any], key: str) -> None:
     user = from_mapping({"zero_optimization": {"stage": 2}, **config}, "ds.json")
-    with pytest.raises(RequestError) as refused:
+    with pytest.raises(RequestError) as caught:
         lint_ds_config(plan_inputs(job_of(**STEPS), user, machine_facts(8)))
-    assert [(problem.file, problem.key) for problem in refused.value.problems] == [("ds.json", key)]
-    assert refused.value.problems[0].hint
+    assert [(problem.file, problem.key) for problem in caught.value.problems] == [("ds.json", key)]
+    assert caught.value.problems[0].hint
 
 
 @pytest.mark.parametrize(
@@ -98,12 +98,12 @@ def test_what_the_loop_does_not_carry_out_is_refused_before_a_run(config: dict[s
         {"zero_optimization": {"stage": 2, "elastic_checkpoint": False}},
     ],
 )
-def test_what_is_the_same_for_every_group_is_planned(config: dict[str, Any]) -> None:
+def test_values_that_are_equal_for_all_parameter_groups_are_planned(config: dict[str, Any]) -> None:
     user = from_mapping({"zero_optimization": {"stage": 2}, **config}, "ds.json")
     lint_ds_config(plan_inputs(job_of(**STEPS, schedule={"allow_unsafe": True}), user, machine_facts(8)))
 
 
-def test_lists_in_a_scheduler_that_a_generated_one_replaces_do_not_count() -> None:
+def test_lists_in_a_scheduler_that_a_generated_one_replaces_are_ignored() -> None:
     user = from_mapping({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": [1e-5, 1e-6]}}}, "ds.json")
     lint_ds_config(plan_inputs(job_of(**STEPS, schedule={"shape": "linear"}), user, machine_facts(8)))
 
@@ -119,19 +119,19 @@ def saved_with(config: dict[str, Any]) -> Plan:
 
 
 @pytest.mark.parametrize("kind", ["Adam", "AdamW", "adamw"])
-def test_adams_states_are_converted_for_another_number_of_ranks(kind: str) -> None:
+def test_adam_states_are_converted_for_another_number_of_ranks(kind: str) -> None:
     plan = saved_with({"optimizer": {"type": kind, "params": {"lr": 1e-5}}})
     assert must_convert(plan, 8, 4)
     assert not must_convert(plan, 8, 8)
 
 
 @pytest.mark.parametrize("kind", ["SGD", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Lion", "Lamb", "Muon"])
-def test_other_states_are_refused_by_the_optimizers_name_where_the_ranks_change(kind: str) -> None:
+def test_states_of_other_optimizers_cannot_be_converted(kind: str) -> None:
     plan = saved_with({"optimizer": {"type": kind, "params": {"lr": 1e-5}}})
     assert not must_convert(plan, 8, 8)
-    with pytest.raises(RequestError, match=f"for 4: the optimizer is {kind}") as refused:
+    with pytest.raises(RequestError, match=f"for 4: the optimizer is {kind}") as caught:
         must_convert(plan, 8, 4)
-    assert "resume on 8 ranks" in str(refused.value.problems[0].hint)
+    assert "resume on 8 ranks" in str(caught.value.problems[0].hint)
     whole = saved_with({"zero_optimization": {"stage": 0}, "optimizer": {"type": kind, "params": {"lr": 1e-5}}})
     assert not must_convert(whole, 8, 4)
 
@@ -147,7 +147,7 @@ def test_other_states_are_refused_by_the_optimizers_name_where_the_ranks_change(
         ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "ZenFlow"),
     ],
 )
-def test_states_that_the_converter_does_not_keep_are_refused(config: dict[str, Any], words: str) -> None:
+def test_states_that_the_converter_drops_are_an_error(config: dict[str, Any], words: str) -> None:
     plan = saved_with(config)
     with pytest.raises(RequestError, match=words):
         must_convert(plan, 8, 4)
@@ -156,24 +156,27 @@ def test_states_that_the_converter_does_not_keep_are_refused(config: dict[str, A
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"optimizer": {"type": "SGD", "params": {"lr": 1e-5}}}, "the optimizer states of AdamW, and SGD is asked"),
-        ({"zero_optimization": {"stage": 3}}, "of ZeRO-2, whose parts ZeRO-3 cannot load"),
-        ({"zero_optimization": {"stage": 0}}, "of ZeRO-2, whose parts ZeRO-0 cannot load"),
+        (
+            {"optimizer": {"type": "SGD", "params": {"lr": 1e-5}}},
+            "the optimizer states of AdamW, but the resumed run uses SGD",
+        ),
+        ({"zero_optimization": {"stage": 3}}, "saved with ZeRO-2, and ZeRO-3 cannot load it"),
+        ({"zero_optimization": {"stage": 0}}, "saved with ZeRO-2, and ZeRO-0 cannot load it"),
     ],
 )
-def test_states_of_another_kind_are_refused(config: dict[str, Any], words: str) -> None:
+def test_states_of_another_kind_are_an_error(config: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError, match=words):
-        refuse_other_state(saved_with({}), saved_with(config))
+        check_same_kind_of_state(saved_with({}), saved_with(config))
     for same in ({"zero_optimization": {"stage": 1}}, {"optimizer": {"type": "Adam", "params": {"lr": 1e-5}}}):
-        refuse_other_state(saved_with({}), saved_with(same))
+        check_same_kind_of_state(saved_with({}), saved_with(same))
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 2), (0, 3), (2, 0), (3, 0), (2, 3), (3, 1)])
-def test_stages_of_other_parts_are_kept_apart_on_any_number_of_ranks(before: int, after: int) -> None:
+def test_a_stage_with_other_shards_is_an_error_on_any_number_of_ranks(before: int, after: int) -> None:
     old, new = (saved_with({"zero_optimization": {"stage": stage}}) for stage in (before, after))
     fewer = new.model_copy(update={"world": new.world.model_copy(update={"processes_per_node": 4})})
-    with pytest.raises(RequestError, match=f"of ZeRO-{before}, whose parts ZeRO-{after} cannot load"):
-        refuse_other_state(old, fewer)
+    with pytest.raises(RequestError, match=f"saved with ZeRO-{before}, and ZeRO-{after} cannot load it"):
+        check_same_kind_of_state(old, fewer)
 
 
 @pytest.mark.parametrize(
@@ -186,12 +189,12 @@ def test_stages_of_other_parts_are_kept_apart_on_any_number_of_ranks(before: int
         ({"gpus_per_node": 0}, None),
     ],
 )
-def test_the_ranks_of_a_resume_are_known_away_from_its_nodes(cluster: dict[str, Any], ranks: int | None) -> None:
-    assert ranks_known(saved_with({}), job_of(cluster=cluster).cluster) == ranks
+def test_expected_ranks_of_a_resume(cluster: dict[str, Any], ranks: int | None) -> None:
+    assert expected_ranks(saved_with({}), job_of(cluster=cluster).cluster) == ranks
 
 
 def a_run(folder: Path, optimizer: dict[str, Any]) -> RunDir:
-    """A run of job.yaml with an optimizer and a log scheduler of its JSON's own, stopped after update 2."""
+    """A run of job.yaml with the optimizer and log scheduler of its JSON, stopped after update 2."""
     config: dict[str, Any] = {"zero_optimization": {"stage": 2}, "optimizer": optimizer}
     config["zero_allow_untested_optimizer"] = True
     config["scheduler"] = {"type": "WarmupDecayLR", "params": LOG}
@@ -206,25 +209,25 @@ def a_run(folder: Path, optimizer: dict[str, Any]) -> RunDir:
     return run
 
 
-def test_a_run_with_a_json_of_its_own_is_resumed_on_more_nodes(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_run_with_a_json_is_resumed_on_more_nodes(tmp_path: Path, monkeypatch: Any) -> None:
     write_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
-    run = a_run(tmp_path, ADAM_OF_ITS_OWN)
+    run = a_run(tmp_path, OTHER_ADAM)
     ended = command("submit", "--to", "slurm", "--dry-run", "--resume", str(run.path), "cluster.nodes=2")
     assert (ended.status, ended.err.count("but train.weight_decay")) == (0, 0), ended.err
     assert "#SBATCH --nodes=2" in ended.out
 
 
-def test_a_run_that_was_planned_in_the_old_format_is_resumed(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_run_planned_in_the_old_format_is_resumed(tmp_path: Path, monkeypatch: Any) -> None:
     write_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
-    run = a_run(tmp_path, ADAM_OF_ITS_OWN)
+    run = a_run(tmp_path, OTHER_ADAM)
     plan = in_format_1(read_plan(run.plan_file))["plan"]
-    del plan["job"]["train"]["eval_every"]  # as if the key had come since
-    named = format_1_hash(plan)
-    run.plan_file.write_text(json.dumps({"sha256": named, "plan": plan}))
+    del plan["job"]["train"]["eval_every"]  # as if a later version added the key
+    recorded = format_1_hash(plan)
+    run.plan_file.write_text(json.dumps({"sha256": recorded, "plan": plan}))
     (run.checkpoint(2) / MANIFEST).unlink()
-    write_manifest(run.checkpoint(2), update=2, samples=64, world_size=4, plan_sha256=named)
+    write_manifest(run.checkpoint(2), update=2, samples=64, world_size=4, plan_sha256=recorded)
     ended = command("submit", "--to", "slurm", "--dry-run", "--resume", str(run.path), "cluster.nodes=2")
     assert ended.status == 0, ended.err
 
@@ -236,7 +239,7 @@ def test_a_run_that_was_planned_in_the_old_format_is_resumed(tmp_path: Path, mon
         ("train.weight_decay=0.3", "train.weight_decay"),
     ],
 )
-def test_a_resume_that_is_refused_names_its_cause(tmp_path: Path, monkeypatch: Any, override: str, words: str) -> None:
+def test_the_error_of_a_resume_names_its_cause(tmp_path: Path, monkeypatch: Any, override: str, words: str) -> None:
     write_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
     run = a_run(tmp_path, {"type": "NAdam", "params": {"lr": 1e-5, "weight_decay": 0.1}})

@@ -35,7 +35,7 @@ JOBS = st.builds(
 
 @settings(max_examples=60, deadline=None)
 @given(one=JOBS, other=JOBS)
-def test_hashes_are_equal_where_plans_are(one: Job, other: Job) -> None:
+def test_hashes_are_equal_if_and_only_if_plans_are(one: Job, other: Job) -> None:
     first, second = plan_of(one), plan_of(other)
     assert (first.sha256 == second.sha256) == (first == second) == (one == other)
     assert plan_of(one).sha256 == first.sha256
@@ -43,7 +43,7 @@ def test_hashes_are_equal_where_plans_are(one: Job, other: Job) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(job=JOBS)
-def test_a_plan_comes_back_from_its_json(job: Job) -> None:
+def test_a_plan_is_read_back_from_its_json(job: Job) -> None:
     plan = plan_of(job)
     back = Plan.from_json(plan.to_json())
     assert back == plan
@@ -62,7 +62,7 @@ SEGMENTS = [{"kind": "constant", "until": 100, "to": 1.0}, {"kind": "linear", "u
         job_of(train={"max_steps": 200}, data={"eval": "2e-2"}, schedule={"warmup": "3%"}),
     ],
 )
-def test_whole_numbers_and_shares_stay_what_they_are(job: Job) -> None:
+def test_whole_numbers_and_fractions_are_preserved(job: Job) -> None:
     plan = plan_of(job)
     assert Plan.from_json(plan.to_json()) == plan
 
@@ -79,7 +79,7 @@ EXPLICIT = [
 
 
 @pytest.mark.parametrize("job", EXPLICIT)
-def test_a_plan_keeps_which_keys_were_set(job: Job) -> None:
+def test_a_plan_stores_which_keys_were_set(job: Job) -> None:
     plan = plan_of(job, machine=WITH_PEFT)
     back = Plan.from_json(plan.to_json())
     assert explicit_keys(back.job) == explicit_keys(job)
@@ -87,7 +87,7 @@ def test_a_plan_keeps_which_keys_were_set(job: Job) -> None:
     assert validate_job(back.job.model_dump(mode="json", exclude_unset=True)) == job
 
 
-def test_a_plan_in_the_old_format_has_set_what_differs_from_the_defaults() -> None:
+def test_in_a_plan_in_the_old_format_keys_that_differ_from_the_defaults_are_set() -> None:
     job = job_of(train={"max_steps": 9, "weight_decay": 0.1, "eps": 1e-8}, model={"lora": {}})
     plan = plan_of(job, machine=WITH_PEFT)
     back = Plan.from_json(json.dumps(in_format_1(plan)))
@@ -98,11 +98,11 @@ def test_a_plan_in_the_old_format_has_set_what_differs_from_the_defaults() -> No
     assert "lora" in back.job.model.model_fields_set
 
 
-def test_a_plan_without_a_newer_key_of_the_job_is_read_and_names_its_own_hash() -> None:
+def test_a_plan_without_a_newer_key_of_the_job_is_read_and_keeps_its_hash() -> None:
     document = in_format_1(plan_of(job_of(train={"max_steps": 9})))
     del document["plan"]["job"]["train"]["eval_every"]
     text = json.dumps(document)
-    with pytest.raises(LauncherError, match="altered"):
+    with pytest.raises(LauncherError, match="was changed"):
         Plan.from_json(text)
     document["sha256"] = hashlib.sha256(
         json.dumps(document["plan"], sort_keys=True, separators=(",", ":")).encode()
@@ -113,7 +113,7 @@ def test_a_plan_without_a_newer_key_of_the_job_is_read_and_names_its_own_hash() 
 
 
 @pytest.mark.parametrize("name", ["training", "script"])
-def test_a_plan_that_an_earlier_version_wrote_is_read(name: str) -> None:
+def test_a_plan_of_an_earlier_version_is_read(name: str) -> None:
     text = (PLANS / f"{name}-format-2.json").read_text()
     old = json.loads(text)["plan"]
     plan = Plan.from_json(text)
@@ -126,7 +126,7 @@ def test_a_plan_that_an_earlier_version_wrote_is_read(name: str) -> None:
     assert {key: workload[key] for key in moved if key != "job"} == {key: moved[key] for key in moved if key != "job"}
     assert {key: workload["job"][key] for key in old["job"]} == old["job"]
     assert {key: written[key] for key in written} == {key: old[key] for key in written}
-    with pytest.raises(LauncherError, match="altered"):
+    with pytest.raises(LauncherError, match="was changed"):
         Plan.from_json(text.replace('"zero_stage": 2', '"zero_stage": 1'))
 
 
@@ -136,13 +136,13 @@ def test_the_hash_depends_on_the_format() -> None:
         Plan.from_json(json.dumps({**document, "format": 2}))
 
 
-def test_a_plan_of_a_newer_format_is_refused() -> None:
+def test_a_plan_in_a_newer_format_is_an_error() -> None:
     document = json.loads(plan_of(job_of(train={"max_steps": 9})).to_json())
-    with pytest.raises(LauncherError, match="it has format 4, and this launcher reads formats 1 to 3"):
+    with pytest.raises(LauncherError, match="it has format 4, but this launcher reads formats 1 to 3"):
         Plan.from_json(json.dumps({**document, "format": 4}))
 
 
-def test_set_keys_are_marked_and_unknown_ones_refused() -> None:
+def test_set_keys_are_marked_and_unknown_keys_are_an_error() -> None:
     job = job_of(train={"max_steps": 9, "seed": 42})
     assert "train.seed" in set_keys(job)
     assert "train.seed" not in changed_keys(job)
@@ -157,7 +157,7 @@ def leaves(node: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found or [at]
 
 
-def altered(document: dict[str, Any], path: tuple[Any, ...]) -> str:
+def with_changed_value(document: dict[str, Any], path: tuple[Any, ...]) -> str:
     copied = json.loads(json.dumps(document))
     node = copied
     for key in path[:-1]:
@@ -168,22 +168,22 @@ def altered(document: dict[str, Any], path: tuple[Any, ...]) -> str:
     return json.dumps(copied)
 
 
-def test_a_plan_that_was_altered_anywhere_is_detected() -> None:
+def test_a_change_anywhere_in_a_plan_is_detected() -> None:
     document = json.loads(plan_of(job_of(train={"max_steps": 9}), data=data_facts(50, evaluated=5)).to_json())
     paths = leaves(document)
     assert len(paths) > 150
     for path in paths:
-        with pytest.raises(LauncherError, match=r"altered|damaged"):
-            Plan.from_json(altered(document, path))
+        with pytest.raises(LauncherError, match=r"changed|damaged"):
+            Plan.from_json(with_changed_value(document, path))
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"sha256": "0"}', '{"sha256": "0", "plan": {}}', "null"])
-def test_a_damaged_plan_is_told(text: str) -> None:
+def test_a_damaged_plan_is_an_error(text: str) -> None:
     with pytest.raises(LauncherError, match=r"plan\.json is damaged"):
         Plan.from_json(text)
 
 
-def test_half_a_plan_is_told() -> None:
+def test_half_a_plan_is_an_error() -> None:
     text = plan_of().to_json()
     with pytest.raises(LauncherError, match="damaged"):
         Plan.from_json(text[: len(text) // 2])

@@ -1,4 +1,4 @@
-"""The plan of a script of one's own, and `launcher exec` up to the point where something is started."""
+"""The plan of a user's script, and `launcher exec` before it starts anything."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from launcher.fleet.environment import forwarded_environment
 from launcher.job import ScriptJob, load_job, validate_job
 from launcher.plan.facts import MachineFacts, ModelFacts
 from launcher.plan.inputs import plan_inputs
-from launcher.plan.learning_rate import planned_rates
+from launcher.plan.learning_rate import planned_lrs
 from launcher.plan.length import resolve_length
 from launcher.plan.schema import Plan, Script
-from launcher.plan.script import filled_arguments, pairing, resolve_script
+from launcher.plan.script import fill_arguments, resolve_script, trainer_arguments
 from launcher.presets import preset_names
 from launcher.run_dir import RunDir, write_atomic
 from launcher.runs.run import _write_plan
@@ -62,8 +62,8 @@ def problems(**options: Any) -> str:
     return str(error.value)
 
 
-def driven(plan: Plan) -> list[float]:
-    """The rates that DeepSpeed's engine gives a script under the plan's JSON."""
+def simulated_lrs(plan: Plan) -> list[float]:
+    """The learning rates that DeepSpeed's engine applies in a script under the plan's JSON."""
     optimizer, scheduler = plan.ds_config["optimizer"], plan.ds_config["scheduler"]
     return simulate_deepspeed(
         scheduler["type"], scheduler["params"], optimizer["params"]["lr"], plan.length.total_updates
@@ -83,40 +83,40 @@ def values_in(node: Any) -> Iterator[Any]:
 
 @pytest.mark.parametrize("name", preset_names())
 @pytest.mark.parametrize("model", [None, model_facts(parameters=100_000_000)], ids=["no model", "model"])
-def test_no_auto_is_left_for_a_script(name: str, model: ModelFacts | None) -> None:
+def test_no_auto_is_left_in_the_json_of_a_script(name: str, model: ModelFacts | None) -> None:
     cluster = {"gpus_per_node": 8}
     plan = script_plan(name, model=model, machine=machine_facts(8), cluster=cluster)
     assert "auto" not in set(map(str, values_in(plan.ds_config)))
     sizes = {"reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"}
     filled = sizes & set(plan.ds_config["zero_optimization"])
-    asked = {key for key, value in preset(name).data["zero_optimization"].items() if value == "auto"} & sizes
-    assert filled == (asked if model else set())
-    told = {change.key.rpartition(".")[2] for change in plan.ds_config_changes}
-    assert asked <= told
+    autos = {key for key, value in preset(name).data["zero_optimization"].items() if value == "auto"} & sizes
+    assert filled == (autos if model else set())
+    changed = {change.key.rpartition(".")[2] for change in plan.ds_config_changes}
+    assert autos <= changed
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine", "constant"])
-def test_the_planned_rates_are_those_that_the_engine_applies(shape: str) -> None:
+def test_the_planned_learning_rates_are_those_that_the_engine_applies(shape: str) -> None:
     plan = script_plan(schedule={**SCHEDULE, "shape": shape})
-    rate = planned_rates(plan)
-    assert [rate(update) for update in range(100)] == driven(plan)
-    ours = 1e-3 / 11
-    first = 0.0 if shape == "cosine" else ours
-    # DeepSpeed spends an update at the start which `launcher run` does not: the ramp comes one later.
-    assert driven(plan)[:2] == pytest.approx([first, ours])
-    assert driven(plan)[11] == pytest.approx(1e-3, rel=1e-3)
+    lr_of = planned_lrs(plan)
+    assert [lr_of(update) for update in range(100)] == simulated_lrs(plan)
+    start = 1e-3 / 11
+    first = 0.0 if shape == "cosine" else start
+    # DeepSpeed makes an extra update at the start that `launcher run` does not make: the warm-up is one update later.
+    assert simulated_lrs(plan)[:2] == pytest.approx([first, start])
+    assert simulated_lrs(plan)[11] == pytest.approx(1e-3, rel=1e-3)
     assert plan.learning_rate.advance == 0
     words = " ".join(reason.reason for reason in plan.learning_rate.reasons)
     assert ("Update 0 uses 0" if shape == "cosine" else "Updates 0 and 1 both use") in words
 
 
-def test_a_scheduler_of_the_users_own_is_kept() -> None:
+def test_a_scheduler_of_the_user_is_kept() -> None:
     scheduler = {"type": "OneCycle", "params": {"cycle_min_lr": 1e-5, "cycle_max_lr": 1e-4, "cycle_first_step_size": 9}}
     config = {"scheduler": scheduler, "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}}}
     plan = script_plan(config, schedule={})
     assert plan.ds_config["scheduler"] == scheduler
     assert plan.learning_rate.schedule is None
-    assert max(driven(plan)) == plan.learning_rate.peak_lr == 1e-4
+    assert max(simulated_lrs(plan)) == plan.learning_rate.peak_lr == 1e-4
 
 
 @pytest.mark.parametrize("kind", ["WarmupDecayLR", "WarmupCosineLR"])
@@ -135,12 +135,12 @@ def test_a_json_of_the_transformers_examples_is_filled_in(kind: str) -> None:
     assert (scheduler["type"], scheduler["params"]["warmup_type"]) == (kind, "linear")
     assert (scheduler["params"]["total_num_steps"], scheduler["params"]["warmup_num_steps"]) == (100, 10)
     assert plan.ds_config["steps_per_print"] == 2000
-    assert [planned_rates(plan)(update) for update in range(100)] == driven(plan)
-    assert max(driven(plan)) == pytest.approx(1e-3, rel=1e-3)
+    assert [planned_lrs(plan)(update) for update in range(100)] == simulated_lrs(plan)
+    assert max(simulated_lrs(plan)) == pytest.approx(1e-3, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", [{}, {"type": "auto"}])
-def test_a_scheduler_without_a_type_is_the_generated_one(kind: dict[str, str], folder: Path) -> None:
+def test_a_scheduler_without_a_type_is_generated(kind: dict[str, str], folder: Path) -> None:
     block = {**kind, "params": {"warmup_num_steps": "auto", "warmup_max_lr": "auto"}}
     plan = script_plan({"scheduler": block}, schedule={"peak_lr": 1e-3, "warmup": 10})
     assert plan.ds_config["scheduler"] == script_plan(schedule={"peak_lr": 1e-3, "warmup": 10}).ds_config["scheduler"]
@@ -149,9 +149,9 @@ def test_a_scheduler_without_a_type_is_the_generated_one(kind: dict[str, str], f
     assert ended.status == 0, ended.err
 
 
-def test_a_trainer_that_would_find_two_rates_in_the_json_is_foreseen() -> None:
-    """It compares --learning_rate with the optimizer's rate and with the scheduler's highest."""
-    told = {}
+def test_a_warning_if_a_trainer_would_find_two_learning_rates_in_the_json() -> None:
+    """It compares --learning_rate with the optimizer's lr and with the scheduler's warmup_max_lr."""
+    warnings = {}
     for highest in (1e-5, 2e-5):
         params = {"warmup_max_lr": highest, "warmup_num_steps": 10, "warmup_type": "linear"}
         config = {
@@ -160,22 +160,22 @@ def test_a_trainer_that_would_find_two_rates_in_the_json_is_foreseen() -> None:
         }
         for arguments in (("train.py", "{trainer_args}"), ("train.py",)):
             plan = script_plan(config, schedule={}, arguments=arguments)
-            told[highest, len(arguments)] = [
+            warnings[highest, len(arguments)] = [
                 text for text in plan.warnings if "a transformers Trainer compares" in text
             ]
-    (warning,) = told.pop((2e-5, 2))
+    (warning,) = warnings.pop((2e-5, 2))
     assert "--learning_rate 1e-05" in warning and "warmup_max_lr is 2e-05" in warning
-    assert list(told.values()) == [[], [], []]
+    assert list(warnings.values()) == [[], [], []]
 
 
-def test_a_misshapen_json_is_told_with_its_place(folder: Path) -> None:
+def test_the_error_of_a_json_with_a_wrong_type_has_its_line(folder: Path) -> None:
     (folder / "ds.json").write_text('{"scheduler": {\n"type": "WarmupLR", "params": 5}}')
     ended = command("exec", "--dry-run", "job.yaml", "deepspeed=ds.json", "schedule.shape=auto", "--", "train.py")
     assert ended.status == 2
     assert "ds.json:2: scheduler.params: found 5" in ended.err
 
 
-def test_a_plan_reads_back_as_it_was_written() -> None:
+def test_a_plan_is_read_back_as_it_was_written() -> None:
     plan = script_plan(arguments=("train.py", "--deepspeed", "{ds_config}"), model=model_facts(parameters=10**8))
     again = Plan.from_json(plan.to_json())
     assert isinstance(again.workload, Script)
@@ -183,7 +183,7 @@ def test_a_plan_reads_back_as_it_was_written() -> None:
     assert script_plan(arguments=("other.py",)).sha256 != plan.sha256
 
 
-def test_the_length_is_updates_or_samples() -> None:
+def test_the_length_is_in_updates_or_samples() -> None:
     train = {"total_samples": 100, "train_micro_batch_size_per_gpu": 4, "train_batch_size": 24}
     plan = script_plan(train=train, schedule={**SCHEDULE, "warmup": 1})
     assert (plan.length.total_updates, plan.length.samples, plan.gradient_accumulation_steps) == (5, 120, 3)
@@ -191,12 +191,12 @@ def test_the_length_is_updates_or_samples() -> None:
     assert any("20 samples beyond train.total_samples" in warning for warning in plan.warnings)
 
 
-def test_samples_are_a_length_for_ordinary_jobs_too() -> None:
+def test_total_samples_is_a_length_for_training_jobs_too() -> None:
     length = resolve_length(job_of(train={"total_samples": 1000}), data_facts(300), 64)
     assert (length.total_updates, length.refilled_samples) == (16, 24)
 
 
-def test_accumulation_is_one_where_nobody_says() -> None:
+def test_the_default_accumulation_is_one() -> None:
     plan = script_plan()
     assert (plan.train_batch_size, plan.gradient_accumulation_steps) == (8, 1)
 
@@ -206,23 +206,26 @@ def test_accumulation_is_one_where_nobody_says() -> None:
     [
         (
             {"train": {"max_steps": 10}},
-            "train.train_micro_batch_size_per_gpu: the micro-batch is what the script's own data loader yields",
+            "train.train_micro_batch_size_per_gpu: the script's own data loader decides the micro-batch",
         ),
-        ({"train": {"train_micro_batch_size_per_gpu": 1}}, "train: how long the script trains: it must be said"),
+        ({"train": {"train_micro_batch_size_per_gpu": 1}}, "train: the length of the run is not set"),
         (
             {"train": {"train_micro_batch_size_per_gpu": 1, "num_train_epochs": 2}},
-            "train.num_train_epochs: how long the script trains: epochs of a script's own data are not known",
+            "train.num_train_epochs: the launcher does not know a script's epochs",
         ),
-        ({"schedule": {}}, "schedule.peak_lr: the rate is advised from the model's size, and the job names no model"),
-        ({"schedule": {**SCHEDULE, "shape": "wsd"}}, "schedule.shape: DeepSpeed has no class for wsd"),
-        ({"train": {**TRAIN, "train_batch_size": 9}}, "train_batch_size 9 does not divide by world size 2"),
+        (
+            {"schedule": {}},
+            "schedule.peak_lr: the advised learning rate depends on the model's size, but the job names no model",
+        ),
+        ({"schedule": {**SCHEDULE, "shape": "wsd"}}, "schedule.shape: DeepSpeed has no scheduler for wsd"),
+        ({"train": {**TRAIN, "train_batch_size": 9}}, "train_batch_size 9 is not divisible by world size 2"),
     ],
 )
-def test_what_only_the_user_can_say_is_asked_for(sections: dict[str, Any], words: str) -> None:
+def test_missing_and_invalid_keys_are_errors(sections: dict[str, Any], words: str) -> None:
     assert words in problems(**sections)
 
 
-def test_with_a_model_the_rate_is_advised_and_held_to_what_is_published() -> None:
+def test_with_a_model_the_learning_rate_is_advised_and_limited() -> None:
     large = model_facts()
     plan = script_plan(model=large, schedule={"shape": "linear", "warmup": 10})
     assert 1e-6 < plan.learning_rate.peak_lr < 5e-5
@@ -231,26 +234,32 @@ def test_with_a_model_the_rate_is_advised_and_held_to_what_is_published() -> Non
     assert adapters.learning_rate.peak_lr > 4 * plan.learning_rate.peak_lr
 
 
-def test_without_a_model_the_users_peak_is_taken() -> None:
+def test_without_a_model_any_peak_is_accepted() -> None:
     assert script_plan(schedule={**SCHEDULE, "peak_lr": 0.3}).learning_rate.peak_lr == 0.3
 
 
-def test_what_a_script_does_not_heed_is_told() -> None:
+def test_warnings_about_keys_without_effect_and_an_unreached_peak() -> None:
     unused = script_plan(checkpoint={"every": 5}, export=False, data={"train": "x.jsonl"}).warnings
-    assert unused == ("not used, since the script does it its own way: checkpoint.every, data.train, export",)
+    assert unused == ("not used, because the script does this itself: checkpoint.every, data.train, export",)
     assert script_plan().warnings == ()
     short = script_plan(train={**TRAIN, "max_steps": 5}, schedule={**SCHEDULE, "warmup": 5})
     assert "the peak of 0.001 is not reached in 5 updates" in short.warnings[0]
 
 
-def test_the_arguments_take_the_plans_numbers() -> None:
+def test_the_arguments_contain_the_plans_numbers() -> None:
     arguments = ("train.py", "--config={ds_config}", "{trainer_args}", "--lr", "{learning_rate}", '{"max_steps": 1}')
     plan = script_plan(arguments=arguments)
     assert isinstance(plan.workload, Script)
-    script, config, *options, lr, rate, own = filled_arguments(plan, plan.workload, {"ds_config": "/run/ds.json"})
-    assert (script, config, lr, rate, own) == ("train.py", "--config=/run/ds.json", "--lr", "0.001", '{"max_steps": 1}')
+    script, config, *options, option, lr, braces = fill_arguments(plan, plan.workload, {"ds_config": "/run/ds.json"})
+    assert (script, config, option, lr, braces) == (
+        "train.py",
+        "--config=/run/ds.json",
+        "--lr",
+        "0.001",
+        '{"max_steps": 1}',
+    )
     given = dict(zip(options[::2], options[1::2], strict=True))
-    assert given == {f"--{name}": value for name, value in pairing(plan).items()}
+    assert given == {f"--{name}": value for name, value in trainer_arguments(plan).items()}
     compared = {
         "learning_rate": "0.001",
         "warmup_steps": "10",
@@ -264,12 +273,12 @@ def test_the_arguments_take_the_plans_numbers() -> None:
         "adam_epsilon": "1e-08",
         "use_cpu": "True",
     }
-    assert pairing(plan) == compared
-    assert pairing(script_plan(machine=machine_facts(2), cluster={}))["bf16"] == "True"
+    assert trainer_arguments(plan) == compared
+    assert trainer_arguments(script_plan(machine=machine_facts(2), cluster={}))["bf16"] == "True"
 
 
-def test_a_script_is_given_what_a_shared_ray_does_not_have_in_its_environment() -> None:
-    """Where its packages are and what it reports to, secrets among them; the launcher's own ranks are given neither."""
+def test_a_script_gets_environment_variables_that_a_shared_ray_does_not_have() -> None:
+    """Paths of packages and settings of trackers, including secrets; the launcher's own ranks get neither."""
     own = {"HF_TOKEN": "hf_x", "WANDB_API_KEY": "w", "WANDB_PROJECT": "p", "PYTHONPATH": "/code"}
     own |= {"CUDA_HOME": "/cuda", "LD_LIBRARY_PATH": "/lib64", "HF_HOME": "/cache"}
     others = {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "0", "RAY_AUTH_TOKEN": "r", "AWS_SECRET_ACCESS_KEY": "a"}
@@ -339,7 +348,7 @@ def test_a_dry_run_shows_the_plan_and_the_command(folder: Path) -> None:
         (["job.yaml", "train.max_stps=3", "--", "train.py"], "did you mean max_steps?"),
         (
             ["job.yaml", "schedule.peak_lr=auto", "--", "train.py"],
-            "command line: schedule.peak_lr: the rate",
+            "command line: schedule.peak_lr: the advised learning rate",
         ),
         (["job.yaml", "deepspeed=auto", "--", "train.py"], "deepspeed: a preset is chosen by the memory that model"),
         (
@@ -350,23 +359,23 @@ def test_a_dry_run_shows_the_plan_and_the_command(folder: Path) -> None:
     ],
     ids=str,
 )
-def test_a_bad_request_starts_nothing(folder: Path, arguments: list[str], words: str) -> None:
+def test_invalid_input_starts_nothing(folder: Path, arguments: list[str], words: str) -> None:
     ended = command("exec", *arguments)
     assert ended.status == 2
     assert words in ended.err
     assert not (folder / "runs").exists()
 
 
-def test_model_and_data_are_needed_everywhere_else(folder: Path) -> None:
+def test_model_and_data_are_required_without_a_script(folder: Path) -> None:
     (folder / "job.yaml").write_text(JOB.replace("script: {}\n", ""))
     for verb in ("run", "plan", "lr"):
         ended = command(verb, "job.yaml")
         assert ended.status == 2
-        assert "model: this key is needed" in ended.err and "data: this key is needed" in ended.err
-        assert "A job that runs your own script has a section `script` instead" in ended.err
+        assert "model: this key is required" in ended.err and "data: this key is required" in ended.err
+        assert "To run your own script, add a section `script` instead" in ended.err
 
 
-def test_plan_and_lr_show_what_a_job_for_a_script_comes_to(folder: Path) -> None:
+def test_plan_and_lr_show_the_numbers_of_a_job_for_a_script(folder: Path) -> None:
     assert isinstance(load_job(folder / "job.yaml").job, ScriptJob)
     ended = command("plan", "job.yaml")
     assert ended.status == 0, ended.err
@@ -376,12 +385,12 @@ def test_plan_and_lr_show_what_a_job_for_a_script_comes_to(folder: Path) -> None
     plan = Plan.from_json(command("plan", "job.yaml", "--json").out)
     assert isinstance(plan.workload, Script)
     (curve,) = shown["curves"]
-    assert curve["rates"] == driven(plan)
+    assert curve["rates"] == simulated_lrs(plan)
     assert curve["rates"][0] == curve["rates"][1] == 1e-3 / 11
 
 
 @pytest.mark.parametrize("planned", [True, False])
-def test_a_requeued_script_has_its_directory_and_its_checkpoints_again(tmp_path: Path, planned: bool) -> None:
+def test_a_requeued_script_keeps_its_directory_and_its_checkpoints(tmp_path: Path, planned: bool) -> None:
     job = script_job(output_dir=str(tmp_path))
     first = Allocation(job_id="7", restart=0, node=0, hosts=("h1",), cpus=2, gpus=0)
     begun, again = _directory(job, first)
@@ -391,11 +400,11 @@ def test_a_requeued_script_has_its_directory_and_its_checkpoints_again(tmp_path:
         _write_plan(script_plan(), begun)
     requeued, again = _directory(job, replace(first, restart=1))
     assert (requeued.path, again) == (begun.path, planned)
-    # Without a plan nothing was started in it.
+    # Without a plan nothing was started in the directory.
     assert (requeued.checkpoints / "of-the-script").exists() == planned
 
 
-def test_a_scripts_run_is_not_resumed(tmp_path: Path) -> None:
+def test_a_run_of_a_script_cannot_be_resumed(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path, "mine")
     write_atomic(run.plan_file, script_plan(arguments=("train.py", "--epochs", "2")).to_json())
     ended = command("resume", str(run.path))

@@ -1,6 +1,6 @@
 """The user's DeepSpeed JSON in `launcher plan` and `launcher run`: linted, compared with the job, and completed.
 
-What is wrong is told before model or data are looked at: the folder here holds neither weights nor a tokenizer.
+Errors are reported before model or data are read: the folder here has neither weights nor a tokenizer.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def tried(text: str, *overrides: str, verb: str = "plan") -> Ended:
-    """`launcher VERB` on the job with ds.json holding `text`."""
+def launch(text: str, *overrides: str, verb: str = "plan") -> Ended:
+    """Runs `launcher VERB` on the job with `text` as ds.json."""
     Path("ds.json").write_text(text)
     return command(verb, "job.yaml", "deepspeed=ds.json", *overrides)
 
 
 @pytest.mark.parametrize("verb", ["plan", "run"])
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "words"),
     [
         ('{\n  "zero_optimisation": {"stage": 2}\n}', "ds.json:2: zero_optimisation: DeepSpeed has no such key here"),
         ('{\n  "fp16": {"enabled": true},\n  "bf16": {"enabled": true}\n}', "fp16.enabled: fp16 and bf16 are both on"),
@@ -54,24 +54,24 @@ def tried(text: str, *overrides: str, verb: str = "plan") -> Ended:
         ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', "NVMe offload without nvme_path"),
     ],
 )
-def test_an_error_of_lint_refuses(text: str, says: str, verb: str, folder: Path) -> None:
-    ended = tried(text, verb=verb)
+def test_an_error_of_lint_ends_the_command(text: str, words: str, verb: str, folder: Path) -> None:
+    ended = launch(text, verb=verb)
     assert ended.status == 2
-    assert says in ended.err
+    assert words in ended.err
     assert not (folder / "runs").exists()
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_warning_of_lint_is_shown_with_line_and_mend() -> None:
+def test_a_warning_of_lint_is_shown_with_line_and_hint() -> None:
     remember(Path("job.yaml"), (), model_facts(), data_facts())
-    ended = tried('{"zero_optimization": {"stage": 2,\n  "stage3_max_live_parameters": 1e9}}')
+    ended = launch('{"zero_optimization": {"stage": 2,\n  "stage3_max_live_parameters": 1e9}}')
     assert ended.status == 0, ended.err
     assert "note: ds.json:2: zero_optimization.stage3_max_live_parameters: has no effect under stage 2" in ended.out
     assert "Set stage to 3, or remove it." in ended.out
 
 
 @pytest.mark.usefixtures("folder")
-def test_keys_inside_the_job_file_are_told_with_its_lines() -> None:
+def test_errors_in_an_inline_json_have_the_lines_of_the_job_file() -> None:
     with Path("job.yaml").open("a") as job:
         job.write("deepspeed:\n  zero_optimization:\n    stage: 2\n    overlap_com: true\n")
     ended = command("plan", "job.yaml")
@@ -98,7 +98,7 @@ SCHEDULER += '{"warmup_max_lr": 1e-5, "warmup_type": "linear",\n"warmup_num_step
 CONFLICTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "batch": ('{\n"train_batch_size": 64}', "train.train_batch_size=32", ("ds.json:2: train_batch_size", "64", "32")),
     "precision": ('{"bf16": {\n"enabled": true}}', "model.dtype=float32", ("ds.json:1: bf16", "bf16", "fp32")),
-    "rate": (
+    "learning rate": (
         '{"optimizer": {"type": "AdamW", "params": {\n"lr": 3e-6}}}',
         "schedule.peak_lr=1e-6",
         ("ds.json:2: optimizer.params.lr: 3e-06 here", "schedule.peak_lr in the job is 1e-06"),
@@ -111,44 +111,44 @@ CONFLICTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "total steps": (
         SCHEDULER,
         "train.max_steps=100",
-        ("train.max_steps: 100 in the job", "total_num_steps 500 in ds.json"),
+        ("train.max_steps: 100 in the job", "total_num_steps is 500 in ds.json"),
     ),
 }
 
 
 @pytest.mark.parametrize("name", CONFLICTS)
-def test_conflicts_are_told_before_anything_is_measured(name: str, folder: Path) -> None:
-    text, override, says = CONFLICTS[name]
-    ended = tried(text, override)
+def test_conflicts_are_reported_before_anything_is_measured(name: str, folder: Path) -> None:
+    text, override, expected = CONFLICTS[name]
+    ended = launch(text, override)
     assert ended.status == 2
-    assert all(words in ended.err for words in says), ended.err
-    assert not (folder / "runs").exists(), "the model was looked at"
+    assert all(words in ended.err for words in expected), ended.err
+    assert not (folder / "runs").exists(), "the model was read"
 
 
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("name", CONFLICTS)
-def test_equal_values_are_no_conflict(name: str) -> None:
+def test_equal_values_do_not_conflict(name: str) -> None:
     text, override, _ = CONFLICTS[name]
     key = override.partition("=")[0]
     same = {"train.train_batch_size": "64", "model.dtype": "bfloat16", "schedule.peak_lr": "3e-6"}
     same |= {"train.gradient_clipping": "0.5", "train.max_steps": "500"}
     remember(Path("job.yaml"), (f"{key}={same[key]}",), model_facts(), data_facts())
-    ended = tried(text, f"{key}={same[key]}")
+    ended = launch(text, f"{key}={same[key]}")
     assert ended.status == 0, ended.err
 
 
 @pytest.mark.usefixtures("folder")
-def test_numbers_in_quotes_are_taken_where_they_are_converted() -> None:
+def test_numbers_in_quotes_are_accepted_if_deepspeed_converts_them() -> None:
     remember(Path("job.yaml"), (), model_facts(), data_facts())
-    ended = tried('{"gradient_clipping": "0.7", "train_batch_size": "64" # kept\n}')
+    ended = launch('{"gradient_clipping": "0.7", "train_batch_size": "64" # kept\n}')
     assert ended.status == 0, ended.err
     assert "a number written as text" in ended.out
 
 
 @pytest.mark.usefixtures("folder")
-def test_the_diff_is_told_key_by_key_with_reasons() -> None:
+def test_the_changes_are_listed_key_by_key_with_reasons() -> None:
     remember(Path("job.yaml"), (), model_facts(), data_facts())
-    ended = tried('{"gradient_clipping": "auto", "steps_per_print": 10, "zero_optimization": {"stage": 1}}')
+    ended = launch('{"gradient_clipping": "auto", "steps_per_print": 10, "zero_optimization": {"stage": 1}}')
     rows = {line.split()[0]: " ".join(line.split()[1:]) for line in ended.out.splitlines() if "→" in line}
     assert rows["gradient_clipping"] == "auto → 1 the largest global gradient norm"
     assert rows["optimizer.type"].startswith("not set → AdamW the plan's optimizer")
@@ -158,9 +158,9 @@ def test_the_diff_is_told_key_by_key_with_reasons() -> None:
 
 
 @pytest.mark.usefixtures("folder")
-def test_what_a_plan_writes_by_itself_is_not_warned_of() -> None:
+def test_values_that_the_plan_fills_in_cause_no_warning() -> None:
     remember(Path("job.yaml"), (), model_facts(), data_facts())
-    ended = tried('{"optimizer": {"type": "AdamW", "params": {"weight_decay": 0.1}}}')
+    ended = launch('{"optimizer": {"type": "AdamW", "params": {"weight_decay": 0.1}}}')
     assert ended.status == 0, ended.err
     assert "no lr" not in ended.out
     assert "optimizer.params.lr" in ended.out
@@ -175,10 +175,10 @@ DIVIDED = {
 
 
 @pytest.mark.parametrize("key", DIVIDED)
-def test_other_ways_to_divide_a_model_are_left_to_scripts(key: str) -> None:
-    with pytest.raises(RequestError, match=f"ds.json: {key}: .*") as refused:
+def test_other_kinds_of_model_parallelism_are_only_for_scripts(key: str) -> None:
+    with pytest.raises(RequestError, match=f"ds.json: {key}: .*") as caught:
         lint_ds_config(plan_inputs(job_of(), from_mapping(DIVIDED[key], "ds.json"), machine_facts(8)))
-    assert "launcher exec" in str(refused.value)
+    assert "launcher exec" in str(caught.value)
     train = {"max_steps": 10, "train_micro_batch_size_per_gpu": 1}
     schedule = {"shape": "linear", "peak_lr": 1e-5, "warmup": 2}
     job = validate_job({"script": {"command": "train.py"}, "train": train, "schedule": schedule})
@@ -188,6 +188,6 @@ def test_other_ways_to_divide_a_model_are_left_to_scripts(key: str) -> None:
     assert config[key.partition(".")[0]] == DIVIDED[key][key.partition(".")[0]]
 
 
-def test_a_model_that_is_not_divided_may_say_so() -> None:
+def test_disabled_model_parallelism_is_accepted() -> None:
     user = {"tensor_parallel": {"autotp_size": 1}, "expert_parallel": {"enabled": False}, "pipeline": {}}
     assert plan_of(user=user).ds_config["tensor_parallel"] == {"autotp_size": 1}

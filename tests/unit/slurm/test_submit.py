@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from launcher.errors import RequestError
 from launcher.job import Job, load_job
-from launcher.job.slurm import OWNED, gres_gpus, time_seconds
+from launcher.job.slurm import SET_ELSEWHERE, gres_gpus, time_seconds
 from launcher.presets import shipped_folder
 from launcher.slurm.options import sbatch_options
 from launcher.slurm.sbatch_errors import STATES, explain_sbatch_error, job_status
@@ -292,11 +292,11 @@ def test_invalid_values_are_rejected_with_their_key(key: str, value: Any) -> Non
     assert len(str(caught.value).splitlines()) <= 2
 
 
-@pytest.mark.parametrize("option", sorted(OWNED))
+@pytest.mark.parametrize("option", sorted(SET_ELSEWHERE))
 def test_extra_cannot_repeat_an_option_that_has_a_key(option: str) -> None:
     """Not even abbreviated: sbatch accepts the first letters of an option."""
     for given_as in (f"--{option}=1", f"--{option}", f"--{option[: max(4, len(option) - 1)]}=1"):
-        with pytest.raises(RequestError, match=r"give it there|not of the sbatch command"):
+        with pytest.raises(RequestError, match=r"what is set by|not of the sbatch command"):
             on_cpus(extra=[given_as])
 
 
@@ -326,9 +326,9 @@ def test_contradictions_are_reported(sections: dict[str, Any], says: str) -> Non
 @pytest.mark.parametrize(
     ("slurm", "says"),
     [
-        ({"time": "5"}, "signal_seconds is 300, and the time limit 5 has 300 seconds"),
-        ({"array_key": "train.seed"}, "there is no array"),
-        ({"container_mounts": ["/x"]}, "there is no container"),
+        ({"time": "5"}, "signal_seconds is 300, but the time limit 5 is 300 seconds"),
+        ({"array_key": "train.seed"}, "array is not set"),
+        ({"container_mounts": ["/x"]}, "container is not"),
     ],
 )
 def test_keys_that_depend_on_each_other(slurm: dict[str, Any], says: str) -> None:
@@ -762,7 +762,7 @@ def test_errors_of_sbatch_are_reported(
         (("slurm.partition=a b",), "command line: slurm.partition: must be names of letters"),
         (("--array", "0-"), "command line: slurm.array: must be indices"),
         (("--dependency", "after\n"), "command line: slurm.dependency: must be type:job"),
-        (("slurm.time=24:00:00:00",), "command line: slurm.time: must be a time as Slurm writes it"),
+        (("slurm.time=24:00:00:00",), "command line: slurm.time: must be a Slurm time"),
         (("cluster.gpus_per_node=auto",), "command line: cluster.gpus_per_node: auto, but Slurm gives"),
         (("model.name_or_path=./nowhere",), "nowhere"),
         (("name=a/b",), "name: must be letters"),
@@ -830,7 +830,7 @@ def test_a_users_script_is_submitted(folder: Path, before: tuple[str, ...]) -> N
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "A job that runs your own script has a section `script` instead"),
+        ((), "To run your own script, add a section `script` instead"),
         (("--",), "no script is named after --"),
         (("--", "none.py"), "the script none.py does not exist"),
         (("--", "--lr", "1"), "the command must begin with a Python script or -m MODULE, found --lr"),

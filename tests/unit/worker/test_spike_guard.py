@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from launcher.errors import FailureCode
-from launcher.plan.learning_rate import planned_rates
+from launcher.plan.learning_rate import planned_lrs
 from launcher.plan.schema import Plan
 from launcher.records import RankEvent
 from launcher.run_dir import RunDir
@@ -137,7 +137,7 @@ def test_a_remedy_lowers_the_learning_rate_from_the_next_update_on(tmp_path: Pat
     assert rank.made[44] == pytest.approx(share * (START + (PEAK - START) * 44 / 86), rel=1e-12)
     assert rank.made[86:100] == [PEAK * share] * 14
     # The revision describes the whole run: also the updates that were made before it.
-    planned = planned_rates(revision)
+    planned = planned_lrs(revision)
     assert rank.made == [planned(update) for update in range(100)]
 
 
