@@ -241,7 +241,7 @@ FILES = [
     ),
     Bad(
         "JSON missing",
-        ("job.yaml: deepspeed: the file my.json does not exist", "looked from"),
+        ("job.yaml: deepspeed: the file my.json does not exist", "current folder: "),
         JOB + "deepspeed: my.json\n",
     ),
     Bad(
