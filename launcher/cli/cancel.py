@@ -11,7 +11,7 @@ from launcher.cli.options import OUTPUT_DIR, RUN, exiting_cleanly
 
 def cancel(
     run: str = RUN,
-    now: bool = typer.Option(False, "--now", help="Stop at once, without a checkpoint."),
+    now: bool = typer.Option(False, "--now", help="Stop at once without saving."),
     wait: bool = typer.Option(True, help="Wait until the run has ended."),
     output_dir: Path = OUTPUT_DIR,
 ) -> None:

@@ -26,12 +26,7 @@ def export(
         None, "--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; default: the training dtype."
     ),
     merge: bool = typer.Option(False, "--merge", help="Merge LoRA adapters into the model, even if the job does not."),
-    output: Path = typer.Option(
-        None,
-        "--output",
-        metavar="DIR",
-        help="A new folder; default: RUN/export-update-N, or RUN/export for a finished run without an export.",
-    ),
+    output: Path = typer.Option(None, "--output", metavar="DIR", help="The folder to write, which must be new."),
     output_dir: Path = OUTPUT_DIR,
 ) -> None:
     """Export any checkpoint of a run as a Hugging Face model, also while the run trains.
@@ -39,6 +34,8 @@ def export(
     This takes one process on this machine, without Ray or GPUs, and enough memory for the model. The weights are the
     same as those that the run itself would export at that update. With --dtype float32, a bfloat16 or float16 run under
     ZeRO exports the float32 master weights of its optimizer.
+
+    The default folder is RUN/export-update-N, or RUN/export for a finished run without an export.
     """
     from launcher.run_dir import RunDir
     from launcher.runs.checkpoints import checkpoint_at, newest_checkpoint

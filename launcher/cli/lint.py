@@ -18,7 +18,7 @@ class Devices(enum.StrEnum):
 
 def lint(
     files: Annotated[list[Path], typer.Argument(help="DeepSpeed JSON files.", metavar="FILE.json…")],
-    fix: Annotated[bool, typer.Option("--fix", help="Write the fixes that are unambiguous.")] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Write the fixes that leave no choice.")] = False,
     world_size: Annotated[int | None, typer.Option(help="Number of ranks, for checking batch sizes.", min=1)] = None,
     device: Annotated[
         Devices | None,

@@ -27,7 +27,7 @@ def lr(
         Path | None, typer.Option("--deepspeed", metavar="FILE", help="Show the learning rate of this DeepSpeed JSON.")
     ] = None,
     updates: Annotated[
-        int | None, typer.Option(min=1, help="With --deepspeed: the length. Default: its total_num_steps.")
+        int | None, typer.Option(min=1, help="With --deepspeed: the run's length. Default: the JSON's.")
     ] = None,
     compare: Annotated[
         str | None, typer.Option(metavar="SHAPE,…", help="Overlay shapes with the same peak, warm-up and length.")

@@ -31,16 +31,20 @@ def submit(
     overrides: list[str] = typer.Argument(
         None, metavar="[SECTION.KEY=VALUE]... [-- SCRIPT [ARGUMENT]...]", help="Overrides; Slurm: a script as for exec."
     ),
-    resume: bool = typer.Option(False, "--resume", help="Slurm: resume a run, on cluster.nodes nodes."),
+    resume: bool = typer.Option(False, "--resume", help="Slurm: resume a run."),
     to: Target = typer.Option(None, "--to", help="Default: slurm if the job has a slurm section."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print exactly what would be submitted; submit nothing."),
     parsable: bool = typer.Option(False, "--parsable", help="Print only the job id."),
-    dependency: str = typer.Option(None, help="Slurm: jobs to wait for; replaces slurm.dependency."),
-    array: str = typer.Option(None, help="Slurm: indices of a job array; replaces slurm.array."),
-    address: str = typer.Option(None, help="Ray: the dashboard's address, such as http://head:8265."),
+    dependency: str = typer.Option(None, help="Slurm: jobs to wait for, instead of the job file's."),
+    array: str = typer.Option(None, help="Slurm: indices of a job array, instead of the job file's."),
+    address: str = typer.Option(None, metavar="URL", help="Ray: the address of the dashboard (port 8265)."),
     follow: bool = typer.Option(False, "--follow", help="Ray: print the job's output until it ends."),
 ) -> None:
-    """Check a job as far as this machine can, then submit it to Slurm or to a Ray cluster."""
+    """Check a job as far as this machine can, then submit it to Slurm or to a Ray cluster.
+
+    --dependency and --array replace slurm.dependency and slurm.array. A resumed run uses cluster.nodes nodes. The
+    address of a Ray dashboard looks like http://head:8265.
+    """
     given = {"slurm.dependency": dependency, "slurm.array": array}
     words = [*(overrides or ()), *(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None)]
     submission = Submission(job_file, tuple(words), _script(ctx.obj, resume), resume, dry_run, parsable, typer.echo)
