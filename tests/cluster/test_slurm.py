@@ -223,7 +223,7 @@ def test_a_run_is_cancelled_from_a_login_node_and_requeued_goes_on(slurm: Slurm,
 
     # Queued again, and called off before it starts: Slurm would wait two minutes.
     hosts.run("ctl", ["scontrol", "requeue", job])
-    assert f"Slurm had queued its job {job} again: cancelled that" in launcher(hosts, "cancel", str(path))
+    assert f"cancelled its Slurm job {job}, which was requeued" in launcher(hosts, "cancel", str(path))
     assert ended(hosts, shared, job)[0].startswith("CANCELLED")
     hosts.run("ctl", ["scontrol", "requeue", job])
     # Slurm would wait two minutes before it starts a requeued job. In the very second in which it ended, a node refuses
@@ -309,7 +309,7 @@ def test_the_interface_that_reaches_the_others_is_found() -> None:
         left.cluster.mkdir(parents=True)
         command = ["srun", "--nodes=2", "--cpus-per-task=2", str(wrapper)]
         good = hosts.run("ctl", command, seconds=240, **WITH_LAUNCHER)
-        assert "every node is fit" in good.stdout and not left.path.exists()
+        assert "all nodes passed" in good.stdout and not left.path.exists()
         assert good.stdout.count("eth0") == 2 and "dead0" not in good.stdout
         bad = hosts.run("ctl", [*command, "other"], seconds=240, check=False, **WITH_LAUNCHER)
         assert bad.returncode == 1

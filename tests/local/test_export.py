@@ -72,7 +72,7 @@ def test_a_run_killed_while_exporting_is_resumed_to_its_export(job_dict, tmp_pat
 
     resumed = Command("resume", str(run.path), folder=tmp_path)
     assert resumed.wait() == 0, resumed.output
-    assert f"all {UPDATES} updates are made: only the export is missing" in resumed.output
+    assert f"all {UPDATES} updates were already made: exporting only" in resumed.output
     assert run.state()["state"] == "finished"
     assert len(run.metrics()) == UPDATES
     assert_same_export(run.export, run.path / "expected")
@@ -83,7 +83,7 @@ def test_a_run_killed_while_exporting_is_resumed_to_its_export(job_dict, tmp_pat
 
     again = Command("resume", str(run.path), folder=tmp_path)
     assert again.wait() == 2
-    assert f"all {UPDATES} updates are made already" in again.output
+    assert f"all {UPDATES} updates were already made" in again.output
 
     # In float32 it is the optimizer's own weights, of which the training's are a cast.
     precise = tensors(exported(run, tmp_path / "precise", "--dtype", "float32"))
@@ -104,7 +104,7 @@ def test_an_export_of_any_checkpoint_is_that_of_the_run(job_dict, tmp_path, stag
 
     refused = Command("export", str(run.path), "--update", "4", folder=tmp_path)
     assert refused.wait() == 2
-    assert f"checkpoints of these updates can be used: {SAVED}, {UPDATES}" in refused.output
+    assert f"usable checkpoints are those of updates: {SAVED}, {UPDATES}" in refused.output
 
 
 def test_weights_of_another_model_are_refused():

@@ -101,7 +101,7 @@ def test_what_cannot_be_gone_on_with_is_told(job_dict, tmp_path):
     plan = plan_of(merged(job_dict, train={"max_steps": UPDATES}))
     run = half_done(plan, tmp_path)
     for override, words in {
-        "train.seed=1": "goes on with the model and the data that it began with",
+        "train.seed=1": "this cannot change when a run is resumed",
         "cluster.processes_per_node=3": "train_batch_size 8 is not divisible by world size 3",
         "train.max_step=3": "did you mean max_steps?",
     }.items():
@@ -111,7 +111,7 @@ def test_what_cannot_be_gone_on_with_is_told(job_dict, tmp_path):
     finished = fine_tuned(plan_of(merged(job_dict, train={"max_steps": 2})), tmp_path / "finished")
     again = Command("resume", str(finished.path), folder=tmp_path)
     assert again.wait() == 2
-    assert "all 2 updates are made already" in again.output
+    assert "all 2 updates were already made" in again.output
     nothing = Command("resume", str(tmp_path), folder=tmp_path)
     assert nothing.wait() == 2
     assert "not a run directory" in nothing.output

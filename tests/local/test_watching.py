@@ -115,7 +115,7 @@ def test_a_run_cancelled_at_once_saves_nothing_and_leaves_nothing(job_dict, tmp_
     made = len(run.metrics())
     reason = run.state()["reason"]
     assert reason.startswith("cancelled by ")
-    assert told == f"{run.path.name} was told to stop at once\nstopped: {reason}; updates made: {made}\n"
+    assert told == f"{run.path.name}: stop requested, at once\nstopped: {reason}; updates made: {made}\n"
     assert running.wait() == 128 + signal.SIGTERM, running.output
     assert running.left_behind() == []
     assert run.complete_checkpoints() == [] and "Traceback" not in running.output

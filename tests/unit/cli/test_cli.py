@@ -1,4 +1,4 @@
-"""The command line: what `plan`, `init` and `schema` print, and the exit status of everything."""
+"""The command line: the output of `plan`, `init` and `schema`, and exit statuses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.unit.inputs import command, data_facts, model_facts, plan_of, remembe
 
 
 class EditorYaml(yaml.SafeLoader):
-    """YAML 1.2, which editors read: 2e-5 is a number."""
+    """YAML 1.2, as editors read it: 2e-5 is a number."""
 
 
 EditorYaml.add_implicit_resolver(
@@ -41,7 +41,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_plan_is_shown_and_nothing_is_written(folder: Path) -> None:
+def test_plan_prints_a_plan_and_writes_nothing(folder: Path) -> None:
     sizes = ("train.train_batch_size=32", "train.train_micro_batch_size_per_gpu=8")
     remember(folder / "job.yaml", sizes, model_facts(parameters=1_000_000), data_facts(320))
     before = set(folder.rglob("*"))
@@ -52,9 +52,9 @@ def test_a_plan_is_shown_and_nothing_is_written(folder: Path) -> None:
         "4 ranks: 1 node x 4 on CPU, gloo, fp32",
         "320 sequences, 32,000 tokens, 19,200 learned",
         "32 = micro-batch 8 x accumulation 1 x world size 4",
-        "10 in all, 10.0 per epoch",
+        "10 in total, 10.0 per epoch",
         "learning rate",
-        "memory of a process",
+        "memory per process",
         "under ZeRO-2",
         "filled in or changed",
     ):
@@ -62,7 +62,7 @@ def test_a_plan_is_shown_and_nothing_is_written(folder: Path) -> None:
     assert set(folder.rglob("*")) == before
 
 
-def test_a_plan_as_json_is_the_plan(folder: Path) -> None:
+def test_plan_prints_json(folder: Path) -> None:
     overrides = ("train.max_steps=7", "schedule.peak_lr=1e-5")
     remember(folder / "job.yaml", overrides, model_facts(), data_facts())
     ended = command("plan", "job.yaml", *overrides, "--json")
@@ -73,7 +73,7 @@ def test_a_plan_as_json_is_the_plan(folder: Path) -> None:
     assert command("plan", "job.yaml", *overrides, "--json").out == ended.out
 
 
-def test_init_writes_a_job_that_is_valid_and_never_overwrites(folder: Path) -> None:
+def test_init_writes_a_valid_job_and_never_overwrites(folder: Path) -> None:
     ended = command("init", "new", "--model", "models/ä \U0001f600", "--data", "d/*.jsonl", "--name", "mine")
     assert ended.status == 0
     job = load_job(folder / "new/mine.yaml").job
@@ -89,7 +89,7 @@ def test_init_writes_a_job_that_is_valid_and_never_overwrites(folder: Path) -> N
     again = command("init", "new", "--name", "mine")
     assert again.status == 2
     assert "mine.yaml" in again.err
-    assert "nothing is overwritten" in again.err
+    assert "are not overwritten" in again.err
     assert {path: path.read_bytes() for path in (folder / "new").rglob("*") if path.is_file()} == before
 
 
@@ -104,7 +104,7 @@ def test_init_writes_a_job_that_is_valid_and_never_overwrites(folder: Path) -> N
         (("job.yaml",), "this is a file; a folder is needed"),
     ],
 )
-def test_init_refuses_what_makes_no_job(folder: Path, arguments: tuple[str, ...], says: str) -> None:
+def test_init_rejects_invalid_values(folder: Path, arguments: tuple[str, ...], says: str) -> None:
     before = set(folder.rglob("*"))
     ended = command("init", *arguments)
     assert ended.status == 2
@@ -112,22 +112,22 @@ def test_init_refuses_what_makes_no_job(folder: Path, arguments: tuple[str, ...]
     assert set(folder.rglob("*")) == before
 
 
-def test_the_schema_takes_good_jobs_and_refuses_bad_ones() -> None:
+def test_the_schema_accepts_valid_jobs_and_rejects_invalid_ones() -> None:
     ended = command("schema")
     assert ended.status == 0
     schema = json.loads(ended.out)
     check = jsonschema.Draft202012Validator(schema)
     check.check_schema(schema)
     example = Path(launcher.__file__).parent.parent / "examples/quickstart.yaml"
-    good = yaml.load(example.read_text(), EditorYaml)
+    valid = yaml.load(example.read_text(), EditorYaml)
     starter = {"model": {"name_or_path": "m"}, "data": {"train": ["a.jsonl"], "eval": 0.1}, "deepspeed": {"fp16": {}}}
-    for job in (good, starter, {**starter, "train": {"betas": [0.9, 0.95], "train_batch_size": "auto"}}):
+    for job in (valid, starter, {**starter, "train": {"betas": [0.9, 0.95], "train_batch_size": "auto"}}):
         assert list(check.iter_errors(job)) == []
     for job in ({}, {**starter, "trian": {}}, {**starter, "train": {"max_stps": 3}}, {**starter, "name": "a/b"}):
         assert list(check.iter_errors(job))
 
 
-def test_every_key_of_the_schema_is_explained() -> None:
+def test_every_key_of_the_schema_has_a_description() -> None:
     schema = json.loads(command("schema").out)
     for name, section in {"Job": schema, **schema["$defs"]}.items():
         assert section["description"], name
@@ -154,7 +154,7 @@ def test_exit_statuses(arguments: tuple[str, ...], status: int, says: str) -> No
     assert says in ended.out + ended.err
 
 
-def test_resume_tells_what_is_missing(folder: Path) -> None:
+def test_resume_reports_a_missing_checkpoint_and_an_altered_plan(folder: Path) -> None:
     run = RunDir.create(folder / "runs", "tiny")
     plan = plan_of()
     run.plan_file.write_text(plan.to_json())
@@ -169,7 +169,7 @@ def test_resume_tells_what_is_missing(folder: Path) -> None:
     assert "Traceback" not in ended.err
 
 
-def test_a_file_that_cannot_be_used_is_named_without_a_traceback(folder: Path) -> None:
+def test_an_unusable_file_is_reported_without_a_traceback(folder: Path) -> None:
     run = RunDir.create(folder / "runs", "tiny")
     run.plan_file.write_text(plan_of().to_json())
     run.lock_file.mkdir()
@@ -177,14 +177,14 @@ def test_a_file_that_cannot_be_used_is_named_without_a_traceback(folder: Path) -
     assert (ended.status, ended.err) == (1, f"error: {run.lock_file}: Is a directory\n")
 
 
-def test_it_runs_as_a_module(folder: Path) -> None:
+def test_launcher_runs_as_a_module(folder: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "launcher", "--version"], cwd=folder, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"launcher {launcher.__version__}\n", "")
     wrong = subprocess.run([sys.executable, "-m", "launcher", "resume", "nowhere"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "was not found" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
+def test_a_closed_output_pipe_is_not_an_error() -> None:
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run([sys.executable, "-m", "launcher", "schema"], stdout=write, stderr=subprocess.PIPE, text=True)
@@ -192,7 +192,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert done.stderr == ""
 
 
-def test_a_run_continues_when_nobody_reads_what_it_shows(folder: Path) -> None:
+def test_a_run_continues_when_its_output_pipe_is_closed(folder: Path) -> None:
     code = (
         "from launcher.runs.console import RunConsole\nconsole = RunConsole()\n"
         "for update in range(99): console.note('x' * 9999)\nopen('end', 'w').close()"
@@ -204,19 +204,19 @@ def test_a_run_continues_when_nobody_reads_what_it_shows(folder: Path) -> None:
     assert (done.returncode, done.stderr, (folder / "end").exists()) == (0, "", True)
 
 
-@pytest.mark.parametrize(("verb", "private"), [("run", True), ("export", True), ("schema", False), ("init", False)])
-def test_what_a_run_writes_is_private(verb: str, private: bool) -> None:
-    """In a process of its own: a process has one umask."""
+@pytest.mark.parametrize(("name", "private"), [("run", True), ("export", True), ("schema", False), ("init", False)])
+def test_files_of_a_run_are_private(name: str, private: bool) -> None:
+    """In a separate process, since the umask belongs to the process."""
     code = (
         "import os, sys\nfrom launcher import cli\nsys.argv = ['launcher', sys.argv[1], 'nowhere']\n"
         "os.umask(0o022)\n"
         "try: cli.main()\nexcept SystemExit: pass\nprint(oct(os.umask(0)), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code, verb], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == ("0o77" if private else "0o22")
 
 
-def test_the_summary_of_a_run_survives_damaged_evaluations(tmp_path: Path) -> None:
+def test_the_summary_skips_damaged_evaluation_lines(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path / "runs", "tiny")
     lines = ['{"update": 0, "loss": "nan"}', "{}", '{"update": 8, "loss": 1.25}', '{"update": 9, "lo']
     run.evaluations_file.write_text("\n".join(lines))
@@ -224,4 +224,4 @@ def test_the_summary_of_a_run_survives_damaged_evaluations(tmp_path: Path) -> No
     print_summary(plan_of(), run, console, Outcome("finished", 8))
     text = console.console.export_text()
     assert "evaluation loss  nan before, 1.2500 after" in text
-    assert "evaluations.jsonl has 1 damaged line, which is skipped" in text
+    assert "skipped 1 damaged line of evaluations.jsonl" in text
