@@ -7,7 +7,7 @@
     result = run(job)
     resume(result.directory, "train.max_steps=200")
 
-`report` is for a training script of your own, and imports nothing but the standard library.
+`report` is for your own training script; it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
     "resume",
     "run",
 ]
-_HOMES = {
+_MODULES = {
     "LoadedJob": "launcher.job",
     "Plan": "launcher.plan.schema",
     "RequestError": "launcher.errors",
@@ -51,12 +51,12 @@ _HOMES = {
     "resume": "launcher.runs.resume",
     "run": "launcher.runs.run",
 }
-"""Where each name is defined. It is imported at its first use, so that `import launcher` costs a script nothing."""
+"""The module that defines each name. It is imported at first use: `import launcher` in a script stays fast."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'launcher' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value

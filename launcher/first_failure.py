@@ -162,7 +162,7 @@ def traceback_time(lines: Sequence[str], exit_code: int | None) -> float | None:
 
 
 def last_traceback(lines: Sequence[str]) -> str | None:
-    """The last traceback, from its first line to the exception; None if there is none."""
+    """The last traceback, from its first line to the exception, or None."""
     starts = [number for number, line in enumerate(lines) if TRACEBACK in line]
     if not starts:
         return None

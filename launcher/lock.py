@@ -75,7 +75,7 @@ def hold(path: Path) -> Iterator[bool]:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """The launcher that last wrote the lock file and did not release it; None if there is none or it is unreadable."""
+    """The launcher that last wrote the lock file and did not release it; None if the file is missing or unreadable."""
     try:
         found = read_json(path)
     except OSError:

@@ -98,7 +98,7 @@ def ray_request(job: Job, job_file: Path, overrides: Sequence[str], address: str
 
 
 def dashboard_address(given: str | None, environment: Mapping[str, str]) -> str:
-    """The address of Ray's dashboard: `given`, or from the environment. Raises RequestError if there is none."""
+    """The address of Ray's dashboard: `given`, or from the environment. Raises RequestError if neither is set."""
     for address in (given, *(environment.get(name) for name in ADDRESS_VARIABLES)):
         if address:
             return address

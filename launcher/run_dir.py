@@ -301,7 +301,7 @@ class RunDir:
             yield held
 
     def holder(self) -> Holder | None:
-        """The launcher that holds the lock, or that ended without releasing it; None if there is none."""
+        """The launcher that holds the lock, or that ended without releasing it, or None."""
         return read_holder(self.lock_file)
 
 

@@ -10,9 +10,9 @@ from launcher.runs.doctor import examine_job
 
 
 def doctor(job_file: Path = JOB_FILE, overrides: list[str] = OVERRIDES) -> None:
-    """Place a job's nodes and check them as a run does before its ranks start. Trains nothing.
+    """Run the checks that a run makes on its nodes before the ranks start. Trains nothing.
 
-    Versions, clocks, the run directory's storage, free space, GPUs, and a small all-reduce over the network.
-    Exit status 1 if a node is unfit.
+    They cover package versions, clocks, the run directory's storage, free disk space, GPUs, and a small all-reduce over
+    the network. Exit status 1 if a node fails a check.
     """
     examine_job(load_job(job_file, *(overrides or ())))

@@ -29,17 +29,20 @@ def exec_script(
     ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print the plan and a rank's command; start nothing."),
 ) -> None:
-    """Run a script that torchrun or deepspeed would run, unmodified, on the job's nodes.
+    """Run a training script written for torchrun or deepspeed, unmodified, on the job's nodes.
 
-    Every rank runs it in this folder with torchrun's environment variables. LAUNCHER_DS_CONFIG, and {ds_config} in the
-    arguments, name the completed DeepSpeed JSON. {trainer_args} becomes all the options that a transformers Trainer
-    compares with it; {learning_rate}, {max_steps} and so on become one number each; {run_dir} is the run directory;
-    {rank} and {local_rank} are the rank's own. Options of this command belong before the job file. Without a script
-    after --, the job's script.command is run.
+    Every rank runs it in this folder with torchrun's environment variables. LAUNCHER_DS_CONFIG is the path of the
+    completed DeepSpeed JSON.
+
+    Placeholders in the arguments are filled in: {ds_config} with that path, {trainer_args} with all options that a
+    transformers Trainer compares with the JSON, {learning_rate}, {max_steps} and the like with one number each,
+    {run_dir} with the run directory, and {rank} and {local_rank} with those of each rank.
+
+    Options of this command go before the job file. Without a script after --, the job's script.command is run.
     """
     overrides, command = split_command(rest or [])
     if command is None and any("=" not in word for word in overrides):
-        raise RequestError(Problem("no script is named after --", hint=USAGE))
+        raise RequestError(Problem("-- and a script are missing", hint=USAGE))
     loaded = load_job(job_file, *overrides, command=command or ())
     if dry_run:
         _print_dry_run(loaded)

@@ -1,4 +1,4 @@
-"""`launcher export`: make a Hugging Face model of any checkpoint of a run."""
+"""`launcher export`: export any checkpoint of a run as a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -16,32 +16,29 @@ from launcher.job.user_path import user_path
 if TYPE_CHECKING:
     from launcher.export_folder import DType
     from launcher.run_dir import RunDir
-    from launcher.runs.checkpoints import Saved
+    from launcher.runs.checkpoints import SavedCheckpoint
 
 
 def export(
     run: str = RUN,
     update: int = typer.Option(None, "--update", metavar="N", help="The checkpoint after N updates; default: newest."),
     dtype: str = typer.Option(
-        None, "--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; default: the dtype of the training."
+        None, "--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; default: the training dtype."
     ),
-    merge: bool = typer.Option(False, "--merge", help="Merge LoRA adapters into the model, whatever the job says."),
-    output: Path = typer.Option(
-        None,
-        "--output",
-        metavar="DIR",
-        help="A new folder; default: RUN/export-update-N, or RUN/export if that is missing.",
-    ),
+    merge: bool = typer.Option(False, "--merge", help="Merge LoRA adapters into the model, even if the job does not."),
+    output: Path = typer.Option(None, "--output", metavar="DIR", help="The folder to write, which must be new."),
     output_dir: Path = OUTPUT_DIR,
 ) -> None:
-    """Export a checkpoint of a run as a Hugging Face model: any checkpoint, at any time, also while the run trains.
+    """Export any checkpoint of a run as a Hugging Face model, also while the run trains.
 
-    It takes one process on this machine, without Ray or GPUs, and memory for the model. The weights are those that the
-    run itself exports at that update. With --dtype float32, a run in bfloat16 or float16 under ZeRO exports the float32
-    weights that its optimizer keeps.
+    This takes one process on this machine, without Ray or GPUs, and enough memory for the model. The weights are the
+    same as those that the run itself would export at that update. With --dtype float32, a bfloat16 or float16 run under
+    ZeRO exports the float32 master weights of its optimizer.
+
+    The default folder is RUN/export-update-N, or RUN/export for a finished run without an export.
     """
     from launcher.run_dir import RunDir
-    from launcher.runs.checkpoints import newest_saved, saved_at
+    from launcher.runs.checkpoints import checkpoint_at, newest_checkpoint
     from launcher.runs.export import export_saved
     from launcher.watch.find_run import find_run
 
@@ -51,14 +48,14 @@ def export(
     if not directory.plan_file.is_file():
         raise RequestError(Problem("it has no plan.json, so it is not a run directory", file=run))
     if update is None:
-        saved, damaged = newest_saved(directory)
+        saved, damaged = newest_checkpoint(directory)
         for each in damaged:
-            console.print(f"[yellow]note:[/] {escape(str(each))}; {saved.folder.name} is exported")
+            console.print(f"[yellow]note:[/] {escape(str(each))}; exporting {saved.folder.name} instead")
     else:
-        saved = saved_at(directory, update)
+        saved = checkpoint_at(directory, update)
     if merge and saved.plan.training.job.model.lora is None:
         raise RequestError(Problem("this run has no LoRA adapters to merge", key="--merge", file=str(directory.path)))
-    folder = _free(output) if output else _default_folder(directory, saved, chosen, merge)
+    folder = _new_folder(output) if output else _default_folder(directory, saved, chosen, merge)
     console.print(f"exporting {saved.folder.name} of {directory.path.name}")
     export_saved(saved, folder, lambda text: console.print(f"  {text}"), dtype=chosen, merge=merge)
     console.print(f"exported model  {folder}")
@@ -74,22 +71,22 @@ def _dtype(name: str | None) -> DType | None:
         return None
     close = nearest(name, DTYPES)
     hint = f"did you mean {close}?" if close else f"one of {', '.join(DTYPES)}"
-    raise RequestError(Problem(f"{name!r} is not a dtype of an export", key="--dtype", hint=hint))
+    raise RequestError(Problem(f"cannot export as {name!r}", key="--dtype", hint=hint))
 
 
-def _free(output: Path) -> Path:
-    """An absolute path at which there is nothing yet. Raises RequestError."""
+def _new_folder(output: Path) -> Path:
+    """The absolute path of a folder that is empty or does not exist yet. Raises RequestError."""
     folder = user_path(output, "--output").resolve()
     if folder.is_dir() and not any(folder.iterdir()):
         return folder
     if folder.exists():
-        hint = "name a new folder, or remove this one"
-        raise RequestError(Problem("this exists already", file=str(folder), key="--output", hint=hint))
+        hint = "give a new folder, or remove this one"
+        raise RequestError(Problem("this already exists", file=str(folder), key="--output", hint=hint))
     return folder
 
 
-def _default_folder(directory: RunDir, saved: Saved, dtype: DType | None, merge: bool) -> Path:
-    """In the run directory: "export" if the run's own is missing and this is the same, else a name that says what."""
+def _default_folder(directory: RunDir, saved: SavedCheckpoint, dtype: DType | None, merge: bool) -> Path:
+    """RUN/export if the run's own export is missing and would be the same, else a folder named after the options."""
     from launcher.export_folder import export_fault
 
     final = saved.update == saved.plan.length.total_updates and dtype is None and not merge

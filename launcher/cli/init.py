@@ -1,4 +1,4 @@
-"""`launcher init`: a job file to start from, and copies of what users edit."""
+"""`launcher init`: write a starter job file, and copies of the files that users edit."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from launcher.job.read import load_yaml, validate_job
 from launcher.presets import shipped_folder
 
 _STARTER = """\
-# A fine-tuning job. `launcher plan {name}.yaml` shows what it comes to, `launcher run {name}.yaml` carries it out,
-# and `launcher schema` prints every key with its meaning.
+# A fine-tuning job. `launcher plan {name}.yaml` shows its plan, `launcher run {name}.yaml` runs it,
+# and `launcher schema` prints every key with its description.
 name: {name}
 
 model:
   name_or_path: {model}      # hub name or folder
-  dtype: auto                # bfloat16 where the hardware has it
+  dtype: auto                # bfloat16 if the hardware supports it
   gradient_checkpointing: false
-  # lora: {{r: 16}}            # train low-rank adapters instead of all weights: alpha, dropout, target_modules, merge
+  # lora: {{r: 16}}            # train low-rank adapters only; more keys: alpha, dropout, target_modules, merge
 
 data:
   train: {data}              # file(s), a glob or a hub name: jsonl, json, parquet, csv, txt
   eval: 0.02                 # files, or a fraction of the training rows
   format: auto               # messages | prompt-completion | instruction | text
-  max_length: 2048           # tokens; longer rows are cut and counted
+  max_length: 2048           # tokens; longer rows are truncated and counted
 
 train:
   num_train_epochs: 3        # or max_steps
-  train_batch_size: auto     # sequences an update = micro-batch x accumulation x ranks
+  train_batch_size: auto     # sequences per update = micro-batch x accumulation x ranks
   train_micro_batch_size_per_gpu: auto
   seed: 42
 
-schedule:                    # auto: chosen from the model's size, the batch and the length; `launcher plan` says why
+schedule:                    # auto: chosen from model size, batch size and run length; `launcher lr` explains why
   shape: auto                # linear | cosine | constant | step | wsd | cosine_restarts | compound
   peak_lr: auto
-  warmup: auto               # updates (100), a share (0.03) or tokens (2M tokens)
+  warmup: auto               # updates (100), a fraction (0.03) or tokens (2M tokens)
 
-deepspeed: ds_configs/zero2.json   # yours to edit; "auto" is filled in
+deepspeed: ds_configs/zero2.json   # edit as you like; values "auto" are filled in
 
 cluster:
-  gpus_per_node: auto        # without GPUs: processes_per_node
-  # nodes: 2                 # without it one; under Slurm as many as the allocation has
+  gpus_per_node: auto        # on CPUs, set processes_per_node instead
+  # nodes: 2                 # default: 1, or under Slurm all nodes of the allocation
 
 checkpoint:
   every: 500                 # updates
@@ -55,12 +55,12 @@ output_dir: runs
 
 
 def init(
-    folder: Path = typer.Argument(Path(), metavar="[DIR]", help="Where to write; made if it is not there."),
-    model: str = typer.Option("HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub name or folder of the model."),
+    folder: Path = typer.Argument(Path(), metavar="[DIR]", help="Where to write; created if missing."),
+    model: str = typer.Option("HuggingFaceTB/SmolLM2-135M-Instruct", help="The model's hub name or folder."),
     data: str = typer.Option("data/train.jsonl", help="The training data."),
-    name: str = typer.Option("my-job", help="The job's name, and the job file's."),
+    name: str = typer.Option("my-job", help="The name of the job and of its file."),
 ) -> None:
-    """Write a commented job file, the DeepSpeed presets and the sbatch template. Nothing is overwritten."""
+    """Write a commented job file, the DeepSpeed presets and the sbatch template. Overwrites nothing."""
     files = {Path(f"{name}.yaml"): starter_job(name, model, data).encode()}
     for shipped in ("ds_configs", "slurm"):
         for path in sorted(shipped_folder(shipped).iterdir()):
@@ -72,8 +72,8 @@ def init(
     if taken:
         raise RequestError(
             Problem(
-                f"already there, and nothing is overwritten: {', '.join(taken)}",
-                hint="take another folder or --name",
+                f"these files already exist and are not overwritten: {', '.join(taken)}",
+                hint="give another folder or --name",
             )
         )
     for path, content in files.items():
@@ -81,12 +81,12 @@ def init(
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
         typer.echo(f"wrote {target}")
-    there = "" if folder.resolve() == Path.cwd() else f"cd {shlex.quote(str(folder))} && "
-    typer.echo(f"next: {there}launcher plan {name}.yaml    # once the training data is at {data}")
+    change_folder = "" if folder.resolve() == Path.cwd() else f"cd {shlex.quote(str(folder))} && "
+    typer.echo(f"next: {change_folder}launcher plan {name}.yaml    # once the training data is at {data}")
 
 
 def starter_job(name: str, model: str, data: str) -> str:
-    """The text of a commented job file. Raises RequestError for values that no job file can hold."""
+    """The text of a commented job file. Raises RequestError for values that are invalid in a job file."""
     text = _STARTER.format(name=name, model=_quoted(model), data=_quoted(data))
     values, lines = load_yaml(text, f"{name}.yaml")
     validate_job(values, lines, f"{name}.yaml")

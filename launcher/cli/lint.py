@@ -1,4 +1,4 @@
-"""`launcher lint`: checks DeepSpeed JSONs."""
+"""`launcher lint`: check DeepSpeed JSONs."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ class Devices(enum.StrEnum):
 
 def lint(
     files: Annotated[list[Path], typer.Argument(help="DeepSpeed JSON files.", metavar="FILE.json…")],
-    fix: Annotated[bool, typer.Option("--fix", help="Write what can only be meant one way.")] = False,
-    world_size: Annotated[int | None, typer.Option(help="Ranks, to check the batch sizes with.", min=1)] = None,
+    fix: Annotated[bool, typer.Option("--fix", help="Write the fixes that leave no choice.")] = False,
+    world_size: Annotated[int | None, typer.Option(help="Number of ranks, for checking batch sizes.", min=1)] = None,
     device: Annotated[
         Devices | None,
-        typer.Option(help="The ranks' device, which decides what DeepSpeed can do; this machine's if left out."),
+        typer.Option(help="The device of the ranks, which decides what DeepSpeed supports. Default: this machine's."),
     ] = None,
     script: Annotated[
-        bool, typer.Option("--script", help="The JSON is for a training script of your own (launcher exec).")
+        bool, typer.Option("--script", help="The JSON is for your own training script (launcher exec).")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Check DeepSpeed JSONs: misspelt and removed keys, wrong types, and combinations that fail or hurt.
+    """Check DeepSpeed JSONs for misspelt and removed keys, wrong types, and combinations that fail or do harm.
 
-    Exit status 2 where there are errors.
+    Exit status 2 if there are errors.
     """
     from launcher.cli.lint_output import findings_json, print_findings
     from launcher.ds_config.catalogue import load_catalogue

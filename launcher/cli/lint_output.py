@@ -27,7 +27,7 @@ def findings_json(found: dict[str, Linted]) -> str:
 
 
 def print_findings(found: dict[str, Linted], device: str) -> None:
-    """Prints the findings and fixes of every file, and their number."""
+    """Prints the findings and fixes of every file, and a count of each."""
     console = Console(soft_wrap=True, highlight=False)
     for path, linted in found.items():
         for number, _, _, before, after in linted.fixed:

@@ -1,4 +1,4 @@
-"""`launcher lr`: the learning rate of a job, of a run, or of an existing DeepSpeed JSON, seen and explained."""
+"""`launcher lr`: show and explain the learning rate of a job, of a run, or of an existing DeepSpeed JSON."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launcher.cli.lr_output import show_report, write_curves
 from launcher.errors import Problem, RequestError, nearest
 
 if TYPE_CHECKING:
@@ -20,61 +21,38 @@ def lr(
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values set over those of the job or the JSON."),
+        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace those in the job or JSON."),
     ] = None,
     deepspeed: Annotated[
-        Path | None, typer.Option("--deepspeed", metavar="FILE", help="Show what this DeepSpeed JSON does.")
+        Path | None, typer.Option("--deepspeed", metavar="FILE", help="Show the learning rate of this DeepSpeed JSON.")
     ] = None,
     updates: Annotated[
-        int | None, typer.Option(min=1, help="With --deepspeed: updates of the run. Default: its total_num_steps.")
+        int | None, typer.Option(min=1, help="With --deepspeed: the run's length. Default: the JSON's.")
     ] = None,
     compare: Annotated[
         str | None, typer.Option(metavar="SHAPE,…", help="Overlay shapes with the same peak, warm-up and length.")
     ] = None,
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plot as PNG (needs matplotlib).")] = None,
-    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every update's rate as CSV.")] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the learning rates as CSV.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Show the learning rate of every update, and why it is so. Starts nothing.
+    """Show the learning rate of every update, and explain how it was chosen. Starts nothing.
 
-    Of a job file: the planned curve. Of a run directory: planned and applied. With --deepspeed: what an existing
-    DeepSpeed JSON really does, as the engine applies it.
+    For a job file, this is the planned curve; for a run directory, the planned and the applied one. With --deepspeed,
+    it is what the DeepSpeed engine applies under an existing JSON.
     """
     shapes = _shapes(compare)
     given = [*([target] if target else []), *(overrides or [])]
     if updates is not None and deepspeed is None:
-        raise RequestError(Problem("it goes with --deepspeed", key="--updates", hint="train.max_steps=N sets a job's"))
+        raise RequestError(Problem("this needs --deepspeed", key="--updates", hint="for a job, set train.max_steps=N"))
     if deepspeed is not None:
         from launcher.lr_report.deepspeed_json import deepspeed_report
 
         report = deepspeed_report(deepspeed, given, updates, shapes)
     else:
         report = _of_target(target, overrides or [], shapes)
-    _write_files(report, png, csv)
-    _show(report, json)
-
-
-def _show(report: Report, as_json: bool) -> None:
-    from rich.console import Console
-
-    from launcher.lr_report.report import print_report, report_json
-
-    if as_json:
-        typer.echo(report_json(report))
-    else:
-        print_report(report, Console(highlight=False))
-
-
-def _write_files(report: Report, png: Path | None, csv: Path | None) -> None:
-    from launcher.lr_report.files import csv_text, png_bytes, write_file
-
-    if png is not None:
-        write_file(png, png_bytes(report.curves, report.title), "--png")
-    if csv is not None:
-        write_file(csv, csv_text(report.curves), "--csv")
-    for path in (png, csv):
-        if path is not None:
-            typer.echo(f"wrote {path}", err=True)
+    write_curves(report, png, csv)
+    show_report(report, json)
 
 
 def _of_target(target: str | None, overrides: list[str], shapes: Sequence[str]) -> Report:
@@ -86,11 +64,13 @@ def _of_target(target: str | None, overrides: list[str], shapes: Sequence[str]) 
     path = Path(target)
     if path.is_dir():
         if overrides:
-            raise RequestError(Problem(f"a run's plan is fixed: {overrides[0]} changes nothing", file=target))
+            raise RequestError(
+                Problem(f"the plan of a run is fixed and takes no overrides, found {overrides[0]}", file=target)
+            )
         return run_report(path, shapes)
     if path.suffix == ".json":
-        message = "this is a JSON, and not a job file"
-        raise RequestError(Problem(message, file=target, hint=f"a DeepSpeed JSON: launcher lr --deepspeed {target}"))
+        hint = f"for a DeepSpeed JSON: launcher lr --deepspeed {target}"
+        raise RequestError(Problem("this is a JSON file, not a job file", file=target, hint=hint))
     from launcher.job import load_job
     from launcher.runs.planning import make_plan
 
@@ -100,7 +80,7 @@ def _of_target(target: str | None, overrides: list[str], shapes: Sequence[str]) 
 
 
 def _shapes(compare: str | None) -> list[str]:
-    """The shapes of --compare; each must be one."""
+    """The shapes of --compare. Raises RequestError for an unknown one."""
     from launcher.schedule.curve import SHAPES
 
     shapes = [shape.strip() for shape in compare.split(",")] if compare is not None else []
@@ -108,5 +88,5 @@ def _shapes(compare: str | None) -> list[str]:
         if shape not in SHAPES:
             close = nearest(shape, SHAPES)
             hint = f"did you mean {close}?" if close else f"one or more of {', '.join(SHAPES)}"
-            raise RequestError(Problem(f"no shape {shape!r}", key="--compare", hint=hint))
+            raise RequestError(Problem(f"unknown shape {shape!r}", key="--compare", hint=hint))
     return list(dict.fromkeys(shapes))

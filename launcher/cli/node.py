@@ -1,4 +1,4 @@
-"""`launcher node`: the task of one node inside a Slurm allocation."""
+"""`launcher node`: the task of one node in a Slurm allocation."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def node(
         None, metavar="[SECTION.KEY=VALUE]... [-- SCRIPT [ARGUMENT]...]", help="Overrides; a script as for exec."
     ),
     resume: bool = typer.Option(False, "--resume", help="JOB.YAML is a run directory: resume that run."),
-    doctor: bool = typer.Option(False, "--doctor", help="Check the allocation's nodes, and train nothing."),
+    doctor: bool = typer.Option(False, "--doctor", help="Check the allocation's nodes; train nothing."),
     stop: bool = typer.Option(False, "--stop", help="Ask this allocation's run to save and stop."),
 ) -> None:
-    """Run a job inside a Slurm allocation; srun starts this command once on every node.
+    """Run a job in a Slurm allocation; srun starts this command once on every node.
 
-    The nodes start a Ray of this job's own. The first one carries out the run, and its exit status is the run's.
+    The nodes start a Ray cluster for this job alone. The first node supervises the run and exits with the run's status.
     """
     overrides, command = split_command(rest or [])
     if resume:
         if doctor or command:
-            raise RequestError(Problem("--resume continues a run as it was planned: it takes only overrides"))
+            raise RequestError(Problem("--resume takes a run directory and overrides, no script and no --doctor"))
         if stop:
             slurm_node.stop_resumed_run(job_file)
         else:

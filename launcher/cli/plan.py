@@ -1,4 +1,4 @@
-"""`launcher plan`: show what a job becomes, without starting it."""
+"""`launcher plan`: show the plan of a job without running it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def plan(
 ) -> None:
     """Show the plan of a job: ranks, batches, updates, learning rate, DeepSpeed JSON, memory. Starts no rank."""
     messages = Console(stderr=True, highlight=False)
-    made = make_plan(
+    made_plan = make_plan(
         load_job(job_file, *(overrides or ())),
         on_progress=lambda progress: messages.print(f"{progress['message']} …", style="dim"),
     )
     if as_json:
-        typer.echo(made.to_json(), nl=False)
+        typer.echo(made_plan.to_json(), nl=False)
     else:
-        print_plan(made, Console(highlight=False))
+        print_plan(made_plan, Console(highlight=False))

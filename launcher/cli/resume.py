@@ -16,10 +16,10 @@ def resume(
     overrides: list[str] = OVERRIDES,
     output_dir: Path = OUTPUT_DIR,
 ) -> None:
-    """Resume a stopped or failed run from its newest checkpoint, on other ranks or batches if need be.
+    """Resume a stopped or failed run from its newest checkpoint, also with another number of ranks or batch size.
 
-    Another batch size or number of ranks keeps the learning rate that belongs to the samples so far. Another schedule
-    begins at the update that the run has reached.
+    After a change of batch size or number of ranks, the learning rate continues at the same number of samples. After a
+    change of schedule, the new one starts at the update that the run has reached.
     """
     result = resume_run(find_run(run, output_dir).path, *(overrides or ()))
     raise typer.Exit(result.exit_status)

@@ -12,9 +12,9 @@ from launcher.runs.run import run as run_job
 
 
 def run(job_file: Path = JOB_FILE, overrides: list[str] = OVERRIDES) -> None:
-    """Plan a job and carry it out: place the nodes, start the ranks, train, save, export.
+    """Plan and run a job: place the nodes, start the ranks, train, save checkpoints, export the model.
 
-    A job with a `script` section runs that script.
+    If the job has a `script` section, that script is run instead.
     """
     result = run_job(load_job(job_file, *(overrides or ())))
     raise typer.Exit(result.exit_status)

@@ -1,4 +1,4 @@
-"""`launcher schema`: the job file's JSON Schema."""
+"""`launcher schema`: print the job file's JSON Schema."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from launcher.job.schema import json_schema
 
 
 def schema() -> None:
-    """Print the job file's JSON Schema, with which editors complete and check keys."""
+    """Print the job file's JSON Schema, which editors use to complete and check keys."""
     typer.echo(json.dumps(json_schema(), indent=2))

@@ -14,11 +14,11 @@ from launcher.errors import Problem, RequestError
 from launcher.runs.submit import Submission, Target, choose_target, to_ray, to_slurm
 
 
-class WithScript(TyperCommand):
-    """A command that a script may follow, after "--"; its own options may be anywhere before."""
+class ScriptCommand(TyperCommand):
+    """A command that takes a script after "--" and its own options anywhere before it."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        # Otherwise the "--" is taken away, and with it the place where the script begins.
+        # The parser would drop the "--", which marks where the script begins.
         if "--" in args:
             place = args.index("--")
             args, ctx.obj = args[:place], args[place + 1 :]
@@ -31,16 +31,20 @@ def submit(
     overrides: list[str] = typer.Argument(
         None, metavar="[SECTION.KEY=VALUE]... [-- SCRIPT [ARGUMENT]...]", help="Overrides; Slurm: a script as for exec."
     ),
-    resume: bool = typer.Option(False, "--resume", help="Slurm: resume a run, on as many nodes as cluster.nodes."),
+    resume: bool = typer.Option(False, "--resume", help="Slurm: resume a run."),
     to: Target = typer.Option(None, "--to", help="Default: slurm if the job has a slurm section."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print exactly what would be submitted; submit nothing."),
-    parsable: bool = typer.Option(False, "--parsable", help="Print only the job's id."),
-    dependency: str = typer.Option(None, help="Slurm: jobs to wait for; replaces slurm.dependency."),
-    array: str = typer.Option(None, help="Slurm: indices of a job array; replaces slurm.array."),
-    address: str = typer.Option(None, help="Ray: the dashboard's address, such as http://head:8265."),
+    parsable: bool = typer.Option(False, "--parsable", help="Print only the job id."),
+    dependency: str = typer.Option(None, help="Slurm: jobs to wait for, instead of the job file's."),
+    array: str = typer.Option(None, help="Slurm: indices of a job array, instead of the job file's."),
+    address: str = typer.Option(None, metavar="URL", help="Ray: the address of the dashboard (port 8265)."),
     follow: bool = typer.Option(False, "--follow", help="Ray: print the job's output until it ends."),
 ) -> None:
-    """Submit a job to Slurm or to a Ray cluster, after what can be checked from here is checked."""
+    """Check a job as far as this machine can, then submit it to Slurm or to a Ray cluster.
+
+    --dependency and --array replace slurm.dependency and slurm.array. A resumed run uses cluster.nodes nodes. The
+    address of a Ray dashboard looks like http://head:8265.
+    """
     given = {"slurm.dependency": dependency, "slurm.array": array}
     words = [*(overrides or ()), *(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None)]
     submission = Submission(job_file, tuple(words), _script(ctx.obj, resume), resume, dry_run, parsable, typer.echo)
@@ -54,11 +58,11 @@ def submit(
 
 
 def _script(command: list[str] | None, resume: bool) -> tuple[str, ...]:
-    """The script after "--", if there is one. Raises RequestError."""
+    """The script after "--" and its arguments, or nothing. Raises RequestError."""
     if command is None:
         return ()
     if resume:
-        raise RequestError(Problem("--resume continues a run as it was planned: it takes no script"))
+        raise RequestError(Problem("--resume takes a run directory and overrides, no script"))
     return tuple(split_command(["--", *command])[1] or ())
 
 
@@ -67,5 +71,6 @@ def _check_options(target: Target, slurm: dict[str, object], ray: dict[str, obje
     given = [name for name, value in (ray if target is Target.slurm else slurm).items() if value]
     if given:
         other = Target.ray if target is Target.slurm else Target.slurm
-        found = f"{' and '.join(given)} is for {other}, and the job is submitted to {target}"
-        raise RequestError(Problem(found, hint=f"leave it out, or add --to {other}"))
+        verb, them = ("is", "it") if len(given) == 1 else ("are", "them")
+        found = f"{' and '.join(given)} {verb} for {other}, but the job is submitted to {target}"
+        raise RequestError(Problem(found, hint=f"leave {them} out, or add --to {other}"))

@@ -1,25 +1,25 @@
-"""`launcher watch`: a run live in the terminal."""
+"""`launcher watch`: show a run live in the terminal."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.cli.options import OUTPUT_DIR, RUN, reading
+from launcher.cli.options import OUTPUT_DIR, RUN, exiting_cleanly
 
 
 def watch(run: str = RUN, output_dir: Path = OUTPUT_DIR) -> None:
     """Show a run live until it ends: its status, and small plots of loss and learning rate.
 
-    The screen is drawn anew every two seconds; where there are more nodes than it has lines, those that stand out come
-    first. Without a terminal there is a line every ten seconds when something has changed. At the end the status stays,
-    and of a failed run why it failed. The exit status is 0 however the run ended.
+    The screen is redrawn every two seconds. If it has too few lines for all nodes, nodes with problems come first.
+    Without a terminal, a line is printed every ten seconds if something has changed. At the end the status is printed,
+    and for a failed run the cause. The exit status is 0 whether or not the run failed.
     """
     from launcher.watch.find_run import find_run
     from launcher.watch.screen import watch_run
     from launcher.watch.status_report import status_console, status_view
     from launcher.watch.why import explain, why_view
 
-    with reading():
+    with exiting_cleanly():
         found = find_run(run, output_dir)
         console = status_console()
         ended = watch_run(found, console)

@@ -83,7 +83,7 @@ class Agent:
         return time.time()
 
     def interface_of(self, address: str) -> str | None:
-        """The name of the interface with this address; None if there is none."""
+        """The name of the interface with this address, or None."""
         return interface_of(address)
 
     def open_probe_port(self) -> int:

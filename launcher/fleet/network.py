@@ -61,7 +61,7 @@ def reach(address: str, port: int, timeout_seconds: float) -> ProbeResult:
 
 
 def interface_of(address: str) -> str | None:
-    """The name of this machine's interface with `address`; None if there is none."""
+    """The name of this machine's interface with `address`, or None."""
     for name, found in psutil.net_if_addrs().items():
         if any(entry.address.partition("%")[0] == address for entry in found):
             return name

@@ -55,7 +55,7 @@ class Conversation:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def to_learn(self, first: int = 0, only_last: bool = False) -> list[int] | Reason:
-        """Indices of the learned assistant turns from message `first` on, or the reason if there are none."""
+        """Indices of the learned assistant turns from message `first` on, or the reason why nothing is learned."""
         turns = [i for i, message in enumerate(self.messages) if i >= first and message["role"] == "assistant"]
         if not turns:
             return Reason.NO_ASSISTANT

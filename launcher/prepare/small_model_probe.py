@@ -25,7 +25,7 @@ _TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The result for a small instance. `failure`: why there is none; the other fields are None then.
+    """The result for a small instance. `failure`: why the probe failed; the other fields are None then.
 
     `causal`: no later token changes an earlier logit. `own_loss` is the loss that the model computes from labels,
     `plain_loss` the mean next-token cross entropy of its logits, both in nats. `shifts_labels`: `own_loss` is for the

@@ -1,1 +1,1 @@
-"""What a run does: plan a job, carry it out, resume it, check its nodes, cancel it."""
+"""What a run does: plan a job, run it, resume it, check its nodes, cancel it."""

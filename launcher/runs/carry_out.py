@@ -1,4 +1,4 @@
-"""Carrying out a plan in a run directory, from placing the nodes to the summary."""
+"""Executing a plan in a run directory, from placing the nodes to the summary."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def carry_out(
     plan: Plan, plan_file: Path, directory: RunDir, console: RunConsole, start: Start | None, interrupts: Interrupts
 ) -> RunResult:
-    """Runs the plan that is in `plan_file`, from the checkpoint of `start` if there is one, and prints how it ends.
+    """Runs the plan in `plan_file`, from the checkpoint of `start` if given, and prints a summary.
 
     Raises RunFailed, and KeyboardInterrupt if the run is stopped at once.
     """
@@ -49,7 +49,7 @@ def carry_out(
     print_summary(plan, directory, console, outcome)
     if outcome.state == "finished":
         return RunResult(directory.path, outcome, 0)
-    # As a shell reports a command that a signal ended: what waits for a finished run must not start.
+    # 128 + signal, as in a shell: a command that waits for a finished run must not start.
     return RunResult(directory.path, outcome, 1 if outcome.reason else 128 + supervisor.stop_signal)
 
 

@@ -1,4 +1,4 @@
-"""What a run shows: states, a progress bar with loss, rate and tokens/s, and the summary at the end."""
+"""What a run prints: states, a progress bar with loss, learning rate and tokens/s, and the summary at the end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _PLAIN_EVERY_SECONDS = 10.0
 _LOG_WIDTH = 200
-_SHOWN = {
+_STATE_LINES = {
     "planning": "planning",
     "preparing": "preparing the data",
     "placing": "placing the nodes",
@@ -30,8 +30,8 @@ _SHOWN = {
 }
 
 
-class _KeptConsole(Console):
-    """A console whose reader may go away: the run continues, and nothing is shown any more."""
+class _PipeSafeConsole(Console):
+    """A console that prints nothing after its pipe is closed; the run continues."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -39,10 +39,10 @@ class _KeptConsole(Console):
 
 
 class RunConsole:
-    """Shows one run: live in a terminal, a line now and then elsewhere."""
+    """Shows the progress of one run: live in a terminal, otherwise as a line every few seconds."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or _KeptConsole(highlight=False, soft_wrap=True)
+        self.console = console or _PipeSafeConsole(highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._began = time.monotonic()
@@ -50,30 +50,30 @@ class RunConsole:
         self.total = 0
 
     def state(self, name: str) -> None:
-        """Tells that the run has come to a state."""
-        if name in _SHOWN:
-            self._print(f"[dim]{time.monotonic() - self._began:6.1f} s[/]  {_SHOWN[name]}")
+        """Prints that the run has entered a state."""
+        if name in _STATE_LINES:
+            self._print(f"[dim]{time.monotonic() - self._began:6.1f} s[/]  {_STATE_LINES[name]}")
         elif name == "training" and self._progress is None:
             self._print(f"[dim]{time.monotonic() - self._began:6.1f} s[/]  training")
             self._start_bar()
 
     def note(self, text: str) -> None:
-        """A line for the user."""
+        """Prints a line."""
         self._print(text)
 
     def prepare(self, progress: dict[str, Any]) -> None:
-        """How far measuring and tokenising are."""
+        """Prints the progress of measuring and tokenising."""
         done = f" {progress['done']}/{progress['total']} rows" if progress.get("total") else ""
         self._print(f"          {progress['message']}{done}")
 
     def preflight(self, checks: list[NodeCheck]) -> None:
-        """What was found on the nodes: a table where there are several, and what is odd about each."""
+        """Prints the results of the checks of the nodes: a table if there are several nodes, and the notes."""
         if len(checks) > 1:
-            print_whole(self.console, Padding(preflight_table(checks), (0, 0, 0, 10)))
+            print_full_width(self.console, Padding(preflight_table(checks), (0, 0, 0, 10)))
         self.preflight_notes(checks)
 
     def preflight_notes(self, checks: list[NodeCheck]) -> None:
-        """What is odd about each node, and no reason to stop."""
+        """Prints what is unusual about each node but does not prevent the run."""
         for check in checks:
             for note in check.notes:
                 self._print(
@@ -81,17 +81,17 @@ class RunConsole:
                 )
 
     def update(self, metrics: dict[str, Any]) -> None:
-        """One update was made."""
+        """Shows the metrics of an update."""
         if not isinstance(metrics.get("update"), int):
             return
-        text = "  ".join(_update_words(metrics))
+        text = "  ".join(_update_parts(metrics))
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=metrics["update"] + 1, shown=escape(text))
         elif self._due() or metrics["update"] + 1 == self.total:
             self._print(f"          update {metrics['update'] + 1}/{self.total}  {escape(text)}")
 
     def evaluation(self, evaluation: dict[str, Any]) -> None:
-        """An evaluation was made."""
+        """Prints the result of an evaluation."""
         update = evaluation.get("update")
         loss, perplexity = (number_text(evaluation.get(key)) for key in ("loss", "perplexity"))
         self._print(f"          evaluation after {update} updates: loss [bold]{loss}[/], perplexity {perplexity}")
@@ -112,7 +112,7 @@ class RunConsole:
         self._progress.start()
 
     def end_progress(self) -> None:
-        """Takes the progress bar down, as it is."""
+        """Stops the progress bar and leaves it on the screen."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -129,7 +129,7 @@ class RunConsole:
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
-        """Leaves the terminal as it was, whatever happens."""
+        """Stops the progress bar when the block is left."""
         try:
             yield
         finally:
@@ -137,9 +137,9 @@ class RunConsole:
 
 
 def preflight_table(checks: list[NodeCheck]) -> Table:
-    """A row a node: where it is, how it is reached, what it has, and whether it will do.
+    """One row per node: its host, network, hardware, package versions, and whether it passed.
 
-    Versions: torch's, and those of other packages that are not the same on all nodes.
+    Versions are those of torch, and of other packages that differ between nodes.
     """
     from launcher.fleet.preflight import differing_versions
 
@@ -157,30 +157,30 @@ def preflight_table(checks: list[NodeCheck]) -> Table:
             f"{facts.gpus} {facts.gpu_name}" if facts.gpus else "0",
             f"{facts.free_bytes / 1024**3:.0f} GiB",
             *(facts.versions.get(name, "missing") for name in versions),
-            "[red]unfit[/]" if check.problems else "[green]good[/]",
+            "[red]unfit[/]" if check.problems else "[green]ok[/]",
         )
     return table
 
 
-def _update_words(metrics: dict[str, Any]) -> Iterator[str]:
-    """What is known of an update: a script of one's own tells what it likes."""
+def _update_parts(metrics: dict[str, Any]) -> Iterator[str]:
+    """The known metrics of an update; a user's script may report only some."""
     if "loss" in metrics:
         yield f"loss {number_text(metrics['loss'])}"
     if "lr" in metrics:
-        yield f"rate {number_text(metrics['lr'], '.2e')}"
+        yield f"lr {number_text(metrics['lr'], '.2e')}"
     if "tokens_per_second" in metrics:
         yield f"{number_text(metrics['tokens_per_second'], ',.0f')} tokens/s"
 
 
-def print_whole(console: Console, table: RenderableType) -> None:
-    """Prints a table as wide as it is where there is no terminal: a log has no edge."""
+def print_full_width(console: Console, table: RenderableType) -> None:
+    """Prints a table, outside a terminal without wrapping it."""
     if not console.is_terminal:
         console = Console(file=console.file, width=_LOG_WIDTH, highlight=False)
     console.print(table)
 
 
 def number_text(value: Any, form: str = ".4f") -> str:
-    """A number in its form; anything else, "nan" among it, as it is."""
+    """A formatted number; anything else, such as "nan", unchanged."""
     try:
         return format(value, form) if isinstance(value, float | int) else str(value)
     except (OverflowError, ValueError):

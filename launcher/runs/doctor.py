@@ -15,13 +15,16 @@ from launcher.job import AnyJob, LoadedJob
 from launcher.job.user_path import user_path
 from launcher.plan.inputs import PlanInputs
 from launcher.run_dir import RunDir
-from launcher.runs.console import RunConsole, preflight_table, print_whole
+from launcher.runs.console import RunConsole, preflight_table, print_full_width
 from launcher.runs.planning import check_job
 from launcher.runs.reach import check_reach
 
 
 def examine_job(loaded: LoadedJob) -> None:
-    """Places the nodes of a job and prints what they are. Raises RequestError, or RunFailed for an unfit node."""
+    """Places the nodes of a job and prints the results of their checks.
+
+    Raises RequestError, or RunFailed for an unfit node.
+    """
     inputs = check_job(loaded).inputs
     with loaded.locate_errors():
         _check_not_for_slurm(loaded)
@@ -30,19 +33,19 @@ def examine_job(loaded: LoadedJob) -> None:
 
 
 def _check_not_for_slurm(loaded: LoadedJob) -> None:
-    """Raises RequestError if Slurm provides the nodes, and no address names a Ray that has them."""
+    """Raises RequestError if the job needs nodes of Slurm, and no address of a Ray cluster is given."""
     from launcher.fleet.nodes import address_of
 
     job = loaded.job
     nodes = job.cluster.nodes
     if nodes > 1 and "slurm" in job.model_fields_set and address_of(job.cluster.address) == "local":
-        found = f"the job asks for {nodes} nodes, which Slurm provides; only this machine is available here"
+        found = f"the job asks for {nodes} nodes of Slurm, and only this machine is available"
         hint = f"srun --nodes={nodes} --ntasks-per-node=1 launcher node --doctor {shlex.quote(loaded.origin)}"
         raise RequestError(Problem(found, key="cluster.nodes", hint=hint))
 
 
 def examine(inputs: PlanInputs[AnyJob]) -> None:
-    """Prints the nodes as they are found. Raises RunFailed if one is unfit."""
+    """Checks the nodes and prints the results. Raises RunFailed if a node is unfit."""
     from launcher.fleet.nodes import NodeResources, Nodes, address_of
     from launcher.fleet.preflight import Requirements, preflight, raise_problems
 
@@ -60,7 +63,7 @@ def examine(inputs: PlanInputs[AnyJob]) -> None:
         finally:
             nodes.end(0.0)
             nodes.close()
-    print_whole(shown, Padding(preflight_table(checks), (0, 0, 1, 0)))
+    print_full_width(shown, Padding(preflight_table(checks), (0, 0, 1, 0)))
     console.preflight_notes(checks)
     raise_problems(checks)
-    console.note("[bold green]every node is fit[/]")
+    console.note("[bold green]all nodes passed[/]")

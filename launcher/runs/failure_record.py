@@ -1,4 +1,4 @@
-"""Recording that a run failed, without hiding what failed."""
+"""Recording that a run failed, without hiding the error."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from launcher.run_dir import RunDir
 def record_failure(
     directory: RunDir, error: BaseException, note: Callable[[str], None], code: FailureCode | None = None
 ) -> None:
-    """Writes the state "failed" with the error and its code. Raises nothing.
+    """Writes the state "failed" with the error and its code.
 
-    If that cannot be written, as on a full disk, `note` prints why: the first error is the important one.
+    Raises nothing: if it cannot be written, as on a full disk, `note` prints why, and the caller raises `error`.
     """
     try:
         directory.enter("failed", reason=first_line(error), message=str(error), code=code or code_of(error))

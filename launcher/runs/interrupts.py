@@ -1,4 +1,4 @@
-"""Signals and requests to stop while a run is carried out."""
+"""Handling signals and requests to stop during a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _POLL_SECONDS = 1.0
 
 
 class Interrupted(LauncherError):
-    """A signal stopped the run at once. The exit status is 128 plus the signal's number, as shells report it."""
+    """A signal stopped the run at once. The exit status is 128 plus the signal's number, as in a shell."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -33,7 +33,8 @@ class Interrupted(LauncherError):
 class Interrupts:
     """Handles SIGINT and SIGTERM.
 
-    The first signal stops the run after its update and saves. A second one, or one before training, stops it at once.
+    The first signal stops the run after the current update and saves. A second one, or one before training, stops it
+    at once.
     """
 
     def __init__(self, console: RunConsole) -> None:
@@ -44,7 +45,7 @@ class Interrupts:
         self._at_once = False
 
     def cancel(self, request: dict[str, Any]) -> None:
-        """Acts on a request of `launcher cancel`, in another thread, as on a SIGTERM."""
+        """Handles a request of `launcher cancel` like a SIGTERM; called in another thread."""
         self.reason = f"cancelled by {request['by']}"
         self._at_once = request["now"]
         self._console.note(f"          {escape(self.reason)}{', at once' if request['now'] else ''}")
@@ -55,32 +56,32 @@ class Interrupts:
         supervisor = self.supervisor
         if self._at_once or supervisor is None or supervisor.stopping or not supervisor.request_stop(number):
             raise KeyboardInterrupt
-        what = "the run is about to end" if supervisor.phase == "exporting" else supervisor.stops_by
-        self._console.note(f"{signal.Signals(number).name}: {what} (a second signal stops it now)")
+        action = "the run is about to end" if supervisor.phase == "exporting" else supervisor.stop_action
+        self._console.note(f"{signal.Signals(number).name}: {action} (a second signal stops it now)")
 
 
 @contextmanager
 def interruptible(console: RunConsole, directory: RunDir) -> Iterator[Interrupts]:
     """Handles signals and requests to stop inside the block. Raises Interrupted if the run is stopped at once."""
     interrupts = Interrupts(console)
-    left = threading.Event()
-    threading.Thread(target=_poll_requests, args=(directory, interrupts, left), daemon=True).start()
+    done = threading.Event()
+    threading.Thread(target=_poll_requests, args=(directory, interrupts, done), daemon=True).start()
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before: dict[int, Any] = {number: signal.signal(number, interrupts.handle) for number in numbers}
+    previous: dict[int, Any] = {number: signal.signal(number, interrupts.handle) for number in numbers}
     try:
         yield interrupts
     except KeyboardInterrupt:
         raise Interrupted(interrupts.signal or signal.SIGINT) from None
     finally:
-        left.set()
-        for number, handler in before.items():
+        done.set()
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _poll_requests(directory: RunDir, interrupts: Interrupts, left: threading.Event) -> None:
-    """Passes on requests of `launcher cancel` until the block is left. A second request may ask to stop at once."""
+def _poll_requests(directory: RunDir, interrupts: Interrupts, done: threading.Event) -> None:
+    """Passes on requests of `launcher cancel` until `done` is set. A second request may ask to stop at once."""
     last: dict[str, Any] | None = None
-    while not left.wait(_POLL_SECONDS):
+    while not done.wait(_POLL_SECONDS):
         request = directory.stop_request()
         if request and request != last:
             last = request

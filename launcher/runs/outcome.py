@@ -11,9 +11,9 @@ from launcher.errors import FailureCode
 
 @dataclass(frozen=True)
 class Outcome:
-    """The run's last state, "finished" or "stopped", after `updates` updates; None if a script did not report any.
+    """The final state, "finished" or "stopped", and the number of updates, None if a script did not report any.
 
-    A run that stopped by itself has a reason and its code.
+    `reason` and `code` are set if the run stopped by itself.
     """
 
     state: Literal["finished", "stopped"]
@@ -24,7 +24,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run that was carried out. `exit_status` is that of the `launcher` command: 0 if the run finished."""
+    """The result of a run. `exit_status` is that of the `launcher` command: 0 if the run finished."""
 
     directory: Path
     outcome: Outcome

@@ -1,4 +1,4 @@
-"""Making a plan: reads what the job names, measures what must be measured, and resolves it all."""
+"""Making a plan: reads the files that the job names, measures model and data, and resolves every value."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class CheckedJob:
-    """A job in which nothing is wrong, as far as that shows without model and data. `notes` are lint's warnings."""
+    """A job that passed all checks that need neither model nor data. `notes` are warnings, most of them of lint."""
 
     loaded: LoadedJob
     inputs: PlanInputs[AnyJob]
@@ -45,15 +45,16 @@ class CheckedJob:
 def check_job(
     loaded: LoadedJob, machine: MachineFacts | None = None, *, kept_micro_batch: int | None = None
 ) -> CheckedJob:
-    """Checks a job on this machine, or on a `machine` like it, without measuring model and data.
+    """Checks a job for this machine, or for `machine`, without measuring model and data.
 
-    `kept_micro_batch` is that of the run that the job resumes. Raises RequestError with the file and line of each key.
+    `kept_micro_batch` is the micro-batch of the run that the job resumes. Raises RequestError with file and line of
+    each key.
     """
     with loaded.locate_errors():
         job, here = loaded.job, machine or measure_machine()
         if isinstance(job, ScriptJob) and job.deepspeed == AUTO:
-            found = "a preset is chosen by the memory that model and data take, and those are the script's own"
-            hint = f"name one: {', '.join(preset_names())}"
+            found = "auto chooses a preset by the memory of model and data, which are unknown for a script"
+            hint = f"name a preset: {', '.join(preset_names())}"
             raise RequestError(Problem(found, key="deepspeed", hint=hint))
         inputs = plan_inputs(job, load_ds_config(loaded), here, kept_micro_batch=kept_micro_batch)
         notes = (*lint_ds_config(inputs), *_secrets_in(job))
@@ -72,10 +73,10 @@ def make_plan(
     log: IO[bytes] | int = subprocess.DEVNULL,
     preset: str | None = None,
 ) -> Plan:
-    """The plan of a job. Measures the model and tokenises the data, unless that is cached. Starts nothing.
+    """The plan of a job. Measures the model and tokenises the data, unless the results are cached. Starts nothing.
 
-    `on_progress` receives messages about long work, and `log` the output of libraries. `preset` is the result of
-    `deepspeed: auto` in the run that the job resumes. Raises RequestError.
+    `on_progress` receives progress messages, and `log` the output of libraries. `preset` is the one that
+    `deepspeed: auto` chose in the run that the job resumes. Raises RequestError.
     """
     checked = check_job(job) if isinstance(job, LoadedJob) else job
     with checked.loaded.locate_errors():
@@ -91,13 +92,13 @@ def make_plan(
         presets = {name: _preset(name) for name in PRESETS_IN_ORDER}
         chosen = recommend(inputs, presets, prepared.model, prepared.data, kept=preset)
         plan = resolve(inputs.with_ds_config(presets[chosen.preset]), prepared.model, prepared.data)
-        reason = f"deepspeed: auto takes {chosen.preset}: {chosen.reason}"
+        reason = f"deepspeed: auto chose {chosen.preset}: {chosen.reason}"
         workload = plan.training.model_copy(update={"recommendation": chosen})
         return plan.model_copy(update={"workload": workload, "warnings": (reason, *checked.notes, *plan.warnings)})
 
 
 def _script_model(job: ScriptJob, on_progress: OnProgress, log: IO[bytes] | int) -> ModelFacts | None:
-    """The model that a script's job names for advice, measured."""
+    """The measurements of the model that a script's job names for learning-rate advice, if any."""
     if job.model is None:
         return None
     cache = user_path(job.output_dir, "output_dir").resolve() / ".cache"
@@ -113,7 +114,7 @@ def _secrets_in(job: AnyJob) -> Iterator[str]:
     for name in filter(is_secret, job.cluster.env):
         yield (
             f"cluster.env.{name} looks like a secret, and is written to plan.json and job.yaml: "
-            "set it in the environment in which the run is started"
+            "set it in the environment of the launcher instead"
         )
 
 
@@ -129,17 +130,17 @@ def _check_paths(job: AnyJob, origin: str) -> None:
 
 
 def _check_folder(name: str, key: str, origin: str) -> None:
-    """Raises RequestError if nothing can be written at `name`, which need not exist yet."""
+    """Raises RequestError if the folder `name`, which may not exist yet, is not writable."""
     path = user_path(name, key).absolute()
     existing = next(part for part in (path, *path.parents) if part.exists())
     if not existing.is_dir():
         raise RequestError(Problem(f"{existing} is a file; a folder is needed", file=origin, key=key))
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise RequestError(Problem(f"{existing} may not be written to", file=origin, key=key))
+        raise RequestError(Problem(f"{existing} is not writable", file=origin, key=key))
 
 
 def load_ds_config(loaded: LoadedJob) -> DsConfig:
-    """The DeepSpeed JSON that the job names or holds; for `auto` a preset that stands for all. Raises RequestError."""
+    """The DeepSpeed JSON that the job names or contains; for `auto` the first preset. Raises RequestError."""
     named = loaded.job.deepspeed
     if isinstance(named, dict):
         return from_job(named, loaded.origin, "deepspeed", loaded.lines_in("deepspeed"))
@@ -153,7 +154,7 @@ def load_ds_config(loaded: LoadedJob) -> DsConfig:
     match = nearest(path.stem, preset_names())
     raise RequestError(
         Problem(
-            f"the file {named} does not exist (looked from {Path.cwd()})",
+            f"the file {named} does not exist (current folder: {Path.cwd()})",
             file=loaded.origin,
             key="deepspeed",
             hint=f"did you mean the preset {match}?" if match else f"presets: {', '.join(preset_names())}",
@@ -162,16 +163,16 @@ def load_ds_config(loaded: LoadedJob) -> DsConfig:
 
 
 def lint_ds_config(inputs: PlanInputs[AnyJob]) -> tuple[str, ...]:
-    """The warnings of lint about the job's own JSON. Raises RequestError for what lint calls an error.
+    """The warnings of lint about the job's DeepSpeed JSON. Raises RequestError for errors of lint.
 
-    Lint reads a JSON first: `compose` relies on blocks being blocks.
+    Call this before `compose`, which relies on the types that lint checks.
     """
     job, user = inputs.job, inputs.ds_config
     keys, target = load_catalogue(), _target(inputs)
     warnings = check_config(user, target, keys, replaced=_replaced(inputs), allow_unsafe=job.schedule.allow_unsafe)
     train = job.train
-    asked = {"betas": list(train.betas), "eps": train.eps, "weight_decay": train.weight_decay}
-    set_in_job = {name: value for name, value in asked.items() if f"train.{name}" in inputs.explicit}
+    values = {"betas": list(train.betas), "eps": train.eps, "weight_decay": train.weight_decay}
+    set_in_job = {name: value for name, value in values.items() if f"train.{name}" in inputs.explicit}
     check_optimizer_keys(user, set_in_job, target, keys)
     return (keys.warning, *warnings) if keys.warning else warnings
 
@@ -187,15 +188,15 @@ def _target(inputs: PlanInputs[AnyJob]) -> Target:
 
 
 def _replaced(inputs: PlanInputs[AnyJob]) -> tuple[str, ...]:
-    """Blocks of the JSON that the plan writes itself."""
+    """Blocks of the JSON that the plan replaces."""
     generated = "schedule.shape" in inputs.explicit or auto_scheduler(inputs.ds_config) is not None
     return ("scheduler",) if generated else ()
 
 
 def _with_notes(plan: Plan, checked: CheckedJob) -> Plan:
-    """The plan with lint's warnings, and with warnings about folders that do not exist here.
+    """The plan with lint's warnings, and with warnings about folders that do not exist on this machine.
 
-    Raises RequestError if what the plan filled in conflicts with the rest of the JSON.
+    Raises RequestError if a filled-in value conflicts with the rest of the JSON.
     """
     inputs = checked.inputs
     user = inputs.ds_config
@@ -215,7 +216,7 @@ def _missing_folders(user: DsConfig) -> Iterator[str]:
     for block in ("offload_optimizer", "offload_param"):
         key = f"zero_optimization.{block}.nvme_path"
         if isinstance(path := user.get(key), str) and not Path(path).is_dir():
-            hint = "Make sure that every node has it on a local disk."
+            hint = "Make sure that it exists on a local disk of every node."
             yield str(user.problem(key, f"the folder {path} does not exist on this machine", hint))
 
 

@@ -1,4 +1,4 @@
-"""A plan printed for people: ranks, batches, updates, learning rate, memory, and the changes of the DeepSpeed JSON."""
+"""A plan printed for people: ranks, batches, updates, learning rate, memory, and changes to the DeepSpeed JSON."""
 
 from __future__ import annotations
 
@@ -24,73 +24,73 @@ _SHOWN_BYTES = GIB // 200
 _WORDS = {"True": "true", "False": "false"}
 
 
-def print_plan(made: Plan, console: Console) -> None:
+def print_plan(plan: Plan, console: Console) -> None:
     """Prints a plan for people."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
-    for name, value in _facts(made):
+    for name, value in _facts(plan):
         table.add_row(name, value)
     console.print(table)
-    _print_lr(made, console)
-    if isinstance(made.workload, Training):
-        _print_memory(made, made.workload, console)
-    _print_config(made, console)
-    for warning in made.warnings:
+    _print_lr(plan, console)
+    if isinstance(plan.workload, Training):
+        _print_memory(plan, plan.workload, console)
+    _print_config(plan, console)
+    for warning in plan.warnings:
         console.print(f"[yellow]note:[/] {escape(warning)}")
-    console.print(f"[dim]plan {made.sha256}[/]")
+    console.print(f"[dim]plan {plan.sha256}[/]")
 
 
-def _facts(made: Plan) -> list[tuple[str, str]]:
-    if isinstance(made.workload, Script):
-        return _script_facts(made, made.workload)
-    training, length = made.training, made.length
+def _facts(plan: Plan) -> list[tuple[str, str]]:
+    if isinstance(plan.workload, Script):
+        return _script_facts(plan, plan.workload)
+    training, length = plan.training, plan.length
     model, data = training.model, training.data
     train, held_out = data.train, data.eval
     return [
-        ("job", made.job.name),
+        ("job", plan.job.name),
         ("model", f"{model.model_type}, {model.parameters:,} parameters, {model.folder}"),
         ("trained", _trained(training)),
-        ("world size", _world_words(made)),
+        ("world size", _world_words(plan)),
         (
             "data",
             f"{train.sequences:,} sequences, {train.tokens:,} tokens, {train.targets:,} learned ({data.format})"
-            + (f"; {held_out.sequences:,} to evaluate on" if held_out else "; nothing to evaluate on"),
+            + (f"; {held_out.sequences:,} for evaluation" if held_out else "; none for evaluation"),
         ),
-        ("batch", _batch_words(made)),
+        ("batch", _batch_words(plan)),
         (
             "updates",
-            f"{length.total_updates:,} in all, {length.updates_per_epoch:.1f} per epoch, "
-            f"about {length.tokens_per_update:,.0f} tokens each",
+            f"{length.total_updates:,} in total, {length.updates_per_epoch:.1f} per epoch, "
+            f"about {length.tokens_per_update:,.0f} tokens per update",
         ),
     ]
 
 
-def _script_facts(made: Plan, script: Script) -> list[tuple[str, str]]:
+def _script_facts(plan: Plan, script: Script) -> list[tuple[str, str]]:
     facts = script.model
-    advised = f"; advised for {facts.model_type}, {facts.parameters:,} parameters" if facts else ""
+    advised = f"; learning rate advised for {facts.model_type}, {facts.parameters:,} parameters" if facts else ""
     return [
-        ("job", made.job.name),
-        ("script", " ".join(script.arguments) or "named after launcher exec JOB.YAML --"),
-        ("model, data", f"those of the script{advised}"),
-        ("world size", _world_words(made)),
-        ("batch", _batch_words(made)),
-        ("updates", f"{made.length.total_updates:,} in all, {made.length.samples:,} samples"),
+        ("job", plan.job.name),
+        ("script", " ".join(script.arguments) or "to be given: launcher exec JOB.YAML -- SCRIPT"),
+        ("model, data", f"loaded by the script{advised}"),
+        ("world size", _world_words(plan)),
+        ("batch", _batch_words(plan)),
+        ("updates", f"{plan.length.total_updates:,} in total, {plan.length.samples:,} samples"),
     ]
 
 
-def _world_words(made: Plan) -> str:
-    world = made.world
+def _world_words(plan: Plan) -> str:
+    world = plan.world
     nodes = f"{world.nodes} node{'s' if world.nodes > 1 else ''} x {world.processes_per_node}"
-    unseen = world.device == "cuda" and not made.machine.gpus
-    device = "GPUs, which cannot be seen from here" if unseen else made.machine.device_name
-    return f"{world.size} ranks: {nodes} on {device}, {world.backend}, {made.precision}"
+    remote = world.device == "cuda" and not plan.machine.gpus
+    device = "GPUs that are not visible from this machine" if remote else plan.machine.device_name
+    return f"{world.size} ranks: {nodes} on {device}, {world.backend}, {plan.precision}"
 
 
-def _batch_words(made: Plan) -> str:
+def _batch_words(plan: Plan) -> str:
     return (
-        f"{made.train_batch_size} = micro-batch {made.train_micro_batch_size_per_gpu} x accumulation "
-        f"{made.gradient_accumulation_steps} x " + _group_words(made.world)
+        f"{plan.train_batch_size} = micro-batch {plan.train_micro_batch_size_per_gpu} x accumulation "
+        f"{plan.gradient_accumulation_steps} x " + _group_words(plan.world)
     )
 
 
@@ -98,7 +98,7 @@ def _group_words(world: World) -> str:
     if world.sequence_parallel_size == 1:
         return f"world size {world.size}"
     groups = f"{world.data_parallel_size} group{'s' if world.data_parallel_size > 1 else ''}"
-    return f"{groups} of {world.sequence_parallel_size} ranks that share each sequence"
+    return f"{groups} of {world.sequence_parallel_size} sequence-parallel ranks"
 
 
 def _trained(training: Training) -> str:
@@ -106,86 +106,86 @@ def _trained(training: Training) -> str:
     facts, section = training.model, training.job.model
     if section.lora is not None:
         alpha = 2 * section.lora.r if section.lora.alpha == "auto" else section.lora.alpha
-        words = f"{_share(facts)} in adapters of rank {section.lora.r} (alpha {alpha:g}) on "
-        words += ", ".join(facts.adapted_modules)
+        trained = f"{_share(facts)} in adapters of rank {section.lora.r} (alpha {alpha:g}) on "
+        trained += ", ".join(facts.adapted_modules)
     elif section.freeze:
-        words = f"{_share(facts)}; frozen: {', '.join(section.freeze)}"
+        trained = f"{_share(facts)}; frozen: {', '.join(section.freeze)}"
     else:
-        words = "all parameters"
+        trained = "all parameters"
     switches = ("gradient_checkpointing", "torch_compile", "liger")
-    return "; ".join([words, *(name.replace("_", " ") for name in switches if getattr(section, name))])
+    return "; ".join([trained, *(name.replace("_", " ") for name in switches if getattr(section, name))])
 
 
 def _share(facts: ModelFacts) -> str:
     return f"{facts.trainable_parameters:,} parameters ({facts.trainable_parameters / facts.parameters:.2%})"
 
 
-def _print_lr(made: Plan, console: Console) -> None:
-    first, *others = lr_lines(made)
+def _print_lr(plan: Plan, console: Console) -> None:
+    first, *others = lr_lines(plan)
     console.print(Text.assemble("\n", ("learning rate", "bold"), f"  {first}"))
     for line in others:
         console.print(Padding(Text(line), (0, 0, 0, 2)))
 
 
-def _print_memory(made: Plan, training: Training, console: Console) -> None:
+def _print_memory(plan: Plan, training: Training, console: Console) -> None:
     memory = training.memory
     shown = [(name.replace("_", " "), memory[name]) for name in _PARTS if memory[name] >= _SHOWN_BYTES]
     parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in shown)
-    where = "a GPU" if made.world.device == "cuda" else "a process"
+    device = "GPU" if plan.world.device == "cuda" else "process"
     total = memory["device_total"] / GIB
-    console.print(f"\n[bold]memory of {where}[/]  about {total:.2f} GiB under ZeRO-{made.zero_stage}: {parts}")
-    for name, words in (("offloaded", "in host memory"), ("on_nvme", "on NVMe")):
+    console.print(f"\n[bold]memory per {device}[/]  about {total:.2f} GiB under ZeRO-{plan.zero_stage}: {parts}")
+    for name, place in (("offloaded", "in host memory"), ("on_nvme", "on NVMe")):
         if memory[name]:
-            console.print(f"  per rank, also {words}: {memory[name] / GIB:.2f} GiB")
+            console.print(f"  per rank, also {place}: {memory[name] / GIB:.2f} GiB")
     if training.recommendation:
-        _print_candidates(training.recommendation, made.world.device, console)
+        _print_candidates(training.recommendation, plan.world.device, console)
 
 
 def _print_candidates(found: Recommendation, device: str, console: Console) -> None:
-    """The presets that `deepspeed: auto` compared, with their numbers."""
+    """Prints the presets that `deepspeed: auto` compared, with their memory."""
     table = Table(box=None, padding=(0, 2), header_style="dim")
-    own = "GiB of a GPU" if device == "cuda" else "GiB of a process"
-    for title in ("preset", "micro-batch", own, "GiB of a node's host memory", ""):
+    device_title = "GiB per GPU" if device == "cuda" else "GiB per process"
+    for title in ("preset", "micro-batch", device_title, "GiB of host memory per node", ""):
         table.add_column(title, justify="left" if title in ("preset", "") else "right")
     for one in found.candidates:
-        verdict = "taken" if one.preset == found.preset else "fits" if one.fits else "does not fit"
+        verdict = "chosen" if one.preset == found.preset else "fits" if one.fits else "does not fit"
         sizes = (f"{one.device_bytes / GIB:.2f}", f"{one.host_bytes / GIB:.2f}")
         table.add_row(one.preset, str(one.micro_batch), *sizes, verdict)
     device_room = "unknown" if found.device_room is None else f"{found.device_room / GIB:.2f}"
     table.add_row("available", "", device_room, f"{found.host_room / GIB:.2f}", "", style="dim")
-    console.print(f"\n[bold]deepspeed: auto[/]  takes {found.preset}: {found.reason}")
+    console.print(f"\n[bold]deepspeed: auto[/]  chose {found.preset}: {found.reason}")
     console.print(table)
 
 
-def _print_config(made: Plan, console: Console) -> None:
-    """What differs between the user's JSON and what DeepSpeed receives, one line per key."""
-    console.print("\n[bold]DeepSpeed JSON[/]  what is filled in or changed")
+def _print_config(plan: Plan, console: Console) -> None:
+    """Prints the differences between the user's JSON and the one that DeepSpeed receives, one line per key."""
+    console.print("\n[bold]DeepSpeed JSON[/]  values that are filled in or changed")
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_column(overflow="fold", max_width=50)
     table.add_column(overflow="fold")
-    for change in made.ds_config_changes:
+    for change in plan.ds_config_changes:
         for key, before, after in _leaves(change.key, change.before, change.after):
-            values = f"{_short(before, 'not set')} → {_short(after, 'left out')}"
+            values = f"{_short(before, 'not set')} → {_short(after, 'removed')}"
             table.add_row(Text(key), Text(values), Text(change.reason, style="dim"))
     console.print(table)
 
 
 def _leaves(key: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(key, before, after) of every value that differs, at any depth."""
+    """(key, before, after) of every value that differs, in nested blocks too."""
     if not isinstance(after, dict) and not isinstance(before, dict):
         yield key, before, after
         return
-    was, becomes = (node if isinstance(node, dict) else {} for node in (before, after))
+    old, new = (block if isinstance(block, dict) else {} for block in (before, after))
     if isinstance(before, dict) != isinstance(after, dict) and before is not None and after is not None:
         yield key, before, after
         return
-    for name in dict.fromkeys((*was, *becomes)):
-        if was.get(name) != becomes.get(name):
-            yield from _leaves(f"{key}.{name}", was.get(name), becomes.get(name))
+    for name in dict.fromkeys((*old, *new)):
+        if old.get(name) != new.get(name):
+            yield from _leaves(f"{key}.{name}", old.get(name), new.get(name))
 
 
-def _short(value: Any, nothing: str) -> str:
+def _short(value: Any, if_none: str) -> str:
     text = (
-        nothing if value is None else f"{value:.6g}" if isinstance(value, float) else _WORDS.get(str(value), str(value))
+        if_none if value is None else f"{value:.6g}" if isinstance(value, float) else _WORDS.get(str(value), str(value))
     )
     return text if len(text) <= 60 else text[:57] + "…"

@@ -1,4 +1,4 @@
-"""Whether the nodes that a job asks for can be reached from here."""
+"""Whether this machine can reach the nodes that a job asks for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launcher.plan.facts import MachineFacts
 
 
 def check_reach(job: AnyJob, machine: MachineFacts) -> None:
-    """Raises RequestError if the nodes of the job cannot be reached from this machine."""
+    """Raises RequestError if this machine cannot reach the nodes of the job."""
     from launcher.fleet.nodes import address_of
 
     cluster, address = job.cluster, address_of(job.cluster.address)
@@ -21,25 +21,25 @@ def check_reach(job: AnyJob, machine: MachineFacts) -> None:
     elif address.startswith(("http://", "https://")):
         raise RequestError(
             Problem(
-                f"{address} is the address of Ray's dashboard",
+                f"{address} is the address of a Ray dashboard",
                 key="cluster.address",
-                hint="give the address of Ray's head, host:6379, or unset RAY_ADDRESS",
+                hint="give the address of the Ray head, host:6379, or unset RAY_ADDRESS",
             )
         )
     elif cluster.gpus_per_node == "auto" and not machine.gpus:
         raise RequestError(
             Problem(
-                f"the nodes of the Ray at {address} cannot be seen from here, and this machine has no GPU to compare",
+                f"auto counts GPUs on this machine, which has none; nodes of the Ray cluster at {address} may differ",
                 key="cluster.gpus_per_node",
-                hint="give the number of GPUs per node; 0 trains on CPUs",
+                hint="set the number of GPUs per node; 0 trains on CPUs",
             )
         )
     if "runtime_resources/working_dir" in str(Path.cwd()) and not user_path(job.output_dir, "output_dir").is_absolute():
         raise RequestError(
             Problem(
-                f"{job.output_dir} would be in the working directory of a Ray job, which Ray removes when the job ends",
+                f"{job.output_dir} is in the working directory of a Ray job, which Ray removes when the job ends",
                 key="output_dir",
-                hint="give an absolute path on storage that all nodes see",
+                hint="give an absolute path on storage that all nodes share",
             )
         )
 

@@ -1,4 +1,4 @@
-"""The rest of a run: the plan from a checkpoint on, under overrides if there are any."""
+"""The rest of a run: the plan from a checkpoint to the end, with overrides."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from launcher.plan.checkpoint_conversion import check_same_kind_of_state, expect
 from launcher.plan.resume import Start, resumed_plan
 from launcher.plan.schema import Plan
 from launcher.run_dir import DamagedCheckpoint, RunDir
-from launcher.runs.checkpoints import Saved, newest_saved
+from launcher.runs.checkpoints import SavedCheckpoint, newest_checkpoint
 from launcher.runs.console import RunConsole
 from launcher.runs.planning import check_job, make_plan
 
 _ORIGIN = "the resumed job"
 _FIXED = ("name", "model", "data", "output_dir", "train.seed")
-_CHANGES_NO_WEIGHT = tuple(
+_KEEPS_WEIGHTS = tuple(
     f"model.{name}" for name in ("gradient_checkpointing", "attn_implementation", "torch_compile", "liger")
 )
 _NOT_THE_CURVE = ("schedule.on_spike", "schedule.max_extensions", "schedule.check_every", "schedule.allow_unsafe")
@@ -31,25 +31,25 @@ _NOT_THE_CURVE = ("schedule.on_spike", "schedule.max_extensions", "schedule.chec
 
 @dataclass(frozen=True)
 class Rest:
-    """The plan for the rest of a run, and where it starts. `plan_file` is None if the plan is not written yet.
+    """The plan for the rest of a run, and its start. `plan_file` is None if the plan is not written yet.
 
-    `saved` is the checkpoint that it starts from, and `damaged` are newer ones that cannot be used.
+    `saved` is the checkpoint from which it starts, and `damaged` are newer ones that cannot be loaded.
     """
 
     plan: Plan
     plan_file: Path | None
     start: Start
-    saved: Saved
+    saved: SavedCheckpoint
     damaged: tuple[DamagedCheckpoint, ...] = ()
 
     @property
     def only_export(self) -> bool:
-        """Whether all updates are made."""
+        """Whether all updates were made before, so that only the export may be missing."""
         return self.start.update >= self.plan.length.total_updates
 
 
 def planned_run(path: Path) -> RunDir:
-    """The run directory at `path`. Raises RequestError if no run was ever planned in it."""
+    """The run directory at `path`. Raises RequestError if it contains no plan."""
     directory = RunDir(path.resolve())
     if not directory.plan_file.is_file():
         raise RequestError(Problem("it has no plan.json, so it is not a run directory", file=str(path)))
@@ -57,30 +57,30 @@ def planned_run(path: Path) -> RunDir:
 
 
 def rest_of(directory: RunDir, overrides: Sequence[str], console: RunConsole) -> Rest:
-    """The rest of a run under the overrides. Raises RequestError if it cannot be resumed."""
+    """The rest of a run with overrides. Raises RequestError if it cannot be resumed."""
     rest = rest_as_planned(directory)
-    lacks_export = rest.plan.job.export and export_fault(directory.export) is not None
-    if rest.only_export and lacks_export and not _changes_length(rest.plan, overrides):
-        # An export is the same on any ranks: in another allocation, `launcher node` overrides their number.
+    needs_export = rest.plan.job.export and export_fault(directory.export) is not None
+    if rest.only_export and needs_export and not _changes_length(rest.plan, overrides):
+        # The export does not depend on the number of nodes, which `launcher node` overrides in another allocation.
         return rest
     if overrides:
         rest = _changed(rest, overrides, console)
     if rest.only_export:
         total = rest.plan.length.total_updates
-        hint = f"train.max_steps={2 * total} would train on; launcher export makes another export"
-        raise RequestError(Problem(f"all {total} updates are made already", file=str(directory.path), hint=hint))
+        hint = f"continue training with train.max_steps={2 * total}, or export again with launcher export"
+        raise RequestError(Problem(f"all {total} updates were already made", file=str(directory.path), hint=hint))
     return rest
 
 
 def rest_as_planned(directory: RunDir) -> Rest:
-    """The plan in force at the newest checkpoint that can be used, and the start from there. Raises RequestError."""
-    saved, damaged = newest_saved(directory)
+    """The rest of a run from its newest usable checkpoint, under that checkpoint's plan. Raises RequestError."""
+    saved, damaged = newest_checkpoint(directory)
     start = Start(checkpoint=str(saved.folder), update=saved.update, samples=saved.samples)
     return Rest(saved.plan, saved.plan_file, start, saved, tuple(damaged))
 
 
 def job_of_rest(directory: RunDir, overrides: Sequence[str]) -> LoadedJob:
-    """The job of the rest of a run under the overrides. Raises RequestError as `rest_of` does."""
+    """The job of the rest of a run with overrides. Raises RequestError as `rest_of` does."""
     rest = rest_as_planned(directory)
     loaded, _ = _job_with(rest.plan, overrides)
     if ranks := expected_ranks(rest.plan, loaded.job.cluster):
@@ -89,7 +89,7 @@ def job_of_rest(directory: RunDir, overrides: Sequence[str]) -> LoadedJob:
 
 
 def _changed(rest: Rest, overrides: Sequence[str], console: RunConsole) -> Rest:
-    """The rest of the run under the overrides."""
+    """The rest of the run with overrides."""
     old, start = rest.plan, rest.start
     loaded, keys = _job_with(old, overrides)
     checked = check_job(loaded, kept_micro_batch=old.train_micro_batch_size_per_gpu)
@@ -108,7 +108,7 @@ def _changed(rest: Rest, overrides: Sequence[str], console: RunConsole) -> Rest:
 
 
 def _preset_of(old: Plan, job: AnyJob) -> str | None:
-    """The preset that `deepspeed: auto` chose before, if the job still has it: its checkpoints are of that stage."""
+    """The preset that `deepspeed: auto` chose before, if the job still has auto: checkpoints have its ZeRO stage."""
     recommendation = old.training.recommendation
     return recommendation.preset if recommendation and job.deepspeed == "auto" else None
 
@@ -119,23 +119,23 @@ def _changes_length(plan: Plan, overrides: Sequence[str]) -> bool:
 
 
 def _changes_curve(key: str) -> bool:
-    """Whether an override asks for another learning rate, or another length of the run."""
+    """Whether an override changes the learning-rate curve or the length of the run."""
     if key in [f"train.{name}" for name in LENGTHS]:
         return True
     return key.startswith("schedule.") and key not in _NOT_THE_CURVE
 
 
 def _job_with(old: Plan, overrides: Sequence[str]) -> tuple[LoadedJob, list[str]]:
-    """The job with its overrides, and their keys. The batch stays as it was unless they change it."""
+    """The job with the overrides, and their keys. The batch size stays the same unless they change it."""
     data: dict[str, Any] = old.job.model_dump(mode="json", exclude_unset=True)
     keys = [".".join(key) for key in apply_overrides(data, overrides)]
     for key in keys:
         if _is_fixed(key):
             raise RequestError(
                 Problem(
-                    "a run is resumed with the model and the data that it started with",
+                    "this cannot change when a run is resumed",
                     key=key,
-                    hint=f"launcher run starts a new run; of the model {', '.join(_CHANGES_NO_WEIGHT)} may change",
+                    hint=f"start a new run; in the model section, only {', '.join(_KEEPS_WEIGHTS)} may change",
                 )
             )
     train = data.setdefault("train", {})
@@ -149,6 +149,6 @@ def _job_with(old: Plan, overrides: Sequence[str]) -> tuple[LoadedJob, list[str]
 
 
 def _is_fixed(key: str) -> bool:
-    """Whether a run cannot be resumed with another value of this key."""
+    """Whether this key must not change when a run is resumed."""
     inside = any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED)
-    return inside and key not in _CHANGES_NO_WEIGHT
+    return inside and key not in _KEEPS_WEIGHTS

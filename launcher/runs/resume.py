@@ -1,4 +1,4 @@
-"""Resuming a run from its newest checkpoint, on other ranks or batches if need be."""
+"""Resuming a run from its newest checkpoint, also with another number of ranks or batch size."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from launcher.runs.summary import note_damaged_lines, print_summary
 
 
 def resume(directory: Path | str, *overrides: str, console: RunConsole | None = None) -> RunResult:
-    """Resumes a stopped or failed run from its newest checkpoint that can be used, with `section.key=value` overrides.
+    """Resumes a stopped or failed run from its newest usable checkpoint, with `section.key=value` overrides.
 
-    Another batch size or number of ranks keeps the learning rate that belongs to the samples so far; another schedule
-    begins at the update that the run has reached. Raises as `launcher.run` does.
+    After a change of batch size or number of ranks, the learning rate continues at the same number of samples; after a
+    change of schedule, the new one starts at the update that the run has reached. Raises as `launcher.run` does.
     """
     run = planned_run(Path(directory))
     with only_launcher_of(run):
-        return resume_held(run, overrides, console or RunConsole())
+        return resume_locked(run, overrides, console or RunConsole())
 
 
-def resume_held(
+def resume_locked(
     directory: RunDir, overrides: Sequence[str], console: RunConsole, rest: Rest | None = None
 ) -> RunResult:
-    """Resumes a run whose lock the caller holds. `rest` is the result of `rest_of`, if it is known already."""
+    """Resumes a run whose lock the caller holds. `rest` is the result of `rest_of` if the caller has it."""
     with console.closing(), interruptible(console, directory) as interrupts:
         rest = rest or rest_of(directory, overrides, console)
         plan, plan_file, start = rest.plan, rest.plan_file, rest.start
@@ -48,7 +48,7 @@ def resume_held(
             return _export(rest, directory, console, interrupts)
         check_reach(plan.job, measure_machine())
         if plan_file is None:
-            # Not earlier: a request that is refused leaves no revision behind.
+            # Written only now: an invalid request must not leave a plan revision.
             plan_file = directory.next_plan_revision()
             write_atomic(plan_file, plan.to_json())
         if start.convert:
@@ -65,23 +65,23 @@ def resume_held(
 
 
 def _report_damage(rest: Rest, directory: RunDir, console: RunConsole) -> None:
-    """Reports which checkpoints are damaged, and which one is used."""
+    """Reports the damaged checkpoints, and the one that is used instead."""
     used = rest.saved.folder.name
     for each in rest.damaged:
-        console.note(f"  [yellow]note:[/] {escape(str(each))}; {used} is used")
+        console.note(f"  [yellow]note:[/] {escape(str(each))}; using {used} instead")
         directory.event(
             {"event": "checkpoint_damaged", "checkpoint": each.path.name, "reason": each.reason, "used": used}
         )
 
 
 def _export(rest: Rest, directory: RunDir, console: RunConsole, interrupts: Interrupts) -> RunResult:
-    """Makes the missing export of a run whose updates are all made."""
+    """Makes the missing export of a run that has made all its updates."""
     update = rest.start.update
-    console.note(f"all {update} updates are made: only the export is missing ({export_fault(directory.export)})")
+    console.note(f"all {update} updates were already made: exporting only ({export_fault(directory.export)})")
     directory.event({"event": "resume", "update": update, "samples": rest.start.samples, "overrides": []})
     directory.enter("exporting", update=update)
     console.state("exporting")
-    # The ranks' own temporary folder, to which nothing is written any more.
+    # Left behind by the ranks of an earlier start.
     shutil.rmtree(export_temporary(directory.export), ignore_errors=True)
     try:
         export_saved(rest.saved, directory.export, lambda text: console.note(f"          {text}"))
@@ -99,7 +99,7 @@ def _export(rest: Rest, directory: RunDir, console: RunConsole, interrupts: Inte
 
 
 def _convert(checkpoint: Path, directory: RunDir, console: RunConsole) -> None:
-    """Makes a checkpoint loadable by any number of ranks, once."""
+    """Converts a checkpoint to DeepSpeed's universal format, unless that was done before."""
     target = universal_folder(checkpoint)
     if not target.is_dir():
         console.note("          converting the checkpoint for another number of ranks")

@@ -1,4 +1,4 @@
-"""Running a job: a new run directory, its plan, and carrying the plan out."""
+"""Running a job: creates a run directory, makes the plan and executes it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from launcher.runs.script import check_script
 
 
 def run(job: LoadedJob, *, console: RunConsole | None = None) -> RunResult:
-    """Plans a job and carries it out: places the nodes, starts the ranks, trains, saves and exports.
+    """Plans and runs a job: places the nodes, starts the ranks, trains, saves and exports.
 
-    Returns when the run has finished or was stopped. Raises RequestError for an invalid job, RunFailed for a run that
-    failed, and Interrupted for one that a signal stopped at once. `console` prints the progress.
+    Returns when the run has finished or was stopped; `console` prints the progress. Raises RequestError if the job is
+    invalid, RunFailed if the run fails, and Interrupted if a signal stops it at once.
     """
     checked = check_to_run(job)
     directory = RunDir.create(user_path(job.job.output_dir, "output_dir"), job.job.name)
@@ -36,7 +36,7 @@ def run(job: LoadedJob, *, console: RunConsole | None = None) -> RunResult:
 
 
 def check_to_run(loaded: LoadedJob) -> CheckedJob:
-    """A job that can be run from here. Raises RequestError."""
+    """Checks that a job can be run from this machine. Raises RequestError."""
     checked = check_job(loaded)
     with loaded.locate_errors():
         if isinstance(loaded.job, ScriptJob):
@@ -53,7 +53,7 @@ def run_checked(checked: CheckedJob, directory: RunDir, console: RunConsole) -> 
 
 
 def _planned(checked: CheckedJob, directory: RunDir, console: RunConsole) -> Plan:
-    """The plan, written to the run directory. If the job turns out to be invalid, the directory is removed."""
+    """Makes the plan and writes it to the run directory. Removes the directory if the job is found to be invalid."""
     try:
         directory.enter("planning")
         console.state("planning")
@@ -64,7 +64,7 @@ def _planned(checked: CheckedJob, directory: RunDir, console: RunConsole) -> Pla
             plan = make_plan(checked, on_progress=_Preparing(directory, console), log=log)
         _write_plan(plan, directory)
     except (RequestError, KeyboardInterrupt):
-        # Open files, the lock among them, may keep their folder on a network file system.
+        # On a network file system, open files such as the lock may keep the folder.
         shutil.rmtree(directory.path, ignore_errors=True)
         raise
     except BaseException as error:
@@ -76,7 +76,7 @@ def _planned(checked: CheckedJob, directory: RunDir, console: RunConsole) -> Pla
 
 
 def _job_text(loaded: LoadedJob) -> bytes:
-    """The job file as it is; a job that was not read from a file as YAML."""
+    """The bytes of the job file, or the job as YAML if it was not read from a file."""
     if loaded.file is not None:
         return loaded.file.read_bytes()
     return yaml.safe_dump(loaded.job.model_dump(mode="json", exclude_unset=True), sort_keys=False).encode()
@@ -90,7 +90,7 @@ def _write_plan(plan: Plan, directory: RunDir) -> None:
 
 
 class _Preparing:
-    """Enters the state "preparing" at the first progress: what is cached makes none."""
+    """Enters the state "preparing" at the first progress message; cached data sends none."""
 
     def __init__(self, directory: RunDir, console: RunConsole) -> None:
         self._directory, self._console, self._entered = directory, console, False

@@ -1,4 +1,4 @@
-"""One launcher per run directory."""
+"""The lock that allows one launcher per run directory."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ def only_launcher_of(directory: RunDir) -> Iterator[None]:
     """Holds the lock of a run directory inside the block. Raises RequestError if another launcher holds it."""
     with directory.held() as held:
         if not held:
-            raise RequestError(_held_by_another(directory))
-        # A request to stop an earlier launcher is not for this one.
+            raise RequestError(_locked_problem(directory))
+        # A request to stop an earlier launcher does not apply to this one.
         directory.stop_file.unlink(missing_ok=True)
         yield
 
 
-def _held_by_another(directory: RunDir) -> Problem:
+def _locked_problem(directory: RunDir) -> Problem:
     state, holder = directory.state(), directory.holder()
-    who = str(holder) if holder else f"process {state.get('pid')} on {state.get('host')}"
+    process = str(holder) if holder else f"process {state.get('pid')} on {state.get('host')}"
     hint = "wait until it ends, or stop it with launcher cancel"
     if holder and holder.host != socket.gethostname():
-        hint += f"; if that host is down, the run is free {STALE_SECONDS:.0f} s after the launcher's last heartbeat"
-    return Problem(f"another launcher holds this run: {state.get('state')}, {who}", file=str(directory.path), hint=hint)
+        hint += f"; if that host is down, the lock expires {STALE_SECONDS:.0f} s after the launcher's last heartbeat"
+    found = f"another launcher is running this run: state {state.get('state')}, {process}"
+    return Problem(found, file=str(directory.path), hint=hint)

@@ -1,4 +1,4 @@
-"""Your own training script: whether it can be run, and running it again in its run directory."""
+"""A user's training script: checking it, and running it again in its run directory."""
 
 from __future__ import annotations
 
@@ -22,51 +22,50 @@ _SHELL = (".sh", ".bash", ".zsh")
 
 
 def check_script(job: ScriptJob) -> None:
-    """Raises RequestError if the script does not exist, or is not for Python. Python itself looks for modules."""
+    """Raises RequestError if the script does not exist or is not a Python script. Modules are not looked up here."""
     command, folder = job.script.command, user_path(job.script.folder, "script.folder").absolute()
     if not command or command == ["-m"]:
-        raise RequestError(Problem("no script is named", key="script.command", hint=USAGE))
+        raise RequestError(Problem("a script is missing", key="script.command", hint=USAGE))
     if not folder.is_dir():
         raise RequestError(Problem(f"the folder {folder} does not exist", key="script.folder"))
     first = command[0]
     if first == "-m":
         return
     if first.startswith("-"):
-        found = f"the command must begin with a Python script or -m MODULE, found {first}"
+        found = f"the command must start with a Python script or -m MODULE, found {first}"
         raise RequestError(Problem(found, key="script.command", hint=USAGE))
     if _STARTERS.match(Path(first).name):
-        found = f"{first} is in front of the script, and every rank is started with the node's Python already"
+        found = f"{first} before the script is not needed: every rank is started with the node's Python"
         raise RequestError(Problem(found, key="script.command", hint=f"leave it out: {USAGE}"))
     script = folder / first
     if not script.is_file():
-        hint = "its path from script.folder, in which it is run"
-        found = f"the script {first} does not exist (looked from {folder})"
+        hint = "give its path relative to script.folder, in which it is run"
+        found = f"the script {first} does not exist in {folder}"
         raise RequestError(Problem(found, key="script.command", hint=hint))
     if other := _not_python(script):
-        hint = "name the Python script that it starts; what it sets up belongs in cluster.env or in the batch script"
-        found = f"{first} is {other}, and every rank runs a Python script"
+        hint = "give the Python script that it starts; put its settings in cluster.env or in the batch script"
+        found = f"{first} is {other}, but every rank runs a Python script"
         raise RequestError(Problem(found, key="script.command", hint=hint))
 
 
 def run_script_again(directory: RunDir) -> RunResult:
-    """Runs the script of a run once more, in the directory in which it finds what its earlier start saved."""
+    """Runs the script of a run again in its run directory, in which it finds its own checkpoints."""
     console = RunConsole()
     with console.closing(), interruptible(console, directory) as interrupts:
         plan = read_plan(directory.plan_file)
         console.note("running the script again in its run directory")
-        # `launcher.report` restores the lines of updates that the script does not repeat: only the script knows where
-        # it resumes.
+        # Only the script knows at which update it resumes: `launcher.report` restores the lines before that update.
         directory.rewind(samples=0, update=-1)
         directory.event({"event": "restart"})
         return carry_out(plan, directory.plan_file, directory, console, None, interrupts)
 
 
 def _not_python(script: Path) -> str | None:
-    """What kind of file it is if Python cannot run it, else None."""
+    """The kind of file if Python cannot run it, else None."""
     with script.open("rb") as file:
-        begin = file.readline(256)
-    if begin.startswith(b"#!") and b"python" not in begin:
-        return f"for another interpreter ({begin[2:].decode(errors='replace').strip()})"
+        first_line = file.readline(256)
+    if first_line.startswith(b"#!") and b"python" not in first_line:
+        return f"for another interpreter ({first_line[2:].decode(errors='replace').strip()})"
     if script.suffix in _SHELL:
         return "a shell script"
-    return "not text" if b"\0" in begin and not zipfile.is_zipfile(script) else None
+    return "a binary file" if b"\0" in first_line and not zipfile.is_zipfile(script) else None

@@ -1,4 +1,4 @@
-"""The task of one node inside a Slurm allocation: it joins the others, and the first node carries out the run."""
+"""The task of one node in a Slurm allocation: the nodes form a Ray cluster, and the first node supervises the run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from launcher.runs.interrupts import Interrupted, interruptible
 from launcher.runs.outcome import RunResult
 from launcher.runs.planning import CheckedJob, check_job
 from launcher.runs.rest import planned_run, rest_as_planned, rest_of
-from launcher.runs.resume import resume_held
+from launcher.runs.resume import resume_locked
 from launcher.runs.run import run_checked
 from launcher.runs.run_lock import only_launcher_of
 from launcher.runs.script import check_script, run_script_again
@@ -37,26 +37,27 @@ _DOCTOR = ".doctor"
 
 
 def run_on_node(job_file: Path, overrides: Sequence[str], command: Sequence[str] | None) -> int:
-    """Runs a job in the allocation, on the node that this is. Returns the exit status; raises as `run` does.
+    """Runs the part of a job that falls to this node of the allocation. Returns the exit status; raises as `run` does.
 
-    The first node carries out the run, on a Ray of all nodes; the others lend themselves to it.
+    The first node supervises the run on a Ray cluster of all nodes; the other nodes join that cluster.
     """
     job, allocation = _job_and_allocation(job_file, overrides, command)
     with _reporting_errors(_run_directory(job, job.name, allocation.stamp), allocation) as errors:
         checked = _checked(_in_allocation(job_file, overrides, command, allocation, job), allocation)
         job = checked.loaded.job
         if allocation.node != 0:
-            return _lend(job, allocation, _run_directory(job, job.name, allocation.stamp), errors)
-        directory, again = _directory(job, allocation)
+            return _join_first_node(job, allocation, _run_directory(job, job.name, allocation.stamp), errors)
+        directory, requeued = _directory(job, allocation)
         act = partial(run_checked, checked, directory, RunConsole())
-        if again:
-            script = isinstance(job, ScriptJob)
-            act = partial(run_script_again, directory) if script else partial(resume_held, directory, [], RunConsole())
-        return _on_a_ray(job, allocation, directory, errors, act)
+        if requeued and isinstance(job, ScriptJob):
+            act = partial(run_script_again, directory)
+        elif requeued:
+            act = partial(resume_locked, directory, [], RunConsole())
+        return _on_ray_cluster(job, allocation, directory, errors, act)
 
 
 def resume_on_node(run: Path, overrides: list[str]) -> int:
-    """Resumes a run in an allocation that may be another one, with another number of nodes. As `run_on_node`."""
+    """Resumes a run, possibly on another number of nodes than before. Returns and raises as `run_on_node`."""
     allocation = read_allocation(os.environ)
     with _reporting_errors(RunDir(run.resolve()), allocation) as errors:
         directory = planned_run(run)
@@ -69,13 +70,13 @@ def resume_on_node(run: Path, overrides: list[str]) -> int:
         job = rest.plan.job
         _check_allocation(job, allocation, measure_machine())
         if allocation.node != 0:
-            return _lend(job, allocation, directory, errors)
-        act = partial(resume_held, directory, overrides, RunConsole(), rest)
-        return _on_a_ray(job, allocation, directory, errors, act)
+            return _join_first_node(job, allocation, directory, errors)
+        act = partial(resume_locked, directory, overrides, RunConsole(), rest)
+        return _on_ray_cluster(job, allocation, directory, errors, act)
 
 
 def examine_on_node(job_file: Path, overrides: Sequence[str], command: Sequence[str] | None) -> int:
-    """Checks the nodes of the allocation as `launcher doctor` does. As `run_on_node`."""
+    """Checks the nodes of the allocation as `launcher doctor` does. Returns and raises as `run_on_node`."""
     from launcher.slurm.ray_cluster import first_node
 
     job, allocation = _job_and_allocation(job_file, overrides, command)
@@ -84,8 +85,8 @@ def examine_on_node(job_file: Path, overrides: Sequence[str], command: Sequence[
         checked = _checked(_in_allocation(job_file, overrides, command, allocation, job), allocation)
         job = checked.loaded.job
         if allocation.node != 0:
-            return _lend(job, allocation, path, errors)
-        # A doctor that was killed in this allocation has left a directory of the same name.
+            return _join_first_node(job, allocation, path, errors)
+        # Left behind if an earlier check in this allocation was killed.
         shutil.rmtree(path.path, ignore_errors=True)
         directory = RunDir.create(user_path(job.output_dir, "output_dir"), _DOCTOR, allocation.stamp)
         try:
@@ -119,33 +120,33 @@ def _job_and_allocation(
 def _in_allocation(
     job_file: Path, overrides: Sequence[str], command: Sequence[str] | None, allocation: Allocation, job: AnyJob
 ) -> LoadedJob:
-    """The job with what the allocation decides: the number of nodes if the job does not, and its own Ray."""
-    return load_job(job_file, *overrides, *_decided_by(allocation, job), command=command)
+    """The job with the number of nodes of the allocation, unless the job sets it, and a Ray cluster of its own."""
+    return load_job(job_file, *overrides, *_allocation_overrides(allocation, job), command=command)
 
 
 @contextmanager
 def _reporting_errors(directory: RunDir, allocation: Allocation) -> Iterator[StartupErrors]:
-    """Reports an error of this node to the other nodes if they have not met yet, so that none waits for it."""
+    """Reports an error of this node to nodes that are still waiting for it."""
     signal.signal(signal.SIGTERM, _interrupt)
     errors = StartupErrors(directory, allocation)
     with errors.reported():
         yield errors
 
 
-def _on_a_ray(
+def _on_ray_cluster(
     job: AnyJob, allocation: Allocation, directory: RunDir, errors: StartupErrors, act: Callable[[], RunResult]
 ) -> int:
-    """Carries out the run on a Ray of all nodes. The run can be cancelled while that Ray starts."""
+    """Calls `act` on a Ray cluster of all nodes. The run can be cancelled while that cluster starts."""
     from launcher.slurm.ray_cluster import first_node
 
     console = RunConsole()
-    with only_launcher_of(directory), _end_recorded(directory), ExitStack() as listening:
-        listening.enter_context(interruptible(console, directory))
+    with only_launcher_of(directory), _end_recorded(directory), ExitStack() as startup:
+        startup.enter_context(interruptible(console, directory))
         directory.enter("placing")
         console.note(_starting_ray(allocation))
         with first_node(allocation, directory, job.cluster.wait_seconds, errors):
-            # Two readers of requests would take one request for two: from here on `act` reads them.
-            listening.close()
+            # From here on `act` reads requests to stop; two readers would handle the same request twice.
+            startup.close()
             return act().exit_status
 
 
@@ -160,19 +161,19 @@ def _checked(loaded: LoadedJob, allocation: Allocation) -> CheckedJob:
 
 def _starting_ray(allocation: Allocation) -> str:
     hosts = ", ".join(allocation.hosts)
-    return f"starting a Ray of {allocation.nodes} node{'s' if allocation.nodes > 1 else ''}: {hosts}"
+    return f"starting a Ray cluster of {allocation.nodes} node{'s' if allocation.nodes > 1 else ''}: {hosts}"
 
 
 @contextmanager
 def _end_recorded(directory: RunDir) -> Iterator[None]:
-    """Records the end of a run that ended before its supervisor could record it."""
+    """Records the end of a run that ends before its supervisor can record it."""
     try:
         yield
     except BaseException as error:
         if directory.path.exists() and directory.state().get("state") not in ENDED:
             if isinstance(error, KeyboardInterrupt | SystemExit | Interrupted):
                 reason = _stopped_by(directory)
-                # A full disk must not hide what ended the run.
+                # A full disk must not hide the original error.
                 with suppress(OSError):
                     directory.enter("stopped", reason=reason, message=reason)
             else:
@@ -185,8 +186,8 @@ def _stopped_by(directory: RunDir) -> str:
     return f"cancelled by {request['by']}" if request else "interrupted"
 
 
-def _lend(job: AnyJob, allocation: Allocation, directory: RunDir, errors: StartupErrors) -> int:
-    """Lends this node to the first one until the run ends."""
+def _join_first_node(job: AnyJob, allocation: Allocation, directory: RunDir, errors: StartupErrors) -> int:
+    """Joins the Ray cluster of the first node until the run ends."""
     from launcher.slurm.ray_cluster import other_node
 
     other_node(allocation, directory, job.cluster.wait_seconds, errors, _ignore_stop_signals)
@@ -194,19 +195,21 @@ def _lend(job: AnyJob, allocation: Allocation, directory: RunDir, errors: Startu
 
 
 def _ignore_stop_signals() -> None:
-    # Slurm signals every task at once; this one ends when the first node has saved and gone.
+    # Slurm signals every task at once; this task ends after the first node has saved and stopped.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: None)
 
 
 def _request_stop(directory: RunDir) -> None:
     if not directory.path.is_dir():
-        raise RequestError(Problem("the run does not exist, or not yet", file=str(directory.path)))
+        raise RequestError(
+            Problem("the run directory does not exist; the run may not have started", file=str(directory.path))
+        )
     directory.request_stop(now=False)
 
 
-def _decided_by(allocation: Allocation, job: AnyJob) -> Iterator[str]:
-    """Overrides: the number of nodes, if the job leaves it open, and the allocation's own Ray."""
+def _allocation_overrides(allocation: Allocation, job: AnyJob) -> Iterator[str]:
+    """Overrides for the number of nodes and the Ray address, if the job does not set them."""
     if "nodes" not in job.cluster.model_fields_set:
         yield f"cluster.nodes={allocation.nodes}"
     if job.cluster.address == _THIS_MACHINE:
@@ -214,46 +217,46 @@ def _decided_by(allocation: Allocation, job: AnyJob) -> Iterator[str]:
 
 
 def _check_allocation(job: AnyJob, allocation: Allocation, machine: MachineFacts) -> None:
-    """Raises RequestError if the job asks for other nodes than Slurm gave, or if this node does not have the GPUs."""
+    """Raises RequestError if the job does not match the allocation, or if GPUs of this node are not visible."""
     cluster = job.cluster
     if allocation.nodes != cluster.nodes:
-        found = f"the job asks for {cluster.nodes} nodes, and Slurm gave {allocation.nodes}"
-        hint = f"sbatch --nodes={cluster.nodes}, or leave cluster.nodes to the allocation"
+        found = f"the job asks for {cluster.nodes} nodes, but Slurm allocated {allocation.nodes}"
+        hint = f"sbatch --nodes={cluster.nodes}, or leave out cluster.nodes"
         raise RequestError(Problem(found, key="cluster.nodes", hint=hint))
     if cluster.address != "auto":
-        hint = "leave it out: inside an allocation the launcher starts a Ray of the job's own"
+        hint = "leave it out: in an allocation the launcher starts its own Ray cluster"
         raise RequestError(Problem(f"found {cluster.address}", key="cluster.address", hint=hint))
     if cluster.gpus_per_node == "auto" and machine.gpus != allocation.gpus:
-        found = f"auto: Slurm gave {allocation.gpus} GPUs of this node, and {machine.gpus} are visible on it"
-        ask = f"sbatch --gpus-per-node={machine.gpus}" if machine.gpus else "make nvidia-smi work there"
-        hint = f"{ask}, or set it to 0 to train on CPUs"
+        found = f"Slurm allocated {allocation.gpus} GPUs on this node, but {machine.gpus} are visible"
+        fix = f"sbatch --gpus-per-node={machine.gpus}" if machine.gpus else "make nvidia-smi work on this node"
+        hint = f"{fix}, or set it to 0 to train on CPUs"
         raise RequestError(Problem(found, key="cluster.gpus_per_node", hint=hint))
-    wanted = cluster.gpus_per_node if isinstance(cluster.gpus_per_node, int) else allocation.gpus
-    if wanted > allocation.gpus:
-        found = f"{wanted} GPUs per node, and Slurm gave {allocation.gpus}"
-        raise RequestError(Problem(found, key="cluster.gpus_per_node", hint=f"sbatch --gpus-per-node={wanted}"))
-    processes = max(wanted, cluster.processes_per_node if isinstance(cluster.processes_per_node, int) else 1)
+    gpus = cluster.gpus_per_node if isinstance(cluster.gpus_per_node, int) else allocation.gpus
+    if gpus > allocation.gpus:
+        found = f"the job asks for {gpus} GPUs per node, but Slurm allocated {allocation.gpus}"
+        raise RequestError(Problem(found, key="cluster.gpus_per_node", hint=f"sbatch --gpus-per-node={gpus}"))
+    processes = max(gpus, cluster.processes_per_node if isinstance(cluster.processes_per_node, int) else 1)
     if processes > allocation.cpus:
-        found = f"{processes} ranks per node, and Slurm gave {allocation.cpus} processors"
+        found = f"the job has {processes} ranks per node, but Slurm allocated {allocation.cpus} CPUs"
         raise RequestError(Problem(found, key="cluster", hint=f"sbatch --cpus-per-task={processes} or more"))
 
 
 def _directory(job: AnyJob, allocation: Allocation) -> tuple[RunDir, bool]:
     """The run directory of this allocation, and whether a requeued run continues in it.
 
-    Only a script knows what it has saved there: its directory is kept once the script may have started.
+    A script saves its own files there: its directory is kept if the script may have started.
     """
     directory = _run_directory(job, job.name, allocation.stamp)
     if allocation.restart and directory.path.exists():
         started = directory.ds_config_file.is_file() if isinstance(job, ScriptJob) else directory.complete_checkpoints()
         if started:
             return directory, True
-        # Nothing was saved before the job was requeued: it starts from scratch.
+        # No checkpoint was saved before the job was requeued: it starts from scratch.
         directory.path.rename(directory.path.with_name(f"{directory.path.name}.start-{allocation.restart}"))
     elif directory.path.exists():
-        hint = "give each its own name: launcher node JOB.yaml name=…"
+        hint = "give each run its own name: launcher node JOB.yaml name=…"
         raise RequestError(
-            Problem("this allocation already had a run of this name", file=str(directory.path), hint=hint)
+            Problem("this allocation already has a run of this name", file=str(directory.path), hint=hint)
         )
     return RunDir.create(directory.path.parent, job.name, allocation.stamp), False
 

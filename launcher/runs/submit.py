@@ -1,4 +1,4 @@
-"""Submitting a job to Slurm or to a Ray cluster, after what can be checked from here is checked."""
+"""Checking a job as far as this machine can, and submitting it to Slurm or to a Ray cluster."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from launcher.runs.script import check_script
 
 
 class Target(StrEnum):
-    """What a job is submitted to."""
+    """The system to which a job is submitted."""
 
     slurm = "slurm"
     ray = "ray"
@@ -33,9 +33,9 @@ class Target(StrEnum):
 
 @dataclass(frozen=True)
 class Submission:
-    """A job, or with `resume` a run, that is to be submitted. `command` is a script on the command line.
+    """A request to submit a job, or with `resume` a run. `command` is a script from the command line.
 
-    `path` is the job file or the run directory. `print_id` prints the job's id alone, and `echo` prints a line.
+    `path` is the job file or the run directory. `print_id` prints only the job id; `echo` prints a line.
     """
 
     path: Path
@@ -47,21 +47,21 @@ class Submission:
     echo: Callable[[str], None] = print
 
     def load(self) -> LoadedJob:
-        """The job that is submitted. Raises RequestError."""
+        """The job to submit. Raises RequestError."""
         if self.resume:
             return job_of_rest(planned_run(self.path), self.overrides)
         return load_job(self.path, *self.overrides, command=self.command or None)
 
 
 def choose_target(job: AnyJob, address: str | None) -> Target:
-    """Ray if an address of its dashboard is given, else Slurm if the job has that section. Raises RequestError."""
+    """Ray if the address of a dashboard is given, else Slurm if the job has a slurm section. Raises RequestError."""
     if address is not None:
         return Target.ray
     if "slurm" in job.model_fields_set:
         return Target.slurm
     raise RequestError(
         Problem(
-            "to Slurm or to Ray? The job has no slurm section, and no address of a Ray is given",
+            "Slurm or Ray must be chosen: the job has no slurm section, and --address is not given",
             hint="add --to slurm, or --to ray --address http://HEAD:8265",
         )
     )
@@ -84,14 +84,14 @@ def to_slurm(submission: Submission, loaded: LoadedJob) -> None:
             job, submission.path, words, here, read_templates(job, here.cwd), resume=submission.resume
         )
         if cluster.gpus_per_node and job.slurm.cpus_per_task is None and not job.slurm.exclusive:
-            _note(messages, "slurm.cpus_per_task is not set: a node gives what the site grants, which may be one core")
+            _note(messages, "slurm.cpus_per_task is not set: Slurm uses the default of the site, which may be one core")
         if submission.dry_run:
             messages.print(Text(f"# in {shlex.quote(str(request.cwd))}: {request.command()}", style="dim"))
             print(request.script, end="")
             return
-        submitted, answer = submit_request(request, os.environ)
-        if answer:
-            _note(messages, answer)
+        submitted, output = submit_request(request, os.environ)
+        if output:
+            _note(messages, output)
         submission.echo(str(submitted) if submission.print_id else describe_submission(request, submitted))
 
 
@@ -105,10 +105,10 @@ def to_ray(submission: Submission, loaded: LoadedJob, address: str | None, *, fo
     job = loaded.job
     if submission.resume:
         hint = "ray job submit … -- launcher resume RUN, with the run's absolute path"
-        raise RequestError(Problem("--resume is for Slurm, and the run is submitted to Ray", hint=hint))
+        raise RequestError(Problem("--resume works only with Slurm, but the run is submitted to Ray", hint=hint))
     if isinstance(job, ScriptJob):
         hint = "ray job submit … -- launcher exec JOB.YAML -- SCRIPT [ARGUMENT]..."
-        raise RequestError(Problem("a script is for Slurm, and the job is submitted to Ray", hint=hint))
+        raise RequestError(Problem("a script works only with Slurm, but the job is submitted to Ray", hint=hint))
     with loaded.locate_errors():
         where = dashboard_address(address, os.environ)
         request = ray_request(job, submission.path.absolute(), submission.overrides, where, Path.cwd())
@@ -120,15 +120,15 @@ def to_ray(submission: Submission, loaded: LoadedJob, address: str | None, *, fo
 
 
 def _check(loaded: LoadedJob) -> None:
-    """Raises RequestError for what can be checked of a Slurm job from here."""
+    """Checks a Slurm job as far as this machine can. Raises RequestError."""
     check_job(loaded)
     job = loaded.job
     if not isinstance(job, ScriptJob):
         return
     check_script(job)
     if job.slurm.array_key:
-        found = "the index would follow the script's own arguments"
-        hint = "leave it out, and let the script read SLURM_ARRAY_TASK_ID"
+        found = "this does not work with a script: the index would follow the script's arguments"
+        hint = "leave it out, and read SLURM_ARRAY_TASK_ID in the script"
         raise RequestError(Problem(found, key="slurm.array_key", hint=hint))
 
 
@@ -137,7 +137,7 @@ def _note(messages: Console, text: str) -> None:
 
 
 def _check_uploaded(job: Job) -> None:
-    """Raises RequestError for a model or data that would be uploaded from this folder and are not in it."""
+    """Raises RequestError if the model or data are to be uploaded from this folder but are missing."""
     from launcher.ray_jobs import path_in_upload
 
     here = Path.cwd()
@@ -151,7 +151,7 @@ def _check_uploaded(job: Job) -> None:
 
 
 def _check_for_elsewhere(loaded: LoadedJob) -> None:
-    """Raises RequestError for what is wrong wherever the job runs. Paths on the cluster are not checked."""
+    """Raises RequestError for errors that do not depend on the cluster. Paths on the cluster are not checked."""
     from launcher.ray_jobs import path_in_upload
 
     job = loaded.job
@@ -159,17 +159,17 @@ def _check_for_elsewhere(loaded: LoadedJob) -> None:
         return
     user = load_ds_config(loaded)
     if job.cluster.gpus_per_node == "auto":
-        note = "cluster.gpus_per_node is auto: only the cluster knows how many ranks the job has, and checks the rest"
+        note = "cluster.gpus_per_node is auto: batch sizes are checked on the cluster, which knows the number of ranks"
         _note(Console(stderr=True, highlight=False, soft_wrap=True), note)
         return
-    inputs = plan_inputs(job, user, _some_node())
+    inputs = plan_inputs(job, user, _assumed_node())
     lint_ds_config(inputs)
     if is_training(inputs):
         check_inputs(inputs)
 
 
-def _some_node() -> MachineFacts:
-    """A node of a cluster that cannot be seen from here, on which nothing is missing."""
+def _assumed_node() -> MachineFacts:
+    """An assumed node of a remote cluster, on which all packages and a compiler are installed."""
     here = measure_machine()
     installed = dict.fromkeys(here.versions, "installed")
     return here.model_copy(update={"gpus": 0, "device": "cpu", "versions": installed, "compiler": "c++"})

@@ -1,4 +1,4 @@
-"""What is printed when a run has ended: how far it came, the losses, and how to continue."""
+"""The summary at the end of a run: the updates made, the losses, and how to continue."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from launcher.runs.outcome import Outcome
 
 
 def print_summary(plan: Plan, directory: RunDir, console: RunConsole, outcome: Outcome) -> None:
-    """Prints how a run ended that did not fail."""
+    """Prints the summary of a finished or stopped run."""
     evaluations = directory.evaluations()
     console.end_progress()
     if outcome.state == "stopped":
         console.note(f"[bold yellow]stopped[/]{_progress(plan, outcome)}")
         if outcome.reason:
-            console.note(f"  because of       {outcome.reason}")
+            console.note(f"  reason           {outcome.reason}")
     else:
         console.note(f"[bold green]finished[/]{_progress(plan, outcome)}")
     if len(evaluations) > 1:
@@ -32,23 +32,23 @@ def print_summary(plan: Plan, directory: RunDir, console: RunConsole, outcome: O
 
 
 def note_damaged_lines(directory: RunDir, console: RunConsole) -> None:
-    """Reports the lines of the run's files that cannot be read, if there are any."""
+    """Reports unreadable lines in the run's files."""
     for name, count in directory.damaged_lines().items():
-        lines = "1 damaged line, which is" if count == 1 else f"{count} damaged lines, which are"
-        console.note(f"  [yellow]note:[/] {name} has {lines} skipped (a full disk or a crash leaves such lines)")
+        lines = "1 damaged line" if count == 1 else f"{count} damaged lines"
+        console.note(f"  [yellow]note:[/] skipped {lines} of {name} (possible causes: a full disk, a crash)")
 
 
 def how_to_continue(plan: Plan, directory: RunDir) -> str:
-    """The command that continues a stopped run."""
+    """How to continue a stopped run: a command, or what to do instead."""
     if isinstance(plan.workload, Script):
-        return "a script's own checkpoints are where it writes them; start it again with launcher exec"
+        return "the script manages its own checkpoints: start it again with launcher exec"
     if directory.complete_checkpoints():
         return f"continue with: {_resume_command(plan, directory)} {directory.path}"
     return "no checkpoint was saved: start the run from scratch with launcher run"
 
 
 def _progress(plan: Plan, outcome: Outcome) -> str:
-    """How many updates were made, if that is known."""
+    """How many updates were made, or nothing if this is unknown."""
     if outcome.updates is None:
         return ""
     if outcome.state == "finished":
@@ -58,7 +58,7 @@ def _progress(plan: Plan, outcome: Outcome) -> str:
 
 
 def _resume_command(plan: Plan, directory: RunDir) -> str:
-    """A run that began inside a Slurm allocation needs another allocation."""
+    """The command that resumes a run. One that started in a Slurm allocation needs another allocation."""
     if "-slurm-" not in directory.path.name:
         return "launcher resume"
     return "launcher submit --resume" if "slurm" in plan.job.model_fields_set else "sbatch SCRIPT --resume"

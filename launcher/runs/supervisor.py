@@ -1,4 +1,4 @@
-"""The supervisor: brings a planned run through its states, from placing its nodes to its end."""
+"""The supervisor: takes a planned run through its states, from placing the nodes to the end."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ from launcher.runs.outcome import Outcome
 
 _GRACE_SECONDS = 5.0
 _SETTLE_SECONDS = 1.0
-# Ray's health checks take some fifteen seconds to give a silent node up.
+# Ray's health checks take about fifteen seconds to detect a lost node.
 _LOST_NODE_SECONDS = 30.0
 _STOP_GRACE_SECONDS = 0.0
-_TOLD = {
-    "outlier": "one odd update",
-    "spike": "a spike",
-    "warmup_extended": "the learning rate yields",
-    "not_extended": "the warm-up stays",
+_EVENT_TITLES = {
+    "outlier": "loss outlier",
+    "spike": "loss spike",
+    "warmup_extended": "warm-up extended",
+    "not_extended": "warm-up not extended",
 }
 WORKER = ("-P", "-m", "launcher.worker")
 
 
 class Console(Protocol):
-    """Who is told how the run goes."""
+    """What shows the progress of a run."""
 
     def state(self, name: str) -> None: ...
 
@@ -72,9 +72,9 @@ class RayLost(RunFailed):
 
 
 class Supervisor:
-    """Carries out one plan in one run directory."""
+    """Executes one plan in one run directory."""
 
-    stops_by = "stopping after this update, then saving"
+    stop_action = "stopping after this update, then saving"
 
     def __init__(self, plan: Plan, plan_file: Path, run: RunDir, console: Console) -> None:
         self.plan_file = plan_file
@@ -88,9 +88,9 @@ class Supervisor:
         self._metrics, self._evaluations = Tail(run.metrics_file), Tail(run.evaluations_file)
 
     def run(self, start: Start | None = None) -> Outcome:
-        """Places, starts and follows the ranks until all have ended well. Raises RunFailed where one has not.
+        """Places the nodes, starts the ranks and waits until all have ended. Raises RunFailed if one fails.
 
-        Whatever way it ends, nothing of the run is left behind.
+        Releases the nodes in every case.
         """
         if start is not None:
             self._metrics.skip()
@@ -100,28 +100,28 @@ class Supervisor:
             self.start(start)
             outcome = self.follow()
         except RayLost:
-            # Nothing can be given back: every call would wait until Ray ends this process, and the agents are gone.
+            # Do not release the nodes: without Ray, every call would block until Ray ends this process.
             raise
         except BaseException:
-            self._give_back_after_failure()
+            self._release_after_failure()
             raise
-        self._give_back()
+        self._release()
         return outcome
 
-    def _give_back(self) -> None:
+    def _release(self) -> None:
         try:
             self.nodes.end(_GRACE_SECONDS if not self.stopping else _STOP_GRACE_SECONDS)
         finally:
             self.nodes.close()
 
-    def _give_back_after_failure(self) -> None:
-        """Gives the nodes back. What goes wrong with that is printed: the failure before it is the one that counts."""
-        with self._noted("the nodes could not be given back"):
-            self._give_back()
+    def _release_after_failure(self) -> None:
+        """Releases the nodes. Errors are only printed: the caller raises the original failure."""
+        with self._printing_errors("the nodes could not be released"):
+            self._release()
 
     @contextmanager
-    def _noted(self, what: str) -> Iterator[None]:
-        """Prints what goes wrong inside the block, which happens after a failure and must not hide it."""
+    def _printing_errors(self, what: str) -> Iterator[None]:
+        """Prints errors raised in the block, which follows a failure and must not hide it."""
         try:
             yield
         except Exception as error:
@@ -155,7 +155,7 @@ class Supervisor:
         self.nodes.order({"go": {"env": rendezvous, "start": start.model_dump() if start else None}})
 
     def check_nodes(self) -> None:
-        """Looks at the nodes before anything is started on them. Raises RunFailed, naming each that will not do."""
+        """Checks the nodes before ranks are started on them. Raises RunFailed, which names each unfit node."""
         versions = self.plan.machine.versions
         packages = needed_packages(self.plan.ds_config)
         env = self.plan.job.cluster.env
@@ -165,13 +165,13 @@ class Supervisor:
         raise_problems(checks)
 
     def follow(self) -> Outcome:
-        """Hears the ranks until the last has ended."""
+        """Receives reports until the last rank has ended. Raises RunFailed if a rank fails."""
         ended: dict[int, int] = {}
-        for report in self._heard():
+        for report in self._received():
             if report["report"] == "phase":
                 self._phase(report)
             elif report["report"] == "event":
-                self._write_down(report)
+                self._record_event(report)
             elif report["report"] == "exit":
                 ended[report["rank"]] = report["code"]
             if first_failure([report]):
@@ -186,41 +186,41 @@ class Supervisor:
 
     @property
     def stopping(self) -> bool:
-        """Whether a stop was asked for."""
+        """Whether a stop was requested."""
         return self.stop_signal != 0
 
     def request_stop(self, signal_number: int) -> bool:
-        """Has the ranks stop after the update they are at, because of a signal. False where they do not train yet."""
+        """Makes the ranks stop after the current update, because of a signal. False if they are not training yet."""
         if self.phase is None:
             return False
         self.stop_signal = signal_number
         return True
 
     def enter(self, state: RunState, **details: Unpack[StateDetails]) -> None:
-        """Writes the state down and shows it."""
+        """Records a state and shows it."""
         self.run_dir.enter(state, **details)
         self.console.state(state)
 
-    def _heard(self) -> Iterator[Report]:
-        """Every event of the ranks, as it comes; shows progress meanwhile and passes a stop on."""
-        told_to_stop = False
+    def _received(self) -> Iterator[Report]:
+        """Every report of the ranks. In between, shows progress and sends the ranks a requested stop."""
+        stop_sent = False
         while True:
-            heard = self.nodes.reports(timeout_seconds=0.5)
-            # All at once: whoever stops listening at one of them has heard the others as well.
-            self.reports += heard
-            yield from heard
+            reports = self.nodes.reports(timeout_seconds=0.5)
+            # Before the first yield: a caller that breaks at one report must not lose the others.
+            self.reports += reports
+            yield from reports
             self._show_progress()
             self._check_head()
-            if self.stopping and not told_to_stop:
-                told_to_stop = True
+            if self.stopping and not stop_sent:
+                stop_sent = True
                 self.nodes.order({"stop": True})
 
     def _check_head(self) -> None:
-        """Raises RayLost if Ray's head process is gone, once that is written down: Ray may end this process soon."""
+        """Raises RayLost if Ray's head process is gone. Records that first: Ray may end this process soon."""
         if self._head is None or not self._head.gone():
             return
         error = RayLost(f"Ray's head process (gcs_server) at {self._head.address} no longer answers")
-        with self._noted("the failure could not be written to the run directory"):
+        with self._printing_errors("the failure could not be written to the run directory"):
             self.run_dir.enter("failed", reason=str(error), message=str(error), code=error.code)
         raise error
 
@@ -240,18 +240,18 @@ class Supervisor:
         self._show_progress()
         self.enter(report["phase"], update=report["update"])
 
-    def _write_down(self, report: EventReport) -> None:
-        """What the first rank has to tell; one writer keeps the lines of events.jsonl whole on every file system."""
+    def _record_event(self, report: EventReport) -> None:
+        """Records an event of rank 0. Only this process writes events.jsonl: appends of several hosts may mix lines."""
         kind, details = report["event"], report["details"]
         self.run_dir.rank_event(report)
-        if kind in _TOLD:
-            self.console.note(f"          {_TOLD[kind]}: {details.get('reason', details)}")
+        if kind in _EVENT_TITLES:
+            self.console.note(f"          {_EVENT_TITLES[kind]}: {details.get('reason', details)}")
 
     def _disk_bytes(self) -> int:
         return disk_bytes(self.plan)
 
     def provide_data(self) -> None:
-        """Sees to it that every node has the plan, the model and the data. Raises RunFailed."""
+        """Makes sure that every node has the plan, the model and the data. Raises RunFailed."""
         data = self.plan.training.data
         prepared = [self.plan.training.model.folder, data.train.folder, *([data.eval.folder] if data.eval else [])]
         self.nodes.check_visible([str(self.plan_file)])
@@ -259,17 +259,17 @@ class Supervisor:
         self.nodes.check_visible(prepared)
 
     def _fail(self) -> None:
-        """Ends all ranks and raises RunFailed, which names the first that failed, once late news has settled."""
-        self._settle()
+        """Waits for late events, ends all ranks and raises RunFailed, which names the rank that failed first."""
+        self._collect_late_reports()
         self._show_progress()
         failures = self._failures()
-        with self._noted("the ranks could not be ended"):
+        with self._printing_errors("the ranks could not be ended"):
             self.nodes.end(_GRACE_SECONDS)
-        with self._noted(f"the failure could not be written to {self.run_dir.events_file}"):
-            self._write_failures(failures)
-        raise RunFailed(self._tell(failures), code=failures[0].code)
+        with self._printing_errors(f"the failure could not be written to {self.run_dir.events_file}"):
+            self._record_failures(failures)
+        raise RunFailed(self._failure_message(failures), code=failures[0].code)
 
-    def _write_failures(self, failures: Sequence[Failure]) -> None:
+    def _record_failures(self, failures: Sequence[Failure]) -> None:
         first, nodes = failures[0], self.nodes.nodes
         self.run_dir.event(
             {
@@ -285,14 +285,14 @@ class Supervisor:
             }
         )
 
-    def _settle(self) -> None:
-        """Hears late news: for longer while all that failed only lost a peer, since a node's end is noticed late."""
+    def _collect_late_reports(self) -> None:
+        """Receives late reports. Waits longer while all failures are of lost peers: a lost node is detected late."""
         began = time.monotonic()
         while True:
             waited = time.monotonic() - began
-            all_lost_a_peer = all(lost_peer(failure) for failure in self._failures())
+            only_lost_peers = all(lost_peer(failure) for failure in self._failures())
             exits = sum(report["report"] == "exit" for report in self.reports)
-            if waited >= (_LOST_NODE_SECONDS if all_lost_a_peer and exits < self.plan.world.size else _SETTLE_SECONDS):
+            if waited >= (_LOST_NODE_SECONDS if only_lost_peers and exits < self.plan.world.size else _SETTLE_SECONDS):
                 return
             self.reports += self.nodes.reports(_SETTLE_SECONDS / 2)
 
@@ -301,7 +301,7 @@ class Supervisor:
         return [_with_code(failure) for failure in sort_failures(map(self._with_log, found))]
 
     def _with_log(self, failure: Failure) -> Failure:
-        """With what the log ends with, where the rank has told nothing: a script, or one that C++ ended."""
+        """The failure with the error from the rank's log if the rank reported none: a script, or a crash in C++."""
         rank = failure.rank
         if rank is None or failure.error:
             return failure
@@ -314,7 +314,7 @@ class Supervisor:
             self._logged[rank] = replace(failure, error=error, traceback=traceback, time=time)
         return self._logged[rank]
 
-    def _tell(self, failures: Sequence[Failure]) -> str:
+    def _failure_message(self, failures: Sequence[Failure]) -> str:
         failure = failures[0]
         node = f"node {failure.node_rank} ({self.nodes.nodes[failure.node_rank].host})"
         if failure.rank is None:
@@ -363,7 +363,7 @@ class Supervisor:
 
 
 def _with_code(failure: Failure) -> Failure:
-    """With the code of a collective that failed, if nothing else is known of the failure."""
+    """The failure with the code of a failed collective, if no other code is known."""
     if failure.code is not FailureCode.UNKNOWN:
         return failure
     return replace(failure, code=code_of_collective(failure))

@@ -142,7 +142,7 @@ class RendezvousServer:
 
 
 def common_address(nodes: list[JoinedNode]) -> str:
-    """An address at which every other node reached the first one. Raises RunFailed if there is none."""
+    """An address at which every other node reached the first one. Raises RunFailed if no address qualifies."""
     for address in nodes[0].reached:
         if all(address in node.reached for node in nodes):
             return address

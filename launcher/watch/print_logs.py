@@ -54,12 +54,12 @@ def matcher(grep: str | None) -> Wanted:
     try:
         pattern = re.compile(grep)
     except re.error as error:
-        raise RequestError(Problem(f"{grep!r} is no regular expression: {error}", key="--grep")) from None
+        raise RequestError(Problem(f"{grep!r} is not a regular expression: {error}", key="--grep")) from None
     return lambda line: pattern.search(line.text) is not None
 
 
 def since_seconds(text: str | None, now: float) -> float | None:
-    """Seconds since the epoch of what --since says. Raises RequestError where that is no time."""
+    """The time of --since in seconds since the epoch. Raises RequestError if it is not a time."""
     if text is None:
         return None
     if match := _SINCE.match(text):
@@ -67,6 +67,6 @@ def since_seconds(text: str | None, now: float) -> float | None:
     try:
         time = datetime.fromisoformat(text)
     except ValueError:
-        hint = "90s, 10m, 2h or 1d ago, or a time as 2026-03-01T12:30:00Z (UTC where it names no zone)"
-        raise RequestError(Problem(f"{text!r} is no time", key="--since", hint=hint)) from None
+        hint = "90s, 10m, 2h or 1d ago, or a time as 2026-03-01T12:30:00Z (UTC unless it has a time zone)"
+        raise RequestError(Problem(f"{text!r} is not a time", key="--since", hint=hint)) from None
     return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()

@@ -127,7 +127,7 @@ def lock_touch_time(run: RunDir) -> float | None:
 def supervisor_ended(run: RunDir, state: Record) -> bool:
     """Whether the launcher that wrote this state has certainly ended: it ran on this host, and the lock is free.
 
-    On another host a free lock is no proof, since locks may not be visible there: then the heartbeat decides.
+    On another host a free lock proves nothing, since locks may not be visible there: then the heartbeat decides.
     """
     return state.get("host") == socket.gethostname() and is_locked(run) is False
 

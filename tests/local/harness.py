@@ -16,7 +16,7 @@ from launcher.plan.schema import Plan
 from launcher.records import AgentReport
 from launcher.run_dir import RunDir, write_atomic, write_json
 from launcher.runs.planning import make_plan
-from tests.local.warm import forked_ranks
+from tests.fork_server import forking
 from tests.patience import PATIENCE_SECONDS
 
 WORKER = ("-m", "launcher.worker")
@@ -31,7 +31,9 @@ def merged(job: dict[str, Any], **sections: Any) -> dict[str, Any]:
 
 
 def plan_of(job: dict[str, Any]) -> Plan:
-    return make_plan(load_job(job))
+    """The job's plan; what is measured for it is kept in the job's cache."""
+    with forking():
+        return make_plan(load_job(job))
 
 
 def run_directory(plan: Plan, folder: Path) -> RunDir:
@@ -64,7 +66,7 @@ def run_ranks(
         environment={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         arguments=command,
     )
-    with forked_ranks():
+    with forking():
         agent.start(task)
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.free_port())}
     agent.order({"go": {"env": rendezvous, "start": start.model_dump() if start else None}})

@@ -136,9 +136,8 @@ def test_the_example_a_plain_deepspeed_script_reports_the_planned_rates(shared_r
     node = json.loads((run.node_logs(0, socket.gethostname()) / "node.json").read_text())
     assert [(rank["updates"], rank["exit_code"]) for rank in node["ranks"]] == [(updates, 0), (updates, 0)]
     shown = inputs.command("lr", str(run.path)).out
-    assert f"{updates} of {updates} updates were made, all at exactly the planned learning rate" in " ".join(
-        shown.split()
-    )
+    made = f"{updates} of {updates} updates were made, all at exactly the planned learning rate"
+    assert made in " ".join(shown.split())
 
 
 def test_a_module_under_plain_pytorch_has_torchruns_variables_and_its_other_rate_is_told(execute, tmp_path):

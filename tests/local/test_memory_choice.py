@@ -40,7 +40,7 @@ def test_a_template_runs_at_the_generated_rates_as_the_chosen_preset_does(job_di
     chosen = plan_of({**merged(job, schedule={"shape": "linear"}), "deepspeed": "auto"})
     assert chosen.recommendation is not None
     assert chosen.recommendation.preset == "zero1"
-    assert chosen.warnings[0].startswith("deepspeed: auto takes zero1: it fits")
+    assert chosen.warnings[0].startswith("deepspeed: auto chose zero1: it fits")
 
     first, second = fine_tuned(template, tmp_path / "template"), fine_tuned(chosen, tmp_path / "chosen")
     assert template.ds_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is False

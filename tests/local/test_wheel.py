@@ -98,6 +98,6 @@ def test_a_second_init_overwrites_nothing(programs: Path, tmp_path: Path) -> Non
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     again = subprocess.run([str(programs / "launcher"), "init"], cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 2
-    assert "nothing is overwritten" in again.stderr
+    assert "are not overwritten" in again.stderr
     assert "zero2.json" in again.stderr
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files

@@ -1,4 +1,4 @@
-"""The code of every error, and a full disk and missing rights without a traceback."""
+"""The code of every error, and a full disk and missing permissions without a traceback."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from launcher.errors import (
     os_error_text,
 )
 from launcher.prepare import _answer
-from launcher.runs.export import _hear
+from launcher.runs.export import _handle_message
 
 
 class Coded(RunFailed):
@@ -54,17 +54,17 @@ def test_every_error_has_a_code(error: BaseException, code: str) -> None:
 @pytest.mark.parametrize(
     ("number", "plain"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EACCES, True), (errno.EIO, False)]
 )
-def test_a_full_disk_and_missing_rights_need_no_traceback(number: int, plain: bool) -> None:
+def test_a_full_disk_and_missing_permissions_need_no_traceback(number: int, plain: bool) -> None:
     error = OSError(number, os.strerror(number), "/cache/x")
     assert needs_no_traceback(error) is plain
     assert os_error_text(error) == f"/cache/x: {os.strerror(number)}"
     assert not needs_no_traceback(ValueError("No space left on device"))
 
 
-def test_the_code_comes_through_from_the_process() -> None:
+def test_the_failure_code_of_the_process_is_kept() -> None:
     with pytest.raises(LauncherError, match=r"measuring failed: /cache/x: full\n  the cache is in") as caught:
         _answer({"failed": "/cache/x: full", "code": "disk_full"}, lambda _: None)
     assert caught.value.code is FailureCode.DISK_FULL
     with pytest.raises(LauncherError, match="not written") as caught:
-        _hear({"error": "not written", "code": "disk_full"}, lambda _: None)
+        _handle_message({"error": "not written", "code": "disk_full"}, lambda _: None)
     assert caught.value.code is FailureCode.DISK_FULL

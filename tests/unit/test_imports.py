@@ -1,4 +1,4 @@
-"""Import rules: which package may import which, and which commands must not import a heavy package."""
+"""Import rules between packages, for commands, and for heavy packages."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import typer.main
 
 import launcher
+from launcher import cli
 from tests.patience import PATIENCE_SECONDS
 
 PACKAGE = Path(launcher.__file__).parent
 ROOT = PACKAGE.parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
+CLI = PACKAGE / "cli"
 HEAVY = ("torch", "deepspeed", "transformers", "datasets", "ray", "peft")
 
 HOMES = {
@@ -60,6 +63,17 @@ def imported(module: Path) -> set[str]:
     return found
 
 
+def imported_modules(module: Path) -> set[str]:
+    """The full names that a module imports; `from a import b` counts as a and a.b."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
 def place(module: Path) -> str:
     return module.relative_to(PACKAGE).as_posix()
 
@@ -83,6 +97,27 @@ def test_heavy_packages_are_imported_only_in_their_files() -> None:
     ]
     assert strays == []
     assert set(HOMES) == {name for names in imports.values() for name in names & set(HOMES)}
+
+
+def test_command_files_are_short() -> None:
+    lengths = {module.name: len(module.read_text().splitlines()) for module in CLI.glob("*.py")}
+    assert len(lengths) > 20
+    assert {name: length for name, length in lengths.items() if length >= 100} == {}
+
+
+def test_no_command_imports_another_command() -> None:
+    commands = {command.callback.__module__ for command in typer.main.get_command(cli.app).commands.values()}
+    assert {"launcher.cli.run", "launcher.cli.exec", "launcher.cli.lr"} <= commands
+    assert commands <= {f"launcher.cli.{module.stem}" for module in CLI.glob("*.py")}
+    imports = {name: imported_modules(CLI / f"{name.rpartition('.')[2]}.py") & commands for name in commands}
+    assert {name: found for name, found in imports.items() if found} == {}
+
+
+def test_imports_of_modules_are_found(tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text("import launcher.cli.run\n\ndef f():\n    from launcher.cli import lr\n")
+    found = imported_modules(tmp_path / "module.py")
+    assert {"launcher.cli.run", "launcher.cli.lr"} <= found
+    assert "launcher.cli.plan" not in found
 
 
 def test_plans_and_schedules_do_no_input_or_output() -> None:

@@ -217,5 +217,5 @@ def test_the_holder_of_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(RequestError) as refused, only_launcher_of(run):
         pass
     (problem,) = refused.value.problems
-    assert "another launcher holds this run: training, process 4711 on node7, since 20" in problem.message
-    assert problem.hint is not None and "if that host is down, the run is free 60 s after" in problem.hint
+    assert "another launcher is running this run: state training, process 4711 on node7, since 20" in problem.message
+    assert problem.hint is not None and "if that host is down, the lock expires 60 s after" in problem.hint

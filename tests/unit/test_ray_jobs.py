@@ -173,7 +173,7 @@ def test_files_on_the_cluster_are_not_looked_for():
         ended = command(*TO_RAY, *more)
         assert ended.status == 0, ended.err
         assert shlex.split(yaml.safe_load(ended.out)["entrypoint"])[6:] == ["output_dir=/shared/runs", *more]
-        assert ("only the cluster knows how many ranks" in ended.err) == ("cluster.gpus_per_node=auto" in more)
+        assert ("batch sizes are checked on the cluster" in ended.err) == ("cluster.gpus_per_node=auto" in more)
 
 
 @pytest.mark.parametrize(

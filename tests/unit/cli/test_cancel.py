@@ -1,4 +1,4 @@
-"""Stopping a run from elsewhere: who takes the request, who may ask, and what Slurm still holds."""
+"""`launcher cancel`: receipt of the request, permissions, and requeued Slurm jobs."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from tests.unit.run_directories import START, Built
 
 @pytest.fixture
 def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Built:
-    for name in ("_RECEIVED_SECONDS", "_NOW_SECONDS"):
+    for name in ("_RECEIPT_SECONDS", "_RECEIPT_NOW_SECONDS"):
         monkeypatch.setattr(cancel, name, 0.3)
-    monkeypatch.setattr(cancel, "_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(cancel, "_POLL_SECONDS", 0.02)
     return Built(tmp_path / "runs")
 
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """squeue and scancel that write down how they were called; squeue prints what `state` holds."""
+    """Fake squeue and scancel that record their calls; squeue prints the content of `state`."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in ("squeue", "scancel"):
@@ -45,74 +45,72 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @contextmanager
-def after(condition: Callable[[], bool], built: Built, state: str) -> Iterator[None]:
-    """The launcher at work takes the request once the condition holds, and the run comes to an end."""
+def stopped_after(condition: Callable[[], bool], built: Built, state: str) -> Iterator[None]:
+    """Receives the request once the condition is true, and ends the run in `state`, as a launcher would."""
 
-    def take() -> None:
+    def receive() -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not condition() and time.monotonic() < deadline:
             time.sleep(0.02)
         built.run.event({"event": "stop_requested", "now": False, "by": "u@h"})
         built.run.enter(state, reason="cancelled by u@h")
 
-    thread = threading.Thread(target=take)
+    thread = threading.Thread(target=receive)
     thread.start()
     yield
     thread.join()
 
 
 def printed() -> str:
-    """What the command that runs in this process has printed so far."""
+    """What the command in this process has printed so far."""
     return sys.stdout.getvalue() if isinstance(sys.stdout, io.StringIO) else ""
 
 
 @pytest.mark.parametrize(("state", "held", "cancelled"), [("stopped", "PENDING", 1), ("stopped", "RUNNING", 0)])
-def test_a_job_that_slurm_queued_again_is_cancelled(
-    built: Built, slurm: Path, state: str, held: str, cancelled: int
-) -> None:
+def test_a_requeued_slurm_job_is_cancelled(built: Built, slurm: Path, state: str, held: str, cancelled: int) -> None:
     built.state(state, 5.0, slurm_job_id="77")
     (slurm / "state").write_text(held + "\n")
     ended = command("cancel", str(built.run.path))
     assert (ended.status, ended.err) == (0, "")
     calls = (slurm / "called").read_text().splitlines()
     assert calls == ["squeue --noheader --jobs 77 --format %T", "scancel -- 77"][: 1 + cancelled]
-    again = "but Slurm had queued its job 77 again: cancelled that"
-    assert (again in ended.out) == bool(cancelled)
+    requeued = "cancelled its Slurm job 77, which was requeued"
+    assert (requeued in ended.out) == bool(cancelled)
     assert "stopped" in ended.out
 
 
-def test_a_run_that_has_ended_is_told_so(built: Built, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_has_already_ended_is_reported(built: Built, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built.state("finished", 5.0, slurm_job_id="77")
-    assert command("cancel", str(built.run.path)).out.endswith("has ended already: finished\n")
+    assert command("cancel", str(built.run.path)).out.endswith("has already ended: finished\n")
     assert not (slurm / "called").exists()
     monkeypatch.setenv("PATH", "/nowhere")
     built.state("failed", 5.0, slurm_job_id="77")
-    assert command("cancel", str(built.run.path)).out.endswith("has ended already: failed\n")
+    assert command("cancel", str(built.run.path)).out.endswith("has already ended: failed\n")
 
 
-def test_a_request_that_is_taken_late_is_waited_for(built: Built) -> None:
+def test_cancel_waits_for_a_late_receipt(built: Built) -> None:
     built.state("placing", time.time() - START)
-    with built.run.held(), after(lambda: "it stands: waiting" in printed(), built, "stopped"):
+    with built.run.held(), stopped_after(lambda: "); waiting" in printed(), built, "stopped"):
         ended = command("cancel", str(built.run.path))
     assert (ended.status, ended.err) == (0, "")
     assert ended.out.splitlines() == [
-        "nobody has taken the request yet (state placing); it stands: waiting",
-        "tiny-20260301-120000 was told to save and stop",
+        "the launcher has not received the request yet (state placing); waiting",
+        "tiny-20260301-120000: stop requested, after saving",
         "stopped: cancelled by u@h; updates made: 0",
     ]
 
 
-def test_without_waiting_and_where_nobody_is_left_it_gives_up(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancel_fails_with_no_wait_or_if_the_launcher_has_died(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     built.state("training", time.time() - START)
     ended = command("cancel", str(built.run.path), "--no-wait")
-    assert ended.status == 1 and "nobody took the request: state training, process 4711 on h0" in ended.err
+    assert ended.status == 1 and "no launcher received the request: state training, process 4711 on h0" in ended.err
     monkeypatch.setattr(status, "LOST_SECONDS", 1.0)
     ended = command("cancel", str(built.run.path))
     assert ended.status == 1
-    assert "no launcher holds it, so it ended without a word\n  go on with launcher resume" in ended.err
+    assert "no launcher holds its lock, so its launcher has died\n  resume the run with launcher resume" in ended.err
 
 
-def test_at_once_does_not_wait_for_a_run_that_does_not_answer(built: Built, slurm: Path) -> None:
+def test_cancel_now_cancels_the_slurm_job_of_a_run_that_does_not_respond(built: Built, slurm: Path) -> None:
     built.state("training", time.time() - START, slurm_job_id="77")
     with built.run.held():
         ended = command("cancel", str(built.run.path), "--now")
@@ -121,28 +119,28 @@ def test_at_once_does_not_wait_for_a_run_that_does_not_answer(built: Built, slur
     assert built.run.state()["reason"] == "Slurm job 77 was cancelled"
 
 
-def test_damaged_lines_of_events_do_not_keep_a_run_from_being_stopped(built: Built) -> None:
+def test_a_run_with_damaged_event_lines_can_be_cancelled(built: Built) -> None:
     built.state("training", time.time() - START)
     with built.run.events_file.open("a") as file:
         file.write('{"time": "2026-03\n[1]\n')
     built.run.metrics_file.write_text('{"update": 0}\n{"upd\n{"update": 1}\n')
-    with built.run.held(), after(built.run.stop_file.exists, built, "stopped"):
+    with built.run.held(), stopped_after(built.run.stop_file.exists, built, "stopped"):
         ended = command("cancel", str(built.run.path))
     assert (ended.status, ended.err) == (0, "")
     assert ended.out.endswith("updates made: 2\n")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody to try this")
-def test_one_who_may_not_write_is_told_so(built: Built, tmp_path: Path) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to switch to the user nobody")
+def test_a_user_without_write_permission_cannot_cancel(built: Built, tmp_path: Path) -> None:
     built.state("training", time.time() - START)
     built.run.path.chmod(0o755)
     ended = as_nobody(tmp_path, "cancel", str(built.run.path))
     assert ended.status == 2
-    assert "you may not stop this run, which is root's: Permission denied" in ended.err
+    assert "you do not have permission to stop this run of root: Permission denied" in ended.err
 
 
-def test_one_that_listens_hears_a_request_made_before(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While nodes come up there is no supervisor, and the run ends at once; who listens next hears nothing twice."""
+def test_an_earlier_request_is_received_and_stops_the_run(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the nodes start there is no supervisor, and the run stops at once."""
     monkeypatch.setattr(interrupts, "_POLL_SECONDS", 0.05)
     built.run.request_stop(now=False)
     with pytest.raises(interrupts.Interrupted) as ended, interrupts.interruptible(RunConsole(), built.run):
@@ -151,8 +149,8 @@ def test_one_that_listens_hears_a_request_made_before(built: Built, monkeypatch:
     assert [event["event"] for event in built.run.events()][-1] == "stop_requested"
 
 
-def test_a_run_is_cancelled_while_its_nodes_come_up(tmp_path: Path) -> None:
-    """The first of two nodes, of which the other never comes: it waits for ten minutes."""
+def test_a_run_can_be_cancelled_while_its_nodes_start(tmp_path: Path) -> None:
+    """The first of two nodes waits ten minutes for the other, which never starts."""
     write_folder(tmp_path)
     task = {"SLURM_JOB_ID": "77", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "h[0-1]", "SLURM_CPUS_PER_TASK": "4"}
     launcher = str(Path(sys.executable).with_name("launcher"))

@@ -38,14 +38,14 @@ def test_exit_statuses(arguments: tuple[str, ...], status: int, says: str) -> No
     assert says in ended.out + ended.err
 
 
-def test_it_runs_as_a_module(folder: Path) -> None:
+def test_launcher_runs_as_a_module(folder: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "launcher", "--version"], cwd=folder, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"launcher {launcher.__version__}\n", "")
     wrong = subprocess.run([sys.executable, "-m", "launcher", "resume", "nowhere"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "was not found" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
+def test_a_closed_output_pipe_is_not_an_error() -> None:
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run([sys.executable, "-m", "launcher", "schema"], stdout=write, stderr=subprocess.PIPE, text=True)
@@ -53,13 +53,13 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize(("verb", "private"), [("run", True), ("export", True), ("schema", False), ("init", False)])
-def test_what_a_run_writes_is_private(verb: str, private: bool) -> None:
-    """In a process of its own: a process has one umask."""
+@pytest.mark.parametrize(("name", "private"), [("run", True), ("export", True), ("schema", False), ("init", False)])
+def test_files_of_a_run_are_private(name: str, private: bool) -> None:
+    """In a separate process, since the umask belongs to the process."""
     code = (
         "import os, sys\nfrom launcher import cli\nsys.argv = ['launcher', sys.argv[1], 'nowhere']\n"
         "os.umask(0o022)\n"
         "try: cli.main()\nexcept SystemExit: pass\nprint(oct(os.umask(0)), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code, verb], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == ("0o77" if private else "0o22")

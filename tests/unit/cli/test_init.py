@@ -18,7 +18,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_init_writes_a_job_that_is_valid_and_never_overwrites(folder: Path) -> None:
+def test_init_writes_a_valid_job_and_never_overwrites(folder: Path) -> None:
     ended = command("init", "new", "--model", "models/ä \U0001f600", "--data", "d/*.jsonl", "--name", "mine")
     assert ended.status == 0
     job = load_job(folder / "new/mine.yaml").job
@@ -34,7 +34,7 @@ def test_init_writes_a_job_that_is_valid_and_never_overwrites(folder: Path) -> N
     again = command("init", "new", "--name", "mine")
     assert again.status == 2
     assert "mine.yaml" in again.err
-    assert "nothing is overwritten" in again.err
+    assert "are not overwritten" in again.err
     assert {path: path.read_bytes() for path in (folder / "new").rglob("*") if path.is_file()} == before
 
 
@@ -49,7 +49,7 @@ def test_init_writes_a_job_that_is_valid_and_never_overwrites(folder: Path) -> N
         (("job.yaml",), "this is a file; a folder is needed"),
     ],
 )
-def test_init_refuses_what_makes_no_job(folder: Path, arguments: tuple[str, ...], says: str) -> None:
+def test_init_rejects_invalid_values(folder: Path, arguments: tuple[str, ...], says: str) -> None:
     before = set(folder.rglob("*"))
     ended = command("init", *arguments)
     assert ended.status == 2

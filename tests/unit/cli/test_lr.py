@@ -1,4 +1,4 @@
-"""`launcher lr` on jobs, DeepSpeed JSONs and run directories: what it prints, writes and refuses."""
+"""`launcher lr` on jobs, DeepSpeed JSONs and run directories: output, files and errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def known(folder: Path) -> Path:
-    """The job with its model and data measured."""
+    """The job file, with cached measurements of its model and data."""
     remember(folder / "job.yaml", (), model_facts(parameters=1_000_000), data_facts(320))
     return folder / "job.yaml"
 
@@ -51,7 +51,7 @@ def decay_json(path: Path, **params: Any) -> str:
     return write_json(path, optimizer=optimizer, scheduler={"type": "WarmupDecayLR", "params": params})
 
 
-def test_the_example_of_a_thousand_updates_has_its_exact_values(known: Path) -> None:
+def test_a_schedule_of_a_thousand_updates_has_exact_values(known: Path) -> None:
     found = as_json(str(known), *THOUSAND)
     (curve,) = found["curves"]
     low = 2e-5 / 101
@@ -75,7 +75,7 @@ def test_the_example_of_a_thousand_updates_has_its_exact_values(known: Path) -> 
     assert found["blocks"]["optimizer"]["params"]["lr"] == 2e-5
 
 
-def test_a_job_is_shown_on_80_columns_without_colour(known: Path) -> None:
+def test_a_job_is_printed_in_80_columns_without_colour(known: Path) -> None:
     ended = command("lr", str(known), *THOUSAND)
     assert ended.status == 0
     assert "\x1b" not in ended.out
@@ -101,7 +101,7 @@ def test_the_blocks_can_be_pasted_from_the_output(known: Path) -> None:
     assert pasted == as_json(str(known), *THOUSAND)["blocks"]
 
 
-def test_every_choice_has_its_reason_range_and_sources(known: Path) -> None:
+def test_every_choice_has_a_reason_a_range_and_sources(known: Path) -> None:
     out = " ".join(command("lr", str(known), "train.max_steps=1000").out.split())
     for said in ("peak lr", "Published full recipes centre on", "[recipes.csv", "(heuristic)", "Mosbach et al."):
         assert said in out
@@ -123,7 +123,7 @@ def test_shapes_are_compared_and_written_as_csv(known: Path, folder: Path) -> No
     assert as_json(str(known), *THOUSAND, "--compare", "cosine")["curves"][1]["floor_lr"] == 2e-5 * 0.1
 
 
-def test_a_shape_that_deepspeed_lacks_has_no_block(known: Path) -> None:
+def test_a_shape_without_a_deepspeed_scheduler_has_no_block(known: Path) -> None:
     found = as_json(str(known), "train.max_steps=100", "schedule.shape=wsd", "schedule.warmup=10")
     assert "scheduler" not in found["blocks"]
     assert "no scheduler class for the shape wsd" in found["blocks_notes"][0]
@@ -132,13 +132,15 @@ def test_a_shape_that_deepspeed_lacks_has_no_block(known: Path) -> None:
     }.items()
 
 
-def test_the_png_is_one(known: Path, folder: Path) -> None:
+def test_a_png_is_written(known: Path, folder: Path) -> None:
     ended = command("lr", str(known), *THOUSAND, "--png", "out.png")
     assert (ended.status, "wrote out.png" in ended.err) == (0, True)
     assert (folder / "out.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_a_missing_matplotlib_is_told_with_its_mend(known: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_matplotlib_is_reported_with_a_hint(
+    known: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     ended = command("lr", str(known), *THOUSAND, "--png", "out.png")
     assert ended.status == 2
@@ -146,7 +148,7 @@ def test_a_missing_matplotlib_is_told_with_its_mend(known: Path, folder: Path, m
     assert not (folder / "out.png").exists()
 
 
-def test_a_scheduler_of_ones_own_is_shown_as_deepspeed_drives_it(known: Path, folder: Path) -> None:
+def test_the_users_scheduler_is_shown_as_deepspeed_applies_it(known: Path, folder: Path) -> None:
     params = {"total_num_steps": 40, "warmup_num_steps": 4}
     name = decay_json(folder / "ds.json", **params)
     found = as_json(str(known), "train.max_steps=40", f"deepspeed={name}", "schedule.allow_unsafe=true")
@@ -173,7 +175,7 @@ def test_a_deepspeed_json_is_shown_as_the_engine_applies_it(folder: Path) -> Non
     assert "0 0.000e+00 0.0% 1.980e-07 first update, set by the constructor" in out
 
 
-def test_the_length_is_the_jsons_or_what_updates_says(folder: Path) -> None:
+def test_the_length_comes_from_the_json_or_from_updates(folder: Path) -> None:
     name = decay_json(folder / "ds.json", total_num_steps=100, warmup_num_steps=10, warmup_type="linear")
     assert len(as_json("--deepspeed", name)["curves"][0]["rates"]) == 100
     longer = as_json("--deepspeed", name, "--updates", "150")
@@ -182,7 +184,7 @@ def test_the_length_is_the_jsons_or_what_updates_says(folder: Path) -> None:
     assert longer["blocks"]["scheduler"]["params"]["total_num_steps"] == 150
 
 
-def test_a_cosine_json_keeps_its_floor_in_the_mend(folder: Path) -> None:
+def test_the_proposed_blocks_keep_the_floor_of_a_cosine_json(folder: Path) -> None:
     params = {"total_num_steps": 200, "warmup_num_steps": 20, "cos_min_ratio": 0.05}
     optimizer = {"type": "AdamW", "params": {"lr": 1e-5, "weight_decay": 0.1}}
     name = write_json(folder / "ds.json", optimizer=optimizer, scheduler={"type": "WarmupCosineLR", "params": params})
@@ -212,7 +214,7 @@ def test_a_json_without_a_scheduler_is_explained(folder: Path) -> None:
     assert "no scheduler block" in found["warnings"][0]
 
 
-def test_schedulers_without_a_mend_are_shown(folder: Path) -> None:
+def test_schedulers_without_proposed_blocks_are_shown(folder: Path) -> None:
     params = {"cycle_min_lr": 1e-6, "cycle_max_lr": 1e-5, "cycle_first_step_size": 10}
     name = write_json(folder / "ds.json", scheduler={"type": "OneCycle", "params": params})
     found = as_json("--deepspeed", name, "--updates", "30")
@@ -222,7 +224,7 @@ def test_schedulers_without_a_mend_are_shown(folder: Path) -> None:
     assert "is not shorter than the run of 10" in as_json("--deepspeed", short)["blocks_notes"][0]
 
 
-def test_a_run_shows_what_was_planned_extended_and_applied(folder: Path) -> None:
+def test_a_run_shows_the_planned_extended_and_applied_curves(folder: Path) -> None:
     plan = plan_of(job_of(train={"max_steps": 100}, schedule={"shape": "cosine", "peak_lr": 2e-5, "warmup": 10}))
     longer = with_longer_warmup(plan, 20)
     run = RunDir.create(folder / "runs", "tiny")
@@ -269,7 +271,7 @@ WARMUP = {"total_num_steps": 10, "warmup_num_steps": 2}
     ],
     ids=str,
 )
-def test_a_json_that_gives_no_curve_is_refused_in_its_place(
+def test_a_json_without_a_valid_curve_is_rejected_with_its_location(
     folder: Path, scheduler: Any, says: tuple[str, ...]
 ) -> None:
     document = {"scheduler": scheduler} if scheduler is not None else {}
@@ -291,7 +293,7 @@ def test_a_json_that_gives_no_curve_is_refused_in_its_place(
         (("job.yaml", "--updates", "3"), "train.max_steps=N"),
         (("job.yaml", "--compare", "linear,cosin"), "did you mean cosine?"),
         (("job.yaml", "--compare", "zigzag"), "one or more of linear, cosine"),
-        (("job.yaml", "--compare", ""), "no shape ''"),
+        (("job.yaml", "--compare", ""), "unknown shape ''"),
         (("--deepspeed", "model/config.json", "job.yaml"), "'job.yaml' is not a setting"),
         (("job.yaml", "--csv", "nowhere/x.csv"), "nowhere/x.csv: --csv: cannot be written"),
         (("job.yaml", "--png", "data"), "data: --png: cannot be written"),
@@ -300,15 +302,15 @@ def test_a_json_that_gives_no_curve_is_refused_in_its_place(
     ids=str,
 )
 @pytest.mark.usefixtures("known")
-def test_bad_requests_end_with_2(arguments: tuple[str, ...], says: str) -> None:
+def test_invalid_input_exits_with_status_2(arguments: tuple[str, ...], says: str) -> None:
     ended = command("lr", *arguments)
     assert ended.status == 2
     assert says in ended.err
     assert "Traceback" not in ended.err
 
 
-def test_a_runs_plan_takes_no_overrides(folder: Path) -> None:
+def test_the_plan_of_a_run_takes_no_overrides(folder: Path) -> None:
     run = RunDir.create(folder / "runs", "tiny")
     write_atomic(run.plan_file, plan_of().to_json())
     ended = command("lr", str(run.path), "train.max_steps=3")
-    assert (ended.status, "a run's plan is fixed" in ended.err) == (2, True)
+    assert (ended.status, "the plan of a run is fixed" in ended.err) == (2, True)

@@ -17,7 +17,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_plan_is_shown_and_nothing_is_written(folder: Path) -> None:
+def test_plan_prints_a_plan_and_writes_nothing(folder: Path) -> None:
     sizes = ("train.train_batch_size=32", "train.train_micro_batch_size_per_gpu=8")
     remember(folder / "job.yaml", sizes, model_facts(parameters=1_000_000), data_facts(320))
     before = set(folder.rglob("*"))
@@ -28,9 +28,9 @@ def test_a_plan_is_shown_and_nothing_is_written(folder: Path) -> None:
         "4 ranks: 1 node x 4 on CPU, gloo, fp32",
         "320 sequences, 32,000 tokens, 19,200 learned",
         "32 = micro-batch 8 x accumulation 1 x world size 4",
-        "10 in all, 10.0 per epoch",
+        "10 in total, 10.0 per epoch",
         "learning rate",
-        "memory of a process",
+        "memory per process",
         "under ZeRO-2",
         "filled in or changed",
     ):
@@ -38,7 +38,7 @@ def test_a_plan_is_shown_and_nothing_is_written(folder: Path) -> None:
     assert set(folder.rglob("*")) == before
 
 
-def test_a_plan_as_json_is_the_plan(folder: Path) -> None:
+def test_plan_prints_json(folder: Path) -> None:
     overrides = ("train.max_steps=7", "schedule.peak_lr=1e-5")
     remember(folder / "job.yaml", overrides, model_facts(), data_facts())
     ended = command("plan", "job.yaml", *overrides, "--json")

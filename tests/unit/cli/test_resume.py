@@ -17,7 +17,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_resume_tells_what_is_missing(folder: Path) -> None:
+def test_resume_reports_a_missing_checkpoint_and_an_altered_plan(folder: Path) -> None:
     run = RunDir.create(folder / "runs", "tiny")
     plan = plan_of()
     run.plan_file.write_text(plan.to_json())
@@ -32,7 +32,7 @@ def test_resume_tells_what_is_missing(folder: Path) -> None:
     assert "Traceback" not in ended.err
 
 
-def test_a_file_that_cannot_be_used_is_named_without_a_traceback(folder: Path) -> None:
+def test_an_unusable_file_is_reported_without_a_traceback(folder: Path) -> None:
     run = RunDir.create(folder / "runs", "tiny")
     run.plan_file.write_text(plan_of().to_json())
     run.lock_file.mkdir()

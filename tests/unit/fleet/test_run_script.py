@@ -19,7 +19,7 @@ import pytest
 from launcher.fleet.process import RankProcess, stop_all
 from launcher.fleet.run_script import fill_placeholders, torchrun_variables
 from launcher.run_dir import RunDir
-from launcher.runs.script_supervisor import LEASH
+from launcher.runs.script_supervisor import RUN_SCRIPT
 from tests.patience import PATIENCE_SECONDS
 
 RANK = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1"}
@@ -52,7 +52,7 @@ def start(tmp_path: Path, reports: Reports, monkeypatch: pytest.MonkeyPatch) -> 
     started: list[RankProcess] = []
 
     def begin(
-        script: str, *arguments: str, runner: Sequence[str] = LEASH, cwd: str | None = None, **variables: str
+        script: str, *arguments: str, runner: Sequence[str] = RUN_SCRIPT, cwd: str | None = None, **variables: str
     ) -> RankProcess:
         (tmp_path / "train.py").write_text(script)
         if cwd is not None:
@@ -126,7 +126,7 @@ def test_a_signal_is_reported_as_that_signal(start: Start, reports: Reports, num
 def test_a_module_is_run_as_python_runs_it(reports: Reports, tmp_path: Path) -> None:
     (tmp_path / "package").mkdir()
     (tmp_path / "package/train.py").write_text("import sys; print(sys.argv[1:], __package__); sys.exit(3)")
-    command = [sys.executable, *LEASH, str(tmp_path), "-m", "package.train", "--steps", "2"]
+    command = [sys.executable, *RUN_SCRIPT, str(tmp_path), "-m", "package.train", "--steps", "2"]
     RankProcess(5, command, {**os.environ, **RANK}, tmp_path / "rank.log", reports.put)
     assert reports.wait_for("exit")["code"] == 3
     assert wait_for_line(tmp_path, "steps") == "['--steps', '2'] package"
@@ -186,7 +186,7 @@ def test_when_the_agent_is_gone_the_script_and_its_children_end(tmp_path: Path) 
 import subprocess, sys
 {STUBBORN.replace('print("ready")', f"subprocess.Popen([sys.executable, '-c', {child!r}]); print('ready')")}
 """)
-    command = [sys.executable, *LEASH, str(tmp_path), "train.py"]
+    command = [sys.executable, *RUN_SCRIPT, str(tmp_path), "train.py"]
     environment = {**os.environ, **RANK, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         [sys.executable, "-c", AGENT, *command], stdout=subprocess.PIPE, env=environment, cwd=tmp_path

@@ -101,9 +101,9 @@ def test_plan_shows_the_candidates_and_the_choice(tmp_path: Path, monkeypatch: p
 
     ended = command("plan", "job.yaml")
     assert ended.status == 0, ended.err
-    assert "deepspeed: auto  takes zero1: it fits" in ended.out
+    assert "deepspeed: auto  chose zero1: it fits" in ended.out
     rows = [line.split() for line in ended.out.splitlines() if line.strip().startswith("zero")]
-    assert [(row[0], row[-1]) for row in rows] == [("zero1", "taken"), ("zero2", "fits"), ("zero3", "fits")]
+    assert [(row[0], row[-1]) for row in rows] == [("zero1", "chosen"), ("zero2", "fits"), ("zero3", "fits")]
     assert '"preset": "zero1"' in command("plan", "--json", "job.yaml").out
 
     remember(Path("job.yaml"), (), model_facts(parameters=10**13), data_facts())

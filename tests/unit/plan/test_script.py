@@ -324,7 +324,7 @@ def test_a_dry_run_shows_the_plan_and_the_command(folder: Path) -> None:
     )
     assert (ended.status, ended.err) == (0, "")
     assert "python train.py --deepspeed RUN/ds_config.json --lr 0.001 a=b --dry-run -- 'two words' '$x'\n" in ended.out
-    assert "30 in all, 120 samples" in ended.out
+    assert "30 in total, 120 samples" in ended.out
     assert sorted(path.name for path in folder.iterdir()) == ["job.yaml", "program", "run.sh", "start", "train.py"]
 
 
@@ -332,25 +332,28 @@ def test_a_dry_run_shows_the_plan_and_the_command(folder: Path) -> None:
     ("arguments", "words"),
     [
         (["job.yaml"], "no script is named"),
-        (["job.yaml", "--"], "no script is named after --"),
-        (["job.yaml", "--", "-m"], "no script is named after --"),
-        (["job.yaml", "train.py"], "no script is named"),
-        (["job.yaml", "--dry-run", "--", "train.py"], "--dry-run: options belong before the job file"),
-        (["job.yaml", "--", "--lr", "1"], "the command must begin with a Python script or -m MODULE, found --lr"),
+        (["job.yaml", "--"], "a script is missing after --"),
+        (["job.yaml", "--", "-m"], "a script is missing after --"),
+        (["job.yaml", "train.py"], "-- and a script are missing"),
+        (["job.yaml", "--dry-run", "--", "train.py"], "--dry-run: options go before the job file"),
+        (["job.yaml", "--", "--lr", "1"], "the command must start with a Python script or -m MODULE, found --lr"),
         (["job.yaml", "--", "tran.py"], "the script tran.py does not exist"),
         (["job.yaml", "--", "python", "train.py"], "leave it out: launcher exec"),
         (["job.yaml", "--", "/usr/bin/python3.11", "train.py"], "leave it out: launcher exec"),
-        (["job.yaml", "--", "torchrun", "--nproc_per_node", "2", "train.py"], "torchrun is in front of the script"),
-        (["job.yaml", "--", "deepspeed", "train.py"], "deepspeed is in front of the script"),
-        (["job.yaml", "--", "./run.sh"], "./run.sh is a shell script, and every rank runs a Python script"),
+        (
+            ["job.yaml", "--", "torchrun", "--nproc_per_node", "2", "train.py"],
+            "torchrun before the script is not needed",
+        ),
+        (["job.yaml", "--", "deepspeed", "train.py"], "deepspeed before the script is not needed"),
+        (["job.yaml", "--", "./run.sh"], "./run.sh is a shell script, but every rank runs a Python script"),
         (["job.yaml", "--", "start"], "start is for another interpreter (/usr/bin/env bash)"),
-        (["job.yaml", "--", "program"], "program is not text"),
+        (["job.yaml", "--", "program"], "program is a binary file"),
         (["job.yaml", "train.max_stps=3", "--", "train.py"], "did you mean max_steps?"),
         (
             ["job.yaml", "schedule.peak_lr=auto", "--", "train.py"],
             "command line: schedule.peak_lr: the advised learning rate",
         ),
-        (["job.yaml", "deepspeed=auto", "--", "train.py"], "deepspeed: a preset is chosen by the memory that model"),
+        (["job.yaml", "deepspeed=auto", "--", "train.py"], "deepspeed: auto chooses a preset by the memory of model"),
         (
             ["job.yaml", "cluster.nodes=2", "--", "train.py"],
             "the job asks for 2 nodes, and only this machine is available",
@@ -379,8 +382,8 @@ def test_plan_and_lr_show_the_numbers_of_a_job_for_a_script(folder: Path) -> Non
     assert isinstance(load_job(folder / "job.yaml").job, ScriptJob)
     ended = command("plan", "job.yaml")
     assert ended.status == 0, ended.err
-    assert "named after launcher exec JOB.YAML --" in ended.out
-    assert "20 in all, 80 samples" in ended.out
+    assert "to be given: launcher exec JOB.YAML -- SCRIPT" in ended.out
+    assert "20 in total, 80 samples" in ended.out
     shown = json.loads(command("lr", "job.yaml", "--json").out)
     plan = Plan.from_json(command("plan", "job.yaml", "--json").out)
     assert isinstance(plan.workload, Script)
@@ -409,5 +412,5 @@ def test_a_run_of_a_script_cannot_be_resumed(tmp_path: Path) -> None:
     write_atomic(run.plan_file, script_plan(arguments=("train.py", "--epochs", "2")).to_json())
     ended = command("resume", str(run.path))
     assert ended.status == 2
-    assert "this is a run of the script train.py --epochs, which keeps its own checkpoints" in ended.err
+    assert "this is a run of the script train.py --epochs, which manages its own checkpoints" in ended.err
     assert "launcher exec" in ended.err

@@ -1,4 +1,4 @@
-"""What can be resumed and exported of what a run has saved, and what is said of the rest."""
+"""Checkpoints that can be resumed and exported, and reports of damaged ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launcher.export_folder import export_fault
 from launcher.manifest import MANIFEST, write_manifest
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
-from launcher.runs.checkpoints import saved_at
+from launcher.runs.checkpoints import checkpoint_at
 from launcher.runs.console import RunConsole
 from launcher.runs.rest import rest_as_planned, rest_of
 from launcher.runs.resume import _report_damage
@@ -83,27 +83,27 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_used(run: Run
     assert (rest.start.update, rest.saved.folder) == (BEFORE, run.checkpoint(BEFORE))
     console = RunConsole(Console(width=500, record=True))
     _report_damage(rest, run, console)
-    assert f"update-{NEWEST} cannot be used: {reason}; update-{BEFORE} is used" in console.console.export_text()
+    assert f"update-{NEWEST} cannot be used: {reason}; using update-{BEFORE} instead" in console.console.export_text()
     (event,) = run.events()
     assert (event["event"], event["checkpoint"], event["used"]) == ("checkpoint_damaged", "update-8", "update-4")
     assert event["reason"] == reason
     with pytest.raises(RequestError, match=f"update-8 cannot be used: {reason}"):
-        saved_at(run, NEWEST)
+        checkpoint_at(run, NEWEST)
 
 
-def test_the_end_of_a_file_that_was_never_written_is_seen(run: RunDir) -> None:
+def test_a_file_whose_end_was_never_written_is_detected(run: RunDir) -> None:
     end_is_zeros(run.checkpoint(NEWEST))
     assert rest_as_planned(run).start.update == BEFORE
 
 
-def test_an_older_damaged_checkpoint_is_not_spoken_of(run: RunDir) -> None:
+def test_an_older_damaged_checkpoint_is_not_reported(run: RunDir) -> None:
     cut(run.checkpoint(BEFORE))
     rest = rest_as_planned(run)
     assert (rest.start.update, rest.damaged) == (NEWEST, ())
 
 
-def test_a_newer_one_may_have_a_lower_number(run: RunDir) -> None:
-    """Under a larger batch the same samples are fewer updates."""
+def test_a_newer_checkpoint_may_have_a_lower_number(run: RunDir) -> None:
+    """With a larger batch, the same number of samples takes fewer updates."""
     folder = run.checkpoint(BEFORE - 1)
     run.checkpoint(BEFORE).rename(folder)
     other_manifest(folder, update=BEFORE - 1, samples=10**6)
@@ -112,7 +112,7 @@ def test_a_newer_one_may_have_a_lower_number(run: RunDir) -> None:
     assert [each.path for each in rest.damaged] == [folder]
 
 
-def test_where_no_checkpoint_can_be_used_each_is_named(run: RunDir) -> None:
+def test_without_a_usable_checkpoint_each_damaged_one_is_reported(run: RunDir) -> None:
     for update in (BEFORE, NEWEST):
         zeros(run.checkpoint(update))
     ended = command("resume", str(run.path))
@@ -122,7 +122,7 @@ def test_where_no_checkpoint_can_be_used_each_is_named(run: RunDir) -> None:
 
 
 def finished(run: RunDir) -> int:
-    """Saves the checkpoint of the last update; its number."""
+    """Saves the checkpoint of the last update and returns the number of updates."""
     plan = plan_of()
     total = plan.length.total_updates
     if total not in (BEFORE, NEWEST):
@@ -130,19 +130,19 @@ def finished(run: RunDir) -> int:
     return total
 
 
-def test_a_run_that_lacks_only_its_export_is_resumed_for_that(run: RunDir) -> None:
+def test_a_run_that_lacks_only_its_export_can_be_resumed(run: RunDir) -> None:
     total = finished(run)
     for overrides in ([], ["cluster.nodes=1"]):
         rest = rest_of(run, overrides, RunConsole())
         assert rest.only_export
         assert rest.saved.update == total
-    whole_export(run.export)
-    with pytest.raises(RequestError, match=f"all {total} updates are made already"):
+    complete_export(run.export)
+    with pytest.raises(RequestError, match=f"all {total} updates were already made"):
         rest_of(run, [], RunConsole())
 
 
-def whole_export(folder: Path, weights: str = "model.safetensors") -> Path:
-    """A folder as safetensors writes it, with one tensor of eight bytes."""
+def complete_export(folder: Path, weights: str = "model.safetensors") -> Path:
+    """A model folder whose safetensors file has one tensor of eight bytes."""
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     header = json.dumps({"__metadata__": {}, "w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
@@ -150,8 +150,8 @@ def whole_export(folder: Path, weights: str = "model.safetensors") -> Path:
     return folder
 
 
-def test_an_export_is_whole_or_it_is_said_what_is_wrong(tmp_path: Path) -> None:
-    folder = whole_export(tmp_path / "export")
+def test_a_damaged_or_incomplete_export_is_reported(tmp_path: Path) -> None:
+    folder = complete_export(tmp_path / "export")
     assert export_fault(folder) is None
     weights = folder / "model.safetensors"
     data = weights.read_bytes()
@@ -170,8 +170,8 @@ def test_an_export_is_whole_or_it_is_said_what_is_wrong(tmp_path: Path) -> None:
     assert export_fault(tmp_path / "nowhere") == "it does not exist"
 
 
-def test_every_file_that_an_index_names_belongs_to_an_export(tmp_path: Path) -> None:
-    folder = whole_export(tmp_path / "export", "model-00001-of-00002.safetensors")
+def test_an_export_needs_every_file_of_its_index(tmp_path: Path) -> None:
+    folder = complete_export(tmp_path / "export", "model-00001-of-00002.safetensors")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert export_fault(folder) == "model-00002-of-00002.safetensors: No such file or directory"
@@ -183,14 +183,14 @@ def test_every_file_that_an_index_names_belongs_to_an_export(tmp_path: Path) -> 
     ("arguments", "says"),
     [
         (("--update", "5"), "update-5 cannot be used: it does not exist"),
-        (("--update", "5"), f"checkpoints of these updates can be used: {BEFORE}, {NEWEST}"),
+        (("--update", "5"), f"usable checkpoints are those of updates: {BEFORE}, {NEWEST}"),
         (("--dtype", "bfloat15"), "did you mean bfloat16?"),
         (("--dtype", "int8"), "one of float32, bfloat16, float16"),
         (("--merge",), "this run has no LoRA adapters to merge"),
-        (("--output", "taken"), "this exists already"),
+        (("--output", "taken"), "this already exists"),
     ],
 )
-def test_an_export_that_cannot_be_made_is_refused(
+def test_an_export_that_cannot_be_made_is_rejected(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], says: str
 ) -> None:
     monkeypatch.chdir(run.path.parent)

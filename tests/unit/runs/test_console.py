@@ -1,4 +1,4 @@
-"""What a run shows while nobody reads it."""
+"""The output of a run whose pipe is closed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 
-def test_a_run_continues_when_nobody_reads_what_it_shows(tmp_path: Path) -> None:
+def test_a_run_continues_when_its_output_pipe_is_closed(tmp_path: Path) -> None:
     code = (
         "from launcher.runs.console import RunConsole\nconsole = RunConsole()\n"
         "for update in range(99): console.note('x' * 9999)\nopen('end', 'w').close()"

@@ -13,7 +13,7 @@ from launcher.runs.summary import print_summary
 from tests.unit.inputs import plan_of
 
 
-def test_the_summary_of_a_run_survives_damaged_evaluations(tmp_path: Path) -> None:
+def test_the_summary_skips_damaged_evaluation_lines(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path / "runs", "tiny")
     lines = ['{"update": 0, "loss": "nan"}', "{}", '{"update": 8, "loss": 1.25}', '{"update": 9, "lo']
     run.evaluations_file.write_text("\n".join(lines))
@@ -21,4 +21,4 @@ def test_the_summary_of_a_run_survives_damaged_evaluations(tmp_path: Path) -> No
     print_summary(plan_of(), run, console, Outcome("finished", 8))
     text = console.console.export_text()
     assert "evaluation loss  nan before, 1.2500 after" in text
-    assert "evaluations.jsonl has 1 damaged line, which is skipped" in text
+    assert "skipped 1 damaged line of evaluations.jsonl" in text

@@ -153,6 +153,6 @@ def test_errors_after_a_failure_are_printed_and_do_not_hide_it(built: Built, mon
         supervisor.run()
     assert [note.strip() for note in supervisor.console.notes] == [  # type: ignore[attr-defined]
         "the ranks could not be ended: Ray does not answer",
-        "the nodes could not be given back: Ray is gone",
+        "the nodes could not be released: Ray is gone",
     ]
     assert [event["event"] for event in built.run.events()][-1] == "failure"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launcher.errors import RequestError
-from launcher.runs.slurm_node import _check_allocation, _decided_by
+from launcher.runs.slurm_node import _allocation_overrides, _check_allocation
 from launcher.slurm.allocation import expand_hosts, read_allocation, run_stamp
 from tests.unit.inputs import job_of, machine_facts
 
@@ -71,15 +71,19 @@ def test_other_processes_than_one_task_per_node_are_rejected(
 @pytest.mark.parametrize(
     ("cluster", "given", "words"),
     [
-        ({"nodes": 2}, {}, ("asks for 2 nodes, and Slurm gave 3", "--nodes=2")),
+        ({"nodes": 2}, {}, ("asks for 2 nodes, but Slurm allocated 3", "--nodes=2")),
         (
             {},
             {"SLURM_GPUS_ON_NODE": "4"},
-            ("auto: Slurm gave 4 GPUs of this node, and 8 are visible", "--gpus-per-node=8"),
+            ("Slurm allocated 4 GPUs on this node, but 8 are visible", "--gpus-per-node=8"),
         ),
-        ({"gpus_per_node": 4}, {"SLURM_GPUS_ON_NODE": "2"}, ("4 GPUs per node, and Slurm gave 2", "--gpus-per-node=4")),
-        ({}, {"SLURM_CPUS_PER_TASK": "4"}, ("8 ranks per node, and Slurm gave 4", "--cpus-per-task=8")),
-        ({"gpus_per_node": 0, "processes_per_node": 80}, {}, ("80 ranks per node, and Slurm gave 64",)),
+        (
+            {"gpus_per_node": 4},
+            {"SLURM_GPUS_ON_NODE": "2"},
+            ("4 GPUs per node, but Slurm allocated 2", "--gpus-per-node=4"),
+        ),
+        ({}, {"SLURM_CPUS_PER_TASK": "4"}, ("8 ranks per node, but Slurm allocated 4", "--cpus-per-task=8")),
+        ({"gpus_per_node": 0, "processes_per_node": 80}, {}, ("80 ranks per node, but Slurm allocated 64",)),
         ({"address": "head:6379"}, {}, ("head:6379", "leave it out")),
     ],
 )
@@ -102,7 +106,7 @@ def test_a_job_that_needs_more_than_the_allocation_is_rejected(
     ],
 )
 def test_the_allocation_sets_what_the_job_leaves_open(cluster: dict, overrides: list[str]) -> None:
-    assert list(_decided_by(read_allocation(TASK), job_of(cluster=cluster))) == overrides
+    assert list(_allocation_overrides(read_allocation(TASK), job_of(cluster=cluster))) == overrides
 
 
 def test_each_call_of_srun_has_its_own_id() -> None:

@@ -767,8 +767,8 @@ def test_errors_of_sbatch_are_reported(
         (("model.name_or_path=./nowhere",), "nowhere"),
         (("name=a/b",), "name: must be letters"),
         (("cluster.env.A=a\n",), "contains a line break"),
-        (("--address", "http://h:8265", "--array", "0-1"), "--array is for slurm, and the job is submitted to ray"),
-        (("--to", "slurm", "--address", "http://h:8265"), "--address is for ray, and the job is submitted to slurm"),
+        (("--address", "http://h:8265", "--array", "0-1"), "--array is for slurm, but the job is submitted to ray"),
+        (("--to", "slurm", "--address", "http://h:8265"), "--address is for ray, but the job is submitted to slurm"),
         (("--to", "pbs"), "'pbs' is not one of"),
     ],
 )
@@ -785,7 +785,7 @@ def test_invalid_input_is_reported_and_nothing_is_submitted(
 def test_the_target_of_a_submission(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "job.yaml").write_text(JOB.split("slurm:")[0])
     ended = command("submit", "job.yaml", "--dry-run")
-    assert (ended.status, "to Slurm or to Ray?" in ended.err) == (2, True)
+    assert (ended.status, "Slurm or Ray must be chosen" in ended.err) == (2, True)
     assert command("submit", "job.yaml", "--dry-run", "--to", "slurm").status == 0
     assert command("submit", "job.yaml", "--dry-run", "--array", "0-1").status == 0
     monkeypatch.setenv("PATH", str(folder))
@@ -831,13 +831,16 @@ def test_a_users_script_is_submitted(folder: Path, before: tuple[str, ...]) -> N
     ("arguments", "says"),
     [
         ((), "To run your own script, add a section `script` instead"),
-        (("--",), "no script is named after --"),
+        (("--",), "a script is missing after --"),
         (("--", "none.py"), "the script none.py does not exist"),
-        (("--", "--lr", "1"), "the command must begin with a Python script or -m MODULE, found --lr"),
+        (("--", "--lr", "1"), "the command must start with a Python script or -m MODULE, found --lr"),
         (("--", "train.py", "a\nb"), "contains a line break"),
-        (("--array=0-1", "slurm.array_key=train.seed", "--", "train.py"), "slurm.array_key: the index would follow"),
-        (("deepspeed=auto", "--", "train.py"), "deepspeed: a preset is chosen by the memory"),
-        (("--resume", "--", "train.py"), "--resume continues a run as it was planned"),
+        (
+            ("--array=0-1", "slurm.array_key=train.seed", "--", "train.py"),
+            "the index would follow the script's arguments",
+        ),
+        (("deepspeed=auto", "--", "train.py"), "deepspeed: auto chooses a preset by the memory"),
+        (("--resume", "--", "train.py"), "--resume takes a run directory and overrides, no script"),
         (("--to", "ray", "--address=http://h:8265", "--", "train.py"), "launcher exec JOB.YAML -- SCRIPT"),
     ],
 )

@@ -186,8 +186,8 @@ def test_since_reads_only_the_end_of_a_file(built: Built) -> None:
         (["--node", "7"], ("--node", "0 (h0), 1 (h1), 2 (h10)")),
         (["--rank", "9"], ("--rank", "rank 9 has no log", "ranks 0, 1, 2")),
         (["--node", "h1", "--rank", "0"], ("rank 0 of node h1 has no log", "ranks 1")),
-        (["--grep", "("], ("--grep", "no regular expression")),
-        (["--since", "ten minutes"], ("--since", "'ten minutes' is no time", "10m")),
+        (["--grep", "("], ("--grep", "is not a regular expression")),
+        (["--since", "ten minutes"], ("--since", "'ten minutes' is not a time", "10m")),
     ],
     ids=lambda value: " ".join(value),
 )

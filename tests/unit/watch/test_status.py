@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launcher.cli import status as status_verb
+from launcher.cli import status as status_command
 from launcher.watch.node_status import NodeStatus, mark_stragglers
 from launcher.watch.number_format import duration
 from launcher.watch.sample_metrics import sampled
@@ -279,8 +279,8 @@ def test_the_json_has_the_documented_keys(built: Built, tmp_path: Path) -> None:
     training(built)
     built.state("finished", 70.0, update=20, reason=None, slurm_job_id=77)
     found = json.loads(command("status", str(built.run.path), "--json").out)
-    documented = (status_verb.status.__doc__ or "").split("with the keys:")[1].split(". null")[0]
-    keys = [key.strip() for key in re.sub(r"and nodes, each with", "nodes,", documented).split(",")]
+    documented = re.findall(r"keys (?:of each node )?are: ([^.]+)\.", status_command.status.__doc__ or "")
+    keys = [key.strip() for part in documented for key in part.split(",")]
     assert keys == [*found, *found["nodes"][0]]
     assert found["slurm_job_id"] == "77"
     listed = json.loads(command("status", "--output-dir", str(tmp_path / "runs"), "--json").out)
@@ -352,9 +352,9 @@ def test_a_run_without_read_permission_does_not_hide_the_others(built: Built, tm
     opened.state("failed", 5.0)
     opened.run.path.chmod(0o755)
     one = as_nobody(tmp_path, "status", str(built.run.path))
-    assert one.status == 2 and "you may not read this" in one.err and "events.jsonl" in one.err
+    assert one.status == 2 and "you do not have permission to read this" in one.err and "events.jsonl" in one.err
     closed = as_nobody(tmp_path, "why", "b-closed", "--output-dir", str(runs))
-    assert closed.status == 2 and "you may not read this" in closed.err
+    assert closed.status == 2 and "you do not have permission to read this" in closed.err
     listed = as_nobody(tmp_path, "status", "--output-dir", str(runs))
     assert (listed.status, listed.err) == (0, "")
     rows = [re.split(r"  +", line.strip()) for line in listed.out.splitlines()]
