@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.budget import Budget
 from tests.tiny import make_tiny_model, write_chats
 
 # A search for counterexamples belongs to a developer's desk: in CI the same commit gives the same answer.
@@ -31,6 +32,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         report.outcome, report.longrepr = "failed", f"no test may skip in CI: {item.nodeid}: {reason}"
     return report
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # a worker of xdist, whose reports the controller gets
+        config.pluginmanager.register(Budget())
 
 
 @pytest.fixture(autouse=True)
