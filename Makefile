@@ -63,4 +63,4 @@ bench: install ## run the benchmarks, each against its alternative
 	$(BIN)/python benchmarks/scale.py
 
 clean: ## remove what was built, not the runs
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
