@@ -198,7 +198,7 @@ def test_ctrl_c_is_a_sigterm_for_the_script(execute, tmp_path):
     assert "the run is still active: training" in inputs.command("why", str(run)).out
     command.interrupt()
     assert command.wait() == 128 + signal.SIGINT, command.output
-    assert "SIGTERM for the script" in command.output and "stopped" in command.output
+    assert "sending SIGTERM to the script" in command.output and "stopped" in command.output
     assert state_of(tmp_path)["state"] == "stopped"
     assert "no failure: the run was stopped" in inputs.command("why", str(run)).out
     agent = (RunDir(run_folder(tmp_path)).node_logs(0, socket.gethostname()) / "agent.log").read_text()

@@ -137,7 +137,7 @@ def test_bfloat16_checkpointed_activations_and_untied_weights(job_dict, tmp_path
     _, run = losses_of(job_dict, tmp_path / "untied", model={"name_or_path": str(untied)}, deepspeed=zero_config(3))
     exported = AutoModelForCausalLM.from_pretrained(run.export)
     assert not torch.equal(exported.lm_head.weight, exported.model.embed_tokens.weight)
-    held_out = TokenStore(Path(Plan.from_json(run.plan_file.read_text()).data.eval.folder))
+    held_out = TokenStore(Path(Plan.from_json(run.plan_file.read_text()).training.data.eval.folder))
     np.testing.assert_allclose(evaluated(exported, held_out), run.evaluations()[-1]["loss"], rtol=1e-5)
 
 

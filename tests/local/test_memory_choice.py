@@ -38,8 +38,8 @@ def test_a_template_runs_at_the_generated_rates_as_the_chosen_preset_does(job_di
     job = merged(job_dict, schedule={"shape": "auto", "peak_lr": 1e-3, "warmup": 1})
     template = plan_of({**job, "deepspeed": TEMPLATE})
     chosen = plan_of({**merged(job, schedule={"shape": "linear"}), "deepspeed": "auto"})
-    assert chosen.recommendation is not None
-    assert chosen.recommendation.preset == "zero1"
+    assert chosen.training.recommendation is not None
+    assert chosen.training.recommendation.preset == "zero1"
     assert chosen.warnings[0].startswith("deepspeed: auto chose zero1: it fits")
 
     first, second = fine_tuned(template, tmp_path / "template"), fine_tuned(chosen, tmp_path / "chosen")
