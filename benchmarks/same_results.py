@@ -26,7 +26,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.tiny import make_tiny_model, write_chats  # noqa: E402
+from tests.tiny_models import make_tiny_model, write_chats  # noqa: E402
 
 COMPARED = ("loss", "lr", "grad_norm", "tokens", "samples")
 UPDATES, SKIPPED = 24, 4

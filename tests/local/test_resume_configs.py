@@ -15,7 +15,7 @@ from launcher.prepare.universal import make_universal
 from launcher.run_dir import RunDir, universal_folder, write_atomic
 from launcher.runs.console import RunConsole
 from launcher.runs.rest import rest_of
-from tests.local.harness import fine_tuned, logs, merged, plan_of, run_ranks
+from tests.local.rank_runs import fine_tuned, logs, merged, plan_of, run_ranks
 
 pytestmark = pytest.mark.local
 

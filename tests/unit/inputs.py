@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fcntl
 import hashlib
 import io
 import json
 import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +157,12 @@ def as_nobody(folder: Path, *arguments: str) -> Ended:
 
     Makes the folders above `folder` readable for that user while the command runs.
     """
+    with (Path(tempfile.gettempdir()) / "launcher-tests-as-nobody.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _as_nobody(folder, *arguments)
+
+
+def _as_nobody(folder: Path, *arguments: str) -> Ended:
     closed = [each for each in (folder, *folder.parents) if not each.stat().st_mode & 0o005]
     for each in closed:
         each.chmod(0o755)

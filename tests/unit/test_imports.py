@@ -15,7 +15,7 @@ import typer.main
 
 import launcher
 from launcher import cli
-from tests.patience import PATIENCE_SECONDS
+from tests.time_limit import TIME_LIMIT_SECONDS
 
 PACKAGE = Path(launcher.__file__).parent
 ROOT = PACKAGE.parent
@@ -141,7 +141,7 @@ def fresh(body: str, folder: Path) -> str:
     """The output of `body` in a new interpreter; fails if that imports a heavy package."""
     code = FRESH.format(body=body, heavy=HEAVY)
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=TIME_LIMIT_SECONDS
     )
     assert done.returncode == 0, done.stderr
     loaded, printed = json.loads(done.stdout)

@@ -22,7 +22,7 @@ from launcher.fleet.heartbeat import Heartbeat
 from launcher.fleet.process import RankProcess, stop_all
 from launcher.run_dir import STATES, RunDir, read_manifest, write_manifest
 from launcher.worker.metrics import MetricsWriter
-from tests.patience import PATIENCE_SECONDS
+from tests.time_limit import TIME_LIMIT_SECONDS
 
 RANK = """
 import os, sys, time
@@ -153,7 +153,7 @@ def test_reports_and_heartbeat(run: RunDir, rank: Rank, monkeypatch: pytest.Monk
     process.order({"stop": True})
     reports: list[Any] = []
     while not reports or reports[-1]["report"] != "exit":
-        reports.append(received.get(timeout=PATIENCE_SECONDS))
+        reports.append(received.get(timeout=TIME_LIMIT_SECONDS))
         check(reports[-1], REPORTS[reports[-1]["report"]])
         assert reports[-1]["rank"] == 3
         beat.receive(reports[-1])

@@ -18,7 +18,7 @@ import pytest
 from launcher.runs import cancel, interrupts
 from launcher.runs.console import RunConsole
 from launcher.watch import status
-from tests.patience import PATIENCE_SECONDS
+from tests.time_limit import TIME_LIMIT_SECONDS
 from tests.unit.inputs import as_nobody, command, write_folder
 from tests.unit.run_directories import START, Built
 
@@ -49,7 +49,7 @@ def stopped_after(condition: Callable[[], bool], built: Built, state: str) -> It
     """Receives the request once the condition is true, and ends the run in `state`, as a launcher would."""
 
     def receive() -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + TIME_LIMIT_SECONDS
         while not condition() and time.monotonic() < deadline:
             time.sleep(0.02)
         built.run.event({"event": "stop_requested", "now": False, "by": "u@h"})
@@ -167,7 +167,7 @@ def test_a_run_can_be_cancelled_while_its_nodes_start(tmp_path: Path) -> None:
             assert first.poll() is None, first.communicate()
             time.sleep(0.05)
         ended = command("cancel", str(path))
-        output, _ = first.communicate(timeout=PATIENCE_SECONDS)
+        output, _ = first.communicate(timeout=TIME_LIMIT_SECONDS)
     assert (ended.status, ended.err) == (0, "")
     assert "stopped: cancelled by" in ended.out
     assert first.returncode == 143 and "cancelled by" in output and "Traceback" not in output

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from launcher.fleet.agent import Agent, NodeTask
-from tests.patience import PATIENCE_SECONDS
+from tests.time_limit import TIME_LIMIT_SECONDS
 
 LINES = 50_000
 PRINTS = f"for i in range({LINES}): print('a line that cannot be written', i)"
@@ -53,7 +53,7 @@ def task(folder: Path, *code: str) -> NodeTask:
 
 def exits(agent: Agent, count: int) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + TIME_LIMIT_SECONDS
     while len(found) < count:
         assert time.monotonic() < deadline, "an exit was never reported"
         found += [event for event in agent.next_reports(1.0) if event["report"] == "exit"]
@@ -67,7 +67,7 @@ def test_on_a_full_disk_a_rank_that_prints_runs_on_and_its_exit_is_reported(agen
 
 def test_on_a_full_disk_the_agent_can_end_its_ranks(agent: Agent, full: Path) -> None:
     agent.start(task(full, SLEEPS))
-    agent.end(PATIENCE_SECONDS)
+    agent.end(TIME_LIMIT_SECONDS)
     assert [event["code"] for event in exits(agent, 1)] == [-15]
 
 

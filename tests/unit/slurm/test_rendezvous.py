@@ -19,7 +19,7 @@ from launcher.slurm.allocation import Allocation
 from launcher.slurm.ray_cluster import _start_others
 from launcher.slurm.rendezvous import Connection, JoinedNode, RendezvousServer, common_address, join
 from launcher.slurm.startup_errors import StartupErrors
-from tests.patience import PATIENCE_SECONDS
+from tests.time_limit import TIME_LIMIT_SECONDS
 
 KEY = "ab" * 32
 ALLOCATION = Allocation("77", 0, 0, ("h1", "h2", "h3"), cpus=4, gpus=0)
@@ -48,20 +48,20 @@ def test_nodes_join_exchange_messages_and_notice_the_end_of_the_first_one(
 ) -> None:
     with ThreadPoolExecutor() as pool:
         # They wait for the file, and join in any order.
-        joining = [pool.submit(join, file, key, node, PATIENCE_SECONDS) for node in (2, 1)]
+        joining = [pool.submit(join, file, key, node, TIME_LIMIT_SECONDS) for node in (2, 1)]
         first.publish()
-        nodes = first.wait(PATIENCE_SECONDS)
+        nodes = first.wait(TIME_LIMIT_SECONDS)
         connections = {node: future.result() for node, future in zip((2, 1), joining, strict=True)}
     assert [node.node_rank for node in nodes] == [1, 2]
     address = common_address(nodes)
     assert address in own_addresses()
     assert nodes[0].reached[address] in own_addresses()
     nodes[1].connection.send(ray="there")
-    assert connections[2].receive(PATIENCE_SECONDS) == {"ray": "there"}
+    assert connections[2].receive(TIME_LIMIT_SECONDS) == {"ray": "there"}
     connections[1].send(up=True)
-    assert nodes[0].connection.receive(PATIENCE_SECONDS) == {"up": True}
+    assert nodes[0].connection.receive(TIME_LIMIT_SECONDS) == {"up": True}
     first.close()
-    assert [connections[node].receive(PATIENCE_SECONDS) for node in (1, 2)] == [None, None]
+    assert [connections[node].receive(TIME_LIMIT_SECONDS) for node in (1, 2)] == [None, None]
     assert not file.exists()
 
 
@@ -80,8 +80,8 @@ def test_unreachable_addresses_are_skipped(file: Path, key: Path, monkeypatch: p
     published = json.loads(file.read_text())
     # 192.0.2.0/24 is reserved for documentation: nobody answers there.
     file.write_text(json.dumps({**published, "addresses": ["192.0.2.77", *published["addresses"]]}))
-    join(file, key, 1, PATIENCE_SECONDS)
-    (node,) = first.wait(PATIENCE_SECONDS)
+    join(file, key, 1, TIME_LIMIT_SECONDS)
+    (node,) = first.wait(TIME_LIMIT_SECONDS)
     first.close()
     assert "192.0.2.77" not in node.reached
     assert set(node.reached) == set(published["addresses"])
@@ -123,7 +123,7 @@ def test_a_failing_node_ends_the_waiting_of_all_and_leaves_no_files(
             with pytest.raises(
                 RunFailed, match=r"node 2 \(.+\) failed to start: model.name_or_path: no folder /models"
             ):
-                waiting.result(PATIENCE_SECONDS)
+                waiting.result(TIME_LIMIT_SECONDS)
             error = waiting.exception()
             assert isinstance(error, RunFailed) and error.code == "user_error"
     fails(zero, waiting_first.exception() or KeyError())
@@ -167,7 +167,7 @@ def test_a_node_that_joined_and_failed_is_reported_with_its_own_log(tmp_path: Pa
     theirs.send(failed="no free port", code="network")
     with pytest.raises(RunFailed) as raised:
         _start_others(run, [JoinedNode(1, "h3", {"10.0.0.1": "10.0.0.3"}, ours)], "10.0.0.1", "10.0.0.1:7000")
-    assert theirs.receive(PATIENCE_SECONDS) == {"ray": "10.0.0.1:7000", "own": "10.0.0.3"}
+    assert theirs.receive(TIME_LIMIT_SECONDS) == {"ray": "10.0.0.1:7000", "own": "10.0.0.3"}
     first, *log = str(raised.value).splitlines()
     assert (first, raised.value.code) == ("node 1 (h3) did not come up: no free port", "network")
     assert log == [f"  the end of {tmp_path}/logs/node-1-h3/node.log:", "    written on h3"]

@@ -26,7 +26,7 @@ from launcher.watch.print_lines import Printer
 from launcher.watch.print_logs import since_seconds
 from launcher.watch.run_session import read_session
 from launcher.watch.terminal_safe import coloured, plain
-from tests.patience import PATIENCE_SECONDS
+from tests.time_limit import TIME_LIMIT_SECONDS
 from tests.unit.inputs import command
 from tests.unit.run_directories import START, Built, bytes_read, stamp
 from tests.unit.run_directories import rank as rank_record
@@ -302,7 +302,7 @@ def test_a_closed_pipe_is_not_an_error(built: Built) -> None:
         assert b"line 0" in process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == b""
-        assert process.wait(PATIENCE_SECONDS) == 0
+        assert process.wait(TIME_LIMIT_SECONDS) == 0
 
 
 class Script:
@@ -414,7 +414,7 @@ def test_follow_rejects_a_selection_once_all_ranks_are_known(built: Built, optio
         time.sleep(0.5)
         assert process.poll() is None
         built.node_json(1, "h1", 2.0, [rank_record(1)])
-        out, err = process.communicate(timeout=PATIENCE_SECONDS)
+        out, err = process.communicate(timeout=TIME_LIMIT_SECONDS)
     assert (process.returncode, out) == (2, b"")
     assert words in err.decode()
 
@@ -432,7 +432,7 @@ def test_watching_ends_if_the_run_directory_is_removed(built: Built, verb: tuple
     ):
         assert process.stdout is not None and process.stdout.readline()
         shutil.rmtree(built.run.path)
-        _, err = process.communicate(timeout=PATIENCE_SECONDS)
+        _, err = process.communicate(timeout=TIME_LIMIT_SECONDS)
     assert process.returncode == 1
     assert err.decode() == f"error: the run directory {built.run.path} was removed while it was being watched\n"
 
@@ -451,7 +451,7 @@ def test_ctrl_c_ends_following_without_an_error_message(built: Built) -> None:
         assert b"rank 0 started" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == b""
-        assert process.wait(PATIENCE_SECONDS) == 130
+        assert process.wait(TIME_LIMIT_SECONDS) == 130
 
 
 def test_the_label_of_a_log_file_is_its_path() -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from launcher.errors import AGENT_LOST_EXIT
 from launcher.worker.control import Control
-from tests.patience import PATIENCE_SECONDS
+from tests.time_limit import TIME_LIMIT_SECONDS
 
 HEAD = """
 import json, os, sys, time
@@ -56,7 +56,7 @@ class Rank:
         return found
 
     def exit_status(self) -> int:
-        return self.process.wait(PATIENCE_SECONDS)
+        return self.process.wait(TIME_LIMIT_SECONDS)
 
     def errors(self) -> str:
         assert self.process.stderr is not None
