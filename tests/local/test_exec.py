@@ -18,7 +18,7 @@ from launcher.plan.learning_rate import planned_rates
 from launcher.plan.schema import Plan, ScriptPlan
 from launcher.run_dir import RunDir
 from tests.local.processes import Command, a_ray, run_folder, state_of
-from tests.unit import given
+from tests.unit import inputs
 
 pytestmark = pytest.mark.local
 
@@ -135,7 +135,7 @@ def test_the_example_a_plain_deepspeed_script_reports_the_planned_rates(shared_r
         assert f"local rank {rank} of 2, micro-batch 4" in rank_log(run, rank)
     node = json.loads((run.node_logs(0, socket.gethostname()) / "node.json").read_text())
     assert [(rank["updates"], rank["exit_code"]) for rank in node["ranks"]] == [(updates, 0), (updates, 0)]
-    shown = given.command("lr", str(run.path)).out
+    shown = inputs.command("lr", str(run.path)).out
     assert f"{updates} of {updates} updates were made, every one at exactly the planned rate" in " ".join(shown.split())
 
 
@@ -174,9 +174,9 @@ def test_the_rank_that_raises_is_named_though_the_one_that_fell_ends_first(execu
     assert agent.index("rank 0 ended with 1") < agent.index("rank 1 ended with 1")
     state = run.state()
     assert state["state"] == "failed" and "RuntimeError: a worn-out example" in state["reason"]
-    why = given.command("why", str(run.path)).out
+    why = inputs.command("why", str(run.path)).out
     assert re.match(r"rank 1 on node 0 \(\S+\) failed first, with exit code 1: RuntimeError: a worn-out example", why)
-    status = json.loads(given.command("status", "--json", str(run.path)).out)
+    status = json.loads(inputs.command("status", "--json", str(run.path)).out)
     assert (status["state"], status["nodes"][0]["exit_codes"]) == ("failed", [1])
     assert processes_in(tmp_path) == []
 
@@ -193,19 +193,19 @@ def test_ctrl_c_is_a_sigterm_for_the_script(execute, tmp_path):
         return len(logs) == 2 and all("at work" in log.read_text() for log in logs)
 
     def shown() -> bool:
-        status = json.loads(given.command("status", "--json", str(run_folder(tmp_path))).out)
+        status = json.loads(inputs.command("status", "--json", str(run_folder(tmp_path))).out)
         nodes = [(node["ranks"], node["ranks_alive"]) for node in status["nodes"]]
         return (status["state"], nodes) == ("training", [([0, 1], 2)])
 
     command.wait_for(at_work)
     command.wait_for(shown)
     run = run_folder(tmp_path)
-    assert "it still runs: training" in given.command("why", str(run)).out
+    assert "it still runs: training" in inputs.command("why", str(run)).out
     command.interrupt()
     assert command.wait() == 128 + signal.SIGINT, command.output
     assert "SIGTERM for the script" in command.output and "stopped" in command.output
     assert state_of(tmp_path)["state"] == "stopped"
-    assert "nothing failed: it was stopped" in given.command("why", str(run)).out
+    assert "nothing failed: it was stopped" in inputs.command("why", str(run)).out
     agent = (RunDir(run_folder(tmp_path)).node_logs(0, socket.gethostname()) / "agent.log").read_text()
     for rank in (0, 1):
         assert f"rank {rank} ended with -{int(signal.SIGTERM)}" in agent

@@ -16,7 +16,7 @@ from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
 from tests.local.harness import fine_tuned, merged, plan_of
 from tests.local.processes import Command, a_ray, run_folder, state_of, updates_made, write_job
-from tests.unit import given
+from tests.unit import inputs
 
 pytestmark = pytest.mark.local
 
@@ -144,8 +144,8 @@ def test_nothing_is_left_of_a_launcher_that_was_killed(job_dict, tmp_path):
     command.process.wait()
     # Its lock is free from now on, so that nobody takes it for alive.
     run = run_folder(tmp_path)
-    assert json.loads(given.command("status", str(run), "--json").out)["state"] == "lost"
-    why = given.command("why", str(run)).out
+    assert json.loads(inputs.command("status", str(run), "--json").out)["state"] == "lost"
+    why = inputs.command("why", str(run)).out
     assert why.startswith(f"the run is lost: its supervisor, process {command.process.pid} on {socket.gethostname()}, ")
     assert "out of memory" not in why
     # Ray's own two agents try for a minute to tell a head that is gone; they end by themselves then.
