@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+from tests.fork_server import fork_environment
+from tests.local.processes import existing_ray
 
 ONE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
@@ -32,3 +36,16 @@ def _process_group(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def one_process(_process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ONE_PROCESS.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="session")
+def forked() -> dict[str, str]:
+    """The variables with which a command's ranks, measuring and exporting processes are forks; see fork_server."""
+    return fork_environment()
+
+
+@pytest.fixture(scope="session")
+def shared_ray(forked: dict[str, str]) -> Iterator[dict[str, str]]:
+    """The variables of a Ray with three processors for tests that do not look at its start and end; ranks are forks."""
+    with existing_ray(cpus=3, **forked) as variables:
+        yield variables

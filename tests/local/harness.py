@@ -15,7 +15,7 @@ from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir, write_atomic, write_json
 from launcher.runs.planning import check_job, make_plan
-from tests.local.warm import forked_ranks
+from tests.fork_server import forking
 from tests.patience import PATIENCE_SECONDS
 
 WORKER = ("-m", "launcher.worker")
@@ -30,8 +30,10 @@ def merged(job: dict[str, Any], **sections: Any) -> dict[str, Any]:
 
 
 def plan_of(job: dict[str, Any]) -> Plan:
+    """The job's plan; what is measured for it is kept in the job's cache."""
     valid = validate_job(job)
-    return make_plan(valid, check_job(valid, "test"), lambda _: None)
+    with forking():
+        return make_plan(valid, check_job(valid, "test"), lambda _: None)
 
 
 def run_directory(plan: Plan, folder: Path) -> RunDir:
@@ -64,7 +66,7 @@ def run_ranks(
         environment={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         arguments=command,
     )
-    with forked_ranks():
+    with forking():
         agent.start(task)
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.free_port())}
     agent.order({"go": {"env": rendezvous, "start": start.model_dump() if start else None}})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,13 +23,32 @@ from tests.patience import PATIENCE_SECONDS
 
 _LOOK_SECONDS = 0.3
 """Looking at every process of the machine takes the time of what is tested."""
+_RANK_STARTED = re.compile(r"rank ([0-9]+) started, process ([0-9]+)$", re.MULTILINE)
+_AGENT = "ray::RayAgent"
+RAYS_OWN_AGENTS = ("ray::RuntimeEnvAgent", "ray::Dashboard")
+"""They try for a minute to reach a head that is gone, and end by themselves then."""
+RAY_PROCESS = "RAY_PROCESS"
+"""Beside the variables of a Ray that was there before: the process that keeps it, for a Command alone."""
+_RAY_SETTINGS = {
+    # Where other programs fill the memory, Ray would kill the agent.
+    "RAY_memory_monitor_refresh_ms": "0",
+    # A process for every processor, which nobody uses.
+    "RAY_prestart_worker_first_driver": "false",
+    "RAY_enable_worker_prestart": "false",
+}
 LAUNCHER = [str(Path(sys.executable).with_name("launcher"))]
 
 
 class Command:
-    """A `launcher` command that runs, with everything that it has started so far."""
+    """A `launcher` command that runs, with everything that it has started so far.
+
+    Its ranks are children of the fork server where the environment names one, and its agents are those of a Ray that
+    was there before where the environment names that; see `existing_ray`.
+    """
 
     def __init__(self, *arguments: str, folder: Path, **environment: str) -> None:
+        self.folder, self._began = folder, time.time()
+        self._ray = int(environment.pop(RAY_PROCESS, 0))
         self.output_file = folder / f"output-{time.monotonic_ns()}.txt"
         with self.output_file.open("wb") as output:
             self.process = subprocess.Popen(
@@ -50,12 +71,12 @@ class Command:
         os.killpg(self.process.pid, number)
 
     def look(self) -> None:
-        """Remembers every process below the command's."""
-        try:
-            for child in psutil.Process(self.process.pid).children(recursive=True):
-                self.started.setdefault(child.pid, child)
-        except psutil.NoSuchProcess:
-            pass
+        """Remembers every process below the command's, its ranks, and its agents on a Ray that was there before."""
+        found = _below(self.process.pid)
+        if self._ray:
+            found += [process for process in _below(self._ray) if _name(process).startswith(_AGENT)]
+        for process in (*found, *self.ranks().values()):
+            self.started.setdefault(process.pid, process)
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> None:
         """Waits until the condition holds, looking at the processes meanwhile."""
@@ -76,22 +97,42 @@ class Command:
             time.sleep(_LOOK_SECONDS)
         return self.process.returncode
 
-    def left_behind(self, seconds: float = 120.0) -> list[str]:
-        """Those of the started processes that still live some seconds later."""
-        _, alive = psutil.wait_procs(list(self.started.values()), timeout=seconds)
+    def left_behind(self, *names: str, seconds: float = 120.0) -> list[str]:
+        """Those of the started processes that still live some seconds later; processes named so are not waited for."""
+        started = [process for process in self.started.values() if not _name(process).startswith(names or ("\0",))]
+        _, alive = psutil.wait_procs(started, timeout=seconds)
         return [f"{p.pid} {' '.join(p.cmdline()[:4])}" for p in alive if p.is_running() and p.status() != "zombie"]
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The live rank processes, by rank."""
-        self.look()
+        """The live processes of the ranks, by rank, as the agents name them in their logs."""
         found = {}
-        for process in self.started.values():
-            try:
-                if "launcher.worker" in process.cmdline():
-                    found[int(process.environ()["RANK"])] = process
-            except psutil.Error:
-                continue
+        for log in self.folder.rglob("logs/node-*/agent.log"):
+            for rank, pid in _RANK_STARTED.findall(log.read_text()):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process = psutil.Process(int(pid))
+                    if process.create_time() > self._began - 1 and process.status() != psutil.STATUS_ZOMBIE:
+                        found[int(rank)] = process
         return found
+
+    def agent(self) -> psutil.Process:
+        """The agent of a run on one node."""
+        (agent,) = (p for p in _below(self._ray or self.process.pid) if _name(p).startswith(_AGENT))
+        return agent
+
+
+def _below(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _name(process: psutil.Process) -> str:
+    """As Ray sets it; psutil's own name() is cut at 15 characters where the command line cannot be read."""
+    try:
+        return " ".join(process.cmdline()[:1])
+    except psutil.Error:
+        return ""
 
 
 def write_job(folder: Path, job: dict) -> Path:
@@ -122,26 +163,28 @@ def state_of(folder: Path) -> dict:
 
 
 @contextmanager
-def a_ray(cpus: int) -> Iterator[dict[str, str]]:
-    """A Ray that somebody else started on this machine; its environment variables."""
+def existing_ray(cpus: int, **environment: str) -> Iterator[dict[str, str]]:
+    """A Ray that somebody else started on this machine; the variables by which a Command uses it."""
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     token = folder / "token"
     token.write_text("0" * 64)
     token.chmod(0o600)
     keeper = (
         "import ray, sys; print(ray.init(address='local', num_cpus=int(sys.argv[2]), include_dashboard=False, "
-        "_temp_dir=sys.argv[1]).address_info['gcs_address'], flush=True); sys.stdin.read()"
+        "object_store_memory=100 * 1024**2, _temp_dir=sys.argv[1]).address_info['gcs_address'], flush=True); "
+        "sys.stdin.read()"
     )
-    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    variables = {**environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     with subprocess.Popen(
         [sys.executable, "-c", keeper, str(folder), str(cpus)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, **variables},
+        env={**os.environ, **variables, **_RAY_SETTINGS},
     ) as process:
         assert process.stdin is not None and process.stdout is not None
-        yield {**variables, "RAY_ADDRESS": process.stdout.readline().strip()}
+        address = process.stdout.readline().strip()
+        yield {**variables, "RAY_ADDRESS": address, RAY_PROCESS: str(process.pid)}
         process.stdin.close()
     shutil.rmtree(folder, ignore_errors=True)

@@ -15,6 +15,7 @@ from launcher.errors import RunFailed
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
 from launcher.worker.exporter import fill
+from tests.fork_server import fork_environment
 from tests.local.harness import fine_tuned, logs, merged, plan_of, run_directory, run_ranks
 from tests.local.processes import Command
 from tests.local.test_losses import zero_config
@@ -22,7 +23,7 @@ from tests.local.test_losses import zero_config
 pytestmark = pytest.mark.local
 
 UPDATES, SAVED = 6, 3
-DYING = (str(Path(__file__).with_name("dying_worker.py")),)
+DYING = ("-m", "tests.local.dying_worker")
 
 
 def export_plan(job_dict: dict, stage: int, **sections: dict) -> Plan:
@@ -56,12 +57,12 @@ def assert_same_export(one: Path, other: Path) -> None:
 
 
 def exported(run: RunDir, folder: Path, *options: str) -> Path:
-    command = Command("export", str(run.path), "--output", str(folder), *options, folder=run.path.parent)
+    command = Command("export", str(run.path), "--output", str(folder), *options, folder=run.path.parent, **fork_environment())
     assert command.wait() == 0, command.output
     return folder
 
 
-def test_a_run_killed_while_exporting_is_resumed_to_its_export(job_dict, tmp_path):
+def test_a_run_killed_while_exporting_is_resumed_to_its_export(job_dict, tmp_path, shared_ray):
     """Under ZeRO 3 in bfloat16: the weights are put together from the ranks' float32 shards."""
     plan = export_plan(job_dict, 3, model={"dtype": "bfloat16"})
     run = run_directory(plan, tmp_path)
@@ -70,7 +71,7 @@ def test_a_run_killed_while_exporting_is_resumed_to_its_export(job_dict, tmp_pat
     assert run.complete_checkpoints() == [SAVED, UPDATES]
     assert not run.export.exists()
 
-    resumed = Command("resume", str(run.path), folder=tmp_path)
+    resumed = Command("resume", str(run.path), folder=tmp_path, **shared_ray)
     assert resumed.wait() == 0, resumed.output
     assert f"all {UPDATES} updates are made: only the export is missing" in resumed.output
     assert run.state()["state"] == "finished"
@@ -81,7 +82,7 @@ def test_a_run_killed_while_exporting_is_resumed_to_its_export(job_dict, tmp_pat
     assert stat.S_IMODE(run.export.stat().st_mode) == 0o700
     assert {stat.S_IMODE(file.stat().st_mode) for file in run.export.iterdir()} == {0o600}
 
-    again = Command("resume", str(run.path), folder=tmp_path)
+    again = Command("resume", str(run.path), folder=tmp_path, **shared_ray)
     assert again.wait() == 2
     assert f"all {UPDATES} updates are made already" in again.output
 
@@ -94,7 +95,7 @@ def test_a_run_killed_while_exporting_is_resumed_to_its_export(job_dict, tmp_pat
 
 
 @pytest.mark.parametrize("stage", [2])
-def test_an_export_of_any_checkpoint_is_that_of_the_run(job_dict, tmp_path, stage):
+def test_an_export_of_any_checkpoint_is_that_of_the_run(job_dict, tmp_path, shared_ray, stage):
     run = fine_tuned(export_plan(job_dict, stage, model={"freeze": ["model.layers.0.*", "*.norm"]}), tmp_path)
     assert_same_export(exported(run, tmp_path / "last"), run.export)
     earlier = tensors(exported(run, tmp_path / "earlier", "--update", str(SAVED), "--dtype", "float16"))
@@ -102,7 +103,7 @@ def test_an_export_of_any_checkpoint_is_that_of_the_run(job_dict, tmp_path, stag
     assert any(not torch.equal(t.half(), earlier[name]) for name, t in tensors(run.export).items())
     AutoModelForCausalLM.from_pretrained(tmp_path / "earlier")
 
-    refused = Command("export", str(run.path), "--update", "4", folder=tmp_path)
+    refused = Command("export", str(run.path), "--update", "4", folder=tmp_path, **shared_ray)
     assert refused.wait() == 2
     assert f"checkpoints of these updates can be used: {SAVED}, {UPDATES}" in refused.output
 

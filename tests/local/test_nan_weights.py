@@ -31,11 +31,11 @@ def with_a_nan(model: Path, folder: Path) -> Path:
     return copy
 
 
-def test_a_nan_that_one_rank_loads_fails_the_run_before_it_trains(job_dict, tiny_model, tmp_path):
+def test_a_nan_that_one_rank_loads_fails_the_run_before_it_trains(job_dict, tiny_model, tmp_path, shared_ray):
     """Frozen beneath an adapter, in the part that ZeRO-3 gives to the last rank."""
     model = with_a_nan(tiny_model, tmp_path / "model")
     job = merged(job_dict, model={"name_or_path": str(model), "lora": {"r": 2}}, deepspeed="zero3")
-    running = Command("run", str(write_job(tmp_path, job)), folder=tmp_path)
+    running = Command("run", str(write_job(tmp_path, job)), folder=tmp_path, **shared_ray)
     assert running.wait() == 1, running.output
     run = RunDir(run_folder(tmp_path))
     assert (run.state()["state"], run.state()["code"]) == ("failed", "nan_weights")

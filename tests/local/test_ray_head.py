@@ -7,15 +7,15 @@ import pytest
 
 from launcher.run_dir import RunDir
 from tests.local.harness import merged
-from tests.local.processes import Command, run_folder, updates_made, write_job
+from tests.local.processes import RAYS_OWN_AGENTS, Command, run_folder, updates_made, write_job
 from tests.unit.inputs import command
 
 pytestmark = pytest.mark.local
 
 
-def test_a_run_whose_ray_head_is_killed_fails_and_names_ray(job_dict, tmp_path):
+def test_a_run_whose_ray_head_is_killed_fails_and_names_ray(job_dict, tmp_path, forked):
     job = merged(job_dict, train={"max_steps": 100_000}, cluster={"processes_per_node": 1})
-    running = Command("run", str(write_job(tmp_path, job)), folder=tmp_path)
+    running = Command("run", str(write_job(tmp_path, job)), folder=tmp_path, **forked)
     running.wait_for(lambda: updates_made(tmp_path) >= 2)
     (head,) = [child for child in psutil.Process(running.process.pid).children() if child.name() == "gcs_server"]
     head.kill()
@@ -26,6 +26,4 @@ def test_a_run_whose_ray_head_is_killed_fails_and_names_ray(job_dict, tmp_path):
     assert why.startswith("it failed while training: Ray's head process (gcs_server) at ")
     assert "likely cause: Ray was not reached, or its head process ended\n" in why
     assert "Ray's head process (gcs_server) at " in running.output and "Traceback" not in running.output
-    # Ray's own two agents try for a minute to reach a head that is gone; they end by themselves then.
-    left = [each for each in running.left_behind() if "ray::RuntimeEnvAgent" not in each and "ray::Dash" not in each]
-    assert left == []
+    assert running.left_behind(*RAYS_OWN_AGENTS) == []

@@ -36,7 +36,7 @@ def whole_runs():
 
 
 @pytest.mark.parametrize("stage", [3])
-def test_another_number_of_ranks_goes_on_as_if_nothing_had_happened(job_dict, tmp_path, whole_runs, stage):
+def test_another_number_of_ranks_goes_on_as_if_nothing_had_happened(job_dict, tmp_path, shared_ray, whole_runs, stage):
     """Two ranks, then one: the batch is kept by accumulation, and losses and rates are those of one whole run."""
     schedule = {"warmup": 6, "peak_lr": 1e-3}
     job = merged(job_dict, train={"max_steps": UPDATES}, schedule=schedule, deepspeed=zero_config(stage))
@@ -45,7 +45,7 @@ def test_another_number_of_ranks_goes_on_as_if_nothing_had_happened(job_dict, tm
         whole_runs["whole"] = fine_tuned(plan, tmp_path / "whole")
     whole = whole_runs["whole"]
     run = half_done(plan, tmp_path / "cut")
-    command = Command("resume", str(run.path), "cluster.processes_per_node=1", folder=tmp_path)
+    command = Command("resume", str(run.path), "cluster.processes_per_node=1", folder=tmp_path, **shared_ray)
     assert command.wait() == 0, command.output
     assert "2 → 1 ranks: train_batch_size stays 8, with accumulation 1 → 2." in command.output
     assert resumed_plan(run).world.size == 1
@@ -57,7 +57,7 @@ def test_another_number_of_ranks_goes_on_as_if_nothing_had_happened(job_dict, tm
 
 
 @pytest.mark.parametrize("batch", [16])
-def test_another_batch_keeps_the_rate_where_it_was_for_the_samples_seen(job_dict, tmp_path, batch):
+def test_another_batch_keeps_the_rate_where_it_was_for_the_samples_seen(job_dict, tmp_path, shared_ray, batch):
     updates = 100
     train = {"max_steps": updates, "train_batch_size": 8}
     plan = plan_of(merged(job_dict, train=train, schedule={"warmup": 25, "peak_lr": 5e-4}))
@@ -65,7 +65,7 @@ def test_another_batch_keeps_the_rate_where_it_was_for_the_samples_seen(job_dict
     run_ranks(plan, run, stop_at=40)
     made = len(run.metrics())
     overrides = [f"train.train_batch_size={batch}", "export=false", "checkpoint.keep=1", "checkpoint.every=50"]
-    command = Command("resume", str(run.path), *overrides, folder=tmp_path)
+    command = Command("resume", str(run.path), *overrides, folder=tmp_path, **shared_ray)
     assert command.wait() == 0, command.output
     new = resumed_plan(run)
     lines = run.metrics()
@@ -84,11 +84,11 @@ def test_another_batch_keeps_the_rate_where_it_was_for_the_samples_seen(job_dict
     assert run.complete_checkpoints() == [lines[-1]["update"] + 1]
 
 
-def test_another_schedule_takes_over_where_the_run_stands(job_dict, tmp_path):
+def test_another_schedule_takes_over_where_the_run_stands(job_dict, tmp_path, shared_ray):
     plan = plan_of(merged(job_dict, train={"max_steps": UPDATES}, schedule={"warmup": 6, "peak_lr": 1e-3}))
     run = half_done(plan, tmp_path)
     made = len(run.metrics())
-    command = Command("resume", str(run.path), "schedule.peak_lr=2e-4", folder=tmp_path)
+    command = Command("resume", str(run.path), "schedule.peak_lr=2e-4", folder=tmp_path, **shared_ray)
     assert command.wait() == 0, command.output
     planned = planned_rates(resumed_plan(run))
     lines = run.metrics()
@@ -97,7 +97,7 @@ def test_another_schedule_takes_over_where_the_run_stands(job_dict, tmp_path):
     assert max(line["lr"] for line in lines[made:]) <= 2e-4
 
 
-def test_what_cannot_be_gone_on_with_is_told(job_dict, tmp_path):
+def test_what_cannot_be_gone_on_with_is_told(job_dict, tmp_path, shared_ray):
     plan = plan_of(merged(job_dict, train={"max_steps": UPDATES}))
     run = half_done(plan, tmp_path)
     for override, words in {
@@ -105,13 +105,13 @@ def test_what_cannot_be_gone_on_with_is_told(job_dict, tmp_path):
         "cluster.processes_per_node=3": "train_batch_size 8 does not divide by world size 3",
         "train.max_step=3": "did you mean max_steps?",
     }.items():
-        command = Command("resume", str(run.path), override, folder=tmp_path)
+        command = Command("resume", str(run.path), override, folder=tmp_path, **shared_ray)
         assert command.wait() == 2
         assert words in command.output
     finished = fine_tuned(plan_of(merged(job_dict, train={"max_steps": 2})), tmp_path / "finished")
-    again = Command("resume", str(finished.path), folder=tmp_path)
+    again = Command("resume", str(finished.path), folder=tmp_path, **shared_ray)
     assert again.wait() == 2
     assert "all 2 updates are made already" in again.output
-    nothing = Command("resume", str(tmp_path), folder=tmp_path)
+    nothing = Command("resume", str(tmp_path), folder=tmp_path, **shared_ray)
     assert nothing.wait() == 2
     assert "not a run directory" in nothing.output

@@ -21,7 +21,6 @@ from tests.unit.inputs import command
 
 pytestmark = pytest.mark.local
 
-REPOSITORY = Path(__file__).parents[2]
 RAISING = (
     "import launcher.runs.supervisor as s; s.WORKER = ('-m', 'tests.local.raising_worker'); "
     "from launcher.cli import main; main()"
@@ -52,12 +51,12 @@ def parts(line: str) -> tuple[str, ...]:
     return tuple(line.split(None, 2))
 
 
-def test_a_rank_that_raises_is_watched_and_explained(job_dict, tmp_path, monkeypatch):
-    job = write_job(tmp_path, merged(job_dict, train={"max_steps": 100_000}))
-    monkeypatch.setattr(processes, "LAUNCHER", [sys.executable, "-c", RAISING])
+def test_a_rank_that_raises_is_watched_and_explained(job_dict, tmp_path, monkeypatch, shared_ray):
     signal = tmp_path / "raise"
-    variables = {"PYTHONPATH": str(REPOSITORY), "RAISE_WHEN": str(signal)}
-    running = Command("run", str(job), folder=tmp_path, **variables)
+    cluster = {"env": {"RAISE_WHEN": str(signal)}}
+    job = write_job(tmp_path, merged(job_dict, train={"max_steps": 100_000}, cluster=cluster))
+    monkeypatch.setattr(processes, "LAUNCHER", [sys.executable, "-c", RAISING])
+    running = Command("run", str(job), folder=tmp_path, **shared_ray)
     running.wait_for(lambda: run_folder(tmp_path) is not None)
     run = RunDir(run_folder(tmp_path))
     # Both follow from before there is a log, and end by themselves.
@@ -107,8 +106,8 @@ def test_a_rank_that_raises_is_watched_and_explained(job_dict, tmp_path, monkeyp
     assert running.left_behind() == []
 
 
-def test_a_run_cancelled_at_once_saves_nothing_and_leaves_nothing(job_dict, tmp_path):
-    running = Command("run", str(write_job(tmp_path, merged(job_dict, train={"max_steps": 100_000}))), folder=tmp_path)
+def test_a_run_cancelled_at_once_saves_nothing_and_leaves_nothing(job_dict, tmp_path, shared_ray):
+    running = Command("run", str(write_job(tmp_path, merged(job_dict, train={"max_steps": 100_000}))), folder=tmp_path, **shared_ray)
     running.wait_for(lambda: updates_made(tmp_path) >= 2)
     told = said("cancel", "tiny", "--now", "--output-dir", str(tmp_path / "runs"))
     run = RunDir(run_folder(tmp_path))
