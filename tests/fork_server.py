@@ -1,4 +1,4 @@
-"""A process that has torch, transformers and DeepSpeed imported, and forks ranks and measuring processes of the launcher.
+"""A process that has torch, transformers and DeepSpeed imported, and forks the launcher's ranks and measuring processes.
 
 `fork_environment()` starts it once for this process, and returns the variables by which `launcher` commands, and the
 agents of a Ray that is started with them, use it. `forking()` has code of this process use it.
@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 from unittest import mock
 
 from tests.forked import fork_client
+from tests.patience import PATIENCE_SECONDS
 
 _PR_SET_PDEATHSIG = 1
 REPOSITORY = Path(__file__).parents[1]
@@ -44,6 +46,8 @@ _PREPARED = (
     "transformers.models.llama.modeling_llama",
 )
 """What is imported before the first fork."""
+# pyarrow's allocator would start a thread.
+SERVER_SETTINGS = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
 _server: dict[str, str] = {}
 
 
@@ -51,22 +55,24 @@ def fork_environment() -> dict[str, str]:
     """The variables by which processes use this process's fork server, which ends with this process."""
     if not _server:
         path = Path(tempfile.mkdtemp(prefix="fork-server-")) / "socket"
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(path))
-        listener.listen(64)
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            stdin=listener.fileno(),
-            start_new_session=True,
-            cwd=REPOSITORY,
-            # pyarrow's allocator would start a thread.
-            env={**os.environ, "JE_ARROW_MALLOC_CONF": "background_thread:false"},
-        )
-        listener.close()
+        process = subprocess.Popen(server_command(path), env={**os.environ, **SERVER_SETTINGS}, cwd=REPOSITORY)
         atexit.register(process.kill)
-        fork_client.settings_file(str(path)).write_text(json.dumps(fork_client.import_settings(os.environ)))
-        _server.update({fork_client.SERVER: str(path), "PYTHONPATH": fork_client.FOLDER})
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not fork_client.settings_file(str(path)).exists():
+            assert process.poll() is None and time.monotonic() < deadline, "the fork server did not start"
+            time.sleep(0.02)
+        _server.update(variables_for(path))
     return dict(_server)
+
+
+def server_command(path: Path) -> list[str]:
+    """Starts a server at a socket; to be run in REPOSITORY with SERVER_SETTINGS."""
+    return [sys.executable, "-m", __name__, str(path)]
+
+
+def variables_for(path: Path) -> dict[str, str]:
+    """The variables by which processes use the server at a socket."""
+    return {fork_client.SERVER: str(path), "PYTHONPATH": fork_client.FOLDER}
 
 
 @contextlib.contextmanager
@@ -125,6 +131,8 @@ def _fork(line: socket.socket, others: Sequence[socket.socket], wakes: Sequence[
 
 def _become(asked: dict[str, Any], fds: Sequence[int], closed: Sequence[int]) -> None:
     """Turns this process into the one that was asked for. The only descriptor passed on is that of a rank's reports."""
+    import torch
+
     status = 1
     try:
         signal.set_wakeup_fd(-1)
@@ -140,6 +148,7 @@ def _become(asked: dict[str, Any], fds: Sequence[int], closed: Sequence[int]) ->
         os.chdir(asked["folder"])
         os.environ.clear()
         os.environ.update(asked["environment"])
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         if fds[3:]:
             os.environ["LAUNCHER_REPORT_FD"] = str(fds[3])
         sys.argv = [asked["module"], *asked["arguments"]]
@@ -157,11 +166,16 @@ def _become(asked: dict[str, Any], fds: Sequence[int], closed: Sequence[int]) ->
         os._exit(status)
 
 
-def _main() -> None:
-    listener = socket.socket(fileno=os.dup(0))
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+def _main(path: Path) -> None:
     # Ends with the process that started it, however that ends.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.setsid()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen(64)
+    # Whoever finds the settings may connect, and waits for the imports.
+    fork_client.write_settings(str(path), os.environ)
     for name in _PREPARED:
         importlib.import_module(name)
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a process with threads cannot be forked"
@@ -169,4 +183,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    _main(Path(sys.argv[1]))

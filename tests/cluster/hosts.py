@@ -20,8 +20,12 @@ from pathlib import Path
 
 import psutil
 
+from tests.fork_server import REPOSITORY, SERVER_SETTINGS, server_command, variables_for
+
 CONTROLLER = "ctl"
 _PARENT, _PREFIX = Path("/var/tmp"), "launcher-testbed-"
+_FORK_SERVER = Path("/run/fork-server")
+CPU_ONLY = {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 _LIVE, _DEAD = "10.77.0", "10.66.0"
 _TOOLS = {"iproute2": ("ip",), "util-linux": ("nsenter", "unshare", "setpriv", "mount")}
 
@@ -106,6 +110,7 @@ class Hosts:
         self._dead, self._dead_name, self._dead_route = dead_interface, dead_name, dead_route
         self._keepers: dict[str, subprocess.Popen[bytes]] = {}
         self._inits: dict[str, int] = {}
+        self._fork_servers: dict[str, HostProcess] = {}
         self._outputs = 0
         self.names: list[str] = []
         self.on_boot: list[Callable[[str], None]] = []
@@ -188,7 +193,31 @@ class Hosts:
             namespace = _pid_namespace(self._inits[host])
             found = [process for process in psutil.process_iter() if _pid_namespace(process.pid) == namespace]
             keeping = {self._inits[host], *(p.pid for p in found if p.ppid() == self._inits[host] and _sleeps(p))}
+            keeping |= {process.pid for process in self._fork_server(host)}
             return [process for process in found if process.pid not in keeping]
+        return []
+
+    def start_fork_servers(self) -> dict[str, str]:
+        """Starts a fork server on every host h1…hN that has none; the variables with which a host's processes use it.
+
+        On `ctl`, and on a host that was powered on since, the same variables change nothing.
+        """
+        for host in self.names:
+            if host not in self._fork_servers:
+                command = server_command(_FORK_SERVER)
+                self._fork_servers[host] = self.popen(host, command, cwd=REPOSITORY, **CPU_ONLY, **SERVER_SETTINGS)
+        return variables_for(_FORK_SERVER)
+
+    def forks(self, host: str) -> list[psutil.Process]:
+        """The ranks and other processes that a host's fork server forked and that still run."""
+        return [child for server in self._fork_server(host) for child in server.children(recursive=True)]
+
+    def _fork_server(self, host: str) -> list[psutil.Process]:
+        """The server's own process, below the one that entered the host for it."""
+        if host not in self._fork_servers:
+            return []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(self._fork_servers[host].process.pid).children()
         return []
 
     def cut(self, host: str) -> None:
@@ -202,6 +231,7 @@ class Hosts:
     def power_off(self, host: str) -> None:
         """Ends every process of a host at once, without a word to anybody."""
         keeper = self._keepers.pop(host)
+        self._fork_servers.pop(host, None)
         os.kill(self._inits.pop(host), signal.SIGKILL)
         keeper.wait(30)
         for port in self._ports(host):

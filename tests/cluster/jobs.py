@@ -16,8 +16,6 @@ from tests.tiny import make_tiny_model, write_chats
 BIN = Path(sys.executable).parent
 # The presets' bucket sizes follow the hidden size; a tiny model needs its parameters really partitioned.
 ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
-# Two models side by side on two hosts are six ranks on two cores.
-PATIENT = {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 _RAISES_ON_RANK_1 = """
 import os

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.cluster.hosts import HostProcess, Hosts
+from tests.local.processes import RAY_SETTINGS
 
 BIN = Path(sys.executable).parent
 _SHARED_MEMORY = 100 * 1024**2
@@ -46,4 +47,5 @@ class RayCluster:
         limits = (f"--num-cpus={self.cpus}", "--num-gpus=0", f"--object-store-memory={_SHARED_MEMORY}")
         own = f"--node-ip-address={self.hosts.address(host)}"
         # As over ssh without a login shell: the environment's programs are not on the PATH.
-        self.run(host, "ray", "start", own, *limits, *options, "--disable-usage-stats", PATH="/usr/bin:/bin")
+        settings = {**RAY_SETTINGS, "PATH": "/usr/bin:/bin"}
+        self.run(host, "ray", "start", own, *limits, *options, "--disable-usage-stats", **settings)

@@ -25,8 +25,8 @@ from launcher.presets import shipped_folder
 from launcher.ray_jobs import ADDRESS_VARIABLES, ray_request, submit_to_ray
 from tests.cluster import ssh
 from tests.cluster.conftest import need
-from tests.cluster.hosts import Hosts, missing, several_hosts
-from tests.cluster.jobs import BIN, PATIENT, hosts_of_ranks, losses, runs_of, write_tiny_job
+from tests.cluster.hosts import CPU_ONLY, Hosts, missing, several_hosts
+from tests.cluster.jobs import BIN, hosts_of_ranks, losses, runs_of, write_tiny_job
 
 pytestmark = pytest.mark.cluster
 
@@ -223,7 +223,7 @@ def gone(found: Callable[[], object], seconds: float) -> bool:
 def test_hosts_are_brought_up_over_ssh_run_a_job_and_are_taken_down() -> None:
     need(missing() or ssh.missing())
     with several_hosts(2) as hosts:
-        hosts.environment.update(PATIENT)
+        hosts.environment.update(CPU_ONLY)
         key = ssh.start_sshd(hosts)
         # `ray down` ends the head alone; the others end once they have missed it for this long, 60 s by default.
         (ssh.home_of(hosts, "h2") / ".bashrc").write_text("export RAY_gcs_rpc_server_reconnect_timeout_s=5\n")

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 
 from launcher.run_dir import RunDir
 from tests.cluster.conftest import need
-from tests.cluster.hosts import missing, several_hosts
-from tests.cluster.jobs import BIN, PATIENT, hosts_of_ranks, losses, runs_of, write_fault, write_tiny_job
+from tests.cluster.hosts import CPU_ONLY, Hosts, missing, several_hosts
+from tests.cluster.jobs import BIN, hosts_of_ranks, losses, runs_of, write_fault, write_tiny_job
 from tests.cluster.ray_cluster import RayCluster
 
 pytestmark = pytest.mark.cluster
@@ -29,13 +30,19 @@ def cluster() -> Iterator[RayCluster]:
     """Ray over hosts of its own, which other tests may not power off."""
     need(missing())
     with several_hosts(3) as hosts:
-        hosts.environment.update(PATIENT)
+        hosts.environment.update({**CPU_ONLY, **hosts.start_fork_servers()})
         yield RayCluster(hosts, CPUS).start()
 
 
 def only_run(folder: Path, name: str) -> RunDir:
     [run] = runs_of(folder, name)
     return run
+
+
+def ranks_on(hosts: Hosts) -> list[psutil.Process]:
+    """Ranks that still run, started or forked."""
+    started = [p for host in hosts.names for p in hosts.processes(host) if "launcher.worker" in p.cmdline()]
+    return [*started, *(fork for host in hosts.names for fork in hosts.forks(host))]
 
 
 def span(run: RunDir) -> tuple[str, str]:
@@ -103,10 +110,7 @@ def test_runs_share_a_cluster_wait_for_room_and_make_the_updates_of_one_node(clu
     assert len(set(found["one"])) == 4
 
     assert f"0.0/{3 * CPUS}.0 CPU" in cluster.run("h1", "ray", "status").stdout
-    ranks = [
-        p for host in cluster.hosts.names for p in cluster.hosts.processes(host) if "launcher.worker" in p.cmdline()
-    ]
-    assert ranks == []
+    assert ranks_on(cluster.hosts) == []
 
 
 def test_a_rank_that_raises_on_the_second_node_is_told_from_elsewhere(cluster: RayCluster) -> None:

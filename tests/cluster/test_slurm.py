@@ -21,21 +21,33 @@ from launcher.run_dir import RunDir
 from tests.cluster import hosts as several
 from tests.cluster import slurm as over_hosts
 from tests.cluster.conftest import need
-from tests.cluster.hosts import Hosts, several_hosts
-from tests.cluster.jobs import BIN, PATIENT, hosts_of_ranks, losses, runs_of, write_fault, write_tiny_job
+from tests.cluster.hosts import CPU_ONLY, Hosts, several_hosts
+from tests.cluster.jobs import BIN, hosts_of_ranks, losses, runs_of, write_fault, write_tiny_job
 from tests.cluster.slurm import Slurm
 
 pytestmark = pytest.mark.cluster
 
 REPOSITORY = Path(__file__).parents[2]
 TEMPLATE = REPOSITORY / "slurm" / "finetune.sbatch"
-WITH_LAUNCHER = {**PATIENT, "PATH": f"{BIN}:{os.environ['PATH']}"}
+WITH_LAUNCHER = {**CPU_ONLY, "PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
-def sbatch(hosts: Hosts, job_file: Path, *options: str, overrides: tuple[str, ...] = (), **environment: str) -> str:
-    """Submits a job file with the template as it is; the Slurm job's id."""
+def sbatch(
+    hosts: Hosts,
+    job_file: Path,
+    *options: str,
+    overrides: tuple[str, ...] = (),
+    fresh: bool = False,
+    **environment: str,
+) -> str:
+    """Submits a job file with the template as it is; the Slurm job's id.
+
+    The ranks are forks and so no children of the job's tasks, whose signals they would get, unless they are `fresh`.
+    """
+    forking = {} if fresh else hosts.start_fork_servers()
     command = ["sbatch", "--parsable", "--cpus-per-task=2", *options, str(TEMPLATE), job_file.name, *overrides]
-    return hosts.run("ctl", command, cwd=job_file.parent, **{**WITH_LAUNCHER, **environment}).stdout.strip()
+    given = {**WITH_LAUNCHER, **forking, **environment}
+    return hosts.run("ctl", command, cwd=job_file.parent, **given).stdout.strip()
 
 
 def launcher(hosts: Hosts, *arguments: str) -> str:
@@ -67,7 +79,7 @@ def ended(hosts: Hosts, folder: Path, job: str, seconds: float = 240.0) -> tuple
         if facts["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"):
             return f"{facts['JobState']} {facts['ExitCode']}", output
         assert time.monotonic() < deadline, f"{shown}\n{output}"
-        time.sleep(1.0)
+        time.sleep(0.3)
 
 
 def of_launcher(hosts: Hosts) -> list[str]:
@@ -75,6 +87,7 @@ def of_launcher(hosts: Hosts) -> list[str]:
     words = ("ray", "raylet", "gcs_server", "launcher")
     found = []
     for host in hosts.names:
+        found += [f"{host}: a forked rank, process {fork.pid}" for fork in hosts.forks(host)]
         for process in hosts.processes(host):
             with contextlib.suppress(psutil.Error):
                 line = " ".join(process.cmdline())

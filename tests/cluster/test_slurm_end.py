@@ -41,9 +41,14 @@ def test_scancel_and_requeue_save_and_a_dead_node_does_not_hold_the_allocation(s
     slurm.wait_idle()
     long = {"train": {"max_steps": 100_000}}
     one = sbatch(
-        hosts, write_tiny_job(shared, "one", **long), "--nodes=1", "--nodelist=h3", overrides=("cluster.nodes=1",)
+        hosts,
+        write_tiny_job(shared, "one", **long),
+        "--nodes=1",
+        "--nodelist=h3",
+        overrides=("cluster.nodes=1",),
+        fresh=True,
     )
-    two = sbatch(hosts, write_tiny_job(shared, "two", **long), "--nodes=2", "--nodelist=h1,h2")
+    two = sbatch(hosts, write_tiny_job(shared, "two", **long), "--nodes=2", "--nodelist=h1,h2", fresh=True)
     run_one, run_two = (RunDir(shared / "runs" / f"{name}-slurm-{job}") for name, job in (("one", one), ("two", two)))
 
     def told() -> str:

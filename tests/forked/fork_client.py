@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,20 +36,29 @@ MODULES = (
     "tests.local.faulty_worker",
     "tests.local.raising_worker",
 )
-_IMPORT_SETTINGS = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_HOME", "LD_LIBRARY_PATH", "HF_HUB_OFFLINE", "HF_HOME")
+_POLL_SECONDS = 0.05
+_IMPORT_SETTINGS = ("DS_ACCELERATOR", "CUDA_HOME", "LD_LIBRARY_PATH", "HF_HUB_OFFLINE", "HF_HOME")
 """What the libraries read while they are imported: a process that wants another value is started afresh."""
 
 
 def import_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """The values of an environment that must be those of the server."""
+    """The values of an environment that must be those of the server, and folders that change a Python at its start."""
     path = [part for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part and part != FOLDER]
+    changing = [part for part in path if (Path(part) / "sitecustomize.py").exists()]
     found = {name: environment[name] for name in _IMPORT_SETTINGS if name in environment}
-    return {**found, "PYTHONPATH": os.pathsep.join(path)}
+    return {**found, "PYTHONPATH": os.pathsep.join(changing)}
 
 
 def settings_file(server: str) -> Path:
     """Where a server writes its import settings."""
     return Path(f"{server}.json")
+
+
+def write_settings(server: str, environment: Mapping[str, str]) -> None:
+    """Has clients use a server that was started with an environment."""
+    new = Path(f"{server}.new")
+    new.write_text(json.dumps(import_settings(environment)))
+    new.rename(settings_file(server))
 
 
 def popen(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
@@ -158,8 +168,15 @@ class ForkedPopen(subprocess.Popen[bytes]):
         return self.returncode
 
     def _wait(self, timeout: float | None) -> int:
-        if not self._ended.wait(timeout):
-            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        if timeout is None:
+            self._ended.wait()
+            return self.returncode
+        # Looks now and then, as subprocess.Popen does: a thread that waits without a limit is the first to know.
+        deadline = time.monotonic() + timeout
+        while not self._ended.is_set():
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(_POLL_SECONDS)
         return self.returncode
 
     def _follow(self) -> None:

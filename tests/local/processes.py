@@ -29,10 +29,10 @@ RAYS_OWN_AGENTS = ("ray::RuntimeEnvAgent", "ray::Dashboard")
 """They try for a minute to reach a head that is gone, and end by themselves then."""
 RAY_PROCESS = "RAY_PROCESS"
 """Beside the variables of a Ray that was there before: the process that keeps it, for a Command alone."""
-_RAY_SETTINGS = {
+RAY_SETTINGS = {
     # Where other programs fill the memory, Ray would kill the agent.
     "RAY_memory_monitor_refresh_ms": "0",
-    # A process for every processor, which nobody uses.
+    # Ray would start a process for every processor, which nobody uses.
     "RAY_prestart_worker_first_driver": "false",
     "RAY_enable_worker_prestart": "false",
 }
@@ -181,7 +181,7 @@ def existing_ray(cpus: int, **environment: str) -> Iterator[dict[str, str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, **variables, **_RAY_SETTINGS},
+        env={**os.environ, **variables, **RAY_SETTINGS},
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         address = process.stdout.readline().strip()

@@ -57,7 +57,9 @@ def assert_same_export(one: Path, other: Path) -> None:
 
 
 def exported(run: RunDir, folder: Path, *options: str) -> Path:
-    command = Command("export", str(run.path), "--output", str(folder), *options, folder=run.path.parent, **fork_environment())
+    command = Command(
+        "export", str(run.path), "--output", str(folder), *options, folder=run.path.parent, **fork_environment()
+    )
     assert command.wait() == 0, command.output
     return folder
 

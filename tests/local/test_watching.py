@@ -107,7 +107,9 @@ def test_a_rank_that_raises_is_watched_and_explained(job_dict, tmp_path, monkeyp
 
 
 def test_a_run_cancelled_at_once_saves_nothing_and_leaves_nothing(job_dict, tmp_path, shared_ray):
-    running = Command("run", str(write_job(tmp_path, merged(job_dict, train={"max_steps": 100_000}))), folder=tmp_path, **shared_ray)
+    running = Command(
+        "run", str(write_job(tmp_path, merged(job_dict, train={"max_steps": 100_000}))), folder=tmp_path, **shared_ray
+    )
     running.wait_for(lambda: updates_made(tmp_path) >= 2)
     told = said("cancel", "tiny", "--now", "--output-dir", str(tmp_path / "runs"))
     run = RunDir(run_folder(tmp_path))
