@@ -33,7 +33,7 @@ lint: install ## format, lint, types and import contracts
 
 test: install ## run all tests; `make packages` installs what those of tests/cluster need
 	$(BIN)/python examples/fetch_quickstart.py
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # DeepSpeed compiles its CPU Adam when a test offloads the optimizer; tests/cluster runs Slurm and sshd on hosts that it
 # makes. Without them, and outside CI, those tests skip and say why.

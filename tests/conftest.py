@@ -14,12 +14,18 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.budget import Budget
 from tests.tiny import make_tiny_model, write_chats
 
 # A search for counterexamples belongs to a developer's desk: in CI the same commit gives the same answer.
 settings.register_profile("ci", derandomize=True, print_blob=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # a worker of xdist, whose reports the controller gets
+        config.pluginmanager.register(Budget())
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""A process that has torch, transformers and DeepSpeed imported, and forks the launcher's ranks and measuring processes.
+"""A process that has torch, transformers and DeepSpeed imported, and forks the launcher's Python processes.
 
 `fork_environment()` starts it once for this process, and returns the variables by which `launcher` commands, and the
 agents of a Ray that is started with them, use it. `forking()` has code of this process use it.

@@ -17,7 +17,7 @@ import yaml
 from launcher.plan.learning_rate import planned_rates
 from launcher.plan.schema import Plan, ScriptPlan
 from launcher.run_dir import RunDir
-from tests.local.processes import Command, a_ray, run_folder, state_of
+from tests.local.processes import Command, run_folder, state_of
 from tests.unit import inputs
 
 pytestmark = pytest.mark.local
@@ -26,12 +26,6 @@ SCRIPTS = Path(__file__).parent / "scripts"
 EXAMPLE = Path(__file__).parents[2] / "examples/exec"
 UPDATES = 12
 SECRET = "known-to-the-launcher-alone"
-
-
-@pytest.fixture(scope="module")
-def shared_ray():
-    with a_ray(cpus=4) as variables:
-        yield variables
 
 
 @pytest.fixture

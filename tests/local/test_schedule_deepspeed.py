@@ -140,7 +140,8 @@ def schedules(draw: Any) -> Schedule:
         )
     )
     floors = {
-        "cosine": st.one_of(st.none(), ratio),
+        # Among the subnormal numbers a floor has too few digits to come back from its share of the peak.
+        "cosine": st.one_of(st.none(), st.just(0.0), st.floats(1e-200, 1.0)),
         "linear": st.one_of(st.none(), st.floats(1 / (warmup + 1), 1)),
     }
     return make_schedule(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -47,7 +46,8 @@ def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--quiet", wheel)
     succeed(*pip, cwd=wheel.parent)
     # Added at the end of the path: what is installed here comes first, and no .pth file in there is followed.
-    (site / "locked.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    installed = [folder for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")]
+    (site / "locked.pth").write_text("\n".join([*installed, ""]))
     return folder / "bin"
 
 
