@@ -1,4 +1,4 @@
-"""What all tests share: no hub, no GPU, one thread a rank, and tiny models made on the spot."""
+"""What all tests share: no hub, no GPU, one thread per rank, tiny models, and the time budget at the end."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 from hypothesis import settings
 
 from tests.budget import Budget
-from tests.tiny import make_tiny_model, write_chats
+from tests.tiny_models import make_tiny_model, write_chats
 
-# A search for counterexamples belongs to a developer's desk: in CI the same commit gives the same answer.
+# In CI hypothesis draws the same examples each time, so that a commit always gives the same result.
 settings.register_profile("ci", derandomize=True, print_blob=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _umask() -> Iterator[None]:
-    """A command that runs in this process keeps what it writes private, which is not for the tests after it."""
+    """Restores the umask, which commands in this process change to keep their files private."""
     before = os.umask(0o022)
     os.umask(before)
     yield

@@ -27,7 +27,7 @@ from typing import Any
 from unittest import mock
 
 from tests.forked import fork_client
-from tests.patience import PATIENCE_SECONDS
+from tests.time_limit import TIME_LIMIT_SECONDS
 
 _PR_SET_PDEATHSIG = 1
 REPOSITORY = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ def fork_environment() -> dict[str, str]:
         path = Path(tempfile.mkdtemp(prefix="fork-server-")) / "socket"
         process = subprocess.Popen(server_command(path), env={**os.environ, **SERVER_SETTINGS}, cwd=REPOSITORY)
         atexit.register(process.kill)
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + TIME_LIMIT_SECONDS
         while not fork_client.settings_file(str(path)).exists():
             assert process.poll() is None and time.monotonic() < deadline, "the fork server did not start"
             time.sleep(0.02)

@@ -1,6 +1,6 @@
-"""Hosts of their own for the tests of this folder, on which real Slurm and real Ray run. They need root.
+"""Simulated hosts on which real Slurm and real Ray run. They need root.
 
-Where tests run side by side each worker has hosts of its own, which do not clash.
+Each worker of pytest-xdist has its own hosts, which do not clash.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def need(reason: str | None) -> None:
 
 @pytest.fixture(scope="session")
 def hosts() -> Iterator[Hosts]:
-    """Three hosts, h1 to h3. What a test starts on them it ends; what it cuts off or powers off it brings back."""
+    """Three hosts, h1 to h3. A test ends what it starts on them and restores what it cuts off or powers off."""
     need(several.missing())
     with several.several_hosts(3) as hosts:
         yield hosts
@@ -36,14 +36,14 @@ def hosts() -> Iterator[Hosts]:
 
 @pytest.fixture(scope="session")
 def slurm(hosts: Hosts) -> Slurm:
-    """Slurm over the three hosts; `slurm.hosts` are they."""
+    """Slurm over the three hosts, which are `slurm.hosts`."""
     need(over_hosts.missing())
     return Slurm(hosts).start()
 
 
 @pytest.fixture
 def shared(hosts: Hosts) -> Path:
-    """A folder of the test's own that all hosts see. They do not see tmp_path, which lies in /tmp."""
+    """A new folder that all hosts see. They do not see tmp_path, which is in /tmp."""
     folder = hosts.shared / uuid.uuid4().hex[:8]
     folder.mkdir()
     return folder

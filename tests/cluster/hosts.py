@@ -1,7 +1,7 @@
 """Several hosts on one machine: each with its own addresses, host name, process table, /tmp, /run and /dev/shm.
 
 A host is a set of Linux namespaces, kept by a first process that reaps what is orphaned on it. The network between
-hosts is a bridge inside the namespace of one more host, `ctl`, so nothing of a testbed is seen on the machine outside:
+hosts is a bridge inside the namespace of one more host, `ctl`, so nothing of a testbed is visible outside:
 two testbeds have the same addresses and do not clash, and all of one ends with the processes that keep it, even where
 the tests are killed. The disk is shared, as it is between the nodes of a cluster, but for /tmp.
 """
@@ -50,7 +50,7 @@ while :; do wait; done
 
 
 def missing() -> str | None:
-    """Why there can be no hosts on this machine, None where there can."""
+    """Why this machine cannot have hosts; None if it can."""
     if os.geteuid() != 0:
         return "hosts on this machine need root"
     for package, commands in _TOOLS.items():
@@ -62,18 +62,18 @@ def missing() -> str | None:
 
 
 class HostProcess:
-    """A command that runs on a host, its output in a file. `process` is what entered the host for it."""
+    """A command that runs on a host, with its output in a file. `process` is the nsenter process that started it."""
 
     def __init__(self, host: str, argv: Sequence[str], process: subprocess.Popen[bytes], output: Path) -> None:
         self.host, self.argv, self.process, self.output_file = host, list(argv), process, output
 
     @property
     def output(self) -> str:
-        """What it printed so far, errors among it."""
+        """What it has printed so far, including errors."""
         return self.output_file.read_text(errors="replace")
 
     def signal(self, number: int = signal.SIGTERM) -> None:
-        """Signals the command itself, as seen from outside its host."""
+        """Signals the command itself from outside its host."""
         for child in psutil.Process(self.process.pid).children():
             child.send_signal(number)
 
@@ -82,7 +82,7 @@ class HostProcess:
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None, f"{self.argv} on {self.host} ended early:\n{self.output}"
-            assert time.monotonic() < deadline, f"waited {seconds} s in vain; {self.argv} said:\n{self.output}"
+            assert time.monotonic() < deadline, f"waited {seconds} s; {self.argv} printed:\n{self.output}"
             time.sleep(0.05)
 
     def wait(self, seconds: float = 120.0) -> int:
@@ -93,7 +93,7 @@ class HostProcess:
             raise AssertionError(f"{self.argv} on {self.host} runs after {seconds} s:\n{self.output}") from None
 
     def end(self) -> None:
-        """Kills the command, which dies with the process that entered the host for it."""
+        """Kills the command, which dies with its nsenter process."""
         self.process.kill()
         self.process.wait()
 
@@ -117,7 +117,7 @@ class Hosts:
         self.environment: dict[str, str] = {}
 
     def up(self, count: int) -> Hosts:
-        """Starts `ctl` and `count` hosts. What was started ends again where this fails."""
+        """Starts `ctl` and `count` hosts. If this fails, it ends what it started."""
         _sweep()
         self.folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_PARENT))
         self.shared, self.home = self.folder / "shared", self.folder / "home"
@@ -159,7 +159,7 @@ class Hosts:
         cwd: Path | None = None,
         **environment: str,
     ) -> subprocess.CompletedProcess[str]:
-        """What a command on a host printed and how it ended; its working folder is `shared` unless told."""
+        """What a command on a host printed and how it ended; its working folder is `shared` by default."""
         done = subprocess.run(
             self._entering(host, argv, cwd),
             env={**self.environment, **environment},
@@ -173,7 +173,7 @@ class Hosts:
         return done
 
     def popen(self, host: str, argv: Sequence[str], *, cwd: Path | None = None, **environment: str) -> HostProcess:
-        """Starts a command on a host and does not wait for it. It is gone with the host at the latest."""
+        """Starts a command on a host without waiting for it. It ends with the host at the latest."""
         self._outputs += 1
         output = self.folder / f"output-{self._outputs}.txt"
         with output.open("wb") as file:
@@ -188,7 +188,7 @@ class Hosts:
         return HostProcess(host, argv, process, output)
 
     def processes(self, host: str) -> list[psutil.Process]:
-        """Every process of a host but its first, as seen from outside."""
+        """Every process of a host but its first and its fork server, as seen from outside."""
         with contextlib.suppress(psutil.NoSuchProcess):
             namespace = _pid_namespace(self._inits[host])
             found = [process for process in psutil.process_iter() if _pid_namespace(process.pid) == namespace]
@@ -221,7 +221,7 @@ class Hosts:
         return []
 
     def cut(self, host: str) -> None:
-        """Takes a host off the network; its processes run on."""
+        """Takes a host off the network; its processes keep running."""
         self._on_switch("ip", "link", "set", f"to-{host}", "down")
 
     def join(self, host: str) -> None:
@@ -229,7 +229,7 @@ class Hosts:
         self._on_switch("ip", "link", "set", f"to-{host}", "up")
 
     def power_off(self, host: str) -> None:
-        """Ends every process of a host at once, without a word to anybody."""
+        """Kills every process of a host at once."""
         keeper = self._keepers.pop(host)
         self._fork_servers.pop(host, None)
         os.kill(self._inits.pop(host), signal.SIGKILL)
@@ -239,7 +239,7 @@ class Hosts:
             self._on_switch("ip", "link", "del", port, check=False)
 
     def power_on(self, host: str) -> None:
-        """Boots a host that is off: its /tmp is empty and nothing runs on it but what `on_boot` starts."""
+        """Boots a host that is off. Its /tmp is empty, and only what `on_boot` starts runs on it."""
         assert host not in self._keepers, f"{host} is on"
         self._boot(host)
         pid = str(self._inits[host])
@@ -316,7 +316,7 @@ class Hosts:
         return "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in addresses.items())
 
     def _entering(self, host: str, argv: Sequence[str], cwd: Path | None) -> list[str]:
-        """`argv` on a host. It dies with the process that enters the host, which a signal would not reach otherwise."""
+        """`argv` on a host. It dies with the nsenter process, since a signal to that would not reach it otherwise."""
         enter = ["nsenter", "--target", str(self._inits[host]), "--net", "--uts", "--ipc", "--mount", "--pid"]
         return [*enter, f"--wd={cwd or self.shared}", "setpriv", "--pdeathsig", "KILL", "--", *argv]
 
@@ -341,7 +341,7 @@ def several_hosts(count: int, **options: bool) -> Iterator[Hosts]:
 
 
 def _clean_environment() -> Mapping[str, str]:
-    """The environment without what would tell a process on a host of another cluster."""
+    """The environment without variables by which a process would find another cluster."""
     foreign = ("RAY_", "SLURM", "PYTEST_", "MASTER_", "LAUNCHER_", "XDG_", "SSH_")
     return {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
 

@@ -1,4 +1,4 @@
-"""A Ray cluster over the hosts of a testbed, with a token, as somebody would start it by hand."""
+"""A Ray cluster over the hosts of a testbed, started with `ray start` and a token as by hand."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from tests.cluster.hosts import HostProcess, Hosts
-from tests.local.processes import RAY_SETTINGS
+from tests.local.launcher_commands import RAY_SETTINGS
 
 BIN = Path(sys.executable).parent
 _SHARED_MEMORY = 100 * 1024**2
 
 
 class RayCluster:
-    """Ray on every host, the first its head, whose dashboard the other hosts reach. It ends with the hosts."""
+    """Ray on every host; the first is the head, and the other hosts reach its dashboard. It ends with the hosts."""
 
     def __init__(self, hosts: Hosts, cpus: int) -> None:
         self.hosts, self.cpus = hosts, cpus
@@ -37,7 +37,7 @@ class RayCluster:
         return self
 
     def run(self, host: str, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """A command of the environment on a host that knows the token."""
+        """Runs a program of this Python's environment on a host, with the token."""
         return self.hosts.run(host, [str(BIN / argv[0]), *argv[1:]], **{**self.secret, **options})
 
     def popen(self, host: str, *argv: str, **options: Any) -> HostProcess:

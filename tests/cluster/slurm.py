@@ -1,4 +1,4 @@
-"""A real Slurm over a testbed: a controller on `ctl`, a slurmd on every host, a munged with a key of its own."""
+"""A real Slurm over a testbed: the controller on `ctl`, a slurmd on every host, and one munged with a new key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TOOLS = {"slurm-wlm": ("slurmctld", "slurmd", "srun", "sbatch", "scontrol"), "m
 
 
 def missing() -> str | None:
-    """Why there can be no Slurm on this machine, None where there can."""
+    """Why this machine cannot run Slurm; None if it can."""
     for package, commands in _TOOLS.items():
         if absent := [command for command in commands if shutil.which(command) is None]:
             return f"{', '.join(absent)} is missing: apt-get install {package}"
@@ -48,20 +48,20 @@ class Slurm:
         return self
 
     def wait_idle(self, *hosts: str, seconds: float = 30.0) -> None:
-        """Waits until nothing runs on the hosts, or on any of them where none is named, and all are ready to serve."""
+        """Waits until the named hosts, or all of them, are idle."""
         deadline = time.monotonic() + seconds
         while (states := self.states(*hosts)) != dict.fromkeys(hosts or self.hosts.names, "idle"):
             assert time.monotonic() < deadline, f"{states} after {seconds} s\n{self._logs()}"
             time.sleep(0.1)
 
     def states(self, *hosts: str) -> dict[str, str]:
-        """The state of each host as sinfo tells it."""
+        """The state of each host according to sinfo."""
         listed = self.hosts.run(CONTROLLER, ["sinfo", "--noheader", "--Node", "--format=%N %T"]).stdout
         states = dict(line.split() for line in listed.splitlines())
         return {host: states[host] for host in hosts or self.hosts.names}
 
     def _devices(self) -> str:
-        """Files that stand for GPUs."""
+        """Files in place of GPU devices."""
         for index in range(GPUS_OF_HOST):
             (self._own / f"gpu{index}").touch()
         return f"{self._own}/gpu[0-{GPUS_OF_HOST - 1}]"
@@ -81,7 +81,7 @@ class Slurm:
         )
 
     def _bind_munge(self, host: str) -> None:
-        """One munged serves all hosts, through a socket where each looks for one."""
+        """One munged serves all hosts; its socket is mounted where each host expects one."""
         self.hosts.run(host, ["mkdir", "/run/munge"])
         self.hosts.run(host, ["mount", "--bind", str(self._own / "munge"), "/run/munge"])
 

@@ -1,4 +1,4 @@
-"""Hosts that are reached over ssh: an sshd on each, with host keys of its own, that lets in one key and no password."""
+"""Hosts reached over ssh: an sshd on each, with its own host key, that accepts one user key and no password."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ StrictModes no
 
 
 def missing() -> str | None:
-    """Why hosts on this machine cannot be reached over ssh, None where they can."""
+    """Why hosts on this machine cannot be reached over ssh; None if they can."""
     for package, commands in _TOOLS.items():
         if absent := [command for command in commands if shutil.which(command) is None]:
             return f"{', '.join(absent)} is missing: apt-get install {package}"
@@ -31,7 +31,7 @@ def missing() -> str | None:
 
 
 def start_sshd(hosts: Hosts) -> Path:
-    """Starts an sshd on every host; returns the private key that opens them. It lies in the shared home."""
+    """Starts an sshd on every host; returns the private key that they accept, which is in the shared home."""
     key = hosts.home / ".ssh" / "id_ed25519"
     key.parent.mkdir(mode=0o700)
     _make_key(key)
@@ -46,18 +46,18 @@ def start_sshd(hosts: Hosts) -> Path:
 
 
 def home_of(hosts: Hosts, host: str) -> Path:
-    """The home folder of who logs in to a host."""
+    """The home folder of a user who logs in to a host."""
     return hosts.folder / host / "home"
 
 
 def _make_home(hosts: Hosts, host: str) -> None:
-    """Gives root a home of its own on a host, where ssh and shells look for it: /root is the machine's."""
+    """Gives root another home on a host, where ssh and shells look for it: /root belongs to the machine."""
     home_of(hosts, host).mkdir()
     (home_of(hosts, host) / ".bashrc").touch()
     users = [line.split(":") for line in Path("/etc/passwd").read_text().splitlines()]
-    told = [[*user[:5], str(home_of(hosts, host)), *user[6:]] if user[0] == "root" else user for user in users]
+    changed = [[*user[:5], str(home_of(hosts, host)), *user[6:]] if user[0] == "root" else user for user in users]
     passwd = hosts.folder / host / "passwd"
-    passwd.write_text("".join(":".join(user) + "\n" for user in told))
+    passwd.write_text("".join(":".join(user) + "\n" for user in changed))
     hosts.run(host, ["mount", "--bind", str(passwd), "/etc/passwd"])
 
 

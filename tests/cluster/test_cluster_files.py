@@ -1,4 +1,4 @@
-"""The files of cluster/: valid by Ray's own schema, without a secret, and one of them really brought up over ssh."""
+"""The files of cluster/ match Ray's own schema and hold no secret; one of them brings a cluster up over ssh."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from launcher.ray_jobs import ADDRESS_VARIABLES, ray_request, submit_to_ray
 from tests.cluster import ssh
 from tests.cluster.conftest import need
 from tests.cluster.hosts import CPU_ONLY, Hosts, missing, several_hosts
-from tests.cluster.jobs import BIN, hosts_of_ranks, losses, runs_of, write_tiny_job
+from tests.cluster.tiny_jobs import BIN, hosts_of_ranks, losses, runs_of, write_tiny_job
 
 pytestmark = pytest.mark.cluster
 
@@ -54,8 +54,8 @@ def test_a_cluster_file_passes_rays_own_check(name: str) -> None:
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
 
 
-def test_only_what_the_user_carries_along_is_installed_as_the_launcher() -> None:
-    """Its name is nobody's at the package index, where anybody might take it."""
+def test_the_launcher_is_installed_only_from_what_the_user_copies() -> None:
+    """The package index has no package of that name, and anybody might publish one."""
     config = load("aws.yaml")
     [installing] = [command for command in config["setup_commands"] if "pip install" in command]
     assert [word for word in installing.split() if "launcher" in word and "bin/" not in word] == [
@@ -75,8 +75,8 @@ def test_the_options_of_ray_start_are_rays_own() -> None:
         assert set(options) - {"--quiet"} <= known
 
 
-def test_the_address_that_is_given_is_the_one_that_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's client would take one of the environment over it."""
+def test_the_given_address_wins_over_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's client would prefer an address in the environment."""
     called: list[str] = []
 
     class Answering(BaseHTTPRequestHandler):
@@ -101,8 +101,8 @@ def test_the_address_that_is_given_is_the_one_that_is_called(monkeypatch: pytest
     assert {os.environ[name] for name in ADDRESS_VARIABLES} == {"http://127.0.0.1:9"}
 
 
-def test_the_rayjob_holds_together() -> None:
-    """No schema of KubeRay's is to be had here: its shape, and what must agree within it and with this repository."""
+def test_the_rayjob_is_consistent() -> None:
+    """KubeRay's schema is not available here, so this checks the shape and the values that must agree."""
     job = load("kuberay-rayjob.yaml")
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
@@ -165,7 +165,7 @@ def test_no_file_holds_a_secret(path: Path) -> None:
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every value within, as text, with where it stands."""
+    """Every value as text, with its key."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from leaves(inner, f"{key}.{name}")
@@ -177,7 +177,7 @@ def leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def edited(hosts: Hosts, key: Path) -> Path:
-    """onprem.yaml with what it says to edit changed for the testbed, and nothing else."""
+    """onprem.yaml with only the values that it asks users to edit changed for the testbed."""
     head, *workers = (hosts.address(name) for name in hosts.names)
     text = (FOLDER / "onprem.yaml").read_text()
     for old, new in {
@@ -196,7 +196,7 @@ def edited(hosts: Hosts, key: Path) -> Path:
 
 @contextlib.contextmanager
 def tunnel(hosts: Hosts, key: Path) -> Iterator[str]:
-    """The dashboard of the head as ctl reaches it, by the command that the README gives."""
+    """The head's dashboard as ctl reaches it with the README's command."""
     options = ("-i", str(key), "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null")
     process = hosts.popen("ctl", ["ssh", *options, "-N", "-L", "8265:127.0.0.1:8265", "root@h1"])
     code = "import socket; socket.create_connection(('127.0.0.1', 8265), 1)"
@@ -213,7 +213,7 @@ def rays_on(hosts: Hosts, host: str) -> list[str]:
 
 
 def gone(found: Callable[[], object], seconds: float) -> bool:
-    """Does what is looked for end within the time?"""
+    """Whether what `found` returns is gone within the time."""
     deadline = time.monotonic() + seconds
     while found() and time.monotonic() < deadline:
         time.sleep(0.2)

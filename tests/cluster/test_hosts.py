@@ -1,4 +1,4 @@
-"""The testbed itself: it really is several hosts, and nothing of it is left afterwards."""
+"""The testbed itself: it has several hosts and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.cluster
 
 
 def reaches(hosts: Hosts, one: str, address: str) -> bool:
-    """Does a connection get an answer, if only that nobody listens at the port?"""
+    """Whether a connection is answered, be it refused."""
     code = "import socket, sys; s = socket.socket(); s.settimeout(0.5); sys.exit(s.connect_ex((sys.argv[1], 9)) != 111)"
     return hosts.run(one, ["python3", "-c", code, address], check=False).returncode == 0
 

@@ -1,4 +1,4 @@
-"""Runs on a Ray cluster over three hosts: how they are submitted, share it, wait for it, and what they learn there."""
+"""Runs on a Ray cluster over three hosts: submitting, sharing, waiting, and the losses they reach."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ import yaml
 from launcher.run_dir import RunDir
 from tests.cluster.conftest import need
 from tests.cluster.hosts import CPU_ONLY, Hosts, missing, several_hosts
-from tests.cluster.jobs import BIN, hosts_of_ranks, losses, runs_of, write_fault, write_tiny_job
 from tests.cluster.ray_cluster import RayCluster
+from tests.cluster.tiny_jobs import BIN, hosts_of_ranks, losses, runs_of, write_fault, write_tiny_job
 
 pytestmark = pytest.mark.cluster
 
 CPUS = 2
-"""Of each host: two runs of one rank a host fill it."""
+"""Per host: two runs with one rank per host fill it."""
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
-    """Ray over hosts of its own, which other tests may not power off."""
+    """Ray over separate hosts, which other tests cannot power off."""
     need(missing())
     with several_hosts(3) as hosts:
         hosts.environment.update({**CPU_ONLY, **hosts.start_fork_servers()})
@@ -52,7 +52,7 @@ def span(run: RunDir) -> tuple[str, str]:
 
 
 def test_runs_share_a_cluster_wait_for_room_and_make_the_updates_of_one_node(cluster: RayCluster) -> None:
-    """Two, three and one host, at once; they need seven processors of six, so that one of them waits."""
+    """Runs on two, three and one host at once need seven processors of six, so one of them waits."""
     folder = cluster.hosts.shared
     jobs = folder / "jobs"
     jobs.mkdir()
@@ -113,8 +113,8 @@ def test_runs_share_a_cluster_wait_for_room_and_make_the_updates_of_one_node(clu
     assert ranks_on(cluster.hosts) == []
 
 
-def test_a_rank_that_raises_on_the_second_node_is_told_from_elsewhere(cluster: RayCluster) -> None:
-    """Everything is asked for on a machine that has no part in the run."""
+def test_a_machine_outside_the_run_sees_which_rank_on_the_second_node_raised(cluster: RayCluster) -> None:
+    """All commands run on a machine outside the run."""
     folder = cluster.hosts.shared / "watched"
     jobs = folder / "jobs"
     jobs.mkdir(parents=True)
@@ -144,7 +144,7 @@ def test_a_rank_that_raises_on_the_second_node_is_told_from_elsewhere(cluster: R
     first = f"rank 1 on node 1 ({places[1]}) failed first, with exit code 1: ValueError: a bad sample on this node"
     for told in (raising.output, launcher("why", "raising")):
         assert first in told
-        # Whether the other rank notices by itself, or is ended first, is a matter of how busy the machine is.
+        # The other rank notices by itself or is ended first, depending on the load.
         found = re.search(r"1 other rank (?:fell in a collective only afterwards|only ended with the run): (.*)", told)
         assert found and found[1].startswith(f"rank 0 on node 0 ({places[0]})"), told
     own = launcher("logs", "raising", "--node", places[1], "--grep", "bad sample")
@@ -157,7 +157,7 @@ def test_a_rank_that_raises_on_the_second_node_is_told_from_elsewhere(cluster: R
     assert rows == [(places[0], [0], 0), (places[1], [1], 0)]
 
 
-def test_a_submission_that_ray_does_not_take_is_told_in_a_line(cluster: RayCluster) -> None:
+def test_a_submission_that_ray_refuses_is_reported_in_one_line(cluster: RayCluster) -> None:
     folder = cluster.hosts.shared / "refused"
     folder.mkdir()
     job = write_tiny_job(folder, cluster={"nodes": 2})
@@ -177,8 +177,8 @@ def test_a_submission_that_ray_does_not_take_is_told_in_a_line(cluster: RayClust
     assert secret not in done.stdout and not runs_of(folder) and job.exists()
 
 
-def test_what_is_excluded_is_what_ray_leaves_out(tmp_path: Path) -> None:
-    """The patterns of a request against Ray's own packing."""
+def test_ray_leaves_out_what_the_request_excludes(tmp_path: Path) -> None:
+    """A request's patterns, applied by Ray's own packing."""
     from ray._private.runtime_env.packaging import create_package
 
     from launcher.job import read_job

@@ -1,4 +1,4 @@
-"""Runs inside real Slurm allocations: the same losses as on one node, side by side, and what is left behind."""
+"""Runs inside real Slurm allocations: the losses of one node, runs side by side, and cleaning up."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tests.cluster import hosts as several
 from tests.cluster import slurm as over_hosts
 from tests.cluster.conftest import need
 from tests.cluster.hosts import CPU_ONLY, Hosts, several_hosts
-from tests.cluster.jobs import BIN, hosts_of_ranks, losses, runs_of, write_fault, write_tiny_job
 from tests.cluster.slurm import Slurm
+from tests.cluster.tiny_jobs import BIN, hosts_of_ranks, losses, runs_of, write_fault, write_tiny_job
 
 pytestmark = pytest.mark.cluster
 
@@ -63,7 +63,7 @@ def wait_for(condition: Callable[[], bool], told: Callable[[], str], seconds: fl
 
 
 def how_it_stands(hosts: Hosts, folder: Path, job: str) -> str:
-    """What Slurm says of a job, and what the job printed so far."""
+    """Slurm's record of a job, and what the job has printed so far."""
     printed = [path.read_text() for path in folder.glob(f"*-{job}.log")]
     return "\n".join([hosts.run("ctl", ["scontrol", "show", "job", job]).stdout, *printed])
 
@@ -83,7 +83,7 @@ def ended(hosts: Hosts, folder: Path, job: str, seconds: float = 240.0) -> tuple
 
 
 def of_launcher(hosts: Hosts) -> list[str]:
-    """What of a run still lives on any host."""
+    """Processes of runs that still live on any host."""
     words = ("ray", "raylet", "gcs_server", "launcher")
     found = []
     for host in hosts.names:
@@ -103,7 +103,7 @@ def span(run: RunDir) -> tuple[str, str]:
 
 
 def dashboards_beyond_loopback(hosts: Hosts, host: str, count: int) -> list[str]:
-    """What the dashboards of so many Rays on the host listen at for other machines."""
+    """Addresses at which the host's dashboards, `count` of them, listen for other machines."""
     lines = [" ".join(process.cmdline()) for process in hosts.processes(host)]
     ports = re.findall(r"dashboard\.py --host=127\.0\.0\.1 --port=([0-9]+) ", "\n".join(lines))
     assert len(ports) == count
@@ -135,7 +135,7 @@ def looked_into(hosts: Hosts, folder: Path, **jobs: str) -> list[str]:
     secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(runs[0].cluster / "key")}
     told = hosts.run("h1", [str(BIN / "ray"), "status", "--address", addresses[0]], **secret).stdout
     assert "/4.0 GPU" in told, told
-    # It would end the agent where what ZeRO offloads fills a node's memory.
+    # It would kill the agent when ZeRO's offloading fills a node's memory.
     monitors = hosts.run(
         "h1", ["sh", "-c", "grep -h 'MemoryMonitor' /tmp/lr-*/r/session_latest/logs/raylet.out"]
     ).stdout
@@ -143,7 +143,7 @@ def looked_into(hosts: Hosts, folder: Path, **jobs: str) -> list[str]:
     return addresses
 
 
-def test_two_and_three_nodes_at_once_learn_what_one_node_does(slurm: Slurm, shared: Path) -> None:
+def test_two_and_three_nodes_at_once_have_the_losses_of_one_node(slurm: Slurm, shared: Path) -> None:
     hosts = slurm.hosts
     one = sbatch(hosts, write_tiny_job(shared, "one"), "--nodes=1", overrides=("cluster.nodes=1",))
     assert ended(hosts, shared, one)[0] == "COMPLETED 0:0", ended(hosts, shared, one)
@@ -176,7 +176,7 @@ def test_two_and_three_nodes_at_once_learn_what_one_node_does(slurm: Slurm, shar
         assert [name for name in left if name.startswith("lr-")] == []
 
 
-def test_a_rank_that_raises_on_the_second_node_is_told_from_a_login_node(slurm: Slurm, shared: Path) -> None:
+def test_a_login_node_sees_which_rank_on_the_second_node_raised(slurm: Slurm, shared: Path) -> None:
     hosts = slurm.hosts
     faulty = write_fault(shared)
     changes = {"cluster": {"env": {"PYTHONPATH": str(faulty)}}, "train": {"max_steps": 100_000}}
@@ -188,7 +188,7 @@ def test_a_rank_that_raises_on_the_second_node_is_told_from_a_login_node(slurm: 
         return json.loads(launcher(hosts, "status", str(path), "--json"))
 
     wait_for(lambda: len(RunDir(path).metrics()) >= 2, lambda: how_it_stands(hosts, shared, job))
-    # Nodes tell of themselves every five seconds.
+    # Heartbeats come every five seconds.
     wait_for(lambda: all((node["updates"] or 0) >= 1 for node in live()["nodes"]), lambda: str(live()))
     status = live()
     assert (status["state"], status["slurm_job_id"], status["compared"]) == ("training", job, "own_seconds")
@@ -219,7 +219,7 @@ def test_a_rank_that_raises_on_the_second_node_is_told_from_a_login_node(slurm: 
     assert of_launcher(hosts) == []
 
 
-def test_a_run_is_cancelled_from_a_login_node_and_requeued_goes_on(slurm: Slurm, shared: Path) -> None:
+def test_a_run_is_cancelled_from_a_login_node_and_resumes_when_requeued(slurm: Slurm, shared: Path) -> None:
     hosts = slurm.hosts
     job_file = write_tiny_job(shared, train={"max_steps": 100_000})
     job = sbatch(hosts, job_file, "--nodes=2")
@@ -234,7 +234,7 @@ def test_a_run_is_cancelled_from_a_login_node_and_requeued_goes_on(slurm: Slurm,
     assert run.state()["state"] == "stopped" and run.complete_checkpoints() == [made]
     assert "cancelled by" in output
 
-    # Queued again, and called off before it starts: Slurm would wait two minutes.
+    # Requeued, then cancelled before it starts: Slurm would wait two minutes.
     hosts.run("ctl", ["scontrol", "requeue", job])
     assert f"Slurm had queued its job {job} again: cancelled that" in launcher(hosts, "cancel", str(path))
     assert ended(hosts, shared, job)[0].startswith("CANCELLED")
@@ -283,8 +283,8 @@ def test_a_node_that_does_not_come_up_is_named_with_the_end_of_its_log(slurm: Sl
     assert of_launcher(hosts) == []
 
 
-def test_a_node_that_refuses_ends_the_job_at_once(slurm: Slurm, shared: Path) -> None:
-    """A model that one node does not see, before the nodes have met: nobody waits for ten minutes."""
+def test_a_node_that_refuses_the_job_ends_it_at_once(slurm: Slurm, shared: Path) -> None:
+    """One node does not see the model: the other ends too, without waiting ten minutes for it."""
     hosts = slurm.hosts
     (shared / "bin").mkdir()
     wrapper = shared / "bin" / "launcher"
@@ -302,12 +302,12 @@ def test_a_node_that_refuses_ends_the_job_at_once(slurm: Slurm, shared: Path) ->
     assert of_launcher(hosts) == []
 
 
-def test_the_interface_that_reaches_the_others_is_found() -> None:
+def test_the_interface_that_reaches_the_other_nodes_is_found() -> None:
     need(several.missing() or over_hosts.missing())
     with several_hosts(2, dead_interface=True, dead_name=True, dead_route=True) as hosts:
         Slurm(hosts).start()
         job_file = write_tiny_job(hosts.shared)
-        # Another version on the second host, as a forgotten environment would have it.
+        # Another version on the second host, as in an outdated environment.
         other = hosts.shared / "other" / "transformers-4.0.0.dist-info"
         other.mkdir(parents=True)
         (other / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.0.0\n")
@@ -317,7 +317,7 @@ def test_the_interface_that_reaches_the_others_is_found() -> None:
             f"exec {BIN}/launcher node --doctor {job_file}\n"
         )
         wrapper.chmod(0o755)
-        # What one that was killed in the same allocation, which will be the first here, left behind.
+        # Left behind by one that was killed in the same allocation, which will be the first here.
         left = RunDir(hosts.shared / "runs" / ".doctor-slurm-1")
         left.cluster.mkdir(parents=True)
         command = ["srun", "--nodes=2", "--cpus-per-task=2", str(wrapper)]
@@ -331,7 +331,7 @@ def test_the_interface_that_reaches_the_others_is_found() -> None:
         assert [path.name for path in (hosts.shared / "runs").iterdir() if path.name.startswith(".doctor")] == []
 
 
-def test_a_script_of_the_users_own_runs_on_two_nodes_and_is_requeued(slurm: Slurm, shared: Path) -> None:
+def test_a_users_script_runs_on_two_nodes_and_resumes_when_requeued(slurm: Slurm, shared: Path) -> None:
     hosts = slurm.hosts
     job_file = shared / "script.yaml"
     job = {
@@ -362,6 +362,6 @@ def test_a_script_of_the_users_own_runs_on_two_nodes_and_is_requeued(slurm: Slur
     assert runs_of(shared, "script") == [run]
     assert "running the script again" in output
     assert "True, 1 restarts" in launcher(hosts, "logs", str(run.path), "--node", "h2")
-    # It went on from what it had saved, and what it had reported until then is kept.
+    # It resumed from what it had saved, and kept what it had reported until then.
     assert [line["update"] for line in run.metrics()] == list(range(10))
     assert run.metrics()[:6] == before[:6] and all(new["time"] > before[-1]["time"] for new in run.metrics()[6:])

@@ -1,4 +1,4 @@
-"""How Slurm ends runs: scancel and requeue, which leave time to save, and a node that is gone."""
+"""How Slurm ends runs: scancel and requeue leave time to save, and a node dies."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 
 from launcher.run_dir import RunDir
 from tests.cluster.hosts import Hosts
-from tests.cluster.jobs import write_tiny_job
 from tests.cluster.slurm import Slurm
 from tests.cluster.test_slurm import ended, how_it_stands, of_launcher, sbatch, wait_for
+from tests.cluster.tiny_jobs import write_tiny_job
 
 pytestmark = pytest.mark.cluster
 
@@ -36,7 +36,7 @@ def saved_everything(run: RunDir) -> bool:
     return run.state()["state"] == "stopped" and run.complete_checkpoints()[-1] == len(run.metrics())
 
 
-def test_scancel_and_requeue_save_and_a_dead_node_does_not_hold_the_allocation(slurm: Slurm, shared: Path) -> None:
+def test_scancel_and_requeue_save_and_a_dead_node_ends_the_allocation(slurm: Slurm, shared: Path) -> None:
     hosts = slurm.hosts
     slurm.wait_idle()
     long = {"train": {"max_steps": 100_000}}
@@ -75,7 +75,7 @@ def test_scancel_and_requeue_save_and_a_dead_node_does_not_hold_the_allocation(s
 
     hosts.power_off("h2")
     try:
-        # srun would wait for the task of the dead host for ever.
+        # srun would wait forever for the dead host's task.
         wait_for(lambda: job_state(hosts, two) not in ("RUNNING", "COMPLETING"), told, seconds=120)
         assert run_two.state()["state"] == "failed", told()
         assert "node 1 (h2) is lost" in told()

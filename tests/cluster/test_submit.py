@@ -1,4 +1,4 @@
-"""`launcher submit` on a real Slurm: what is shown is what is submitted, and what becomes of the batch script."""
+"""`launcher submit` on a real Slurm: it submits what it shows, and the batch script passes signals on."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def ended(slurm: Slurm, job: str) -> str:
 
 @pytest.fixture
 def folder(shared: Path) -> Path:
-    """A job in a folder with a name that wants quotes everywhere."""
+    """A job in a folder whose name needs quotes everywhere."""
     folder = shared / "50%j of 'it'"
     folder.mkdir()
     write_folder(folder, JOB + "slurm: {partition: debug, signal_seconds: 30, time: '5'}\n")
@@ -118,7 +118,7 @@ def test_what_slurm_refuses_is_told_with_the_key(slurm: Slurm, folder: Path, arg
 
 
 def with_a_pretended_launcher(folder: Path) -> str:
-    """A virtual environment whose launcher takes down what it is asked; the override that activates it."""
+    """Makes a virtual environment whose launcher records its arguments; returns the override that activates it."""
     programs = folder / "my venv/bin"
     programs.mkdir(parents=True)
     (programs / "activate").write_text(f"PATH={shlex.quote(str(programs))}:$PATH\n")

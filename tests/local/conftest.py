@@ -1,4 +1,4 @@
-"""What tests of a single engine in this process share."""
+"""What the local tests share: one process group in this process, the fork server, and a Ray."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 
 from tests.fork_server import fork_environment
-from tests.local.processes import existing_ray
+from tests.local.launcher_commands import existing_ray
 
 ONE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 @pytest.fixture(scope="session")
 def _process_group(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One for the whole session: DeepSpeed keeps hold of the first that it sees."""
+    """One process group for the session: DeepSpeed keeps the first that it gets."""
     deepspeed = pytest.importorskip("deepspeed")
     import torch
 
     store = tmp_path_factory.mktemp("store") / "store"
-    # Only inference uses this kernel, and building it takes long.
+    # Only inference uses this kernel, and building it takes a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with pytest.MonkeyPatch.context() as environment:
         for name, value in ONE_PROCESS.items():

@@ -15,7 +15,7 @@ from launcher.worker.gradient_norm import norm_before_step, norm_of_step
 from launcher.worker.lr_check import InStep, OutOfStep
 from launcher.worker.model import load_model, make_engine, parameter_groups
 from launcher.worker.ranks import Ranks
-from tests.local.harness import merged, plan_of
+from tests.local.rank_runs import merged, plan_of
 from tests.local.test_losses import zero_config
 
 pytestmark = [pytest.mark.local, pytest.mark.usefixtures("one_process")]

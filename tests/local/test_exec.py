@@ -1,4 +1,4 @@
-"""`launcher exec` with scripts that follow public practice, on a Ray that exists: two ranks each."""
+"""`launcher exec` on two ranks, with scripts that follow public practice, on an existing Ray."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import yaml
 from launcher.plan.learning_rate import planned_rates
 from launcher.plan.schema import Plan, ScriptPlan
 from launcher.run_dir import RunDir
-from tests.local.processes import Command, run_folder, state_of
+from tests.local.launcher_commands import Command, run_folder, state_of
 from tests.unit import inputs
 
 pytestmark = pytest.mark.local
@@ -30,7 +30,7 @@ SECRET = "known-to-the-launcher-alone"
 
 @pytest.fixture
 def execute(tmp_path, shared_ray):
-    """Starts a script on two ranks, in a folder of its own; gives the command back."""
+    """Starts a script on two ranks in tmp_path; returns the command."""
 
     def start(script: str, *arguments: str, env: dict[str, str] | None = None) -> Command:
         job = {
@@ -49,7 +49,7 @@ def execute(tmp_path, shared_ray):
 
 
 def finished(command: Command, tmp_path: Path) -> tuple[RunDir, ScriptPlan]:
-    """The run of a command that ended well, and its plan."""
+    """The run of a command that succeeded, and its plan."""
     assert command.wait() == 0, command.output
     run = RunDir(run_folder(tmp_path))
     assert run.state()["state"] == "finished"
@@ -65,7 +65,7 @@ def rank_log(run: RunDir, rank: int) -> str:
 
 
 def processes_in(folder: Path) -> list[str]:
-    """The processes that work in a folder, as the ranks of its scripts do."""
+    """The processes whose working directory is `folder`, such as ranks of its scripts."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -76,7 +76,7 @@ def processes_in(folder: Path) -> list[str]:
     return found
 
 
-def test_the_rates_that_a_trainer_logs_are_the_plans(execute, tmp_path):
+def test_a_trainer_logs_the_planned_learning_rates(execute, tmp_path):
     command = execute(
         *("hf_trainer.py", "--output_dir", "{run_dir}/out", "--deepspeed", "{ds_config}", "{trainer_args}"),
         *("--logging_steps", "1", "--report_to", "none", "--save_strategy", "no"),
@@ -85,7 +85,7 @@ def test_the_rates_that_a_trainer_logs_are_the_plans(execute, tmp_path):
     state = json.loads((run.path / "out/trainer_state.json").read_text())
     logged = {line["step"]: line["learning_rate"] for line in state["log_history"] if "learning_rate" in line}
     rate = planned_rates(plan)
-    # What a Trainer logs after step n is the rate of the update that comes next, whose number from 0 is n.
+    # After step n a Trainer logs the learning rate of the next update, which is number n from 0.
     assert logged == {step: rate(step) for step in range(1, UPDATES + 1)}
     assert max(logged.values()) == 1e-3
     assert state["global_step"] == UPDATES
@@ -93,7 +93,7 @@ def test_the_rates_that_a_trainer_logs_are_the_plans(execute, tmp_path):
     assert events == ["planning", "placing", "starting", "training", "finished"]
 
 
-def test_an_accelerate_script_takes_optimizer_and_schedule_from_the_json(execute, tmp_path):
+def test_an_accelerate_script_takes_optimizer_and_schedule_from_the_deepspeed_json(execute, tmp_path):
     env = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "{ds_config}"}
     command = execute(
         *("accelerate_loop.py", "--learning_rate", "{learning_rate}", "--max_train_steps", "{max_steps}"),
@@ -107,7 +107,7 @@ def test_an_accelerate_script_takes_optimizer_and_schedule_from_the_json(execute
     assert made == [rate(update) for update in range(UPDATES)]
 
 
-def test_the_example_a_plain_deepspeed_script_reports_the_planned_rates(shared_ray, tmp_path):
+def test_the_example_of_a_plain_deepspeed_script_reports_the_planned_learning_rates(shared_ray, tmp_path):
     for file in EXAMPLE.iterdir():
         shutil.copy(file, tmp_path)
     command = Command(
@@ -133,7 +133,7 @@ def test_the_example_a_plain_deepspeed_script_reports_the_planned_rates(shared_r
     assert f"{updates} of {updates} updates were made, every one at exactly the planned rate" in " ".join(shown.split())
 
 
-def test_a_module_under_plain_pytorch_has_torchruns_variables_and_its_other_rate_is_told(execute, tmp_path):
+def test_a_plain_pytorch_module_has_torchruns_variables_and_its_other_learning_rate_is_reported(execute, tmp_path):
     run, _ = finished(execute("plain_ddp.py", "--report"), tmp_path)
     for rank in (0, 1):
         log = rank_log(run, rank)
@@ -156,7 +156,7 @@ def test_a_module_under_plain_pytorch_has_torchruns_variables_and_its_other_rate
     assert [(event["update"], event["lr"]) for event in told] == [(0, 0.05)]
 
 
-def test_the_rank_that_raises_is_named_though_the_one_that_fell_ends_first(execute, tmp_path):
+def test_the_rank_that_raises_is_named_though_its_peer_ends_first(execute, tmp_path):
     command = execute("plain_ddp.py", "--raise-on-rank", "1")
     assert command.wait() == 1
     assert "rank 1 on node 0" in command.output and "a worn-out example" in command.output
@@ -175,8 +175,8 @@ def test_the_rank_that_raises_is_named_though_the_one_that_fell_ends_first(execu
     assert processes_in(tmp_path) == []
 
 
-def test_ctrl_c_is_a_sigterm_for_the_script(execute, tmp_path):
-    # What the folder holds is for the script alone to import.
+def test_ctrl_c_sends_the_script_sigterm(execute, tmp_path):
+    # Only the script may import these files.
     for module in ("launcher", "datasets", "deepspeed"):
         (tmp_path / f"{module}.py").write_text("raise ImportError('a file of the user')")
     command = execute("sleeper.py")

@@ -18,9 +18,9 @@ from launcher.token_store import TokenStore
 from launcher.worker.batches import IGNORED, SampleOrder, Share, micro_batches
 from launcher.worker.experts import gather_experts_together
 from launcher.worker.loss import summed_losses
-from tests.local.harness import fine_tuned, merged, plan_of
+from tests.local.rank_runs import fine_tuned, merged, plan_of
 from tests.local.test_losses import zero_config
-from tests.tiny import make_tiny_tokenizer
+from tests.tiny_models import make_tiny_tokenizer
 
 pytestmark = pytest.mark.local
 

@@ -1,4 +1,4 @@
-"""Exports from checkpoints: after a run was killed while exporting, and at any time, bit for bit those of the run."""
+"""Exports from checkpoints equal the run's own export bit for bit, also after the run was killed while exporting."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
 from launcher.worker.exporter import fill
 from tests.fork_server import fork_environment
-from tests.local.harness import fine_tuned, logs, merged, plan_of, run_directory, run_ranks
-from tests.local.processes import Command
+from tests.local.launcher_commands import Command
+from tests.local.rank_runs import fine_tuned, logs, merged, plan_of, run_directory, run_ranks
 from tests.local.test_losses import zero_config
 
 pytestmark = pytest.mark.local
@@ -65,7 +65,7 @@ def exported(run: RunDir, folder: Path, *options: str) -> Path:
 
 
 def test_a_run_killed_while_exporting_is_resumed_to_its_export(job_dict, tmp_path, shared_ray):
-    """Under ZeRO 3 in bfloat16: the weights are put together from the ranks' float32 shards."""
+    """Under ZeRO-3 in bfloat16, where the weights are assembled from the ranks' float32 shards."""
     plan = export_plan(job_dict, 3, model={"dtype": "bfloat16"})
     run = run_directory(plan, tmp_path)
     events = run_ranks(plan, run, command=DYING)
@@ -88,7 +88,7 @@ def test_a_run_killed_while_exporting_is_resumed_to_its_export(job_dict, tmp_pat
     assert again.wait() == 2
     assert f"all {UPDATES} updates are made already" in again.output
 
-    # In float32 it is the optimizer's own weights, of which the training's are a cast.
+    # A float32 export holds the optimizer's own weights, which training casts.
     precise = tensors(exported(run, tmp_path / "precise", "--dtype", "float32"))
     assert {t.dtype for t in precise.values()} == {torch.float32}
     for name, tensor in tensors(run.export).items():
@@ -97,7 +97,7 @@ def test_a_run_killed_while_exporting_is_resumed_to_its_export(job_dict, tmp_pat
 
 
 @pytest.mark.parametrize("stage", [2])
-def test_an_export_of_any_checkpoint_is_that_of_the_run(job_dict, tmp_path, shared_ray, stage):
+def test_an_export_of_the_last_checkpoint_equals_that_of_the_run(job_dict, tmp_path, shared_ray, stage):
     run = fine_tuned(export_plan(job_dict, stage, model={"freeze": ["model.layers.0.*", "*.norm"]}), tmp_path)
     assert_same_export(exported(run, tmp_path / "last"), run.export)
     earlier = tensors(exported(run, tmp_path / "earlier", "--update", str(SAVED), "--dtype", "float16"))

@@ -9,7 +9,7 @@ import pytest
 
 from launcher.fleet.failures import first_failure
 from launcher.plan.learning_rate import planned_rates
-from tests.local.harness import fine_tuned, logs, merged, plan_of, run_directory, run_ranks
+from tests.local.rank_runs import fine_tuned, logs, merged, plan_of, run_directory, run_ranks
 
 pytestmark = pytest.mark.local
 

@@ -15,7 +15,7 @@ from launcher.ds_config.loop_rules import MONITORS_AND_OPTIMIZERS, needed_packag
 from launcher.ds_config.target import Device
 from launcher.errors import RequestError
 from launcher.prepare.machine import missing_packages
-from tests.local.deepspeed_truth import NOT_COMPILED, WORLD_SIZE
+from tests.local.engine_verdicts import NOT_COMPILED, WORLD_SIZE
 from tests.unit.ds_config.failing_jsons import FINE, REFUSED
 
 pytestmark = pytest.mark.local
@@ -50,7 +50,7 @@ def completed(config: dict[str, Any], device: Device = "cpu") -> dict[str, Any]:
 
 def engines(configs: list[dict[str, Any]]) -> list[str | None]:
     """What came of an engine with each of the configs: its first error, or None."""
-    command = [sys.executable, "-m", "tests.local.deepspeed_truth"]
+    command = [sys.executable, "-m", "tests.local.engine_verdicts"]
     done = subprocess.run(command, input=json.dumps(configs), text=True, capture_output=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     answers: list[str | None] = json.loads(done.stdout)

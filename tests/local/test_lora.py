@@ -1,4 +1,4 @@
-"""Adapters: trained under ZeRO 2 and 3, exported alone and merged, and gone on with."""
+"""LoRA adapters: trained under ZeRO-2 and ZeRO-3, exported alone and merged, and resumed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir, read_manifest
 from launcher.token_store import TokenStore
 from launcher.worker.export import export_model
-from tests.local.harness import fine_tuned, merged, plan_of
-from tests.local.processes import Command
+from tests.local.launcher_commands import Command
+from tests.local.rank_runs import fine_tuned, merged, plan_of
 from tests.local.test_export import assert_same_export, exported
 from tests.local.test_losses import evaluated, zero_config
 from tests.local.test_methods import ADAPTERS, an_engine, one_rank
@@ -45,8 +45,8 @@ def made(run: RunDir) -> list[tuple[float, ...]]:
     return [tuple(line[key] for key in ("update", "samples", "lr", "loss", "grad_norm")) for line in run.metrics()]
 
 
-def test_adapters_are_trained_and_gone_on_with_exactly(job_dict, tmp_path):
-    """Dropout included, which each rank draws anew: the rest of the run is the same to the last bit."""
+def test_adapters_are_trained_and_resumed_bit_for_bit(job_dict, tmp_path):
+    """With dropout, which each rank draws again: the resumed updates equal the first run's to the last bit."""
     plan = lora_plan(job_dict, 2, dropout=0.1)
     run = fine_tuned(plan, tmp_path / "whole")
     check_export(plan, run)
@@ -55,8 +55,8 @@ def test_adapters_are_trained_and_gone_on_with_exactly(job_dict, tmp_path):
     assert made(again) == made(run)[SAVED:]
 
 
-def test_adapters_go_on_under_zero_3_on_one_rank_and_with_less_memory(job_dict, tmp_path):
-    """By the command, in a folder whose files have the names of packages: those are not what is imported."""
+def test_adapters_resume_under_zero_3_on_one_rank_with_gradient_checkpointing(job_dict, tmp_path):
+    """With `launcher resume`, in a folder whose files are named like packages and must not be imported."""
     plan = lora_plan(job_dict, 3)
     run = fine_tuned(plan, tmp_path / "whole")
     check_export(plan, run)
@@ -80,7 +80,7 @@ def test_adapters_go_on_under_zero_3_on_one_rank_and_with_less_memory(job_dict, 
 
 
 def saved_halfway(plan: Plan, run: RunDir) -> Start:
-    """The checkpoint in the middle, which holds the adapters and of the frozen weights the tied head at most."""
+    """The checkpoint in the middle. It holds the adapters and, of the frozen weights, at most the tied head."""
     checkpoint = run.checkpoint(SAVED)
     for file in checkpoint.glob("*model_states.pt"):
         state = torch.load(file, weights_only=False)
@@ -93,7 +93,7 @@ def saved_halfway(plan: Plan, run: RunDir) -> Start:
 
 
 def check_export(plan: Plan, run: RunDir) -> None:
-    """Adapters that peft loads, a merged model, both with the run's last evaluation; the pretrained model as it was."""
+    """The export has adapters that peft loads and a merged model, both with the run's last evaluation loss."""
     loss = run.evaluations()[-1]["loss"]
     adapters = run.export / "adapter"
     weights = load_file(adapters / "adapter_model.safetensors")
@@ -115,8 +115,8 @@ def check_export(plan: Plan, run: RunDir) -> None:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_adapters_alone_are_the_export_where_nothing_is_merged(job_dict, tmp_path):
-    """In this process, in bfloat16 and under ZeRO-3: the export itself is peft's folder, and not empty."""
+def test_an_export_without_merging_holds_the_adapters_alone(job_dict, tmp_path):
+    """In this process, in bfloat16 and under ZeRO-3: the export is a peft folder."""
     model = {"lora": ADAPTERS, "dtype": "bfloat16"}
     plan, engine = an_engine(job_dict, model=model, deepspeed=zero_config(3))
     assert plan.model.adapted_modules == ("q_proj", "v_proj")

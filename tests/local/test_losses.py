@@ -14,8 +14,8 @@ from launcher.plan.schema import Plan
 from launcher.token_store import TokenStore
 from launcher.worker.batches import IGNORED
 from launcher.worker.loss import summed_loss
-from tests.local.harness import fine_tuned, merged, plan_of
-from tests.tiny import make_tiny_model
+from tests.local.rank_runs import fine_tuned, merged, plan_of
+from tests.tiny_models import make_tiny_model
 
 pytestmark = pytest.mark.local
 

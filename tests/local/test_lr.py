@@ -13,9 +13,9 @@ import pytest
 import torch
 from deepspeed.runtime import lr_schedules
 
-from tests.local.harness import fine_tuned, merged, plan_of
-from tests.local.processes import write_job
-from tests.patience import PATIENCE_SECONDS
+from tests.local.launcher_commands import write_job
+from tests.local.rank_runs import fine_tuned, merged, plan_of
+from tests.time_limit import TIME_LIMIT_SECONDS
 
 pytestmark = pytest.mark.local
 
@@ -25,7 +25,7 @@ def lr(*arguments: str, folder: Path, columns: int = 80) -> str:
     environment = {**os.environ, "COLUMNS": str(columns)}
     code = "from launcher.cli import main; main()"
     line = [sys.executable, "-c", code, "lr", *arguments]
-    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT_SECONDS)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

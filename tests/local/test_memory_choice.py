@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.local.harness import fine_tuned, merged, plan_of
+from tests.local.rank_runs import fine_tuned, merged, plan_of
 
 pytestmark = pytest.mark.local
 

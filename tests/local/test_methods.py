@@ -27,8 +27,9 @@ from launcher.worker.export import export_model
 from launcher.worker.loss import summed_loss
 from launcher.worker.model import load_model, make_engine
 from launcher.worker.ranks import Ranks
-from tests.local.harness import fine_tuned, merged, plan_of
+from tests.local.rank_runs import fine_tuned, merged, plan_of
 from tests.local.test_losses import zero_config
+from tests.tiny_models import make_tiny_model
 
 pytestmark = [pytest.mark.local, pytest.mark.usefixtures("one_process")]
 
@@ -192,16 +193,17 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(job_dict):
         torch.testing.assert_close(others[name], gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_a_compiled_model_with_adapters_loses_the_same(job_dict):
+def test_a_compiled_model_with_adapters_has_the_same_losses(job_dict, tmp_path):
     from torch._dynamo.utils import counters
 
+    # Every layer would be compiled for itself.
+    make_tiny_model(tmp_path / "model", layers=1)
+    model = {"name_or_path": str(tmp_path / "model"), "lora": ADAPTERS}
     found = []
     for compiled in (False, True):
         torch._dynamo.reset()
         counters.clear()
-        plan, engine = an_engine(
-            job_dict, model={"torch_compile": compiled, "lora": ADAPTERS}, deepspeed=zero_config(2)
-        )
+        plan, engine = an_engine(job_dict, model={**model, "torch_compile": compiled}, deepspeed=zero_config(2))
         found.append([trained(plan, engine, range(1)) for _ in range(2)])
         assert (counters["stats"]["unique_graphs"] > 0) == compiled
     np.testing.assert_allclose(found[1], found[0], rtol=2e-5)

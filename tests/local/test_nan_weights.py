@@ -1,4 +1,4 @@
-"""NaN and Inf in loaded weights: found before anything is computed with them, on every rank, and reported as such."""
+"""NaN and Inf in loaded weights are found on every rank before training, and reported."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from launcher.plan.resume import Start
 from launcher.run_dir import RunDir, read_manifest
 from launcher.worker.finite_weights import UnsoundWeights, check_weights, held_by_rank
-from tests.local.harness import fine_tuned, logs, merged, plan_of, run_ranks
-from tests.local.processes import Command, run_folder, write_job
+from tests.local.launcher_commands import Command, run_folder, write_job
+from tests.local.rank_runs import fine_tuned, logs, merged, plan_of, run_ranks
 from tests.unit.inputs import command
 
 pytestmark = pytest.mark.local
@@ -23,7 +23,7 @@ NAME = "model.layers.1.mlp.down_proj.weight"
 
 
 def with_a_nan(model: Path, folder: Path) -> Path:
-    """A copy of a model folder with one NaN, at the end of one weight: under ZeRO-3 in the last rank's part."""
+    """A copy of a model folder with one NaN at the end of a weight, which ZeRO-3 gives to the last rank."""
     copy = Path(shutil.copytree(model, folder))
     weights = load_file(copy / "model.safetensors")
     weights[NAME][-1, -1] = float("nan")
@@ -32,7 +32,7 @@ def with_a_nan(model: Path, folder: Path) -> Path:
 
 
 def test_a_nan_that_one_rank_loads_fails_the_run_before_it_trains(job_dict, tiny_model, tmp_path, shared_ray):
-    """Frozen beneath an adapter, in the part that ZeRO-3 gives to the last rank."""
+    """The NaN is in a frozen weight under an adapter, in the last rank's part of ZeRO-3."""
     model = with_a_nan(tiny_model, tmp_path / "model")
     job = merged(job_dict, model={"name_or_path": str(model), "lora": {"r": 2}}, deepspeed="zero3")
     running = Command("run", str(write_job(tmp_path, job)), folder=tmp_path, **shared_ray)
@@ -109,7 +109,7 @@ def test_quantised_weights_and_padding_are_not_looked_at():
     model = torch.nn.Module()
     model.quantised = torch.nn.Parameter(torch.tensor([255, 255], dtype=torch.uint8), requires_grad=False)
     check_weights(model, Alone(), "folder")
-    # Five numbers on two ranks: the second has two of them, and one of padding, which is never written.
+    # Five values on two ranks: the second has two of them and one of padding, which is never written.
     part = torch.tensor([1.0, 2.0, float("nan")])
     part.ds_numel = 3
     sharded = SimpleNamespace(ds_tensor=part, ds_numel=5, ds_zero_partition_rank=1)

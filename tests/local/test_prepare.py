@@ -25,8 +25,8 @@ from launcher.prepare.rows import BadFile
 from launcher.prepare.sources import DataSource
 from launcher.prepare.tokenise import TextRequest, tokenise
 from launcher.token_store import TokenStore
-from tests.patience import PATIENCE_SECONDS
-from tests.tiny import make_tiny_tokenizer
+from tests.time_limit import TIME_LIMIT_SECONDS
+from tests.tiny_models import make_tiny_tokenizer
 
 pytestmark = pytest.mark.local
 
@@ -439,7 +439,7 @@ def test_two_processes_at_once_leave_one_good_cache(job: Job, tmp_path: Path) ->
         assert process.stdout is not None
         answers.append(json.loads(process.stdout.read().splitlines()[-1])["prepared"])
         process.stdout.close()
-        assert process.wait(PATIENCE_SECONDS) == 0
+        assert process.wait(TIME_LIMIT_SECONDS) == 0
     assert answers[0] == answers[1]
 
     left = sorted(path.relative_to(tmp_path / "cache").parts for path in (tmp_path / "cache").glob("*/*"))

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher.run_dir import RunDir
-from tests.local.processes import Command, run_folder
+from tests.local.launcher_commands import Command, run_folder
 
 pytestmark = pytest.mark.local
 
@@ -27,7 +27,7 @@ def test_the_quick_start_lowers_the_loss_and_its_model_still_answers(tmp_path, f
         "data.max_length=48",
         "data.eval=0.03",
         "schedule.warmup=1",
-        # A gigabyte and a half of Adam's moments, which other tests save smaller.
+        # It would be 1.5 GB of Adam's moments; other tests save checkpoints.
         "checkpoint.save_final=false",
     ]
     command = Command("run", str(ROOT / "examples/quickstart.yaml"), *overrides, folder=tmp_path, **forked)

@@ -1,4 +1,4 @@
-"""Ray's head process ends in the middle of a run: the run fails for that reason, and says so."""
+"""Ray's head process ends during a run: the run fails and reports that reason."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import psutil
 import pytest
 
 from launcher.run_dir import RunDir
-from tests.local.harness import merged
-from tests.local.processes import RAYS_OWN_AGENTS, Command, run_folder, updates_made, write_job
+from tests.local.launcher_commands import RAYS_OWN_AGENTS, Command, run_folder, updates_made, write_job
+from tests.local.rank_runs import merged
 from tests.unit.inputs import command
 
 pytestmark = pytest.mark.local

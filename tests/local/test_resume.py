@@ -8,8 +8,8 @@ import pytest
 from launcher.plan.learning_rate import planned_rates
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
-from tests.local.harness import fine_tuned, merged, plan_of, run_directory, run_ranks
-from tests.local.processes import Command
+from tests.local.launcher_commands import Command
+from tests.local.rank_runs import fine_tuned, merged, plan_of, run_directory, run_ranks
 from tests.local.test_losses import zero_config
 
 pytestmark = pytest.mark.local
@@ -31,13 +31,13 @@ def resumed_plan(run: RunDir) -> Plan:
 
 @pytest.fixture(scope="module")
 def whole_runs():
-    """Whole runs by their schedule: what they lose does not depend on the ZeRO stage."""
+    """Whole runs by their schedule; their losses do not depend on the ZeRO stage."""
     return {}
 
 
 @pytest.mark.parametrize("stage", [3])
-def test_another_number_of_ranks_goes_on_as_if_nothing_had_happened(job_dict, tmp_path, shared_ray, whole_runs, stage):
-    """Two ranks, then one: the batch is kept by accumulation, and losses and rates are those of one whole run."""
+def test_a_resume_on_another_number_of_ranks_equals_one_whole_run(job_dict, tmp_path, shared_ray, whole_runs, stage):
+    """Two ranks, then one: accumulation keeps the batch, and losses and learning rates equal those of one whole run."""
     schedule = {"warmup": 6, "peak_lr": 1e-3}
     job = merged(job_dict, train={"max_steps": UPDATES}, schedule=schedule, deepspeed=zero_config(stage))
     plan = plan_of(job)
@@ -57,7 +57,7 @@ def test_another_number_of_ranks_goes_on_as_if_nothing_had_happened(job_dict, tm
 
 
 @pytest.mark.parametrize("batch", [16])
-def test_another_batch_keeps_the_rate_where_it_was_for_the_samples_seen(job_dict, tmp_path, shared_ray, batch):
+def test_a_resume_with_another_batch_keeps_the_learning_rate_of_the_samples_seen(job_dict, tmp_path, shared_ray, batch):
     updates = 100
     train = {"max_steps": updates, "train_batch_size": 8}
     plan = plan_of(merged(job_dict, train=train, schedule={"warmup": 25, "peak_lr": 5e-4}))
@@ -75,16 +75,16 @@ def test_another_batch_keeps_the_rate_where_it_was_for_the_samples_seen(job_dict
     assert first["update"] == new.resumed.update
     assert abs(first["update"] - made * 8 / batch) <= 0.5
     assert first["samples"] == made * 8 + batch
-    # A larger batch counts fewer updates, so that the rate is met within what it changes by in one of them.
+    # A larger batch makes fewer updates, so the learning rate matches to within its change in one update.
     assert abs(first["lr"] - planned_rates(plan)(made)) <= 1.01 * plan.learning_rate.peak_lr / (updates - 25)
     assert updates * 8 <= lines[-1]["samples"] < updates * 8 + batch
     planned = planned_rates(new)
     assert [line["lr"] for line in lines[made:]] == [planned(line["update"]) for line in lines[made:]]
-    # Updates count anew under a larger batch: the newest checkpoint is the one with the most samples.
+    # A larger batch renumbers the updates: the newest checkpoint is the one with the most samples.
     assert run.complete_checkpoints() == [lines[-1]["update"] + 1]
 
 
-def test_another_schedule_takes_over_where_the_run_stands(job_dict, tmp_path, shared_ray):
+def test_a_resume_with_another_schedule_follows_it_from_the_checkpoint_on(job_dict, tmp_path, shared_ray):
     plan = plan_of(merged(job_dict, train={"max_steps": UPDATES}, schedule={"warmup": 6, "peak_lr": 1e-3}))
     run = half_done(plan, tmp_path)
     made = len(run.metrics())
@@ -97,7 +97,7 @@ def test_another_schedule_takes_over_where_the_run_stands(job_dict, tmp_path, sh
     assert max(line["lr"] for line in lines[made:]) <= 2e-4
 
 
-def test_what_cannot_be_gone_on_with_is_told(job_dict, tmp_path, shared_ray):
+def test_a_resume_that_is_impossible_is_refused_with_its_reason(job_dict, tmp_path, shared_ray):
     plan = plan_of(merged(job_dict, train={"max_steps": UPDATES}))
     run = half_done(plan, tmp_path)
     for override, words in {

@@ -15,7 +15,7 @@ from launcher.errors import RequestError
 from launcher.plan.learning_rate import planned_rates
 from launcher.prepare.universal import make_universal
 from launcher.run_dir import RunDir, universal_folder, write_atomic
-from tests.local.harness import fine_tuned, logs, merged, plan_of, run_ranks
+from tests.local.rank_runs import fine_tuned, logs, merged, plan_of, run_ranks
 
 pytestmark = pytest.mark.local
 

@@ -1,4 +1,4 @@
-"""`launcher run` as a user sees it, on a Ray of its own: its end, its interruption, its failure."""
+"""`launcher run` as a user sees it: it finishes, is interrupted and fails, on its own Ray and on an existing one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
-from tests.local.harness import fine_tuned, merged, plan_of
-from tests.local.processes import RAYS_OWN_AGENTS, Command, run_folder, state_of, updates_made, write_job
+from tests.local.launcher_commands import RAYS_OWN_AGENTS, Command, run_folder, state_of, updates_made, write_job
+from tests.local.rank_runs import fine_tuned, merged, plan_of
 from tests.unit import inputs
 
 pytestmark = pytest.mark.local
@@ -24,7 +24,7 @@ LONG = {"max_steps": 100_000}
 CHATTER = re.compile(r"\[(INFO|WARNING)\]|raylet|DeepSpeed|deepspeed|Started a local Ray|torch\.distributed|Token auth")
 
 
-def test_a_run_from_job_file_to_model(job_dict, tmp_path):
+def test_a_run_goes_from_job_file_to_model(job_dict, tmp_path):
     job = merged(job_dict, train={"max_steps": 6, "eval_every": 3}, checkpoint={"every": 2, "keep": 2})
     command = Command("run", str(write_job(tmp_path, job)), "train.max_steps=5", folder=tmp_path)
     assert command.wait() == 0, command.output
@@ -69,7 +69,7 @@ def test_a_run_from_job_file_to_model(job_dict, tmp_path):
 
 
 def test_ctrl_c_once_saves_and_the_resumed_run_equals_an_uninterrupted_one(job_dict, tmp_path, shared_ray):
-    # Long enough that the signal comes in the middle, whatever the machine is doing.
+    # Long enough that the signal arrives in the middle on a busy machine.
     job = merged(job_dict, train={"max_steps": 100})
     command = Command("run", str(write_job(tmp_path, job)), folder=tmp_path, **shared_ray)
     command.wait_for(lambda: updates_made(tmp_path) >= 3)
@@ -91,13 +91,13 @@ def test_ctrl_c_once_saves_and_the_resumed_run_equals_an_uninterrupted_one(job_d
     np.testing.assert_allclose([line["loss"] for line in one], [line["loss"] for line in other], rtol=1e-6)
 
 
-def test_ctrl_c_twice_stops_at_once_and_leaves_nothing(job_dict, tmp_path, forked):
+def test_ctrl_c_twice_stops_at_once_and_leaves_no_process(job_dict, tmp_path, forked):
     command = Command("run", str(write_job(tmp_path, merged(job_dict, train=LONG))), folder=tmp_path, **forked)
     command.wait_for(lambda: updates_made(tmp_path) >= 2)
-    # A rank that cannot answer any more must not hold the second Ctrl-C up.
+    # A rank that no longer answers must not delay the second Ctrl-C.
     command.ranks()[1].suspend()
     command.interrupt()
-    # Two signals at once would be taken for one.
+    # Two signals at the same moment would count as one.
     command.wait_for(lambda: "once more: stop now" in command.output)
     command.interrupt()
     assert command.wait() == 130, command.output
@@ -117,7 +117,7 @@ def test_a_killed_rank_is_named_and_all_others_end(job_dict, tmp_path, forked):
     run = RunDir(run_folder(tmp_path))
     (failure,) = [event for event in run.events() if event["event"] == "failure"]
     assert (failure["rank"], failure["exit_code"], failure["code"]) == (1, -signal.SIGKILL, "rank_killed")
-    # Whether it was memory is measured: the count is there where the kernel keeps one.
+    # The launcher measures whether memory was the cause, and has a count where the kernel keeps one.
     node = json.loads(run.node_file(0, socket.gethostname()).read_text())
     low = node["memory_peak_bytes"] < 0.8 * node["memory_bytes"] and not node.get("oom_kills")
     assert ("most likely not for lack of memory" in command.output) == low
@@ -135,14 +135,14 @@ def test_ranks_end_with_their_agent(job_dict, tmp_path, forked):
     assert command.left_behind() == []
 
 
-def test_nothing_is_left_of_a_launcher_that_was_killed(job_dict, tmp_path, forked):
+def test_a_killed_launcher_leaves_no_process(job_dict, tmp_path, forked):
     command = Command("run", str(write_job(tmp_path, merged(job_dict, train=LONG))), folder=tmp_path, **forked)
     command.wait_for(lambda: updates_made(tmp_path) >= 2)
     ranks = command.ranks()
     assert len(ranks) == 2
     command.process.kill()
     command.process.wait()
-    # Its lock is free from now on, so that nobody takes it for alive.
+    # Its lock is free now, so the run counts as lost.
     run = run_folder(tmp_path)
     assert json.loads(inputs.command("status", str(run), "--json").out)["state"] == "lost"
     why = inputs.command("why", str(run)).out
@@ -151,7 +151,7 @@ def test_nothing_is_left_of_a_launcher_that_was_killed(job_dict, tmp_path, forke
     assert command.left_behind(*RAYS_OWN_AGENTS) == []
 
 
-def test_a_bad_job_starts_nothing_and_leaves_no_directory(job_dict, tmp_path):
+def test_an_invalid_job_starts_no_process_and_leaves_no_directory(job_dict, tmp_path):
     job = merged(job_dict, data={"max_length": 100_000})
     command = Command("run", str(write_job(tmp_path, job)), folder=tmp_path)
     assert command.wait() == 2
@@ -160,7 +160,7 @@ def test_a_bad_job_starts_nothing_and_leaves_no_directory(job_dict, tmp_path):
     assert command.left_behind() == []
 
 
-def test_a_ray_that_exists_is_joined_and_left_as_it_was(job_dict, tmp_path, shared_ray):
+def test_a_run_joins_an_existing_ray_and_gives_its_processors_back(job_dict, tmp_path, shared_ray):
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         folder.mkdir()

@@ -8,7 +8,7 @@ from launcher.plan.learning_rate import planned_rates
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir, read_manifest
-from tests.local.harness import WORKER, logs, merged, plan_of, run_directory, run_ranks
+from tests.local.rank_runs import WORKER, logs, merged, plan_of, run_directory, run_ranks
 
 pytestmark = pytest.mark.local
 

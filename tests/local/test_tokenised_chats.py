@@ -19,7 +19,7 @@ from launcher.prepare.request import Request, cached, carry_out
 from launcher.prepare.sources import DataSource
 from launcher.prepare.tokenise import TextRequest, tokenise
 from launcher.token_store import TokenStore
-from tests.tiny import make_tiny_tokenizer
+from tests.tiny_models import make_tiny_tokenizer
 from tests.unit.inputs import model_facts
 from tests.unit.prepare.chats import TEMPLATES, call, chat, tool
 

@@ -1,4 +1,4 @@
-"""logs, status, watch and why on a real run of which a rank raises: while it lives, at its end, and on a copy of it."""
+"""logs, status, watch and why on a real run in which a rank raises: during the run, after it, and on a copy."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from launcher.run_dir import RunDir
-from tests.local import processes
-from tests.local.harness import merged
-from tests.local.processes import Command, run_folder, updates_made, write_job
-from tests.patience import PATIENCE_SECONDS
+from tests.local import launcher_commands
+from tests.local.launcher_commands import Command, run_folder, updates_made, write_job
+from tests.local.rank_runs import merged
+from tests.time_limit import TIME_LIMIT_SECONDS
 from tests.unit.inputs import command
 
 pytestmark = pytest.mark.local
@@ -29,7 +29,7 @@ HOST = socket.gethostname()
 
 
 def launcher(*arguments: str, folder: Path) -> subprocess.Popen[str]:
-    """The real command, started."""
+    """Starts the real command."""
     return subprocess.Popen(
         [str(Path(sys.executable).with_name("launcher")), *arguments],
         cwd=folder,
@@ -40,7 +40,7 @@ def launcher(*arguments: str, folder: Path) -> subprocess.Popen[str]:
 
 
 def said(*arguments: str) -> str:
-    """What a command prints, in this process, that ends well."""
+    """What a command prints in this process. It must succeed."""
     ended = command(*arguments)
     assert (ended.status, ended.err) == (0, "")
     return ended.out
@@ -51,24 +51,24 @@ def parts(line: str) -> tuple[str, ...]:
     return tuple(line.split(None, 2))
 
 
-def test_a_rank_that_raises_is_watched_and_explained(job_dict, tmp_path, monkeypatch, shared_ray):
+def test_logs_status_watch_and_why_report_a_rank_that_raises(job_dict, tmp_path, monkeypatch, shared_ray):
     signal = tmp_path / "raise"
     cluster = {"env": {"RAISE_WHEN": str(signal)}}
     job = write_job(tmp_path, merged(job_dict, train={"max_steps": 100_000}, cluster=cluster))
-    monkeypatch.setattr(processes, "LAUNCHER", [sys.executable, "-c", RAISING])
+    monkeypatch.setattr(launcher_commands, "LAUNCHER", [sys.executable, "-c", RAISING])
     running = Command("run", str(job), folder=tmp_path, **shared_ray)
     running.wait_for(lambda: run_folder(tmp_path) is not None)
     run = RunDir(run_folder(tmp_path))
-    # Both follow from before there is a log, and end by themselves.
+    # Both start before there is a log, and end by themselves.
     following = launcher("logs", str(run.path), "-f", folder=tmp_path)
     watching = launcher("watch", run.path.name, folder=tmp_path)
     running.wait_for(lambda: updates_made(tmp_path) >= 5)
     live = json.loads(said("status", str(run.path), "--json"))
     signal.touch()
     assert running.wait() == 1, running.output
-    followed, errors = following.communicate(timeout=PATIENCE_SECONDS)
+    followed, errors = following.communicate(timeout=TIME_LIMIT_SECONDS)
     assert (following.returncode, errors) == (0, "")
-    watched, errors = watching.communicate(timeout=PATIENCE_SECONDS)
+    watched, errors = watching.communicate(timeout=TIME_LIMIT_SECONDS)
     assert (watching.returncode, errors) == (0, "")
 
     assert (live["state"], live["written_state"]) == ("training", "training")
@@ -80,7 +80,7 @@ def test_a_rank_that_raises_is_watched_and_explained(job_dict, tmp_path, monkeyp
     assert ended["nodes"][0]["ranks"] == [0, 1]
     assert 1 in ended["nodes"][0]["exit_codes"]
 
-    # What was followed is what the files hold, each line once and under its file's name.
+    # `logs -f` printed each line of the files once, under the file's name.
     lines = [
         parts(f"{path.parent.name}/{path.stem} {line}")
         for path in run.logs.glob("*/*.log")
@@ -98,7 +98,7 @@ def test_a_rank_that_raises_is_watched_and_explained(job_dict, tmp_path, monkeyp
     assert str(run.node_logs(0, HOST) / "rank-1.log") in why
     # The other rank waited for it in a collective.
     assert f"1 other rank fell in a collective only afterwards: rank 0 on node 0 ({HOST})" in why
-    # The run said the same by itself, and so does a copy of its directory, and watch at its end.
+    # The run printed the same, watch printed it at the end, and a copy of the directory gives it too.
     assert f"error: {why.rstrip()}" in running.output
     assert head in watched and watched.startswith(("planning", "preparing", "placing"))
     copy = shutil.copytree(run.path, tmp_path / "copied")
@@ -106,7 +106,7 @@ def test_a_rank_that_raises_is_watched_and_explained(job_dict, tmp_path, monkeyp
     assert running.left_behind() == []
 
 
-def test_a_run_cancelled_at_once_saves_nothing_and_leaves_nothing(job_dict, tmp_path, shared_ray):
+def test_cancel_now_saves_no_checkpoint_and_leaves_no_process(job_dict, tmp_path, shared_ray):
     running = Command(
         "run", str(write_job(tmp_path, merged(job_dict, train={"max_steps": 100_000}))), folder=tmp_path, **shared_ray
     )
@@ -121,7 +121,7 @@ def test_a_run_cancelled_at_once_saves_nothing_and_leaves_nothing(job_dict, tmp_
     assert running.left_behind() == []
     assert run.complete_checkpoints() == [] and "Traceback" not in running.output
     assert said("why", str(run.path)) == f"nothing failed: it was stopped after {made} updates: {reason}\n"
-    # What the node last told of itself is of its end, and of the time before it.
+    # The node's last heartbeat is from its end and has figures from before.
     last = json.loads(run.node_file(0, HOST).read_text())
     assert last["ended"] and last["cpu_percent"] > 0 and last.get("oom_kills", 0) == 0
     assert [rank["alive"] for rank in last["ranks"]] == [False, False]

@@ -1,4 +1,4 @@
-"""The built wheel in an environment of its own, used in an empty folder."""
+"""The built wheel, installed in a new environment and used in an empty folder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bin folder of a fresh environment with the wheel; a .pth file shows it the locked packages."""
+    """The bin folder of a new environment with the wheel; a .pth file adds the locked packages."""
     folder = tmp_path_factory.mktemp("fresh") / "venv"
     succeed(sys.executable, "-m", "venv", "--without-pip", folder, cwd=wheel.parent)
     python = folder / "bin/python"
@@ -45,7 +45,7 @@ def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--quiet", wheel)
     succeed(*pip, cwd=wheel.parent)
-    # Added at the end of the path: what is installed here comes first, and no .pth file in there is followed.
+    # These come last on the path, and Python reads no .pth files in them.
     installed = [folder for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")]
     (site / "locked.pth").write_text("\n".join([*installed, ""]))
     return folder / "bin"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fcntl
 import io
 import json
 import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,8 +139,15 @@ def command(*arguments: str) -> Ended:
 def as_nobody(folder: Path, *arguments: str) -> Ended:
     """`launcher ARGUMENTS` as a user who owns nothing, in a process of its own; needs root.
 
-    The folders above `folder` are opened to that user meanwhile.
+    The folders above `folder` are opened to that user meanwhile. Other workers of pytest-xdist share some of them, and
+    wait for their turn.
     """
+    with (Path(tempfile.gettempdir()) / "launcher-tests-as-nobody.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _as_nobody(folder, *arguments)
+
+
+def _as_nobody(folder: Path, *arguments: str) -> Ended:
     closed = [each for each in (folder, *folder.parents) if not each.stat().st_mode & 0o005]
     for each in closed:
         each.chmod(0o755)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import launcher
-from tests.patience import PATIENCE_SECONDS
+from tests.time_limit import TIME_LIMIT_SECONDS
 
 PACKAGE = Path(launcher.__file__).parent
 ROOT = PACKAGE.parent
@@ -104,7 +104,7 @@ def fresh(body: str, folder: Path) -> str:
     """What `body` prints in a new interpreter that ends without a heavy package."""
     code = FRESH.format(body=body, heavy=HEAVY)
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=TIME_LIMIT_SECONDS
     )
     assert done.returncode == 0, done.stderr
     loaded, printed = json.loads(done.stdout)

@@ -20,7 +20,7 @@ from launcher.cli import run as run_verb
 from launcher.cli.console import RunConsole
 from launcher.cli.run import interruptible
 from launcher.watch import status
-from tests.patience import PATIENCE_SECONDS
+from tests.time_limit import TIME_LIMIT_SECONDS
 from tests.unit.inputs import as_nobody, command, write_folder
 from tests.unit.run_directories import START, Built
 
@@ -51,7 +51,7 @@ def after(condition: Callable[[], bool], built: Built, state: str) -> Iterator[N
     """The launcher at work takes the request once the condition holds, and the run comes to an end."""
 
     def take() -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + TIME_LIMIT_SECONDS
         while not condition() and time.monotonic() < deadline:
             time.sleep(0.02)
         built.run.event("stop_requested", now=False, by="u@h")
@@ -171,7 +171,7 @@ def test_a_run_is_cancelled_while_its_nodes_come_up(tmp_path: Path) -> None:
             assert first.poll() is None, first.communicate()
             time.sleep(0.05)
         ended = command("cancel", str(path))
-        output, _ = first.communicate(timeout=PATIENCE_SECONDS)
+        output, _ = first.communicate(timeout=TIME_LIMIT_SECONDS)
     assert (ended.status, ended.err) == (0, "")
     assert "stopped: cancelled by" in ended.out
     assert first.returncode == 143 and "cancelled by" in output and "Traceback" not in output

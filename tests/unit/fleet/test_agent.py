@@ -12,7 +12,7 @@ import pytest
 
 from launcher.fleet.agent import Agent, NodeTask
 from launcher.tail import Tail
-from tests.patience import PATIENCE_SECONDS
+from tests.time_limit import TIME_LIMIT_SECONDS
 
 LINES = 50_000
 PRINTS = f"for i in range({LINES}): print('a line that nobody can write down', i)"
@@ -53,7 +53,7 @@ def task(folder: Path, *code: str) -> NodeTask:
 
 def exits(agent: Agent, count: int) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + TIME_LIMIT_SECONDS
     while len(found) < count:
         assert time.monotonic() < deadline, "a rank's end was never told"
         found += [event for event in agent.next_events(1.0) if event["report"] == "exit"]
@@ -67,7 +67,7 @@ def test_a_full_disk_neither_ends_a_rank_that_prints_nor_hides_its_end(agent: Ag
 
 def test_a_full_disk_does_not_keep_the_agent_from_ending_its_ranks(agent: Agent, full: Path) -> None:
     agent.start(task(full, SLEEPS))
-    agent.end(PATIENCE_SECONDS)
+    agent.end(TIME_LIMIT_SECONDS)
     assert [event["code"] for event in exits(agent, 1)] == [-15]
 
 

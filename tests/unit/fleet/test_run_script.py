@@ -20,7 +20,7 @@ from launcher.fleet.process import RankProcess, stop_all
 from launcher.fleet.run_script import companions, filled
 from launcher.run_dir import RunDir
 from launcher.runs.script_supervisor import LEASH
-from tests.patience import PATIENCE_SECONDS
+from tests.time_limit import TIME_LIMIT_SECONDS
 
 RANK = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1"}
 RANK |= {"LAUNCHER_RUN_DIR": "/runs/mine-1"}
@@ -36,7 +36,7 @@ class Heard:
 
     def wait_for(self, report: str) -> dict[str, Any]:
         while True:
-            event = self._events.get(timeout=PATIENCE_SECONDS)
+            event = self._events.get(timeout=TIME_LIMIT_SECONDS)
             if event["report"] == report:
                 return event
 
@@ -68,7 +68,7 @@ def start(tmp_path: Path, heard: Heard, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 def wait_for_line(tmp_path: Path, word: str) -> str:
     """The first line of the log that has the word."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + TIME_LIMIT_SECONDS
     while time.monotonic() < deadline:
         lines = (tmp_path / "rank.log").read_text().splitlines() if (tmp_path / "rank.log").exists() else []
         if found := [line for line in lines if word in line]:
@@ -90,7 +90,7 @@ def group_of(pid: int) -> list[int]:
 
 
 def wait_until_gone(pid: int) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + TIME_LIMIT_SECONDS
     while group_of(pid):
         assert time.monotonic() < deadline, f"still there: {group_of(pid)}"
         time.sleep(0.02)

@@ -19,7 +19,7 @@ from launcher.slurm.allocation import Allocation
 from launcher.slurm.ray_cluster import _start_others
 from launcher.slurm.rendezvous import Guest, Line, Meeting, attend, common_address
 from launcher.slurm.startup_errors import Refusals
-from tests.patience import PATIENCE_SECONDS
+from tests.time_limit import TIME_LIMIT_SECONDS
 
 KEY = "ab" * 32
 ALLOCATION = Allocation("77", 0, 0, ("h1", "h2", "h3"), cpus=4, gpus=0)
@@ -46,20 +46,20 @@ def first(file: Path) -> Iterator[Meeting]:
 def test_nodes_meet_talk_and_see_the_first_one_go(file: Path, key: Path, first: Meeting) -> None:
     with ThreadPoolExecutor() as pool:
         # They wait for the file, and come in any order.
-        coming = [pool.submit(attend, file, key, node, PATIENCE_SECONDS) for node in (2, 1)]
+        coming = [pool.submit(attend, file, key, node, TIME_LIMIT_SECONDS) for node in (2, 1)]
         first.publish()
-        guests = first.wait(PATIENCE_SECONDS)
+        guests = first.wait(TIME_LIMIT_SECONDS)
         lines = {node: future.result() for node, future in zip((2, 1), coming, strict=True)}
     assert [guest.node for guest in guests] == [1, 2]
     address = common_address(guests)
     assert address in own_addresses()
     assert guests[0].reached[address] in own_addresses()
     guests[1].line.send(ray="there")
-    assert lines[2].receive(PATIENCE_SECONDS) == {"ray": "there"}
+    assert lines[2].receive(TIME_LIMIT_SECONDS) == {"ray": "there"}
     lines[1].send(up=True)
-    assert guests[0].line.receive(PATIENCE_SECONDS) == {"up": True}
+    assert guests[0].line.receive(TIME_LIMIT_SECONDS) == {"up": True}
     first.close()
-    assert [lines[node].receive(PATIENCE_SECONDS) for node in (1, 2)] == [None, None]
+    assert [lines[node].receive(TIME_LIMIT_SECONDS) for node in (1, 2)] == [None, None]
     assert not file.exists()
 
 
@@ -78,8 +78,8 @@ def test_addresses_that_lead_nowhere_are_passed_over(file: Path, key: Path, monk
     invitation = json.loads(file.read_text())
     # 192.0.2.0/24 is kept for documentation: nobody answers there.
     file.write_text(json.dumps({**invitation, "addresses": ["192.0.2.77", *invitation["addresses"]]}))
-    attend(file, key, 1, PATIENCE_SECONDS)
-    (guest,) = first.wait(PATIENCE_SECONDS)
+    attend(file, key, 1, TIME_LIMIT_SECONDS)
+    (guest,) = first.wait(TIME_LIMIT_SECONDS)
     first.close()
     assert "192.0.2.77" not in guest.reached
     assert set(guest.reached) == set(invitation["addresses"])
@@ -117,7 +117,7 @@ def test_a_node_that_refuses_ends_the_waiting_of_all_and_leaves_nothing_behind(
         leaves(two, RequestError(Problem("no folder /models/llama", key="model.name_or_path")))
         for waiting in (hosting, coming):
             with pytest.raises(RunFailed, match=r"node 2 \(.+\) refused: model.name_or_path: no folder /models/llama"):
-                waiting.result(PATIENCE_SECONDS)
+                waiting.result(TIME_LIMIT_SECONDS)
             refused = waiting.exception()
             assert isinstance(refused, RunFailed) and refused.code == "user_error"
     leaves(zero, hosting.exception() or KeyError())
@@ -158,7 +158,7 @@ def test_a_node_that_came_and_failed_is_told_with_the_log_of_its_own_host(tmp_pa
     theirs.send(failed="no free port", code="network")
     with pytest.raises(RunFailed) as told:
         _start_others(run, [Guest(1, "h3", {"10.0.0.1": "10.0.0.3"}, ours)], "10.0.0.1", "10.0.0.1:7000")
-    assert theirs.receive(PATIENCE_SECONDS) == {"ray": "10.0.0.1:7000", "own": "10.0.0.3"}
+    assert theirs.receive(TIME_LIMIT_SECONDS) == {"ray": "10.0.0.1:7000", "own": "10.0.0.3"}
     first, *log = str(told.value).splitlines()
     assert (first, told.value.code) == ("node 1 (h3) did not come up: no free port", "network")
     assert log == [f"  the end of {tmp_path}/logs/node-1-h3/node.log:", "    written on h3"]

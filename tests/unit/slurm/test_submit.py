@@ -25,7 +25,7 @@ from launcher.presets import shipped_folder
 from launcher.slurm.options import sbatch_options
 from launcher.slurm.sbatch_errors import STATES, refusal, standing
 from launcher.slurm.submit import SHIPPED, SlurmRequest, Surroundings, Templates, read_templates, slurm_request
-from tests.patience import PATIENCE_SECONDS
+from tests.time_limit import TIME_LIMIT_SECONDS
 from tests.unit.inputs import Ended, command, job_of, write_folder
 from tests.unit.test_imports import fresh
 
@@ -500,7 +500,7 @@ def test_sbatch_reads_our_quotes_as_we_write_them(
         text=True,
         capture_output=True,
         env=environment,
-        timeout=PATIENCE_SECONDS,
+        timeout=TIME_LIMIT_SECONDS,
     )
     understood = dict(re.findall(r"^sbatch: ([a-z-]+) +: (.*)$", done.stderr, re.MULTILINE))
     log = str(Path(f"/{folder}")).replace("%", "%%") + "/tiny-slurm-%j.log"
@@ -548,7 +548,7 @@ def run_script(folder: Path, script: str, **more: str) -> subprocess.CompletedPr
         text=True,
         capture_output=True,
         env=environment_of(folder, **more),
-        timeout=PATIENCE_SECONDS,
+        timeout=TIME_LIMIT_SECONDS,
     )
 
 
@@ -581,7 +581,7 @@ def job_words(batch_job: list[str]) -> list[str]:
 @pytest.mark.parametrize("status", [0, 1, 143])
 def test_the_batch_jobs_status_is_that_of_srun(batch_job: list[str], tmp_path: Path, status: int) -> None:
     with_programs(tmp_path, f"exit {status}")
-    done = subprocess.run(batch_job, env=environment_of(tmp_path, SLURM_CPUS_PER_TASK="5"), timeout=PATIENCE_SECONDS)
+    done = subprocess.run(batch_job, env=environment_of(tmp_path, SLURM_CPUS_PER_TASK="5"), timeout=TIME_LIMIT_SECONDS)
     assert done.returncode == status
     assert called(tmp_path / "node") == ["node", *job_words(batch_job)]
     options = called(tmp_path / "srun")
@@ -593,7 +593,7 @@ def test_usr1_asks_the_run_to_stop_and_its_end_is_waited_for(batch_job: list[str
     process = subprocess.Popen(batch_job, env=environment_of(tmp_path), text=True)
     wait_for(tmp_path / "node", process)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(PATIENCE_SECONDS) == 7
+    assert process.wait(TIME_LIMIT_SECONDS) == 7
     assert called(tmp_path / "stop") == ["node", "--stop", *job_words(batch_job)]
 
 
@@ -606,7 +606,7 @@ def test_term_leaves_the_end_to_the_run(batch_job: list[str], tmp_path: Path) ->
         time.sleep(0.1)
     assert process.poll() is None
     (tmp_path / "stop").touch()
-    assert process.wait(PATIENCE_SECONDS) == 7
+    assert process.wait(TIME_LIMIT_SECONDS) == 7
 
 
 def test_the_template_to_copy_is_sound() -> None:

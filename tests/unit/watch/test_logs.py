@@ -26,7 +26,7 @@ from launcher.watch.print_lines import Printer
 from launcher.watch.session import read_session
 from launcher.watch.sources import Source, sources_of
 from launcher.watch.terminal_safe import coloured, plain
-from tests.patience import PATIENCE_SECONDS
+from tests.time_limit import TIME_LIMIT_SECONDS
 from tests.unit.inputs import command
 from tests.unit.run_directories import START, Built, bytes_read, stamp
 from tests.unit.run_directories import rank as told_rank
@@ -300,7 +300,7 @@ def test_a_reader_that_goes_away_is_no_error(built: Built) -> None:
         assert b"line 0" in process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == b""
-        assert process.wait(PATIENCE_SECONDS) == 0
+        assert process.wait(TIME_LIMIT_SECONDS) == 0
 
 
 class Script:
@@ -412,7 +412,7 @@ def test_follow_tells_what_will_never_come_once_that_is_known(built: Built, opti
         time.sleep(0.5)
         assert process.poll() is None
         built.node_json(1, "h1", 2.0, [told_rank(1)])
-        out, err = process.communicate(timeout=PATIENCE_SECONDS)
+        out, err = process.communicate(timeout=TIME_LIMIT_SECONDS)
     assert (process.returncode, out) == (2, b"")
     assert words in err.decode()
 
@@ -430,7 +430,7 @@ def test_what_is_watched_ends_where_the_run_is_removed(built: Built, verb: tuple
     ):
         assert process.stdout is not None and process.stdout.readline()
         shutil.rmtree(built.run.path)
-        _, err = process.communicate(timeout=PATIENCE_SECONDS)
+        _, err = process.communicate(timeout=TIME_LIMIT_SECONDS)
     assert process.returncode == 1
     assert err.decode() == f"error: the run is gone: {built.run.path} was removed while it was watched\n"
 
@@ -449,7 +449,7 @@ def test_ctrl_c_ends_following_quietly(built: Built) -> None:
         assert b"rank 0 started" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == b""
-        assert process.wait(PATIENCE_SECONDS) == 130
+        assert process.wait(TIME_LIMIT_SECONDS) == 130
 
 
 def test_source_names_are_their_paths() -> None:

@@ -1,4 +1,4 @@
-"""Gives DeepSpeed JSONs to real engines and reports which of them fail: `python -m tests.local.deepspeed_truth`.
+"""Gives DeepSpeed JSONs to real engines and reports which of them fail: `python -m tests.local.engine_verdicts`.
 
 Reads a JSON list of complete DeepSpeed configs on standard input and prints a list of the same length: null where a
 tiny model made its updates with it, else the error's type and text. torch and DeepSpeed are imported once; each config
@@ -21,7 +21,7 @@ WORLD_SIZE = 2
 UPDATES = 2
 SECONDS = 25.0
 NOT_COMPILED = "not compiled here:"
-"""Begins the text of a kernel's error: DeepSpeed got as far as to build the class, whose kernel takes minutes."""
+"""Begins the error's text when DeepSpeed accepted the config and began to build a kernel, which takes minutes."""
 
 
 def main() -> None:

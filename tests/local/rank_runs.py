@@ -16,7 +16,7 @@ from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir, write_atomic, write_json
 from launcher.runs.planning import check_job, make_plan
 from tests.fork_server import forking
-from tests.patience import PATIENCE_SECONDS
+from tests.time_limit import TIME_LIMIT_SECONDS
 
 WORKER = ("-m", "launcher.worker")
 
@@ -52,7 +52,7 @@ def run_ranks(
     stop_at: int | None = None,
     environments: Mapping[int, Mapping[str, str]] | None = None,
     command: tuple[str, ...] = WORKER,
-    timeout_seconds: float = PATIENCE_SECONDS,
+    timeout_seconds: float = TIME_LIMIT_SECONDS,
 ) -> list[dict[str, Any]]:
     """Every event of the ranks, to the last exit. `environments` adds variables to single ranks."""
     agent = _Watched(environments or {}, stop_at)
@@ -98,7 +98,7 @@ def fine_tuned(plan: Plan, folder: Path, **options: Any) -> RunDir:
 
 
 class _Watched(Agent):
-    """An agent that gives single ranks variables of their own, and orders a stop once an update is made."""
+    """An agent that adds variables to single ranks, and orders a stop after an update."""
 
     def __init__(self, environments: Mapping[int, Mapping[str, str]], stop_at: int | None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A tiny ZeRO-3 job in a folder that all hosts see, and what its runs came to."""
+"""Writes a tiny ZeRO-3 job into a folder that all hosts see, and reads its runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from launcher.run_dir import RunDir
-from tests.tiny import make_tiny_model, write_chats
+from tests.tiny_models import make_tiny_model, write_chats
 
 BIN = Path(sys.executable).parent
 # The presets' bucket sizes follow the hidden size; a tiny model needs its parameters really partitioned.
@@ -36,7 +36,7 @@ if os.environ.get("RANK") == "1":
 
 
 def write_fault(folder: Path) -> Path:
-    """A folder for PYTHONPATH by which rank 1 raises a ValueError, "a bad sample on this node", once `now` is in it."""
+    """A folder for PYTHONPATH with which rank 1 raises ValueError("a bad sample on this node") once it holds `now`."""
     faulty = folder / "faulty"
     faulty.mkdir()
     (faulty / "sitecustomize.py").write_text(_RAISES_ON_RANK_1)
@@ -44,9 +44,9 @@ def write_fault(folder: Path) -> Path:
 
 
 def write_tiny_job(folder: Path, name: str = "tiny", **sections: Any) -> Path:
-    """`folder`/`name`.yaml: twelve sequences an update, which divide among one, two and three hosts.
+    """`folder`/`name`.yaml: twelve sequences per update, which divide among one, two and three hosts.
 
-    Model, data and what is tokenised of them lie beside the folder, and are made once for all tests.
+    Model, data and tokens are beside the folder, and are made once for all tests.
     """
     common = folder.parent / "common"
     if not common.exists():
@@ -84,7 +84,7 @@ def losses(run: RunDir) -> list[float]:
 
 
 def hosts_of_ranks(run: RunDir) -> dict[int, str]:
-    """Where each rank ran, by the nodes' own files."""
+    """The host of each rank, from the nodes' own files."""
     found = {}
     for file in sorted(run.logs.glob("node-*/node.json")):
         node = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""Tiny models, tokenizers and data, made on the spot."""
+"""Makes tiny models, tokenizers and conversations for tests."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def make_tiny_tokenizer():
     return fast
 
 
-def make_tiny_model(folder: Path, *, tied: bool = True, hidden: int = 32) -> None:
-    """A Llama of two layers with random weights, and its tokenizer, saved to `folder`."""
+def make_tiny_model(folder: Path, *, tied: bool = True, hidden: int = 32, layers: int = 2) -> None:
+    """A Llama with random weights, and its tokenizer, saved to `folder`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -45,7 +45,7 @@ def make_tiny_model(folder: Path, *, tied: bool = True, hidden: int = 32) -> Non
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
@@ -60,7 +60,7 @@ def make_tiny_model(folder: Path, *, tied: bool = True, hidden: int = 32) -> Non
 
 
 def write_chats(path: Path, count: int) -> None:
-    """Conversations of two or four turns in which the answer is the question's words, reversed."""
+    """Writes conversations of two or four turns; each answer is the question's words in reverse order."""
     draw = random.Random(7)
     rows = []
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""Starting the real command, and looking at the processes that it starts."""
+"""Starts real `launcher` commands, and looks at the processes that they start."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from pathlib import Path
 import psutil
 import yaml
 
-from tests.patience import PATIENCE_SECONDS
+from tests.time_limit import TIME_LIMIT_SECONDS
 
 _LOOK_SECONDS = 0.3
-"""Looking at every process of the machine takes the time of what is tested."""
+"""Looking at processes takes time from what is tested."""
 _RANK_STARTED = re.compile(r"rank ([0-9]+) started, process ([0-9]+)$", re.MULTILINE)
 _AGENT = "ray::RayAgent"
 RAYS_OWN_AGENTS = ("ray::RuntimeEnvAgent", "ray::Dashboard")
 """They try for a minute to reach a head that is gone, and end by themselves then."""
 RAY_PROCESS = "RAY_PROCESS"
-"""Beside the variables of a Ray that was there before: the process that keeps it, for a Command alone."""
+"""Names, to a Command alone, the process that started an existing Ray."""
 RAY_SETTINGS = {
     # Where other programs fill the memory, Ray would kill the agent.
     "RAY_memory_monitor_refresh_ms": "0",
@@ -42,8 +42,8 @@ LAUNCHER = [str(Path(sys.executable).with_name("launcher"))]
 class Command:
     """A `launcher` command that runs, with everything that it has started so far.
 
-    Its ranks are children of the fork server where the environment names one, and its agents are those of a Ray that
-    was there before where the environment names that; see `existing_ray`.
+    Its ranks are children of the fork server if the environment names one. Its agents are children of the Ray that
+    the environment names; see `existing_ray`.
     """
 
     def __init__(self, *arguments: str, folder: Path, **environment: str) -> None:
@@ -71,24 +71,24 @@ class Command:
         os.killpg(self.process.pid, number)
 
     def look(self) -> None:
-        """Remembers every process below the command's, its ranks, and its agents on a Ray that was there before."""
+        """Remembers every process below the command's, its ranks, and its agents on an existing Ray."""
         found = _below(self.process.pid)
         if self._ray:
             found += [process for process in _below(self._ray) if _name(process).startswith(_AGENT)]
         for process in (*found, *self.ranks().values()):
             self.started.setdefault(process.pid, process)
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = TIME_LIMIT_SECONDS) -> None:
         """Waits until the condition holds, looking at the processes meanwhile."""
         deadline = time.monotonic() + seconds
         while not condition():
             self.look()
             assert self.process.poll() is None, f"the command ended early:\n{self.output}"
-            assert time.monotonic() < deadline, f"waited {seconds} s in vain:\n{self.output}"
+            assert time.monotonic() < deadline, f"waited {seconds} s:\n{self.output}"
             time.sleep(_LOOK_SECONDS)
         self.look()
 
-    def wait(self, seconds: float = PATIENCE_SECONDS) -> int:
+    def wait(self, seconds: float = TIME_LIMIT_SECONDS) -> int:
         """The exit status, looking at the processes meanwhile."""
         deadline = time.monotonic() + seconds
         while self.process.poll() is None:
@@ -98,7 +98,7 @@ class Command:
         return self.process.returncode
 
     def left_behind(self, *names: str, seconds: float = 120.0) -> list[str]:
-        """Those of the started processes that still live some seconds later; processes named so are not waited for."""
+        """Started processes that still live after some seconds, except those whose name begins with one of `names`."""
         started = [process for process in self.started.values() if not _name(process).startswith(names or ("\0",))]
         _, alive = psutil.wait_procs(started, timeout=seconds)
         return [f"{p.pid} {' '.join(p.cmdline()[:4])}" for p in alive if p.is_running() and p.status() != "zombie"]
@@ -164,7 +164,7 @@ def state_of(folder: Path) -> dict:
 
 @contextmanager
 def existing_ray(cpus: int, **environment: str) -> Iterator[dict[str, str]]:
-    """A Ray that somebody else started on this machine; the variables by which a Command uses it."""
+    """A Ray on this machine that the launcher did not start; the variables with which a Command uses it."""
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     token = folder / "token"
     token.write_text("0" * 64)
