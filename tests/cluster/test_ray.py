@@ -165,7 +165,7 @@ def test_a_submission_that_ray_refuses_is_reported_in_one_line(cluster: RayClust
     strange = {"RAY_AUTH_MODE": "disabled"}
     done = cluster.run("ctl", *submit, "--address", cluster.address, cwd=folder, check=False, **strange)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in done.stderr
+    assert "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH" in done.stderr
     done = cluster.run("ctl", *submit, "--address", "http://h2:8265", cwd=folder, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: no Ray answers at http://h2:8265: ")
