@@ -16,6 +16,7 @@ from launcher.errors import FailureCode, RunFailed, code_of, first_line
 from launcher.files import keep_private
 from launcher.fleet.agent import NodeTask
 from launcher.fleet.network import LOOPBACK
+from launcher.fleet.process import signals_blocked
 from launcher.fleet.ray_folder import RayFolder
 from launcher.fleet.ray_settings import LOOPBACK_ONLY, job_config, quiet_ray, use_token, write_token
 from launcher.plan.schema import Plan, World
@@ -87,7 +88,9 @@ class Nodes:
         handler = signal.getsignal(signal.SIGTERM)
         try:
             quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
-            ray.init(job_config=config, **quiet, **options)
+            # Slurm may send these to every process of the task; only the launcher handles them.
+            with signals_blocked(signal.SIGUSR1, signal.SIGUSR2):
+                ray.init(job_config=config, **quiet, **options)
             # Ray installs a handler that exits at once; the run must save first.
             signal.signal(signal.SIGTERM, handler)
         except Exception as error:  # Ray's errors here have no common class

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -129,6 +129,16 @@ def stop_all(processes: Sequence[RankProcess], grace_seconds: float) -> None:
             process.send_signal(signal.SIGKILL)
     for process in processes:
         process.wait(5.0)
+
+
+@contextlib.contextmanager
+def signals_blocked(*numbers: signal.Signals) -> Iterator[None]:
+    """Blocks signals for processes started inside the block, and their children. The caller receives them after it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def blocks_sigterm(pid: int) -> bool:
