@@ -18,6 +18,7 @@ from launcher.fleet.copy_data import tokenise_on_node
 from launcher.fleet.heartbeat import Heartbeat, visible_gpus
 from launcher.fleet.network import ProbePort, ProbeResult, free_ports, interface_of, reach
 from launcher.fleet.process import RankProcess, stop_all
+from launcher.fleet.shared_memory import remove_segments
 from launcher.plan.schema import Plan
 from launcher.records import AgentReport, Order
 from launcher.run_dir import utc_now
@@ -59,6 +60,8 @@ class Agent:
 
     def __init__(self) -> None:
         self._processes: list[RankProcess] = []
+        self._started = 0.0
+        self._rendezvous: dict[str, str] = {}
         self._reports: list[AgentReport] = []
         self._new_reports = threading.Condition()
         self._log: Path | None = None
@@ -139,6 +142,7 @@ class Agent:
             },
         )
         inherited = self._inherited()
+        self._started, self._rendezvous = time.time(), task.environment
         for local_rank in range(task.processes):
             rank = task.first_rank + local_rank
             environment = {**inherited, **task.environment, **task.rank_environment(local_rank)}
@@ -152,6 +156,7 @@ class Agent:
 
     def order(self, order: Order) -> None:
         """Sends an order to every rank."""
+        self._rendezvous = order["go"]["env"] if "go" in order else self._rendezvous
         for process in self._processes:
             process.order(order)
 
@@ -168,12 +173,26 @@ class Agent:
         if running:
             self._write_log(f"ending ranks {', '.join(str(process.rank) for process in running)}")
         stop_all(running, grace_seconds)
+        self._remove_shared_memory()
         if self._heartbeat is not None:
             self._heartbeat.end()
         self.close_probe_port()
         with self._new_reports:
             self._closing = True
             self._new_reports.notify_all()
+
+    def _remove_shared_memory(self) -> None:
+        """Removes what killed ranks left in /dev/shm. Ranks that cannot be ended keep theirs."""
+        if not self._processes or any(process.alive() for process in self._processes):
+            return
+        ranks = range(self._processes[0].rank, self._processes[-1].rank + 1)
+        try:
+            removed = remove_segments(self._started, ranks, self._rendezvous)
+        except OSError as error:
+            self._write_log(f"could not remove shared memory: {error}")
+        else:
+            if removed:
+                self._write_log(f"removed from /dev/shm: {', '.join(removed)}")
 
     def _receive(self, report: AgentReport) -> None:
         if self._heartbeat is not None:

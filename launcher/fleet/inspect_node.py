@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.fleet.process import run_command
+from launcher.fleet.shared_memory import free_space
 from launcher.plan.packages import MONITORS_AND_OPTIMIZERS
 from launcher.prepare.machine import installed_versions, measure_machine, missing_packages
 from launcher.run_dir import RunDir
@@ -25,6 +26,7 @@ class NodeFacts:
     """A node's versions, devices and free disk space. `unwritable` is why it cannot write to the run directory.
 
     `missing`: the packages that a DeepSpeed JSON can need and that are not installed.
+    `shm_bytes`: the size of /dev/shm; 0 if unknown.
     """
 
     versions: dict[str, str]
@@ -34,6 +36,8 @@ class NodeFacts:
     unwritable: str | None
     nvcc: bool = True
     missing: frozenset[str] = frozenset()
+    shm_free_bytes: int = 0
+    shm_bytes: int = 0
 
 
 def node_facts(run_dir: str, mark: str) -> NodeFacts:
@@ -46,7 +50,9 @@ def node_facts(run_dir: str, mark: str) -> NodeFacts:
     except OSError as error:
         unwritable = f"{type(error).__name__}: {error.strerror or error}"
     missing = missing_packages(MONITORS_AND_OPTIMIZERS)
-    return NodeFacts(installed_versions(), machine.gpus, machine.device_name, free, unwritable, _has_nvcc(), missing)
+    return NodeFacts(
+        installed_versions(), machine.gpus, machine.device_name, free, unwritable, _has_nvcc(), missing, *free_space()
+    )
 
 
 def _has_nvcc() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from launcher.errors import FailureCode, RunFailed, code_of, first_line
 from launcher.files import keep_private
 from launcher.fleet.agent import NodeTask
 from launcher.fleet.network import LOOPBACK
+from launcher.fleet.process import children, kill_all, signals_blocked
 from launcher.fleet.ray_folder import RayFolder
 from launcher.fleet.ray_settings import LOOPBACK_ONLY, job_config, quiet_ray, use_token, write_token
 from launcher.plan.schema import Plan, World
@@ -73,26 +77,38 @@ class Nodes:
         self._pending: dict[Any, int] = {}
 
     def connect(self, address: str) -> None:
-        """Joins the Ray at `address`, or starts one for "local". Raises RunFailed."""
+        """Joins the Ray at `address`, or starts one for "local", with a second try. Raises RunFailed."""
         quiet_ray()
         local = address == "local"
         if local:
             # Ray prestarts a worker process per CPU, and the agent is the only worker here.
             self._resources = replace(self._resources, cpus=1)
         options = self._local_ray() if local else {"address": address}
-        # Imported here because Ray reads its settings once, at import.
+        options["job_config"] = job_config()
+        for may_retry in (True, False) if local else (False,):
+            before = children()
+            try:
+                _init_ray(options)
+            except Exception as error:  # Ray's errors here have no common class
+                # Ray ends its processes only when this process ends.
+                kill_all(children() - before)
+                if may_retry and not isinstance(error, TypeError | ValueError):
+                    self._start_ray_again(error)
+                    continue
+                where = "could not start Ray on this machine" if local else f"could not connect to the Ray at {address}"
+                raise RunFailed(f"{where}: {first_line(error)}", code=FailureCode.RAY_LOST) from None
+            return
+
+    def _start_ray_again(self, error: Exception) -> None:
+        """Prepares a second start of Ray, which on a busy machine may exceed its own time limits."""
         import ray
 
-        config = job_config()
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
-            ray.init(job_config=config, **quiet, **options)
-            # Ray installs a handler that exits at once; the run must save first.
-            signal.signal(signal.SIGTERM, handler)
-        except Exception as error:  # Ray's errors here have no common class
-            where = "could not start Ray on this machine" if local else f"could not connect to the Ray at {address}"
-            raise RunFailed(f"{where}: {first_line(error)}", code=FailureCode.RAY_LOST) from None
+        self._log(f"          note: Ray did not start ({escape(first_line(error))}); starting it again")
+        with contextlib.suppress(Exception):
+            ray.shutdown()
+        # The token stays the same: Ray reads it once per process.
+        assert self._folder is not None
+        shutil.rmtree(self._folder.ray, ignore_errors=True)
 
     def _local_ray(self) -> dict[str, Any]:
         """Options for a Ray only on this machine, with the resources of the run and its own token."""
@@ -293,6 +309,22 @@ class Nodes:
             scheduling_strategy=strategy,
             max_concurrency=4,
         ).remote()
+
+
+def _init_ray(options: dict[str, Any]) -> None:
+    """Raises errors of many classes."""
+    # Imported here because Ray reads its settings once, at import.
+    import ray
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    handler = signal.getsignal(signal.SIGTERM)
+    # Slurm may send these to every process of the task; only the launcher handles them.
+    try:
+        with signals_blocked(signal.SIGUSR1, signal.SIGUSR2):
+            ray.init(**quiet, **options)
+    finally:
+        # Ray installs a handler that exits at once; the run must save first.
+        signal.signal(signal.SIGTERM, handler)
 
 
 def describe_shortage(

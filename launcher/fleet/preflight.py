@@ -21,6 +21,7 @@ _CLOCK_SECONDS = 1.0
 _ALL_REDUCE_SECONDS = 300.0
 _GRACE_SECONDS = 60.0
 _GIB = 1024**3
+_SHM_SHARE, _SHM_BYTES = 0.1, _GIB
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,12 @@ def machine_notes(facts: NodeFacts, required: Requirements, node: Node) -> list[
         found.append(
             f"{facts.free_bytes / _GIB:.1f} GiB free for the run directory, which may need "
             f"{required.disk_bytes / _GIB:.1f} GiB: free disk space, or keep fewer checkpoints (checkpoint.keep)"
+        )
+    if facts.shm_free_bytes < max(_SHM_SHARE * facts.shm_bytes, _SHM_BYTES if facts.shm_bytes else 0):
+        found.append(
+            f"{facts.shm_free_bytes / _GIB:.1f} of {facts.shm_bytes / _GIB:.1f} GiB free in /dev/shm, the shared "
+            "memory of ranks and data loaders: remove files of ended processes there, or enlarge it (in a container: "
+            "--shm-size)"
         )
     return found
 

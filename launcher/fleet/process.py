@@ -10,15 +10,18 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
+
+import psutil
 
 from launcher.records import AgentReport, ExitReport, Order, parse_report
 from launcher.run_dir import utc_now
 
 OnReport = Callable[[AgentReport], None]
 _LOG_GRACE_SECONDS = 3.0
+_KILLED_SECONDS = 10.0
 _LINE_END = re.compile(rb"[\r\n]+")
 
 
@@ -129,6 +132,29 @@ def stop_all(processes: Sequence[RankProcess], grace_seconds: float) -> None:
             process.send_signal(signal.SIGKILL)
     for process in processes:
         process.wait(5.0)
+
+
+def children() -> set[psutil.Process]:
+    """The processes below this one."""
+    return set(psutil.Process().children(recursive=True))
+
+
+def kill_all(processes: Collection[psutil.Process]) -> None:
+    """Kills processes and waits for their end."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=_KILLED_SECONDS)
+
+
+@contextlib.contextmanager
+def signals_blocked(*numbers: signal.Signals) -> Iterator[None]:
+    """Blocks signals for processes started inside the block, and their children. The caller receives them after it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def blocks_sigterm(pid: int) -> bool:

@@ -26,8 +26,7 @@ def main() -> None:
     folder, *arguments = sys.argv[1:]
     os.chdir(folder)
     environment = {**os.environ, **torchrun_variables(os.environ), "LAUNCHER_REPORT_PID": str(os.getpid())}
-    # Under Slurm the agent and its children block SIGTERM; a script may use it to save.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    _receive_signals()
     _fork_watcher()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.execve(sys.executable, [sys.executable, *fill_placeholders(arguments, os.environ)], environment)
@@ -53,6 +52,17 @@ def fill_placeholders(arguments: Sequence[str], environment: Mapping[str, str]) 
     for name, value in values.items():
         arguments = [argument.replace(name, value) for argument in arguments]
     return list(arguments)
+
+
+def _receive_signals() -> None:
+    """Unblocks the signals that the agent and its children block: a script may use them to save.
+
+    SIGUSR1 and SIGUSR2 do not end a script that does not handle them.
+    """
+    warnings = {signal.SIGUSR1, signal.SIGUSR2} & signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    for number in warnings:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, *warnings})
 
 
 def _fork_watcher() -> None:

@@ -45,7 +45,8 @@ def carry_out(
     except BaseException as error:
         record_failure(directory, error, console.note)
         raise
-    directory.enter(outcome.state, update=outcome.updates, reason=outcome.reason, code=outcome.code)
+    reason = outcome.reason or (interrupts.reason if outcome.state == "stopped" else None)
+    directory.enter(outcome.state, update=outcome.updates, reason=reason, code=outcome.code)
     print_summary(plan, directory, console, outcome)
     if outcome.state == "finished":
         return RunResult(directory.path, outcome, 0)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _PLAIN_EVERY_SECONDS = 10.0
 _LOG_WIDTH = 200
+_STDERR = 2
 _STATE_LINES = {
     "planning": "planning",
     "preparing": "preparing the data",
@@ -30,19 +32,58 @@ _STATE_LINES = {
 }
 
 
-class _PipeSafeConsole(Console):
-    """A console that prints nothing after its pipe is closed; the run continues."""
+class _LossyStream:
+    """A text stream that drops what can no longer be written: its pipe is closed, or its terminal is gone."""
 
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with _dropping_if_lost(self._stream):
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _dropping_if_lost(self._stream):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _dropping_if_lost(stream: IO[str]) -> Iterator[None]:
+    """Sends a stream that can no longer be written to /dev/null, and standard error if it is the same file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        file, null = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
+        with contextlib.suppress(OSError):
+            if os.path.sameopenfile(file, _STDERR):
+                os.dup2(null, _STDERR)
+        os.dup2(null, file)
+        os.close(null)
+
+
+class _LossyConsole(Console):
+    """A console that prints nothing after its pipe is closed or its terminal is gone; the run continues."""
+
+    @property
+    def file(self) -> IO[str]:
+        return cast("IO[str]", _LossyStream(super().file))
+
+    @file.setter
+    def file(self, new_file: IO[str]) -> None:
+        self._file = new_file
 
 
 class RunConsole:
     """Shows the progress of one run: live in a terminal, otherwise as a line every few seconds."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or _PipeSafeConsole(highlight=False, soft_wrap=True)
+        self.console = console or _LossyConsole(highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._began = time.monotonic()

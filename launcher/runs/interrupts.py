@@ -19,6 +19,9 @@ from launcher.runs.console import RunConsole
 if TYPE_CHECKING:
     from launcher.runs.supervisor import Supervisor
 
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+"""Slurm's --signal sends them before the time limit. A second one does not stop the run at once."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *WARNINGS)
 _POLL_SECONDS = 1.0
 
 
@@ -30,44 +33,67 @@ class Interrupted(LauncherError):
         self.exit_status = 128 + number
 
 
-class Interrupts:
-    """Handles SIGINT and SIGTERM.
+def stop_reason(number: int) -> str:
+    """The `reason` in state.json of a run that a signal stopped."""
+    return f"received {signal.Signals(number).name}"
 
-    The first signal stops the run after the current update and saves. A second one, or one before training, stops it
-    at once.
+
+class Interrupts:
+    """Handles SIGINT, SIGTERM, SIGUSR1 and SIGUSR2.
+
+    The first signal stops the run after the current update and saves. A second SIGINT or SIGTERM, or any signal before
+    training, stops it at once.
     """
 
     def __init__(self, console: RunConsole) -> None:
         self._console = console
         self.supervisor: Supervisor | None = None
         self.signal = 0
-        self.reason = "interrupted"
-        self._at_once = False
+        self._cancelled_by: str | None = None
+        self._at_once = self._asked = self._ending = False
+
+    @property
+    def reason(self) -> str | None:
+        """Who or what stopped the run; None if nothing did."""
+        if self._cancelled_by or not self.signal:
+            return self._cancelled_by
+        return stop_reason((self.supervisor and self.supervisor.stop_signal) or self.signal)
 
     def cancel(self, request: dict[str, Any]) -> None:
         """Handles a request of `launcher cancel` like a SIGTERM; called in another thread."""
-        self.reason = f"cancelled by {request['by']}"
+        self._cancelled_by = f"cancelled by {request['by']}"
         self._at_once = request["now"]
-        self._console.note(f"          {escape(self.reason)}{', at once' if request['now'] else ''}")
+        self._console.note(f"          {escape(self._cancelled_by)}{', at once' if request['now'] else ''}")
         os.kill(os.getpid(), signal.SIGTERM)
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
-        self.signal = number
         supervisor = self.supervisor
-        if self._at_once or supervisor is None or supervisor.stopping or not supervisor.request_stop(number):
+        warning, stopping = number in WARNINGS, supervisor is not None and supervisor.stopping
+        if warning and (stopping or self._ending):
+            return
+        self.signal = number
+        insists = self._asked and stopping
+        self._asked = self._asked or not warning
+        if self._at_once or supervisor is None or insists or not (stopping or supervisor.request_stop(number)):
+            self._ending = True
             raise KeyboardInterrupt
         action = "the run is about to end" if supervisor.phase == "exporting" else supervisor.stop_action
-        self._console.note(f"{signal.Signals(number).name}: {action} (a second signal stops it now)")
+        second = "SIGTERM twice stops it now" if warning else "a second signal stops it now"
+        self._console.note(f"{signal.Signals(number).name}: {action} ({second})")
 
 
 @contextmanager
 def interruptible(console: RunConsole, directory: RunDir) -> Iterator[Interrupts]:
-    """Handles signals and requests to stop inside the block. Raises Interrupted if the run is stopped at once."""
+    """Handles signals and requests to stop inside the block. Raises Interrupted if the run is stopped at once.
+
+    Ignores SIGHUP: the run continues when its terminal goes away.
+    """
     interrupts = Interrupts(console)
     done = threading.Event()
     threading.Thread(target=_poll_requests, args=(directory, interrupts, done), daemon=True).start()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous: dict[int, Any] = {number: signal.signal(number, interrupts.handle) for number in numbers}
+    previous: dict[int, Any] = {number: signal.signal(number, interrupts.handle) for number in STOP_SIGNALS}
+    # Not a handler: processes started from here, such as Ray's, must ignore it too.
+    previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         yield interrupts
     except KeyboardInterrupt:

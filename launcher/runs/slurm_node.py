@@ -21,7 +21,7 @@ from launcher.run_dir import ENDED, RunDir
 from launcher.runs.console import RunConsole
 from launcher.runs.doctor import examine
 from launcher.runs.failure_record import record_failure
-from launcher.runs.interrupts import Interrupted, interruptible
+from launcher.runs.interrupts import STOP_SIGNALS, WARNINGS, Interrupted, interruptible, stop_reason
 from launcher.runs.outcome import RunResult
 from launcher.runs.planning import CheckedJob, check_job
 from launcher.runs.rest import planned_run, rest_as_planned, rest_of
@@ -127,7 +127,9 @@ def _in_allocation(
 @contextmanager
 def _reporting_errors(directory: RunDir, allocation: Allocation) -> Iterator[StartupErrors]:
     """Reports an error of this node to nodes that are still waiting for it."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, *WARNINGS):
+        signal.signal(number, _interrupt)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     errors = StartupErrors(directory, allocation)
     with errors.reported():
         yield errors
@@ -147,7 +149,12 @@ def _on_ray_cluster(
         with first_node(allocation, directory, job.cluster.wait_seconds, errors):
             # From here on `act` reads requests to stop; two readers would handle the same request twice.
             startup.close()
-            return act().exit_status
+            try:
+                return act().exit_status
+            finally:
+                # The run has ended: a warning of the time limit must not interrupt the end of Ray.
+                for number in WARNINGS:
+                    signal.signal(number, signal.SIG_IGN)
 
 
 def _checked(loaded: LoadedJob, allocation: Allocation) -> CheckedJob:
@@ -172,7 +179,7 @@ def _end_recorded(directory: RunDir) -> Iterator[None]:
     except BaseException as error:
         if directory.path.exists() and directory.state().get("state") not in ENDED:
             if isinstance(error, KeyboardInterrupt | SystemExit | Interrupted):
-                reason = _stopped_by(directory)
+                reason = _stopped_by(directory, error)
                 # A full disk must not hide the original error.
                 with suppress(OSError):
                     directory.enter("stopped", reason=reason, message=reason)
@@ -181,9 +188,11 @@ def _end_recorded(directory: RunDir) -> Iterator[None]:
         raise
 
 
-def _stopped_by(directory: RunDir) -> str:
-    request = directory.stop_request()
-    return f"cancelled by {request['by']}" if request else "interrupted"
+def _stopped_by(directory: RunDir, error: BaseException) -> str:
+    if request := directory.stop_request():
+        return f"cancelled by {request['by']}"
+    status = error.exit_status if isinstance(error, Interrupted) else getattr(error, "code", None)
+    return stop_reason(status - 128) if isinstance(status, int) and status > 128 else "interrupted"
 
 
 def _join_first_node(job: AnyJob, allocation: Allocation, directory: RunDir, errors: StartupErrors) -> int:
@@ -196,7 +205,7 @@ def _join_first_node(job: AnyJob, allocation: Allocation, directory: RunDir, err
 
 def _ignore_stop_signals() -> None:
     # Slurm signals every task at once; this task ends after the first node has saved and stopped.
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda _number, _frame: None)
 
 

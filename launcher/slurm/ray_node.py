@@ -18,6 +18,7 @@ import psutil
 from launcher.errors import FailureCode, RunFailed
 from launcher.fleet.network import free_ports
 from launcher.fleet.nodes import NODE_LABEL, OBJECT_STORE_BYTES
+from launcher.fleet.process import signals_blocked
 from launcher.fleet.ray_folder import RayFolder
 from launcher.slurm.allocation import Allocation
 
@@ -70,7 +71,9 @@ class RayNode:
 
     def _start_once(self, ports: Iterator[int]) -> bool:
         command, head_port = self._command(ports)
-        with _sigterm_blocked():
+        # Slurm sends these to every process of a job's tasks at once. Ray's processes and the ranks must not end before
+        # the run has saved: only the launcher handles the signals, and ends the others itself.
+        with signals_blocked(signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -138,20 +141,6 @@ class RayNode:
         # The caller closes the log after this, so wait until it is complete.
         self._copier.join(_LOG_SECONDS)
         self._process = None
-
-
-@contextlib.contextmanager
-def _sigterm_blocked() -> Iterator[None]:
-    """Blocks SIGTERM for processes started inside the block, and their children.
-
-    Slurm's scancel and requeue send SIGTERM to every process of a job's tasks at once. Ray's processes and the ranks
-    must not end before the run has saved: only the launcher handles the signal, and ends the others itself.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _descendants(pid: int) -> list[psutil.Process]:

@@ -125,7 +125,7 @@ def looked_into(hosts: Hosts, folder: Path, **jobs: str) -> list[str]:
         lambda: all(run.state().get("state") in ("starting", "training") for run in runs),
         lambda: "\n".join(how_it_stands(hosts, folder, job) for job in jobs.values()),
     )
-    # The cheapest look first: the runs are short. The monitor would kill the agent when ZeRO's offload fills the memory.
+    # First, since the runs are short. The monitor would kill the agent when ZeRO offloads much.
     monitors = hosts.run(
         "h1", ["sh", "-c", "grep -h 'MemoryMonitor' /tmp/lr-*/r/session_latest/logs/raylet.out"]
     ).stdout

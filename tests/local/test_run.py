@@ -70,8 +70,8 @@ def test_a_run_goes_from_job_file_to_model(job_dict, tmp_path):
         assert shown in command.output
 
 
-def test_ctrl_c_once_saves_and_the_resumed_run_equals_an_uninterrupted_one(job_dict, tmp_path, shared_ray):
-    # Long enough that the signal arrives in the middle on a busy machine.
+def test_ctrl_c_and_slurms_signals_save_and_the_resumed_run_equals_an_uninterrupted_one(job_dict, tmp_path, shared_ray):
+    # Long enough that the signal comes in the middle, whatever the machine is doing.
     job = merged(job_dict, train={"max_steps": 100})
     command = Command("run", str(write_job(tmp_path, job)), folder=tmp_path, **shared_ray)
     command.wait_for(lambda: updates_made(tmp_path) >= 3)
@@ -81,9 +81,19 @@ def test_ctrl_c_once_saves_and_the_resumed_run_equals_an_uninterrupted_one(job_d
     run = RunDir(run_folder(tmp_path))
     made = len(run.metrics())
     assert 3 <= made < 100
-    assert run.state()["state"] == "stopped"
+    assert (run.state()["state"], run.state()["reason"]) == ("stopped", "received SIGINT")
     assert run.complete_checkpoints() == [made]
     assert f"launcher resume {run.path}" in command.output
+
+    resumed = Command("resume", str(run.path), folder=tmp_path, **shared_ray)
+    resumed.wait_for(lambda: updates_made(tmp_path) >= made + 3)
+    # As the terminal goes away, and as Slurm's --signal does before the time limit.
+    resumed.interrupt(signal.SIGHUP)
+    resumed.interrupt(signal.SIGUSR1)
+    assert resumed.wait() == 128 + signal.SIGUSR1, resumed.output
+    made = len(run.metrics())
+    assert (run.state()["state"], run.state()["reason"]) == ("stopped", "received SIGUSR1")
+    assert made < 100 and run.complete_checkpoints()[-1] == made
 
     resumed = Command("resume", str(run.path), folder=tmp_path, **shared_ray)
     assert resumed.wait() == 0, resumed.output
@@ -98,9 +108,15 @@ def test_ctrl_c_twice_stops_at_once_and_leaves_no_process(job_dict, tmp_path, fo
     command.wait_for(lambda: updates_made(tmp_path) >= 2)
     # A rank that no longer answers must not delay the second Ctrl-C.
     command.ranks()[1].suspend()
+    # The processes of the run's own Ray get these signals too, and do not end.
+    agent = command.agent()
+    command.interrupt(signal.SIGHUP)
+    command.interrupt(signal.SIGUSR1)
+    command.wait_for(lambda: "SIGTERM twice stops it now" in command.output)
     command.interrupt()
     # Two signals at once would be taken for one.
     command.wait_for(lambda: "a second signal stops it now" in command.output)
+    assert agent.is_running()
     command.interrupt()
     assert command.wait() == 130, command.output
     assert command.left_behind() == []

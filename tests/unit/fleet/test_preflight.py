@@ -94,6 +94,26 @@ def test_notes_on_clock_and_disk_space() -> None:
     assert "50.0 GiB free" in disk and "100.0 GiB" in disk
 
 
+@pytest.mark.parametrize(
+    ("free_gib", "total_gib", "noted"), [(9.9, 100, True), (10.1, 100, False), (0.9, 4, True), (1.1, 4, False)]
+)
+def test_note_on_shared_memory_that_is_nearly_full(free_gib: float, total_gib: int, noted: bool) -> None:
+    facts = replace(FACTS, shm_free_bytes=int(free_gib * 1024**3), shm_bytes=total_gib * 1024**3)
+    notes = machine_notes(facts, WANTED, NODE)
+    assert len(notes) == noted
+    if noted:
+        assert notes[0].startswith(f"{free_gib} of {total_gib}.0 GiB free in /dev/shm") and "--shm-size" in notes[0]
+
+
+def test_the_facts_of_a_node_have_the_space_of_shared_memory(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "run")
+    run.marks.mkdir()
+    facts = inspect_node.node_facts(str(run.path), "mark")
+    assert (
+        0 < facts.shm_free_bytes <= facts.shm_bytes == os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize
+    )
+
+
 def test_note_on_a_missing_cuda_compiler_if_gpus_are_used() -> None:
     (note,) = machine_notes(replace(FACTS, nvcc=False), WANTED, NODE)
     assert "nvcc" in note and "torch_adam" in note

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from launcher.fleet.process import RankProcess, stop_all
+from launcher.fleet.process import RankProcess, signals_blocked, stop_all
 from launcher.fleet.run_script import fill_placeholders, torchrun_variables
 from launcher.run_dir import RunDir
 from launcher.runs.script_supervisor import RUN_SCRIPT
@@ -168,6 +168,31 @@ time.sleep(3600)
     process.order({"stop": True})
     assert reports.wait_for("exit")["code"] == 0
     wait_for_line(tmp_path, "saved")
+
+
+WARNED = """
+import signal, sys, time
+if sys.argv[1] == "handles":
+    signal.signal(signal.SIGUSR1, lambda *_: print("received", flush=True))
+print("ready")
+while True:
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize("script", ["handles", "does not"])
+def test_a_script_may_handle_a_signal_that_its_agent_blocks_and_is_not_ended_by_it(
+    start: Start, reports: Reports, tmp_path: Path, script: str
+) -> None:
+    with signals_blocked(signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        process = start(WARNED, script)
+    wait_for_line(tmp_path, "ready")
+    process.send_signal(signal.SIGUSR2)
+    process.send_signal(signal.SIGUSR1)
+    if script == "handles":
+        wait_for_line(tmp_path, "received")
+    process.order({"stop": True})
+    assert reports.wait_for("exit")["code"] == -signal.SIGTERM
 
 
 AGENT = """
