@@ -15,7 +15,7 @@ import pytest
 
 from launcher.fleet.agent import Agent, NodeTask
 from launcher.fleet.shared_memory import FOLDER, remove_segments
-from tests.patience import PATIENCE_SECONDS
+from tests.time_limit import TIME_LIMIT_SECONDS
 
 ADDRESS = "127.0.0.1"
 CREATE = """
@@ -158,7 +158,7 @@ def test_an_agent_removes_the_segments_of_its_killed_ranks(segments: Segments, t
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + TIME_LIMIT_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from launcher.run_dir import RunDir
-from tests.patience import PATIENCE_SECONDS
+from tests.time_limit import TIME_LIMIT_SECONDS
 
 ROOT = Path(__file__).parents[3]
 UPDATES = 7
@@ -98,7 +98,7 @@ class Run:
             )
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + TIME_LIMIT_SECONDS
         while not condition():
             assert self.process.poll() is None, self.output
             assert time.monotonic() < deadline, self.output
@@ -125,7 +125,7 @@ class Run:
 
     def end(self) -> tuple[int, str, str | None]:
         """Exit status, state and reason."""
-        code = self.process.wait(PATIENCE_SECONDS)
+        code = self.process.wait(TIME_LIMIT_SECONDS)
         return code, self.state()["state"], self.state()["reason"]
 
 
@@ -265,4 +265,4 @@ def test_the_task_of_another_node_ignores_stop_signals_once_it_has_joined(starte
         run.process.send_signal(number)
         time.sleep(0.1)
     run.release()
-    assert run.process.wait(PATIENCE_SECONDS) == 0, run.output
+    assert run.process.wait(TIME_LIMIT_SECONDS) == 0, run.output
