@@ -127,6 +127,31 @@ def checkpoint_fault(checkpoint: Path) -> str | None:
     return _wrong_file(checkpoint, manifest) or _wrong_archive(checkpoint, manifest)
 
 
+def content_fault(folder: Path) -> str | None:
+    """Why a checkpoint, or its converted form, cannot be trusted, as text; None if no fault is found.
+
+    Every listed file has its size and checksum, and no other file exists. Reads every file, unless the manifest has no
+    format and thus no checksums.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return f"it has no valid {MANIFEST}"
+    if other := next((name for name in files_in(folder) if name not in manifest["files"]), None):
+        return f"{other} is not listed in {MANIFEST}"
+    if fault := _wrong_file(folder, manifest):
+        return fault
+    entries = manifest["files"].items() if "format" in manifest else ()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        faults = pool.map(lambda entry: _wrong_checksum(folder, *entry), entries)
+        return next((fault for fault in faults if fault), None)
+
+
+def size_of(checkpoint: Path) -> int:
+    """The size in bytes of all listed files; 0 without a valid manifest."""
+    manifest = read_manifest(checkpoint)
+    return sum(_sizes(manifest).values()) if manifest else 0
+
+
 def universal_folder(checkpoint: Path) -> Path:
     """The folder of the checkpoint in universal format, which any world size can load."""
     return checkpoint.with_name(f"{checkpoint.name}-universal")
@@ -165,6 +190,15 @@ def _record(file: Path) -> FileRecord:
         # Otherwise a power failure can leave a complete manifest beside incomplete files.
         os.fsync(opened.fileno())
         return {"size": os.fstat(opened.fileno()).st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+
+
+def _wrong_checksum(folder: Path, name: str, entry: FileRecord) -> str | None:
+    try:
+        with (folder / name).open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    return None if found == entry["sha256"] else f"{name} has changed since it was saved: its checksum differs"
 
 
 def _versions() -> dict[str, str]:

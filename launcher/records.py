@@ -226,12 +226,13 @@ class RestartEvent(TypedDict):
 
 
 class CheckpointDamagedEvent(TypedDict):
-    """A resume found `checkpoint` damaged and used another one."""
+    """`checkpoint` is damaged, and `used` was used instead. Its folder was renamed to `renamed_to`, if it could be."""
 
     event: Literal["checkpoint_damaged"]
     checkpoint: str
     reason: str
     used: str
+    renamed_to: str | None
 
 
 class StopRequestedEvent(TypedDict):

@@ -1,15 +1,28 @@
-"""A run's checkpoints, each with the plan under which it was saved."""
+"""A run's checkpoints: verified before they are loaded, each with the plan under which it was saved."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import Problem, RequestError
-from launcher.manifest import checkpoint_fault, checkpoint_number, read_manifest
+from launcher.manifest import (
+    checkpoint_fault,
+    checkpoint_number,
+    content_fault,
+    read_manifest,
+    size_of,
+    universal_folder,
+)
 from launcher.plan.schema import Plan, Script, hash_in
 from launcher.plan_file import read_plan
 from launcher.run_dir import DamagedCheckpoint, RunDir
+
+OnNote = Callable[[str], None]
+_LARGE_BYTES = 10**9
+"""Verifying more than this takes seconds, and is reported."""
 
 
 @dataclass(frozen=True)
@@ -25,29 +38,64 @@ class SavedCheckpoint:
 
 
 def newest_checkpoint(directory: RunDir) -> tuple[SavedCheckpoint, list[DamagedCheckpoint]]:
-    """The newest checkpoint that can be loaded, and newer ones that are damaged.
+    """The newest checkpoint by the sizes of its files, and newer ones that are damaged.
 
-    Raises RequestError if no checkpoint can be loaded, and for a script's run: scripts manage their own checkpoints.
+    It must be verified before it is loaded: see `newest_verified`. Raises RequestError if no checkpoint can be loaded,
+    and for a script's run: scripts manage their own checkpoints.
+    """
+    return _newest(directory, lambda _: None)
+
+
+def newest_verified(directory: RunDir, note: OnNote) -> tuple[SavedCheckpoint, list[DamagedCheckpoint]]:
+    """The newest checkpoint whose files have their checksums, and newer ones that are damaged.
+
+    `note` is called with a line before a large checkpoint is read. Raises as `newest_checkpoint` does.
+    """
+    return _newest(directory, lambda folder: _content_fault(folder, note))
+
+
+def checkpoint_at(directory: RunDir, update: int, note: OnNote = lambda _: None) -> SavedCheckpoint:
+    """The verified checkpoint of an update.
+
+    Raises RequestError, which lists the usable updates, if it cannot be loaded.
     """
     reject_script_run(directory)
-    usable = directory.usable_checkpoints()
-    if not usable:
-        damaged = "".join(f"\n    {each}" for each in directory.damaged_checkpoints())
-        found = f"no complete checkpoint found{damaged}"
-        raise RequestError(Problem(found, file=str(directory.checkpoints)))
-    saved = _saved(directory, directory.checkpoint(usable[-1]))
-    return saved, [each for each in directory.damaged_checkpoints() if _is_newer(each.path, saved)]
-
-
-def checkpoint_at(directory: RunDir, update: int) -> SavedCheckpoint:
-    """The checkpoint of an update. Raises RequestError, which lists the usable updates, if it cannot be loaded."""
-    reject_script_run(directory)
     folder = directory.checkpoint(update)
-    if fault := checkpoint_fault(folder) if folder.is_dir() else "it does not exist":
-        usable = ", ".join(map(str, directory.usable_checkpoints()))
+    fault = (checkpoint_fault(folder) or _content_fault(folder, note)) if folder.is_dir() else "it does not exist"
+    if fault:
+        usable = ", ".join(str(each) for each in directory.usable_checkpoints() if each != update)
         hint = f"usable checkpoints are those of updates: {usable}" if usable else "this run has no usable checkpoint"
         raise RequestError(Problem(str(DamagedCheckpoint(folder, fault)), file=str(directory.path), hint=hint))
     return _saved(directory, folder)
+
+
+def set_aside(directory: RunDir, damaged: DamagedCheckpoint, used: SavedCheckpoint) -> Path | None:
+    """Renames a damaged checkpoint to <name>.damaged-<k> and records the event. The caller holds the run's lock.
+
+    Returns its new path, or None if it could not be renamed.
+    """
+    renamed: Path | None = None
+    with suppress(OSError):
+        renamed = _rename_aside(damaged.path)
+    directory.event(
+        {
+            "event": "checkpoint_damaged",
+            "checkpoint": damaged.path.name,
+            "reason": damaged.reason,
+            "used": used.folder.name,
+            "renamed_to": renamed.name if renamed else None,
+        }
+    )
+    return renamed
+
+
+def set_aside_if_idle(directory: RunDir, damaged: DamagedCheckpoint, used: SavedCheckpoint) -> Path | None:
+    """As `set_aside`, for a caller that does not hold the lock: does nothing while a launcher runs in the directory."""
+    with suppress(OSError), directory.held() as held:
+        # Since it was read, a launcher may have saved it again.
+        if held and (checkpoint_fault(damaged.path) or content_fault(damaged.path)):
+            return set_aside(directory, damaged, used)
+    return None
 
 
 def reject_script_run(directory: RunDir) -> None:
@@ -61,6 +109,40 @@ def reject_script_run(directory: RunDir) -> None:
                 hint="start it again with launcher exec, with the script's own option for resuming",
             )
         )
+
+
+def _newest(
+    directory: RunDir, fault_in: Callable[[Path], str | None]
+) -> tuple[SavedCheckpoint, list[DamagedCheckpoint]]:
+    reject_script_run(directory)
+    damaged = directory.damaged_checkpoints()
+    for update in reversed(directory.usable_checkpoints()):
+        folder = directory.checkpoint(update)
+        if fault := fault_in(folder):
+            damaged.append(DamagedCheckpoint(folder, fault))
+            continue
+        saved = _saved(directory, folder)
+        return saved, [each for each in damaged if _is_newer(each.path, saved)]
+    listed = "".join(f"\n    {each}" for each in damaged)
+    raise RequestError(Problem(f"no complete checkpoint found{listed}", file=str(directory.checkpoints)))
+
+
+def _content_fault(folder: Path, note: OnNote) -> str | None:
+    if (size := size_of(folder)) >= _LARGE_BYTES:
+        note(f"verifying {folder.name} ({size / 1e9:.1f} GB)")
+    return content_fault(folder)
+
+
+def _rename_aside(checkpoint: Path) -> Path:
+    """Renames a checkpoint, and its converted form, to the first free name. Returns the new path of the checkpoint."""
+    k = 1
+    while (renamed := checkpoint.with_name(f"{checkpoint.name}.damaged-{k}")).exists():
+        k += 1
+    checkpoint.rename(renamed)
+    universal = universal_folder(checkpoint)
+    if universal.exists():
+        universal.rename(universal.with_name(f"{universal.name}.damaged-{k}"))
+    return renamed
 
 
 def _is_newer(damaged: Path, saved: SavedCheckpoint) -> bool:
