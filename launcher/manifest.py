@@ -137,10 +137,10 @@ def content_fault(folder: Path) -> str | None:
     if manifest is None:
         return f"it has no valid {MANIFEST}"
     if other := next((name for name in files_in(folder) if name not in manifest["files"]), None):
-        return f"{other} is not listed in {MANIFEST}"
+        return f"{_shown(other)} is not listed in {MANIFEST}"
     if fault := _wrong_file(folder, manifest):
         return fault
-    entries = manifest["files"].items() if "format" in manifest else ()
+    entries = manifest["files"].items() if "format" in manifest else []
     with ThreadPoolExecutor(_THREADS) as pool:
         faults = pool.map(lambda entry: _wrong_checksum(folder, *entry), entries)
         return next((fault for fault in faults if fault), None)
@@ -150,6 +150,11 @@ def size_of(checkpoint: Path) -> int:
     """The size in bytes of all listed files; 0 without a valid manifest."""
     manifest = read_manifest(checkpoint)
     return sum(_sizes(manifest).values()) if manifest else 0
+
+
+def has_checksums(checkpoint: Path) -> bool:
+    """Whether the manifest has checksums; those of earlier versions have none."""
+    return "format" in (read_manifest(checkpoint) or {})
 
 
 def universal_folder(checkpoint: Path) -> Path:
@@ -181,6 +186,11 @@ def _is_entry(name: str, entry: object, has_checksum: bool) -> bool:
     )
 
 
+def _shown(name: str) -> str:
+    """A file's name without control sequences and characters that cannot be printed."""
+    return name if name.isprintable() else ascii(name)
+
+
 def _sizes(manifest: dict[str, Any]) -> dict[str, int]:
     return {name: entry["size"] if isinstance(entry, dict) else entry for name, entry in manifest["files"].items()}
 
@@ -197,8 +207,8 @@ def _wrong_checksum(folder: Path, name: str, entry: FileRecord) -> str | None:
         with (folder / name).open("rb") as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
-        return f"{name} cannot be read: {error.strerror}"
-    return None if found == entry["sha256"] else f"{name} has changed since it was saved: its checksum differs"
+        return f"{_shown(name)} cannot be read: {error.strerror}"
+    return None if found == entry["sha256"] else f"{_shown(name)} has changed since it was saved: its checksum differs"
 
 
 def _versions() -> dict[str, str]:
@@ -216,11 +226,11 @@ def _wrong_file(checkpoint: Path, manifest: dict[str, Any]) -> str | None:
         try:
             found = (checkpoint / name).stat().st_size
         except (FileNotFoundError, NotADirectoryError, ValueError):
-            return f"{name} is missing"
+            return f"{_shown(name)} is missing"
         except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+            return f"{_shown(name)} cannot be read: {error.strerror}"
         if found != size:
-            return f"{name} has {found} bytes instead of {size}"
+            return f"{_shown(name)} has {found} bytes instead of {size}"
     return None
 
 
@@ -233,7 +243,7 @@ def _wrong_archive(checkpoint: Path, manifest: dict[str, Any]) -> str | None:
             with (checkpoint / name).open("rb") as file:
                 good = file.read(2) == b"PK" and zipfile.is_zipfile(file)
         except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+            return f"{_shown(name)} cannot be read: {error.strerror}"
         if not good:
-            return f"{name} is not a PyTorch file"
+            return f"{_shown(name)} is not a PyTorch file"
     return None

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import re
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 
 from launcher.errors import Problem, RequestError
 from launcher.manifest import (
+    MANIFEST,
     checkpoint_fault,
     checkpoint_number,
     content_fault,
+    files_in,
+    has_checksums,
     read_manifest,
     size_of,
     universal_folder,
@@ -21,6 +31,9 @@ from launcher.plan_file import read_plan
 from launcher.run_dir import DamagedCheckpoint, RunDir
 
 OnNote = Callable[[str], None]
+CheckpointState = Literal["complete", "verified", "incomplete", "damaged", "set aside"]
+_STYLES = {"verified": "green", "damaged": "red", "incomplete": "yellow", "set aside": "dim"}
+_SET_ASIDE = re.compile(r"^update-(\d+)\.damaged-\d+$")
 _LARGE_BYTES = 10**9
 """Verifying more than this takes seconds, and is reported."""
 
@@ -35,6 +48,54 @@ class SavedCheckpoint:
     world_size: int
     plan: Plan
     plan_file: Path
+
+
+@dataclass(frozen=True)
+class ListedCheckpoint:
+    """A checkpoint in a list; None is what its manifest does not contain. `reason` explains the state."""
+
+    name: str
+    path: str
+    update: int
+    samples: int | None
+    ranks: int | None
+    bytes: int
+    time: str | None
+    state: CheckpointState
+    reason: str | None = None
+
+
+def list_checkpoints(directory: RunDir, note: OnNote | None = None) -> list[ListedCheckpoint]:
+    """All checkpoints, oldest first. With `note`, the content of complete ones is verified; see `newest_verified`.
+
+    Raises RequestError for a script's run.
+    """
+    reject_script_run(directory)
+    found = [_listed(path, note) for path in directory.checkpoints.glob("update-*") if path.is_dir()]
+    known = [each for each in found if each is not None]
+    return sorted(known, key=lambda each: (each.samples is None, each.samples, each.update, each.name))
+
+
+def checkpoints_json(found: Sequence[ListedCheckpoint]) -> str:
+    """The list as JSON objects."""
+    return json.dumps([asdict(each) for each in found], indent=2)
+
+
+def checkpoints_view(found: Sequence[ListedCheckpoint]) -> Group | Text:
+    """The list as a table, with the reasons below it."""
+    if not found:
+        return Text("no checkpoints")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("checkpoint", no_wrap=True)
+    for column in ("samples", "ranks", "GB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("saved", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for each in found:
+        counts = ("-" if count is None else str(count) for count in (each.samples, each.ranks))
+        state = Text(each.state, style=_STYLES.get(each.state, ""))
+        table.add_row(each.name, *counts, f"{each.bytes / 1e9:.2f}", each.time or "-", state)
+    return Group(table, *(Text(f"{each.name}: {each.reason}") for each in found if each.reason))
 
 
 def newest_checkpoint(directory: RunDir) -> tuple[SavedCheckpoint, list[DamagedCheckpoint]]:
@@ -109,6 +170,50 @@ def reject_script_run(directory: RunDir) -> None:
                 hint="start it again with launcher exec, with the script's own option for resuming",
             )
         )
+
+
+def _listed(folder: Path, note: OnNote | None) -> ListedCheckpoint | None:
+    """The folder as an entry of the list; None if it is not a checkpoint, or was removed in the meantime."""
+    aside = _SET_ASIDE.match(folder.name)
+    update = int(aside[1]) if aside else checkpoint_number(folder)
+    if update is None:
+        return None
+    state, reason = ("set aside", None) if aside else _state(folder, note)
+    manifest = read_manifest(folder) or {}
+    size = size_of(folder) if state in ("complete", "verified") else _bytes_in(folder)
+    if not folder.is_dir():
+        return None
+    samples, ranks, time = manifest.get("samples"), manifest.get("world_size"), manifest.get("time")
+    return ListedCheckpoint(
+        name=folder.name,
+        path=str(folder),
+        update=update,
+        samples=samples,
+        ranks=ranks if isinstance(ranks, int) else None,
+        bytes=size,
+        time=time if isinstance(time, str) and time.isprintable() else None,
+        state=state,
+        reason=reason,
+    )
+
+
+def _state(folder: Path, note: OnNote | None) -> tuple[CheckpointState, str | None]:
+    fault = checkpoint_fault(folder)
+    if fault:
+        return ("damaged" if (folder / MANIFEST).exists() else "incomplete"), fault
+    if note is None:
+        return "complete", None
+    if fault := _content_fault(folder, note):
+        return "damaged", fault
+    return ("verified", None) if has_checksums(folder) else ("complete", f"its {MANIFEST} has no checksums")
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for name in files_in(folder):
+        with suppress(OSError):
+            total += (folder / name).lstat().st_size
+    return total
 
 
 def _newest(
