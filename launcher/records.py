@@ -226,12 +226,13 @@ class RestartEvent(TypedDict):
 
 
 class CheckpointDamagedEvent(TypedDict):
-    """A resume found `checkpoint` damaged and used another one."""
+    """`checkpoint` is damaged, and `used` was used instead. Its folder was renamed to `renamed_to`, if it could be."""
 
     event: Literal["checkpoint_damaged"]
     checkpoint: str
     reason: str
     used: str
+    renamed_to: str | None
 
 
 class StopRequestedEvent(TypedDict):
@@ -454,11 +455,20 @@ class ManifestFacts(TypedDict):
     plan_sha256: str
 
 
-class Manifest(ManifestFacts):
-    """manifest.json of a checkpoint; `files` has the size in bytes of every file."""
+class FileRecord(TypedDict):
+    """A file of a checkpoint: its size in bytes, and its checksum in hexadecimal digits."""
 
+    size: int
+    sha256: str
+
+
+class Manifest(ManifestFacts):
+    """manifest.json of a checkpoint: all files by name, and the versions of the libraries that saved it."""
+
+    format: int
     time: str
-    files: dict[str, int]
+    versions: dict[str, str]
+    files: dict[str, FileRecord]
 
 
 class StopRequest(TypedDict):

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from launcher.cli import (
     cancel,
+    checkpoints,
     doctor,
     exec,
     export,
@@ -37,7 +38,7 @@ from launcher.version import __version__
 _PANELS = {
     "Before a run": (init.init, plan.plan, lr.lr, lint.lint, doctor.doctor, schema.schema),
     "Running": (run.run, resume.resume, cancel.cancel, export.export, exec.exec_script, submit.submit, node.node),
-    "Watching": (status.status, watch.watch, logs.logs, why.why),
+    "Watching": (status.status, watch.watch, logs.logs, why.why, checkpoints.checkpoints),
 }
 _SETTINGS: dict[str, dict[str, Any]] = {
     "exec": {"context_settings": exec.CONTEXT},

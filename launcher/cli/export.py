@@ -38,7 +38,7 @@ def export(
     The default folder is RUN/export-update-N, or RUN/export for a finished run without an export.
     """
     from launcher.run_dir import RunDir
-    from launcher.runs.checkpoints import checkpoint_at, newest_checkpoint
+    from launcher.runs.checkpoints import checkpoint_at, newest_verified, set_aside_if_idle
     from launcher.runs.export import export_saved
     from launcher.watch.find_run import find_run
 
@@ -48,11 +48,13 @@ def export(
     if not directory.plan_file.is_file():
         raise RequestError(Problem("it has no plan.json, so it is not a run directory", file=run))
     if update is None:
-        saved, damaged = newest_checkpoint(directory)
+        saved, damaged = newest_verified(directory, console.print)
         for each in damaged:
-            console.print(f"[yellow]note:[/] {escape(str(each))}; exporting {saved.folder.name} instead")
+            renamed = set_aside_if_idle(directory, each, saved)
+            where = f" (renamed to {renamed.name})" if renamed else ""
+            console.print(f"[yellow]note:[/] {escape(str(each))}; exporting {saved.folder.name} instead{where}")
     else:
-        saved = checkpoint_at(directory, update)
+        saved = checkpoint_at(directory, update, console.print)
     if merge and saved.plan.training.job.model.lora is None:
         raise RequestError(Problem("this run has no LoRA adapters to merge", key="--merge", file=str(directory.path)))
     folder = _new_folder(output) if output else _default_folder(directory, saved, chosen, merge)

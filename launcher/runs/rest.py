@@ -17,7 +17,7 @@ from launcher.plan.checkpoint_conversion import check_same_kind_of_state, expect
 from launcher.plan.resume import Start, resumed_plan
 from launcher.plan.schema import Plan
 from launcher.run_dir import DamagedCheckpoint, RunDir
-from launcher.runs.checkpoints import SavedCheckpoint, newest_checkpoint
+from launcher.runs.checkpoints import SavedCheckpoint, newest_checkpoint, newest_verified
 from launcher.runs.console import RunConsole
 from launcher.runs.planning import check_job, make_plan
 
@@ -56,9 +56,15 @@ def planned_run(path: Path) -> RunDir:
     return directory
 
 
-def rest_of(directory: RunDir, overrides: Sequence[str], console: RunConsole) -> Rest:
-    """The rest of a run with overrides. Raises RequestError if it cannot be resumed."""
-    rest = rest_as_planned(directory)
+def rest_of(directory: RunDir, overrides: Sequence[str], console: RunConsole, *, verify: bool = True) -> Rest:
+    """The rest of a run with overrides, from the newest checkpoint. Raises RequestError if it cannot be resumed.
+
+    Whoever loads the checkpoint must `verify` it, which reads all its files. The launcher does so once for all ranks.
+    """
+    if verify:
+        rest = _rest_from(*newest_verified(directory, lambda text: console.note(f"          {text}")))
+    else:
+        rest = rest_as_planned(directory)
     needs_export = rest.plan.job.export and export_fault(directory.export) is not None
     if rest.only_export and needs_export and not _changes_length(rest.plan, overrides):
         # The export does not depend on the number of nodes, which `launcher node` overrides in another allocation.
@@ -73,8 +79,14 @@ def rest_of(directory: RunDir, overrides: Sequence[str], console: RunConsole) ->
 
 
 def rest_as_planned(directory: RunDir) -> Rest:
-    """The rest of a run from its newest usable checkpoint, under that checkpoint's plan. Raises RequestError."""
-    saved, damaged = newest_checkpoint(directory)
+    """The rest of a run from its newest checkpoint, under that checkpoint's plan. Raises RequestError.
+
+    The checkpoint's files have their sizes; their content is not read.
+    """
+    return _rest_from(*newest_checkpoint(directory))
+
+
+def _rest_from(saved: SavedCheckpoint, damaged: Sequence[DamagedCheckpoint]) -> Rest:
     start = Start(checkpoint=str(saved.folder), update=saved.update, samples=saved.samples)
     return Rest(saved.plan, saved.plan_file, start, saved, tuple(damaged))
 

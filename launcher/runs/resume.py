@@ -10,10 +10,12 @@ from pathlib import Path
 from rich.markup import escape
 
 from launcher.export_folder import export_fault, export_temporary
+from launcher.manifest import content_fault
 from launcher.prepare.machine import measure_machine
 from launcher.prepare.universal import make_universal
 from launcher.run_dir import RunDir, universal_folder, write_atomic
 from launcher.runs.carry_out import carry_out
+from launcher.runs.checkpoints import set_aside
 from launcher.runs.console import RunConsole
 from launcher.runs.export import export_saved
 from launcher.runs.failure_record import record_failure
@@ -65,13 +67,12 @@ def resume_locked(
 
 
 def _report_damage(rest: Rest, directory: RunDir, console: RunConsole) -> None:
-    """Reports the damaged checkpoints, and the one that is used instead."""
+    """Renames the damaged checkpoints, and reports them with the one that is used instead."""
     used = rest.saved.folder.name
     for each in rest.damaged:
-        console.note(f"  [yellow]note:[/] {escape(str(each))}; using {used} instead")
-        directory.event(
-            {"event": "checkpoint_damaged", "checkpoint": each.path.name, "reason": each.reason, "used": used}
-        )
+        renamed = set_aside(directory, each, rest.saved)
+        where = f" (renamed to {renamed.name})" if renamed else ""
+        console.note(f"  [yellow]note:[/] {escape(str(each))}; using {used} instead{where}")
 
 
 def _export(rest: Rest, directory: RunDir, console: RunConsole, interrupts: Interrupts) -> RunResult:
@@ -99,8 +100,11 @@ def _export(rest: Rest, directory: RunDir, console: RunConsole, interrupts: Inte
 
 
 def _convert(checkpoint: Path, directory: RunDir, console: RunConsole) -> None:
-    """Converts a checkpoint to DeepSpeed's universal format, unless that was done before."""
+    """Converts a checkpoint to DeepSpeed's universal format, unless an undamaged conversion exists."""
     target = universal_folder(checkpoint)
+    if target.is_dir() and (fault := content_fault(target)):
+        console.note(f"  [yellow]note:[/] {escape(f'{target.name} cannot be used: {fault}')}; converting again")
+        shutil.rmtree(target)
     if not target.is_dir():
         console.note("          converting the checkpoint for another number of ranks")
         with (directory.logs / "convert.log").open("ab") as log:

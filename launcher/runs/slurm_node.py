@@ -66,7 +66,8 @@ def resume_on_node(run: Path, overrides: list[str]) -> int:
             overrides = [*overrides, f"cluster.nodes={allocation.nodes}"]
         if before.job.cluster.address == _THIS_MACHINE and not sets_key(overrides, "cluster", "address"):
             overrides = [*overrides, _OWN_RAY]
-        rest = rest_of(directory, overrides, RunConsole())
+        # The other nodes only need the job.
+        rest = rest_of(directory, overrides, RunConsole(), verify=allocation.node == 0)
         job = rest.plan.job
         _check_allocation(job, allocation, measure_machine())
         if allocation.node != 0:

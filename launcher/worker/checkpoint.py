@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from launcher.errors import FailureCode, RunFailed, first_line
+from launcher.manifest import file_records, merged_records
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.run_dir import MANIFEST, RunDir, read_manifest, universal_folder, write_manifest
@@ -54,20 +55,25 @@ class Checkpoints:
         self._ranks.barrier()
         state = {**asdict(progress), "plan_sha256": plan_sha256}
         client_state = {**state, "guard": guard, "universal_checkpoint_info": {}}
-        engine.save_checkpoint(
-            self._run.checkpoints,
-            tag=folder.name,
-            client_state=client_state,
-            save_latest=False,
-            # Every start loads frozen weights from the pretrained folder. (DeepSpeed leaves out a tied weight under
-            # one of its names only; the copy under the other name does no harm.)
-            exclude_frozen_parameters=True,
-        )
-        torch.save(_random_states(self._ranks.device), folder / f"random-{self._ranks.rank}.pt")
-        self._ranks.barrier()
+        with _written_files(engine) as written:
+            engine.save_checkpoint(
+                self._run.checkpoints,
+                tag=folder.name,
+                client_state=client_state,
+                save_latest=False,
+                # Every start loads frozen weights from the pretrained folder. (DeepSpeed leaves out a tied weight under
+                # one of its names only; the copy under the other name does no harm.)
+                exclude_frozen_parameters=True,
+            )
+        random_file = folder / f"random-{self._ranks.rank}.pt"
+        torch.save(_random_states(self._ranks.device), random_file)
+        paths = [*written, random_file, *_swapped_files(folder, self._ranks.rank)]
+        names = [path.relative_to(folder).as_posix() for path in paths]
+        files = self._ranks.gather(file_records(folder, names))
         if self._ranks.first:
             write_manifest(
                 folder,
+                merged_records(files),
                 world_size=self._ranks.world_size,
                 update=progress.update,
                 samples=progress.samples,
@@ -112,6 +118,34 @@ class Checkpoints:
     def _prune(self) -> None:
         for update in self._run.complete_checkpoints()[: -self._plan.job.checkpoint.keep]:
             _remove(self._run.checkpoint(update))
+
+
+@contextlib.contextmanager
+def _written_files(engine: Any) -> Iterator[list[Path]]:
+    """The files that DeepSpeed writes on this rank inside the block, except those of `_swapped_files`.
+
+    Raises RunFailed if this DeepSpeed writes its files in another way.
+    """
+    writer: Any = getattr(engine, "checkpoint_engine", None)
+    written: list[Path] = []
+    save = getattr(writer, "save", None)
+    if save is None:
+        raise RunFailed("this DeepSpeed has no checkpoint_engine.save, so the files of a checkpoint are unknown")
+
+    def recorded(state_dict: Any, path: str) -> None:
+        save(state_dict, path)
+        written.append(Path(path))
+
+    writer.save = recorded
+    try:
+        yield written
+    finally:
+        del writer.save
+
+
+def _swapped_files(folder: Path, rank: int) -> list[Path]:
+    """This rank's optimizer states that are offloaded to NVMe: DeepSpeed copies them into the checkpoint."""
+    return [path for path in (folder / "offloaded_tensors" / f"rank{rank:02d}").rglob("*") if path.is_file()]
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+FILES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 FOLDERS = ("docs", "examples", "slurm", "cluster", "ds_configs")
 SUFFIXES = {".md", ".yaml", ".yml", ".json", ".py", ".sh", ".sbatch", ".j2", ".txt", ".toml"}
 

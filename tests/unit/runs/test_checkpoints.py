@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import threading
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from launcher.errors import RequestError
+from launcher.errors import LauncherError, RequestError
 from launcher.export_folder import export_fault
-from launcher.manifest import MANIFEST, write_manifest
+from launcher.manifest import MANIFEST, content_fault, universal_folder, write_manifest
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
-from launcher.runs.checkpoints import checkpoint_at
+from launcher.runs import checkpoints
+from launcher.runs.checkpoints import checkpoint_at, newest_verified, set_aside_if_idle
 from launcher.runs.console import RunConsole
 from launcher.runs.rest import rest_as_planned, rest_of
-from launcher.runs.resume import _report_damage
+from launcher.runs.resume import _convert, _report_damage
 from tests.unit.inputs import command, plan_of
 
 NEWEST, BEFORE = 8, 4
@@ -62,6 +67,41 @@ def other_manifest(folder: Path, **changes: object) -> None:
     (folder / MANIFEST).write_text(json.dumps({**manifest, **changes}))
 
 
+def flip_bit(file: Path, position: int = 500) -> None:
+    data = bytearray(file.read_bytes())
+    data[position] ^= 1
+    file.write_bytes(data)
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, ...]]:
+        return os.mkdir, (str(self.file),)
+
+
+def executed(folder: Path) -> Path:
+    """The folder that a payload in this checkpoint creates."""
+    return folder.parent / "executed"
+
+
+def extra_pickle(folder: Path) -> None:
+    (folder / "mp_rank_01_model_states.pt").write_bytes(pickle.dumps(Payload(executed(folder))))
+
+
+def replaced_pickle(folder: Path) -> None:
+    """Another archive of the same size."""
+    file = folder / "optim_states.pt"
+    size, payload = file.stat().st_size, pickle.dumps(Payload(executed(folder)))
+    # The fixture's archive has 1000 bytes in an entry of this name.
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("data.pkl", payload.ljust(1000, b"\0"))
+    assert file.stat().st_size == size
+
+
 DAMAGE = {
     "optim_states.pt has 1113 bytes instead of 1114": cut,
     "optim_states.pt is missing": lambda folder: (folder / "optim_states.pt").unlink(),
@@ -69,26 +109,123 @@ DAMAGE = {
     "model_states.pt is missing": lambda folder: (folder / "model_states.pt").unlink(),
     "it has no manifest.json: it was not saved completely": lambda folder: (folder / MANIFEST).unlink(),
     "manifest.json is not valid JSON": lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"),
+    "manifest.json is not valid JSON ": lambda folder: (folder / MANIFEST).write_bytes(b""),
     "manifest.json has no valid 'samples'": lambda folder: other_manifest(folder, samples="64"),
     "manifest.json has no valid 'plan_sha256'": lambda folder: other_manifest(folder, plan_sha256=None),
     "manifest.json has no valid 'world_size'": lambda folder: other_manifest(folder, world_size=True),
     "manifest.json belongs to update 3": lambda folder: other_manifest(folder, update=3),
+    "manifest.json has no valid 'format'": lambda folder: other_manifest(folder, format=3),
 }
+CONTENT_DAMAGE = {
+    "optim_states.pt has changed since it was saved": lambda folder: flip_bit(folder / "optim_states.pt"),
+    "model_states.pt has changed since it was saved": lambda folder: flip_bit(folder / "model_states.pt"),
+    "optim_states.pt has changed since it was saved: its checksum differs": replaced_pickle,
+    "mp_rank_01_model_states.pt is not listed in manifest.json": extra_pickle,
+    "states/link is not listed in manifest.json": lambda folder: link_to_folder(folder),
+}
+"""Damage that can only be found by reading the folder and its files."""
 
 
-@pytest.mark.parametrize("reason", DAMAGE)
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_used(run: RunDir, reason: str) -> None:
-    DAMAGE[reason](run.checkpoint(NEWEST))
-    rest = rest_as_planned(run)
+def link_to_folder(folder: Path) -> None:
+    (folder / "states").mkdir()
+    (folder / "states/link").symlink_to(folder.parent)
+
+
+@pytest.mark.parametrize("reason", [*DAMAGE, *CONTENT_DAMAGE])
+def test_a_damaged_checkpoint_is_renamed_and_the_one_before_it_is_used(run: RunDir, reason: str) -> None:
+    {**DAMAGE, **CONTENT_DAMAGE}[reason](run.checkpoint(NEWEST))
+    assert rest_as_planned(run).start.update == (BEFORE if reason in DAMAGE else NEWEST)
+    rest = rest_of(run, [], RunConsole())
     assert (rest.start.update, rest.saved.folder) == (BEFORE, run.checkpoint(BEFORE))
+    with pytest.raises(RequestError, match=f"update-8 cannot be used: {reason.strip()}") as raised:
+        checkpoint_at(run, NEWEST)
+    assert f"updates: {BEFORE}" in str(raised.value)
     console = RunConsole(Console(width=500, record=True))
     _report_damage(rest, run, console)
-    assert f"update-{NEWEST} cannot be used: {reason}; using update-{BEFORE} instead" in console.console.export_text()
+    printed = console.console.export_text()
+    assert f"update-{NEWEST} cannot be used: {reason.strip()}" in printed
+    assert f"; using update-{BEFORE} instead (renamed to update-8.damaged-1)" in printed
     (event,) = run.events()
     assert (event["event"], event["checkpoint"], event["used"]) == ("checkpoint_damaged", "update-8", "update-4")
-    assert event["reason"] == reason
-    with pytest.raises(RequestError, match=f"update-8 cannot be used: {reason}"):
-        checkpoint_at(run, NEWEST)
+    assert event["reason"].startswith(reason.strip())
+    assert event["renamed_to"] == "update-8.damaged-1"
+    assert not run.checkpoint(NEWEST).exists() and (run.checkpoints / "update-8.damaged-1").is_dir()
+    assert not executed(run.checkpoint(NEWEST)).exists()
+    assert run.complete_checkpoints() == [BEFORE] and run.damaged_checkpoints() == []
+    assert rest_of(run, [], RunConsole()).damaged == ()
+
+
+def test_each_damaged_checkpoint_keeps_its_folder(run: RunDir) -> None:
+    """Also with its converted form, which must not be used for the next checkpoint of this update."""
+    for k in (1, 2):
+        universal_folder(run.checkpoint(NEWEST)).mkdir()
+        flip_bit(run.checkpoint(NEWEST) / "model_states.pt")
+        _report_damage(rest_of(run, [], RunConsole()), run, RunConsole())
+        found = {path.name for path in run.checkpoints.iterdir()}
+        assert found >= {f"update-8.damaged-{k}", f"update-8-universal.damaged-{k}", "update-4"}
+        assert not found & {"update-8", "update-8-universal"}
+        save(run, plan_of(), NEWEST)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_checked_by_sizes(run: RunDir) -> None:
+    sizes = {name: (run.checkpoint(NEWEST) / name).stat().st_size for name in ("model_states.pt", "optim_states.pt")}
+    manifest = json.loads((run.checkpoint(NEWEST) / MANIFEST).read_text())
+    (run.checkpoint(NEWEST) / MANIFEST).write_text(
+        json.dumps(
+            {key: value for key, value in manifest.items() if key not in ("format", "versions")} | {"files": sizes}
+        )
+    )
+    assert rest_of(run, [], RunConsole()).start.update == NEWEST
+    extra_pickle(run.checkpoint(NEWEST))
+    assert rest_of(run, [], RunConsole()).start.update == BEFORE
+
+
+def test_an_export_renames_a_damaged_checkpoint_only_if_no_launcher_runs(run: RunDir) -> None:
+    flip_bit(run.checkpoint(NEWEST) / "model_states.pt")
+    saved, (damaged,) = newest_verified(run, lambda _: None)
+    with run.held():
+        found: list[Path | None] = []
+        thread = threading.Thread(target=lambda: found.append(set_aside_if_idle(run, damaged, saved)))
+        thread.start()
+        thread.join()
+    assert found == [None] and run.checkpoint(NEWEST).is_dir() and not run.events()
+    assert set_aside_if_idle(run, damaged, saved) == run.checkpoints / "update-8.damaged-1"
+
+
+def test_an_export_does_not_rename_a_checkpoint_that_was_saved_again(run: RunDir) -> None:
+    flip_bit(run.checkpoint(NEWEST) / "model_states.pt")
+    saved, (damaged,) = newest_verified(run, lambda _: None)
+    flip_bit(run.checkpoint(NEWEST) / "model_states.pt")
+    assert set_aside_if_idle(run, damaged, saved) is None and run.checkpoint(NEWEST).is_dir()
+
+
+def test_a_large_checkpoint_is_announced(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    newest_verified(run, notes.append)
+    assert notes == []
+    monkeypatch.setattr(checkpoints, "_LARGE_BYTES", 1000)
+    newest_verified(run, notes.append)
+    assert notes == [f"verifying update-{NEWEST} (0.0 GB)"]
+
+
+@pytest.mark.parametrize("damage", [extra_pickle, lambda folder: (folder / MANIFEST).unlink(), None])
+def test_a_conversion_is_verified(run: RunDir, damage: Callable[[Path], None] | None) -> None:
+    """A damaged one is made again; here the converter then fails, since the checkpoint is not real."""
+    universal = universal_folder(run.checkpoint(NEWEST))
+    (universal / "zero/weight").mkdir(parents=True)
+    (universal / "zero/weight/fp32.pt").write_bytes(b"weights")
+    write_manifest(universal, update=NEWEST, samples=64, world_size=1, plan_sha256="0" * 64)
+    if damage is None:
+        _convert(run.checkpoint(NEWEST), run, RunConsole())
+        assert content_fault(universal) is None
+        return
+    damage(universal)
+    console = RunConsole(Console(width=500, record=True))
+    (run.checkpoint(NEWEST) / MANIFEST).unlink()
+    with pytest.raises(LauncherError, match="has no valid manifest"):
+        _convert(run.checkpoint(NEWEST), run, console)
+    assert "update-8-universal cannot be used: " in console.console.export_text()
+    assert not universal.exists()
 
 
 def test_a_file_whose_end_was_never_written_is_detected(run: RunDir) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,9 @@ from rich.console import Console
 
 from launcher.errors import FailureCode, LauncherError
 from launcher.lr_report.run_curves import run_curves
+from launcher.manifest import MANIFEST, write_manifest
 from launcher.plan_file import read_plan
+from launcher.runs.checkpoints import checkpoints_json, checkpoints_view, list_checkpoints
 from launcher.watch.status import read_status
 from launcher.watch.status_report import one_line, runs_view, status_json, status_view
 from launcher.watch.why import explain, why_view
@@ -114,3 +117,30 @@ def test_a_folder_in_place_of_a_file_gives_a_message(built: Built, name: str) ->
         ended = command(verb, str(built.run.path))
         assert ended.status in (0, 1, 2) and len(ended.err.splitlines()) <= 3, ended.err
         assert ended.out or ended.err
+
+
+def test_a_damaged_manifest_is_a_damaged_checkpoint(built: Built) -> None:
+    folder = built.run.checkpoint(2)
+    folder.mkdir(parents=True)
+    (folder / "states").write_bytes(b"states")
+    write_manifest(folder, update=2, samples=16, world_size=2, plan_sha256=plan_of().sha256)
+    file = folder / MANIFEST
+    manifest = json.loads(file.read_text())
+    for wrong in [*damaged(manifest), {**manifest, "files": {"a\x1b[2J\ud800": manifest["files"]["states"]}}]:
+        file.write_text(json.dumps(wrong))
+        (found,) = list_checkpoints(built.run, lambda _: None)
+        assert found.state in ("verified", "damaged", "complete")
+        view = io.StringIO()
+        Console(file=view, width=200).print(checkpoints_view([found]))
+        assert "\x1b" not in view.getvalue() and view.getvalue().encode()
+        checkpoints_json([found]).encode()
+
+
+def test_an_unlisted_file_may_have_any_name(built: Built) -> None:
+    folder = built.run.checkpoint(2)
+    folder.mkdir(parents=True)
+    write_manifest(folder, update=2, samples=16, world_size=2, plan_sha256=plan_of().sha256)
+    os.close(os.open(os.fsencode(folder) + b"/\xff\x1b[2J", os.O_CREAT))
+    ended = command("checkpoints", str(built.run.path), "--verify")
+    assert (ended.status, ended.err) == (1, "")
+    assert "update-2: '\\udcff\\x1b[2J' is not listed in manifest.json" in ended.out

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -158,3 +159,25 @@ class FakeEngine:
 
     def get_global_grad_norm(self) -> float:
         return self._norms.get(self.global_steps - 1, 1.0)
+
+
+class SavingEngine:
+    """Writes the files of one rank as DeepSpeed does: the model on rank 0, optimizer states on each, some swapped."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.checkpoint_engine = _Writer()
+
+    def save_checkpoint(self, save_dir: Path, tag: str, **_: Any) -> None:
+        folder = Path(save_dir) / tag
+        swapped = folder / "offloaded_tensors" / f"rank{self.rank:02d}"
+        swapped.mkdir(parents=True)
+        if self.rank == 0:
+            self.checkpoint_engine.save(state_dict=b"model", path=str(folder / "model.pt"))
+        self.checkpoint_engine.save(b"optimizer", str(folder / f"optim-{self.rank:02d}.pt"))
+        (swapped / "states.swp").write_bytes(b"states")
+
+
+class _Writer:
+    def save(self, state_dict: bytes, path: str) -> None:
+        Path(path).write_bytes(state_dict)
