@@ -12,8 +12,8 @@ import torch
 from launcher.manifest import content_fault, file_records, files_in, read_manifest, universal_folder
 from launcher.run_dir import RunDir
 from tests.fork_server import fork_environment
-from tests.local.harness import fine_tuned, merged, plan_of, run_directory, run_ranks
-from tests.local.processes import Command
+from tests.local.launcher_commands import Command
+from tests.local.rank_runs import fine_tuned, merged, plan_of, run_directory, run_ranks
 from tests.local.test_losses import zero_config
 
 pytestmark = pytest.mark.local
