@@ -360,7 +360,9 @@ class CheckpointSection(Section):
     """Checkpoints that a run can resume from."""
 
     every: PositiveInt | None = Field(None, description="Save a checkpoint every N updates.")
-    keep: PositiveInt = Field(2, description="How many of the newest checkpoints to keep.")
+    keep: PositiveInt = Field(
+        2, description="How many of the newest checkpoints to keep. With 1, no other can replace a damaged one."
+    )
     save_final: bool = Field(True, description="Save a checkpoint at the end.")
 
 

@@ -168,9 +168,11 @@ def _check_eval_every(job: Job, total_updates: int | None) -> None:
 
 
 def _checkpoint_warnings(job: Job, length: Length) -> list[str]:
-    every = job.checkpoint.every
+    every, found = job.checkpoint.every, []
     if every is not None and every > length.total_updates:
-        return [
+        found.append(
             f"checkpoint.every {every} is more than the run's {length.total_updates} updates: only the end is saved"
-        ]
-    return []
+        )
+    if every is not None and job.checkpoint.keep == 1:
+        found.append("checkpoint.keep is 1: if that checkpoint is damaged, the run cannot be resumed; 2 is safer")
+    return found

@@ -121,7 +121,7 @@ def checkpoint_at(directory: RunDir, update: int, note: OnNote = lambda _: None)
     Raises RequestError, which lists the usable updates, if it cannot be loaded.
     """
     reject_script_run(directory)
-    folder = directory.checkpoint(update)
+    folder = directory.saved_checkpoint(update)
     fault = (checkpoint_fault(folder) or _content_fault(folder, note)) if folder.is_dir() else "it does not exist"
     if fault:
         usable = ", ".join(str(each) for each in directory.usable_checkpoints() if each != update)
@@ -133,11 +133,12 @@ def checkpoint_at(directory: RunDir, update: int, note: OnNote = lambda _: None)
 def set_aside(directory: RunDir, damaged: DamagedCheckpoint, used: SavedCheckpoint) -> Path | None:
     """Renames a damaged checkpoint to <name>.damaged-<k> and records the event. The caller holds the run's lock.
 
-    Returns its new path, or None if it could not be renamed.
+    Returns its new path, or None if it is not renamed: the next save of this update removes an incomplete one.
     """
     renamed: Path | None = None
     with suppress(OSError):
-        renamed = _rename_aside(damaged.path)
+        if (damaged.path / MANIFEST).exists():
+            renamed = _rename_aside(damaged.path)
     directory.event(
         {
             "event": "checkpoint_damaged",
@@ -222,7 +223,7 @@ def _newest(
     reject_script_run(directory)
     damaged = directory.damaged_checkpoints()
     for update in reversed(directory.usable_checkpoints()):
-        folder = directory.checkpoint(update)
+        folder = directory.saved_checkpoint(update)
         if fault := fault_in(folder):
             damaged.append(DamagedCheckpoint(folder, fault))
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import shutil
+import uuid
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,10 +15,10 @@ from typing import Any
 import torch
 
 from launcher.errors import FailureCode, RunFailed, first_line
-from launcher.manifest import file_records, merged_records
+from launcher.manifest import file_records, merged_records, replaced_folder
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
-from launcher.run_dir import MANIFEST, RunDir, read_manifest, universal_folder, write_manifest
+from launcher.run_dir import RunDir, checkpoint_is_complete, read_manifest, universal_folder, write_manifest
 from launcher.worker.control import RecordEvent
 from launcher.worker.ranks import Ranks
 
@@ -51,7 +52,7 @@ class Checkpoints:
         if self._saved == progress.update:
             return folder
         if self._ranks.first:
-            _remove(folder)
+            _make_room(folder)
         self._ranks.barrier()
         state = {**asdict(progress), "plan_sha256": plan_sha256}
         client_state = {**state, "guard": guard, "universal_checkpoint_info": {}}
@@ -80,7 +81,9 @@ class Checkpoints:
                 plan_sha256=plan_sha256,
             )
             self._record_event({"event": "checkpoint", "update": progress.update, "samples": progress.samples})
-            self._prune()
+            # What cannot be removed now is removed after the next save.
+            with contextlib.suppress(OSError):
+                self._prune(folder)
         self._ranks.barrier()
         self._saved = progress.update
         return folder
@@ -115,9 +118,13 @@ class Checkpoints:
             self._saved = state["update"] if start.update == state["update"] else None
         return Progress(update=start.update, samples=start.samples), state["guard"]
 
-    def _prune(self) -> None:
-        for update in self._run.complete_checkpoints()[: -self._plan.job.checkpoint.keep]:
-            _remove(self._run.checkpoint(update))
+    def _prune(self, saved: Path) -> None:
+        """Removes what the new checkpoint replaces, and old ones beyond `keep`; damaged ones do not count."""
+        for unfinished in self._run.checkpoints.glob(".*.removed"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        _remove(replaced_folder(saved))
+        for update in self._run.usable_checkpoints()[: -self._plan.job.checkpoint.keep]:
+            _remove(self._run.saved_checkpoint(update))
 
 
 @contextlib.contextmanager
@@ -164,12 +171,24 @@ def _readable(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def _make_room(folder: Path) -> None:
+    """Frees the name of a new checkpoint. A complete one of this name stays usable until the new one is complete."""
+    if not checkpoint_is_complete(folder):
+        _remove(folder)
+        return
+    _remove(replaced_folder(folder))
+    folder.rename(replaced_folder(folder))
+    _remove(universal_folder(folder))
+
+
 def _remove(folder: Path) -> None:
     """Removes a checkpoint and its converted form."""
-    # The manifest first: without it, a partly removed folder does not count as a checkpoint.
-    (folder / MANIFEST).unlink(missing_ok=True)
     for path in (folder, universal_folder(folder)):
-        shutil.rmtree(path, ignore_errors=True)
+        removed = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.removed")
+        # Renamed first: a partly removed folder must not count as a checkpoint.
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)
 
 
 def _load_trained(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
