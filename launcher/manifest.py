@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 import re
 import zipfile
@@ -151,6 +152,12 @@ def size_of(checkpoint: Path) -> int:
     """The size in bytes of all listed files; 0 without a valid manifest."""
     manifest = read_manifest(checkpoint)
     return sum(_sizes(manifest).values()) if manifest else 0
+
+
+def evaluation_loss(checkpoint: Path) -> float | None:
+    """The loss of the evaluation at the checkpoint's update; None if it is unknown or not finite."""
+    loss = (read_manifest(checkpoint) or {}).get("evaluation_loss")
+    return loss if isinstance(loss, float) and math.isfinite(loss) else None
 
 
 def has_checksums(checkpoint: Path) -> bool:

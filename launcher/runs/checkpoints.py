@@ -20,6 +20,7 @@ from launcher.manifest import (
     checkpoint_fault,
     checkpoint_number,
     content_fault,
+    evaluation_loss,
     files_in,
     has_checksums,
     read_manifest,
@@ -29,6 +30,7 @@ from launcher.manifest import (
 from launcher.plan.schema import Plan, Script, hash_in
 from launcher.plan_file import read_plan
 from launcher.run_dir import DamagedCheckpoint, RunDir
+from launcher.watch.number_format import number
 
 OnNote = Callable[[str], None]
 CheckpointState = Literal["complete", "verified", "incomplete", "damaged", "set aside"]
@@ -59,6 +61,7 @@ class ListedCheckpoint:
     update: int
     samples: int | None
     ranks: int | None
+    evaluation_loss: float | None
     bytes: int
     time: str | None
     state: CheckpointState
@@ -87,14 +90,15 @@ def checkpoints_view(found: Sequence[ListedCheckpoint]) -> Group | Text:
         return Text("no checkpoints")
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("checkpoint", no_wrap=True)
-    for column in ("samples", "ranks", "GB"):
+    for column in ("samples", "ranks", "eval loss", "GB"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("saved", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for each in found:
         counts = ("-" if count is None else str(count) for count in (each.samples, each.ranks))
         state = Text(each.state, style=_STYLES.get(each.state, ""))
-        table.add_row(each.name, *counts, f"{each.bytes / 1e9:.2f}", each.time or "-", state)
+        loss = number(each.evaluation_loss)
+        table.add_row(each.name, *counts, loss, f"{each.bytes / 1e9:.2f}", each.time or "-", state)
     return Group(table, *(Text(f"{each.name}: {each.reason}") for each in found if each.reason))
 
 
@@ -191,6 +195,7 @@ def _listed(folder: Path, note: OnNote | None) -> ListedCheckpoint | None:
         update=update,
         samples=samples,
         ranks=ranks if isinstance(ranks, int) else None,
+        evaluation_loss=evaluation_loss(folder),
         bytes=size,
         time=time if isinstance(time, str) and time.isprintable() else None,
         state=state,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import pickle
 import shutil
 import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 import torch
 
 from launcher.errors import FailureCode, RunFailed, first_line
-from launcher.manifest import file_records, merged_records, replaced_folder
+from launcher.job.schema import CheckpointSection
+from launcher.manifest import evaluation_loss, file_records, merged_records, replaced_folder
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
+from launcher.records import ManifestFacts
 from launcher.run_dir import RunDir, checkpoint_is_complete, read_manifest, universal_folder, write_manifest
 from launcher.worker.control import RecordEvent
 from launcher.worker.ranks import Ranks
@@ -37,11 +40,16 @@ class Checkpoints:
     def __init__(self, run: RunDir, plan: Plan, ranks: Ranks, record_event: RecordEvent) -> None:
         self._run, self._plan, self._ranks, self._record_event = run, plan, ranks, record_event
         self._saved: int | None = None
+        self._evaluation: tuple[int, float] | None = None
 
     def due(self, update: int) -> bool:
         """Whether a checkpoint is due after `update` updates."""
-        every = self._plan.job.checkpoint.every
-        return every is not None and update % every == 0
+        section = self._plan.job.checkpoint
+        return any(every is not None and update % every == 0 for every in (section.every, section.keep_every))
+
+    def evaluated(self, update: int, loss: float) -> None:
+        """Remembers the evaluation after `update` updates: a checkpoint of the same update has its loss."""
+        self._evaluation = (update, loss)
 
     def save(self, engine: Any, progress: Progress, plan_sha256: str, guard: dict[str, Any]) -> Path:
         """Saves a checkpoint unless this update has one already, then removes checkpoints beyond `keep`.
@@ -72,14 +80,15 @@ class Checkpoints:
         names = [path.relative_to(folder).as_posix() for path in paths]
         files = self._ranks.gather(file_records(folder, names))
         if self._ranks.first:
-            write_manifest(
-                folder,
-                merged_records(files),
-                world_size=self._ranks.world_size,
-                update=progress.update,
-                samples=progress.samples,
-                plan_sha256=plan_sha256,
-            )
+            facts: ManifestFacts = {
+                "world_size": self._ranks.world_size,
+                "update": progress.update,
+                "samples": progress.samples,
+                "plan_sha256": plan_sha256,
+            }
+            if self._evaluation and self._evaluation[0] == progress.update and math.isfinite(self._evaluation[1]):
+                facts["evaluation_loss"] = self._evaluation[1]
+            write_manifest(folder, merged_records(files), **facts)
             self._record_event({"event": "checkpoint", "update": progress.update, "samples": progress.samples})
             # What cannot be removed now is removed after the next save.
             with contextlib.suppress(OSError):
@@ -119,12 +128,28 @@ class Checkpoints:
         return Progress(update=start.update, samples=start.samples), state["guard"]
 
     def _prune(self, saved: Path) -> None:
-        """Removes what the new checkpoint replaces, and old ones beyond `keep`; damaged ones do not count."""
+        """Removes what the new checkpoint replaces, and what no rule of the job keeps; damaged ones do not count."""
         for unfinished in self._run.checkpoints.glob(".*.removed"):
             shutil.rmtree(unfinished, ignore_errors=True)
         _remove(replaced_folder(saved))
-        for update in self._run.usable_checkpoints()[: -self._plan.job.checkpoint.keep]:
+        usable = self._run.usable_checkpoints()
+        losses = {update: evaluation_loss(self._run.saved_checkpoint(update)) for update in usable}
+        for update in removable(losses, self._plan.job.checkpoint):
             _remove(self._run.saved_checkpoint(update))
+
+
+def removable(losses: Mapping[int, float | None], section: CheckpointSection) -> list[int]:
+    """The updates whose checkpoints no rule keeps. `losses` has the evaluation loss of each update, oldest first."""
+    newest_first: list[int] = list(losses)[::-1]
+    kept = set(newest_first[: section.keep])
+    if section.keep_every is not None:
+        kept |= {update for update in losses if update % section.keep_every == 0}
+    if section.keep_best is not None:
+        # Of equal losses, the newest is the best: sorting is stable.
+        known = [(loss, update) for update in newest_first if (loss := losses[update]) is not None]
+        known.sort(key=lambda each: each[0])
+        kept |= {update for _, update in known[: section.keep_best]}
+    return [update for update in losses if update not in kept]
 
 
 @contextlib.contextmanager
