@@ -5,7 +5,9 @@ It is written last: without it a checkpoint is incomplete.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import math
 import os
 import re
 import zipfile
@@ -22,7 +24,7 @@ from launcher.version import __version__
 MANIFEST = "manifest.json"
 FORMAT = 2
 """Manifests without a format are of earlier versions: their files have a size only."""
-_FOLDER = re.compile(r"^update-(\d+)$")
+_FOLDER = re.compile(r"^update-(\d+)(\.replaced)?$")
 _NEEDED: dict[str, type] = {"update": int, "samples": int, "files": dict}
 _NEEDED_TO_LOAD: dict[str, type] = {"plan_sha256": str, "world_size": int}
 """Further keys that a resume or an export needs."""
@@ -152,9 +154,23 @@ def size_of(checkpoint: Path) -> int:
     return sum(_sizes(manifest).values()) if manifest else 0
 
 
+def evaluation_loss(checkpoint: Path) -> float | None:
+    """The loss of the evaluation at the checkpoint's update; None if it is unknown or not finite."""
+    loss = (read_manifest(checkpoint) or {}).get("evaluation_loss")
+    return loss if isinstance(loss, float) and math.isfinite(loss) else None
+
+
 def has_checksums(checkpoint: Path) -> bool:
     """Whether the manifest has checksums; those of earlier versions have none."""
     return "format" in (read_manifest(checkpoint) or {})
+
+
+def replaced_folder(checkpoint: Path) -> Path:
+    """The name of an earlier checkpoint of the same update, until the new one is complete.
+
+    Updates can have the same number after a change of the batch size.
+    """
+    return checkpoint.with_name(f"{checkpoint.name}.replaced")
 
 
 def universal_folder(checkpoint: Path) -> Path:
@@ -211,6 +227,7 @@ def _wrong_checksum(folder: Path, name: str, entry: FileRecord) -> str | None:
     return None if found == entry["sha256"] else f"{_shown(name)} has changed since it was saved: its checksum differs"
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     found = {"launcher": __version__}
     for package in _PACKAGES:

@@ -447,12 +447,16 @@ class NodeRecord(NodeIdentity, OomKills):
 
 
 class ManifestFacts(TypedDict):
-    """What a checkpoint is of: the progress, the plan (or revision), and the number of ranks that saved it."""
+    """What a checkpoint is of: the progress, the plan (or revision), and the number of ranks that saved it.
+
+    `evaluation_loss` is that of an evaluation at the same update, if it is finite.
+    """
 
     world_size: int
     update: int
     samples: int
     plan_sha256: str
+    evaluation_loss: NotRequired[float]
 
 
 class FileRecord(TypedDict):

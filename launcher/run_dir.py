@@ -32,6 +32,7 @@ from launcher.manifest import (
     checkpoint_is_complete,
     checkpoint_number,
     read_manifest,
+    replaced_folder,
     universal_folder,
     write_manifest,
 )
@@ -191,6 +192,12 @@ class RunDir:
     def checkpoint(self, update: int) -> Path:
         return self.checkpoints / f"update-{update}"
 
+    def saved_checkpoint(self, update: int) -> Path:
+        """The folder of a checkpoint, or of the one that it replaces, as long as only that one is complete."""
+        folder = self.checkpoint(update)
+        earlier = replaced_folder(folder)
+        return earlier if checkpoint_is_complete(earlier) and not checkpoint_is_complete(folder) else folder
+
     def enter(self, state: RunState, **details: Unpack[StateDetails]) -> None:
         """Writes a new state of the run to state.json and as an event. Raises ValueError for an unknown state."""
         if state not in STATES:
@@ -266,18 +273,20 @@ class RunDir:
 
         The order is by samples: the numbering of updates changes if a resume changes the batch size.
         """
-        found = [p for p in self.checkpoints.glob("update-*") if checkpoint_number(p) is not None]
-        manifests = {path: read_manifest(path) for path in found}
+        updates = {n for path in self.checkpoints.glob("update-*") if (n := checkpoint_number(path)) is not None}
+        folders = {update: self.saved_checkpoint(update) for update in updates}
+        manifests = {update: read_manifest(folder) for update, folder in folders.items()}
         order = sorted(
-            (manifest["samples"], manifest["update"])
-            for path, manifest in manifests.items()
-            if manifest and manifest["update"] == checkpoint_number(path) and checkpoint_is_complete(path)
+            (manifest["samples"], update)
+            for update, manifest in manifests.items()
+            if manifest and manifest["update"] == update and checkpoint_is_complete(folders[update])
         )
         return [update for _, update in order]
 
     def usable_checkpoints(self) -> list[int]:
         """The complete checkpoints in which no fault is found; their content is not read."""
-        return [update for update in self.complete_checkpoints() if checkpoint_fault(self.checkpoint(update)) is None]
+        complete = self.complete_checkpoints()
+        return [update for update in complete if checkpoint_fault(self.saved_checkpoint(update)) is None]
 
     def damaged_checkpoints(self) -> list[DamagedCheckpoint]:
         """The checkpoints that cannot be used, with the reason, in order of updates."""

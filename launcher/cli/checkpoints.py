@@ -21,7 +21,8 @@ def checkpoints(
     other file exists. An incomplete one was not saved to its end, or is being saved. One that a resume found damaged is
     set aside under another name; it is listed, and does not change the exit status.
 
-    The keys of --json are: name, path, update, samples, ranks, bytes, time, state, reason. The states are complete,
+    The keys of --json are: name, path, update, samples, ranks, evaluation_loss, bytes, time, state,
+    reason. The states are complete,
     verified, incomplete, damaged and set aside. Unknown values are null.
     """
     from rich.console import Console
@@ -29,6 +30,7 @@ def checkpoints(
     from launcher.runs.checkpoints import checkpoints_json, checkpoints_view, list_checkpoints
     from launcher.runs.rest import planned_run
     from launcher.watch.find_run import find_run
+    from launcher.watch.status_report import status_console
 
     with exiting_cleanly():
         directory = planned_run(find_run(run, output_dir).path)
@@ -37,6 +39,6 @@ def checkpoints(
         if json:
             typer.echo(checkpoints_json(found))
         else:
-            Console(highlight=False).print(checkpoints_view(found), soft_wrap=True)
+            status_console().print(checkpoints_view(found), soft_wrap=True)
     if any(each.state == "damaged" for each in found):
         raise typer.Exit(1)

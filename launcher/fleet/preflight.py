@@ -123,7 +123,11 @@ def disk_bytes(plan: Plan) -> int:
     width = 4 if plan.precision == "fp32" else 2
     weights = plan.training.model.parameters * width
     checkpoint = weights + 12 * plan.training.model.trainable_parameters
-    kept = plan.job.checkpoint.keep + 1 if plan.job.checkpoint.every else int(plan.job.checkpoint.save_final)
+    section = plan.job.checkpoint
+    kept = section.keep + 1 if section.every or section.keep_every else int(section.save_final)
+    if section.keep_every:
+        kept += plan.length.total_updates // section.keep_every
+    kept += section.keep_best or 0
     return kept * checkpoint + (weights if plan.job.export else 0)
 
 

@@ -360,7 +360,15 @@ class CheckpointSection(Section):
     """Checkpoints that a run can resume from."""
 
     every: PositiveInt | None = Field(None, description="Save a checkpoint every N updates.")
-    keep: PositiveInt = Field(2, description="How many of the newest checkpoints to keep.")
+    keep: PositiveInt = Field(
+        2, description="How many of the newest checkpoints to keep. With 1, no other can replace a damaged one."
+    )
+    keep_every: PositiveInt | None = Field(None, description="Also save a checkpoint every N updates, and keep it.")
+    keep_best: PositiveInt | None = Field(
+        None,
+        description="Also keep the N checkpoints with the lowest evaluation loss, of those that were evaluated at the "
+        "same update.",
+    )
     save_final: bool = Field(True, description="Save a checkpoint at the end.")
 
 

@@ -28,7 +28,7 @@ def resolve(inputs: PlanInputs[Job], model: ModelFacts, data: DataFacts) -> Plan
     needs = MemoryNeeds(inputs, model, longest_sequence(data))
     batch = training_batch(needs, data)
     length = resolve_length(job, data, batch.train_batch_size, *_deciding_key(inputs, batch))
-    _check_eval_every(job, length.total_updates)
+    _check_evaluation(job, length.total_updates)
     decided = decide_lr(inputs, model, data, length)
     composed = compose(
         user,
@@ -84,7 +84,7 @@ def check_inputs(inputs: PlanInputs[Job]) -> None:
     zero_stage(inputs.ds_config)
     batch = resolve_batch(inputs.given_batch, inputs.world.data_parallel_size, lambda _: True)
     check_conflicts(inputs, batch)
-    _check_eval_every(inputs.job, inputs.job.train.max_steps)
+    _check_evaluation(inputs.job, inputs.job.train.max_steps)
 
 
 def check_model(job: Job, model: ModelFacts) -> None:
@@ -150,7 +150,7 @@ def longest_sequence(data: DataFacts) -> int:
     return max(data.train.longest, data.eval.longest if data.eval else 0)
 
 
-def _check_eval_every(job: Job, total_updates: int | None) -> None:
+def _check_evaluation(job: Job, total_updates: int | None) -> None:
     """Raises RequestError if there is no evaluation data, or if the run is too short for an evaluation."""
     every = job.train.eval_every
     if every is not None and total_updates is not None and every > total_updates:
@@ -165,12 +165,28 @@ def _check_eval_every(job: Job, total_updates: int | None) -> None:
         raise RequestError(
             Problem("the job has no evaluation data", key="train.eval_every", hint="set data.eval, or remove it")
         )
+    if job.checkpoint.keep_best is not None and job.data.eval is None:
+        raise RequestError(
+            Problem("the job has no evaluation data", key="checkpoint.keep_best", hint="set data.eval, or remove it")
+        )
 
 
 def _checkpoint_warnings(job: Job, length: Length) -> list[str]:
-    every = job.checkpoint.every
+    every, found = job.checkpoint.every, []
     if every is not None and every > length.total_updates:
-        return [
+        found.append(
             f"checkpoint.every {every} is more than the run's {length.total_updates} updates: only the end is saved"
-        ]
-    return []
+        )
+    if every is not None and job.checkpoint.keep == 1:
+        found.append("checkpoint.keep is 1: if that checkpoint is damaged, the run cannot be resumed; 2 is safer")
+    if job.checkpoint.keep_best is not None and not _evaluates_each_checkpoint(job):
+        found.append(
+            "checkpoint.keep_best only compares checkpoints that were evaluated at the same update: make "
+            "checkpoint.every a multiple of train.eval_every"
+        )
+    return found
+
+
+def _evaluates_each_checkpoint(job: Job) -> bool:
+    every, eval_every = job.checkpoint.every, job.train.eval_every
+    return every is not None and eval_every is not None and every % eval_every == 0

@@ -20,6 +20,7 @@ from launcher.manifest import (
     checkpoint_fault,
     checkpoint_number,
     content_fault,
+    evaluation_loss,
     files_in,
     has_checksums,
     read_manifest,
@@ -29,6 +30,7 @@ from launcher.manifest import (
 from launcher.plan.schema import Plan, Script, hash_in
 from launcher.plan_file import read_plan
 from launcher.run_dir import DamagedCheckpoint, RunDir
+from launcher.watch.number_format import number
 
 OnNote = Callable[[str], None]
 CheckpointState = Literal["complete", "verified", "incomplete", "damaged", "set aside"]
@@ -59,6 +61,7 @@ class ListedCheckpoint:
     update: int
     samples: int | None
     ranks: int | None
+    evaluation_loss: float | None
     bytes: int
     time: str | None
     state: CheckpointState
@@ -87,14 +90,15 @@ def checkpoints_view(found: Sequence[ListedCheckpoint]) -> Group | Text:
         return Text("no checkpoints")
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("checkpoint", no_wrap=True)
-    for column in ("samples", "ranks", "GB"):
+    for column in ("samples", "ranks", "eval loss", "GB"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("saved", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for each in found:
         counts = ("-" if count is None else str(count) for count in (each.samples, each.ranks))
         state = Text(each.state, style=_STYLES.get(each.state, ""))
-        table.add_row(each.name, *counts, f"{each.bytes / 1e9:.2f}", each.time or "-", state)
+        loss = number(each.evaluation_loss)
+        table.add_row(each.name, *counts, loss, f"{each.bytes / 1e9:.2f}", each.time or "-", state)
     return Group(table, *(Text(f"{each.name}: {each.reason}") for each in found if each.reason))
 
 
@@ -121,7 +125,7 @@ def checkpoint_at(directory: RunDir, update: int, note: OnNote = lambda _: None)
     Raises RequestError, which lists the usable updates, if it cannot be loaded.
     """
     reject_script_run(directory)
-    folder = directory.checkpoint(update)
+    folder = directory.saved_checkpoint(update)
     fault = (checkpoint_fault(folder) or _content_fault(folder, note)) if folder.is_dir() else "it does not exist"
     if fault:
         usable = ", ".join(str(each) for each in directory.usable_checkpoints() if each != update)
@@ -133,11 +137,12 @@ def checkpoint_at(directory: RunDir, update: int, note: OnNote = lambda _: None)
 def set_aside(directory: RunDir, damaged: DamagedCheckpoint, used: SavedCheckpoint) -> Path | None:
     """Renames a damaged checkpoint to <name>.damaged-<k> and records the event. The caller holds the run's lock.
 
-    Returns its new path, or None if it could not be renamed.
+    Returns its new path, or None if it is not renamed: the next save of this update removes an incomplete one.
     """
     renamed: Path | None = None
     with suppress(OSError):
-        renamed = _rename_aside(damaged.path)
+        if (damaged.path / MANIFEST).exists():
+            renamed = _rename_aside(damaged.path)
     directory.event(
         {
             "event": "checkpoint_damaged",
@@ -190,6 +195,7 @@ def _listed(folder: Path, note: OnNote | None) -> ListedCheckpoint | None:
         update=update,
         samples=samples,
         ranks=ranks if isinstance(ranks, int) else None,
+        evaluation_loss=evaluation_loss(folder),
         bytes=size,
         time=time if isinstance(time, str) and time.isprintable() else None,
         state=state,
@@ -222,7 +228,7 @@ def _newest(
     reject_script_run(directory)
     damaged = directory.damaged_checkpoints()
     for update in reversed(directory.usable_checkpoints()):
-        folder = directory.checkpoint(update)
+        folder = directory.saved_checkpoint(update)
         if fault := fault_in(folder):
             damaged.append(DamagedCheckpoint(folder, fault))
             continue

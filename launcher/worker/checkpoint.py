@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import pickle
 import shutil
+import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ from typing import Any
 import torch
 
 from launcher.errors import FailureCode, RunFailed, first_line
-from launcher.manifest import file_records, merged_records
+from launcher.job.schema import CheckpointSection
+from launcher.manifest import evaluation_loss, file_records, merged_records, replaced_folder
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
-from launcher.run_dir import MANIFEST, RunDir, read_manifest, universal_folder, write_manifest
+from launcher.records import ManifestFacts
+from launcher.run_dir import RunDir, checkpoint_is_complete, read_manifest, universal_folder, write_manifest
 from launcher.worker.control import RecordEvent
 from launcher.worker.ranks import Ranks
 
@@ -36,11 +40,16 @@ class Checkpoints:
     def __init__(self, run: RunDir, plan: Plan, ranks: Ranks, record_event: RecordEvent) -> None:
         self._run, self._plan, self._ranks, self._record_event = run, plan, ranks, record_event
         self._saved: int | None = None
+        self._evaluation: tuple[int, float] | None = None
 
     def due(self, update: int) -> bool:
         """Whether a checkpoint is due after `update` updates."""
-        every = self._plan.job.checkpoint.every
-        return every is not None and update % every == 0
+        section = self._plan.job.checkpoint
+        return any(every is not None and update % every == 0 for every in (section.every, section.keep_every))
+
+    def evaluated(self, update: int, loss: float) -> None:
+        """Remembers the evaluation after `update` updates: a checkpoint of the same update has its loss."""
+        self._evaluation = (update, loss)
 
     def save(self, engine: Any, progress: Progress, plan_sha256: str, guard: dict[str, Any]) -> Path:
         """Saves a checkpoint unless this update has one already, then removes checkpoints beyond `keep`.
@@ -51,7 +60,7 @@ class Checkpoints:
         if self._saved == progress.update:
             return folder
         if self._ranks.first:
-            _remove(folder)
+            _make_room(folder)
         self._ranks.barrier()
         state = {**asdict(progress), "plan_sha256": plan_sha256}
         client_state = {**state, "guard": guard, "universal_checkpoint_info": {}}
@@ -71,16 +80,19 @@ class Checkpoints:
         names = [path.relative_to(folder).as_posix() for path in paths]
         files = self._ranks.gather(file_records(folder, names))
         if self._ranks.first:
-            write_manifest(
-                folder,
-                merged_records(files),
-                world_size=self._ranks.world_size,
-                update=progress.update,
-                samples=progress.samples,
-                plan_sha256=plan_sha256,
-            )
+            facts: ManifestFacts = {
+                "world_size": self._ranks.world_size,
+                "update": progress.update,
+                "samples": progress.samples,
+                "plan_sha256": plan_sha256,
+            }
+            if self._evaluation and self._evaluation[0] == progress.update and math.isfinite(self._evaluation[1]):
+                facts["evaluation_loss"] = self._evaluation[1]
+            write_manifest(folder, merged_records(files), **facts)
             self._record_event({"event": "checkpoint", "update": progress.update, "samples": progress.samples})
-            self._prune()
+            # What cannot be removed now is removed after the next save.
+            with contextlib.suppress(OSError):
+                self._prune(folder)
         self._ranks.barrier()
         self._saved = progress.update
         return folder
@@ -115,9 +127,29 @@ class Checkpoints:
             self._saved = state["update"] if start.update == state["update"] else None
         return Progress(update=start.update, samples=start.samples), state["guard"]
 
-    def _prune(self) -> None:
-        for update in self._run.complete_checkpoints()[: -self._plan.job.checkpoint.keep]:
-            _remove(self._run.checkpoint(update))
+    def _prune(self, saved: Path) -> None:
+        """Removes what the new checkpoint replaces, and what no rule of the job keeps; damaged ones do not count."""
+        for unfinished in self._run.checkpoints.glob(".*.removed"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        _remove(replaced_folder(saved))
+        usable = self._run.usable_checkpoints()
+        losses = {update: evaluation_loss(self._run.saved_checkpoint(update)) for update in usable}
+        for update in removable(losses, self._plan.job.checkpoint):
+            _remove(self._run.saved_checkpoint(update))
+
+
+def removable(losses: Mapping[int, float | None], section: CheckpointSection) -> list[int]:
+    """The updates whose checkpoints no rule keeps. `losses` has the evaluation loss of each update, oldest first."""
+    newest_first: list[int] = list(losses)[::-1]
+    kept = set(newest_first[: section.keep])
+    if section.keep_every is not None:
+        kept |= {update for update in losses if update % section.keep_every == 0}
+    if section.keep_best is not None:
+        # Of equal losses, the newest is the best: sorting is stable.
+        known = [(loss, update) for update in newest_first if (loss := losses[update]) is not None]
+        known.sort(key=lambda each: each[0])
+        kept |= {update for _, update in known[: section.keep_best]}
+    return [update for update in losses if update not in kept]
 
 
 @contextlib.contextmanager
@@ -164,12 +196,24 @@ def _readable(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def _make_room(folder: Path) -> None:
+    """Frees the name of a new checkpoint. A complete one of this name stays usable until the new one is complete."""
+    if not checkpoint_is_complete(folder):
+        _remove(folder)
+        return
+    _remove(replaced_folder(folder))
+    folder.rename(replaced_folder(folder))
+    _remove(universal_folder(folder))
+
+
 def _remove(folder: Path) -> None:
     """Removes a checkpoint and its converted form."""
-    # The manifest first: without it, a partly removed folder does not count as a checkpoint.
-    (folder / MANIFEST).unlink(missing_ok=True)
     for path in (folder, universal_folder(folder)):
-        shutil.rmtree(path, ignore_errors=True)
+        removed = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.removed")
+        # Renamed first: a partly removed folder must not count as a checkpoint.
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)
 
 
 def _load_trained(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:

@@ -186,6 +186,7 @@ class Training:
                 self.engine, self.eval_store, self.plan.train_micro_batch_size_per_gpu, self.ranks, self.part
             )
             self.metrics.write_evaluation(self.progress.update, found.loss, found.perplexity, found.targets)
+            self.checkpoints.evaluated(self.progress.update, found.loss)
 
     def save(self) -> None:
         """Saves a checkpoint in the middle of training."""

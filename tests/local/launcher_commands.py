@@ -106,8 +106,12 @@ class Command:
     def ranks(self) -> dict[int, psutil.Process]:
         """The live processes of the ranks, by rank, as the agents name them in their logs."""
         found = {}
-        for log in self.folder.rglob("logs/node-*/agent.log"):
-            for rank, pid in _RANK_STARTED.findall(log.read_text()):
+        # os.walk skips folders that are removed meanwhile, as DeepSpeed's converter does.
+        folders = (Path(folder) for folder, _, files in os.walk(self.folder) if "agent.log" in files)
+        for folder in folders:
+            if not folder.match("logs/node-*"):
+                continue
+            for rank, pid in _RANK_STARTED.findall((folder / "agent.log").read_text()):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process = psutil.Process(int(pid))
                     if process.create_time() > self._began - 1 and process.status() != psutil.STATUS_ZOMBIE:

@@ -22,11 +22,13 @@ pytestmark = pytest.mark.local
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_every_file_is_listed_once(job_dict, tmp_path, stage):
     job = merged(job_dict, train={"max_steps": 1}, export=False, deepspeed=zero_config(stage))
-    folder = fine_tuned(plan_of(job), tmp_path).checkpoint(1)
+    run = fine_tuned(plan_of(job), tmp_path)
+    folder = run.checkpoint(1)
     manifest = read_manifest(folder)
     names = files_in(folder)
     assert {f"random-{rank}.pt" for rank in range(2)} < set(names)
     assert manifest["files"] == file_records(folder, names)
+    assert manifest["evaluation_loss"] == run.evaluations()[-1]["loss"]
 
 
 class Payload:

@@ -164,6 +164,24 @@ def test_a_warning_if_the_run_ends_before_the_first_checkpoint() -> None:
     assert any("checkpoint.every 50 is more than the run's 10 updates" in warning for warning in plan.warnings)
 
 
+def test_a_warning_if_only_one_checkpoint_is_kept() -> None:
+    def warned(**checkpoint: int) -> bool:
+        return any("checkpoint.keep is 1" in warning for warning in plan_of(job_of(checkpoint=checkpoint)).warnings)
+
+    assert warned(every=5, keep=1)
+    assert not warned(every=5) and not warned(keep=1)
+
+
+def test_the_best_checkpoint_needs_evaluations() -> None:
+    with pytest.raises(RequestError, match="the job has no evaluation data"):
+        plan_of(job_of(checkpoint={"keep_best": 1}))
+    for every, eval_every, warned in ((10, 5, False), (10, 10, False), (10, 20, True), (10, None, True)):
+        job = job_of(
+            data={"eval": "eval.jsonl"}, checkpoint={"every": every, "keep_best": 1}, train={"eval_every": eval_every}
+        )
+        assert any("checkpoint.keep_best" in warning for warning in plan_of(job).warnings) == warned
+
+
 def test_a_scheduler_of_the_user_is_kept_as_deepspeed_steps_it() -> None:
     params = {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-5, "warmup_num_steps": 10, "total_num_steps": 50}
     scheduler = {"type": "WarmupDecayLR", "params": {**params, "warmup_type": "linear"}}

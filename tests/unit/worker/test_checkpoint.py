@@ -1,4 +1,4 @@
-"""Saving checkpoints: which rank lists which file."""
+"""Saving checkpoints: which rank lists which file, and which checkpoints are kept."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from launcher.errors import RunFailed
-from launcher.manifest import files_in, read_manifest
+from launcher.job.schema import CheckpointSection
+from launcher.manifest import evaluation_loss, files_in, read_manifest
 from launcher.run_dir import RunDir
-from launcher.worker.checkpoint import Checkpoints, Progress
+from launcher.worker.checkpoint import Checkpoints, Progress, removable
 from tests.unit.worker.fake_engine import FakeRanks, SavingEngine, fake_ranks, on_each_rank, small_plan
 
 
@@ -49,3 +50,52 @@ def test_a_deepspeed_that_writes_in_another_way_stops_the_run(run: RunDir) -> No
     with pytest.raises(RunFailed, match="this DeepSpeed has no checkpoint_engine"):
         Checkpoints(run, plan, fake_ranks(), ignored).save(engine, Progress(4, 32), plan.sha256, {})
     assert run.complete_checkpoints() == []
+
+
+LOSSES = {10: 3.0, 20: 1.0, 30: None, 40: 2.0, 50: 1.0, 60: 4.0}
+
+
+@pytest.mark.parametrize(
+    ("section", "kept"),
+    [
+        ({}, [50, 60]),
+        ({"keep": 1}, [60]),
+        ({"keep": 9}, [10, 20, 30, 40, 50, 60]),
+        ({"keep": 1, "keep_every": 20}, [20, 40, 60]),
+        ({"keep": 1, "keep_best": 1}, [50, 60]),
+        ({"keep": 1, "keep_best": 2}, [20, 50, 60]),
+        ({"keep": 1, "keep_best": 9}, [10, 20, 40, 50, 60]),
+        ({"keep": 2, "keep_every": 30, "keep_best": 3}, [20, 30, 40, 50, 60]),
+    ],
+)
+def test_what_is_kept(section: dict[str, int], kept: list[int]) -> None:
+    gone = removable(LOSSES, CheckpointSection(**section))
+    assert [update for update in LOSSES if update not in gone] == kept
+
+
+def test_the_order_is_that_of_samples() -> None:
+    """After a change of the batch size, newer checkpoints can have lower numbers."""
+    assert removable({90: None, 100: None, 60: None}, CheckpointSection(keep=1)) == [90, 100]
+
+
+def test_milestones_and_the_best_are_kept(run: RunDir) -> None:
+    plan = small_plan(checkpoint={"every": 2, "keep": 1, "keep_every": 5, "keep_best": 1}, data={"eval": "eval.jsonl"})
+    losses = {2: 2.5, 4: 1.5, 6: float("nan"), 8: 2.0, 10: 3.0}
+    checkpoints = Checkpoints(run, plan, fake_ranks(), ignored)
+    for update in range(1, 13):
+        if update in losses:
+            checkpoints.evaluated(update, losses[update])
+        if checkpoints.due(update):
+            checkpoints.save(SavingEngine(0), Progress(update, 8 * update), plan.sha256, {})
+    assert run.complete_checkpoints() == [4, 5, 10, 12]
+    assert [evaluation_loss(run.checkpoint(update)) for update in (4, 5, 10, 12)] == [1.5, None, 3.0, None]
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_never_the_best(run: RunDir, loss: float) -> None:
+    plan = small_plan(checkpoint={"keep": 1, "keep_best": 1}, data={"eval": "eval.jsonl"})
+    checkpoints = Checkpoints(run, plan, fake_ranks(), ignored)
+    for update in (1, 2):
+        checkpoints.evaluated(update, loss)
+        checkpoints.save(SavingEngine(0), Progress(update, 8 * update), plan.sha256, {})
+    assert run.complete_checkpoints() == [2]
