@@ -12,7 +12,7 @@ from launcher.cli.lr_output import show_report, write_curves
 from launcher.errors import Problem, RequestError, nearest
 
 if TYPE_CHECKING:
-    from launcher.lr_report.report import Report
+    from launcher.lr_report.report import LRReport
 
 
 def lr(
@@ -55,7 +55,7 @@ def lr(
     show_report(report, json)
 
 
-def _of_target(target: str | None, overrides: list[str], shapes: Sequence[str]) -> Report:
+def _of_target(target: str | None, overrides: list[str], shapes: Sequence[str]) -> LRReport:
     from launcher.lr_report.plan_report import plan_report, run_report
 
     if target is None:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from launcher.lr_report.report import Report
+    from launcher.lr_report.report import LRReport
 
 
-def show_report(report: Report, as_json: bool) -> None:
+def show_report(report: LRReport, as_json: bool) -> None:
     """Prints a report as text or as JSON."""
     from rich.console import Console
 
@@ -23,7 +23,7 @@ def show_report(report: Report, as_json: bool) -> None:
         print_report(report, Console(highlight=False))
 
 
-def write_curves(report: Report, png: Path | None, csv: Path | None) -> None:
+def write_curves(report: LRReport, png: Path | None, csv: Path | None) -> None:
     """Writes the curves of a report to the given files. Raises RequestError if one cannot be written."""
     from launcher.lr_report.files import csv_text, png_bytes, write_file
 

@@ -11,7 +11,7 @@ from typer.core import TyperCommand
 
 from launcher.cli.options import split_command
 from launcher.errors import Problem, RequestError
-from launcher.runs.submit import Submission, Target, choose_target, to_ray, to_slurm
+from launcher.runs.submit import Submission, SubmitTarget, choose_target, to_ray, to_slurm
 
 
 class ScriptCommand(TyperCommand):
@@ -32,7 +32,7 @@ def submit(
         None, metavar="[SECTION.KEY=VALUE]... [-- SCRIPT [ARGUMENT]...]", help="Overrides; Slurm: a script as for exec."
     ),
     resume: bool = typer.Option(False, "--resume", help="Slurm: resume a run."),
-    to: Target = typer.Option(None, "--to", help="Default: slurm if the job has a slurm section."),
+    to: SubmitTarget = typer.Option(None, "--to", help="Default: slurm if the job has a slurm section."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print exactly what would be submitted; submit nothing."),
     parsable: bool = typer.Option(False, "--parsable", help="Print only the job id."),
     dependency: str = typer.Option(None, help="Slurm: jobs to wait for, instead of the job file's."),
@@ -51,7 +51,7 @@ def submit(
     loaded = submission.load()
     target = to or choose_target(loaded.job, address)
     _check_options(target, {"--dependency": dependency, "--array": array}, {"--address": address, "--follow": follow})
-    if target is Target.slurm:
+    if target is SubmitTarget.slurm:
         to_slurm(submission, loaded)
     else:
         raise typer.Exit(to_ray(submission, loaded, address, follow=follow))
@@ -66,11 +66,11 @@ def _script(command: list[str] | None, resume: bool) -> tuple[str, ...]:
     return tuple(split_command(["--", *command])[1] or ())
 
 
-def _check_options(target: Target, slurm: dict[str, object], ray: dict[str, object]) -> None:
+def _check_options(target: SubmitTarget, slurm: dict[str, object], ray: dict[str, object]) -> None:
     """Raises RequestError for an option of the other target."""
-    given = [name for name, value in (ray if target is Target.slurm else slurm).items() if value]
+    given = [name for name, value in (ray if target is SubmitTarget.slurm else slurm).items() if value]
     if given:
-        other = Target.ray if target is Target.slurm else Target.slurm
+        other = SubmitTarget.ray if target is SubmitTarget.slurm else SubmitTarget.slurm
         verb, them = ("is", "it") if len(given) == 1 else ("are", "them")
         found = f"{' and '.join(given)} {verb} for {other}, but the job is submitted to {target}"
         raise RequestError(Problem(found, hint=f"leave {them} out, or add --to {other}"))

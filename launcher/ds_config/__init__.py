@@ -14,14 +14,14 @@ from launcher.ds_config.facts import (
     scheduler_of,
     zero_stage,
 )
-from launcher.ds_config.read import DsConfig, Location, from_job, from_mapping, parse_ds_config, read_ds_config
+from launcher.ds_config.read import DsConfig, KeyLocation, from_job, from_mapping, parse_ds_config, read_ds_config
 
 __all__ = [
     "Change",
     "Composed",
     "Decisions",
     "DsConfig",
-    "Location",
+    "KeyLocation",
     "Offload",
     "auto_scheduler",
     "batch_keys",

@@ -21,7 +21,7 @@ from launcher.errors import Problem, RequestError
 
 
 @dataclass(frozen=True)
-class Location:
+class KeyLocation:
     """The location of a key: line and column from 1, and the character offsets of key and value."""
 
     line: int
@@ -42,7 +42,7 @@ class DsConfig:
 
     data: dict[str, Any]
     origin: str
-    locations: Mapping[str, Location] = field(default_factory=dict)
+    locations: Mapping[str, KeyLocation] = field(default_factory=dict)
     text: str | None = None
     file: str | None = None
     under: str | None = None
@@ -56,7 +56,7 @@ class DsConfig:
             node = node[key]
         return node
 
-    def location(self, path: str) -> Location | None:
+    def location(self, path: str) -> KeyLocation | None:
         """The location of `path`, or of the innermost block around it that has one."""
         while path:
             if path in self.locations:
@@ -93,7 +93,7 @@ def read_ds_config(path: str | Path) -> DsConfig:
 
 def parse_ds_config(text: str, origin: str) -> DsConfig:
     """The DeepSpeed JSON in `text`; raises RequestError as `read_ds_config` does."""
-    reader = _Reader(text, origin)
+    reader = _JsonReader(text, origin)
     try:
         data = reader.document()
     except HjsonDecodeError as error:
@@ -108,7 +108,7 @@ def parse_ds_config(text: str, origin: str) -> DsConfig:
 
 def from_mapping(data: Mapping[str, Any], origin: str, lines: Mapping[str, int] | None = None) -> DsConfig:
     """An inline mapping of a job file. `lines`: the line of each dotted key path, if known."""
-    locations = {path: Location(line, 1) for path, line in (lines or {}).items()}
+    locations = {path: KeyLocation(line, 1) for path, line in (lines or {}).items()}
     return DsConfig(copy.deepcopy(dict(data)), origin, locations)
 
 
@@ -153,13 +153,13 @@ def _syntax(error: HjsonDecodeError, origin: str) -> Problem:
     return Problem(f"not valid JSON: {message}", file=origin, line=line, hint=_SYNTAX_HINT)
 
 
-class _Reader:
+class _JsonReader:
     """Scans a text once: builds the data and records the location of every key."""
 
     def __init__(self, text: str, origin: str) -> None:
         self.text = text
         self.origin = origin
-        self.locations: dict[str, Location] = {}
+        self.locations: dict[str, KeyLocation] = {}
         self.problems: list[Problem] = []
         self._numbers = HjsonDecoder()
 
@@ -199,7 +199,7 @@ class _Reader:
         self._check_duplicate(key_path, key, data, key_start)
         line, column = self._line_column(key_start)
         value, end = self._value(at, key_path)
-        self.locations[key_path] = Location(line, column, key_start, key_end, at, self._trimmed(at, end))
+        self.locations[key_path] = KeyLocation(line, column, key_start, key_end, at, self._trimmed(at, end))
         data[key] = value
         return end
 

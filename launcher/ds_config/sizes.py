@@ -50,7 +50,7 @@ class ZeroSizes:
 def zero_sizes(user: DsConfig, hidden_size: int) -> ZeroSizes:
     """The sizes of `user` as `compose` completes it. Raises RequestError for an invalid stage."""
     stage = zero_stage(user)
-    size = _Reader(user, hidden_size)
+    size = _SizeReader(user, hidden_size)
     overlap = as_bool(user.get("zero_optimization.overlap_comm"))
     return ZeroSizes(
         stage=stage,
@@ -83,7 +83,7 @@ def _on(user: DsConfig, path: str) -> bool:
     return as_bool(user.get(f"{block}.enabled")) is not False and as_bool(user.get(f"{block}.{name}")) is True
 
 
-class _Reader:
+class _SizeReader:
     """Reads numbers of the ZeRO block: "auto" from the hidden size; the default if missing or not a number."""
 
     def __init__(self, user: DsConfig, hidden_size: int) -> None:

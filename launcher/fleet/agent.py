@@ -16,7 +16,7 @@ from typing import Any
 from launcher.fleet import inspect_node
 from launcher.fleet.copy_data import tokenise_on_node
 from launcher.fleet.heartbeat import Heartbeat, visible_gpus
-from launcher.fleet.network import ProbePort, ProbeResult, free_ports, interface_of, reach
+from launcher.fleet.network import PortProbeResult, ProbePort, free_ports, interface_of, reach
 from launcher.fleet.process import RankProcess, stop_all
 from launcher.fleet.shared_memory import remove_segments
 from launcher.plan.schema import Plan
@@ -100,7 +100,7 @@ class Agent:
             self._probe_port.close()
             self._probe_port = None
 
-    def reach(self, address: str, port: int, timeout_seconds: float) -> ProbeResult | str:
+    def reach(self, address: str, port: int, timeout_seconds: float) -> PortProbeResult | str:
         """Connects to the probe port of another node. Returns the result, or an error message."""
         try:
             return reach(address, port, timeout_seconds)

@@ -20,7 +20,7 @@ _LOWEST_PORT, _PORT_TRIES = 20000, 1000
 
 
 @dataclass(frozen=True)
-class ProbeResult:
+class PortProbeResult:
     """A connection to another node: its local address, and the interface that has this address."""
 
     address: str
@@ -51,13 +51,13 @@ class ProbePort:
                 connection.sendall(_HELLO)
 
 
-def reach(address: str, port: int, timeout_seconds: float) -> ProbeResult:
+def reach(address: str, port: int, timeout_seconds: float) -> PortProbeResult:
     """Connects to the probe port of another node. Raises OSError if it cannot be reached."""
     with socket.create_connection((address, port), timeout_seconds) as connection:
         if connection.recv(len(_HELLO)) != _HELLO:
             raise OSError(f"another program listens at {address}:{port}")
         own: str = connection.getsockname()[0]
-    return ProbeResult(own, interface_of(own))
+    return PortProbeResult(own, interface_of(own))
 
 
 def interface_of(address: str) -> str | None:

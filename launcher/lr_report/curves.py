@@ -11,7 +11,7 @@ from typing import Any
 
 from launcher.plan.learning_rate import planned_lrs
 from launcher.plan.revision import schedule_of
-from launcher.plan.schema import Plan, Reason
+from launcher.plan.schema import ChoiceReason, Plan
 from launcher.schedule.curve import Schedule, lr_curve, make_schedule
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -158,7 +158,7 @@ def lr_lines(plan: Plan) -> list[str]:
     ]
 
 
-def reason_line(reason: Reason) -> str:
+def reason_line(reason: ChoiceReason) -> str:
     """A choice with its reasonable range and reason; "(heuristic)" if there is no evidence."""
     head = f"{reason.choice.replace('_', ' ')} {short(reason.value)}"
     if reason.low is not None and reason.high is not None and reason.low != reason.high:

@@ -13,7 +13,7 @@ from launcher.ds_config import DsConfig, read_ds_config
 from launcher.ds_config.facts import AUTO, as_number
 from launcher.errors import Problem, RequestError, nearest
 from launcher.lr_report.curves import Curve, schedule_curve, with_shapes
-from launcher.lr_report.report import Report, paste_notes
+from launcher.lr_report.report import LRReport, paste_notes
 from launcher.schedule.curve import Schedule, deepspeed_blocks, make_schedule
 from launcher.schedule.deepspeed_schedulers import DEFAULTS, resolved_params, simulate_deepspeed
 from launcher.schedule.safety import deepspeed_warnings
@@ -33,7 +33,7 @@ class _WrittenScheduler:
     notes: tuple[str, ...]
 
 
-def deepspeed_report(path: Path, settings: Sequence[str], updates: int | None, shapes: Sequence[str]) -> Report:
+def deepspeed_report(path: Path, settings: Sequence[str], updates: int | None, shapes: Sequence[str]) -> LRReport:
     """The curve of the JSON at `path` as the engine applies it, with warnings and the launcher's own block.
 
     `settings` are key=value pairs that override the JSON; `updates` is the length of the run (None: total_num_steps).
@@ -51,7 +51,7 @@ def deepspeed_report(path: Path, settings: Sequence[str], updates: int | None, s
         warnings = deepspeed_warnings(*arguments)
     schedule, notes = _fixed(written)
     curves = [own, *_fixed_curves(schedule, shapes)]
-    return Report(
+    return LRReport(
         title=f"{path}: {written.kind}, {written.updates:,} updates, as the engine applies it",
         curves=tuple(curves),
         marks=_first_steps(written),
@@ -192,14 +192,14 @@ def _first_steps(written: _WrittenScheduler) -> dict[int, str]:
     return {update: word for update, word in enumerate(words) if update < written.updates}
 
 
-def _without_scheduler(path: Path, written: _WrittenScheduler, shapes: Sequence[str]) -> Report:
+def _without_scheduler(path: Path, written: _WrittenScheduler, shapes: Sequence[str]) -> LRReport:
     if shapes:
         raise RequestError(Problem("--compare needs a scheduler with a warm-up", key="--compare"))
     warning = (
         f"The JSON has no scheduler block: every update uses {written.optimizer_lr:g}, without a warm-up, unless the "
         "script passes a scheduler to deepspeed.initialize."
     )
-    return Report(
+    return LRReport(
         title=f"{path}: no scheduler, {written.updates:,} updates",
         curves=(Curve.of("as written", [written.optimizer_lr] * written.updates),),
         warnings=(warning,),

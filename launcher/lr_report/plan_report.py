@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher.errors import Problem, RequestError
 from launcher.lr_report.curves import Curve, plan_curve, plan_marks, with_shapes
-from launcher.lr_report.report import Report, paste_notes
+from launcher.lr_report.report import LRReport, paste_notes
 from launcher.lr_report.run_curves import run_curves
 from launcher.plan.revision import extensions
 from launcher.plan.schema import Plan
@@ -17,14 +17,14 @@ from launcher.run_dir import RunDir
 from launcher.schedule.safety import deepspeed_warnings
 
 
-def plan_report(plan: Plan, shapes: Sequence[str]) -> Report:
+def plan_report(plan: Plan, shapes: Sequence[str]) -> LRReport:
     """The planned curve, with the `shapes` overlaid that have the same peak, warm-up and length."""
     planned, total = plan.learning_rate, plan.length.total_updates
     curves = with_shapes(plan_curve(plan), shapes, planned.peak_lr, planned.warmup_updates, total)
     return replace(_of_plan(plan, _title(plan, plan.job.name), curves), warnings=_own_scheduler_warnings(plan))
 
 
-def run_report(path: Path, shapes: Sequence[str]) -> Report:
+def run_report(path: Path, shapes: Sequence[str]) -> LRReport:
     """The planned and the applied curve of the run at `path`. Raises RequestError if it is not a run directory."""
     run = RunDir(path.resolve())
     if not run.plan_file.is_file():
@@ -45,10 +45,10 @@ def _title(plan: Plan, name: str) -> str:
     return f"{name}: {planned.shape}, {plan.length.total_updates:,} updates, {planned.warmup_updates:,} of warm-up"
 
 
-def _of_plan(plan: Plan, title: str, curves: Sequence[Curve]) -> Report:
+def _of_plan(plan: Plan, title: str, curves: Sequence[Curve]) -> LRReport:
     names: tuple[str, ...] = ("optimizer", "scheduler")
     blocks = {name: plan.ds_config[name] for name in names if name in plan.ds_config}
-    return Report(
+    return LRReport(
         title=title,
         curves=tuple(curves),
         peak_lr=plan.learning_rate.peak_lr,

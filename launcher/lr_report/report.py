@@ -14,7 +14,7 @@ from rich.text import Text
 
 from launcher.lr_report.curves import Curve, CurveStats, curve_stats, key_updates, reason_line
 from launcher.lr_report.terminal_plot import plot_text
-from launcher.plan.schema import Reason
+from launcher.plan.schema import ChoiceReason
 from launcher.schedule.deepspeed_schedulers import simulate_deepspeed
 
 MAX_WIDTH = 120
@@ -25,7 +25,7 @@ STEP_ONCE = (
 
 
 @dataclass(frozen=True)
-class Report:
+class LRReport:
     """The content of a report. The table is about the first curve.
 
     `peak_lr` is the requested peak; `marks` are additional updates for the table, with descriptions. `blocks` are the
@@ -36,14 +36,14 @@ class Report:
     curves: tuple[Curve, ...]
     peak_lr: float | None = None
     marks: dict[int, str] = field(default_factory=dict)
-    reasons: tuple[Reason, ...] = ()
+    reasons: tuple[ChoiceReason, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     blocks: dict[str, Any] | None = None
     blocks_notes: tuple[str, ...] = ()
 
 
-def report_json(report: Report) -> str:
+def report_json(report: LRReport) -> str:
     """The report as JSON; learning rates with all digits."""
     first = report.curves[0]
     document = {
@@ -72,7 +72,7 @@ def _curve_json(curve: Curve) -> dict[str, Any]:
     }
 
 
-def print_report(report: Report, console: Console) -> None:
+def print_report(report: LRReport, console: Console) -> None:
     """Prints a report, readable with 80 columns and without colour."""
     console.print(Text(report.title, style="bold"))
     width = max(40, min(console.width, MAX_WIDTH))
@@ -89,7 +89,7 @@ def print_report(report: Report, console: Console) -> None:
     _blocks(report, console)
 
 
-def _points(report: Report) -> Table:
+def _points(report: LRReport) -> Table:
     first, *others = report.curves
     highest = max(first.lrs) or 1.0
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -110,7 +110,7 @@ def _lr_text(lr: float | None) -> str:
     return "" if lr is None else f"{lr:.3e}"
 
 
-def _statistics(report: Report) -> Table:
+def _statistics(report: LRReport) -> Table:
     found = [curve_stats(curve) for curve in report.curves]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
@@ -130,7 +130,7 @@ def _statistics(report: Report) -> Table:
     return table
 
 
-def _peak_line(report: Report, console: Console) -> None:
+def _peak_line(report: LRReport, console: Console) -> None:
     """Prints a line if the curve never reaches the requested peak."""
     highest = max(report.curves[0].lrs)
     if report.peak_lr is not None and highest < report.peak_lr:
@@ -146,7 +146,7 @@ def paste_notes(scheduler: dict[str, Any], optimizer_lr: float) -> tuple[str, ..
     return (f"In your own DeepSpeed script every learning rate comes one update later: {start}.", STEP_ONCE)
 
 
-def _reason(reason: Reason) -> str:
+def _reason(reason: ChoiceReason) -> str:
     sources = f" [{'; '.join(reason.sources)}]" if reason.sources else ""
     return reason_line(reason) + sources
 
@@ -158,7 +158,7 @@ def _paragraphs(title: str, lines: Iterable[str], console: Console, style: str =
         console.print(Padding(Text(line, style=style), (0, 0, 0, 2), expand=False))
 
 
-def _blocks(report: Report, console: Console) -> None:
+def _blocks(report: LRReport, console: Console) -> None:
     """Prints the notes first, and the JSON to paste at the end."""
     _paragraphs("DeepSpeed JSON", report.blocks_notes, console)
     if report.blocks is not None:

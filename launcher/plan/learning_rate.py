@@ -12,7 +12,7 @@ from launcher.job import AnyJob, Job
 from launcher.plan.facts import DataFacts, ModelFacts
 from launcher.plan.inputs import J, PlanInputs
 from launcher.plan.revision import schedule_of
-from launcher.plan.schema import LearningRate, Length, Plan, Reason
+from launcher.plan.schema import ChoiceReason, LearningRate, Length, Plan
 from launcher.schedule.advice import Choice, Situation, advise, parse_warmup
 from launcher.schedule.curve import DEEPSPEED_TYPES, Schedule, deepspeed_blocks, lr_at, make_schedule
 from launcher.schedule.deepspeed_schedulers import Params, replica
@@ -207,8 +207,8 @@ def _learning_rate(schedule: Schedule, chosen: dict[str, Choice]) -> LearningRat
     )
 
 
-def _reason(name: str, choice: Choice) -> Reason:
-    return Reason(
+def _reason(name: str, choice: Choice) -> ChoiceReason:
+    return ChoiceReason(
         choice=name,
         value=choice.value,
         low=choice.low,
@@ -250,7 +250,7 @@ def _user_schedule(
         warmup_updates=lrs.index(peak),
         reasons=(
             *([_reason("peak_lr", advised)] if advised else []),
-            *(Reason(choice="shape", value=kind, reason=sentence) for sentence in sentences),
+            *(ChoiceReason(choice="shape", value=kind, reason=sentence) for sentence in sentences),
         ),
     )
     return LearningRateDecision(learning_rate, scheduler, lr)

@@ -15,7 +15,7 @@ from launcher.plan.inputs import PlanInputs
 from launcher.plan.learning_rate import decide_lr
 from launcher.plan.length import check_token_ids, default_batch_limit, length_warnings, resolve_length
 from launcher.plan.model_options import check_model_options, model_option_warnings, sequence_parallel_problems
-from launcher.plan.schema import Change, Length, Plan, Training
+from launcher.plan.schema import ConfigChange, Length, Plan, Training
 from launcher.version import __version__
 
 
@@ -70,10 +70,10 @@ def resolve(inputs: PlanInputs[Job], model: ModelFacts, data: DataFacts) -> Plan
     )
 
 
-def changes_of(composed: Composed) -> tuple[Change, ...]:
+def changes_of(composed: Composed) -> tuple[ConfigChange, ...]:
     """The changes to the user's JSON, as the plan stores them."""
     return tuple(
-        Change(key=change.key_path, before=change.before, after=change.after, reason=change.reason)
+        ConfigChange(key=change.key_path, before=change.before, after=change.after, reason=change.reason)
         for change in composed.changes
     )
 

@@ -58,7 +58,7 @@ class Length(Part):
     refilled_samples: int
 
 
-class Reason(Part):
+class ChoiceReason(Part):
     """Why a value was chosen: its name, the value, the recommended range, a sentence, and its sources."""
 
     choice: str
@@ -85,10 +85,10 @@ class LearningRate(Part):
     peak_lr: float
     floor_lr: float
     warmup_updates: int
-    reasons: tuple[Reason, ...] = ()
+    reasons: tuple[ChoiceReason, ...] = ()
 
 
-class Change(Part):
+class ConfigChange(Part):
     """A key of the user's DeepSpeed JSON that was filled in or changed."""
 
     key: str
@@ -171,7 +171,7 @@ class Plan(Part):
     length: Length
     learning_rate: LearningRate
     ds_config: dict[str, Any]
-    ds_config_changes: tuple[Change, ...]
+    ds_config_changes: tuple[ConfigChange, ...]
     warnings: tuple[str, ...]
     resumed: Resumed | None = None
 

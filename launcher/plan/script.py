@@ -27,7 +27,7 @@ from launcher.plan.facts import ModelFacts
 from launcher.plan.inputs import PlanInputs
 from launcher.plan.learning_rate import LearningRateDecision, decide_schedule
 from launcher.plan.resolve import changes_of
-from launcher.plan.schema import LearningRate, Length, Plan, Reason, Script
+from launcher.plan.schema import ChoiceReason, LearningRate, Length, Plan, Script
 from launcher.schedule.advice import Situation
 from launcher.schedule.curve import DEEPSPEED_TYPES
 from launcher.schedule.deepspeed_schedulers import replica
@@ -277,7 +277,9 @@ def _as_stepped(learning_rate: LearningRate, config: Mapping[str, Any], updates:
         return learning_rate
     scheduler, lr = config["scheduler"], config["optimizer"]["params"]["lr"]
     sentences = deepspeed_warnings(scheduler["type"], scheduler["params"], lr, updates)
-    reasons = tuple(Reason(choice="scheduler", value=scheduler["type"], reason=sentence) for sentence in sentences)
+    reasons = tuple(
+        ChoiceReason(choice="scheduler", value=scheduler["type"], reason=sentence) for sentence in sentences
+    )
     return learning_rate.model_copy(update={"advance": 0, "reasons": (*learning_rate.reasons, *reasons)})
 
 

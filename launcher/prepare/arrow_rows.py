@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import first_line
-from launcher.prepare.rows import CONTENT_COLUMNS, BadFile, FileSummary, Location, Row
+from launcher.prepare.rows import CONTENT_COLUMNS, BadFile, FileSummary, Row, RowLocation
 
 Convert = Callable[[Any], Any]
 _BATCH = 256
@@ -82,12 +82,12 @@ def table_rows(name: str, batches: Iterable[Any], schema: Any) -> Iterator[Row]:
             for column, convert in converts.items():
                 if convert is not None:
                     values[column] = convert(values[column])
-            yield Row(values, Location(name, number))
+            yield Row(values, RowLocation(name, number))
 
 
 def empty_rows(name: str, count: int) -> Iterator[Row]:
     """Empty rows, for a table without content columns."""
-    return (Row({}, Location(name, number)) for number in range(1, count + 1))
+    return (Row({}, RowLocation(name, number)) for number in range(1, count + 1))
 
 
 def content_columns(names: Iterable[str]) -> list[str]:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from launcher.prepare.rows import BadFile, FileSummary, Location, Row
+from launcher.prepare.rows import BadFile, FileSummary, Row, RowLocation
 from launcher.prepare.text_files import text_lines
 
 _QUOTES = 'quote cells that contain commas, quotes or line breaks, and double the quotes in them: "say ""yes"""'
@@ -34,7 +34,7 @@ class CsvFile:
     def rows(self) -> Iterator[Row]:
         for number, (header, line, cells) in enumerate(self._records()):
             if number:
-                yield Row(dict(zip(header, cells, strict=False)), Location(self.name, number, line))
+                yield Row(dict(zip(header, cells, strict=False)), RowLocation(self.name, number, line))
 
     def _records(self) -> Iterator[tuple[tuple[str, ...], int, list[str]]]:
         """(header, first line, cells) of each record, including the header. Raises BadFile."""

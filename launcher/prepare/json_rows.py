@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launcher.prepare.rows import CONTENT_COLUMNS, BadFile, FileSummary, Location, Row
+from launcher.prepare.rows import CONTENT_COLUMNS, BadFile, FileSummary, Row, RowLocation
 from launcher.prepare.text_files import text_chunks
 
 _BLANK = re.compile(r"[ \t\r\n\ufeff]*")
@@ -57,7 +57,7 @@ class JsonFile:
             if text.repeated and (key := _duplicate_key(value)):
                 message = f"row {number} cannot be read: duplicate key `{key}` in one object"
                 raise BadFile(self.name, message, "keep one of the two", line)
-            yield Row(value, Location(self.name, number, line))
+            yield Row(value, RowLocation(self.name, number, line))
 
 
 class _Text:

@@ -7,7 +7,7 @@ from typing import Any
 
 from launcher.errors import Problem, RequestError
 from launcher.job.schema import ModelSection
-from launcher.prepare.small_model_probe import ProbeResult
+from launcher.prepare.small_model_probe import ModelProbeResult
 
 _KEY = "model.name_or_path"
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
@@ -95,7 +95,7 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def check_causal(config: Any, probe: ProbeResult) -> None:
+def check_causal(config: Any, probe: ModelProbeResult) -> None:
     """Raises RequestError for a model in which a later token changes an earlier logit."""
     if probe.causal is False:
         raise RequestError(
@@ -114,7 +114,7 @@ def _decoder_hint(config: Any) -> str:
     return "; if these weights were trained as a decoder, set is_decoder: true in the model's config.json"
 
 
-def router_loss_coefficient(config: Any, probe: ProbeResult) -> float | None:
+def router_loss_coefficient(config: Any, probe: ModelProbeResult) -> float | None:
     """The coefficient of the routers' balance loss; None if the config does not enable it or the model has none.
 
     Raises RequestError if the config enables a balance loss that cannot be reproduced.
@@ -153,7 +153,7 @@ def _coefficients(config: Any) -> Iterator[float | None]:
             yield float(value) if isinstance(value, int | float) else None
 
 
-def kind_notes(config: Any, probe: ProbeResult, coefficient: float | None) -> Iterator[str]:
+def kind_notes(config: Any, probe: ModelProbeResult, coefficient: float | None) -> Iterator[str]:
     """Notes on the model's kind."""
     if probe.failure is not None:
         yield (
@@ -171,12 +171,12 @@ def kind_notes(config: Any, probe: ProbeResult, coefficient: float | None) -> It
         )
 
 
-def _differs(probe: ProbeResult) -> bool:
+def _differs(probe: ModelProbeResult) -> bool:
     assert probe.own_loss is not None and probe.plain_loss is not None
     return abs(probe.own_loss - probe.plain_loss) > _TOLERANCE * (1 + probe.own_loss)
 
 
-def _unbalanced(config: Any, probe: ProbeResult) -> str:
+def _unbalanced(config: Any, probe: ModelProbeResult) -> str:
     if uses_router_loss(config) or not (probe.has_router_loss or probe.failure):
         return (
             f"The routers of this model's experts are trained without a balance loss: transformers has none for "

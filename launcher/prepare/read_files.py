@@ -8,7 +8,7 @@ from pathlib import Path
 from launcher.prepare.arrow_rows import ParquetFile
 from launcher.prepare.csv_rows import CsvFile
 from launcher.prepare.json_rows import JsonFile
-from launcher.prepare.rows import FileSummary, Location, Row, RowReader
+from launcher.prepare.rows import FileSummary, Row, RowLocation, RowReader
 from launcher.prepare.text_files import text_chunks
 
 
@@ -28,7 +28,7 @@ class TextFile:
         return FileSummary(1, ("text",))
 
     def rows(self) -> Iterator[Row]:
-        yield Row({"text": "".join(text_chunks(self.path))}, Location(self.name, 1))
+        yield Row({"text": "".join(text_chunks(self.path))}, RowLocation(self.name, 1))
 
 
 def file_reader(path: Path, builder: str) -> RowReader:

@@ -20,7 +20,7 @@ from launcher.errors import Problem, RequestError
 from launcher.prepare.read_files import file_reader
 from launcher.prepare.row_formats import NEEDED, detect_format
 from launcher.prepare.row_values import BadRow, without_nulls
-from launcher.prepare.rows import CONTENT_COLUMNS, BadFile, Location, Row, RowReader
+from launcher.prepare.rows import CONTENT_COLUMNS, BadFile, Row, RowLocation, RowReader
 from launcher.prepare.sources import DataSource
 
 _BATCH = 512
@@ -41,7 +41,7 @@ class Checks:
 
     fingerprints: array[int] = field(default_factory=lambda: array("Q"))
     missing: Counter[str] = field(default_factory=Counter)
-    first_missing: dict[str, Location] = field(default_factory=dict)
+    first_missing: dict[str, RowLocation] = field(default_factory=dict)
 
 
 class Rows:

@@ -15,7 +15,7 @@ CONTENT_COLUMNS = (
 """The columns with training content. Readers of parquet files and hub data sets skip all other columns."""
 
 
-class Location(NamedTuple):
+class RowLocation(NamedTuple):
     """The location of a row: a file or a hub name, the row number from 1, and the row's first line."""
 
     source: str
@@ -35,7 +35,7 @@ class Row(dict[str, Any]):
 
     __slots__ = ("location",)
 
-    def __init__(self, values: dict[str, Any], location: Location) -> None:
+    def __init__(self, values: dict[str, Any], location: RowLocation) -> None:
         super().__init__(values)
         self.location = location
 

@@ -24,7 +24,7 @@ _TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
-class ProbeResult:
+class ModelProbeResult:
     """The result for a small instance. `failure`: why the probe failed; the other fields are None then.
 
     `causal`: no later token changes an earlier logit. `own_loss` is the loss that the model computes from labels,
@@ -42,7 +42,7 @@ class ProbeResult:
     failure: str | None = None
 
 
-def probe_small_model(model_class: type, config: Any, parameters: int) -> ProbeResult:
+def probe_small_model(model_class: type, config: Any, parameters: int) -> ModelProbeResult:
     """Builds a small `model_class` from `config`, whose full size is `parameters`, and probes its logits."""
     import torch
 
@@ -58,7 +58,7 @@ def probe_small_model(model_class: type, config: Any, parameters: int) -> ProbeR
             continue
         if found is not None:
             return found
-    return ProbeResult(failure=failure)
+    return ModelProbeResult(failure=failure)
 
 
 def _attempts(parameters: int) -> Iterator[Callable[[Any], Any]]:
@@ -88,7 +88,7 @@ def _instance(model_class: Any, config: Any) -> Any:
     return model
 
 
-def _probe(model: Any) -> ProbeResult | None:
+def _probe(model: Any) -> ModelProbeResult | None:
     """The result; None if the logits are NaN or Inf, or do not depend on the input."""
     import torch
 
@@ -99,7 +99,7 @@ def _probe(model: Any) -> ProbeResult | None:
         if logits.shape[0] != ids.shape[1] or not bool(torch.isfinite(logits).all()):
             return None
         causal = _causal(model, ids, logits)
-        return None if causal is None else ProbeResult(causal=causal, **_losses(model, ids, output))
+        return None if causal is None else ModelProbeResult(causal=causal, **_losses(model, ids, output))
 
 
 def _causal(model: Any, ids: Any, logits: Any) -> bool | None:

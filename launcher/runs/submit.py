@@ -24,7 +24,7 @@ from launcher.runs.rest import job_of_rest, planned_run
 from launcher.runs.script import check_script
 
 
-class Target(StrEnum):
+class SubmitTarget(StrEnum):
     """The system to which a job is submitted."""
 
     slurm = "slurm"
@@ -53,12 +53,12 @@ class Submission:
         return load_job(self.path, *self.overrides, command=self.command or None)
 
 
-def choose_target(job: AnyJob, address: str | None) -> Target:
+def choose_target(job: AnyJob, address: str | None) -> SubmitTarget:
     """Ray if the address of a dashboard is given, else Slurm if the job has a slurm section. Raises RequestError."""
     if address is not None:
-        return Target.ray
+        return SubmitTarget.ray
     if "slurm" in job.model_fields_set:
-        return Target.slurm
+        return SubmitTarget.slurm
     raise RequestError(
         Problem(
             "Slurm or Ray must be chosen: the job has no slurm section, and --address is not given",

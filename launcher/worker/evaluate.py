@@ -13,7 +13,7 @@ from launcher.token_store import TokenStore
 from launcher.worker.batches import IGNORED, collate
 from launcher.worker.loss import summed_loss
 from launcher.worker.ranks import Ranks
-from launcher.worker.ulysses import WHOLE, Part
+from launcher.worker.ulysses import WHOLE, SequencePart
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(engine: Any, store: TokenStore, micro_batch: int, ranks: Ranks, part: Part = WHOLE) -> Evaluation:
+def evaluate(engine: Any, store: TokenStore, micro_batch: int, ranks: Ranks, part: SequencePart = WHOLE) -> Evaluation:
     """The token-weighted mean loss over all ranks; each sequence counts once, for any number of ranks.
 
     All ranks run the same number of micro-batches, which ZeRO-3 requires; the last one may repeat a sequence without

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from launcher.errors import LauncherError
 from launcher.worker.batches import IGNORED
-from launcher.worker.ulysses import WHOLE, Part
+from launcher.worker.ulysses import WHOLE, SequencePart
 
 
 def summed_loss(
@@ -19,7 +19,7 @@ def summed_loss(
     labels: torch.Tensor,
     *,
     fused: bool = False,
-    part: Part = WHOLE,
+    part: SequencePart = WHOLE,
 ) -> torch.Tensor:
     """The summed negative log-likelihood (nats, float32, a scalar) of the learned tokens of a micro-batch.
 
@@ -35,7 +35,7 @@ def summed_losses(
     labels: torch.Tensor,
     *,
     fused: bool = False,
-    part: Part = WHOLE,
+    part: SequencePart = WHOLE,
     router_coefficient: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(the training loss of a micro-batch, the part of it that balances the experts' routers): both scalars.

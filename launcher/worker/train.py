@@ -46,13 +46,13 @@ def run_rank(run_path: Path, plan_file: Path, start: Start | None, control: Cont
     engine = make_engine(plan, load_model(plan), universal=start is not None and start.convert)
     if start is None:
         check_weights(engine.module, ranks, plan.training.model.folder)
-    training = Training(run, plan, ranks, engine, control, hosts)
+    training = TrainLoop(run, plan, ranks, engine, control, hosts)
     training.begin(start)
     training.train()
     training.finish()
 
 
-class Training:
+class TrainLoop:
     """One rank's training: the loop, its state, evaluations and checkpoints."""
 
     def __init__(

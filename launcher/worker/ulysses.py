@@ -16,7 +16,7 @@ from launcher.worker.ranks import Ranks
 
 
 @dataclass(frozen=True)
-class Part:
+class SequencePart:
     """This rank's part of every sequence: number `index` of `size` equal parts."""
 
     index: int = 0
@@ -28,12 +28,12 @@ class Part:
         return whole.chunk(self.size, dim=1)[self.index].contiguous()
 
 
-WHOLE = Part()
+WHOLE = SequencePart()
 
 
-def part_of(world: World, ranks: Ranks) -> Part:
+def part_of(world: World, ranks: Ranks) -> SequencePart:
     """This rank's part: consecutive ranks share their sequences."""
-    return Part(ranks.rank % world.sequence_parallel_size, world.sequence_parallel_size)
+    return SequencePart(ranks.rank % world.sequence_parallel_size, world.sequence_parallel_size)
 
 
 def exchange_attention(plan: Plan, model: Any) -> Any:

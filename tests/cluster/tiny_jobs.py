@@ -24,14 +24,14 @@ from pathlib import Path
 if os.environ.get("RANK") == "1":
     from launcher.worker import train
 
-    advance = train.Training.advance
+    advance = train.TrainLoop.advance
 
     def with_fault(self, *arguments):
         if Path(__file__).with_name("now").exists():
             raise ValueError("a bad sample on this node")
         advance(self, *arguments)
 
-    train.Training.advance = with_fault
+    train.TrainLoop.advance = with_fault
 """
 
 

@@ -11,14 +11,14 @@ from launcher.worker import train
 
 def scheduler_runs_ahead(at_update: int) -> None:
     """The rank's scheduler is moved on by five in the middle of the run."""
-    advance = train.Training.advance
+    advance = train.TrainLoop.advance
 
     def with_fault(self, batch, *rest):
         advance(self, batch, *rest)
         if batch.update == at_update:
             self.engine.lr_scheduler.step(self.engine.lr_scheduler.last_batch_iteration + 5)
 
-    train.Training.advance = with_fault
+    train.TrainLoop.advance = with_fault
 
 
 def blind_scheduler_runs_ahead(at_update: int) -> None:
@@ -33,36 +33,36 @@ def blind_scheduler_runs_ahead(at_update: int) -> None:
 
 def raises(at_update: int) -> None:
     """An exception in the middle of the run."""
-    advance = train.Training.advance
+    advance = train.TrainLoop.advance
 
     def with_fault(self, batch, *rest):
         if batch.update == at_update:
             raise RuntimeError("the disk of this node is on fire")
         advance(self, batch, *rest)
 
-    train.Training.advance = with_fault
+    train.TrainLoop.advance = with_fault
 
 
 def losses_jump(at_update: int) -> None:
     """From an update on, the losses that the ranks see are those of a run that goes wrong."""
-    reduce = train.Training.reduce
+    reduce = train.TrainLoop.reduce
 
     def with_fault(self, summed, batch):
         mean, stop = reduce(self, summed, batch)
         return mean + (5.0 if at_update <= batch.update < at_update + 3 else 0.0), stop
 
-    train.Training.reduce = with_fault
+    train.TrainLoop.reduce = with_fault
 
 
 def loss_is_nan(at_update: int) -> None:
     """The ranks see a loss that is no number."""
-    reduce = train.Training.reduce
+    reduce = train.TrainLoop.reduce
 
     def with_fault(self, summed, batch):
         mean, stop = reduce(self, summed, batch)
         return float("nan") if batch.update == at_update else mean, stop
 
-    train.Training.reduce = with_fault
+    train.TrainLoop.reduce = with_fault
 
 
 if __name__ == "__main__":

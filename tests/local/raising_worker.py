@@ -12,14 +12,14 @@ from launcher.worker import train
 
 def raises_when(file: Path) -> None:
     """An exception in the middle of the run."""
-    advance = train.Training.advance
+    advance = train.TrainLoop.advance
 
     def with_fault(self, *arguments):
         if file.exists():
             raise RuntimeError("the disk of this node is on fire")
         advance(self, *arguments)
 
-    train.Training.advance = with_fault
+    train.TrainLoop.advance = with_fault
 
 
 if __name__ == "__main__":

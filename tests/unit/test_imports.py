@@ -211,3 +211,12 @@ def names_in(line: str, known: set[str]) -> list[str]:
     found = re.match(r"\w+(?:  \w+)*(?=   |$)", line)
     words = found[0].split() if found else []
     return words if set(words) <= known else []
+
+
+def test_a_class_name_means_one_thing_in_the_package() -> None:
+    names: dict[str, list[str]] = {}
+    for module in MODULES:
+        for node in ast.walk(ast.parse(module.read_text())):
+            if isinstance(node, ast.ClassDef):
+                names.setdefault(node.name.lstrip("_"), []).append(place(module))
+    assert {name: places for name, places in names.items() if len(places) > 1} == {}

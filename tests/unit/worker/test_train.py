@@ -18,7 +18,7 @@ from launcher.run_dir import RunDir
 from launcher.token_store import TokenStore, TokenWriter
 from launcher.worker.lr_check import OutOfSyncError
 from launcher.worker.ranks import Ranks
-from launcher.worker.train import Training
+from launcher.worker.train import TrainLoop
 from tests.unit.inputs import data_facts, job_of, machine_facts, plan_of
 from tests.unit.worker.fake_engine import VOCABULARY, FakeEngine, on_each_rank
 
@@ -59,7 +59,7 @@ class Trained:
         self.engine, self.reports = engine, []  # type: FakeEngine, list[RankReport]
         self._stop, self._stop_at = threading.Event(), stop_at
         control: Any = SimpleNamespace(stop=self._stop, report=self._report, record_event=lambda _event: None)
-        self.training = Training(run, plan, ranks, engine, control, [f"h{rank}" for rank in range(RANKS)])
+        self.training = TrainLoop(run, plan, ranks, engine, control, [f"h{rank}" for rank in range(RANKS)])
         self.training.train()
 
     def _report(self, report: RankReport) -> None:
@@ -152,13 +152,13 @@ def test_a_skipped_update_is_written_as_skipped_and_stops_the_run(tmp_path: Path
 def test_a_loss_that_is_nan_stops_before_its_update(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reduce = Training.reduce
+    reduce = TrainLoop.reduce
 
-    def nan_in_update_3(self: Training, summed: Any, batch: Any) -> tuple[float, bool]:
+    def nan_in_update_3(self: TrainLoop, summed: Any, batch: Any) -> tuple[float, bool]:
         mean, stop = reduce(self, summed, batch)
         return math.nan if batch.update == 3 else mean, stop
 
-    monkeypatch.setattr(Training, "reduce", nan_in_update_3)
+    monkeypatch.setattr(TrainLoop, "reduce", nan_in_update_3)
     for rank in trained(tmp_path, plan_with(data)):
         assert rank.training.stopped
         assert rank.training.guard.stop_code is FailureCode.NAN_LOSS
@@ -169,14 +169,14 @@ def test_a_loss_that_is_nan_stops_before_its_update(
 def test_a_rank_with_another_learning_rate_raises_before_its_update(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    advance = Training.advance
+    advance = TrainLoop.advance
 
-    def runs_ahead(self: Training, batch: Any, *numbers: Any) -> None:
+    def runs_ahead(self: TrainLoop, batch: Any, *numbers: Any) -> None:
         advance(self, batch, *numbers)
         if batch.update == 0 and self.ranks.rank == 1:
             self.engine.lr_scheduler.step()
 
-    monkeypatch.setattr(Training, "advance", runs_ahead)
+    monkeypatch.setattr(TrainLoop, "advance", runs_ahead)
     _, error = trained(tmp_path, plan_with(data))
     assert type(error) is OutOfSyncError
     assert "rank 1 on h1" in str(error)
