@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,14 @@ def _fast(monkeypatch: pytest.MonkeyPatch, disk: Disk) -> Iterator[None]:
     disk.left = None
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory if there is one: the test makes and removes many files."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as found:
+        yield Path(found)
+
+
 def good(run: RunDir) -> dict[int, int]:
     """The samples of the usable checkpoints by update; the content of the newest is verified."""
     found = {}
@@ -90,14 +99,14 @@ def session(run: RunDir, plan: Plan, batch: int, samples: int, saved: list[int])
 
 @pytest.mark.parametrize("ending", DEATHS)
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_the_newest_checkpoint_survives_every_death(tmp_path: Path, disk: Disk, keep: int, ending: str) -> None:
+def test_the_newest_checkpoint_survives_every_death(folder: Path, disk: Disk, keep: int, ending: str) -> None:
     """Each finished save is there afterwards, and no fewer checkpoints than before or `keep`."""
     chance = random.Random(keep)
     plan = small_plan(checkpoint={"keep": keep})
     disk.fails = ending == "failing"
     deaths = 0
     while deaths < DEATHS[ending] // 3:
-        run = RunDir.create(tmp_path, "run", str(deaths))
+        run = RunDir.create(folder, "run", str(deaths))
         found: dict[int, int] = {}
         for _ in range(6):
             before, newest = len(found), max(found.values(), default=0)
@@ -117,10 +126,10 @@ def test_the_newest_checkpoint_survives_every_death(tmp_path: Path, disk: Disk, 
         shutil.rmtree(run.path)
 
 
-def test_what_a_dead_process_left_is_removed_by_the_next_save(tmp_path: Path, disk: Disk) -> None:
+def test_what_a_dead_process_left_is_removed_by_the_next_save(folder: Path, disk: Disk) -> None:
     plan = small_plan(checkpoint={"keep": 2})
     for operations in range(1, MOST_OPERATIONS):
-        run = RunDir.create(tmp_path, f"run-{operations}")
+        run = RunDir.create(folder, f"run-{operations}")
         disk.fails, disk.left = False, operations
         with contextlib.suppress(Killed):
             session(run, plan, 8, 0, [])
