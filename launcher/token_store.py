@@ -8,14 +8,13 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from launcher.files import publish_folder
 
-__all__ = ["TokenStore", "TokenWriter", "publish_folder", "read_facts"]
+__all__ = ["TokenStore", "TokenWriter", "publish_folder"]
 
 Tokens = npt.NDArray[np.int32]
 Learned = npt.NDArray[np.uint8]
@@ -96,12 +95,3 @@ class TokenWriter:
         np.asarray(self._targets, dtype=np.int32).tofile(self._temporary / _TARGETS)
         (self._temporary / "facts.json").write_text(json.dumps(self.facts()))
         publish_folder(self._temporary, self.folder)
-
-
-def read_facts(folder: Path) -> dict[str, Any] | None:
-    """The `TokenWriter.facts` of a finished folder; None if the folder is missing."""
-    try:
-        facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
-    except FileNotFoundError:
-        return None
-    return facts
