@@ -12,7 +12,7 @@ from typing import IO
 from pydantic import BaseModel
 
 from launcher.errors import FailureCode, LauncherError, Problem, RequestError, known_code
-from launcher.job import Job
+from launcher.job import AnyJob, Job
 from launcher.job.schema import ModelSection
 from launcher.job.user_path import user_path
 from launcher.plan.facts import ModelFacts
@@ -22,9 +22,10 @@ OnProgress = Callable[[dict[str, object]], None]
 __all__ = ["Prepared", "cache_folder", "prepare", "prepare_model"]
 
 
-def cache_folder(job: Job) -> Path:
+def cache_folder(job: AnyJob) -> Path:
     """The folder for measurements and tokenised data of a job: on storage that all nodes see."""
-    return user_path(job.data.cache_dir or Path(job.output_dir) / ".cache").resolve()
+    named = job.data.cache_dir if job.data else None
+    return user_path(named or Path(job.output_dir) / ".cache").resolve()
 
 
 def prepare(job: Job, on_progress: OnProgress, log: IO[bytes] | int = subprocess.DEVNULL) -> Prepared:

@@ -23,7 +23,7 @@ from launcher.plan.preset import PRESETS_IN_ORDER, recommend
 from launcher.plan.resolve import check_inputs, resolve
 from launcher.plan.schema import Plan
 from launcher.plan.script import check_script_inputs, resolve_script
-from launcher.prepare import prepare, prepare_model
+from launcher.prepare import cache_folder, prepare, prepare_model
 from launcher.prepare.machine import measure_machine, missing_packages
 from launcher.prepare.sources import find_model_folder, find_split_data
 from launcher.presets import preset_names, shipped_folder
@@ -101,8 +101,7 @@ def _script_model(job: ScriptJob, on_progress: OnProgress, log: IO[bytes] | int)
     """The measurements of the model that a script's job names for learning-rate advice, if any."""
     if job.model is None:
         return None
-    cache = user_path(job.output_dir, "output_dir").resolve() / ".cache"
-    return prepare_model(job.model, cache, on_progress, log)
+    return prepare_model(job.model, cache_folder(job), on_progress, log)
 
 
 def _folder(job: ScriptJob) -> str:
