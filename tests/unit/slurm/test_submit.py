@@ -413,7 +413,7 @@ def test_no_value_becomes_another_line_or_word_of_the_script(key_and_text: tuple
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(PLAIN, max_size=4), PLAIN, PLAIN.filter(bool), PLAIN.filter(bool))
+@given(st.lists(PLAIN, max_size=4), PLAIN, PLAIN.filter(lambda name: name not in ("", ".", "..")), PLAIN.filter(bool))
 def test_arguments_arrive_unchanged(
     tmp_path_factory: pytest.TempPathFactory, overrides: list[str], name: str, activate: str, image: str
 ) -> None:
