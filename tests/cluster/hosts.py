@@ -189,13 +189,22 @@ class Hosts:
 
     def processes(self, host: str) -> list[psutil.Process]:
         """Every process of a host but its first and its fork server, as seen from outside."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            namespace = _pid_namespace(self._inits[host])
-            found = [process for process in psutil.process_iter() if _pid_namespace(process.pid) == namespace]
-            keeping = {self._inits[host], *(p.pid for p in found if p.ppid() == self._inits[host] and _sleeps(p))}
-            keeping |= {process.pid for process in self._fork_server(host)}
-            return [process for process in found if process.pid not in keeping]
-        return []
+        init = self._inits[host]
+        namespace = _pid_namespace(init)
+        if namespace is None:
+            return []
+        found = [process for process in psutil.process_iter() if _pid_namespace(process.pid) == namespace]
+        keeping = {init, *(process.pid for process in found if _keeps_running(process, init))}
+        keeping |= {process.pid for process in self._fork_server(host)}
+        return [process for process in found if process.pid not in keeping]
+
+    def command_lines(self, host: str) -> list[list[str]]:
+        """The arguments of every process of a host, without those that end in the meantime."""
+        found = []
+        for process in self.processes(host):
+            with contextlib.suppress(psutil.Error):
+                found.append(process.cmdline())
+        return found
 
     def start_fork_servers(self) -> dict[str, str]:
         """Starts a fork server on every host h1…hN that has none; the variables with which a host's processes use it.
@@ -367,8 +376,12 @@ def _pid_namespace(pid: int) -> str | None:
         return None
 
 
-def _sleeps(process: psutil.Process) -> bool:
-    return process.cmdline() == ["sleep", "infinity"]
+def _keeps_running(process: psutil.Process, init: int) -> bool:
+    """Whether this is the process that keeps a host's first process, `init`, running."""
+    try:
+        return process.ppid() == init and process.cmdline() == ["sleep", "infinity"]
+    except psutil.Error:
+        return False
 
 
 def _sweep() -> None:

@@ -209,7 +209,7 @@ def tunnel(hosts: Hosts, key: Path) -> Iterator[str]:
 
 def rays_on(hosts: Hosts, host: str) -> list[str]:
     names = ("raylet", "gcs_server")
-    return [name for process in hosts.processes(host) if (name := process.name()) in names]
+    return [name for line in hosts.command_lines(host) if line and (name := Path(line[0]).name) in names]
 
 
 def gone(found: Callable[[], object], seconds: float) -> bool:

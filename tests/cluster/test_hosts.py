@@ -29,7 +29,7 @@ def test_hosts_have_names_addresses_process_tables_and_tmp_of_their_own(hosts: H
         assert sorted(hosts.run(host, ["ls", "/sys/class/net"]).stdout.split()) == ["eth0", "lo"]
         assert hosts.run(host, ["ls", "/tmp", "/dev/shm"]).stdout.split() == ["/dev/shm:", "/tmp:"]
     sleeper = hosts.popen("h1", ["sleep", "987654"])
-    sleeper.wait_for(lambda: any(p.cmdline() == ["sleep", "987654"] for p in hosts.processes("h1")))
+    sleeper.wait_for(lambda: ["sleep", "987654"] in hosts.command_lines("h1"))
     assert "sleep 987654" in hosts.run("h1", ["ps", "-eo", "args"]).stdout
     assert "sleep 987654" not in hosts.run("h2", ["ps", "-eo", "args"]).stdout
     hosts.run("h1", ["touch", "/tmp/mine"])

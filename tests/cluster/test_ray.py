@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import yaml
 
@@ -39,10 +38,12 @@ def only_run(folder: Path, name: str) -> RunDir:
     return run
 
 
-def ranks_on(hosts: Hosts) -> list[psutil.Process]:
+def ranks_on(hosts: Hosts) -> list[str]:
     """Ranks that still run, started or forked."""
-    started = [p for host in hosts.names for p in hosts.processes(host) if "launcher.worker" in p.cmdline()]
-    return [*started, *(fork for host in hosts.names for fork in hosts.forks(host))]
+    started = [
+        " ".join(line) for host in hosts.names for line in hosts.command_lines(host) if "launcher.worker" in line
+    ]
+    return [*started, *(f"{host}: process {fork.pid}" for host in hosts.names for fork in hosts.forks(host))]
 
 
 def span(run: RunDir) -> tuple[str, str]:

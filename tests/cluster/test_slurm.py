@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import yaml
 
@@ -88,11 +86,9 @@ def of_launcher(hosts: Hosts) -> list[str]:
     found = []
     for host in hosts.names:
         found += [f"{host}: a forked rank, process {fork.pid}" for fork in hosts.forks(host)]
-        for process in hosts.processes(host):
-            with contextlib.suppress(psutil.Error):
-                line = " ".join(process.cmdline())
-                if any(word in line for word in words):
-                    found.append(f"{host}: {line[:120]}")
+        for line in map(" ".join, hosts.command_lines(host)):
+            if any(word in line for word in words):
+                found.append(f"{host}: {line[:120]}")
     return found
 
 
@@ -104,7 +100,7 @@ def span(run: RunDir) -> tuple[str, str]:
 
 def dashboards_beyond_loopback(hosts: Hosts, host: str, count: int) -> list[str]:
     """Addresses at which the host's dashboards, `count` of them, listen for other machines."""
-    lines = [" ".join(process.cmdline()) for process in hosts.processes(host)]
+    lines = [" ".join(line) for line in hosts.command_lines(host)]
     ports = re.findall(r"dashboard\.py --host=127\.0\.0\.1 --port=([0-9]+) ", "\n".join(lines))
     assert len(ports) == count
     listening = hosts.run(host, ["ss", "--tcp", "--listening", "--numeric", "--no-header"]).stdout

@@ -101,7 +101,7 @@ class Command:
         """Started processes that still live after some seconds, except those whose name begins with one of `names`."""
         started = [process for process in self.started.values() if not _name(process).startswith(names or ("\0",))]
         _, alive = psutil.wait_procs(started, timeout=seconds)
-        return [f"{p.pid} {' '.join(p.cmdline()[:4])}" for p in alive if p.is_running() and p.status() != "zombie"]
+        return [f"{process.pid} {line}" for process in alive if (line := _living(process)) is not None]
 
     def ranks(self) -> dict[int, psutil.Process]:
         """The live processes of the ranks, by rank, as the agents name them in their logs."""
@@ -129,6 +129,14 @@ def _below(pid: int) -> list[psutil.Process]:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+
+
+def _living(process: psutil.Process) -> str | None:
+    """The start of the command line of a process; None if it has ended."""
+    try:
+        return None if process.status() == psutil.STATUS_ZOMBIE else " ".join(process.cmdline()[:4])
+    except psutil.NoSuchProcess:
+        return None
 
 
 def _name(process: psutil.Process) -> str:

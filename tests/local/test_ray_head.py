@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import psutil
 import pytest
 
@@ -13,11 +15,18 @@ from tests.unit.inputs import command
 pytestmark = pytest.mark.local
 
 
+def name_of(process: psutil.Process) -> str | None:
+    """None if the process has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.name()
+    return None
+
+
 def test_a_run_whose_ray_head_is_killed_fails_and_names_ray(job_dict, tmp_path, forked):
     job = merged(job_dict, train={"max_steps": 100_000}, cluster={"processes_per_node": 1})
     running = Command("run", str(write_job(tmp_path, job)), folder=tmp_path, **forked)
     running.wait_for(lambda: updates_made(tmp_path) >= 2)
-    (head,) = [child for child in psutil.Process(running.process.pid).children() if child.name() == "gcs_server"]
+    (head,) = [child for child in psutil.Process(running.process.pid).children() if name_of(child) == "gcs_server"]
     head.kill()
     assert running.wait() == 1, running.output
     run = RunDir(run_folder(tmp_path))
