@@ -53,9 +53,10 @@ class HostMemory:
 
 @dataclass(frozen=True)
 class HostCopy:
-    """A copied state: its pickle, and the buffers with the values of its tensors."""
+    """A copied state: its pickle, its strings, and the buffers with the values of its tensors."""
 
     pickled: bytes
+    strings: tuple[str, ...]
     buffers: tuple[UntypedStorage, ...]
 
     def state(self) -> Any:
@@ -69,11 +70,15 @@ def host_copy(state: Any, memory: HostMemory) -> HostCopy:
     pickler = _Pickler(data, memory)
     pickler.dump(state)
     memory.finish()
-    return HostCopy(data.getvalue(), tuple(pickler.buffers))
+    return HostCopy(data.getvalue(), tuple(pickler.strings), tuple(pickler.buffers))
 
 
 class _Pickler(pickle.Pickler):
-    """Copies the memory of each tensor, and puts its number in its place."""
+    """Copies the memory of each tensor, and puts its number in its place.
+
+    Strings stay the same objects: torch.save writes a string once, also if it is one of its own. So the file has the
+    same bytes as without a copy.
+    """
 
     def __init__(self, file: io.BytesIO, memory: HostMemory) -> None:
         super().__init__(file, protocol=_PROTOCOL)
@@ -82,8 +87,12 @@ class _Pickler(pickle.Pickler):
         self._originals: list[UntypedStorage] = []
         """Kept until the end: Python gives the address of a freed storage to a new one."""
         self.buffers: list[UntypedStorage] = []
+        self.strings: list[str] = []
 
-    def persistent_id(self, obj: Any) -> tuple[int, torch.dtype | None] | None:
+    def persistent_id(self, obj: Any) -> int | tuple[int, torch.dtype | None] | None:
+        if type(obj) is str:
+            self.strings.append(obj)
+            return len(self.strings) - 1
         if isinstance(obj, TypedStorage):
             return self._number(obj._untyped_storage), obj.dtype
         return (self._number(obj), None) if isinstance(obj, UntypedStorage) else None
@@ -99,9 +108,11 @@ class _Pickler(pickle.Pickler):
 class _Unpickler(pickle.Unpickler):
     def __init__(self, copy: HostCopy) -> None:
         super().__init__(io.BytesIO(copy.pickled))
-        self._buffers = copy.buffers
+        self._buffers, self._strings = copy.buffers, copy.strings
 
     def persistent_load(self, pid: Any) -> Any:
+        if isinstance(pid, int):
+            return self._strings[pid]
         number, dtype = pid
         typed: Any = TypedStorage
         buffer = self._buffers[number]

@@ -37,6 +37,7 @@ def states() -> dict[str, Any]:
         "a tensor that needs gradients": torch.ones(3, requires_grad=True),
         "a tensor with attributes": marked(torch.ones(4)),
         "a parameter with attributes": marked(torch.nn.Parameter(torch.ones(4))),
+        "a string of torch.save": {"cpu": torch.ones(2), "storage": "cpu"},
         "no tensors": {
             "step": 4,
             "betas": (0.9, 0.99),
