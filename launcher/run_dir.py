@@ -51,6 +51,7 @@ __all__ = [
     "ENDED",
     "MANIFEST",
     "NODE_FILE",
+    "STACKS_FILE",
     "STATES",
     "RunDir",
     "append_line",
@@ -69,6 +70,7 @@ __all__ = [
 STATES: tuple[RunState, ...] = get_args(RunState)
 ENDED = ("finished", "failed", "stopped")
 NODE_FILE = "node.json"
+STACKS_FILE = "stacks.txt"
 _REVISION = re.compile(r"^plan\.revision-(\d+)\.json$")
 
 

@@ -19,6 +19,7 @@ from launcher.fleet.heartbeat import Heartbeat, visible_gpus
 from launcher.fleet.network import PortProbeResult, ProbePort, free_ports, interface_of, reach
 from launcher.fleet.process import RankProcess, stop_all
 from launcher.fleet.shared_memory import remove_segments
+from launcher.fleet.stacks import RankStack, write_stacks
 from launcher.plan.schema import Plan
 from launcher.records import AgentReport, Order
 from launcher.run_dir import utc_now
@@ -166,6 +167,13 @@ class Agent:
             self._new_reports.wait_for(lambda: self._closing or bool(self._reports), timeout_seconds)
             reports, self._reports = self._reports, []
             return reports
+
+    def stacks(self) -> list[RankStack]:
+        """Writes the stacks of the running ranks to stacks.txt beside their logs, and returns them."""
+        if self._log is None:
+            return []
+        pids = {process.rank: process.pid for process in self._processes if process.alive()}
+        return write_stacks(pids, self._log.parent)
 
     def end(self, grace_seconds: float) -> None:
         """Ends every rank that is still running."""

@@ -22,6 +22,7 @@ from launcher.fleet.network import LOOPBACK
 from launcher.fleet.process import children, kill_all, signals_blocked
 from launcher.fleet.ray_folder import RayFolder
 from launcher.fleet.ray_settings import LOOPBACK_ONLY, job_config, quiet_ray, use_token, write_token
+from launcher.fleet.stacks import RankStack
 from launcher.plan.schema import Plan, World
 from launcher.records import NodeLostReport, Order, Report
 
@@ -32,6 +33,7 @@ OBJECT_STORE_BYTES = 100 * 1024**2
 _REACH_SECONDS = 10.0
 _TOKENISE_SECONDS = 12 * 3600.0
 _CLOCK_ROUNDS = 3
+_STACKS_SECONDS = 60.0
 NODE_LABEL = "launcher-node"
 """The label with a node's number in a Ray started by `launcher node`."""
 
@@ -245,6 +247,21 @@ class Nodes:
                 message = first_line(error)
                 found.append(NodeLostReport(report="node-lost", node_rank=index, time=time.time(), message=message))
         return found
+
+    def stacks(self) -> tuple[list[RankStack], list[int]]:
+        """The stacks of all ranks, which agents write to stacks.txt; and the node ranks whose agent did not answer."""
+        import ray
+
+        calls = [node.agent.stacks.remote() for node in self.nodes]
+        ray.wait(calls, num_returns=len(calls), timeout=_STACKS_SECONDS)
+        found: list[RankStack] = []
+        absent: list[int] = []
+        for node_rank, call in enumerate(calls):
+            try:
+                found += ray.get(call, timeout=0)
+            except ray.exceptions.RayError:
+                absent.append(node_rank)
+        return found, absent
 
     def end(self, grace_seconds: float) -> None:
         """Ends every rank on every node that still answers."""

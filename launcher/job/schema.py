@@ -208,6 +208,13 @@ class TrainSection(Section):
         1.0, description="Maximum global gradient norm; 0 turns clipping off."
     )
 
+    hang_seconds: Annotated[Number, Field(ge=0)] | Auto = Field(
+        "auto",
+        description="Seconds without an update after which a run counts as hung, and fails. auto: 10 times the longest "
+        "recent update, at least 60; 0: no check. The first update, evaluations, checkpoints and the export have at "
+        "least 30 minutes, and so has, with auto, a script.",
+    )
+
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
         lengths = [name for name in LENGTHS if getattr(self, name) is not None]

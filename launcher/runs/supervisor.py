@@ -27,12 +27,14 @@ from launcher.first_failure import (
 from launcher.fleet.agent import NodeTask
 from launcher.fleet.environment import rank_environment
 from launcher.fleet.failures import Failure, all_failures, first_failure, sort_failures
+from launcher.fleet.hang_detector import Hang, HangDetector
 from launcher.fleet.nodes import Node, NodeResources, Nodes, address_of
 from launcher.fleet.preflight import NodeCheck, Requirements, disk_bytes, preflight, raise_problems
 from launcher.fleet.ray_head import RayHead, head_of_this_ray
+from launcher.fleet.stacks import Difference, differing_ranks
 from launcher.plan.packages import needed_packages
 from launcher.plan.resume import Start
-from launcher.plan.schema import Plan
+from launcher.plan.schema import Plan, Script
 from launcher.records import EventReport, PhaseReport, Report, RunState, StateDetails
 from launcher.run_dir import RunDir
 from launcher.runs.outcome import Outcome
@@ -85,6 +87,8 @@ class Supervisor:
         self.phase: str | None = None
         self._head: RayHead | None = None
         self._logged: dict[int, Failure] = {}
+        self._hang_detector = _hang_detector(plan)
+        self._hung: list[Failure] = []
         self._metrics, self._evaluations = Tail(run.metrics_file), Tail(run.evaluations_file)
 
     def run(self, start: Start | None = None) -> Outcome:
@@ -211,6 +215,7 @@ class Supervisor:
             yield from reports
             self._show_progress()
             self._check_head()
+            self._check_hang()
             if self.stopping and not stop_sent:
                 stop_sent = True
                 self.nodes.order({"stop": True})
@@ -224,10 +229,42 @@ class Supervisor:
             self.run_dir.enter("failed", reason=str(error), message=str(error), code=error.code)
         raise error
 
+    def _check_hang(self) -> None:
+        """Raises RunFailed if the run hangs: writes the stacks of all ranks first, then ends them."""
+        hang = self._hang_detector.check(time.monotonic())
+        if hang is None:
+            return
+        self.console.note(f"          {hang}: writing the stacks of all ranks")
+        self._hung = self._hang_failures(hang, time.time())
+        self._fail()
+
+    def _hang_failures(self, hang: Hang, now: float) -> list[Failure]:
+        """A failure of each rank that differs from the others, or one failure without a rank."""
+        difference = Difference((), "the stacks could not be read")
+        try:
+            stacks, absent = self.nodes.stacks()
+            difference = differing_ranks(stacks, self._rank_name)
+        except Exception as error:
+            self.console.note(f"          the stacks could not be read: {escape(first_line(error))}")
+            absent = []
+        parts = [str(hang), *(f"the agent of node {node} did not answer" for node in absent), difference.text]
+        size = self.plan.world.processes_per_node
+        places = [(rank, rank // size) for rank in difference.ranks] or [(None, absent[0] if absent else 0)]
+        error = "; ".join(parts)
+        return [Failure(rank, node, now, "a hang", error, code=FailureCode.HUNG) for rank, node in places]
+
+    def _rank_name(self, rank: int) -> str:
+        node = rank // self.plan.world.processes_per_node
+        return f"rank {rank} on node {node} ({self.nodes.nodes[node].host})"
+
     def _show_progress(self) -> None:
         for line in self._evaluations.new():
+            if isinstance(line.get("update"), int):
+                self._hang_detector.evaluated(line["update"])
             self.console.evaluation(line)
         for line in self._metrics.new():
+            if isinstance(line.get("update"), int):
+                self._hang_detector.update(line["update"], line.get("step_seconds"))
             self._show_update(line)
 
     def _show_update(self, line: dict[str, Any]) -> None:
@@ -238,6 +275,7 @@ class Supervisor:
             return
         self.phase = report["phase"]
         self._show_progress()
+        self._hang_detector.enter(report["phase"], report["update"])
         self.enter(report["phase"], update=report["update"])
 
     def _record_event(self, report: EventReport) -> None:
@@ -298,7 +336,7 @@ class Supervisor:
 
     def _failures(self) -> list[Failure]:
         found = all_failures(self.reports, [node.clock_offset_seconds for node in self.nodes.nodes])
-        return [_with_code(failure) for failure in sort_failures(map(self._with_log, found))]
+        return [_with_code(failure) for failure in sort_failures([*map(self._with_log, found), *self._hung])]
 
     def _with_log(self, failure: Failure) -> Failure:
         """The failure with the error from the rank's log if the rank reported none: a script, or a crash in C++."""
@@ -316,6 +354,8 @@ class Supervisor:
 
     def _failure_message(self, failures: Sequence[Failure]) -> str:
         failure = failures[0]
+        if failure.code is FailureCode.HUNG:
+            return f"the run hung: {failure.error}"
         node = f"node {failure.node_rank} ({self.nodes.nodes[failure.node_rank].host})"
         if failure.rank is None:
             return f"{node} is lost: {failure.how}"
@@ -360,6 +400,14 @@ class Supervisor:
 
     def _rank_log(self, rank: int, node_rank: int) -> Path:
         return self._log_folder(node_rank, self.nodes.nodes[node_rank]) / f"rank-{rank}.log"
+
+
+def _hang_detector(plan: Plan) -> HangDetector:
+    train, total = plan.job.train, plan.length.total_updates
+    if isinstance(plan.workload, Script):
+        return HangDetector(train.hang_seconds, total, script=True)
+    evaluates = plan.training.data.eval is not None
+    return HangDetector(train.hang_seconds, total, evaluates=evaluates, eval_every=train.eval_every)
 
 
 def _with_code(failure: Failure) -> Failure:

@@ -11,7 +11,7 @@ from rich.text import Text
 from launcher.errors import FailureCode, known_code
 from launcher.files import last_lines
 from launcher.first_failure import describe_places, timeout_headline
-from launcher.run_dir import RunDir
+from launcher.run_dir import STACKS_FILE, RunDir
 from launcher.watch import runs_without_codes
 from launcher.watch.causes_by_code import CAUSE_BY_CODE, cause_of
 from launcher.watch.causes_by_message import Cause, cause_of_signal, find_cause
@@ -26,6 +26,7 @@ from launcher.watch.terminal_safe import plain
 
 _SHOWN_LINES = 20
 _SEARCHED_LINES = 60
+_SHOWN_FILES = 8
 _KILLED = FailureCode.RANK_KILLED
 _MISSING = (FailureCode.MISSING_FILE, FailureCode.NOT_SHARED)
 _MEMORY = (FailureCode.OUT_OF_MEMORY, _KILLED)
@@ -100,6 +101,8 @@ def _explain_failed(run: RunDir, session: Session) -> Explanation:
 def _explain_failures(run: RunDir, session: Session, found: Failures) -> Explanation:
     first = found.first
     folder = run.node_logs(first.node_rank, first.host)
+    if first.code is FailureCode.HUNG:
+        return _explain_hung(run, session, found)
     logs = [folder / ("agent.log" if first.rank is None else f"rank-{first.rank}.log")]
     cause = _with_fitting_hint(_cause(run, found), session)
     return Explanation(
@@ -111,6 +114,20 @@ def _explain_failures(run: RunDir, session: Session, found: Failures) -> Explana
         evidence=tuple(_evidence(run, session, found, cause)),
         code=_code(first, cause),
     )
+
+
+def _explain_hung(run: RunDir, session: Session, found: Failures) -> Explanation:
+    """Explains a hang; the ends of the logs of all other ranks only show that they waited."""
+    first = found.first
+    files = sorted(run.logs.glob(f"node-*/{STACKS_FILE}"))
+    notes = [f"the stacks of the ranks: {path}" for path in files[:_SHOWN_FILES]]
+    if len(files) > _SHOWN_FILES:
+        notes.append(f"and {len(files) - _SHOWN_FILES} more files of this name")
+    named = [] if first.rank is None else [run.node_logs(first.node_rank, first.host) / f"rank-{first.rank}.log"]
+    cause = _with_fitting_hint(cause_of(first.code), session)
+    headline = f"the run hung: {first.error or first.how}"
+    ends = _log_ends(named)
+    return Explanation(headline, failures=found, notes=tuple(notes), log_ends=ends, cause=cause, code=first.code)
 
 
 def _code(first: Failed, cause: Cause | None) -> FailureCode:
