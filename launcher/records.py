@@ -220,9 +220,22 @@ class ResumeEvent(TypedDict):
 
 
 class RestartEvent(TypedDict):
-    """A script is started again after Slurm requeued its job."""
+    """The ranks start again: after a failure, with the reason; or a script, after Slurm requeued its job.
+
+    `update` is that of the checkpoint from which a training resumes; None for a script.
+    """
 
     event: Literal["restart"]
+    attempt: NotRequired[int]
+    update: NotRequired[int | None]
+    reason: NotRequired[str]
+
+
+class NoRestartEvent(TypedDict):
+    """The run failed, and does not start again."""
+
+    event: Literal["no_restart"]
+    reason: str
 
 
 class CheckpointDamagedEvent(TypedDict):
@@ -266,9 +279,10 @@ class FailedRank(TypedDict):
 
 
 class FailureEvent(TypedDict):
-    """The run failed: the first failure, and all failures, the first one at the start."""
+    """An attempt of the run failed: the first failure, and all failures, the first one at the start."""
 
     event: Literal["failure"]
+    attempt: int
     rank: int | None
     node_rank: int
     host: str
@@ -326,6 +340,7 @@ RunEvent = (
     | NodeEvent
     | ResumeEvent
     | RestartEvent
+    | NoRestartEvent
     | CheckpointDamagedEvent
     | StopRequestedEvent
     | OtherRateEvent

@@ -57,6 +57,7 @@ __all__ = [
     "append_line",
     "checkpoint_is_complete",
     "json_number",
+    "rank_log_name",
     "read_lines",
     "read_manifest",
     "universal_folder",
@@ -191,6 +192,25 @@ class RunDir:
     def node_logs(self, node_rank: int, host: str) -> Path:
         return self.logs / f"node-{node_rank}-{host}"
 
+    @property
+    def attempt_file(self) -> Path:
+        """The number of the newest attempt to carry out the run; see `attempt`."""
+        return self.path / "attempt.json"
+
+    def attempt(self) -> int:
+        """The number of the newest attempt: every start of the ranks in this directory counts, from 1; 0 before."""
+        try:
+            found = (read_json(self.attempt_file) or {}).get("attempt")
+        except OSError:
+            return 0
+        return found if isinstance(found, int) else 0
+
+    def begin_attempt(self) -> int:
+        """Counts a new attempt and returns its number. Ranks of earlier attempts must not write any more."""
+        number = self.attempt() + 1
+        write_json(self.attempt_file, {"attempt": number})
+        return number
+
     def checkpoint(self, update: int) -> Path:
         return self.checkpoints / f"update-{update}"
 
@@ -314,6 +334,11 @@ class RunDir:
     def holder(self) -> Holder | None:
         """The launcher that holds the lock, or that ended without releasing it, or None."""
         return read_holder(self.lock_file)
+
+
+def rank_log_name(rank: int, attempt: int) -> str:
+    """The name of a rank's log in its node's log folder; the attempts after the first are named in it."""
+    return f"rank-{rank}.log" if attempt <= 1 else f"rank-{rank}.attempt-{attempt}.log"
 
 
 def _of_kind(records: Iterable[Record], key: str, kind: type) -> Iterator[Record]:

@@ -77,9 +77,15 @@ class Nodes:
         self._folder: RayFolder | None = None
         self.nodes: list[Node] = []
         self._pending: dict[Any, int] = {}
+        self._attempt, self._connected = 1, False
 
     def connect(self, address: str) -> None:
-        """Joins the Ray at `address`, or starts one for "local", with a second try. Raises RunFailed."""
+        """Joins the Ray at `address`, or starts one for "local", with a second try. Raises RunFailed.
+
+        Does nothing if this is done already.
+        """
+        if self._connected:
+            return
         quiet_ray()
         local = address == "local"
         if local:
@@ -99,6 +105,7 @@ class Nodes:
                     continue
                 where = "could not start Ray on this machine" if local else f"could not connect to the Ray at {address}"
                 raise RunFailed(f"{where}: {first_line(error)}", code=FailureCode.RAY_LOST) from None
+            self._connected = True
             return
 
     def _start_ray_again(self, error: Exception) -> None:
@@ -130,10 +137,16 @@ class Nodes:
         }
 
     def place(self, wait_seconds: float) -> list[Node]:
-        """Places one agent per node; returns the nodes in a stable order. Raises RunFailed with what is missing."""
+        """Places one agent per node; returns the nodes in a stable order. Raises RunFailed with what is missing.
+
+        Nodes that were placed before are kept if all their agents answer.
+        """
         import ray
         from ray.util.placement_group import placement_group
 
+        if self.nodes and self._all_answer():
+            return self.nodes
+        self._give_up_nodes()
         self._group = placement_group([self._resources.bundle()] * self._resources.nodes, strategy="STRICT_SPREAD")
         self._wait_for_group(wait_seconds)
         agents = [self._agent(index) for index in range(self._resources.nodes)]
@@ -151,6 +164,28 @@ class Nodes:
         elif self._folder is not None and self.nodes[0].address != LOOPBACK:
             self._log("          note: this Ray listens on all interfaces of this machine; its token protects it")
         return self.nodes
+
+    def _all_answer(self) -> bool:
+        """Whether every agent answers."""
+        import ray
+
+        calls = [node.agent.clock.remote() for node in self.nodes]
+        ready, _ = ray.wait(calls, num_returns=len(calls), timeout=_REACH_SECONDS)
+        try:
+            return len(ray.get(ready)) == len(calls)
+        except ray.exceptions.RayError:
+            return False
+
+    def _give_up_nodes(self) -> None:
+        """Ends the agents, and gives their resources back to Ray."""
+        import ray
+
+        with contextlib.suppress(Exception):
+            for node in self.nodes:
+                ray.kill(node.agent)
+            if self._group is not None:
+                ray.util.remove_placement_group(self._group)
+        self.nodes, self._group, self._pending = [], None, {}
 
     def ask(self, method: str, arguments: Sequence[tuple[Any, ...]], seconds: float = _ANSWER_SECONDS) -> list[Any]:
         """Calls `method` of every agent, each with its own arguments; returns the answers in the order of nodes."""
@@ -217,6 +252,7 @@ class Nodes:
 
     def start(self, tasks: list[NodeTask]) -> None:
         """Starts the ranks of every node; the task at index k is for node rank k."""
+        self._attempt, self._pending = tasks[0].attempt, {}
         self.ask("start", [(task,) for task in tasks])
 
     def free_port(self, node_rank: int) -> int:
@@ -234,7 +270,7 @@ class Nodes:
 
         for index, node in enumerate(self.nodes):
             if index not in self._pending.values():
-                self._pending[node.agent.next_reports.remote(_POLL_SECONDS)] = index
+                self._pending[node.agent.next_reports.remote(_POLL_SECONDS, self._attempt)] = index
         ready, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=timeout_seconds)
         found: list[Report] = []
         for reference in ready:
@@ -279,11 +315,7 @@ class Nodes:
 
         if not ray.is_initialized():
             return
-        with contextlib.suppress(Exception):
-            for node in self.nodes:
-                ray.kill(node.agent)
-            if self._group is not None:
-                ray.util.remove_placement_group(self._group)
+        self._give_up_nodes()
         ray.shutdown()
         if self._folder is not None:
             self._folder.remove()

@@ -208,6 +208,12 @@ class TrainSection(Section):
         1.0, description="Maximum global gradient norm; 0 turns clipping off."
     )
 
+    restarts: WholeNumber | None = Field(
+        None,
+        description="How many restarts in a row may fail without saving a checkpoint. A failed run starts again from "
+        "its newest checkpoint by itself, unless it would fail in the same way. 0: never. Default: 3; for a script 0, "
+        "since only the script knows how it resumes.",
+    )
     hang_seconds: Annotated[Number, Field(ge=0)] | Auto = Field(
         "auto",
         description="Seconds without an update after which a run counts as hung, and fails. auto: 10 times the longest "

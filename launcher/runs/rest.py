@@ -62,7 +62,7 @@ def rest_of(directory: RunDir, overrides: Sequence[str], console: RunConsole, *,
     Whoever loads the checkpoint must `verify` it, which reads all its files. The launcher does so once for all ranks.
     """
     if verify:
-        rest = _rest_from(*newest_verified(directory, lambda text: console.note(f"          {text}")))
+        rest = rest_from(*newest_verified(directory, lambda text: console.note(f"          {text}")))
     else:
         rest = rest_as_planned(directory)
     needs_export = rest.plan.job.export and export_fault(directory.export) is not None
@@ -83,10 +83,11 @@ def rest_as_planned(directory: RunDir) -> Rest:
 
     The checkpoint's files have their sizes; their content is not read.
     """
-    return _rest_from(*newest_checkpoint(directory))
+    return rest_from(*newest_checkpoint(directory))
 
 
-def _rest_from(saved: SavedCheckpoint, damaged: Sequence[DamagedCheckpoint]) -> Rest:
+def rest_from(saved: SavedCheckpoint, damaged: Sequence[DamagedCheckpoint]) -> Rest:
+    """The rest of a run from a checkpoint, under the plan of that checkpoint."""
     start = Start(checkpoint=str(saved.folder), update=saved.update, samples=saved.samples)
     return Rest(saved.plan, saved.plan_file, start, saved, tuple(damaged))
 

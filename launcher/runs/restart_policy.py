@@ -48,8 +48,10 @@ _FROM_OUTSIDE = frozenset(
     }
 )
 """Failures of machines and networks: that one repeats at the same update is a coincidence."""
-_ERRORS_OF_CODE = ("AssertionError", "AttributeError", "ImportError", "IndexError", "KeyError", "ModuleNotFoundError")
-_ERRORS_OF_CODE += ("NameError", "NotImplementedError", "SyntaxError", "TypeError", "ValueError")
+_ERRORS_OF_CODE = (
+    *("AssertionError", "AttributeError", "ImportError", "IndexError", "KeyError", "ModuleNotFoundError"),
+    *("NameError", "NotImplementedError", "SyntaxError", "TypeError", "ValueError"),
+)
 _VARYING = re.compile(r"0x[0-9a-f]+|\d+")
 
 
@@ -115,7 +117,9 @@ def _restarts_without_progress(failed: Sequence[FailedAttempt]) -> int:
 
 
 def _is_error_of_code(failure: FailedAttempt) -> bool:
-    return failure.code is FailureCode.UNKNOWN and failure.error.startswith(tuple(f"{name}:" for name in _ERRORS_OF_CODE))
+    return failure.code is FailureCode.UNKNOWN and failure.error.startswith(
+        tuple(f"{name}:" for name in _ERRORS_OF_CODE)
+    )
 
 
 def _repeats(before: FailedAttempt, last: FailedAttempt) -> bool:

@@ -1,4 +1,4 @@
-"""The supervisor: takes a planned run through its states, from placing the nodes to the end."""
+"""The supervisor of one attempt: takes a plan through its states, from placing the nodes to the end of the ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from launcher.fleet.agent import NodeTask
 from launcher.fleet.environment import rank_environment
 from launcher.fleet.failures import Failure, all_failures, first_failure, sort_failures
 from launcher.fleet.hang_detector import Hang, HangDetector
-from launcher.fleet.nodes import Node, NodeResources, Nodes, address_of
+from launcher.fleet.nodes import Node, Nodes, address_of
 from launcher.fleet.preflight import NodeCheck, Requirements, disk_bytes, preflight, raise_problems
 from launcher.fleet.ray_head import RayHead, head_of_this_ray
 from launcher.fleet.stacks import Difference, differing_ranks
@@ -36,14 +36,13 @@ from launcher.plan.packages import needed_packages
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan, Script
 from launcher.records import EventReport, PhaseReport, Report, RunState, StateDetails
-from launcher.run_dir import RunDir
+from launcher.run_dir import RunDir, rank_log_name
 from launcher.runs.outcome import Outcome
 
 _GRACE_SECONDS = 5.0
 _SETTLE_SECONDS = 1.0
 # Ray's health checks take about fifteen seconds to detect a lost node.
 _LOST_NODE_SECONDS = 30.0
-_STOP_GRACE_SECONDS = 0.0
 _EVENT_TITLES = {
     "outlier": "loss outlier",
     "spike": "loss spike",
@@ -74,14 +73,18 @@ class RayLost(RunFailed):
 
 
 class Supervisor:
-    """Executes one plan in one run directory."""
+    """Executes one plan in one run directory, once. The caller releases the nodes."""
 
     stop_action = "stopping after this update, then saving"
 
-    def __init__(self, plan: Plan, plan_file: Path, run: RunDir, console: Console) -> None:
+    def __init__(self, plan: Plan, plan_file: Path, run: RunDir, console: Console, nodes: Nodes) -> None:
         self.plan_file = plan_file
-        self.plan, self.run_dir, self.console = plan, run, console
-        self.nodes = Nodes(NodeResources.of(plan.world), console.note)
+        self.plan, self.run_dir, self.console, self.nodes = plan, run, console, nodes
+        self.attempt = 1
+        self.failures: list[Failure] = []
+        """Of the ranks and nodes, the first one at the start; set when the attempt has failed."""
+        self.updates_made = 0
+        """The updates of the run that were made, as far as they are written."""
         self.reports: list[Report] = []
         self.stop_signal = 0
         self.phase: str | None = None
@@ -92,36 +95,14 @@ class Supervisor:
         self._metrics, self._evaluations = Tail(run.metrics_file), Tail(run.evaluations_file)
 
     def run(self, start: Start | None = None) -> Outcome:
-        """Places the nodes, starts the ranks and waits until all have ended. Raises RunFailed if one fails.
-
-        Releases the nodes in every case.
-        """
+        """Places the nodes, starts the ranks and waits until all have ended. Raises RunFailed if one fails."""
         if start is not None:
+            self.updates_made = start.update
             self._metrics.skip()
             self._evaluations.skip()
-        try:
-            self.place()
-            self.start(start)
-            outcome = self.follow()
-        except RayLost:
-            # Do not release the nodes: without Ray, every call would block until Ray ends this process.
-            raise
-        except BaseException:
-            self._release_after_failure()
-            raise
-        self._release()
-        return outcome
-
-    def _release(self) -> None:
-        try:
-            self.nodes.end(_GRACE_SECONDS if not self.stopping else _STOP_GRACE_SECONDS)
-        finally:
-            self.nodes.close()
-
-    def _release_after_failure(self) -> None:
-        """Releases the nodes. Errors are only printed: the caller raises the original failure."""
-        with self._printing_errors("the nodes could not be released"):
-            self._release()
+        self.place()
+        self.start(start)
+        return self.follow()
 
     @contextmanager
     def _printing_errors(self, what: str) -> Iterator[None]:
@@ -151,6 +132,7 @@ class Supervisor:
 
     def start(self, start: Start | None) -> None:
         self.enter("starting")
+        self.attempt = self.run_dir.begin_attempt()
         self.check_nodes()
         self.provide_data()
         self.nodes.start([self._task(rank, node) for rank, node in enumerate(self.nodes.nodes)])
@@ -249,9 +231,10 @@ class Supervisor:
             absent = []
         parts = [str(hang), *(f"the agent of node {node} did not answer" for node in absent), difference.text]
         size = self.plan.world.processes_per_node
-        places = [(rank, rank // size) for rank in difference.ranks] or [(None, absent[0] if absent else 0)]
-        error = "; ".join(parts)
-        return [Failure(rank, node, now, "a hang", error, code=FailureCode.HUNG) for rank, node in places]
+        places: list[tuple[int | None, int]] = [(rank, rank // size) for rank in difference.ranks]
+        text = "; ".join(parts)
+        unknown = (None, absent[0] if absent else 0)
+        return [Failure(rank, node, now, "a hang", text, code=FailureCode.HUNG) for rank, node in places or [unknown]]
 
     def _rank_name(self, rank: int) -> str:
         node = rank // self.plan.world.processes_per_node
@@ -265,6 +248,7 @@ class Supervisor:
         for line in self._metrics.new():
             if isinstance(line.get("update"), int):
                 self._hang_detector.update(line["update"], line.get("step_seconds"))
+                self.updates_made = line["update"] + 1
             self._show_update(line)
 
     def _show_update(self, line: dict[str, Any]) -> None:
@@ -300,7 +284,7 @@ class Supervisor:
         """Waits for late events, ends all ranks and raises RunFailed, which names the rank that failed first."""
         self._collect_late_reports()
         self._show_progress()
-        failures = self._failures()
+        failures = self.failures = self._failures()
         with self._printing_errors("the ranks could not be ended"):
             self.nodes.end(_GRACE_SECONDS)
         with self._printing_errors(f"the failure could not be written to {self.run_dir.events_file}"):
@@ -312,6 +296,7 @@ class Supervisor:
         self.run_dir.event(
             {
                 "event": "failure",
+                "attempt": self.attempt,
                 "rank": first.rank,
                 "node_rank": first.node_rank,
                 "host": nodes[first.node_rank].host,
@@ -387,6 +372,7 @@ class Supervisor:
             address=node.address,
             interface=node.interface,
             arguments=WORKER,
+            attempt=self.attempt,
         )
 
     def _environment(self, node: Node) -> dict[str, str]:
@@ -399,7 +385,7 @@ class Supervisor:
         return self.run_dir.node_logs(node_rank, node.host)
 
     def _rank_log(self, rank: int, node_rank: int) -> Path:
-        return self._log_folder(node_rank, self.nodes.nodes[node_rank]) / f"rank-{rank}.log"
+        return self._log_folder(node_rank, self.nodes.nodes[node_rank]) / rank_log_name(rank, self.attempt)
 
 
 def _hang_detector(plan: Plan) -> HangDetector:

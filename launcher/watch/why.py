@@ -103,12 +103,12 @@ def _explain_failures(run: RunDir, session: Session, found: Failures) -> Explana
     folder = run.node_logs(first.node_rank, first.host)
     if first.code is FailureCode.HUNG:
         return _explain_hung(run, session, found)
-    logs = [folder / ("agent.log" if first.rank is None else f"rank-{first.rank}.log")]
+    logs = [folder / first.log_name]
     cause = _with_fitting_hint(_cause(run, found), session)
     return Explanation(
         _headline(run, session, found),
         failures=found,
-        notes=tuple(_notes(found)),
+        notes=(*_notes(found), *_restart_notes(session)),
         log_ends=_log_ends(logs) or _reported_traceback(folder, first),
         cause=cause,
         evidence=tuple(_evidence(run, session, found, cause)),
@@ -123,7 +123,8 @@ def _explain_hung(run: RunDir, session: Session, found: Failures) -> Explanation
     notes = [f"the stacks of the ranks: {path}" for path in files[:_SHOWN_FILES]]
     if len(files) > _SHOWN_FILES:
         notes.append(f"and {len(files) - _SHOWN_FILES} more files of this name")
-    named = [] if first.rank is None else [run.node_logs(first.node_rank, first.host) / f"rank-{first.rank}.log"]
+    notes += _restart_notes(session)
+    named = [] if first.rank is None else [run.node_logs(first.node_rank, first.host) / first.log_name]
     cause = _with_fitting_hint(cause_of(first.code), session)
     headline = f"the run hung: {first.error or first.how}"
     ends = _log_ends(named)
@@ -180,6 +181,16 @@ def _node_log_end(run: RunDir, node_rank: int, host: str) -> str:
     folder = run.node_logs(node_rank, host)
     lines = [line for name in ("node.log", "agent.log") for line in last_lines(folder / name, _SEARCHED_LINES)]
     return "\n".join(lines)
+
+
+def _restart_notes(session: Session) -> list[str]:
+    """How often the run was restarted before this failure, and why it was not restarted again."""
+    notes = []
+    if session.restarts:
+        notes.append(f"restarted {session.restarts} time{'s' if session.restarts > 1 else ''} before this failure")
+    if session.no_restart:
+        notes.append(f"not restarted: {session.no_restart}")
+    return notes
 
 
 def _notes(found: Failures) -> list[str]:
@@ -268,7 +279,7 @@ def _reported_traceback(folder: Path, first: Failed) -> tuple[tuple[Path, tuple[
     """The traceback that the rank reported, for a run without its log."""
     if not first.traceback:
         return ()
-    return ((folder / f"rank-{first.rank}.log (missing; as reported)", tuple(first.traceback.splitlines())),)
+    return ((folder / f"{first.log_name} (missing; as reported)", tuple(first.traceback.splitlines())),)
 
 
 def why_view(why: Explanation) -> Text:

@@ -1,0 +1,186 @@
+"""Carries out a plan in one or more attempts: after a failure, the policy decides whether the ranks start again."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from launcher.errors import FailureCode, RequestError, RunFailed, first_line
+from launcher.export_folder import export_fault
+from launcher.fleet.nodes import NodeResources, Nodes
+from launcher.plan.resume import Start
+from launcher.plan.schema import Plan, Script
+from launcher.records import RestartEvent
+from launcher.run_dir import RunDir
+from launcher.runs.checkpoints import newest_verified
+from launcher.runs.console import RunConsole
+from launcher.runs.interrupts import Interrupts
+from launcher.runs.outcome import Outcome
+from launcher.runs.rest import Rest, rest_from
+from launcher.runs.restart_policy import DEFAULT_RESTARTS, Decision, FailedAttempt, decide
+from launcher.runs.resume_steps import export_only, prepare_start, report_damage
+
+if TYPE_CHECKING:
+    from launcher.runs.supervisor import Supervisor
+
+_GRACE_SECONDS = 5.0
+
+
+class Attempts:
+    """The attempts of one launcher to carry out the plan of a run directory. `plan` is that of the last attempt."""
+
+    def __init__(self, directory: RunDir, console: RunConsole, interrupts: Interrupts) -> None:
+        self._directory, self._console, self._interrupts = directory, console, interrupts
+        self._failed: list[FailedAttempt] = []
+        self._nodes: Nodes | None = None
+        self._supervisor: Supervisor | None = None
+        self._restart: RestartEvent = {"event": "restart"}
+
+    @property
+    def stop_signal(self) -> int:
+        """The number of the signal that stopped the last attempt; 0 if none did."""
+        return self._supervisor.stop_signal if self._supervisor else 0
+
+    def run(self, plan: Plan, plan_file: Path, start: Start | None) -> Outcome:
+        """Carries out the plan to its end or a stop. Raises RunFailed for a failure without a further restart.
+
+        Releases the nodes in every case, except if Ray is lost: every call would block until Ray ends this process.
+        """
+        self.plan, self._plan_file, self._start = plan, plan_file, start
+        try:
+            outcome = self._run_to_the_end()
+        except BaseException as error:
+            if not (isinstance(error, RunFailed) and error.code is FailureCode.RAY_LOST):
+                self._release_after_failure()
+            raise
+        self._release(0.0 if outcome.state == "stopped" else _GRACE_SECONDS)
+        return outcome
+
+    def _run_to_the_end(self) -> Outcome:
+        while True:
+            supervisor = self._supervisor = self._interrupts.supervisor = self._next_supervisor()
+            before = self._newest_checkpoint()
+            try:
+                return supervisor.run(self._start)
+            except RunFailed as error:
+                self._failed.append(_failed_attempt(supervisor, error, saved=self._newest_checkpoint() != before))
+                if supervisor.stopping:
+                    raise
+                decision = decide(self._failed, self._allowed_restarts())
+                if not decision.restart:
+                    self._record_end(decision)
+                    raise
+                self._report(supervisor, error, decision)
+            # Until the next attempt, a signal stops the run at once: nothing can be saved.
+            self._interrupts.supervisor = None
+            if (outcome := self._prepare_restart(decision)) is not None:
+                return outcome
+
+    def _next_supervisor(self) -> Supervisor:
+        plan, arguments = self.plan, (self._plan_file, self._directory, self._console)
+        self._console.total = plan.length.total_updates
+        if self._nodes is None:
+            self._nodes = Nodes(NodeResources.of(plan.world), self._console.note)
+        if isinstance(plan.workload, Script):
+            from launcher.runs.script_supervisor import ScriptSupervisor
+
+            return ScriptSupervisor(plan, plan.workload, *arguments, self._nodes)
+        from launcher.runs.supervisor import Supervisor
+
+        return Supervisor(plan, *arguments, self._nodes)
+
+    def _allowed_restarts(self) -> int:
+        """The job's `train.restarts`, or its default: only a script knows how it resumes."""
+        restarts = self.plan.job.train.restarts
+        if restarts is None:
+            return 0 if isinstance(self.plan.workload, Script) else DEFAULT_RESTARTS
+        return restarts
+
+    def _newest_checkpoint(self) -> int | None:
+        return next(reversed(self._directory.complete_checkpoints()), None)
+
+    def _record_end(self, decision: Decision) -> None:
+        """Records why the run does not start again, if a restart was possible at all."""
+        if self._allowed_restarts():
+            with suppress(OSError):
+                self._directory.event({"event": "no_restart", "reason": decision.reason})
+            self._console.note(f"          not restarting: {escape(decision.reason)}")
+
+    def _report(self, supervisor: Supervisor, error: RunFailed, decision: Decision) -> None:
+        self._console.end_progress()
+        self._console.note(f"[bold red]failed[/]    {escape(first_line(error))}")
+        number = supervisor.attempt + 1
+        event: RestartEvent = {"event": "restart", "attempt": number, "update": None, "reason": first_line(error)}
+        self._restart = event
+        self._console.note(f"[bold]restarting[/] {escape(decision.reason)}")
+
+    def _prepare_restart(self, decision: Decision) -> Outcome | None:
+        """Finds the checkpoint for the next attempt. Returns the outcome if all updates were made already."""
+        if isinstance(self.plan.workload, Script):
+            # Only the script knows at which update it resumes: `launcher.report` restores the lines before that update.
+            self._directory.rewind(samples=0, update=-1)
+        else:
+            outcome = self._use_newest_checkpoint()
+            if outcome is not None:
+                return outcome
+        self._restart["update"] = self._start.update if self._start else None
+        self._directory.event(self._restart)
+        if decision.pause_seconds:
+            self._console.note(f"          waiting {decision.pause_seconds:.0f} s before the restart")
+            time.sleep(decision.pause_seconds)
+        return None
+
+    def _use_newest_checkpoint(self) -> Outcome | None:
+        """Makes the next attempt start from the newest checkpoint that verifies, or else from the beginning."""
+        try:
+            saved, damaged = newest_verified(self._directory, lambda text: self._console.note(f"          {text}"))
+        except RequestError:
+            if self._start is not None:
+                raise
+            # No checkpoint was saved: the run starts from its first update again.
+            self._directory.rewind(samples=0, update=-1)
+            self._console.note("          no checkpoint was saved yet: starting from the first update")
+            return None
+        if self._start is None or str(saved.folder) != self._start.checkpoint:
+            rest = rest_from(saved, damaged)
+            report_damage(rest, self._directory, self._console)
+            self.plan, self._plan_file, self._start = saved.plan, saved.plan_file, rest.start
+            if rest.only_export:
+                return self._finish(rest)
+        assert self._start is not None
+        prepare_start(self._start, self._directory, self._console)
+        self._console.note(f"          resuming after update {self._start.update} of {self.plan.length.total_updates}")
+        return None
+
+    def _finish(self, rest: Rest) -> Outcome:
+        """All updates were made: makes the export if it is missing."""
+        if rest.plan.job.export and export_fault(self._directory.export) is not None:
+            return export_only(rest, self._directory, self._console, self._interrupts)
+        return Outcome("finished", rest.start.update)
+
+    def _release(self, grace_seconds: float) -> None:
+        if self._nodes is not None:
+            try:
+                self._nodes.end(grace_seconds)
+            finally:
+                self._nodes.close()
+
+    def _release_after_failure(self) -> None:
+        """Releases the nodes. Errors are only printed: the caller raises the original failure."""
+        stopping = self._supervisor is not None and self._supervisor.stopping
+        try:
+            self._release(0.0 if stopping else _GRACE_SECONDS)
+        except Exception as error:
+            self._console.note(f"          the nodes could not be released: {escape(first_line(error))}")
+
+
+def _failed_attempt(supervisor: Supervisor, error: RunFailed, *, saved: bool) -> FailedAttempt:
+    hosts = [node.host for node in supervisor.nodes.nodes]
+    lost = {hosts[each.node_rank] for each in supervisor.failures if each.code is FailureCode.NODE_LOST}
+    first = supervisor.failures[0] if supervisor.failures else None
+    text = (first.error or first.how) if first else first_line(error)
+    return FailedAttempt(error.code, supervisor.updates_made, saved, text, tuple(sorted(lost)))
