@@ -34,6 +34,10 @@ _REACH_SECONDS = 10.0
 _TOKENISE_SECONDS = 12 * 3600.0
 _CLOCK_ROUNDS = 3
 _STACKS_SECONDS = 60.0
+NOTICE_SECONDS, LOST_SECONDS = 5.0, 20.0
+"""A node that has not answered for so long is reported, and is lost."""
+_FREED_SECONDS = 10.0
+"""How long Ray may take to free the resources of agents that were ended."""
 NODE_LABEL = "launcher-node"
 """The label with a node's number in a Ray started by `launcher node`."""
 
@@ -78,6 +82,7 @@ class Nodes:
         self.nodes: list[Node] = []
         self._pending: dict[Any, int] = {}
         self._attempt, self._connected = 1, False
+        self._answer_times = AnswerTimes(log)
 
     def connect(self, address: str) -> None:
         """Joins the Ray at `address`, or starts one for "local", with a second try. Raises RunFailed.
@@ -144,9 +149,9 @@ class Nodes:
         import ray
         from ray.util.placement_group import placement_group
 
-        if self.nodes and self._all_answer():
+        if self.nodes and len(self.nodes) == self._resources.nodes and self._all_answer():
             return self.nodes
-        self._give_up_nodes()
+        self.give_up()
         self._group = placement_group([self._resources.bundle()] * self._resources.nodes, strategy="STRICT_SPREAD")
         self._wait_for_group(wait_seconds)
         agents = [self._agent(index) for index in range(self._resources.nodes)]
@@ -165,6 +170,42 @@ class Nodes:
             self._log("          note: this Ray listens on all interfaces of this machine; its token protects it")
         return self.nodes
 
+    def all_answer(self) -> bool:
+        """Whether there are nodes, and every agent answers."""
+        return bool(self.nodes) and self._all_answer()
+
+    def wait_for_free(self, wanted: int, at_least: int, wait_seconds: float) -> int:
+        """Waits for free nodes for `wanted` agents; returns how many there are, which may be fewer than `at_least`.
+
+        Agents of an earlier attempt must be ended before. `wanted` is waited for up to `wait_seconds`.
+        """
+        deadline = time.monotonic() + max(wait_seconds, _FREED_SECONDS)
+        logged = False
+        while (found := self._free_nodes()) < wanted and time.monotonic() < deadline:
+            if not logged and found >= at_least and wait_seconds > _FREED_SECONDS:
+                self._log(
+                    f"          {found} of {wanted} nodes are free; waiting up to {wait_seconds:.0f} s for the others"
+                )
+                logged = True
+            time.sleep(1.0)
+        return min(found, wanted)
+
+    def resize(self, resources: NodeResources) -> None:
+        """Changes the request for the next `place`."""
+        local = self._folder is not None
+        self._resources = replace(resources, cpus=1) if local else resources
+
+    def _free_nodes(self) -> int:
+        """The number of live nodes that have enough free resources for an agent; all that are wanted if unknown."""
+        import ray
+
+        try:
+            from ray._private.state import available_resources_per_node
+        except ImportError:
+            return self._resources.nodes
+        free, wanted = available_resources_per_node(), self._resources.bundle()
+        return sum(_holds(free.get(node["NodeID"], {}), wanted) for node in ray.nodes() if node["Alive"])
+
     def _all_answer(self) -> bool:
         """Whether every agent answers."""
         import ray
@@ -176,7 +217,7 @@ class Nodes:
         except ray.exceptions.RayError:
             return False
 
-    def _give_up_nodes(self) -> None:
+    def give_up(self) -> None:
         """Ends the agents, and gives their resources back to Ray."""
         import ray
 
@@ -186,6 +227,7 @@ class Nodes:
             if self._group is not None:
                 ray.util.remove_placement_group(self._group)
         self.nodes, self._group, self._pending = [], None, {}
+        self._answer_times.begin(0)
 
     def ask(self, method: str, arguments: Sequence[tuple[Any, ...]], seconds: float = _ANSWER_SECONDS) -> list[Any]:
         """Calls `method` of every agent, each with its own arguments; returns the answers in the order of nodes."""
@@ -253,6 +295,7 @@ class Nodes:
     def start(self, tasks: list[NodeTask]) -> None:
         """Starts the ranks of every node; the task at index k is for node rank k."""
         self._attempt, self._pending = tasks[0].attempt, {}
+        self._answer_times.begin(len(self.nodes))
         self.ask("start", [(task,) for task in tasks])
 
     def free_port(self, node_rank: int) -> int:
@@ -275,13 +318,16 @@ class Nodes:
         found: list[Report] = []
         for reference in ready:
             index = self._pending.pop(reference)
+            self._answer_times.answered(index)
             try:
                 for report in ray.get(reference):
                     report["node_rank"] = index
                     found.append(report)
             except ray.exceptions.RayActorError as error:
                 message = first_line(error)
-                found.append(NodeLostReport(report="node-lost", node_rank=index, time=time.time(), message=message))
+                found.append(_node_lost(index, message))
+        for index in self._answer_times.check(time.monotonic(), [node.host for node in self.nodes]):
+            found.append(_node_lost(index, f"no answer for {LOST_SECONDS:.0f} s"))
         return found
 
     def stacks(self) -> tuple[list[RankStack], list[int]]:
@@ -306,7 +352,8 @@ class Nodes:
         import ray
 
         with contextlib.suppress(ray.exceptions.RayError):
-            endings = [node.agent.end.remote(grace_seconds) for node in self.nodes]
+            nodes = [node for index, node in enumerate(self.nodes) if index not in self._answer_times.lost]
+            endings = [node.agent.end.remote(grace_seconds) for node in nodes]
             ray.wait(endings, num_returns=len(endings), timeout=grace_seconds + 15)
 
     def close(self) -> None:
@@ -315,7 +362,7 @@ class Nodes:
 
         if not ray.is_initialized():
             return
-        self._give_up_nodes()
+        self.give_up()
         ray.shutdown()
         if self._folder is not None:
             self._folder.remove()
@@ -358,6 +405,52 @@ class Nodes:
             scheduling_strategy=strategy,
             max_concurrency=4,
         ).remote()
+
+
+class AnswerTimes:
+    """How long each node has not answered; reports it, and decides when the node is lost.
+
+    Every agent is called all the time, and answers each call within two seconds.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._waited: list[float] = []
+        self._noticed: set[int] = set()
+        self.lost: set[int] = set()
+        self._checked: float | None = None
+
+    def begin(self, nodes: int) -> None:
+        """Begins with this many nodes, which have just answered."""
+        self._waited, self._noticed, self.lost, self._checked = [0.0] * nodes, set(), set(), None
+
+    def answered(self, node: int) -> None:
+        """The node has answered, or is known to be lost."""
+        if node < len(self._waited):
+            self._waited[node] = 0.0
+
+    def check(self, now: float, hosts: Sequence[str]) -> list[int]:
+        """The nodes that are lost now. `now` is in seconds, on a clock that does not jump."""
+        # A pause of this process, in which it could receive no answer, hardly counts.
+        passed = 0.0 if self._checked is None else min(now - self._checked, _POLL_SECONDS)
+        self._checked, newly = now, []
+        for node, waited in enumerate(self._waited):
+            self._waited[node] = waited + passed
+            name = f"node {node} ({hosts[node]})"
+            if self._waited[node] < NOTICE_SECONDS and node in self._noticed:
+                self._noticed.discard(node)
+                self._log(f"          {name} answers again")
+            elif self._waited[node] >= NOTICE_SECONDS and node not in self._noticed:
+                self._noticed.add(node)
+                self._log(f"          {name} has not answered for {NOTICE_SECONDS:.0f} s")
+            if self._waited[node] >= LOST_SECONDS and node not in self.lost:
+                self.lost.add(node)
+                newly.append(node)
+        return newly
+
+
+def _node_lost(node_rank: int, message: str) -> NodeLostReport:
+    return NodeLostReport(report="node-lost", node_rank=node_rank, time=time.time(), message=message)
 
 
 def _init_ray(options: dict[str, Any]) -> None:

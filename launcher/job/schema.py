@@ -296,11 +296,22 @@ class ClusterSection(Section):
         "auto",
         description="Ray cluster to join (host:port). auto: RAY_ADDRESS if set, else a new one. local: a new one.",
     )
+    min_nodes: PositiveInt | None = Field(
+        None,
+        description="After the loss of a node the run continues on as few nodes as this if no other node becomes free "
+        "within wait_seconds. The batch size and the learning rate stay the same. Default: nodes.",
+    )
     wait_seconds: PositiveNumber = Field(600.0, description="How long to wait for nodes of an existing Ray cluster.")
     env: dict[VariableName, Name] = Field(
         default_factory=dict,
         description="Environment variables for every rank. They are written to plan.json, so set no secrets here.",
     )
+
+    @model_validator(mode="after")
+    def _fewer_nodes(self) -> ClusterSection:
+        if self.min_nodes is not None and "nodes" in self.model_fields_set and self.min_nodes > self.nodes:
+            raise ValueError(f"min_nodes is {self.min_nodes}, but nodes is {self.nodes}: it must not be larger")
+        return self
 
 
 class SlurmSection(Section):
@@ -439,6 +450,12 @@ class ScriptJob(JobBase):
     script: ScriptSection = Field(default_factory=ScriptSection)
     model: ModelSection | None = None
     data: DataSection | None = None
+
+    @model_validator(mode="after")
+    def _all_nodes(self) -> ScriptJob:
+        if self.cluster.min_nodes is not None:
+            raise ValueError("cluster.min_nodes is for a training: only a script itself knows how it changes its ranks")
+        return self
 
 
 AnyJob = Job | ScriptJob

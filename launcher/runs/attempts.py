@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,12 @@ from launcher.fleet.nodes import NodeResources, Nodes
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan, Script
 from launcher.records import RestartEvent
-from launcher.run_dir import RunDir
+from launcher.run_dir import RunDir, write_atomic
 from launcher.runs.checkpoints import newest_verified
 from launcher.runs.console import RunConsole
 from launcher.runs.interrupts import Interrupts
 from launcher.runs.outcome import Outcome
-from launcher.runs.rest import Rest, rest_from
+from launcher.runs.rest import Rest, plan_on, rest_from, rest_on
 from launcher.runs.restart_policy import DEFAULT_RESTARTS, Decision, FailedAttempt, decide
 from launcher.runs.resume_steps import export_only, prepare_start, report_damage
 
@@ -51,6 +52,7 @@ class Attempts:
         Releases the nodes in every case, except if Ray is lost: every call would block until Ray ends this process.
         """
         self.plan, self._plan_file, self._start = plan, plan_file, start
+        self._wanted_nodes = plan.world.nodes
         try:
             outcome = self._run_to_the_end()
         except BaseException as error:
@@ -124,9 +126,15 @@ class Attempts:
             # Only the script knows at which update it resumes: `launcher.report` restores the lines before that update.
             self._directory.rewind(samples=0, update=-1)
         else:
-            outcome = self._use_newest_checkpoint()
-            if outcome is not None:
-                return outcome
+            rest = self._newest_rest()
+            if rest is not None and rest.only_export:
+                return self._finish(rest)
+            if (nodes := self._nodes_for_restart()) != self.plan.world.nodes:
+                self._change_nodes(nodes, rest)
+            if self._start is None:
+                self._directory.rewind(samples=0, update=-1)
+            else:
+                prepare_start(self._start, self._directory, self._console)
         self._restart["update"] = self._start.update if self._start else None
         self._directory.event(self._restart)
         if decision.pause_seconds:
@@ -134,27 +142,66 @@ class Attempts:
             time.sleep(decision.pause_seconds)
         return None
 
-    def _use_newest_checkpoint(self) -> Outcome | None:
-        """Makes the next attempt start from the newest checkpoint that verifies, or else from the beginning."""
+    def _newest_rest(self) -> Rest | None:
+        """Makes the next attempt start from the newest checkpoint that verifies; None if no checkpoint was saved."""
         try:
             saved, damaged = newest_verified(self._directory, lambda text: self._console.note(f"          {text}"))
         except RequestError:
             if self._start is not None:
                 raise
-            # No checkpoint was saved: the run starts from its first update again.
-            self._directory.rewind(samples=0, update=-1)
             self._console.note("          no checkpoint was saved yet: starting from the first update")
             return None
-        if self._start is None or str(saved.folder) != self._start.checkpoint:
-            rest = rest_from(saved, damaged)
-            report_damage(rest, self._directory, self._console)
-            self.plan, self._plan_file, self._start = saved.plan, saved.plan_file, rest.start
-            if rest.only_export:
-                return self._finish(rest)
-        assert self._start is not None
-        prepare_start(self._start, self._directory, self._console)
-        self._console.note(f"          resuming after update {self._start.update} of {self.plan.length.total_updates}")
-        return None
+        rest = rest_from(saved, damaged)
+        if self._start is not None and str(saved.folder) == self._start.checkpoint:
+            # The plan may be that of a resume, which changed the plan of this checkpoint.
+            return replace(rest, plan=self.plan, plan_file=self._plan_file, start=self._start)
+        report_damage(rest, self._directory, self._console)
+        self.plan, self._plan_file, self._start = saved.plan, saved.plan_file, rest.start
+        self._console.note(f"          resuming after update {rest.start.update} of {self.plan.length.total_updates}")
+        return rest
+
+    def _nodes_for_restart(self) -> int:
+        """On how many nodes to restart: as many as the job asks for, or those that are free, at least `min_nodes`."""
+        assert self._nodes is not None
+        cluster, wanted, present = self.plan.job.cluster, self._wanted_nodes, self.plan.world.nodes
+        if self._nodes.all_answer() and present == wanted:
+            return wanted
+        if cluster.min_nodes is None or wanted == 1:
+            return present
+        self._nodes.give_up()
+        # A run that already continues on fewer nodes has waited before.
+        wait_seconds = cluster.wait_seconds if present == wanted else 0.0
+        free = self._nodes.wait_for_free(wanted, cluster.min_nodes, wait_seconds)
+        if free < cluster.min_nodes:
+            message = (
+                f"after {wait_seconds:.0f} s only {free} nodes are free, and cluster.min_nodes is {cluster.min_nodes}"
+            )
+            raise RunFailed(message, code=FailureCode.NOT_ENOUGH_NODES)
+        return free
+
+    def _change_nodes(self, nodes: int, rest: Rest | None) -> None:
+        """Plans the rest of the run for `nodes` nodes, or for fewer if the batch cannot be divided among them."""
+        assert self._nodes is not None
+        before, least = self.plan.world.nodes, self.plan.job.cluster.min_nodes or nodes
+        reason: RequestError | None = None
+        for count in range(nodes, least - 1, -1):
+            try:
+                if rest is None:
+                    self.plan = plan_on(self.plan, count, self._console)
+                else:
+                    changed = rest_on(rest, count, self._console)
+                    self.plan, self._start = changed.plan, changed.start
+            except RequestError as error:
+                reason = error
+                continue
+            self._plan_file = self._directory.next_plan_revision()
+            write_atomic(self._plan_file, self.plan.to_json())
+            self._nodes.resize(NodeResources.of(self.plan.world))
+            self._console.note(
+                f"          continuing on {count} nodes instead of {before}; the batch size stays the same"
+            )
+            return
+        raise RunFailed(f"the run cannot continue on {nodes} nodes: {reason}", code=FailureCode.NOT_ENOUGH_NODES)
 
     def _finish(self, rest: Rest) -> Outcome:
         """All updates were made: makes the export if it is missing."""

@@ -101,6 +101,18 @@ def job_of_rest(directory: RunDir, overrides: Sequence[str]) -> LoadedJob:
     return loaded
 
 
+def rest_on(rest: Rest, nodes: int, console: RunConsole) -> Rest:
+    """The rest of the run on another number of nodes. Raises RequestError if that is not possible."""
+    return _changed(rest, [f"cluster.nodes={nodes}"], console)
+
+
+def plan_on(plan: Plan, nodes: int, console: RunConsole) -> Plan:
+    """The plan of the whole run on another number of nodes. Raises RequestError if that is not possible."""
+    loaded, _ = _job_with(plan, [f"cluster.nodes={nodes}"])
+    checked = check_job(loaded, kept_micro_batch=plan.train_micro_batch_size_per_gpu)
+    return make_plan(checked, on_progress=console.prepare, preset=_preset_of(plan, loaded.job))
+
+
 def _changed(rest: Rest, overrides: Sequence[str], console: RunConsole) -> Rest:
     """The rest of the run with overrides."""
     old, start = rest.plan, rest.start

@@ -38,6 +38,9 @@ class Nodes:
         if self.broken:
             raise ConnectionError("Ray does not answer")
 
+    def all_answer(self) -> bool:
+        return True
+
     def close(self) -> None:
         self.closed += 1
         if self.broken:
