@@ -325,6 +325,7 @@ class Nodes:
                     found.append(report)
             except ray.exceptions.RayActorError as error:
                 message = first_line(error)
+                self._answer_times.lost.add(index)
                 found.append(_node_lost(index, message))
         for index in self._answer_times.check(time.monotonic(), [node.host for node in self.nodes]):
             found.append(_node_lost(index, f"no answer for {LOST_SECONDS:.0f} s"))

@@ -118,7 +118,7 @@ class Attempts:
         number = supervisor.attempt + 1
         event: RestartEvent = {"event": "restart", "attempt": number, "update": None, "reason": first_line(error)}
         self._restart = event
-        self._console.note(f"[bold]restarting[/] {escape(decision.reason)}")
+        self._console.note(f"[bold]restarting[/] ({escape(decision.reason)})")
 
     def _prepare_restart(self, decision: Decision) -> Outcome | None:
         """Finds the checkpoint for the next attempt. Returns the outcome if all updates were made already."""

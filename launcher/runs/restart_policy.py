@@ -101,7 +101,7 @@ def decide(failed: Sequence[FailedAttempt], restarts: int) -> Decision:
         times = "restart" if used == 1 else "restarts"
         return Decision(False, f"{used} {times} failed without a new checkpoint (train.restarts={restarts})")
     pause = 0.0 if used == 0 else min(_MAX_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2 ** (used - 1))
-    return Decision(True, f"restart {used + 1} of at most {restarts} without a new checkpoint", pause)
+    return Decision(True, f"{used + 1} of at most {restarts} restarts without a new checkpoint", pause)
 
 
 def hosts_to_avoid(failed: Sequence[FailedAttempt]) -> list[str]:

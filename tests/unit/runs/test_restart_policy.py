@@ -24,7 +24,7 @@ def failure(
 def test_a_first_failure_is_followed_by_a_restart_without_a_pause(code: FailureCode) -> None:
     decision = decide([failure(code)], 3)
     assert decision.restart and decision.pause_seconds == 0
-    assert decision.reason == "restart 1 of at most 3 without a new checkpoint"
+    assert decision.reason == "1 of at most 3 restarts without a new checkpoint"
 
 
 def test_no_restart_if_the_job_allows_none() -> None:
