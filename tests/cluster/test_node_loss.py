@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,10 @@ def test_a_run_survives_cuts_of_three_and_sixty_seconds(slurm: Slurm, shared: Pa
     """The second host of a Slurm job is cut off the network; afterwards it joins again, and the run continues."""
     hosts = slurm.hosts
     slurm.wait_idle()
+    before = slurm.conf.read_text()
+    # As in a real cluster; the testbed's Slurm counts a host as dead sooner.
+    slurm.conf.write_text(re.sub(r"(?m)^SlurmdTimeout=.*$", "SlurmdTimeout=300", before))
+    hosts.run("ctl", ["scontrol", "reconfigure"])
     long = {"train": {"max_steps": 100_000, "restarts": 3}, "checkpoint": {"every": 10, "keep": 2}}
     job = sbatch(hosts, write_tiny_job(shared, "cut", **long), "--nodes=2", "--nodelist=h1,h2", fresh=True)
     run = RunDir(shared / "runs" / f"cut-slurm-{job}")
@@ -79,3 +84,5 @@ def test_a_run_survives_cuts_of_three_and_sixty_seconds(slurm: Slurm, shared: Pa
     hosts.run("ctl", ["scancel", job])
     assert ended(hosts, shared, job)[0].startswith("CANCELLED")
     assert of_launcher(hosts) == []
+    slurm.conf.write_text(before)
+    hosts.run("ctl", ["scontrol", "reconfigure"])
