@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.markup import escape
 
 from launcher.errors import FailureCode, RunFailed, code_of, first_line
@@ -83,6 +84,7 @@ class Nodes:
         self._pending: dict[Any, int] = {}
         self._attempt, self._connected = 1, False
         self._answer_times = AnswerTimes(log)
+        self._ray_processes: set[psutil.Process] = set()
 
     def connect(self, address: str) -> None:
         """Joins the Ray at `address`, or starts one for "local", with a second try. Raises RunFailed.
@@ -110,7 +112,7 @@ class Nodes:
                     continue
                 where = "could not start Ray on this machine" if local else f"could not connect to the Ray at {address}"
                 raise RunFailed(f"{where}: {first_line(error)}", code=FailureCode.RAY_LOST) from None
-            self._connected = True
+            self._connected, self._ray_processes = True, children() - before
             return
 
     def _start_ray_again(self, error: Exception) -> None:
@@ -124,10 +126,24 @@ class Nodes:
         assert self._folder is not None
         shutil.rmtree(self._folder.ray, ignore_errors=True)
 
+    def restart_own_ray(self) -> None:
+        """Ends a Ray that was started here, after the loss of its only node: `connect` starts another."""
+        if self._folder is None:
+            return
+        import ray
+
+        self.give_up()
+        started = self._ray_processes
+        ray.shutdown()
+        kill_all(started)
+        shutil.rmtree(self._folder.ray, ignore_errors=True)
+        self._connected = False
+
     def _local_ray(self) -> dict[str, Any]:
         """Options for a Ray only on this machine, with the resources of the run and its own token."""
-        self._folder = RayFolder()
-        write_token(self._folder.token)
+        if self._folder is None:
+            self._folder = RayFolder()
+            write_token(self._folder.token)
         use_token(self._folder.token)
         os.environ.update(LOOPBACK_ONLY)
         return {

@@ -34,9 +34,12 @@ class Nodes:
     def __init__(self, *_: Any) -> None:
         self.closed = 0
 
-    def end(self, grace_seconds: float) -> None:
+    def end(self, _grace_seconds: float) -> None:
         if self.broken:
             raise ConnectionError("Ray does not answer")
+
+    def restart_own_ray(self) -> None:
+        """No Ray was started."""
 
     def all_answer(self) -> bool:
         return True
@@ -105,7 +108,7 @@ def fails(code: FailureCode = FailureCode.RANK_KILLED, error: str = "killed", sa
     return act
 
 
-def finishes(ranks: Ranks, start: Start | None) -> Outcome:
+def finishes(_ranks: Ranks, _start: Start | None) -> Outcome:
     return Outcome("finished", UPDATES)
 
 
