@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Unpack, get_args
 
+from launcher.errors import FailureCode, RunFailed
 from launcher.files import (
     Record,
     append_line,
@@ -48,6 +49,7 @@ from launcher.records import (
 )
 
 __all__ = [
+    "ATTEMPT_VARIABLE",
     "ENDED",
     "MANIFEST",
     "NODE_FILE",
@@ -71,6 +73,8 @@ __all__ = [
 STATES: tuple[RunState, ...] = get_args(RunState)
 ENDED = ("finished", "failed", "stopped")
 NODE_FILE = "node.json"
+ATTEMPT_VARIABLE = "LAUNCHER_ATTEMPT"
+"""Names the attempt to which a rank belongs."""
 STACKS_FILE = "stacks.txt"
 _REVISION = re.compile(r"^plan\.revision-(\d+)\.json$")
 
@@ -204,6 +208,16 @@ class RunDir:
         except OSError:
             return 0
         return found if isinstance(found, int) else 0
+
+    def check_attempt(self) -> None:
+        """Raises RunFailed in a rank whose attempt was given up: a newer attempt writes to this directory.
+
+        A rank that was cut off the network may still see the directory.
+        """
+        own = os.environ.get(ATTEMPT_VARIABLE, "")
+        if own.isdecimal() and int(own) < (newest := self.attempt()):
+            message = f"attempt {own} of the run was given up, and attempt {newest} has started: writing nothing"
+            raise RunFailed(message, code=FailureCode.ENDED)
 
     def begin_attempt(self) -> int:
         """Counts a new attempt and returns its number. Ranks of earlier attempts must not write any more."""

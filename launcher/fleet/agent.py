@@ -23,7 +23,7 @@ from launcher.fleet.shared_memory import remove_segments
 from launcher.fleet.stacks import RankStack, write_stacks
 from launcher.plan.schema import Plan
 from launcher.records import AgentReport, Order
-from launcher.run_dir import rank_log_name, utc_now
+from launcher.run_dir import ATTEMPT_VARIABLE, rank_log_name, utc_now
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class NodeTask:
             "NODE_RANK": str(self.node_rank),
             "GROUP_RANK": str(self.node_rank),
             "LAUNCHER_RUN_DIR": self.run_dir,
-            "LAUNCHER_ATTEMPT": str(self.attempt),
+            ATTEMPT_VARIABLE: str(self.attempt),
         }
 
 

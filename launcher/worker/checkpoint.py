@@ -59,6 +59,7 @@ class Checkpoints:
         folder = self._run.checkpoint(progress.update)
         if self._saved == progress.update:
             return folder
+        self._run.check_attempt()
         if self._ranks.first:
             _make_room(folder)
         self._ranks.barrier()
@@ -88,6 +89,7 @@ class Checkpoints:
             }
             if self._evaluation and self._evaluation[0] == progress.update and math.isfinite(self._evaluation[1]):
                 facts["evaluation_loss"] = self._evaluation[1]
+            self._run.check_attempt()
             write_manifest(folder, merged_records(files), **facts)
             self._record_event({"event": "checkpoint", "update": progress.update, "samples": progress.samples})
             # What cannot be removed now is removed after the next save.
