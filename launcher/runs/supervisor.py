@@ -25,7 +25,7 @@ from launcher.first_failure import (
     traceback_time,
 )
 from launcher.fleet.agent import NodeTask
-from launcher.fleet.environment import rank_environment
+from launcher.fleet.environment import flight_recorder, rank_environment
 from launcher.fleet.failures import Failure, all_failures, first_failure, sort_failures
 from launcher.fleet.hang_detector import Hang, HangDetector
 from launcher.fleet.nodes import Node, Nodes, address_of
@@ -368,7 +368,7 @@ class Supervisor:
             world_size=world.size,
             run_dir=str(self.run_dir.path),
             log_folder=str(self._log_folder(node_rank, node)),
-            environment=self._environment(node),
+            environment={**flight_recorder(world, self._log_folder(node_rank, node)), **self._environment(node)},
             address=node.address,
             interface=node.interface,
             arguments=WORKER,

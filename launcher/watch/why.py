@@ -108,7 +108,7 @@ def _explain_failures(run: RunDir, session: Session, found: Failures) -> Explana
     return Explanation(
         _headline(run, session, found),
         failures=found,
-        notes=(*_notes(found), *_restart_notes(session)),
+        notes=(*_notes(found), *(_nccl_notes(run) if found.only_timeouts else ()), *_restart_notes(session)),
         log_ends=_log_ends(logs) or _reported_traceback(folder, first),
         cause=cause,
         evidence=tuple(_evidence(run, session, found, cause)),
@@ -119,11 +119,7 @@ def _explain_failures(run: RunDir, session: Session, found: Failures) -> Explana
 def _explain_hung(run: RunDir, session: Session, found: Failures) -> Explanation:
     """Explains a hang; the ends of the logs of all other ranks only show that they waited."""
     first = found.first
-    files = sorted(run.logs.glob(f"node-*/{STACKS_FILE}"))
-    notes = [f"the stacks of the ranks: {path}" for path in files[:_SHOWN_FILES]]
-    if len(files) > _SHOWN_FILES:
-        notes.append(f"and {len(files) - _SHOWN_FILES} more files of this name")
-    notes += _restart_notes(session)
+    notes = [*_file_notes(run, "the stacks of the ranks", STACKS_FILE), *_nccl_notes(run), *_restart_notes(session)]
     named = [] if first.rank is None else [run.node_logs(first.node_rank, first.host) / first.log_name]
     cause = _with_fitting_hint(cause_of(first.code), session)
     headline = f"the run hung: {first.error or first.how}"
@@ -181,6 +177,18 @@ def _node_log_end(run: RunDir, node_rank: int, host: str) -> str:
     folder = run.node_logs(node_rank, host)
     lines = [line for name in ("node.log", "agent.log") for line in last_lines(folder / name, _SEARCHED_LINES)]
     return "\n".join(lines)
+
+
+def _file_notes(run: RunDir, what: str, pattern: str) -> list[str]:
+    """The files of all nodes' log folders that match the pattern; of many only the first."""
+    files = sorted(run.logs.glob(f"node-*/{pattern}"))
+    more = [f"and {len(files) - _SHOWN_FILES} more such files"] if len(files) > _SHOWN_FILES else []
+    return [*(f"{what}: {path}" for path in files[:_SHOWN_FILES]), *more]
+
+
+def _nccl_notes(run: RunDir) -> list[str]:
+    """What NCCL's flight recorder wrote when a collective timed out."""
+    return _file_notes(run, "the last collectives of a rank", "nccl-rank-*")
 
 
 def _restart_notes(session: Session) -> list[str]:

@@ -332,6 +332,19 @@ NUMBERS = [
         with_cluster("{gpus_per_node: 8, processes_per_node: 3}"),
     ),
     InvalidJob(
+        "more nodes at least than at all",
+        ("job.yaml:3: cluster", "min_nodes is 4, but nodes is 2"),
+        with_cluster("{nodes: 2, min_nodes: 4, gpus_per_node: 0}"),
+    ),
+    InvalidJob("no minimum of nodes", ("cluster.min_nodes", "0"), with_cluster("{min_nodes: 0, gpus_per_node: 0}")),
+    InvalidJob("negative restarts", ("train.restarts", "-1"), JOB + "train: {max_steps: 20, restarts: -1}\n"),
+    InvalidJob(
+        "negative hang_seconds", ("train.hang_seconds", "-5"), JOB + "train: {max_steps: 20, hang_seconds: -5}\n"
+    ),
+    InvalidJob(
+        "hang_seconds as text", ("train.hang_seconds", "soon"), JOB + "train: {max_steps: 20, hang_seconds: soon}\n"
+    ),
+    InvalidJob(
         "ZeRO stage 4",
         ("zero_optimization.stage", "4 is not an allowed value", "one of 0, 1, 2, 3"),
         JOB + "deepspeed: {zero_optimization: {stage: 4}}\n",
