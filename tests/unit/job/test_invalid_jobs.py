@@ -338,9 +338,7 @@ NUMBERS = [
     ),
     InvalidJob("no minimum of nodes", ("cluster.min_nodes", "0"), with_cluster("{min_nodes: 0, gpus_per_node: 0}")),
     InvalidJob("negative restarts", ("train.restarts", "-1"), JOB + "train: {max_steps: 20, restarts: -1}\n"),
-    InvalidJob(
-        "negative hang_seconds", ("train.hang_seconds", "-5"), JOB + "train: {max_steps: 20, hang_seconds: -5}\n"
-    ),
+    InvalidJob("negative hang_seconds", ("train.hang_seconds", "-5"), JOB + "train: {hang_seconds: -5}\n"),
     InvalidJob(
         "hang_seconds as text", ("train.hang_seconds", "soon"), JOB + "train: {max_steps: 20, hang_seconds: soon}\n"
     ),
