@@ -26,6 +26,7 @@ from launcher.cli import (
     schema,
     status,
     submit,
+    upload,
     watch,
     why,
 )
@@ -37,7 +38,16 @@ from launcher.version import __version__
 
 _PANELS = {
     "Before a run": (init.init, plan.plan, lr.lr, lint.lint, doctor.doctor, schema.schema),
-    "Running": (run.run, resume.resume, cancel.cancel, export.export, exec.exec_script, submit.submit, node.node),
+    "Running": (
+        run.run,
+        resume.resume,
+        cancel.cancel,
+        export.export,
+        upload.upload,
+        exec.exec_script,
+        submit.submit,
+        node.node,
+    ),
     "Watching": (status.status, watch.watch, logs.logs, why.why, checkpoints.checkpoints),
 }
 _SETTINGS: dict[str, dict[str, Any]] = {
@@ -45,7 +55,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "submit": {"cls": submit.ScriptCommand},
     "node": {"context_settings": node.CONTEXT},
 }
-_WRITES_RUNS = ("run", "exec", "resume", "submit", "node", "export", "doctor")
+_WRITES_RUNS = ("run", "exec", "resume", "submit", "node", "export", "upload", "doctor")
 
 app = typer.Typer(
     name="launcher",

@@ -22,9 +22,11 @@ from launcher.runs.failure_record import record_failure
 from launcher.runs.interrupts import Interrupts, interruptible
 from launcher.runs.outcome import Outcome, RunResult
 from launcher.runs.reach import check_reach
+from launcher.runs.remote import check_upload
 from launcher.runs.rest import Rest, planned_run, rest_of
 from launcher.runs.run_lock import only_launcher_of
 from launcher.runs.summary import note_damaged_lines, print_summary
+from launcher.runs.upload import uploading
 
 
 def resume(directory: Path | str, *overrides: str, console: RunConsole | None = None) -> RunResult:
@@ -39,12 +41,22 @@ def resume(directory: Path | str, *overrides: str, console: RunConsole | None = 
 
 
 def resume_locked(
-    directory: RunDir, overrides: Sequence[str], console: RunConsole, rest: Rest | None = None
+    directory: RunDir,
+    overrides: Sequence[str],
+    console: RunConsole,
+    rest: Rest | None = None,
+    *,
+    requeued: bool = False,
 ) -> RunResult:
-    """Resumes a run whose lock the caller holds. `rest` is the result of `rest_of` if the caller has it."""
+    """Resumes a run whose lock the caller holds. `rest` is the result of `rest_of` if the caller has it.
+
+    A requeued run also resumes while cloud storage cannot be reached.
+    """
     with console.closing(), interruptible(console, directory) as interrupts:
         rest = rest or rest_of(directory, overrides, console)
         plan, plan_file, start = rest.plan, rest.plan_file, rest.start
+        if not requeued:
+            check_upload(plan.job)
         _report_damage(rest, directory, console)
         if rest.only_export:
             return _export(rest, directory, console, interrupts)
@@ -77,6 +89,11 @@ def _report_damage(rest: Rest, directory: RunDir, console: RunConsole) -> None:
 
 def _export(rest: Rest, directory: RunDir, console: RunConsole, interrupts: Interrupts) -> RunResult:
     """Makes the missing export of a run that has made all its updates."""
+    with uploading(rest.plan, directory, console, interrupts, rest.start):
+        return _exported(rest, directory, console, interrupts)
+
+
+def _exported(rest: Rest, directory: RunDir, console: RunConsole, interrupts: Interrupts) -> RunResult:
     update = rest.start.update
     console.note(f"all {update} updates were already made: exporting only ({export_fault(directory.export)})")
     directory.event({"event": "resume", "update": update, "samples": rest.start.samples, "overrides": []})
