@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 from rich.markup import escape
 
-from launcher.cli.options import OUTPUT_DIR, OVERRIDES
+from launcher.cli.options import OUTPUT_DIR, OVERRIDES, RUN_OR_URL
 from launcher.errors import Problem, RequestError
 from launcher.job.upload_url import is_url
 from launcher.runs.console import RunConsole
@@ -16,7 +16,7 @@ from launcher.watch.find_run import find_run
 
 
 def resume(
-    run: str = typer.Argument(..., metavar="RUN", help="A run directory or a run's name, as for status; or its URL."),
+    run: str = RUN_OR_URL,
     overrides: list[str] = OVERRIDES,
     output_dir: Path = OUTPUT_DIR,
     to: Path = typer.Option(None, "--to", metavar="DIR", help="URL: the folder for the run, instead of output_dir."),

@@ -17,12 +17,12 @@ from launcher.watch.find_run import find_run
 
 def upload(
     run: str = RUN,
-    to: str = typer.Option(None, "--to", metavar="URL", help="Instead of the job's checkpoint.upload."),
+    to: str = typer.Option(None, "--to", metavar="URL", help="Where to; default: the job's key upload."),
     output_dir: Path = OUTPUT_DIR,
 ) -> None:
     """Copy a run that has ended to cloud storage: what is missing of its checkpoints and its export.
 
-    A run whose job sets checkpoint.upload does this by itself; this command uploads what it could not.
+    A run does this by itself if its job sets upload in the section checkpoint; this uploads what it could not.
     """
     from launcher.runs.upload import newest_plan, upload_run
 

@@ -1,4 +1,4 @@
-"""Downloads a run from cloud storage into a new run directory, with its newest verified checkpoint."""
+"""Lists the checkpoints of a run in cloud storage, and downloads it with the newest one that is verified."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 from launcher.errors import Problem, RequestError, RunFailed
 from launcher.job.upload_url import InvalidUrl, checked_url
 from launcher.job.user_path import user_path
-from launcher.manifest import MANIFEST, checkpoint_fault, content_fault
+from launcher.manifest import MANIFEST, checkpoint_fault, checkpoint_number, content_fault
 from launcher.plan_file import read_plan
 from launcher.run_dir import RunDir
+from launcher.runs.checkpoints import ListedCheckpoint
 from launcher.runs.remote import Store, StoreError
 from launcher.runs.remote_run import CHECKPOINTS, Copy, is_run_file, remote_checkpoints
 
@@ -36,6 +37,44 @@ def remote_run(url: str) -> tuple[Store, str]:
     except StoreError as error:
         raise RequestError(Problem(f"{url} cannot be read: {error}", key="RUN")) from None
     return store, name
+
+
+def list_remote_checkpoints(url: str) -> list[ListedCheckpoint]:
+    """The checkpoints of a run in cloud storage, oldest first; only names, sizes and manifests are read.
+
+    Raises RequestError if the URL is not that of a run, and RunFailed if it cannot be read.
+    """
+    store, name = remote_run(url)
+    base = f"{url.rstrip('/')}/{CHECKPOINTS}"
+    try:
+        found = remote_checkpoints(store, name)
+        sizes = {
+            folder: store.sizes(f"{name}/{CHECKPOINTS}/{folder}") for folder in (*found.incomplete, *found.unusable)
+        }
+    except StoreError as error:
+        raise RunFailed(f"{url} cannot be read: {error}") from None
+    incomplete = [
+        ListedCheckpoint(
+            folder, f"{base}/{folder}", number, None, None, None, sum(files.values()), None, "incomplete", _INCOMPLETE
+        )
+        for folder, files in sizes.items()
+        if (number := checkpoint_number(Path(folder.partition(".")[0]))) is not None
+    ]
+    complete = [
+        ListedCheckpoint(
+            each.folder,
+            f"{base}/{each.folder}",
+            each.update,
+            each.samples,
+            each.ranks,
+            each.loss,
+            each.bytes,
+            each.time or None,
+            "complete",
+        )
+        for each in found.complete
+    ]
+    return [*complete, *incomplete]
 
 
 def fetch_run(url: str, to: Path | None, note: OnNote) -> RunDir:
@@ -62,6 +101,7 @@ def fetch_run(url: str, to: Path | None, note: OnNote) -> RunDir:
     return RunDir(target.resolve())
 
 
+_INCOMPLETE = "files or a valid manifest.json are missing: it is being uploaded, or the upload was interrupted"
 _HINT = "give checkpoint.upload, a slash and the name of the run: s3://BUCKET/PATH/RUN"
 
 
@@ -93,8 +133,7 @@ def _download(store: Store, name: str, folder: Path, note: OnNote) -> None:
 
 def _download_checkpoint(store: Store, name: str, copy: Copy, run: RunDir, note: OnNote) -> str | None:
     """Downloads a checkpoint. Returns why it cannot be used, and removes it then; None if it is verified."""
-    size = sum(entry["size"] for entry in copy.files.values())
-    note(f"downloading {copy.folder} ({size / 1e9:.2f} GB)")
+    note(f"downloading {copy.folder} ({copy.bytes / 1e9:.2f} GB)")
     folder, source = run.checkpoint(copy.update), f"{name}/{CHECKPOINTS}/{copy.folder}"
     for file in (*copy.files, MANIFEST):
         store.get(f"{source}/{file}", folder / file)

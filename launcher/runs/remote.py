@@ -6,7 +6,7 @@ import hashlib
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,7 @@ class Store:
                 found = self._fs.find(path, detail=True)
             except FileNotFoundError:
                 return {}
-        start = len(self._fs._strip_protocol(path)) + 1
-        return {name[start:]: each["size"] for name, each in sorted(found.items()) if each["type"] == "file"}
+        return {name[len(path) + 1 :]: each["size"] for name, each in sorted(found.items()) if each["type"] == "file"}
 
     def folders(self) -> list[str]:
         """The names of the folders directly under the URL."""
@@ -85,7 +84,7 @@ class Store:
         path = self._path(name)
         with _translated():
             if self._protocol == "file":
-                return _sha256(Path(self._fs._strip_protocol(path)))
+                return _sha256(Path(path))
             metadata = self._fs.metadata(path) if self._protocol == "s3" else self._fs.info(path).get("metadata")
         return (metadata or {}).get(_CHECKSUM)
 
@@ -123,6 +122,19 @@ class Store:
         if self._protocol == "file":
             self._remove_empty_folders({str(Path(name).parent) for name in names})
 
+    def discard_parts(self, folder: str) -> None:
+        """Removes parts of uploads to a folder that were interrupted, which S3 keeps invisibly, and charges for.
+
+        Not every server and not every permission allows it: then it does nothing.
+        """
+        if self._protocol != "s3":
+            return
+        bucket, key, _ = self._fs.split_path(self._path(folder))
+        with suppress(StoreError), _translated():
+            found = self._fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/")
+            for each in found.get("Uploads") or ():
+                self._fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=each["Key"], UploadId=each["UploadId"])
+
     def check_writable(self) -> None:
         """Writes a small object and removes it. Raises RequestError if that fails."""
         name = f".launcher-check-{uuid.uuid4().hex[:8]}"
@@ -141,24 +153,24 @@ class Store:
                 yield path
                 return
             temporary = f"{path}.{uuid.uuid4().hex[:8]}{_PART}"
-            self._fs.makedirs(self._fs._parent(path), exist_ok=True)
+            self._fs.makedirs(str(Path(path).parent), exist_ok=True)
             try:
                 yield temporary
                 self._fs.mv(temporary, path)
             finally:
                 if self._fs.exists(temporary):
                     self._fs.rm_file(temporary)
+                self._remove_empty_folders({str(Path(name).parent)})
 
     def _remove_empty_folders(self, folders: set[str]) -> None:
         for folder in sorted(folders, key=len, reverse=True):
-            path = Path(self._fs._strip_protocol(self._path(folder)))
-            root = Path(self._fs._strip_protocol(self._path("")))
+            path, root = Path(self._path(folder)), Path(self._root)
             while path != root and root in path.parents and path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
                 path = path.parent
 
     def _path(self, name: str) -> str:
-        return f"{self._protocol}://{self._root}/{name}".rstrip("/")
+        return f"{self._root}/{name}".rstrip("/")
 
 
 def check_upload(job: AnyJob) -> None:
@@ -199,11 +211,11 @@ def _hint(error: StoreError) -> str:
 def _callback(on_progress: Callable[[], None]) -> Any:
     from fsspec.callbacks import Callback
 
-    class Progress(Callback):  # type: ignore[misc]
+    class EachPart(Callback):  # type: ignore[misc]
         def relative_update(self, inc: int = 1) -> None:  # noqa: ARG002
             on_progress()
 
-    return Progress()
+    return EachPart()
 
 
 def _sha256(file: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 
 from launcher.job.kept_checkpoints import removable
 from launcher.job.schema import CheckpointSection
-from launcher.manifest import MANIFEST, checkpoint_number, parse_manifest
+from launcher.manifest import MANIFEST, parse_manifest
 from launcher.run_dir import RunDir
 from launcher.runs.remote import Store
 
 CHECKPOINTS, EXPORT = "checkpoints", "export"
+_CHECKPOINT = re.compile(r"^update-\d+(\.[a-z0-9.]+)?$")
 RUN_FILES = (
     *("job.yaml", "plan.json", "plan.revision-*.json", "ds_config.json", "state.json"),
     *("events.jsonl", "metrics.jsonl", "metrics.undone-*.jsonl", "evaluations.jsonl", "evaluations.undone-*.jsonl"),
@@ -33,18 +35,28 @@ class Copy:
     folder: str
     update: int
     samples: int
+    ranks: int
     loss: float | None
     digest: str
     time: str
     files: Mapping[str, Mapping[str, Any]]
 
+    @property
+    def bytes(self) -> int:
+        """The size of all files."""
+        return sum(entry["size"] for entry in self.files.values())
+
 
 @dataclass(frozen=True)
 class Found:
-    """The checkpoints of a run in cloud storage: the complete ones, oldest first, and the names of the others."""
+    """The checkpoints of a run in cloud storage: the complete ones, oldest first, and the names of the others.
+
+    Those without a manifest are `incomplete`; `unusable` ones have one that does not match, or is of a later version.
+    """
 
     complete: tuple[Copy, ...]
     incomplete: tuple[str, ...]
+    unusable: tuple[str, ...]
 
 
 def copy_in(folder: str, manifest: bytes) -> Copy | None:
@@ -57,9 +69,10 @@ def copy_in(folder: str, manifest: bytes) -> Copy | None:
         folder=folder,
         update=found["update"],
         samples=found["samples"],
+        ranks=found["world_size"],
         loss=loss if isinstance(loss, float) and math.isfinite(loss) else None,
         digest=hashlib.sha256(manifest).hexdigest(),
-        time=time if isinstance(time, str) else "",
+        time=time if isinstance(time, str) and time.isprintable() else "",
         files=found["files"],
     )
 
@@ -84,15 +97,22 @@ def remote_checkpoints(store: Store, run: str) -> Found:
     for name, size in store.sizes(f"{run}/{CHECKPOINTS}").items():
         folder, _, file = name.partition("/")
         sizes.setdefault(folder, {})[file] = size
-    complete, incomplete = [], []
+    complete, incomplete, unusable = [], [], []
     for folder, files in sizes.items():
-        content = store.read(f"{run}/{CHECKPOINTS}/{folder}/{MANIFEST}") if MANIFEST in files else None
+        if _CHECKPOINT.match(folder) is None:
+            continue
+        if MANIFEST not in files:
+            incomplete.append(folder)
+            continue
+        content = store.read(f"{run}/{CHECKPOINTS}/{folder}/{MANIFEST}")
         copy = copy_in(folder, content) if content is not None else None
         if copy and all(files.get(name) == entry["size"] for name, entry in copy.files.items()):
             complete.append(copy)
         else:
-            incomplete.append(folder)
-    return Found(tuple(sorted(complete, key=lambda each: (each.samples, each.time))), tuple(incomplete))
+            unusable.append(folder)
+    return Found(
+        tuple(sorted(complete, key=lambda each: (each.samples, each.time))), tuple(incomplete), tuple(unusable)
+    )
 
 
 def remote_name(local: Copy, remote: Sequence[Copy]) -> str:
@@ -134,8 +154,3 @@ def is_run_file(name: str) -> bool:
     """Whether a name is one of RUN_FILES."""
     path = Path(name)
     return len(path.parts) == 1 and any(path.match(pattern) for pattern in RUN_FILES)
-
-
-def is_checkpoint(folder: str) -> bool:
-    """Whether a folder's name is that of a checkpoint in cloud storage."""
-    return checkpoint_number(Path(folder.partition(".")[0])) is not None

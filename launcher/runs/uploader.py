@@ -76,7 +76,8 @@ class Uploader:
         self._pause = pauses.first
         self._there: set[str] = set()
         """Digests of checkpoints that are complete in cloud storage or were given up."""
-        self._files: dict[str, bytes] = {}
+        self._files: dict[str, str] = {}
+        """Digests of the run's small files as uploaded."""
         self._export: object = None
         self._seen: object = None
 
@@ -133,6 +134,7 @@ class Uploader:
                        f"{escape(reason)}")  # fmt: skip
             self._event({"event": "upload_failed", "url": self._store.url, "reason": reason})
         self._error = reason
+        self._files.clear()
         if self._ending.is_set():
             self._cancelled.wait(min(self._pause, self._pauses.first))
         else:
@@ -177,7 +179,10 @@ class Uploader:
         except (_GivenUp, StoreError, FileNotFoundError) as error:
             if isinstance(error, StoreError) and _digest(local) == copy.digest:
                 raise
-            reason = str(error) if isinstance(error, _GivenUp) else "it was removed in the run directory"
+            reason = "it was removed in the run directory"
+            if _digest(local) == copy.digest:
+                reason = str(error)
+                self._note(f"          [yellow]note:[/] {escape(f'{copy.folder} is not uploaded: {reason}')}")
             self._there.add(copy.digest)
             self._event({"event": "upload_given_up", "checkpoint": copy.folder, "reason": reason})
             self._remove(folder)
@@ -206,6 +211,7 @@ class Uploader:
         Raises _GivenUp if the folder changes meanwhile or a file is damaged, and _Cancelled.
         """
         target = f"{self._name}/{folder}"
+        self._store.discard_parts(target)
         present = self._store.sizes(target)
         self._store.remove(
             [f"{target}/{name}" for name in (MANIFEST, *present) if name in present.keys() - files.keys()]
@@ -237,15 +243,17 @@ class Uploader:
                 content = path.read_bytes()
             except FileNotFoundError:
                 continue
-            if self._files.get(path.name) != content:
+            digest = hashlib.sha256(content).hexdigest()
+            if self._files.get(path.name) != digest:
                 self._store.write(f"{self._name}/{path.name}", content)
-                self._files[path.name] = content
+                self._files[path.name] = digest
 
     def _remove(self, folder: str) -> None:
         """Removes a checkpoint in cloud storage, the manifest first: without it a checkpoint is incomplete."""
         target = f"{self._name}/{CHECKPOINTS}/{folder}"
         names = sorted(self._store.sizes(target), key=lambda name: name != MANIFEST)
         self._store.remove(f"{target}/{name}" for name in names)
+        self._store.discard_parts(target)
 
     def _uploaded(self, what: str, files: Mapping[str, Mapping[str, Any]], began: float) -> None:
         size = sum(entry["size"] for entry in files.values())
