@@ -248,6 +248,32 @@ class CheckpointDamagedEvent(TypedDict):
     renamed_to: str | None
 
 
+class UploadedEvent(TypedDict):
+    """A checkpoint, or the export, is complete in cloud storage."""
+
+    event: Literal["uploaded"]
+    what: str
+    url: str
+    bytes: int
+    seconds: float
+
+
+class UploadFailedEvent(TypedDict):
+    """Cloud storage cannot be reached; only the first of several failed attempts. The attempts continue."""
+
+    event: Literal["upload_failed"]
+    url: str
+    reason: str
+
+
+class UploadGivenUpEvent(TypedDict):
+    """A checkpoint is not uploaded: it was removed here, or it is damaged."""
+
+    event: Literal["upload_given_up"]
+    checkpoint: str
+    reason: str
+
+
 class StopRequestedEvent(TypedDict):
     event: Literal["stop_requested"]
     now: bool
@@ -342,6 +368,9 @@ RunEvent = (
     | RestartEvent
     | NoRestartEvent
     | CheckpointDamagedEvent
+    | UploadedEvent
+    | UploadFailedEvent
+    | UploadGivenUpEvent
     | StopRequestedEvent
     | OtherRateEvent
     | FailureEvent

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from launcher.errors import Problem, RequestError, nearest
-from launcher.job.schema import JOB_NAME_PATTERN, LENGTHS, NAME_PATTERN, AnyJob, Job, ScriptJob
+from launcher.job.schema import INVALID_URL, JOB_NAME_PATTERN, LENGTHS, NAME_PATTERN, AnyJob, Job, ScriptJob
 
 KeyPath = tuple[str, ...]
 Lines = dict[KeyPath, int]
@@ -233,6 +233,8 @@ def _problem(path: KeyPath, details: list[ErrorDetails], lines: Lines, origin: s
             return problem("this key is required", hint=f"{_describe(path, kind)}. {_SCRIPT}")
         short = isinstance(detail["loc"][-1], int)
         return problem("too few values" if short else "this key is required", hint=_describe(path, kind))
+    if detail["type"] == INVALID_URL:
+        return problem(detail["ctx"]["reason"], hint=detail["ctx"]["hint"])
     expected = " or ".join(dict.fromkeys(_expected(d) for d in details)).replace(" or must be ", " or ")
     if detail["type"] == "value_error":
         return problem(expected)

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from launcher.job import slurm
+from launcher.job.upload_url import InvalidUrl, checked_url
 
 Auto = Literal["auto"]
 
@@ -66,6 +67,18 @@ def _variable_name(value: str) -> str:
 
 
 VariableName = Annotated[str, AfterValidator(_variable_name)]
+
+
+def _url(value: str) -> str:
+    try:
+        return checked_url(value)
+    except InvalidUrl as error:
+        raise PydanticCustomError(INVALID_URL, "{reason}", {"reason": error.reason, "hint": error.hint}) from None
+
+
+INVALID_URL = "invalid_url"
+"""An error whose value is not shown, since it may contain a password."""
+UploadUrl = Annotated[str, AfterValidator(_url)]
 
 
 class Section(BaseModel):
@@ -394,6 +407,14 @@ class CheckpointSection(Section):
         "same update.",
     )
     save_final: bool = Field(True, description="Save a checkpoint at the end.")
+    upload: UploadUrl | None = Field(
+        None,
+        description="Copy finished checkpoints and the export to cloud storage while training continues: "
+        "s3://BUCKET/PATH, gs://BUCKET/PATH or file:///PATH. `launcher resume s3://BUCKET/PATH/RUN` continues there.",
+    )
+    upload_wait_seconds: Annotated[Number, Field(ge=0)] = Field(
+        600.0, description="How long the end of a run waits for its last upload."
+    )
 
 
 def _words(value: Any) -> Any:

@@ -289,6 +289,8 @@ def _warnings(
     warnings = []
     if unused := _unused(inputs):
         warnings.append(f"not used, because the script does this itself: {', '.join(unused)}")
+    if inputs.job.checkpoint.upload is not None:
+        warnings.append("checkpoint.upload is set, but a script's files are not uploaded: the script must do it")
     if length.refilled_samples:
         warnings.append(
             f"the last update is filled up with {length.refilled_samples} samples beyond train.total_samples"

@@ -15,15 +15,23 @@ from launcher.runs.failure_record import record_failure
 from launcher.runs.interrupts import Interrupts
 from launcher.runs.outcome import Outcome, RunResult
 from launcher.runs.summary import how_to_continue, print_summary
+from launcher.runs.upload import uploading
 
 
 def carry_out(
     plan: Plan, plan_file: Path, directory: RunDir, console: RunConsole, start: Start | None, interrupts: Interrupts
 ) -> RunResult:
-    """Runs the plan in `plan_file`, from the checkpoint of `start` if given, and prints a summary.
+    """Runs the plan in `plan_file`, from the checkpoint of `start` if given, prints a summary, and uploads the results.
 
     Raises RunFailed, and KeyboardInterrupt if the run is stopped at once.
     """
+    with uploading(plan, directory, console, interrupts, start):
+        return _carry_out(plan, plan_file, directory, console, start, interrupts)
+
+
+def _carry_out(
+    plan: Plan, plan_file: Path, directory: RunDir, console: RunConsole, start: Start | None, interrupts: Interrupts
+) -> RunResult:
     attempts = Attempts(directory, console, interrupts)
     try:
         outcome = attempts.run(plan, plan_file, start)

@@ -13,9 +13,11 @@ from launcher.runs.console import RunConsole
 from launcher.runs.interrupts import interruptible
 from launcher.runs.outcome import RunResult
 from launcher.runs.reach import check_reach
+from launcher.runs.remote import check_upload
 from launcher.runs.rest import Rest, planned_run, rest_of
 from launcher.runs.resume_steps import export_only, prepare_start, report_damage
 from launcher.runs.run_lock import only_launcher_of
+from launcher.runs.upload import uploading
 
 
 def resume(directory: Path | str, *overrides: str, console: RunConsole | None = None) -> RunResult:
@@ -30,17 +32,27 @@ def resume(directory: Path | str, *overrides: str, console: RunConsole | None = 
 
 
 def resume_locked(
-    directory: RunDir, overrides: Sequence[str], console: RunConsole, rest: Rest | None = None
+    directory: RunDir,
+    overrides: Sequence[str],
+    console: RunConsole,
+    rest: Rest | None = None,
+    *,
+    requeued: bool = False,
 ) -> RunResult:
-    """Resumes a run whose lock the caller holds. `rest` is the result of `rest_of` if the caller has it."""
+    """Resumes a run whose lock the caller holds. `rest` is the result of `rest_of` if the caller has it.
+
+    A requeued run also resumes while cloud storage cannot be reached.
+    """
     with console.closing(), interruptible(console, directory) as interrupts:
         rest = rest or rest_of(directory, overrides, console)
         plan, plan_file, start = rest.plan, rest.plan_file, rest.start
+        if not requeued:
+            check_upload(plan.job)
         report_damage(rest, directory, console)
         if rest.only_export:
             _record_resume(directory, start, [])
-            outcome = export_only(rest, directory, console, interrupts)
-            return ended(plan, directory, console, outcome)
+            with uploading(plan, directory, console, interrupts, start):
+                return ended(plan, directory, console, export_only(rest, directory, console, interrupts))
         check_reach(plan.job, measure_machine())
         if plan_file is None:
             # Written only now: an invalid request must not leave a plan revision.

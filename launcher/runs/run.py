@@ -19,6 +19,7 @@ from launcher.runs.interrupts import interruptible
 from launcher.runs.outcome import RunResult
 from launcher.runs.planning import CheckedJob, check_job, make_plan
 from launcher.runs.reach import check_reach
+from launcher.runs.remote import check_upload
 from launcher.runs.run_lock import only_launcher_of
 from launcher.runs.script import check_script
 
@@ -42,6 +43,7 @@ def check_to_run(loaded: LoadedJob) -> CheckedJob:
         if isinstance(loaded.job, ScriptJob):
             check_script(loaded.job)
         check_reach(loaded.job, checked.inputs.machine)
+        check_upload(loaded.job)
     return checked
 
 

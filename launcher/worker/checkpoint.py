@@ -8,7 +8,7 @@ import pickle
 import shutil
 import uuid
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from launcher.errors import FailureCode, RunFailed, first_line
-from launcher.job.schema import CheckpointSection
+from launcher.job.kept_checkpoints import removable
 from launcher.manifest import evaluation_loss, file_records, merged_records, replaced_folder
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
@@ -138,20 +138,6 @@ class Checkpoints:
         losses = {update: evaluation_loss(self._run.saved_checkpoint(update)) for update in usable}
         for update in removable(losses, self._plan.job.checkpoint):
             _remove(self._run.saved_checkpoint(update))
-
-
-def removable(losses: Mapping[int, float | None], section: CheckpointSection) -> list[int]:
-    """The updates whose checkpoints no rule keeps. `losses` has the evaluation loss of each update, oldest first."""
-    newest_first: list[int] = list(losses)[::-1]
-    kept = set(newest_first[: section.keep])
-    if section.keep_every is not None:
-        kept |= {update for update in losses if update % section.keep_every == 0}
-    if section.keep_best is not None:
-        # Of equal losses, the newest is the best: sorting is stable.
-        known = [(loss, update) for update in newest_first if (loss := losses[update]) is not None]
-        known.sort(key=lambda each: each[0])
-        kept |= {update for _, update in known[: section.keep_best]}
-    return [update for update in losses if update not in kept]
 
 
 @contextlib.contextmanager

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from launcher.errors import RunFailed
+from launcher.job.kept_checkpoints import removable
 from launcher.job.schema import CheckpointSection
 from launcher.manifest import evaluation_loss, files_in, read_manifest
 from launcher.run_dir import RunDir
-from launcher.worker.checkpoint import Checkpoints, Progress, removable
+from launcher.worker.checkpoint import Checkpoints, Progress
 from tests.unit.worker.fake_engine import FakeRanks, SavingEngine, fake_ranks, on_each_rank, small_plan
 
 
