@@ -21,7 +21,15 @@ from launcher.fleet.agent import NodeTask
 from launcher.fleet.network import LOOPBACK
 from launcher.fleet.process import children, kill_all, signals_blocked
 from launcher.fleet.ray_folder import RayFolder
-from launcher.fleet.ray_settings import LOOPBACK_ONLY, job_config, quiet_ray, use_token, write_token
+from launcher.fleet.ray_settings import (
+    LOOPBACK_ONLY,
+    job_config,
+    own_ray_variables,
+    quiet_ray,
+    restore_variables,
+    use_token,
+    write_token,
+)
 from launcher.plan.schema import Plan, World
 from launcher.records import NodeLostReport, Order, Report
 
@@ -73,6 +81,7 @@ class Nodes:
         self._resources, self._log = resources, log
         self._group: Any = None
         self._folder: RayFolder | None = None
+        self._variables: dict[str, str | None] = {}
         self.nodes: list[Node] = []
         self._pending: dict[Any, int] = {}
 
@@ -106,13 +115,12 @@ class Nodes:
         self._log(f"          note: Ray did not start ({escape(first_line(error))}); starting it again")
         with contextlib.suppress(Exception):
             ray.shutdown()
-        # The token stays the same: Ray reads it once per process.
         assert self._folder is not None
         shutil.rmtree(self._folder.ray, ignore_errors=True)
 
     def _local_ray(self) -> dict[str, Any]:
         """Options for a Ray only on this machine, with the resources of the run and its own token."""
-        self._folder = RayFolder()
+        self._folder, self._variables = RayFolder(), own_ray_variables()
         write_token(self._folder.token)
         use_token(self._folder.token)
         os.environ.update(LOOPBACK_ONLY)
@@ -260,16 +268,16 @@ class Nodes:
         """Releases the nodes, and ends the Ray if it was started here."""
         import ray
 
-        if not ray.is_initialized():
-            return
-        with contextlib.suppress(Exception):
-            for node in self.nodes:
-                ray.kill(node.agent)
-            if self._group is not None:
-                ray.util.remove_placement_group(self._group)
-        ray.shutdown()
+        if ray.is_initialized():
+            with contextlib.suppress(Exception):
+                for node in self.nodes:
+                    ray.kill(node.agent)
+                if self._group is not None:
+                    ray.util.remove_placement_group(self._group)
+            ray.shutdown()
         if self._folder is not None:
             self._folder.remove()
+            restore_variables(self._variables)
 
     def _wait_for_group(self, wait_seconds: float) -> None:
         deadline, logged = time.monotonic() + wait_seconds, False

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,34 @@ def use_token(file: Path) -> None:
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(file))
     # Ray would prefer a token in the environment to the file.
     os.environ.pop("RAY_AUTH_TOKEN", None)
+    forget_token()
+
+
+def forget_token() -> None:
+    """Makes this process read its token again: Ray keeps the first one, and a later Ray has another."""
+    if "ray" in sys.modules:
+        import ray
+
+        # Without this name, a second Ray in a process does not start.
+        with contextlib.suppress(AttributeError):
+            raylet: Any = ray._raylet
+            raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def own_ray_variables() -> dict[str, str | None]:
+    """The values of the variables that a Ray of our own changes in this process; None for those that are not set."""
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN", *LOOPBACK_ONLY)
+    return {name: os.environ.get(name) for name in names}
+
+
+def restore_variables(values: Mapping[str, str | None]) -> None:
+    """Restores the result of `own_ray_variables`, so that this process can use other Rays."""
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    forget_token()
 
 
 def quiet_ray() -> None:

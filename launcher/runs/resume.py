@@ -19,7 +19,7 @@ from launcher.runs.checkpoints import set_aside
 from launcher.runs.console import RunConsole
 from launcher.runs.export import export_saved
 from launcher.runs.failure_record import record_failure
-from launcher.runs.interrupts import Interrupts, interruptible
+from launcher.runs.interrupts import Interrupts, check_main_thread, interruptible
 from launcher.runs.outcome import Outcome, RunResult
 from launcher.runs.reach import check_reach
 from launcher.runs.rest import Rest, planned_run, rest_of
@@ -33,6 +33,7 @@ def resume(directory: Path | str, *overrides: str, console: RunConsole | None = 
     After a change of batch size or number of ranks, the learning rate continues at the same number of samples; after a
     change of schedule, the new one starts at the update that the run has reached. Raises as `launcher.run` does.
     """
+    check_main_thread()
     run = planned_run(Path(directory))
     with only_launcher_of(run):
         return resume_locked(run, overrides, console or RunConsole())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,12 @@ def test_an_unclosed_quote_in_a_command_is_an_error(tmp_path: Path) -> None:
     path.write_text('script:\n  command: "train.py \'two"\n')
     with pytest.raises(RequestError, match=r"job.yaml:2: script\.command: a quote is not closed"):
         load_job(path)
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_run_in_another_thread_than_the_main_one_is_refused_before_it_starts(folder: Path) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        for started in (threads.submit(launcher.run, load_job("job.yaml")), threads.submit(launcher.resume, "runs/x")):
+            with pytest.raises(RequestError, match="must be started in the main thread of its process"):
+                started.result()
+    assert list(folder.glob("runs/job-*")) == []
