@@ -31,17 +31,18 @@ def use_token(file: Path) -> None:
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(file))
     # Ray would prefer a token in the environment to the file.
     os.environ.pop("RAY_AUTH_TOKEN", None)
-    forget_token()
+    read_variables_again()
 
 
-def forget_token() -> None:
-    """Makes this process read its token again: Ray keeps the first one, and a later Ray has another."""
+def read_variables_again() -> None:
+    """Makes Ray in this process read the variables again: it keeps the mode of its import and the first token."""
     if "ray" in sys.modules:
         import ray
 
-        # Without this name, a second Ray in a process does not start.
+        # Without these names, a Ray does not start in a process that has imported ray or used another one.
         with contextlib.suppress(AttributeError):
             raylet: Any = ray._raylet
+            raylet.Config.initialize("")
             raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
@@ -58,7 +59,7 @@ def restore_variables(values: Mapping[str, str | None]) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-    forget_token()
+    read_variables_again()
 
 
 def quiet_ray() -> None:

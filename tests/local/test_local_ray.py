@@ -87,11 +87,12 @@ def test_only_this_user_on_this_machine_reaches_the_ray_and_nothing_of_it_is_lef
 
 TWICE = """
 import os
+import ray  # which reads RAY_AUTH_MODE
 from launcher.fleet.nodes import NodeResources, Nodes
 
 before = dict(os.environ)
 for _ in range(2):
-    nodes = Nodes(NodeResources(nodes=1, cpus=1, gpus=0), print)
+    nodes = Nodes(NodeResources(nodes=1, cpus=1, gpus=0), lambda note: None)
     nodes.connect("local")
     [node] = nodes.place(60.0)
     nodes.close()

@@ -12,7 +12,7 @@ import pytest
 
 import launcher
 from launcher import RequestError, load_job, make_plan
-from launcher.job import ScriptJob
+from launcher.job import Job, ScriptJob
 from tests.unit.inputs import command, data_facts, model_facts, remember, write_folder
 
 
@@ -54,6 +54,14 @@ def test_a_job_may_be_a_mapping() -> None:
     assert loaded.job == load_job("job.yaml", "train.max_steps=20").job
     assert make_plan(loaded) == make_plan(load_job("job.yaml", "train.max_steps=20"))
     assert "train" not in sections
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_mapping_may_have_paths() -> None:
+    sections = {"name": "job", "model": {"name_or_path": Path("model")}, "data": {"train": [Path("data/train.jsonl")]}}
+    job = load_job({**sections, "output_dir": Path("runs")}).job
+    assert isinstance(job, Job)
+    assert (job.model.name_or_path, job.data.train, job.output_dir) == ("model", ["data/train.jsonl"], "runs")
 
 
 def test_an_error_names_file_line_and_key(folder: Path) -> None:
