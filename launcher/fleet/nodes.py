@@ -22,7 +22,15 @@ from launcher.fleet.agent import NodeTask
 from launcher.fleet.network import LOOPBACK
 from launcher.fleet.process import children, kill_all, signals_blocked
 from launcher.fleet.ray_folder import RayFolder
-from launcher.fleet.ray_settings import LOOPBACK_ONLY, job_config, quiet_ray, use_token, write_token
+from launcher.fleet.ray_settings import (
+    LOOPBACK_ONLY,
+    job_config,
+    own_ray_variables,
+    quiet_ray,
+    restore_variables,
+    use_token,
+    write_token,
+)
 from launcher.fleet.stacks import RankStack
 from launcher.plan.schema import Plan, World
 from launcher.records import NodeLostReport, Order, Report
@@ -80,6 +88,7 @@ class Nodes:
         self._resources, self._log = resources, log
         self._group: Any = None
         self._folder: RayFolder | None = None
+        self._variables: dict[str, str | None] = {}
         self.nodes: list[Node] = []
         self._pending: dict[Any, int] = {}
         self._attempt, self._connected = 1, False
@@ -122,7 +131,6 @@ class Nodes:
         self._log(f"          note: Ray did not start ({escape(first_line(error))}); starting it again")
         with contextlib.suppress(Exception):
             ray.shutdown()
-        # The token stays the same: Ray reads it once per process.
         assert self._folder is not None
         shutil.rmtree(self._folder.ray, ignore_errors=True)
 
@@ -142,7 +150,7 @@ class Nodes:
     def _local_ray(self) -> dict[str, Any]:
         """Options for a Ray only on this machine, with the resources of the run and its own token."""
         if self._folder is None:
-            self._folder = RayFolder()
+            self._folder, self._variables = RayFolder(), own_ray_variables()
             write_token(self._folder.token)
         use_token(self._folder.token)
         os.environ.update(LOOPBACK_ONLY)
@@ -377,12 +385,12 @@ class Nodes:
         """Releases the nodes, and ends the Ray if it was started here."""
         import ray
 
-        if not ray.is_initialized():
-            return
-        self.give_up()
-        ray.shutdown()
+        if ray.is_initialized():
+            self.give_up()
+            ray.shutdown()
         if self._folder is not None:
             self._folder.remove()
+            restore_variables(self._variables)
 
     def _wait_for_group(self, wait_seconds: float) -> None:
         deadline, logged = time.monotonic() + wait_seconds, False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -51,12 +51,14 @@ def load_job(
 ) -> LoadedJob:
     """The job of a YAML file, or of a mapping of its sections, with the overrides `section.key=value` applied.
 
+    In a mapping, paths may be Path objects.
+
     A job with a `script` section is a ScriptJob, any other a Job. `command` is a script and its arguments: it makes
     the job a ScriptJob; an empty one uses the job's script.command. Raises RequestError with every problem found, each
     with its line.
     """
     if isinstance(source, Mapping):
-        data, file, origin = copy.deepcopy(dict(source)), None, "the job"
+        data, file, origin = _copied(source), None, "the job"
         lines: Lines = dict.fromkeys(apply_overrides(data, overrides), COMMAND_LINE)
     else:
         file = Path(source)
@@ -70,6 +72,15 @@ def load_job(
     if command is not None and isinstance(loaded.job, ScriptJob) and not loaded.job.script.command:
         raise RequestError(Problem("no script is named", file=origin, key="script.command", hint=_USAGE))
     return loaded
+
+
+def _copied(value: Any) -> Any:
+    """A copy of a value of a mapping, with paths as text, as a YAML file has them."""
+    if isinstance(value, Mapping):
+        return {key: _copied(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copied(each) for each in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def sets_key(overrides: Sequence[str], *key: str) -> bool:

@@ -10,7 +10,7 @@ from launcher.prepare.machine import measure_machine
 from launcher.run_dir import RunDir, write_atomic
 from launcher.runs.carry_out import carry_out, ended
 from launcher.runs.console import RunConsole
-from launcher.runs.interrupts import interruptible
+from launcher.runs.interrupts import check_main_thread, interruptible
 from launcher.runs.outcome import RunResult
 from launcher.runs.reach import check_reach
 from launcher.runs.remote import check_upload
@@ -26,6 +26,7 @@ def resume(directory: Path | str, *overrides: str, console: RunConsole | None = 
     After a change of batch size or number of ranks, the learning rate continues at the same number of samples; after a
     change of schedule, the new one starts at the update that the run has reached. Raises as `launcher.run` does.
     """
+    check_main_thread()
     run = planned_run(Path(directory))
     with only_launcher_of(run):
         return resume_locked(run, overrides, console or RunConsole())

@@ -111,7 +111,8 @@ def to_ray(submission: Submission, loaded: LoadedJob, address: str | None, *, fo
         hint = "ray job submit … -- launcher resume RUN, with the run's absolute path"
         raise RequestError(Problem("--resume works only with Slurm, but the run is submitted to Ray", hint=hint))
     if isinstance(job, ScriptJob):
-        hint = "ray job submit … -- launcher exec JOB.YAML -- SCRIPT [ARGUMENT]..."
+        words = "exec JOB.YAML -- SCRIPT [ARGUMENT]..." if submission.command else "run JOB.YAML"
+        hint = f"ray job submit … -- launcher {words}"
         raise RequestError(Problem("a script works only with Slurm, but the job is submitted to Ray", hint=hint))
     with loaded.locate_errors():
         where = dashboard_address(address, os.environ)
