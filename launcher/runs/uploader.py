@@ -78,6 +78,8 @@ class Uploader:
         """Digests of checkpoints that are complete in cloud storage or were given up."""
         self._files: dict[str, str] = {}
         """Digests of the run's small files as uploaded."""
+        self._undone: set[str] | None = None
+        """Digests of uploaded checkpoints of updates that the run makes again."""
         self._export: object = None
         self._seen: object = None
 
@@ -147,7 +149,10 @@ class Uploader:
         found = remote_checkpoints(self._store, self._name)
         here = {each.digest for each in local.values()}
         # A run that resumed from an older checkpoint makes these updates again, perhaps under another plan.
-        undone = {each.folder for each in found.complete if self._is_undone(each) and each.digest not in here}
+        if self._undone is None:
+            # Only at first: later, the user may remove checkpoints here that are to stay there.
+            self._undone = {each.digest for each in found.complete if self._is_undone(each)} - here
+        undone = {each.folder for each in found.complete if each.digest in self._undone}
         remote = [each for each in found.complete if each.folder not in undone]
         if any(each.digest in here for each in remote):
             for name in undone:

@@ -284,6 +284,28 @@ def test_updates_that_a_resume_makes_again_do_not_count(url: str, plan: Plan, ru
     assert complete(url, run) == {"update-4": 4, "update-6": 6}
 
 
+def test_a_milestone_that_the_user_removes_here_stays_there(url: str, run: RunDir) -> None:
+    """Also one that was saved after a resume."""
+    plan = plan_of(job_of(checkpoint={"upload": url, "keep": 1, "keep_every": 8}))
+    save(run, plan, 4)
+    worker = uploader(Store(url), plan, run, start=Start(checkpoint="", update=4, samples=4 * plan.train_batch_size))
+    for update in (8, 10):
+        save(run, plan, update)
+        worker.upload_all()
+    shutil.rmtree(run.checkpoint(8))
+    save(run, plan, 12)
+    worker.upload_all()
+    assert complete(url, run) == {"update-8": 8, "update-12": 12}
+
+
+def test_a_resume_checks_the_bucket_before_it_starts(url: str, plan: Plan, run: RunDir) -> None:
+    save(run, plan, 4)
+    bucket_folder(url).write_text("a file where a folder must be")
+    ended = command("resume", str(run.path))
+    assert ended.status == 2 and "checkpoint.upload: cannot write to file://" in ended.err
+    assert run.state() == {}
+
+
 def test_the_export_is_uploaded_once_it_is_complete_and_again_when_it_changes(
     url: str, plan: Plan, run: RunDir
 ) -> None:
