@@ -196,6 +196,10 @@ def _move_to_command_line(lines: Lines, key: KeyPath) -> None:
 def location_of(path: KeyPath, lines: Lines, origin: str) -> tuple[str, int | None]:
     """The file and line of a key, or of the section around it; ("command line", None) for an overridden key."""
     line = next((lines[at] for at in (path, path[:-1]) if at in lines), None)
+    if line is None and path:
+        # A section that only overrides have.
+        inside = {line for at, line in lines.items() if at[: len(path)] == path}
+        line = COMMAND_LINE if inside == {COMMAND_LINE} else None
     return ("command line", None) if line == COMMAND_LINE else (origin, line)
 
 

@@ -15,7 +15,7 @@ from launcher.ds_config.check import check_completed_config, check_config, check
 from launcher.ds_config.loop_rules import needed_packages
 from launcher.ds_config.target import Target
 from launcher.errors import Problem, RequestError, nearest
-from launcher.job import AnyJob, Job, LoadedJob, ScriptJob
+from launcher.job import AnyJob, Job, LoadedJob, ScriptJob, check_loaded
 from launcher.job.user_path import user_path
 from launcher.plan.facts import MachineFacts, ModelFacts
 from launcher.plan.inputs import PlanInputs, is_script, is_training, plan_inputs
@@ -50,6 +50,7 @@ def check_job(
     `kept_micro_batch` is the micro-batch of the run that the job resumes. Raises RequestError with file and line of
     each key.
     """
+    check_loaded(loaded)
     with loaded.locate_errors():
         job, here = loaded.job, machine or measure_machine()
         if isinstance(job, ScriptJob) and job.deepspeed == AUTO:
@@ -78,7 +79,7 @@ def make_plan(
     `on_progress` receives progress messages, and `log` the output of libraries. `preset` is the one that
     `deepspeed: auto` chose in the run that the job resumes. Raises RequestError.
     """
-    checked = check_job(job) if isinstance(job, LoadedJob) else job
+    checked = job if isinstance(job, CheckedJob) else check_job(job)
     with checked.loaded.locate_errors():
         inputs = checked.inputs
         if is_script(inputs):
@@ -154,7 +155,6 @@ def load_ds_config(loaded: LoadedJob) -> DsConfig:
     raise RequestError(
         Problem(
             f"the file {named} does not exist (current folder: {Path.cwd()})",
-            file=loaded.origin,
             key="deepspeed",
             hint=f"did you mean the preset {match}?" if match else f"presets: {', '.join(preset_names())}",
         )

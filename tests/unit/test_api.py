@@ -64,6 +64,30 @@ def test_a_mapping_may_have_paths() -> None:
     assert (job.model.name_or_path, job.data.train, job.output_dir) == ("model", ["data/train.jsonl"], "runs")
 
 
+WRONG_TYPES = {
+    "run of a path": (lambda: launcher.run("job.yaml"), "a job from load_job is needed, found str"),
+    "plan of a mapping": (lambda: make_plan({"name": "job"}), "a job from load_job is needed, found dict"),
+    "a number": (lambda: load_job(7), "a job must be a file or a mapping, found int"),
+    "a list of overrides": (lambda: load_job("job.yaml", ["train.max_steps=2"]), "an override must be text"),
+}
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("name", WRONG_TYPES)
+def test_a_wrong_type_is_an_error_with_a_hint(name: str) -> None:
+    call, message = WRONG_TYPES[name]
+    with pytest.raises(RequestError, match=message) as caught:
+        call()
+    assert caught.value.problems[0].hint
+
+
+@pytest.mark.usefixtures("folder")
+def test_an_error_in_an_override_is_located_on_the_command_line() -> None:
+    for override in ("trian.max_steps=3", "deepspeed=nothing.json"):
+        with pytest.raises(RequestError, match=r"^command line: (trian|deepspeed):"):
+            make_plan(load_job("job.yaml", override))
+
+
 def test_an_error_names_file_line_and_key(folder: Path) -> None:
     (folder / "job.yaml").write_text((folder / "job.yaml").read_text() + "train:\n  eval_every: 5\n")
     with pytest.raises(RequestError) as caught:

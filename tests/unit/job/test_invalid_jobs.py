@@ -262,7 +262,7 @@ FILES = [
     ),
     InvalidJob(
         "JSON missing",
-        ("job.yaml: deepspeed: the file my.json does not exist", "current folder: "),
+        ("job.yaml:4: deepspeed: the file my.json does not exist", "current folder: "),
         JOB + "deepspeed: my.json\n",
     ),
     InvalidJob(
