@@ -207,7 +207,7 @@ TAGS_AND_SIZES = [
         JOB + "train: {max_steps: 100000000}\n",
     ),
     InvalidJob(
-        "batch of 400 digits",
+        "batch of 301 digits",
         ("train.train_batch_size: must be less",),
         JOB + f"train: {{train_batch_size: 1{'0' * 300}}}\n",
     ),
@@ -230,9 +230,10 @@ TAGS_AND_SIZES = [
         JOB + 'deepspeed: {x: "\\ud800"}\n',
     ),
     InvalidJob(
-        "number in the JSON",
-        ("job.yaml:4: deepspeed.x: the number is too large",),
-        JOB + f"deepspeed: {{x: 1{'0' * 308}}}\n",
+        "number in a JSON file",
+        ("ds.json:2: x: the number is too large",),
+        JOB + "deepspeed: ds.json\n",
+        files={"ds.json": f'{{\n"x": 1{"0" * 309}}}'},
     ),
     InvalidJob(
         "bytes for the chat template",
