@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from typing import Annotated, Any, Literal
@@ -48,16 +49,23 @@ def _parsed(value: Any) -> Any:
     return value
 
 
-PositiveInt = Annotated[int, BeforeValidator(_whole_number), Field(gt=0)]
-WholeNumber = Annotated[int, BeforeValidator(_whole_number), Field(ge=0)]
+LARGEST_NUMBER = 10**12
+"""Of sequences, ranks, seconds and the like: no sum or product of such numbers is too large for a float."""
+MOST_UPDATES = 10**7
+"""Of one run: a plan computes the learning rate of every update."""
+PositiveInt = Annotated[int, BeforeValidator(_whole_number), Field(gt=0, le=LARGEST_NUMBER)]
+WholeNumber = Annotated[int, BeforeValidator(_whole_number), Field(ge=0, le=LARGEST_NUMBER)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 PositiveNumber = Annotated[Number, Field(gt=0)]
-Position = Annotated[int | Annotated[float, Field(allow_inf_nan=False)], BeforeValidator(_position), Field(ge=0)]
+Position = Annotated[
+    int | Annotated[float, Field(allow_inf_nan=False)], BeforeValidator(_position), Field(ge=0, le=LARGEST_NUMBER)
+]
 Seed = Annotated[WholeNumber, Field(lt=2**32)]
 NAME_PATTERN = r"^[^\x00-\x1f\x7f]*$"
 JOB_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 TEMPLATE_RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 Name = Annotated[str, Field(min_length=1, pattern=NAME_PATTERN)]
+Names = Annotated[list[Name], Field(min_length=1)]
 
 
 def _variable_name(value: str) -> str:
@@ -91,7 +99,7 @@ class LoraSection(Section):
     r: PositiveInt = Field(16, description="Rank of the adapter matrices.")
     alpha: PositiveNumber | Auto = Field("auto", description="Adapter outputs are scaled by alpha / r. auto: twice r.")
     dropout: Annotated[Number, Field(ge=0, lt=1)] = Field(0.0, description="Dropout on the adapters' input.")
-    target_modules: Auto | Name | list[Name] = Field(
+    target_modules: Auto | Name | Names = Field(
         "auto",
         description="Modules that get adapters, by the ends of their names, such as q_proj. auto: all linear layers "
         "except the head.",
@@ -149,11 +157,11 @@ class ModelSection(Section):
 class DataSection(Section):
     """The data to train and evaluate on."""
 
-    train: Name | list[Name] = Field(
+    train: Name | Names = Field(
         description="File(s), glob(s), a folder (of files, or written by save_to_disk) or the hub name of a data set. "
         "File types: jsonl, json, parquet, csv, tsv, txt."
     )
-    eval: Annotated[Annotated[Number, Field(gt=0, lt=1)] | Name | list[Name] | None, BeforeValidator(_parsed)] = Field(
+    eval: Annotated[Annotated[Number, Field(gt=0, lt=1)] | Name | Names | None, BeforeValidator(_parsed)] = Field(
         None, description="Evaluation data, as for train, or a fraction of the training rows such as 0.02."
     )
     split: Name = Field("train", description="Split of a hub data set, such as train or train[:1000].")
@@ -187,6 +195,10 @@ class DataSection(Section):
     def _free_names(cls, given: dict[str, Any]) -> dict[str, Any]:
         if taken := sorted(TEMPLATE_RESERVED & set(given)):
             raise ValueError(f"{', '.join(taken)} cannot be set for a chat template: the value comes from the data")
+        try:
+            json.dumps(given, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError("must be text, numbers, true or false, and lists and mappings of them") from None
         return given
 
 
@@ -196,10 +208,12 @@ LENGTHS = ("num_train_epochs", "max_steps", "total_samples")
 class TrainSection(Section):
     """Length, batch sizes and optimizer. Set at most one of num_train_epochs, max_steps and total_samples."""
 
-    num_train_epochs: PositiveNumber | None = Field(
+    num_train_epochs: Annotated[PositiveNumber, Field(le=10**6)] | None = Field(
         None, description="Passes over the training data. Default: 1, if no other length is set."
     )
-    max_steps: PositiveInt | None = Field(None, description="Number of updates (optimizer steps).")
+    max_steps: Annotated[PositiveInt, Field(le=MOST_UPDATES)] | None = Field(
+        None, description="Number of updates (optimizer steps)."
+    )
     total_samples: PositiveInt | None = Field(
         None, description="Number of sequences, whatever the batch size; the last update is filled up."
     )
@@ -262,7 +276,7 @@ class ScheduleSection(Section):
         "auto", description="linear, cosine and constant are DeepSpeed's WarmupDecayLR, WarmupCosineLR and WarmupLR."
     )
     peak_lr: PositiveNumber | Auto = Field("auto", description="Highest learning rate.")
-    warmup: WholeNumber | Annotated[Number, Field(ge=0)] | Name = Field(
+    warmup: WholeNumber | Annotated[Number, Field(ge=0, le=LARGEST_NUMBER)] | Name = Field(
         "auto", description="auto, updates (100), a fraction of the run (0.03 or 3%), or tokens (2M tokens)."
     )
     warmup_type: Literal["linear", "log"] = Field("linear", description="How the learning rate rises in the warm-up.")

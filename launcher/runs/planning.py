@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -14,7 +16,7 @@ from launcher.ds_config.catalogue import load_catalogue
 from launcher.ds_config.check import check_completed_config, check_config, check_optimizer_keys
 from launcher.ds_config.loop_rules import needed_packages
 from launcher.ds_config.target import Target
-from launcher.errors import Problem, RequestError, nearest
+from launcher.errors import Problem, RequestError, nearest, os_error_text
 from launcher.job import AnyJob, Job, LoadedJob, ScriptJob, check_loaded
 from launcher.job.user_path import user_path
 from launcher.plan.facts import MachineFacts, ModelFacts
@@ -51,7 +53,7 @@ def check_job(
     each key.
     """
     check_loaded(loaded)
-    with loaded.locate_errors():
+    with loaded.locate_errors(), _invalid_paths():
         job, here = loaded.job, machine or measure_machine()
         if isinstance(job, ScriptJob) and job.deepspeed == AUTO:
             found = "auto chooses a preset by the memory of model and data, which are unknown for a script"
@@ -65,6 +67,17 @@ def check_job(
             check_inputs(inputs)
         _check_paths(job, loaded.origin)
         return CheckedJob(loaded, inputs, notes)
+
+
+@contextmanager
+def _invalid_paths() -> Iterator[None]:
+    """Raises RequestError for a path that no file system accepts."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        raise RequestError(Problem(os_error_text(error))) from None
 
 
 def make_plan(
