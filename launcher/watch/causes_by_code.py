@@ -77,8 +77,8 @@ CAUSE_BY_CODE = dict(
         _cause(
             FailureCode.HUNG,
             "a rank waits for something that never comes",
-            "stacks.txt beside the logs shows where each rank was: look at the ranks that differ, at their node (dmesg, "
-            "nvidia-smi) and at the network. Then continue with launcher resume. If the run was only slow, set "
+            "stacks.txt beside the logs shows where each rank was: look at the ranks that differ, at their node "
+            "(dmesg, nvidia-smi) and at the network. Then continue with launcher resume. If the run was only slow, set "
             "train.hang_seconds to a larger number, or to 0 to switch the check off",
         ),
         _cause(
