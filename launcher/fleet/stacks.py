@@ -66,7 +66,7 @@ def write_stacks(pids: dict[int, int], folder: Path) -> list[RankStack]:
 
 
 def differing_ranks(stacks: Sequence[RankStack], name: Callable[[int], str]) -> Difference:
-    """The ranks whose process cannot run; if there are none, those whose innermost frames are not the majority's.
+    """The ranks whose process cannot run; or else those whose innermost frames are not the majority's.
 
     `name` gives the name of a rank.
     """
