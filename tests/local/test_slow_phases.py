@@ -1,7 +1,8 @@
-"""Ranks that hang while they load, and a save that takes longer than the time between updates may."""
+"""Ranks that hang while they load, and saves that take longer than the time between updates may."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from launcher.run_dir import RunDir
 from tests.local import launcher_commands
-from tests.local.launcher_commands import RAYS_OWN_AGENTS, Command, run_folder, write_job
+from tests.local.launcher_commands import RAYS_OWN_AGENTS, Command, run_folder, updates_made, write_job
 from tests.local.rank_runs import merged
 from tests.unit.inputs import command
 
@@ -21,6 +22,19 @@ FAULTY = (
     "from launcher.cli import main; main()"
 )
 HANG_SECONDS = 3
+SAVES_AT_THE_END = f"""
+import signal, time
+import launcher
+
+def save(*_):
+    time.sleep({3 * HANG_SECONDS})
+    raise SystemExit(0)
+
+signal.signal(signal.SIGTERM, save)
+for step in range(100_000):
+    launcher.report(step=step, loss=1.0, lr=1e-3)
+    time.sleep(0.05)
+"""
 
 
 @pytest.fixture
@@ -43,6 +57,23 @@ def test_a_slow_save_is_not_a_hang(faulty, tmp_path: Path) -> None:
     run = RunDir(run_folder(tmp_path))
     assert run.state()["state"] == "finished"
     assert run.complete_checkpoints() == [3, 6]
+
+
+def test_a_script_that_saves_after_a_stop_request_is_not_ended(tmp_path: Path, shared_ray: dict[str, str]) -> None:
+    (tmp_path / "train.py").write_text(SAVES_AT_THE_END)
+    job = {
+        "name": "saves",
+        "train": {"max_steps": 100_000, "hang_seconds": HANG_SECONDS, "train_micro_batch_size_per_gpu": 1},
+        "schedule": {"peak_lr": 1e-3},
+        "cluster": {"processes_per_node": 2, "gpus_per_node": 0},
+    }
+    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    running = Command("exec", "job.yaml", "--", "train.py", folder=tmp_path, **shared_ray)
+    running.wait_for(lambda: updates_made(tmp_path) >= 5)
+    running.interrupt()
+    assert running.wait() == 130, running.output
+    assert RunDir(run_folder(tmp_path)).state()["state"] == "stopped"
+    assert running.left_behind(*RAYS_OWN_AGENTS) == []
 
 
 def test_a_rank_that_hangs_while_loading_is_named_and_ended(faulty, tmp_path: Path) -> None:
