@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,7 +13,7 @@ Setting = float | Literal["auto"]
 """The job's `train.hang_seconds`; 0: no hang is detected."""
 FLOOR_SECONDS = 60.0
 LONG_SECONDS = 1800.0
-"""For work whose duration is not known: the first update, an evaluation, a checkpoint, an export."""
+"""For work whose duration is not known: loading, the first update, an evaluation, a checkpoint, an export."""
 _FACTOR = 10.0
 _RECENT_UPDATES = 20
 _CHECK_SECONDS = 10.0
@@ -35,9 +36,12 @@ class Hang:
 class HangDetector:
     """Receives the progress of a run, and decides whether it hangs.
 
-    Watches from the first phase after loading, or from the first update of a script. Between updates, "auto" allows 10
-    times the longest of the last 20 intervals, and at least 60 s; a number is the limit itself. Everything else, and a
+    Watches from the start of the ranks, or from the first update of a script. Between updates, "auto" allows 10 times
+    the longest of the last 20 intervals, and at least 60 s; a number is the limit itself. Everything else, and a
     script, which does not report its evaluations and checkpoints, has at least 30 minutes.
+
+    The phases and the updates reach the caller in two ways, so that one may be ahead of the other: what is older than
+    what is known counts as progress, but does not change what the run is doing.
     """
 
     setting: Setting
@@ -53,23 +57,34 @@ class HangDetector:
     _checked: float | None = None
     _intervals: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_UPDATES))
 
+    def __post_init__(self) -> None:
+        self._doing = None if self.script else "loading"
+
+    def switch_off(self) -> None:
+        """From now on there is no limit: the caller ends the run in another way."""
+        self.setting = 0
+
     def enter(self, phase: Phase, updates: int) -> None:
         """The run enters a phase after `updates` updates."""
-        self._updates = updates
-        self._progress(phase)
+        self._progress(self._doing if updates < self._updates else phase)
+        self._updates = max(updates, self._updates)
 
-    def update(self, update: int, step_seconds: float | None = None) -> None:
-        """The run has made an update, counted from 0."""
+    def update(self, update: int, step_seconds: object = None) -> None:
+        """The run has made an update, counted from 0. `step_seconds` is used if it is a finite number."""
         # The first update after a start also compiles kernels and fills caches.
         if self._made:
-            self._intervals.append(max(step_seconds or 0.0, self._waited))
-        self._made, self._updates = self._made + 1, update + 1
-        self._progress(self._after_update())
+            self._intervals.append(max(_seconds(step_seconds), self._waited))
+        self._made += 1
+        if self.script or update >= self._updates:
+            self._updates = update + 1
+            self._progress(self._after_update())
+        else:
+            self._progress(self._doing)
 
     def evaluated(self, updates: int) -> None:
         """The run has written an evaluation after `updates` updates."""
         self._evaluated = max(self._evaluated, updates)
-        self._progress("training" if self._doing == "evaluating" else self._doing)
+        self._progress(self._after_update() if self._doing == "evaluating" else self._doing)
 
     def check(self, now: float) -> Hang | None:
         """The hang at `now` (seconds, on any clock), if there is one. To be called after progress was received."""
@@ -104,3 +119,7 @@ class HangDetector:
 
     def _progress(self, doing: str | None) -> None:
         self._doing, self._waited = doing, 0.0
+
+
+def _seconds(value: object) -> float:
+    return value if isinstance(value, int | float) and math.isfinite(value) else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -21,6 +22,8 @@ from launcher.run_dir import STACKS_FILE, utc_now
 
 _DUMP_SECONDS = 20.0
 _COMPARED_FRAMES = 3
+_COLLECTIVES = "torch/distributed/"
+"""The folder of PyTorch's functions that wait for other ranks."""
 _STATES = {
     psutil.STATUS_STOPPED: "its process is stopped (SIGSTOP)",
     psutil.STATUS_TRACING_STOP: "its process is stopped by a debugger",
@@ -81,12 +84,27 @@ def differing_ranks(stacks: Sequence[RankStack], name: Callable[[int], str]) -> 
     if len(ordered) == 1:
         return Difference((), f"all stacks are equal, in {ordered[0][0].frames[0]}")
     if 2 * len(ordered[0]) <= sum(map(len, ordered)):
+        if any(map(_waits, ordered)) and not all(map(_waits, ordered)):
+            return _outside_of_collectives(ordered, name)
         parts = [f"{_names(group, name)} in {group[0].frames[0]}" for group in ordered[:4]]
         return Difference((), f"the stacks differ, without a majority: {'; '.join(parts)}")
     others = [stack for group in ordered[1:] for stack in group]
     parts = [f"{_names(group, name)} in {group[0].frames[0]}" for group in ordered[1:5]]
     text = f"{'; '.join(parts)}; the other {len(ordered[0])} ranks in {ordered[0][0].frames[0]}"
     return Difference(tuple(sorted(stack.rank for stack in others)), text)
+
+
+def _outside_of_collectives(groups: Sequence[Sequence[RankStack]], name: Callable[[int], str]) -> Difference:
+    busy = [group for group in groups if not _waits(group)]
+    ranks = sorted(stack.rank for group in busy for stack in group)
+    parts = [f"{_names(group, name)} in {group[0].frames[0]}" for group in busy[:4]]
+    count = sum(map(len, groups)) - len(ranks)
+    return Difference(tuple(ranks), f"{'; '.join(parts)}; the other ranks ({count}) wait in a collective")
+
+
+def _waits(group: Sequence[RankStack]) -> bool:
+    """Whether the ranks of a group, which have equal frames, wait in a collective."""
+    return any(f"({_COLLECTIVES}" in frame for frame in group[0].frames[:_COMPARED_FRAMES])
 
 
 def _names(stacks: Sequence[RankStack], name: Callable[[int], str]) -> str:
@@ -102,9 +120,12 @@ def _dump(rank: int, pid: int) -> tuple[RankStack, str]:
         problem = "py-spy is not installed"
         return RankStack(rank, state=state, problem=problem), f"  {problem}\n"
     # Not paused while it is read: a process that is stopped already can be read too.
-    status, output = run_command(
-        (program, "dump", "--nonblocking", "--json", "--pid", str(pid)), os.environ, _DUMP_SECONDS
-    )
+    command = (program, "dump", "--nonblocking", "--json", "--pid", str(pid))
+    status: int | str
+    try:
+        status, output = run_command(command, os.environ, _DUMP_SECONDS)
+    except OSError as error:
+        status, output = os_error_text(error), ""
     threads = _threads(output) if status == 0 else None
     if threads is None:
         why = status if isinstance(status, str) else (output.strip().splitlines() or ["no output"])[0]
@@ -139,5 +160,10 @@ def _status(pid: int) -> str | None:
 
 
 def _program() -> str | None:
-    """py-spy beside this Python, or on the PATH."""
-    return shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
+    """py-spy where its package installed it, or on the PATH."""
+    try:
+        files = importlib.metadata.files("py-spy") or ()
+    except importlib.metadata.PackageNotFoundError:
+        files = ()
+    installed = next((str(file.locate()) for file in files if file.name == "py-spy"), None)
+    return installed or shutil.which("py-spy")

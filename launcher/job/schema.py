@@ -244,8 +244,8 @@ class TrainSection(Section):
     hang_seconds: Annotated[Number, Field(ge=0)] | Auto = Field(
         "auto",
         description="Seconds without an update after which a run counts as hung, and fails. auto: 10 times the longest "
-        "recent update, at least 60; 0: no check. The first update, evaluations, checkpoints and the export have at "
-        "least 30 minutes, and so has, with auto, a script.",
+        "recent update, at least 60; 0: no check. Loading, the first update, evaluations, checkpoints and the export "
+        "have at least 30 minutes, and so has, with auto, a script, which is watched from its first launcher.report.",
     )
 
     @model_validator(mode="after")

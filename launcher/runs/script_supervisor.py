@@ -53,6 +53,13 @@ class ScriptSupervisor(Supervisor):
         self.phase = "training"
         self.enter("training", update=0)
 
+    def request_stop(self, signal_number: int) -> bool:
+        """As for other runs. Each rank kills a script that does not end in time, so the check for hangs ends here."""
+        accepted = super().request_stop(signal_number)
+        if accepted:
+            self._hang_detector.switch_off()
+        return accepted
+
     def follow(self) -> Outcome:
         """Receives reports until the last rank has ended. After a stop request, any exit status counts as stopped."""
         ended: set[int] = set()
