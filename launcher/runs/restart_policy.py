@@ -104,12 +104,6 @@ def decide(failed: Sequence[FailedAttempt], restarts: int) -> Decision:
     return Decision(True, f"{used + 1} of at most {restarts} restarts without a new checkpoint", pause)
 
 
-def hosts_to_avoid(failed: Sequence[FailedAttempt]) -> list[str]:
-    """The hosts that were lost in two attempts or more."""
-    lost = [host for each in failed for host in each.lost_hosts]
-    return sorted({host for host in lost if lost.count(host) > 1})
-
-
 def _restarts_without_progress(failed: Sequence[FailedAttempt]) -> int:
     """The number of restarts since the last attempt that saved a checkpoint."""
     progress = [index for index, each in enumerate(failed) if each.saved]

@@ -7,15 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.errors import FailureCode
-from launcher.runs.restart_policy import FailedAttempt, decide, hosts_to_avoid
+from launcher.runs.restart_policy import FailedAttempt, decide
 
 KILLED = FailureCode.RANK_KILLED
 
 
 def failure(
-    code: FailureCode = KILLED, updates: int = 5, *, saved: bool = False, error: str = "signal SIGKILL", lost: str = ""
+    code: FailureCode = KILLED, updates: int = 5, *, saved: bool = False, error: str = "signal SIGKILL"
 ) -> FailedAttempt:
-    return FailedAttempt(code, updates, saved, error, (lost,) if lost else ())
+    return FailedAttempt(code, updates, saved, error)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +117,3 @@ def test_errors_of_the_code_before_the_first_update_are_not_retried(error: str) 
 def test_a_lost_race_for_the_rendezvous_port_is_retried() -> None:
     error = "DistNetworkError: The server socket has failed to listen on any local network address. EADDRINUSE"
     assert decide([failure(FailureCode.UNKNOWN, 0, error=error)], 3).restart
-
-
-def test_a_host_that_was_lost_twice_is_avoided() -> None:
-    failed = [failure(FailureCode.NODE_LOST, lost="h2"), failure(FailureCode.NODE_LOST, lost="h3")]
-    assert hosts_to_avoid(failed) == []
-    assert hosts_to_avoid([*failed, failure(FailureCode.NODE_LOST, lost="h2")]) == ["h2"]
