@@ -360,15 +360,15 @@ class Supervisor:
         return [Place(rank, node, self.nodes.nodes[node].host) for rank, node in nodes]
 
     def _task(self, node_rank: int, node: Node) -> NodeTask:
-        world = self.plan.world
+        world, folder, environment = self.plan.world, self._log_folder(node_rank, node), self._environment(node)
         return NodeTask(
             node_rank=node_rank,
             first_rank=node_rank * world.processes_per_node,
             processes=world.processes_per_node,
             world_size=world.size,
             run_dir=str(self.run_dir.path),
-            log_folder=str(self._log_folder(node_rank, node)),
-            environment={**flight_recorder(world, self._log_folder(node_rank, node)), **self._environment(node)},
+            log_folder=str(folder),
+            environment={**flight_recorder(world, folder, environment), **environment},
             address=node.address,
             interface=node.interface,
             arguments=WORKER,

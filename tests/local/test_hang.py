@@ -50,6 +50,7 @@ def test_a_stopped_rank_is_named_and_ended(job_dict: dict, tmp_path: Path, share
     assert running.left_behind(*RAYS_OWN_AGENTS) == []
     run = RunDir(run_folder(tmp_path))
     assert (run.state()["state"], run.state()["code"]) == ("failed", "hung")
+    assert "rank 1 on node 0" in str(run.state()["message"])
     why = command("why", str(run.path)).out
     for text in (running.output, why):
         assert "the run hung: no progress for" in text
@@ -72,6 +73,20 @@ def test_a_stopped_rank_does_not_end_a_run_with_restarts(
     (restart,) = [event for event in run.events() if event["event"] == "restart"]
     assert "rank 1 on node 0" in restart["reason"] and restart["update"] is None
     assert [line["update"] for line in run.metrics()] == list(range(len(run.metrics())))
+    assert running.left_behind(*RAYS_OWN_AGENTS) == []
+
+
+def test_a_run_that_hung_once_restarts_and_makes_all_its_updates(
+    job_dict: dict, tmp_path: Path, shared_ray: dict[str, str]
+) -> None:
+    # Long enough that the rank is stopped in the middle, whatever the machine is doing.
+    running = stopped_rank(job_dict, tmp_path, shared_ray, restarts=3, max_steps=100)
+    assert running.wait() == 0, running.output
+    run = RunDir(run_folder(tmp_path))
+    (restart,) = [event for event in run.events() if event["event"] == "restart"]
+    assert "rank 1 on node 0" in restart["reason"]
+    assert [line["update"] for line in run.metrics()] == list(range(100))
+    assert command("why", str(run.path)).out.startswith("no failure: the run finished after 100 updates")
     assert running.left_behind(*RAYS_OWN_AGENTS) == []
 
 

@@ -115,7 +115,7 @@ def test_a_launcher_that_was_suspended_finds_no_hang() -> None:
     assert detector.check(now + 3600) is None
 
 
-def test_nothing_hangs_before_training() -> None:
+def test_a_short_limit_does_not_hold_while_loading() -> None:
     detector = HangDetector(1.0, TOTAL)
     assert all(detector.check(float(second)) is None for second in range(100))
 
