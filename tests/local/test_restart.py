@@ -15,16 +15,10 @@ from tests.unit.inputs import command
 pytestmark = pytest.mark.local
 
 
-@pytest.fixture(scope="module")
-def uninterrupted() -> dict[str, list[float]]:
-    """The losses of runs that were not interrupted, by name."""
-    return {}
-
-
 def a_job(job_dict: dict, **sections) -> dict:
-    """A job that saves every second of its 12 updates."""
+    """A job that saves every second of its 60 updates: enough for two kills before its end."""
     return merged(
-        job_dict, train={"max_steps": 12, "restarts": 3}, checkpoint={"every": 2, "keep": 2}, export=False, **sections
+        job_dict, train={"max_steps": 60, "restarts": 3}, checkpoint={"every": 2, "keep": 2}, export=False, **sections
     )
 
 
@@ -57,5 +51,5 @@ def test_a_killed_rank_and_a_killed_agent_restart_the_run_which_ends_as_an_unint
     assert "signal SIGKILL" in restarts[0]["reason"]
     logs = sorted(path.name for path in run.logs.glob("node-*/rank-1*.log"))
     assert logs == ["rank-1.attempt-2.log", "rank-1.attempt-3.log", "rank-1.log"]
-    assert command("why", str(run.path)).out.startswith("no failure: the run finished after 12 updates")
+    assert command("why", str(run.path)).out.startswith("no failure: the run finished after 60 updates")
     assert signal.Signals(9).name in running.output
