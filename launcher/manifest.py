@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any, Unpack
 
-from launcher.files import parse_lines, read_json, utc_now, write_json
+from launcher.files import parse_lines, read_json, sha256_of, utc_now, write_json
 from launcher.records import FileRecord, Manifest, ManifestFacts
 from launcher.version import __version__
 
@@ -229,8 +229,7 @@ def _record(file: Path) -> FileRecord:
 def wrong_checksum(folder: Path, name: str, entry: FileRecord) -> str | None:
     """Why the content of a listed file cannot be trusted, as text; None if it has its checksum."""
     try:
-        with (folder / name).open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        found = sha256_of(folder / name)
     except OSError as error:
         return f"{_shown(name)} cannot be read: {error.strerror}"
     return None if found == entry["sha256"] else f"{_shown(name)} has changed since it was saved: its checksum differs"

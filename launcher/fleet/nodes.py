@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from rich.markup import escape
 from launcher.errors import FailureCode, RunFailed, code_of, first_line
 from launcher.files import keep_private
 from launcher.fleet.agent import NodeTask
+from launcher.fleet.answer_times import LOST_SECONDS, POLL_SECONDS, AnswerTimes
 from launcher.fleet.network import LOOPBACK
+from launcher.fleet.node_resources import NodeResources, describe_request, describe_shortage, holds
 from launcher.fleet.process import children, kill_all, signals_blocked
 from launcher.fleet.ray_folder import RayFolder
 from launcher.fleet.ray_settings import (
@@ -32,41 +34,22 @@ from launcher.fleet.ray_settings import (
     write_token,
 )
 from launcher.fleet.stacks import RankStack
-from launcher.plan.schema import Plan, World
+from launcher.plan.schema import Plan
 from launcher.records import NodeLostReport, Order, Report
 
 Log = Callable[[str], None]
-_POLL_SECONDS = 2.0
 _ANSWER_SECONDS = 120.0
 OBJECT_STORE_BYTES = 100 * 1024**2
 _REACH_SECONDS = 10.0
 _TOKENISE_SECONDS = 12 * 3600.0
 _CLOCK_ROUNDS = 3
 _STACKS_SECONDS = 60.0
-NOTICE_SECONDS, LOST_SECONDS = 5.0, 20.0
-"""A node that has not answered for so long is reported, and is lost."""
+GRACE_SECONDS = 5.0
+"""How long ranks may take to end after SIGTERM, if nothing else is decided."""
 _FREED_SECONDS = 10.0
 """How long Ray may take to free the resources of agents that were ended."""
 NODE_LABEL = "launcher-node"
 """The label with a node's number in a Ray started by `launcher node`."""
-
-
-@dataclass(frozen=True)
-class NodeResources:
-    """The number of nodes of a run, and the CPUs and GPUs it takes of each."""
-
-    nodes: int
-    cpus: int
-    gpus: int
-
-    @classmethod
-    def of(cls, world: World) -> NodeResources:
-        """One CPU per rank, and one GPU if ranks use GPUs."""
-        processes = world.processes_per_node
-        return cls(world.nodes, cpus=processes, gpus=processes if world.device == "cuda" else 0)
-
-    def bundle(self) -> dict[str, float]:
-        return {"CPU": self.cpus, "GPU": self.gpus} if self.gpus else {"CPU": self.cpus}
 
 
 @dataclass(frozen=True)
@@ -173,7 +156,7 @@ class Nodes:
         import ray
         from ray.util.placement_group import placement_group
 
-        if self.nodes and len(self.nodes) == self._resources.nodes and self._all_answer():
+        if len(self.nodes) == self._resources.nodes and self.all_answer():
             return self.nodes
         self.give_up()
         self._group = placement_group([self._resources.bundle()] * self._resources.nodes, strategy="STRICT_SPREAD")
@@ -194,10 +177,6 @@ class Nodes:
             self._log("          note: this Ray listens on all interfaces of this machine; its token protects it")
         return self.nodes
 
-    def all_answer(self) -> bool:
-        """Whether there are nodes, and every agent answers."""
-        return bool(self.nodes) and self._all_answer()
-
     def wait_for_free(self, wanted: int, at_least: int, wait_seconds: float) -> int:
         """Waits for free nodes for `wanted` agents; returns how many there are, which may be fewer than `at_least`.
 
@@ -215,23 +194,20 @@ class Nodes:
         return min(found, wanted)
 
     def resize(self, resources: NodeResources) -> None:
-        """Changes the request for the next `place`."""
-        local = self._folder is not None
-        self._resources = replace(resources, cpus=1) if local else resources
+        """Changes the request for the next `place`. A Ray of our own has one node, and never changes."""
+        self._resources = resources
 
     def _free_nodes(self) -> int:
         """The number of live nodes that have enough free resources for an agent; all that are wanted if unknown."""
-        import ray
-
-        try:
-            from ray._private.state import available_resources_per_node
-        except ImportError:
+        found = _resources_of_nodes()
+        if found is None:
             return self._resources.nodes
-        free, wanted = available_resources_per_node(), self._resources.bundle()
-        return sum(_holds(free.get(node["NodeID"], {}), wanted) for node in ray.nodes() if node["Alive"])
+        return sum(holds(free, self._resources.bundle()) for _, free in found)
 
-    def _all_answer(self) -> bool:
-        """Whether every agent answers."""
+    def all_answer(self) -> bool:
+        """Whether there are nodes, and every agent answers."""
+        if not self.nodes:
+            return False
         import ray
 
         calls = [node.agent.clock.remote() for node in self.nodes]
@@ -337,7 +313,7 @@ class Nodes:
 
         for index, node in enumerate(self.nodes):
             if index not in self._pending.values():
-                self._pending[node.agent.next_reports.remote(_POLL_SECONDS, self._attempt)] = index
+                self._pending[node.agent.next_reports.remote(POLL_SECONDS, self._attempt)] = index
         ready, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=timeout_seconds)
         found: list[Report] = []
         for reference in ready:
@@ -407,16 +383,12 @@ class Nodes:
         """Describes what was requested and what the cluster has."""
         import ray
 
-        try:
-            # Ray's public API reports free resources only in total, not per node.
-            from ray._private.state import available_resources_per_node
-        except ImportError:
+        found = _resources_of_nodes()
+        if found is None:
             return (
                 f"{describe_request(self._resources)}; Ray {ray.__version__} does not report what is free on each node"
             )
-        free = available_resources_per_node()
-        alive = [(node["Resources"], free.get(node["NodeID"], {})) for node in ray.nodes() if node["Alive"]]
-        return describe_shortage(self._resources, alive)
+        return describe_shortage(self._resources, found)
 
     def _agent(self, index: int) -> Any:
         import ray
@@ -432,46 +404,17 @@ class Nodes:
         ).remote()
 
 
-class AnswerTimes:
-    """How long each node has not answered; reports it, and decides when the node is lost.
+def _resources_of_nodes() -> list[tuple[dict[str, float], dict[str, float]]] | None:
+    """The (total, free) resources of every live node; None if this Ray does not report what is free on each."""
+    import ray
 
-    Every agent is called all the time, and answers each call within two seconds.
-    """
-
-    def __init__(self, log: Log) -> None:
-        self._log = log
-        self._waited: list[float] = []
-        self._noticed: set[int] = set()
-        self.lost: set[int] = set()
-        self._checked: float | None = None
-
-    def begin(self, nodes: int) -> None:
-        """Begins with this many nodes, which have just answered."""
-        self._waited, self._noticed, self.lost, self._checked = [0.0] * nodes, set(), set(), None
-
-    def answered(self, node: int) -> None:
-        """The node has answered, or is known to be lost."""
-        if node < len(self._waited):
-            self._waited[node] = 0.0
-
-    def check(self, now: float, hosts: Sequence[str]) -> list[int]:
-        """The nodes that are lost now. `now` is in seconds, on a clock that does not jump."""
-        # A pause of this process, in which it could receive no answer, hardly counts.
-        passed = 0.0 if self._checked is None else min(now - self._checked, _POLL_SECONDS)
-        self._checked, newly = now, []
-        for node, waited in enumerate(self._waited):
-            self._waited[node] = waited + passed
-            name = f"node {node} ({hosts[node]})"
-            if self._waited[node] < NOTICE_SECONDS and node in self._noticed:
-                self._noticed.discard(node)
-                self._log(f"          {name} answers again")
-            elif self._waited[node] >= NOTICE_SECONDS and node not in self._noticed:
-                self._noticed.add(node)
-                self._log(f"          {name} has not answered for {NOTICE_SECONDS:.0f} s")
-            if self._waited[node] >= LOST_SECONDS and node not in self.lost:
-                self.lost.add(node)
-                newly.append(node)
-        return newly
+    try:
+        # Ray's public API reports free resources only in total, not per node.
+        from ray._private.state import available_resources_per_node
+    except ImportError:
+        return None
+    free = available_resources_per_node()
+    return [(node["Resources"], free.get(node["NodeID"], {})) for node in ray.nodes() if node["Alive"]]
 
 
 def _node_lost(node_rank: int, message: str) -> NodeLostReport:
@@ -492,32 +435,6 @@ def _init_ray(options: dict[str, Any]) -> None:
     finally:
         # Ray installs a handler that exits at once; the run must save first.
         signal.signal(signal.SIGTERM, handler)
-
-
-def describe_shortage(
-    resources: NodeResources, nodes: Sequence[tuple[Mapping[str, float], Mapping[str, float]]]
-) -> str:
-    """Compares the request with each node's (total, free) resources, and names what large enough nodes lack."""
-    wanted = resources.bundle()
-    large = [(has, free) for has, free in nodes if _holds(has, wanted)]
-    ready = [free for _, free in large if _holds(free, wanted)]
-    text = f"{describe_request(resources)}; nodes in this Ray: {len(nodes)}, large enough: {len(large)}, "
-    text += f"with enough free now: {len(ready)}"
-    for key, value in wanted.items():
-        short = [free.get(key, 0) for _, free in large if free.get(key, 0) < value]
-        if short:
-            text += f"; {key}: too few free on {len(short)} nodes, at most {max(short):g}"
-    return text
-
-
-def describe_request(resources: NodeResources) -> str:
-    """Describes the request: "asked for 2 nodes with 8 CPU and 8 GPU each"."""
-    each = " and ".join(f"{value:g} {key}" for key, value in resources.bundle().items())
-    return f"asked for {resources.nodes} node{'s' if resources.nodes > 1 else ''} with {each} each"
-
-
-def _holds(found: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
-    return all(found.get(key, 0) >= value for key, value in wanted.items())
 
 
 def _clock_offset(node: Node) -> float:

@@ -12,13 +12,14 @@ from rich.markup import escape
 
 from launcher.errors import FailureCode, RequestError, RunFailed, first_line
 from launcher.export_folder import export_fault
-from launcher.fleet.nodes import NodeResources, Nodes
+from launcher.fleet.node_resources import NodeResources
+from launcher.fleet.nodes import GRACE_SECONDS, Nodes
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan, Script
-from launcher.records import RestartEvent
 from launcher.run_dir import RunDir, write_atomic
 from launcher.runs.checkpoints import newest_verified
 from launcher.runs.console import RunConsole
+from launcher.runs.failure_record import printing_errors
 from launcher.runs.interrupts import Interrupts
 from launcher.runs.outcome import Outcome
 from launcher.runs.rest import Rest, plan_on, rest_from, rest_on
@@ -27,8 +28,6 @@ from launcher.runs.resume_steps import export_only, prepare_start, report_damage
 
 if TYPE_CHECKING:
     from launcher.runs.supervisor import Supervisor
-
-_GRACE_SECONDS = 5.0
 
 
 class Attempts:
@@ -39,7 +38,6 @@ class Attempts:
         self._failed: list[FailedAttempt] = []
         self._nodes: Nodes | None = None
         self._supervisor: Supervisor | None = None
-        self._restart: RestartEvent = {"event": "restart"}
 
     @property
     def stop_signal(self) -> int:
@@ -59,7 +57,7 @@ class Attempts:
             if not (isinstance(error, RunFailed) and error.code is FailureCode.RAY_LOST):
                 self._release_after_failure()
             raise
-        self._release(0.0 if outcome.state == "stopped" else _GRACE_SECONDS)
+        self._release(0.0 if outcome.state == "stopped" else GRACE_SECONDS)
         return outcome
 
     def _run_to_the_end(self) -> Outcome:
@@ -76,11 +74,20 @@ class Attempts:
                 if not decision.restart:
                     self._record_end(decision)
                     raise
-                self._report(supervisor, error, decision)
+                reason = first_line(error)
             # Until the next attempt, a signal stops the run at once: nothing can be saved.
             self._interrupts.supervisor = None
-            if (outcome := self._prepare_restart(decision)) is not None:
+            self._console.end_progress()
+            self._console.note(f"[bold red]failed[/]    {escape(reason)}")
+            self._console.note(f"[bold]restarting[/] ({escape(decision.reason)})")
+            if (outcome := self._prepare_restart()) is not None:
                 return outcome
+            update = self._start.update if self._start else None
+            attempt = supervisor.attempt + 1
+            self._directory.event({"event": "restart", "attempt": attempt, "update": update, "reason": reason})
+            if decision.pause_seconds:
+                self._console.note(f"          waiting {decision.pause_seconds:.0f} s before the restart")
+                time.sleep(decision.pause_seconds)
 
     def _next_supervisor(self) -> Supervisor:
         plan, arguments = self.plan, (self._plan_file, self._directory, self._console)
@@ -112,36 +119,23 @@ class Attempts:
                 self._directory.event({"event": "no_restart", "reason": decision.reason})
             self._console.note(f"          not restarting: {escape(decision.reason)}")
 
-    def _report(self, supervisor: Supervisor, error: RunFailed, decision: Decision) -> None:
-        self._console.end_progress()
-        self._console.note(f"[bold red]failed[/]    {escape(first_line(error))}")
-        number = supervisor.attempt + 1
-        event: RestartEvent = {"event": "restart", "attempt": number, "update": None, "reason": first_line(error)}
-        self._restart = event
-        self._console.note(f"[bold]restarting[/] ({escape(decision.reason)})")
-
-    def _prepare_restart(self, decision: Decision) -> Outcome | None:
+    def _prepare_restart(self) -> Outcome | None:
         """Finds the checkpoint for the next attempt. Returns the outcome if all updates were made already."""
         if self._nodes is not None and self._failed[-1].lost_hosts:
             self._nodes.restart_own_ray()
         if isinstance(self.plan.workload, Script):
             # Only the script knows at which update it resumes: `launcher.report` restores the lines before that update.
             self._directory.rewind(samples=0, update=-1)
+            return None
+        rest = self._newest_rest()
+        if rest is not None and rest.only_export:
+            return self._finish(rest)
+        if (nodes := self._nodes_for_restart()) != self.plan.world.nodes:
+            self._change_nodes(nodes, rest)
+        if self._start is None:
+            self._directory.rewind(samples=0, update=-1)
         else:
-            rest = self._newest_rest()
-            if rest is not None and rest.only_export:
-                return self._finish(rest)
-            if (nodes := self._nodes_for_restart()) != self.plan.world.nodes:
-                self._change_nodes(nodes, rest)
-            if self._start is None:
-                self._directory.rewind(samples=0, update=-1)
-            else:
-                prepare_start(self._start, self._directory, self._console)
-        self._restart["update"] = self._start.update if self._start else None
-        self._directory.event(self._restart)
-        if decision.pause_seconds:
-            self._console.note(f"          waiting {decision.pause_seconds:.0f} s before the restart")
-            time.sleep(decision.pause_seconds)
+            prepare_start(self._start, self._directory, self._console)
         return None
 
     def _newest_rest(self) -> Rest | None:
@@ -166,9 +160,7 @@ class Attempts:
         """On how many nodes to restart: as many as the job asks for, or those that are free, at least `min_nodes`."""
         assert self._nodes is not None
         cluster, wanted, present = self.plan.job.cluster, self._wanted_nodes, self.plan.world.nodes
-        if self._nodes.all_answer() and present == wanted:
-            return wanted
-        if cluster.min_nodes is None or wanted == 1:
+        if cluster.min_nodes is None or wanted == 1 or (present == wanted and self._nodes.all_answer()):
             return present
         self._nodes.give_up()
         # A run that already continues on fewer nodes has waited before.
@@ -220,11 +212,8 @@ class Attempts:
 
     def _release_after_failure(self) -> None:
         """Releases the nodes. Errors are only printed: the caller raises the original failure."""
-        stopping = self._supervisor is not None and self._supervisor.stopping
-        try:
-            self._release(0.0 if stopping else _GRACE_SECONDS)
-        except Exception as error:
-            self._console.note(f"          the nodes could not be released: {escape(first_line(error))}")
+        with printing_errors(self._console.note, "the nodes could not be released"):
+            self._release(0.0 if self.stop_signal else GRACE_SECONDS)
 
 
 def _failed_attempt(supervisor: Supervisor, error: RunFailed, *, saved: bool) -> FailedAttempt:

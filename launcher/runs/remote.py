@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import LauncherError, Problem, RequestError, first_line
+from launcher.files import sha256_of
 from launcher.job import AnyJob, ScriptJob
 
 KEY = "checkpoint.upload"
@@ -84,7 +84,7 @@ class Store:
         path = self._path(name)
         with _translated():
             if self._protocol == "file":
-                return _sha256(Path(path))
+                return sha256_of(Path(path))
             metadata = self._fs.metadata(path) if self._protocol == "s3" else self._fs.info(path).get("metadata")
         return (metadata or {}).get(_CHECKSUM)
 
@@ -216,8 +216,3 @@ def _callback(on_progress: Callable[[], None]) -> Any:
             on_progress()
 
     return EachPart()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -108,17 +108,20 @@ def rest_on(rest: Rest, nodes: int, console: RunConsole) -> Rest:
 
 def plan_on(plan: Plan, nodes: int, console: RunConsole) -> Plan:
     """The plan of the whole run on another number of nodes. Raises RequestError if that is not possible."""
-    loaded, _ = _job_with(plan, [f"cluster.nodes={nodes}"])
-    checked = check_job(loaded, kept_micro_batch=plan.train_micro_batch_size_per_gpu)
-    return make_plan(checked, on_progress=console.prepare, preset=_preset_of(plan, loaded.job))
+    return _planned_again(plan, [f"cluster.nodes={nodes}"], console)[0]
+
+
+def _planned_again(old: Plan, overrides: Sequence[str], console: RunConsole) -> tuple[Plan, list[str]]:
+    """The plan of the whole run with overrides, and their keys."""
+    loaded, keys = _job_with(old, overrides)
+    checked = check_job(loaded, kept_micro_batch=old.train_micro_batch_size_per_gpu)
+    return make_plan(checked, on_progress=console.prepare, preset=_preset_of(old, loaded.job)), keys
 
 
 def _changed(rest: Rest, overrides: Sequence[str], console: RunConsole) -> Rest:
     """The rest of the run with overrides."""
     old, start = rest.plan, rest.start
-    loaded, keys = _job_with(old, overrides)
-    checked = check_job(loaded, kept_micro_batch=old.train_micro_batch_size_per_gpu)
-    new = make_plan(checked, on_progress=console.prepare, preset=_preset_of(old, loaded.job))
+    new, keys = _planned_again(old, overrides, console)
     check_same_kind_of_state(old, new)
     new_schedule = any(_changes_curve(key) for key in keys)
     plan = resumed_plan(old, new, start.update, start.samples, new_schedule=new_schedule)

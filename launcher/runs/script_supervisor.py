@@ -44,10 +44,7 @@ class ScriptSupervisor(Supervisor):
 
     def start(self, start: Start | None) -> None:
         del start
-        self.enter("starting")
-        self.attempt = self.run_dir.begin_attempt()
-        self.check_nodes()
-        self.provide_data()
+        self.prepare_nodes()
         self._rendezvous = {"MASTER_ADDR": self._master(), "MASTER_PORT": str(self.nodes.free_port(0))}
         self.nodes.start([self._task(rank, node) for rank, node in enumerate(self.nodes.nodes)])
         self.phase = "training"

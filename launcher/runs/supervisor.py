@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, Unpack
@@ -28,7 +27,7 @@ from launcher.fleet.agent import NodeTask
 from launcher.fleet.environment import flight_recorder, rank_environment
 from launcher.fleet.failures import Failure, all_failures, first_failure, sort_failures
 from launcher.fleet.hang_detector import Hang, HangDetector
-from launcher.fleet.nodes import Node, Nodes, address_of
+from launcher.fleet.nodes import GRACE_SECONDS, Node, Nodes, address_of
 from launcher.fleet.preflight import NodeCheck, Requirements, disk_bytes, preflight, raise_problems
 from launcher.fleet.ray_head import RayHead, head_of_this_ray
 from launcher.fleet.stacks import Difference, differing_ranks
@@ -37,9 +36,9 @@ from launcher.plan.resume import Start
 from launcher.plan.schema import Plan, Script
 from launcher.records import EventReport, PhaseReport, Report, RunState, StateDetails
 from launcher.run_dir import RunDir, rank_log_name
+from launcher.runs.failure_record import printing_errors
 from launcher.runs.outcome import Outcome
 
-_GRACE_SECONDS = 5.0
 _SETTLE_SECONDS = 1.0
 # Ray's health checks take about fifteen seconds to detect a lost node.
 _LOST_NODE_SECONDS = 30.0
@@ -104,14 +103,6 @@ class Supervisor:
         self.start(start)
         return self.follow()
 
-    @contextmanager
-    def _printing_errors(self, what: str) -> Iterator[None]:
-        """Prints errors raised in the block, which follows a failure and must not hide it."""
-        try:
-            yield
-        except Exception as error:
-            self.console.note(f"          {what}: {escape(first_line(error))}")
-
     def place(self) -> None:
         self.enter("placing")
         address = address_of(self.plan.job.cluster.address)
@@ -131,14 +122,18 @@ class Supervisor:
             )
 
     def start(self, start: Start | None) -> None:
-        self.enter("starting")
-        self.attempt = self.run_dir.begin_attempt()
-        self.check_nodes()
-        self.provide_data()
+        self.prepare_nodes()
         self.nodes.start([self._task(rank, node) for rank, node in enumerate(self.nodes.nodes)])
         rendezvous = {"MASTER_ADDR": self._master(), "MASTER_PORT": str(self.nodes.free_port(0))}
         rendezvous |= {"LAUNCHER_PLAN": str(self.plan_file), "LAUNCHER_PLAN_SHA256": self.plan.sha256}
         self.nodes.order({"go": {"env": rendezvous, "start": start.model_dump() if start else None}})
+
+    def prepare_nodes(self) -> None:
+        """Begins the attempt: what precedes the start of its ranks. Raises RunFailed."""
+        self.enter("starting")
+        self.attempt = self.run_dir.begin_attempt()
+        self.check_nodes()
+        self.provide_data()
 
     def check_nodes(self) -> None:
         """Checks the nodes before ranks are started on them. Raises RunFailed, which names each unfit node."""
@@ -207,7 +202,7 @@ class Supervisor:
         if self._head is None or not self._head.gone():
             return
         error = RayLost(f"Ray's head process (gcs_server) at {self._head.address} no longer answers")
-        with self._printing_errors("the failure could not be written to the run directory"):
+        with printing_errors(self.console.note, "the failure could not be written to the run directory"):
             self.run_dir.enter("failed", reason=str(error), message=str(error), code=error.code)
         raise error
 
@@ -285,9 +280,9 @@ class Supervisor:
         self._collect_late_reports()
         self._show_progress()
         failures = self.failures = self._failures()
-        with self._printing_errors("the ranks could not be ended"):
-            self.nodes.end(_GRACE_SECONDS)
-        with self._printing_errors(f"the failure could not be written to {self.run_dir.events_file}"):
+        with printing_errors(self.console.note, "the ranks could not be ended"):
+            self.nodes.end(GRACE_SECONDS)
+        with printing_errors(self.console.note, f"the failure could not be written to {self.run_dir.events_file}"):
             self._record_failures(failures)
         raise RunFailed(self._failure_message(failures), code=failures[0].code)
 

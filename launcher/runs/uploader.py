@@ -166,7 +166,8 @@ class Uploader:
         if not wanted:
             for copy in superfluous(remote, self._section):
                 self._remove(copy.folder)
-            return self._upload_export()
+            self._upload_export()
+            return False
         folder, copy = next(iter(wanted.items()))
         self._upload_run_files()
         self._upload_checkpoint(copy, folder)
@@ -195,12 +196,17 @@ class Uploader:
         self._there.add(copy.digest)
         self._uploaded(copy.folder, copy.files, began)
 
-    def _upload_export(self) -> bool:
-        """Uploads the export if it is complete and differs from the uploaded one. Returns False."""
-        folder, began = self._run.export, time.monotonic()
+    def _new_export(self) -> list[tuple[str, int]] | None:
+        """The names and times of the export's files if it is complete and differs from the uploaded one, else None."""
+        folder = self._run.export
         stamp = [(name, _time(folder / name)) for name in files_in(folder)]
-        if stamp == self._export or export_fault(folder) is not None:
-            return False
+        return None if stamp == self._export or export_fault(folder) is not None else stamp
+
+    def _upload_export(self) -> None:
+        """Uploads the export if it is complete and differs from the uploaded one."""
+        folder, began, stamp = self._run.export, time.monotonic(), self._new_export()
+        if stamp is None:
+            return
         files = file_records(folder, files_in(folder))
         content = self._store.read(f"{self._name}/{EXPORT}/{MANIFEST}")
         if content is None or _files_of(content) != files:
@@ -208,7 +214,6 @@ class Uploader:
             self._upload_folder(folder, files, json.dumps(manifest, indent=2).encode(), EXPORT)
             self._uploaded(EXPORT, files, began)
         self._export = stamp
-        return False
 
     def _upload_folder(self, local: Path, files: Mapping[str, Mapping[str, Any]], manifest: bytes, folder: str) -> None:
         """Uploads the files of a folder that are not there yet, and then its manifest.
@@ -274,9 +279,7 @@ class Uploader:
         """What is not uploaded, by name."""
         local = local_copies(self._run)
         found = [each.folder for each in due(local, [], self._section) if each.digest not in self._there]
-        stamp = [(name, _time(self._run.export / name)) for name in files_in(self._run.export)]
-        has_export = stamp != self._export and export_fault(self._run.export) is None
-        return [*reversed(found), *([EXPORT] if has_export else [])]
+        return [*reversed(found), *([] if self._new_export() is None else [EXPORT])]
 
     def _report(self) -> None:
         url, missing = escape(f"{self._store.url}/{self._name}"), self._missing()

@@ -100,9 +100,9 @@ def _explain_failed(run: RunDir, session: Session) -> Explanation:
 
 def _explain_failures(run: RunDir, session: Session, found: Failures) -> Explanation:
     first = found.first
-    folder = run.node_logs(first.node_rank, first.host)
     if first.code is FailureCode.HUNG:
         return _explain_hung(run, session, found)
+    folder = run.node_logs(first.node_rank, first.host)
     logs = [folder / first.log_name]
     cause = _with_fitting_hint(_cause(run, found), session)
     return Explanation(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -17,11 +17,8 @@ from tests.local.rank_runs import merged
 pytestmark = pytest.mark.local
 
 MOMENTS = ("starting", "training", "evaluating", "saving", "exporting")
-WAITING = (
-    "import launcher.runs.supervisor as s; s.WORKER = ('-m', 'tests.local.waiting_worker'); "
-    "from launcher.cli import main; main()"
-)
 UPDATES = 8
+Start = Callable[[str, dict[str, str]], Command]
 
 
 def job(job_dict: dict, moment: str = "none") -> dict:
@@ -62,13 +59,19 @@ def without_fault(job_dict: dict, tmp_path: Path, shared_ray: dict[str, str], ex
     return expected
 
 
-def started(job_dict: dict, folder: Path, moment: str, monkeypatch: pytest.MonkeyPatch, **environment: str) -> Command:
-    """A run both of whose ranks wait at the moment."""
-    folder.mkdir()
-    monkeypatch.setattr(launcher_commands, "LAUNCHER", [sys.executable, "-c", WAITING])
-    running = Command("run", str(write_job(folder, job(job_dict, moment))), folder=folder, **environment)
-    running.wait_for(lambda: len(list(folder.glob("runs/*/waits-*"))) == 2)
-    return running
+@pytest.fixture
+def started(job_dict: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Starts a run, both of whose ranks wait at a moment; returns once they do."""
+
+    def start(moment: str, environment: dict[str, str]) -> Command:
+        folder = tmp_path / "faulty"
+        folder.mkdir()
+        monkeypatch.setattr(launcher_commands, "LAUNCHER", launcher_commands.launcher_with("waiting_worker"))
+        running = Command("run", str(write_job(folder, job(job_dict, moment))), folder=folder, **environment)
+        running.wait_for(lambda: len(list(folder.glob("runs/*/waits-*"))) == 2)
+        return running
+
+    return start
 
 
 def check(running: Command, without_fault: dict[str, object], *, attempts: int) -> None:
@@ -85,15 +88,9 @@ def check(running: Command, without_fault: dict[str, object], *, attempts: int) 
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("victim", ["rank 0", "rank 1", "agent"])
 def test_a_killed_process_of_a_node(
-    victim: str,
-    moment: str,
-    job_dict: dict,
-    tmp_path: Path,
-    shared_ray: dict[str, str],
-    without_fault: dict[str, object],
-    monkeypatch: pytest.MonkeyPatch,
+    victim: str, moment: str, without_fault: dict[str, object], started: Start, shared_ray: dict[str, str]
 ) -> None:
-    running = started(job_dict, tmp_path / "faulty", moment, monkeypatch, **shared_ray)
+    running = started(moment, shared_ray)
     killed = running.agent() if victim == "agent" else running.ranks()[int(victim[-1])]
     killed.kill()
     # The export of a run that has made all updates needs no second start of the ranks.
@@ -102,14 +99,9 @@ def test_a_killed_process_of_a_node(
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_launcher_leaves_nothing_and_a_resume_continues(
-    moment: str,
-    job_dict: dict,
-    tmp_path: Path,
-    shared_ray: dict[str, str],
-    without_fault: dict[str, object],
-    monkeypatch: pytest.MonkeyPatch,
+    moment: str, without_fault: dict[str, object], started: Start, shared_ray: dict[str, str]
 ) -> None:
-    running = started(job_dict, tmp_path / "faulty", moment, monkeypatch, **shared_ray)
+    running = started(moment, shared_ray)
     running.look()
     running.process.kill()
     running.process.wait()
@@ -121,14 +113,8 @@ def test_a_killed_launcher_leaves_nothing_and_a_resume_continues(
     check(resumed, without_fault, attempts=1 if moment == "exporting" else 2)
 
 
-def test_a_killed_raylet_is_replaced(
-    job_dict: dict,
-    tmp_path: Path,
-    forked: dict[str, str],
-    without_fault: dict[str, object],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    running = started(job_dict, tmp_path / "faulty", "training", monkeypatch, **forked)
+def test_a_killed_raylet_is_replaced(without_fault: dict[str, object], started: Start, forked: dict[str, str]) -> None:
+    running = started("training", forked)
     (raylet,) = [child for child in psutil.Process(running.process.pid).children() if child.name() == "raylet"]
     raylet.kill()
     check(running, without_fault, attempts=2)

@@ -25,7 +25,8 @@ EXPECTED = {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent
 WITH_A_RAY = """
 import sys
 import tempfile
-from launcher.fleet.nodes import NodeResources, Nodes
+from launcher.fleet.node_resources import NodeResources
+from launcher.fleet.nodes import Nodes
 nodes = Nodes(NodeResources(nodes=1, cpus=1, gpus=0), print)
 nodes.connect("local")
 [node] = nodes.place(60.0)
@@ -88,7 +89,8 @@ def test_only_this_user_on_this_machine_reaches_the_ray_and_nothing_of_it_is_lef
 TWICE = """
 import os
 import ray  # which reads RAY_AUTH_MODE
-from launcher.fleet.nodes import NodeResources, Nodes
+from launcher.fleet.node_resources import NodeResources
+from launcher.fleet.nodes import Nodes
 
 before = dict(os.environ)
 for _ in range(2):

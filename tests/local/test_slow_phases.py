@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,6 @@ from tests.unit.inputs import command
 
 pytestmark = pytest.mark.local
 
-FAULTY = (
-    "import launcher.runs.supervisor as s; s.WORKER = ('-m', 'tests.local.faulty_worker'); "
-    "import launcher.fleet.hang_detector as h; h.LONG_SECONDS = {long_seconds}; "
-    "from launcher.cli import main; main()"
-)
 HANG_SECONDS = 3
 SAVES_AT_THE_END = f"""
 import signal, time
@@ -42,8 +36,8 @@ def faulty(job_dict, tmp_path, shared_ray, monkeypatch):
     """Starts a run of six updates whose ranks have a fault; returns the command."""
 
     def start(fault: str, long_seconds: float = 1800.0) -> Command:
-        code = FAULTY.format(long_seconds=long_seconds)
-        monkeypatch.setattr(launcher_commands, "LAUNCHER", [sys.executable, "-c", code])
+        limit = f"import launcher.fleet.hang_detector as h; h.LONG_SECONDS = {long_seconds}"
+        monkeypatch.setattr(launcher_commands, "LAUNCHER", launcher_commands.launcher_with("faulty_worker", limit))
         train = {"max_steps": 6, "hang_seconds": HANG_SECONDS}
         job = merged(job_dict, train=train, checkpoint={"every": 3}, cluster={"env": {"FAULT": fault}})
         return Command("run", str(write_job(tmp_path, {**job, "export": False})), folder=tmp_path, **shared_ray)

@@ -16,7 +16,8 @@ from launcher.fleet import inspect_node
 from launcher.fleet.copy_data import _link
 from launcher.fleet.environment import flight_recorder, rank_environment
 from launcher.fleet.inspect_node import NodeFacts
-from launcher.fleet.nodes import Node, NodeResources, describe_shortage
+from launcher.fleet.node_resources import NodeResources, describe_shortage
+from launcher.fleet.nodes import Node
 from launcher.fleet.preflight import (
     NodeCheck,
     NodeProblem,
