@@ -6,6 +6,7 @@ There is one reader of JSON lines. It skips and counts lines that a full disk, a
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -29,6 +30,12 @@ _LOG_TIME = re.compile(r"^\d{4}-\d\d-\d\dT\S+Z ?")
 def keep_private() -> None:
     """Sets the umask: from now on, only the owner can read files and folders that this process creates."""
     os.umask(PRIVATE_UMASK)
+
+
+def sha256_of(file: Path) -> str:
+    """The sha256 of a file's content, as hexadecimal digits."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def utc_now() -> str:

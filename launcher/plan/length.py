@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from launcher.errors import Problem, RequestError
 from launcher.job import Job
+from launcher.job.schema import MOST_UPDATES
 from launcher.plan.facts import DataFacts, ModelFacts
 from launcher.plan.schema import Length
 
@@ -34,6 +35,7 @@ def resolve_length(
         if requested < batch and given is not None:
             raise RequestError(_too_few(job, requested, batch, given, factor))
         updates = math.ceil(requested / batch)
+        check_updates(updates, "total_samples" if job.train.total_samples else "num_train_epochs")
         refilled = updates * batch - requested
     return Length(
         total_updates=updates,
@@ -42,6 +44,13 @@ def resolve_length(
         tokens_per_update=data.train.tokens / sequences * batch,
         refilled_samples=refilled,
     )
+
+
+def check_updates(updates: int, key: str) -> None:
+    """Raises RequestError if a run has too many updates to be planned, because of the key `key` of `train`."""
+    if updates > MOST_UPDATES:
+        found = f"the run has {updates:,} updates, more than {MOST_UPDATES:,}"
+        raise RequestError(Problem(found, key=f"train.{key}", hint="make it smaller, or use a larger batch"))
 
 
 def _requested(job: Job, data: DataFacts) -> int:

@@ -275,6 +275,8 @@ def _parse_text(text: str, total_updates: int, tokens_per_update: float | None) 
             raise _invalid_warmup(text)
         return _updates(fraction * total_updates)
     number = _number(text, text)
+    if not math.isfinite(number):
+        raise _invalid_warmup(text)
     return parse_warmup(int(text) if text.isdigit() else number, total_updates, tokens_per_update)
 
 

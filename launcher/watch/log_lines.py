@@ -62,9 +62,9 @@ def split_stamp(raw: bytes, offset_seconds: float = 0.0) -> tuple[float | None, 
     stamp, text = raw[:STAMP_WIDTH].decode(), raw[STAMP_WIDTH + 1 :].decode(errors="replace")
     try:
         time = datetime.fromisoformat(stamp).timestamp() - offset_seconds
-    except ValueError:
+        return time, utc_text(time) if offset_seconds else stamp, text
+    except (ValueError, OverflowError, OSError):  # not a date, or one beyond the years 1 to 9999
         return None, "", raw.decode(errors="replace")
-    return time, utc_text(time) if offset_seconds else stamp, text
 
 
 def merged(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from launcher.errors import FailureCode, RunFailed, first_line
-from launcher.job.schema import CheckpointSection
+from launcher.job.kept_checkpoints import removable
 from launcher.manifest import evaluation_loss, merged_records, replaced_folder
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
@@ -86,6 +86,7 @@ class Checkpoints:
         folder = self._run.checkpoint(progress.update)
         if self._saved == progress.update:
             return folder
+        self._run.check_attempt()
         if self._ranks.first:
             _make_room(folder)
         self._ranks.barrier()
@@ -148,6 +149,7 @@ class Checkpoints:
         if not self._ranks.first:
             return
         facts = pending.facts
+        self._run.check_attempt()
         write_manifest(pending.folder, merged_records(records), **facts)
         self._record_event({"event": "checkpoint", "update": facts["update"], "samples": facts["samples"]})
         # What cannot be removed now is removed after the next save.
@@ -204,20 +206,6 @@ class Checkpoints:
         losses = {update: evaluation_loss(self._run.saved_checkpoint(update)) for update in usable}
         for update in removable(losses, self._plan.job.checkpoint):
             _remove(self._run.saved_checkpoint(update))
-
-
-def removable(losses: Mapping[int, float | None], section: CheckpointSection) -> list[int]:
-    """The updates whose checkpoints no rule keeps. `losses` has the evaluation loss of each update, oldest first."""
-    newest_first: list[int] = list(losses)[::-1]
-    kept = set(newest_first[: section.keep])
-    if section.keep_every is not None:
-        kept |= {update for update in losses if update % section.keep_every == 0}
-    if section.keep_best is not None:
-        # Of equal losses, the newest is the best: sorting is stable.
-        known = [(loss, update) for update in newest_first if (loss := losses[update]) is not None]
-        known.sort(key=lambda each: each[0])
-        kept |= {update for _, update in known[: section.keep_best]}
-    return [update for update in losses if update not in kept]
 
 
 def _swapped_files(folder: Path, rank: int) -> list[Path]:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 from launcher.worker import __main__ as worker
 from launcher.worker import train
@@ -87,6 +88,28 @@ def killed_while_writing(at_update: int) -> None:
         return finish(self)
 
     train.TrainLoop.advance, CheckpointFiles.finish = reports_its_update, half_written
+
+
+def saves_slowly(seconds: int) -> None:
+    """Every checkpoint takes some seconds longer."""
+    save = train.Checkpoints.save
+
+    def with_fault(self, *arguments):
+        time.sleep(seconds)
+        save(self, *arguments)
+
+    train.Checkpoints.save = with_fault
+
+
+def loads_forever(rank: int) -> None:
+    """One rank never gets its model."""
+
+    def loop(_plan):
+        while True:
+            pass
+
+    if os.environ["RANK"] == str(rank):
+        train.load_model = loop
 
 
 if __name__ == "__main__":
