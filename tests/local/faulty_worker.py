@@ -94,9 +94,9 @@ def saves_slowly(seconds: int) -> None:
     """Every checkpoint takes some seconds longer."""
     save = train.Checkpoints.save
 
-    def with_fault(self, *arguments):
+    def with_fault(self, *arguments, **keywords):
         time.sleep(seconds)
-        save(self, *arguments)
+        return save(self, *arguments, **keywords)
 
     train.Checkpoints.save = with_fault
 
