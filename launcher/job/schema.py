@@ -147,6 +147,12 @@ class ModelSection(Section):
         False, description="Use liger-kernel's fused Triton kernels. Needs GPUs and a model that liger-kernel supports."
     )
 
+    chunked_loss: bool | Auto = Field(
+        "auto",
+        description="Compute the loss for a chunk of learned tokens at a time: the same loss and gradients with less "
+        "memory than for the logits of all tokens. auto: if the model allows it and it saves memory.",
+    )
+
     @model_validator(mode="after")
     def _one_method(self) -> ModelSection:
         if self.lora is not None and self.freeze:

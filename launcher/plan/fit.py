@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from launcher.ds_config.sizes import ZeroSizes, zero_sizes
 from launcher.job import Job
 from launcher.plan.checkpoint_copy import copy_bytes
 from launcher.plan.facts import MachineFacts, ModelFacts
 from launcher.plan.inputs import PlanInputs
-from launcher.plan.memory import MemoryEstimate, Work, estimate_memory, export_bytes, host_bytes
+from launcher.plan.loss_memory import chunk_bytes, logits_bytes
+from launcher.plan.memory import WIDTHS, MemoryEstimate, Work, estimate_memory, export_bytes, host_bytes
+from launcher.plan.model_options import whole_logits_reason
 from launcher.plan.schema import World
 
 _USABLE = 0.9
@@ -27,18 +29,31 @@ class MemoryNeeds:
 
     def estimate(self, micro_batch: int) -> MemoryEstimate:
         """The bytes that one rank needs."""
-        section, world = self.inputs.job.model, self.inputs.world
-        work = Work(
+        world = self.inputs.world
+        work = replace(self._work(micro_batch), chunked_loss=self.chunked_loss(micro_batch))
+        return estimate_memory(
+            self.model, self._sizes, work, precision=self.inputs.precision, device=world.device, world_size=world.size
+        )
+
+    def _work(self, micro_batch: int) -> Work:
+        section = self.inputs.job.model
+        return Work(
             micro_batch=micro_batch,
-            sequence_length=-(-self.longest // world.sequence_parallel_size),
+            sequence_length=-(-self.longest // self.inputs.world.sequence_parallel_size),
             gradient_checkpointing=section.gradient_checkpointing,
             eager_attention=section.attn_implementation == "eager",
             fused_loss=section.liger,
             evaluated=self.inputs.job.data.eval is not None,
         )
-        return estimate_memory(
-            self.model, self._sizes, work, precision=self.inputs.precision, device=world.device, world_size=world.size
-        )
+
+    def chunked_loss(self, micro_batch: int) -> bool:
+        """Whether the loss is computed for a chunk of tokens at a time."""
+        setting = self.inputs.job.model.chunked_loss
+        if not setting or whole_logits_reason(self.inputs, self.model) is not None:
+            return False
+        tokens, width = self._work(micro_batch).tokens, WIDTHS[self.inputs.precision]
+        saves_memory = chunk_bytes(self.model, tokens, width) < logits_bytes(self.model, tokens)
+        return setting is True or saves_memory
 
     def host_bytes(self, micro_batch: int) -> int:
         """The bytes of host memory that a node needs, with the copy of a checkpoint if the job asks for it."""

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 
 from launcher.ds_config.sizes import ZeroSizes
 from launcher.plan.facts import ModelFacts
+from launcher.plan.loss_memory import chunk_bytes, logits_bytes
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 _MASTER, _ADAM_MOMENTS = 4, 8
@@ -75,6 +76,7 @@ class Work:
     eager_attention: bool = False
     fused_loss: bool = False
     evaluated: bool = False
+    chunked_loss: bool = False
 
     @property
     def padded_length(self) -> int:
@@ -193,7 +195,10 @@ def _forward(model: ModelFacts, work: Work, width: int) -> tuple[int, int]:
     attention = 4 * width * hidden + work.eager_attention * _matrix_bytes(model, work, width)
     layer = tokens * (norms + attention + 4 * width * model.intermediate_size)
     backward = tokens * 3 * width * model.intermediate_size
-    logits = 0 if work.fused_loss else tokens * model.vocab_size * 12
+    if work.fused_loss:
+        logits = 0
+    else:
+        logits = chunk_bytes(model, tokens, width) if work.chunked_loss else logits_bytes(model, tokens)
     if not work.gradient_checkpointing:
         activations = model.layers * layer + max(0, backward - logits)
     else:

@@ -11,6 +11,7 @@ import torch
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
+from launcher.chunked_loss import LossLayer
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.plan_file import read_plan
@@ -60,6 +61,7 @@ class TrainLoop:
     ) -> None:
         self.run, self.plan, self.ranks, self.engine, self.control = run, plan, ranks, engine, control
         self.part = part_of(plan.world, ranks)
+        self.loss_layer = LossLayer(engine.module) if plan.training.chunked_loss else None
         self.metrics = MetricsWriter(run, ranks)
         self.compute_time = ComputeTime(ranks.device)
         self.checkpoints = Checkpoints(run, plan, ranks, control.record_event)
@@ -94,7 +96,12 @@ class TrainLoop:
             with self.compute_time:
                 tensors = (batch.input_ids, batch.attention_mask, batch.labels)
                 loss, router_loss = summed_losses(
-                    self.engine, *tensors, fused=fused, part=self.part, router_coefficient=coefficient
+                    self.engine,
+                    *tensors,
+                    fused=fused,
+                    part=self.part,
+                    router_coefficient=coefficient,
+                    layer=self.loss_layer,
                 )
             self.engine.backward(loss * self.loss_scale(batch))
             summed += torch.stack((loss.detach(), router_loss.detach().to(loss.device)))
@@ -185,9 +192,8 @@ class TrainLoop:
     def evaluate(self) -> None:
         """Evaluates, if the job has evaluation data."""
         if self.eval_store is not None:
-            found = evaluate(
-                self.engine, self.eval_store, self.plan.train_micro_batch_size_per_gpu, self.ranks, self.part
-            )
+            micro_batch = self.plan.train_micro_batch_size_per_gpu
+            found = evaluate(self.engine, self.eval_store, micro_batch, self.ranks, self.part, self.loss_layer)
             self.metrics.write_evaluation(self.progress.update, found.loss, found.perplexity, found.targets)
             self.checkpoints.evaluated(self.progress.update, found.loss)
 

@@ -26,6 +26,7 @@ HEAVY = ("torch", "deepspeed", "transformers", "datasets", "ray", "peft")
 HOMES = {
     "torch": (
         "worker/",
+        "chunked_loss.py",
         "prepare/model_facts.py",
         "prepare/model_sizes.py",
         "prepare/small_model_probe.py",
