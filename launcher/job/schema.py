@@ -329,6 +329,11 @@ class ClusterSection(Section):
         "within wait_seconds. The batch size and the learning rate stay the same. Default: nodes.",
     )
     wait_seconds: PositiveNumber = Field(600.0, description="How long to wait for nodes of an existing Ray cluster.")
+    health_checks: Literal["auto", "off", "full"] = Field(
+        "auto",
+        description="Checks of GPUs, network and disk before ranks start (docs/health.md). auto: those that take at "
+        "most a few seconds. full: longer ones, also on a single machine. off: none.",
+    )
     env: dict[VariableName, Name] = Field(
         default_factory=dict,
         description="Environment variables for every rank. They are written to plan.json, so set no secrets here.",

@@ -6,6 +6,7 @@ import os
 import shlex
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.padding import Padding
@@ -59,7 +60,8 @@ def examine(inputs: PlanInputs[AnyJob]) -> None:
         try:
             nodes.connect(address_of(job.cluster.address))
             nodes.place(job.cluster.wait_seconds)
-            required = Requirements(world, inputs.machine.versions, 0, os.environ, job.cluster.env)
+            level: Literal["off", "full"] = "off" if job.cluster.health_checks == "off" else "full"
+            required = Requirements(world, inputs.machine.versions, 0, os.environ, job.cluster.env, health_checks=level)
             checks = preflight(nodes, required, RunDir(Path(folder).resolve()))
         finally:
             nodes.end(0.0)

@@ -28,6 +28,7 @@ from launcher.worker.finite_weights import check_weights
 from launcher.worker.gradient_norm import norm_before_step, norm_of_step
 from launcher.worker.loss import summed_losses
 from launcher.worker.lr_check import LRCheck, check_same_plan
+from launcher.worker.matmul_check import check_device
 from launcher.worker.metrics import MetricsWriter
 from launcher.worker.model import load_model, make_engine
 from launcher.worker.ranks import Ranks, join_ranks
@@ -41,6 +42,8 @@ def run_rank(run_path: Path, plan_file: Path, start: Start | None, control: Cont
     transformers_logging.disable_progress_bar()
     ranks = join_ranks(plan)
     hosts = check_same_plan(ranks, plan)
+    if ranks.device.type == "cuda" and plan.job.cluster.health_checks != "off":
+        check_device(ranks.device)
     set_seed(plan.job.train.seed)
     control.report(PhaseReport(report="phase", time=time.time(), phase="loading"))
     engine = make_engine(plan, load_model(plan), universal=start is not None and start.convert)
