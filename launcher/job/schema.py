@@ -31,6 +31,11 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _off(value: Any) -> Any:
+    """Converts `off`, which YAML 1.1 reads as false."""
+    return "off" if value is False else value
+
+
 def _position(value: Any) -> Any:
     """An update (100) or a fraction of the run (0.5): a float that is at most 1 is a fraction."""
     value = _parsed(_number(value))
@@ -329,7 +334,7 @@ class ClusterSection(Section):
         "within wait_seconds. The batch size and the learning rate stay the same. Default: nodes.",
     )
     wait_seconds: PositiveNumber = Field(600.0, description="How long to wait for nodes of an existing Ray cluster.")
-    health_checks: Literal["auto", "off", "full"] = Field(
+    health_checks: Annotated[Literal["auto", "off", "full"], BeforeValidator(_off)] = Field(
         "auto",
         description="Checks of GPUs, network and disk before ranks start (docs/health.md). auto: those that take at "
         "most a few seconds. full: longer ones, also on a single machine. off: none.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -355,6 +356,23 @@ def test_gpu_errors_do_not_count_for_a_run_on_cpus_and_a_missing_nvidia_smi_is_n
     (check,) = checked(LocalNodes((run,)), run, device="cuda")
     assert check.problems == []
     assert "not checked: the state of the GPUs: nvidia-smi: No such file or directory" in check.notes
+
+
+def test_a_slow_disk_is_measured_with_one_chunk_and_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fsync = [], os.fsync
+
+    def slow(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(os.fstat(descriptor).st_size)
+        time.sleep(0.6)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    speed = inspect_health.measure_health(str(tmp_path), gpus=False, full=False).disk_bytes_per_second
+    assert synced == [4 * 1024**2]
+    assert speed is not None and speed < synced[0] / 0.6
+    (check,) = checked(LocalNodes((tmp_path,)), tmp_path)
+    assert [failed.check for failed in check.failed] == ["disk"] and check.problems == []
+    assert "MB/s to the run directory: checkpoints will take long" in check.notes[0]
 
 
 def test_a_write_speed_that_cannot_be_measured_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
