@@ -7,7 +7,6 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal
 
 from launcher.errors import FailureCode, RunFailed
 from launcher.fleet.environment import rank_environment
@@ -15,6 +14,7 @@ from launcher.fleet.health import FailedCheck, Matmul, NodeHealth, judge
 from launcher.fleet.inspect_health import Probed, add_figures
 from launcher.fleet.inspect_node import NodeFacts, missing_marks
 from launcher.fleet.nodes import Node, Nodes
+from launcher.job.schema import HealthChecks
 from launcher.plan.schema import Plan, World
 from launcher.records import HealthEvent
 from launcher.run_dir import RunDir
@@ -66,7 +66,7 @@ class Requirements:
     environment: Mapping[str, str]
     job_env: Mapping[str, str]
     packages: Mapping[str, str] = field(default_factory=dict)
-    health_checks: Literal["auto", "off", "full"] = "auto"
+    health_checks: HealthChecks = "auto"
 
 
 def preflight(nodes: Nodes, required: Requirements, run: RunDir) -> list[NodeCheck]:

@@ -14,6 +14,7 @@ from launcher.job import slurm
 from launcher.job.upload_url import InvalidUrl, checked_url
 
 Auto = Literal["auto"]
+HealthChecks = Literal["auto", "off", "full"]
 
 
 def _whole_number(value: Any) -> Any:
@@ -334,7 +335,7 @@ class ClusterSection(Section):
         "within wait_seconds. The batch size and the learning rate stay the same. Default: nodes.",
     )
     wait_seconds: PositiveNumber = Field(600.0, description="How long to wait for nodes of an existing Ray cluster.")
-    health_checks: Annotated[Literal["auto", "off", "full"], BeforeValidator(_off)] = Field(
+    health_checks: Annotated[HealthChecks, BeforeValidator(_off)] = Field(
         "auto",
         description="Checks of GPUs, network and disk before ranks start (docs/health.md). auto: those that take at "
         "most a few seconds. full: longer ones, also on a single machine. off: none.",

@@ -185,7 +185,7 @@ def preflight_table(checks: list[NodeCheck]) -> Table:
     from launcher.fleet.preflight import differing_versions
 
     versions = ["torch", *(name for name in differing_versions(checks) if name != "torch")]
-    speeds = [title for title, values in _speeds(checks).items() if any(values)]
+    speeds = {title: values for title, values in _speeds(checks).items() if any(values)}
     columns = ("node", "host", "address", "interface", "clock", "GPUs", "free", *speeds, *versions, "")
     table = Table(*columns, box=None, pad_edge=False)
     for place, check in enumerate(checks):
@@ -198,7 +198,7 @@ def preflight_table(checks: list[NodeCheck]) -> Table:
             f"{node.clock_offset_seconds:+.3f} s",
             f"{facts.gpus} {facts.gpu_name}" if facts.gpus else "0",
             f"{facts.free_bytes / 1024**3:.0f} GiB",
-            *(_speeds(checks)[title][place] or "-" for title in speeds),
+            *(values[place] or "-" for values in speeds.values()),
             *(facts.versions.get(name, "missing") for name in versions),
             "[red]unfit[/]" if check.problems else "[green]ok[/]",
         )

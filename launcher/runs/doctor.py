@@ -6,13 +6,13 @@ import os
 import shlex
 import tempfile
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 from rich.padding import Padding
 
 from launcher.errors import Problem, RequestError
 from launcher.job import AnyJob, LoadedJob
+from launcher.job.schema import HealthChecks
 from launcher.job.user_path import user_path
 from launcher.plan.inputs import PlanInputs
 from launcher.run_dir import RunDir
@@ -60,7 +60,7 @@ def examine(inputs: PlanInputs[AnyJob]) -> None:
         try:
             nodes.connect(address_of(job.cluster.address))
             nodes.place(job.cluster.wait_seconds)
-            level: Literal["off", "full"] = "off" if job.cluster.health_checks == "off" else "full"
+            level: HealthChecks = "off" if job.cluster.health_checks == "off" else "full"
             required = Requirements(world, inputs.machine.versions, 0, os.environ, job.cluster.env, health_checks=level)
             checks = preflight(nodes, required, RunDir(Path(folder).resolve()))
         finally:

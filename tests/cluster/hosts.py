@@ -237,9 +237,9 @@ class Hosts:
         """Brings a host back to the network."""
         self._on_switch("ip", "link", "set", f"to-{host}", "up")
 
-    def slow_down(self, host: str, rate: str) -> None:
-        """Limits what a host sends to the others to a rate such as "40mbit", until `full_speed`."""
-        limit = ("rate", rate, "burst", "64kb", "latency", "50ms")
+    def slow_down(self, host: str, speed: str) -> None:
+        """Limits the speed at which a host sends to the others, such as "40mbit", until `full_speed`."""
+        limit = ("rate", speed, "burst", "64kb", "latency", "50ms")
         self._on_host(host, "tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *limit)
 
     def full_speed(self, host: str) -> None:
