@@ -108,6 +108,7 @@ def _link_bandwidth(peer: int, device: torch.device, sizes_mib: tuple[int, ...])
     for mib in sizes_mib:
         tensor = torch.zeros(mib * _FLOATS_PER_MIB, device=device)
         _exchange(clock, peer)  # starts together
+        _wait_for(device)
         began = time.perf_counter()
         _exchange(tensor, peer)
         _wait_for(device)
