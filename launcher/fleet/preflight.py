@@ -23,6 +23,7 @@ _SAME_VERSIONS = ("launcher", "torch", "deepspeed", "transformers")
 _CLOCK_SECONDS = 1.0
 # Many nodes that load torch from a network file system at once take long.
 _PROBE_SECONDS = 300.0
+_PROBE = "the process that tries the devices"
 _GRACE_SECONDS = 60.0
 _GIB = 1024**3
 _SHM_SHARE, _SHM_BYTES = 0.1, _GIB
@@ -283,8 +284,8 @@ def _run_probes(nodes: Nodes, required: Requirements, checks: Sequence[NodeCheck
         add_figures(check.health, probed.figures)
         if probed.error and required.health_checks != "off" and not check.health.matmuls:
             # It ended before it came to the network.
-            check.health.matmuls.append(Matmul("the process that tries the devices", "", error=probed.error))
-    if any(map(refusing, _judged(checks))):
+            check.health.matmuls.append(Matmul(_PROBE, "", error=probed.error))
+    if any(matmul.device == _PROBE for check in checks for matmul in check.health.matmuls):
         # The other nodes only miss the probe that ended.
         return
     for check, probed in zip(checks, answers, strict=True):

@@ -295,6 +295,12 @@ def test_a_probe_that_dies_before_the_network_refuses_its_node_alone(tmp_path: P
     assert "cannot multiply matrices (exit status -11)" in checks[1].problems[0].text
 
 
+def test_a_wrong_product_on_one_node_hides_no_network_failure_of_another(tmp_path: Path) -> None:
+    wrong = Probed(None, [{"matmul": {**GOOD_MATMUL["matmul"], "wrong": 4}}])
+    checks = checked(LocalNodes((tmp_path, tmp_path), (wrong, Probed("Connection refused", [GOOD_MATMUL]))), tmp_path)
+    assert [[problem.code for problem in check.problems] for check in checks] == [["node_faulty"], ["network"]]
+
+
 @pytest.mark.parametrize(("health_checks", "probes"), [("off", 0), ("auto", 0), ("full", 1)])
 def test_on_one_machine_only_full_checks_start_a_process(tmp_path: Path, health_checks: str, probes: int) -> None:
     nodes = LocalNodes((tmp_path,), (GOOD,))
