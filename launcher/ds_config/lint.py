@@ -140,7 +140,7 @@ def _params(context: RuleContext) -> Iterator[Finding]:
     """The params of optimizer and scheduler, which are arguments of their classes."""
     config = context.config
     for name in ("optimizer", "scheduler"):
-        written, params = config.get(f"{name}.type"), config.get(f"{name}.params")
+        written, params = _written_type(name, config), config.get(f"{name}.params")
         block = _class_of(name, written, context)
         if block is None or not isinstance(params, dict):
             continue
@@ -169,8 +169,13 @@ def _unknown_param(context: RuleContext, name: str, written: str, key: str, bloc
 def _class_of(name: str, written: Any, context: RuleContext) -> Block | None:
     if name == "scheduler":
         return context.keys.schedulers.get(written) if isinstance(written, str) else None
-    written = "AdamW" if written in (None, AUTO) else written
     return parameters_of(context, written) if isinstance(written, str) else None
+
+
+def _written_type(name: str, config: DsConfig) -> Any:
+    """The type of the optimizer or scheduler; AdamW, which the plan fills in, for an optimizer without one."""
+    written = config.get(f"{name}.type")
+    return "AdamW" if name == "optimizer" and written in (None, AUTO) else written
 
 
 def _value(config: DsConfig, path: str, value: Any, key: Key, model: bool) -> Iterator[Finding]:

@@ -57,7 +57,12 @@ def _training_loop(context: RuleContext) -> Iterator[Finding]:
             message = f"a learning rate for some of the parameters: {_ONE_LR}"
             yield context.finding("error", f"optimizer.params.{name}", message, "Remove it and set lr.")
     kind = context.config.get("scheduler.type")
-    if not context.stage and kind in context.keys.schedulers and kind not in DEEPSPEED_SCHEDULERS:
+    if (
+        not context.stage
+        and isinstance(kind, str)
+        and kind in context.keys.schedulers
+        and kind not in DEEPSPEED_SCHEDULERS
+    ):
         message = (
             f"{kind} is a PyTorch scheduler: the launcher can only plan the learning rates of DeepSpeed's schedulers"
         )

@@ -18,6 +18,7 @@ from hjson import HjsonDecodeError, HjsonDecoder
 from hjson import decoder as scan
 
 from launcher.errors import Problem, RequestError
+from launcher.json_values import json_fault
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def parse_ds_config(text: str, origin: str) -> DsConfig:
         raise RequestError(Problem(message, file=origin, line=text.count("\n") + 1, hint=_SYNTAX_HINT)) from None
     if reader.problems:
         raise RequestError(*reader.problems)
-    return DsConfig(data, origin, reader.locations, text)
+    return _checked(DsConfig(data, origin, reader.locations, text))
 
 
 def from_mapping(data: Mapping[str, Any], origin: str, lines: Mapping[str, int] | None = None) -> DsConfig:
@@ -115,7 +116,15 @@ def from_mapping(data: Mapping[str, Any], origin: str, lines: Mapping[str, int] 
 def from_job(data: Mapping[str, Any], job_file: str, key: str, lines: Mapping[str, int] | None = None) -> DsConfig:
     """The mapping under `key` of a job file. Converts numbers such as 5e8, which YAML 1.1 reads as text."""
     config = from_mapping(_with_numbers(data), f"{job_file}: {key}", lines)
-    return replace(config, file=job_file, under=key)
+    return _checked(replace(config, file=job_file, under=key))
+
+
+def _checked(config: DsConfig) -> DsConfig:
+    """The same JSON. Raises RequestError if a part of it cannot be written as JSON."""
+    if fault := json_fault(config.data):
+        path, reason = fault
+        raise RequestError(config.problem(path, reason))
+    return config
 
 
 _NOT_FINITE = re.compile(r"(-?Infinity|NaN)(?=\s*([,}\]]|$))")

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from launcher.job import slurm
+from launcher.json_values import json_fault
 
 Auto = Literal["auto"]
 
@@ -47,11 +48,15 @@ def _parsed(value: Any) -> Any:
     return value
 
 
-PositiveInt = Annotated[int, BeforeValidator(_whole_number), Field(gt=0)]
-WholeNumber = Annotated[int, BeforeValidator(_whole_number), Field(ge=0)]
+LARGEST_INT = 2**53
+"""Larger numbers are not exact as floats, nor in other programs that read JSON."""
+PositiveInt = Annotated[int, BeforeValidator(_whole_number), Field(gt=0, le=LARGEST_INT)]
+WholeNumber = Annotated[int, BeforeValidator(_whole_number), Field(ge=0, le=LARGEST_INT)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 PositiveNumber = Annotated[Number, Field(gt=0)]
-Position = Annotated[int | Annotated[float, Field(allow_inf_nan=False)], BeforeValidator(_position), Field(ge=0)]
+Position = Annotated[
+    int | Annotated[float, Field(allow_inf_nan=False)], BeforeValidator(_position), Field(ge=0, le=LARGEST_INT)
+]
 Seed = Annotated[WholeNumber, Field(lt=2**32)]
 NAME_PATTERN = r"^[^\x00-\x1f\x7f]*$"
 JOB_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -172,6 +177,8 @@ class DataSection(Section):
     @field_validator("chat_template_kwargs")
     @classmethod
     def _free_names(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if fault := json_fault(given):
+            raise ValueError(": ".join(filter(None, fault)))
         if taken := sorted(TEMPLATE_RESERVED & set(given)):
             raise ValueError(f"{', '.join(taken)} cannot be set for a chat template: the value comes from the data")
         return given
@@ -183,7 +190,7 @@ LENGTHS = ("num_train_epochs", "max_steps", "total_samples")
 class TrainSection(Section):
     """Length, batch sizes and optimizer. Set at most one of num_train_epochs, max_steps and total_samples."""
 
-    num_train_epochs: PositiveNumber | None = Field(
+    num_train_epochs: Annotated[PositiveNumber, Field(le=1e9)] | None = Field(
         None, description="Passes over the training data. Default: 1, if no other length is set."
     )
     max_steps: PositiveInt | None = Field(None, description="Number of updates (optimizer steps).")

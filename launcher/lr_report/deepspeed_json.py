@@ -14,12 +14,16 @@ from launcher.ds_config.facts import AUTO, as_number
 from launcher.errors import Problem, RequestError, nearest
 from launcher.lr_report.curves import Curve, schedule_curve, with_shapes
 from launcher.lr_report.report import LRReport, paste_notes
+from launcher.plan.length import MAX_UPDATES
 from launcher.schedule.curve import Schedule, deepspeed_blocks, make_schedule
 from launcher.schedule.deepspeed_schedulers import DEFAULTS, resolved_params, simulate_deepspeed
 from launcher.schedule.safety import deepspeed_warnings
 
 SHAPES_OF = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 DEFAULT_OPTIMIZER_LR = 1e-3
+
+
+_LARGEST_LR = 1e100
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,12 @@ def deepspeed_report(path: Path, settings: Sequence[str], updates: int | None, s
     with _locate_problems(config):
         written = _written(config, updates)
         if written.kind is None:
-            return _without_scheduler(path, written, shapes)
+            report = _without_scheduler(path, written, shapes)
+            _check_finite(report.curves[0], config)
+            return report
         arguments = (written.kind, written.params, written.optimizer_lr, written.updates)
         own = Curve.of("as written", simulate_deepspeed(*arguments))
+        _check_finite(own, config)
         warnings = deepspeed_warnings(*arguments)
     schedule, notes = _fixed(written)
     curves = [own, *_fixed_curves(schedule, shapes)]
@@ -60,6 +67,13 @@ def deepspeed_report(path: Path, settings: Sequence[str], updates: int | None, s
         blocks=_fixed_blocks(config, schedule),
         blocks_notes=notes,
     )
+
+
+def _check_finite(curve: Curve, config: DsConfig) -> None:
+    """Raises RequestError if a learning rate is NaN, Inf or so large that the sum of all is."""
+    if not all(abs(lr) < _LARGEST_LR for lr in curve.lrs):
+        key = "scheduler.params" if config.get("scheduler") else "optimizer.params.lr"
+        raise RequestError(config.problem(key, f"a learning rate is NaN, Inf or above {_LARGEST_LR:g}"))
 
 
 def _with_settings(config: DsConfig, settings: Sequence[str]) -> DsConfig:
@@ -102,6 +116,9 @@ def _written(config: DsConfig, updates: int | None) -> _WrittenScheduler:
         notes.append("A list has one learning rate per parameter group; the report shows the first group.")
     total = resolved_params(kind, params).get("total_num_steps", 0)
     length = updates or (int(total) if total >= 1 else _require_updates(None))
+    if length > MAX_UPDATES:
+        message = f"the run has {length} updates, more than {MAX_UPDATES}"
+        raise RequestError(config.problem("scheduler.params.total_num_steps", message))
     return _WrittenScheduler(kind, params, _initial_lr(config, kind, params), length, tuple(notes))
 
 
@@ -248,6 +265,7 @@ def _fixed_blocks(config: DsConfig, schedule: Schedule | None) -> dict[str, Any]
     blocks = deepspeed_blocks(schedule)
     written = config.get("optimizer")
     if isinstance(written, dict):
-        params = {**(written.get("params") or {}), "lr": schedule.peak_lr}
+        found = written.get("params")
+        params = {**(found if isinstance(found, dict) else {}), "lr": schedule.peak_lr}
         blocks["optimizer"] = {**written, "params": params}
     return blocks

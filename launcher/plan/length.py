@@ -6,10 +6,13 @@ import math
 from dataclasses import replace
 
 from launcher.errors import Problem, RequestError
-from launcher.job import Job
+from launcher.job import AnyJob, Job
+from launcher.job.schema import LENGTHS
 from launcher.plan.facts import DataFacts, ModelFacts
 from launcher.plan.schema import Length
 
+MAX_UPDATES = 10**7
+"""The learning rate of every update is computed and checked before the run."""
 _BATCH_OF_THE_JOB = Problem("", key="train.train_batch_size")
 
 
@@ -35,6 +38,7 @@ def resolve_length(
             raise RequestError(_too_few(job, requested, batch, given, factor))
         updates = math.ceil(requested / batch)
         refilled = updates * batch - requested
+    check_updates(updates, job)
     return Length(
         total_updates=updates,
         updates_per_epoch=sequences / batch,
@@ -42,6 +46,13 @@ def resolve_length(
         tokens_per_update=data.train.tokens / sequences * batch,
         refilled_samples=refilled,
     )
+
+
+def check_updates(updates: int, job: AnyJob) -> None:
+    """Raises RequestError if the run has more updates than the launcher can plan."""
+    if updates > MAX_UPDATES:
+        key = next((f"train.{name}" for name in LENGTHS if getattr(job.train, name) is not None), None)
+        raise RequestError(Problem(f"the run has {updates} updates, more than {MAX_UPDATES}", key=key))
 
 
 def _requested(job: Job, data: DataFacts) -> int:

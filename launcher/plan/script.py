@@ -26,6 +26,7 @@ from launcher.plan.decisions import decisions_of
 from launcher.plan.facts import ModelFacts
 from launcher.plan.inputs import PlanInputs
 from launcher.plan.learning_rate import LearningRateDecision, decide_schedule
+from launcher.plan.length import check_updates
 from launcher.plan.resolve import changes_of
 from launcher.plan.schema import ChoiceReason, LearningRate, Length, Plan, Script
 from launcher.schedule.advice import Situation
@@ -158,6 +159,7 @@ def _length(job: ScriptJob, batch: int) -> Length:
         key = "train.num_train_epochs" if train.num_train_epochs else "train"
         raise RequestError(Problem(message, key=key, hint=hint))
     updates = train.max_steps or math.ceil((train.total_samples or 0) / batch)
+    check_updates(updates, job)
     samples = updates * batch
     return Length(
         total_updates=updates,

@@ -82,6 +82,9 @@ MANY_SAMPLES = 100_000
 MAX_WARMUP = 0.2
 MAX_LINEAR_FLOOR = 0.1
 
+_LONGEST = 2**53
+"""Updates: larger numbers are not exact as floats."""
+
 RECIPES = "recipes.csv: published recipes, each with its source"
 ADAM_WARMUP = "Ma & Yarats, arXiv 1910.04209"
 
@@ -252,7 +255,7 @@ def parse_warmup(value: int | float | str, total_updates: int, tokens_per_update
     """
     if isinstance(value, str):
         return _parse_text(value.strip(), total_updates, tokens_per_update)
-    if isinstance(value, bool) or not math.isfinite(value) or value < 0:
+    if isinstance(value, bool) or not 0 <= value <= _LONGEST:
         raise _invalid_warmup(value)
     if isinstance(value, int):
         return value
@@ -268,14 +271,18 @@ def _parse_text(text: str, total_updates: int, tokens_per_update: float | None) 
         if not tokens_per_update:
             message = f"a warm-up of {text} needs the tokens per update, which are unknown here"
             raise RequestError(Problem(message, key="schedule.warmup", hint="write it in updates or as a fraction"))
-        return _updates(_number(match[1], text) * _UNITS[match[2].lower()] / tokens_per_update)
+        updates = _number(match[1], text) * _UNITS[match[2].lower()] / tokens_per_update
+        if updates > _LONGEST:
+            raise _invalid_warmup(text)
+        return _updates(updates)
     if text.endswith("%"):
         fraction = _number(text[:-1], text) / 100
         if not 0 <= fraction <= 1:
             raise _invalid_warmup(text)
         return _updates(fraction * total_updates)
     number = _number(text, text)
-    return parse_warmup(int(text) if text.isdigit() else number, total_updates, tokens_per_update)
+    whole = text.isdecimal() and number <= _LONGEST
+    return parse_warmup(int(number) if whole else number, total_updates, tokens_per_update)
 
 
 def _number(digits: str, text: str) -> float:
