@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.files import OutputMode, use_output_mode
 from launcher.fleet import inspect_node
 from launcher.fleet.copy_data import tokenise_on_node
 from launcher.fleet.heartbeat import Heartbeat, visible_gpus
@@ -41,6 +42,7 @@ class NodeTask:
     arguments: tuple[str, ...]
     address: str | None = None
     interface: str | None = None
+    output_mode: OutputMode = "private"
 
     def rank_environment(self, local_rank: int) -> dict[str, str]:
         """torchrun's variables for one rank; the order to start brings the master's address."""
@@ -129,6 +131,7 @@ class Agent:
 
     def start(self, task: NodeTask) -> list[int]:
         """Starts the node's ranks, which load libraries and wait for the order "go". Returns their process ids."""
+        use_output_mode(task.output_mode)
         folder = Path(task.log_folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / "agent.log"

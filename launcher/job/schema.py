@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from launcher.files import OutputMode
 from launcher.job import slurm
 from launcher.json_values import json_fault
 
@@ -418,6 +419,11 @@ class JobBase(Section):
     slurm: SlurmSection = Field(default_factory=SlurmSection)
     export: bool = Field(True, description="Write a Hugging Face folder (safetensors) at the end.")
     output_dir: Name = Field("runs", description="Parent folder of run directories, visible to all nodes.")
+    output_mode: OutputMode = Field(
+        "private",
+        description="Who can read the run directory, with its checkpoints, logs and export. private: only you. group: "
+        "also your group, or that of output_dir if it has the setgid bit. Only you can write.",
+    )
 
 
 class Job(JobBase):

@@ -10,7 +10,9 @@ from pathlib import Path
 from rich.markup import escape
 
 from launcher.export_folder import export_fault, export_temporary
+from launcher.files import output_mode
 from launcher.manifest import content_fault
+from launcher.plan_file import read_plan
 from launcher.prepare.machine import measure_machine
 from launcher.prepare.universal import make_universal
 from launcher.run_dir import RunDir, universal_folder, write_atomic
@@ -34,7 +36,7 @@ def resume(directory: Path | str, *overrides: str, console: RunConsole | None = 
     change of schedule, the new one starts at the update that the run has reached. Raises as `launcher.run` does.
     """
     run = planned_run(Path(directory))
-    with only_launcher_of(run):
+    with output_mode(read_plan(run.plan_file).job.output_mode), only_launcher_of(run):
         return resume_locked(run, overrides, console or RunConsole())
 
 

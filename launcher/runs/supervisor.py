@@ -347,6 +347,7 @@ class Supervisor:
             address=node.address,
             interface=node.interface,
             arguments=WORKER,
+            output_mode=self.plan.job.output_mode,
         )
 
     def _environment(self, node: Node) -> dict[str, str]:

@@ -11,6 +11,7 @@ import torch
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
+from launcher.files import use_output_mode
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.plan_file import read_plan
@@ -38,6 +39,7 @@ from launcher.worker.ulysses import gradient_divisor, part_of
 def run_rank(run_path: Path, plan_file: Path, start: Start | None, control: Control) -> None:
     """Carries out the plan on this rank. Raises the error of a failure."""
     run, plan = RunDir(run_path), read_plan(plan_file)
+    use_output_mode(plan.job.output_mode)
     transformers_logging.disable_progress_bar()
     ranks = join_ranks(plan)
     hosts = check_same_plan(ranks, plan)
