@@ -1,0 +1,116 @@
+"""Planted secrets are in no file of a run, in no log, in no temporary folder and in no process's arguments."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.local.launcher_commands import Command, run_folder, updates_made, write_job
+from tests.local.rank_runs import merged
+
+pytestmark = pytest.mark.local
+
+SECRETS = {
+    name: f"planted-{number}-{os.getpid()}"
+    for number, name in enumerate(
+        (
+            *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
+            *("AWS_SESSION_TOKEN", "MY_PASSWORD", "LAUNCHER_SECRET", "DS_DB_PASSWD", "NCCL_KEY"),
+        )
+    )
+}
+IN_JOB = f"planted-in-the-job-{os.getpid()}"
+PLACES = (Path("/tmp"), Path("/dev/shm"))
+
+
+def where_found(texts: dict[str, str], files: list[Path]) -> set[str]:
+    """The names of the secrets with each file or process's arguments in which they are."""
+    found = set()
+    for file in files:
+        try:
+            content = file.read_bytes()
+        except OSError:
+            continue  # a socket, or removed meanwhile
+        found |= {f"{name} in {file}" for name, text in texts.items() if text.encode() in content}
+    for process in psutil.process_iter():
+        try:
+            line = "\0".join(process.cmdline())
+        except psutil.Error:
+            continue
+        found |= {f"{name} in the arguments of {line[:80]}" for name, text in texts.items() if text in line}
+    return found
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every regular file; os.walk skips what is removed meanwhile."""
+    return [path for top, _, names in os.walk(folder) for name in names if (path := Path(top, name)).is_file()]
+
+
+def of_this_run(command: Command) -> list[Path]:
+    """The temporary files that are newer than the command, those of its Ray among them."""
+    began, found = psutil.Process(command.process.pid).create_time() - 1, []
+    for path in (path for place in PLACES for path in files_below(place)):
+        try:
+            if path.stat().st_mtime >= began and command.folder not in path.parents:
+                found.append(path)
+        except OSError:
+            continue
+    return found
+
+
+def ray_folder(command: Command) -> Path:
+    """The folder of the Ray that the command started."""
+    (folder,) = {
+        Path("/".join(word.split("=", 1)[-1].split("/")[:3]))
+        for process in command.started.values()
+        if psutil.pid_exists(process.pid)
+        for word in process.cmdline()
+        if "/tmp/lr-" in word and word.split("=", 1)[-1].startswith("/tmp/lr-")
+    }
+    return folder
+
+
+def look_for_secrets(command: Command, texts: dict[str, str]) -> set[str]:
+    """Where secrets are while the ranks train, and at the end; the token of Ray counts as one."""
+    command.wait_for(lambda: updates_made(command.folder) > 0)
+    ray = ray_folder(command)
+    own = {**texts, "Ray's token": (ray / "token").read_text()}
+    temporary = of_this_run(command)
+    assert any(ray in path.parents for path in temporary)
+    found = where_found(own, [path for path in temporary if path != ray / "token"])
+    found |= where_found(own, files_below(command.folder))
+    assert command.wait() == 0, command.output
+    return found | where_found(own, files_below(command.folder))
+
+
+def test_a_training(job_dict, tmp_path, forked):
+    job = merged(job_dict, train={"max_steps": 40, "eval_every": 20}, checkpoint={"every": 20})
+    command = Command("run", str(write_job(tmp_path, job)), folder=tmp_path, **forked, **SECRETS)
+    assert look_for_secrets(command, SECRETS) == set()
+
+
+def test_a_script_that_gets_them(tmp_path, forked):
+    """Its environment has the secrets of its trackers. One in the job file is in the run's copies of the job alone."""
+    shutil.copy(Path(__file__).parent / "scripts/plain_ddp.py", tmp_path)
+    job = {
+        "name": "mine",
+        "train": {"max_steps": 40, "train_micro_batch_size_per_gpu": 2},
+        "schedule": {"shape": "linear", "peak_lr": 1e-3, "warmup": 3},
+        "cluster": {"gpus_per_node": 0, "processes_per_node": 2, "env": {"DB_PASSWORD": IN_JOB}},
+    }
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(job))
+    script = ("exec", "job.yaml", "--", "-m", "plain_ddp", "--report", "--steps", "40")
+    command = Command(*script, folder=tmp_path, **forked, **SECRETS)
+    found = look_for_secrets(command, {**SECRETS, "DB_PASSWORD": IN_JOB})
+    run = run_folder(tmp_path)
+    assert run is not None
+    assert found == {f"DB_PASSWORD in {path}" for path in (file, run / "job.yaml", run / "plan.json")}
+    assert "cluster.env.DB_PASSWORD looks like a secret" in command.output
+    log = next(run.glob("logs/node-*/rank-0.log")).read_text()
+    assert f"a secret of {len(SECRETS['WANDB_API_KEY'])} characters" in log
