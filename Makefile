@@ -58,6 +58,8 @@ bench: install ## run the benchmarks, each against its alternative
 	$(BIN)/python benchmarks/advice_accuracy.py
 	$(BIN)/python benchmarks/spike_guard.py --quick
 	$(BIN)/python benchmarks/launch_overhead.py
+	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python benchmarks/goodput.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/log_following.py
 	$(BIN)/python benchmarks/scale.py

@@ -28,7 +28,8 @@ import psutil
 import ray
 
 from launcher.fleet.agent import Agent, NodeTask
-from launcher.fleet.nodes import Node, NodeResources, Nodes
+from launcher.fleet.node_resources import NodeResources
+from launcher.fleet.nodes import Node, Nodes
 from launcher.fleet.preflight import Requirements, inspect_nodes
 from launcher.plan.schema import World
 from launcher.prepare.machine import installed_versions

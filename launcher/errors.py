@@ -53,6 +53,8 @@ class FailureCode(StrEnum):
     """A collective failed because another rank was lost: follows another failure."""
     TIMEOUT = "timeout"
     """A collective or a reply timed out."""
+    HUNG = "hung"
+    """The run made no progress for longer than train.hang_seconds."""
     RANK_KILLED = "rank_killed"
     """A rank was ended by SIGKILL, which always comes from another process or the kernel."""
     RANK_CRASHED = "rank_crashed"

@@ -6,6 +6,7 @@ There is one reader of JSON lines. It skips and counts lines that a full disk, a
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -57,6 +58,12 @@ def share_files(folder: Path, mode: OutputMode) -> None:
         for path in folder.rglob("*"):
             if path.is_file() and not path.is_symlink():
                 path.chmod(path.stat().st_mode | 0o040)
+
+
+def sha256_of(file: Path) -> str:
+    """The sha256 of a file's content, as hexadecimal digits."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def utc_now() -> str:

@@ -39,6 +39,7 @@ LOST_PEER = re.compile(
             r"Some NCCL operations have failed or timed out",
             r"NCCL communicator (?:was|is) aborted",
             r"failed to recv, got 0 bytes",
+            r"typically caused by a remote worker",
             r"(?:gloo|c10d|TCPStore|ProcessGroup|NCCL)[^\n]*(?:Broken pipe|Socket closed|Connection refused)",
         )
     )

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any, Unpack
 
-from launcher.files import read_json, utc_now, write_json
+from launcher.files import parse_lines, read_json, sha256_of, utc_now, write_json
 from launcher.records import FileRecord, Manifest, ManifestFacts
 from launcher.version import __version__
 
@@ -88,6 +88,14 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     return manifest if manifest is not None and _wrong_key(manifest, _NEEDED) is None else None
 
 
+def parse_manifest(content: bytes) -> dict[str, Any] | None:
+    """The manifest with this content, of format FORMAT; None if a key that a resume needs is missing or wrong."""
+    manifest = next(parse_lines([content]), None)
+    if manifest is None or "format" not in manifest or _wrong_key(manifest, {**_NEEDED, **_NEEDED_TO_LOAD}):
+        return None
+    return manifest
+
+
 def sync_folder(folder: Path) -> None:
     """Waits until the names in a folder are on disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -144,7 +152,7 @@ def content_fault(folder: Path) -> str | None:
         return fault
     entries = manifest["files"].items() if "format" in manifest else []
     with ThreadPoolExecutor(_THREADS) as pool:
-        faults = pool.map(lambda entry: _wrong_checksum(folder, *entry), entries)
+        faults = pool.map(lambda entry: wrong_checksum(folder, *entry), entries)
         return next((fault for fault in faults if fault), None)
 
 
@@ -218,10 +226,10 @@ def _record(file: Path) -> FileRecord:
         return {"size": os.fstat(opened.fileno()).st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
 
 
-def _wrong_checksum(folder: Path, name: str, entry: FileRecord) -> str | None:
+def wrong_checksum(folder: Path, name: str, entry: FileRecord) -> str | None:
+    """Why the content of a listed file cannot be trusted, as text; None if it has its checksum."""
     try:
-        with (folder / name).open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        found = sha256_of(folder / name)
     except OSError as error:
         return f"{_shown(name)} cannot be read: {error.strerror}"
     return None if found == entry["sha256"] else f"{_shown(name)} has changed since it was saved: its checksum differs"

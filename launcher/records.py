@@ -220,9 +220,22 @@ class ResumeEvent(TypedDict):
 
 
 class RestartEvent(TypedDict):
-    """A script is started again after Slurm requeued its job."""
+    """The ranks start again: after a failure, with the reason; or a script, after Slurm requeued its job.
+
+    `update` is that of the checkpoint from which a training resumes; None for a script.
+    """
 
     event: Literal["restart"]
+    attempt: NotRequired[int]
+    update: NotRequired[int | None]
+    reason: NotRequired[str]
+
+
+class NoRestartEvent(TypedDict):
+    """The run failed, and does not start again."""
+
+    event: Literal["no_restart"]
+    reason: str
 
 
 class CheckpointDamagedEvent(TypedDict):
@@ -233,6 +246,32 @@ class CheckpointDamagedEvent(TypedDict):
     reason: str
     used: str
     renamed_to: str | None
+
+
+class UploadedEvent(TypedDict):
+    """A checkpoint, or the export, is complete in cloud storage."""
+
+    event: Literal["uploaded"]
+    what: str
+    url: str
+    bytes: int
+    seconds: float
+
+
+class UploadFailedEvent(TypedDict):
+    """Cloud storage cannot be reached; only the first of several failed attempts. The attempts continue."""
+
+    event: Literal["upload_failed"]
+    url: str
+    reason: str
+
+
+class UploadGivenUpEvent(TypedDict):
+    """A checkpoint is not uploaded: it was removed here, or it is damaged."""
+
+    event: Literal["upload_given_up"]
+    checkpoint: str
+    reason: str
 
 
 class StopRequestedEvent(TypedDict):
@@ -266,9 +305,10 @@ class FailedRank(TypedDict):
 
 
 class FailureEvent(TypedDict):
-    """The run failed: the first failure, and all failures, the first one at the start."""
+    """An attempt of the run failed: the first failure, and all failures, the first one at the start."""
 
     event: Literal["failure"]
+    attempt: int
     rank: int | None
     node_rank: int
     host: str
@@ -326,7 +366,11 @@ RunEvent = (
     | NodeEvent
     | ResumeEvent
     | RestartEvent
+    | NoRestartEvent
     | CheckpointDamagedEvent
+    | UploadedEvent
+    | UploadFailedEvent
+    | UploadGivenUpEvent
     | StopRequestedEvent
     | OtherRateEvent
     | FailureEvent

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Unpack, get_args
 
+from launcher.errors import FailureCode, RunFailed
 from launcher.files import (
     FOLDER_MODES,
     OutputMode,
@@ -50,14 +51,17 @@ from launcher.records import (
 )
 
 __all__ = [
+    "ATTEMPT_VARIABLE",
     "ENDED",
     "MANIFEST",
     "NODE_FILE",
+    "STACKS_FILE",
     "STATES",
     "RunDir",
     "append_line",
     "checkpoint_is_complete",
     "json_number",
+    "rank_log_name",
     "read_lines",
     "read_manifest",
     "universal_folder",
@@ -71,6 +75,9 @@ __all__ = [
 STATES: tuple[RunState, ...] = get_args(RunState)
 ENDED = ("finished", "failed", "stopped")
 NODE_FILE = "node.json"
+ATTEMPT_VARIABLE = "LAUNCHER_ATTEMPT"
+"""Names the attempt to which a rank belongs."""
+STACKS_FILE = "stacks.txt"
 _REVISION = re.compile(r"^plan\.revision-(\d+)\.json$")
 
 
@@ -190,6 +197,35 @@ class RunDir:
 
     def node_logs(self, node_rank: int, host: str) -> Path:
         return self.logs / f"node-{node_rank}-{host}"
+
+    @property
+    def attempt_file(self) -> Path:
+        """The number of the newest attempt to carry out the run; see `attempt`."""
+        return self.path / "attempt.json"
+
+    def attempt(self) -> int:
+        """The number of the newest attempt: every start of the ranks in this directory counts, from 1; 0 before."""
+        try:
+            found = (read_json(self.attempt_file) or {}).get("attempt")
+        except OSError:
+            return 0
+        return found if isinstance(found, int) else 0
+
+    def check_attempt(self) -> None:
+        """Raises RunFailed in a rank whose attempt was given up: a newer attempt writes to this directory.
+
+        A rank that was cut off the network may still see the directory.
+        """
+        own = os.environ.get(ATTEMPT_VARIABLE, "")
+        if own.isdecimal() and int(own) < (newest := self.attempt()):
+            message = f"attempt {own} of the run was given up, and attempt {newest} has started: writing nothing"
+            raise RunFailed(message, code=FailureCode.ENDED)
+
+    def begin_attempt(self) -> int:
+        """Counts a new attempt and returns its number. Ranks of earlier attempts must not write any more."""
+        number = self.attempt() + 1
+        write_json(self.attempt_file, {"attempt": number})
+        return number
 
     def checkpoint(self, update: int) -> Path:
         return self.checkpoints / f"update-{update}"
@@ -314,6 +350,11 @@ class RunDir:
     def holder(self) -> Holder | None:
         """The launcher that holds the lock, or that ended without releasing it, or None."""
         return read_holder(self.lock_file)
+
+
+def rank_log_name(rank: int, attempt: int) -> str:
+    """The name of a rank's log in its node's log folder; the attempts after the first are named in it."""
+    return f"rank-{rank}.log" if attempt <= 1 else f"rank-{rank}.attempt-{attempt}.log"
 
 
 def _of_kind(records: Iterable[Record], key: str, kind: type) -> Iterator[Record]:

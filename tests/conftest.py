@@ -84,7 +84,7 @@ def job_dict(tiny_model: Path, chats: Path, tmp_path_factory: pytest.TempPathFac
                 "name": "tiny",
                 "model": {"name_or_path": str(tiny_model)},
                 "data": {"train": str(chats), "eval": 0.2, "max_length": 64, "cache_dir": str(cache)},
-                "train": {"max_steps": 4, "train_batch_size": 8, "train_micro_batch_size_per_gpu": 4},
+                "train": {"max_steps": 4, "restarts": 0, "train_batch_size": 8, "train_micro_batch_size_per_gpu": 4},
                 "schedule": {"shape": "linear", "peak_lr": 1e-3, "warmup": 1},
                 "cluster": {"processes_per_node": 2, "gpus_per_node": 0},
             }

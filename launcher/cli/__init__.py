@@ -26,6 +26,7 @@ from launcher.cli import (
     schema,
     status,
     submit,
+    upload,
     watch,
     why,
 )
@@ -35,17 +36,18 @@ from launcher.errors import LauncherError, os_error_text
 from launcher.files import keep_private
 from launcher.version import __version__
 
-_PANELS = {
+_PANELS: dict[str, tuple[Any, ...]] = {
     "Before a run": (init.init, plan.plan, lr.lr, lint.lint, doctor.doctor, schema.schema),
-    "Running": (run.run, resume.resume, cancel.cancel, export.export, exec.exec_script, submit.submit, node.node),
+    "Running": (run.run, resume.resume, cancel.cancel, exec.exec_script, submit.submit, node.node),
     "Watching": (status.status, watch.watch, logs.logs, why.why, checkpoints.checkpoints),
+    "Results": (export.export, upload.upload),
 }
 _SETTINGS: dict[str, dict[str, Any]] = {
     "exec": {"context_settings": exec.CONTEXT},
     "submit": {"cls": submit.ScriptCommand},
     "node": {"context_settings": node.CONTEXT},
 }
-_WRITES_RUNS = ("run", "exec", "resume", "submit", "node", "export", "doctor")
+_WRITES_RUNS = ("run", "exec", "resume", "submit", "node", "export", "upload", "doctor")
 
 app = typer.Typer(
     name="launcher",
@@ -58,9 +60,8 @@ app = typer.Typer(
 for _panel, _commands in _PANELS.items():
     for _command in _commands:
         _name = _command.__name__.removesuffix("_script")
-        app.command(_name, rich_help_panel=_panel, help=reflowed(_command.__doc__), **_SETTINGS.get(_name, {}))(
-            _command
-        )
+        _more = _SETTINGS.get(_name, {})
+        app.command(_name, rich_help_panel=_panel, help=reflowed(_command.__doc__), **_more)(_command)
 
 
 def _version(requested: bool) -> None:

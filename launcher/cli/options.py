@@ -19,6 +19,7 @@ OVERRIDES = typer.Argument(None, metavar="[SECTION.KEY=VALUE]...", help="Values 
 WITH_SCRIPT = {"allow_interspersed_args": False}
 """Settings of a command that takes a script after "--": options of the script are not parsed."""
 RUN = typer.Argument(..., metavar="RUN", help="A run directory, a run's name or a prefix of it, or a job's name.")
+RUN_OR_URL = typer.Argument(..., metavar="RUN", help="As for status: a run directory or a name; or the URL of a run.")
 OUTPUT_DIR = typer.Option(Path("runs"), metavar="DIR", help="The folder in which runs are looked up by name.")
 _USAGE = "launcher exec job.yaml [section.key=value]... -- train.py arguments..."
 

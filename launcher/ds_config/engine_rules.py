@@ -162,7 +162,7 @@ def _hpz(context: RuleContext) -> Iterator[Finding]:
     """DeepSpeed reduces a group above the world size to it; a smaller group must divide it."""
     path = f"{ZERO}.zero_hpz_partition_size"
     ranks, world = context.number(path), context.target.world_size
-    if world and ranks and ranks >= 1 and context.stage == 3 and world % min(int(ranks), world):
+    if world and ranks and ranks >= 1 and context.stage == 3 and world % int(min(ranks, world)):
         message = f"{ranks} does not divide the world size {world}"
         yield context.finding("error", path, message, "Set it to the number of GPUs per node.")
 

@@ -30,6 +30,8 @@ from launcher.errors import nearest
 
 __all__ = ["Finding", "Fix", "apply_fixes", "lint"]
 
+_ADAM = "AdamW"
+"""The optimizer of a JSON without a type."""
 _LARGEST_INT = 2**63
 """From here on pydantic does not accept a float as an int."""
 _NOT_CONVERTED = "which DeepSpeed does not convert here; the launcher's plan converts it where it can"
@@ -140,7 +142,7 @@ def _params(context: RuleContext) -> Iterator[Finding]:
     """The params of optimizer and scheduler, which are arguments of their classes."""
     config = context.config
     for name in ("optimizer", "scheduler"):
-        written, params = _written_type(name, config), config.get(f"{name}.params")
+        written, params = config.get(f"{name}.type"), config.get(f"{name}.params")
         block = _class_of(name, written, context)
         if block is None or not isinstance(params, dict):
             continue
@@ -155,7 +157,7 @@ def _params(context: RuleContext) -> Iterator[Finding]:
 
 def _unknown_param(context: RuleContext, name: str, written: str, key: str, block: Block) -> Finding:
     if name == "optimizer":
-        return unknown_parameter(context, written, key, block)
+        return unknown_parameter(context, _ADAM if written in (None, AUTO) else written, key, block)
     alias = aliases.scheduler_param(written, key)
     close, sure = nearest(key, block.names), None if alias else unambiguous_match(key, block.names)
     guess = f"Did you mean {close}?" if close else f"It accepts {', '.join(sorted(block.names))}."
@@ -169,13 +171,8 @@ def _unknown_param(context: RuleContext, name: str, written: str, key: str, bloc
 def _class_of(name: str, written: Any, context: RuleContext) -> Block | None:
     if name == "scheduler":
         return context.keys.schedulers.get(written) if isinstance(written, str) else None
+    written = _ADAM if written in (None, AUTO) else written
     return parameters_of(context, written) if isinstance(written, str) else None
-
-
-def _written_type(name: str, config: DsConfig) -> Any:
-    """The type of the optimizer or scheduler; AdamW, which the plan fills in, for an optimizer without one."""
-    written = config.get(f"{name}.type")
-    return "AdamW" if name == "optimizer" and written in (None, AUTO) else written
 
 
 def _value(config: DsConfig, path: str, value: Any, key: Key, model: bool) -> Iterator[Finding]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from hjson import HjsonDecodeError, HjsonDecoder
 from hjson import decoder as scan
 
 from launcher.errors import Problem, RequestError
-from launcher.json_values import json_fault
 
 
 @dataclass(frozen=True)
@@ -104,27 +104,54 @@ def parse_ds_config(text: str, origin: str) -> DsConfig:
         raise RequestError(Problem(message, file=origin, line=text.count("\n") + 1, hint=_SYNTAX_HINT)) from None
     if reader.problems:
         raise RequestError(*reader.problems)
-    return _checked(DsConfig(data, origin, reader.locations, text))
+    return _with_json_values(DsConfig(data, origin, reader.locations, text))
 
 
 def from_mapping(data: Mapping[str, Any], origin: str, lines: Mapping[str, int] | None = None) -> DsConfig:
     """An inline mapping of a job file. `lines`: the line of each dotted key path, if known."""
-    locations = {path: KeyLocation(line, 1) for path, line in (lines or {}).items()}
-    return DsConfig(copy.deepcopy(dict(data)), origin, locations)
+    return _with_json_values(_from_mapping(data, origin, lines))
 
 
 def from_job(data: Mapping[str, Any], job_file: str, key: str, lines: Mapping[str, int] | None = None) -> DsConfig:
     """The mapping under `key` of a job file. Converts numbers such as 5e8, which YAML 1.1 reads as text."""
-    config = from_mapping(_with_numbers(data), f"{job_file}: {key}", lines)
-    return _checked(replace(config, file=job_file, under=key))
+    config = _from_mapping(_with_numbers(data), f"{job_file}: {key}", lines)
+    return _with_json_values(replace(config, file=job_file, under=key))
 
 
-def _checked(config: DsConfig) -> DsConfig:
-    """The same JSON. Raises RequestError if a part of it cannot be written as JSON."""
-    if fault := json_fault(config.data):
-        path, reason = fault
-        raise RequestError(config.problem(path, reason))
+def _from_mapping(data: Mapping[str, Any], origin: str, lines: Mapping[str, int] | None) -> DsConfig:
+    locations = {path: KeyLocation(line, 1) for path, line in (lines or {}).items()}
+    return DsConfig(copy.deepcopy(dict(data)), origin, locations)
+
+
+def _with_json_values(config: DsConfig) -> DsConfig:
+    """The same config. Raises RequestError for keys and values that YAML has and JSON does not, and huge numbers."""
+    if problems := [config.problem(path, found) for path, found in _not_json(config.data, "")]:
+        raise RequestError(*problems)
     return config
+
+
+def _not_json(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """The paths of keys and values that a JSON cannot contain, and of numbers that are too large for a float."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            where = f"{path}.{key}".lstrip(".")
+            yield from (
+                _not_json(inner, where) if _is_text(key) else [(ascii(where)[1:-1], "a key must be text in UTF-8")]
+            )
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _not_json(inner, f"{path}.{index}")
+    elif isinstance(value, int) and abs(value) > sys.float_info.max:
+        yield path, "the number is too large"
+    elif isinstance(value, str) and not _is_text(value):
+        yield path, f"found {value!a}, which is not text in UTF-8"
+    elif not isinstance(value, str | int | float | None):
+        yield path, f"found {value!r}, which JSON does not have"
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is text that UTF-8 can represent: "\\ud800" in a YAML or JSON file is half a character."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 _NOT_FINITE = re.compile(r"(-?Infinity|NaN)(?=\s*([,}\]]|$))")

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,15 @@ from launcher.fleet.heartbeat import Heartbeat, visible_gpus
 from launcher.fleet.network import PortProbeResult, ProbePort, free_ports, interface_of, reach
 from launcher.fleet.process import RankProcess, stop_all
 from launcher.fleet.shared_memory import remove_segments
+from launcher.fleet.stacks import RankStack, write_stacks
 from launcher.plan.schema import Plan
 from launcher.records import AgentReport, Order
-from launcher.run_dir import utc_now
+from launcher.run_dir import ATTEMPT_VARIABLE, rank_log_name, utc_now
 
 
 @dataclass(frozen=True)
 class NodeTask:
-    """What an agent starts for a run: the node's rank, and its ranks.
+    """What an agent starts in one attempt of a run: the node's rank, and its ranks.
 
     `arguments` are those of the node's Python.
     """
@@ -42,6 +44,7 @@ class NodeTask:
     arguments: tuple[str, ...]
     address: str | None = None
     interface: str | None = None
+    attempt: int = 1
     output_mode: OutputMode = "private"
 
     def rank_environment(self, local_rank: int) -> dict[str, str]:
@@ -54,11 +57,12 @@ class NodeTask:
             "NODE_RANK": str(self.node_rank),
             "GROUP_RANK": str(self.node_rank),
             "LAUNCHER_RUN_DIR": self.run_dir,
+            ATTEMPT_VARIABLE: str(self.attempt),
         }
 
 
 class Agent:
-    """Runs on a node for one run. Its methods may be called from several threads."""
+    """Runs on a node for one run, and starts the ranks of each attempt. Several threads may call its methods."""
 
     def __init__(self) -> None:
         self._processes: list[RankProcess] = []
@@ -68,6 +72,7 @@ class Agent:
         self._new_reports = threading.Condition()
         self._log: Path | None = None
         self._closing = False
+        self._attempt = 0
         self._probe_port: ProbePort | None = None
         self._heartbeat: Heartbeat | None = None
 
@@ -130,8 +135,14 @@ class Agent:
         return next(free_ports(secrets.token_hex(8)))
 
     def start(self, task: NodeTask) -> list[int]:
-        """Starts the node's ranks, which load libraries and wait for the order "go". Returns their process ids."""
+        """Starts the node's ranks, which load libraries and wait for the order "go". Returns their process ids.
+
+        The ranks of an earlier attempt have been ended; later reports of them are dropped.
+        """
         use_output_mode(task.output_mode)
+        with self._new_reports:
+            self._attempt, self._closing, self._processes, self._reports = task.attempt, False, [], []
+            self._new_reports.notify_all()
         folder = Path(task.log_folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / "agent.log"
@@ -149,10 +160,9 @@ class Agent:
         for local_rank in range(task.processes):
             rank = task.first_rank + local_rank
             environment = {**inherited, **task.environment, **task.rank_environment(local_rank)}
-            log = folder / f"rank-{rank}.log"
-            self._processes.append(
-                RankProcess(rank, (sys.executable, *task.arguments), environment, log, self._receive)
-            )
+            log = folder / rank_log_name(rank, task.attempt)
+            on_report = partial(self._receive_of, task.attempt)
+            self._processes.append(RankProcess(rank, (sys.executable, *task.arguments), environment, log, on_report))
             self._write_log(f"rank {rank} started, process {self._processes[-1].pid}")
         self._heartbeat.begin(self._processes)
         return [process.pid for process in self._processes]
@@ -163,12 +173,26 @@ class Agent:
         for process in self._processes:
             process.order(order)
 
-    def next_reports(self, timeout_seconds: float) -> list[AgentReport]:
-        """The reports of the ranks since the last call; waits for the first one."""
+    def next_reports(self, timeout_seconds: float, attempt: int = 1) -> list[AgentReport]:
+        """The reports of the ranks of an attempt since the last call; waits for the first one.
+
+        Returns none if this is no longer the present attempt.
+        """
         with self._new_reports:
-            self._new_reports.wait_for(lambda: self._closing or bool(self._reports), timeout_seconds)
+            self._new_reports.wait_for(
+                lambda: self._closing or attempt != self._attempt or bool(self._reports), timeout_seconds
+            )
+            if attempt != self._attempt:
+                return []
             reports, self._reports = self._reports, []
             return reports
+
+    def stacks(self) -> list[RankStack]:
+        """Writes the stacks of the running ranks to stacks.txt beside their logs, and returns them."""
+        if self._log is None:
+            return []
+        pids = {process.rank: process.pid for process in self._processes if process.alive()}
+        return write_stacks(pids, self._log.parent)
 
     def end(self, grace_seconds: float) -> None:
         """Ends every rank that is still running."""
@@ -196,6 +220,10 @@ class Agent:
         else:
             if removed:
                 self._write_log(f"removed from /dev/shm: {', '.join(removed)}")
+
+    def _receive_of(self, attempt: int, report: AgentReport) -> None:
+        if attempt == self._attempt:
+            self._receive(report)
 
     def _receive(self, report: AgentReport) -> None:
         if self._heartbeat is not None:

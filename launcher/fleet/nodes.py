@@ -8,50 +8,48 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.markup import escape
 
 from launcher.errors import FailureCode, RunFailed, code_of, first_line
 from launcher.files import keep_private
 from launcher.fleet.agent import NodeTask
+from launcher.fleet.answer_times import LOST_SECONDS, POLL_SECONDS, AnswerTimes
 from launcher.fleet.network import LOOPBACK
+from launcher.fleet.node_resources import NodeResources, describe_request, describe_shortage, holds
 from launcher.fleet.process import children, kill_all, signals_blocked
 from launcher.fleet.ray_folder import RayFolder
-from launcher.fleet.ray_settings import LOOPBACK_ONLY, job_config, quiet_ray, use_token, write_token
-from launcher.plan.schema import Plan, World
+from launcher.fleet.ray_settings import (
+    LOOPBACK_ONLY,
+    job_config,
+    own_ray_variables,
+    quiet_ray,
+    restore_variables,
+    use_token,
+    write_token,
+)
+from launcher.fleet.stacks import RankStack
+from launcher.plan.schema import Plan
 from launcher.records import NodeLostReport, Order, Report
 
 Log = Callable[[str], None]
-_POLL_SECONDS = 2.0
 _ANSWER_SECONDS = 120.0
 OBJECT_STORE_BYTES = 100 * 1024**2
 _REACH_SECONDS = 10.0
 _TOKENISE_SECONDS = 12 * 3600.0
 _CLOCK_ROUNDS = 3
+_STACKS_SECONDS = 60.0
+GRACE_SECONDS = 5.0
+"""How long ranks may take to end after SIGTERM, if nothing else is decided."""
+_FREED_SECONDS = 10.0
+"""How long Ray may take to free the resources of agents that were ended."""
 NODE_LABEL = "launcher-node"
 """The label with a node's number in a Ray started by `launcher node`."""
-
-
-@dataclass(frozen=True)
-class NodeResources:
-    """The number of nodes of a run, and the CPUs and GPUs it takes of each."""
-
-    nodes: int
-    cpus: int
-    gpus: int
-
-    @classmethod
-    def of(cls, world: World) -> NodeResources:
-        """One CPU per rank, and one GPU if ranks use GPUs."""
-        processes = world.processes_per_node
-        return cls(world.nodes, cpus=processes, gpus=processes if world.device == "cuda" else 0)
-
-    def bundle(self) -> dict[str, float]:
-        return {"CPU": self.cpus, "GPU": self.gpus} if self.gpus else {"CPU": self.cpus}
 
 
 @dataclass(frozen=True)
@@ -73,11 +71,20 @@ class Nodes:
         self._resources, self._log = resources, log
         self._group: Any = None
         self._folder: RayFolder | None = None
+        self._variables: dict[str, str | None] = {}
         self.nodes: list[Node] = []
         self._pending: dict[Any, int] = {}
+        self._attempt, self._connected = 1, False
+        self._answer_times = AnswerTimes(log)
+        self._ray_processes: set[psutil.Process] = set()
 
     def connect(self, address: str) -> None:
-        """Joins the Ray at `address`, or starts one for "local", with a second try. Raises RunFailed."""
+        """Joins the Ray at `address`, or starts one for "local", with a second try. Raises RunFailed.
+
+        Does nothing if this is done already.
+        """
+        if self._connected:
+            return
         quiet_ray()
         local = address == "local"
         if local:
@@ -97,6 +104,7 @@ class Nodes:
                     continue
                 where = "could not start Ray on this machine" if local else f"could not connect to the Ray at {address}"
                 raise RunFailed(f"{where}: {first_line(error)}", code=FailureCode.RAY_LOST) from None
+            self._connected, self._ray_processes = True, children() - before
             return
 
     def _start_ray_again(self, error: Exception) -> None:
@@ -106,14 +114,27 @@ class Nodes:
         self._log(f"          note: Ray did not start ({escape(first_line(error))}); starting it again")
         with contextlib.suppress(Exception):
             ray.shutdown()
-        # The token stays the same: Ray reads it once per process.
         assert self._folder is not None
         shutil.rmtree(self._folder.ray, ignore_errors=True)
 
+    def restart_own_ray(self) -> None:
+        """Ends a Ray that was started here, after the loss of its only node: `connect` starts another."""
+        if self._folder is None:
+            return
+        import ray
+
+        self.give_up()
+        started = self._ray_processes
+        ray.shutdown()
+        kill_all(started)
+        shutil.rmtree(self._folder.ray, ignore_errors=True)
+        self._connected = False
+
     def _local_ray(self) -> dict[str, Any]:
         """Options for a Ray only on this machine, with the resources of the run and its own token."""
-        self._folder = RayFolder()
-        write_token(self._folder.token)
+        if self._folder is None:
+            self._folder, self._variables = RayFolder(), own_ray_variables()
+            write_token(self._folder.token)
         use_token(self._folder.token)
         os.environ.update(LOOPBACK_ONLY)
         return {
@@ -128,10 +149,16 @@ class Nodes:
         }
 
     def place(self, wait_seconds: float) -> list[Node]:
-        """Places one agent per node; returns the nodes in a stable order. Raises RunFailed with what is missing."""
+        """Places one agent per node; returns the nodes in a stable order. Raises RunFailed with what is missing.
+
+        Nodes that were placed before are kept if all their agents answer.
+        """
         import ray
         from ray.util.placement_group import placement_group
 
+        if len(self.nodes) == self._resources.nodes and self.all_answer():
+            return self.nodes
+        self.give_up()
         self._group = placement_group([self._resources.bundle()] * self._resources.nodes, strategy="STRICT_SPREAD")
         self._wait_for_group(wait_seconds)
         agents = [self._agent(index) for index in range(self._resources.nodes)]
@@ -149,6 +176,58 @@ class Nodes:
         elif self._folder is not None and self.nodes[0].address != LOOPBACK:
             self._log("          note: this Ray listens on all interfaces of this machine; its token protects it")
         return self.nodes
+
+    def wait_for_free(self, wanted: int, at_least: int, wait_seconds: float) -> int:
+        """Waits for free nodes for `wanted` agents; returns how many there are, which may be fewer than `at_least`.
+
+        Agents of an earlier attempt must be ended before. `wanted` is waited for up to `wait_seconds`.
+        """
+        deadline = time.monotonic() + max(wait_seconds, _FREED_SECONDS)
+        logged = False
+        while (found := self._free_nodes()) < wanted and time.monotonic() < deadline:
+            if not logged and found >= at_least and wait_seconds > _FREED_SECONDS:
+                self._log(
+                    f"          {found} of {wanted} nodes are free; waiting up to {wait_seconds:.0f} s for the others"
+                )
+                logged = True
+            time.sleep(1.0)
+        return min(found, wanted)
+
+    def resize(self, resources: NodeResources) -> None:
+        """Changes the request for the next `place`. A Ray of our own has one node, and never changes."""
+        self._resources = resources
+
+    def _free_nodes(self) -> int:
+        """The number of live nodes that have enough free resources for an agent; all that are wanted if unknown."""
+        found = _resources_of_nodes()
+        if found is None:
+            return self._resources.nodes
+        return sum(holds(free, self._resources.bundle()) for _, free in found)
+
+    def all_answer(self) -> bool:
+        """Whether there are nodes, and every agent answers."""
+        if not self.nodes:
+            return False
+        import ray
+
+        calls = [node.agent.clock.remote() for node in self.nodes]
+        ready, _ = ray.wait(calls, num_returns=len(calls), timeout=_REACH_SECONDS)
+        try:
+            return len(ray.get(ready)) == len(calls)
+        except ray.exceptions.RayError:
+            return False
+
+    def give_up(self) -> None:
+        """Ends the agents, and gives their resources back to Ray."""
+        import ray
+
+        with contextlib.suppress(Exception):
+            for node in self.nodes:
+                ray.kill(node.agent)
+            if self._group is not None:
+                ray.util.remove_placement_group(self._group)
+        self.nodes, self._group, self._pending = [], None, {}
+        self._answer_times.begin(0)
 
     def ask(self, method: str, arguments: Sequence[tuple[Any, ...]], seconds: float = _ANSWER_SECONDS) -> list[Any]:
         """Calls `method` of every agent, each with its own arguments; returns the answers in the order of nodes."""
@@ -215,6 +294,8 @@ class Nodes:
 
     def start(self, tasks: list[NodeTask]) -> None:
         """Starts the ranks of every node; the task at index k is for node rank k."""
+        self._attempt, self._pending = tasks[0].attempt, {}
+        self._answer_times.begin(len(self.nodes))
         self.ask("start", [(task,) for task in tasks])
 
     def free_port(self, node_rank: int) -> int:
@@ -232,19 +313,38 @@ class Nodes:
 
         for index, node in enumerate(self.nodes):
             if index not in self._pending.values():
-                self._pending[node.agent.next_reports.remote(_POLL_SECONDS)] = index
+                self._pending[node.agent.next_reports.remote(POLL_SECONDS, self._attempt)] = index
         ready, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=timeout_seconds)
         found: list[Report] = []
         for reference in ready:
             index = self._pending.pop(reference)
+            self._answer_times.answered(index)
             try:
                 for report in ray.get(reference):
                     report["node_rank"] = index
                     found.append(report)
             except ray.exceptions.RayActorError as error:
                 message = first_line(error)
-                found.append(NodeLostReport(report="node-lost", node_rank=index, time=time.time(), message=message))
+                self._answer_times.lost.add(index)
+                found.append(_node_lost(index, message))
+        for index in self._answer_times.check(time.monotonic(), [node.host for node in self.nodes]):
+            found.append(_node_lost(index, f"no answer for {LOST_SECONDS:.0f} s"))
         return found
+
+    def stacks(self) -> tuple[list[RankStack], list[int]]:
+        """The stacks of all ranks, which agents write to stacks.txt; and the node ranks whose agent did not answer."""
+        import ray
+
+        calls = [node.agent.stacks.remote() for node in self.nodes]
+        ray.wait(calls, num_returns=len(calls), timeout=_STACKS_SECONDS)
+        found: list[RankStack] = []
+        absent: list[int] = []
+        for node_rank, call in enumerate(calls):
+            try:
+                found += ray.get(call, timeout=0)
+            except ray.exceptions.RayError:
+                absent.append(node_rank)
+        return found, absent
 
     def end(self, grace_seconds: float) -> None:
         """Ends every rank on every node that still answers."""
@@ -253,23 +353,20 @@ class Nodes:
         import ray
 
         with contextlib.suppress(ray.exceptions.RayError):
-            endings = [node.agent.end.remote(grace_seconds) for node in self.nodes]
+            nodes = [node for index, node in enumerate(self.nodes) if index not in self._answer_times.lost]
+            endings = [node.agent.end.remote(grace_seconds) for node in nodes]
             ray.wait(endings, num_returns=len(endings), timeout=grace_seconds + 15)
 
     def close(self) -> None:
         """Releases the nodes, and ends the Ray if it was started here."""
         import ray
 
-        if not ray.is_initialized():
-            return
-        with contextlib.suppress(Exception):
-            for node in self.nodes:
-                ray.kill(node.agent)
-            if self._group is not None:
-                ray.util.remove_placement_group(self._group)
-        ray.shutdown()
+        if ray.is_initialized():
+            self.give_up()
+            ray.shutdown()
         if self._folder is not None:
             self._folder.remove()
+            restore_variables(self._variables)
 
     def _wait_for_group(self, wait_seconds: float) -> None:
         deadline, logged = time.monotonic() + wait_seconds, False
@@ -286,16 +383,12 @@ class Nodes:
         """Describes what was requested and what the cluster has."""
         import ray
 
-        try:
-            # Ray's public API reports free resources only in total, not per node.
-            from ray._private.state import available_resources_per_node
-        except ImportError:
+        found = _resources_of_nodes()
+        if found is None:
             return (
                 f"{describe_request(self._resources)}; Ray {ray.__version__} does not report what is free on each node"
             )
-        free = available_resources_per_node()
-        alive = [(node["Resources"], free.get(node["NodeID"], {})) for node in ray.nodes() if node["Alive"]]
-        return describe_shortage(self._resources, alive)
+        return describe_shortage(self._resources, found)
 
     def _agent(self, index: int) -> Any:
         import ray
@@ -309,6 +402,23 @@ class Nodes:
             scheduling_strategy=strategy,
             max_concurrency=4,
         ).remote()
+
+
+def _resources_of_nodes() -> list[tuple[dict[str, float], dict[str, float]]] | None:
+    """The (total, free) resources of every live node; None if this Ray does not report what is free on each."""
+    import ray
+
+    try:
+        # Ray's public API reports free resources only in total, not per node.
+        from ray._private.state import available_resources_per_node
+    except ImportError:
+        return None
+    free = available_resources_per_node()
+    return [(node["Resources"], free.get(node["NodeID"], {})) for node in ray.nodes() if node["Alive"]]
+
+
+def _node_lost(node_rank: int, message: str) -> NodeLostReport:
+    return NodeLostReport(report="node-lost", node_rank=node_rank, time=time.time(), message=message)
 
 
 def _init_ray(options: dict[str, Any]) -> None:
@@ -325,32 +435,6 @@ def _init_ray(options: dict[str, Any]) -> None:
     finally:
         # Ray installs a handler that exits at once; the run must save first.
         signal.signal(signal.SIGTERM, handler)
-
-
-def describe_shortage(
-    resources: NodeResources, nodes: Sequence[tuple[Mapping[str, float], Mapping[str, float]]]
-) -> str:
-    """Compares the request with each node's (total, free) resources, and names what large enough nodes lack."""
-    wanted = resources.bundle()
-    large = [(has, free) for has, free in nodes if _holds(has, wanted)]
-    ready = [free for _, free in large if _holds(free, wanted)]
-    text = f"{describe_request(resources)}; nodes in this Ray: {len(nodes)}, large enough: {len(large)}, "
-    text += f"with enough free now: {len(ready)}"
-    for key, value in wanted.items():
-        short = [free.get(key, 0) for _, free in large if free.get(key, 0) < value]
-        if short:
-            text += f"; {key}: too few free on {len(short)} nodes, at most {max(short):g}"
-    return text
-
-
-def describe_request(resources: NodeResources) -> str:
-    """Describes the request: "asked for 2 nodes with 8 CPU and 8 GPU each"."""
-    each = " and ".join(f"{value:g} {key}" for key, value in resources.bundle().items())
-    return f"asked for {resources.nodes} node{'s' if resources.nodes > 1 else ''} with {each} each"
-
-
-def _holds(found: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
-    return all(found.get(key, 0) >= value for key, value in wanted.items())
 
 
 def _clock_offset(node: Node) -> float:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,35 @@ def use_token(file: Path) -> None:
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(file))
     # Ray would prefer a token in the environment to the file.
     os.environ.pop("RAY_AUTH_TOKEN", None)
+    read_variables_again()
+
+
+def read_variables_again() -> None:
+    """Makes Ray in this process read the variables again: it keeps the mode of its import and the first token."""
+    if "ray" in sys.modules:
+        import ray
+
+        # Without these names, a Ray does not start in a process that has imported ray or used another one.
+        with contextlib.suppress(AttributeError):
+            raylet: Any = ray._raylet
+            raylet.Config.initialize("")
+            raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def own_ray_variables() -> dict[str, str | None]:
+    """The values of the variables that a Ray of our own changes in this process; None for those that are not set."""
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN", *LOOPBACK_ONLY)
+    return {name: os.environ.get(name) for name in names}
+
+
+def restore_variables(values: Mapping[str, str | None]) -> None:
+    """Restores the result of `own_ray_variables`, so that this process can use other Rays."""
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    read_variables_again()
 
 
 def quiet_ray() -> None:

@@ -5,7 +5,7 @@ the rank's process id, exit status, signals, memory and stack are those of the s
 orders from what was standard input. When it closes, the agent is gone, and the watcher kills the whole group. It passes
 the order to stop on once, as SIGTERM, and kills a script that does not end in time.
 
-Imports only the standard library: this runs once per rank, before the imports of the script.
+Imports only the standard library, also through ptrace: this runs once per rank, before the imports of the script.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from launcher.fleet.ptrace import allow_agent
+
 STOP_GRACE_SECONDS = 60
 """The time that a script has after SIGTERM, for saving."""
 
@@ -26,6 +28,7 @@ def main() -> None:
     folder, *arguments = sys.argv[1:]
     os.chdir(folder)
     environment = {**os.environ, **torchrun_variables(os.environ), "LAUNCHER_REPORT_PID": str(os.getpid())}
+    allow_agent()
     _receive_signals()
     _fork_watcher()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -51,12 +51,15 @@ def load_job(
 ) -> LoadedJob:
     """The job of a YAML file, or of a mapping of its sections, with the overrides `section.key=value` applied.
 
+    In a mapping, paths may be Path objects.
+
     A job with a `script` section is a ScriptJob, any other a Job. `command` is a script and its arguments: it makes
     the job a ScriptJob; an empty one uses the job's script.command. Raises RequestError with every problem found, each
     with its line.
     """
+    _check_types(source, overrides)
     if isinstance(source, Mapping):
-        data, file, origin = copy.deepcopy(dict(source)), None, "the job"
+        data, file, origin = _copied(source), None, "the job"
         lines: Lines = dict.fromkeys(apply_overrides(data, overrides), COMMAND_LINE)
     else:
         file = Path(source)
@@ -70,6 +73,32 @@ def load_job(
     if command is not None and isinstance(loaded.job, ScriptJob) and not loaded.job.script.command:
         raise RequestError(Problem("no script is named", file=origin, key="script.command", hint=_USAGE))
     return loaded
+
+
+def check_loaded(job: Any) -> None:
+    """Raises RequestError if `job` is not a LoadedJob, but for example the path of a job file."""
+    if not isinstance(job, LoadedJob):
+        found = f"a job from load_job is needed, found {type(job).__name__}"
+        raise RequestError(Problem(found, hint="call load_job with the job file or the mapping first"))
+
+
+def _check_types(source: Any, overrides: Sequence[Any]) -> None:
+    if not isinstance(source, str | Path | Mapping):
+        found = f"a job must be a file or a mapping, found {type(source).__name__}"
+        raise RequestError(Problem(found, hint='load_job("job.yaml"), or load_job({"model": …, "data": …})'))
+    for override in overrides:
+        if not isinstance(override, str):
+            found = f"an override must be text, section.key=value, found {type(override).__name__}"
+            raise RequestError(Problem(found, hint='for example load_job("job.yaml", "train.max_steps=20")'))
+
+
+def _copied(value: Any) -> Any:
+    """A copy of a value of a mapping, with paths as text, as a YAML file has them."""
+    if isinstance(value, Mapping):
+        return {key: _copied(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copied(each) for each in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def sets_key(overrides: Sequence[str], *key: str) -> bool:

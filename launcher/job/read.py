@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,16 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from launcher.errors import Problem, RequestError, nearest
-from launcher.job.schema import JOB_NAME_PATTERN, LENGTHS, NAME_PATTERN, AnyJob, Job, ScriptJob
+from launcher.job.schema import INVALID_URL, JOB_NAME_PATTERN, LENGTHS, NAME_PATTERN, AnyJob, Job, ScriptJob
 
 KeyPath = tuple[str, ...]
 Lines = dict[KeyPath, int]
 COMMAND_LINE = 0
 _SECTION_SHOWN = 6
+_LARGEST = sys.float_info.max
+_MOST_VALUES = 100_000
+"""In one file, counting the values of an anchor once per alias: a few lines of nested aliases expand to billions."""
+_ALIASES = "an alias (*name) repeats all values of its anchor (&name)"
 _TEXT = "tag:yaml.org,2002:str"
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
@@ -29,6 +34,17 @@ class _Loader(yaml.SafeLoader):
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
         return _TEXT if tag in _NUMBERS and ":" in value else tag
+
+    def construct_object(self, node: Any, deep: Any = False) -> Any:
+        """The value of a node. PyYAML fails with internal errors on an explicit tag that does not fit, as `!!int x`."""
+        try:
+            value = super().construct_object(node, deep)
+        except (LookupError, AttributeError):
+            message = f"the value does not fit its tag !!{node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from None
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            raise yaml.constructor.ConstructorError(None, None, "a number is too large", node.start_mark)
+        return value
 
 
 def read_data(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Lines]:
@@ -69,7 +85,11 @@ def load_yaml(text: str, origin: str) -> tuple[Any, Lines]:
         node = loader.get_single_node()
         if node is None:
             return None, {}
-        lines = dict(_key_lines(node, (), origin))
+        lines: Lines = {}
+        for count, (path, line) in enumerate(_key_lines(node, (), origin)):
+            if count == _MOST_VALUES:
+                raise RequestError(Problem(f"more than {_MOST_VALUES:,} values", file=origin, hint=_ALIASES))
+            lines[path] = line
         return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
         raise RequestError(_marked(error, origin)) from None
@@ -105,8 +125,8 @@ def apply_override(data: dict[str, Any], override: str) -> KeyPath:
     key = override_key(override)
     name, _, text = override.partition("=")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        value, _ = load_yaml(text, name)
+    except RequestError:
         raise RequestError(
             Problem(f"the value of the override {override!r} is not valid YAML", hint="put quotes around it")
         ) from None
@@ -196,6 +216,10 @@ def _move_to_command_line(lines: Lines, key: KeyPath) -> None:
 def location_of(path: KeyPath, lines: Lines, origin: str) -> tuple[str, int | None]:
     """The file and line of a key, or of the section around it; ("command line", None) for an overridden key."""
     line = next((lines[at] for at in (path, path[:-1]) if at in lines), None)
+    if line is None and path:
+        # A section that only overrides have.
+        inside = {line for at, line in lines.items() if at[: len(path)] == path}
+        line = COMMAND_LINE if inside == {COMMAND_LINE} else None
     return ("command line", None) if line == COMMAND_LINE else (origin, line)
 
 
@@ -233,6 +257,8 @@ def _problem(path: KeyPath, details: list[ErrorDetails], lines: Lines, origin: s
             return problem("this key is required", hint=f"{_describe(path, kind)}. {_SCRIPT}")
         short = isinstance(detail["loc"][-1], int)
         return problem("too few values" if short else "this key is required", hint=_describe(path, kind))
+    if detail["type"] == INVALID_URL:
+        return problem(detail["ctx"]["reason"], hint=detail["ctx"]["hint"])
     expected = " or ".join(dict.fromkeys(_expected(d) for d in details)).replace(" or must be ", " or ")
     if detail["type"] == "value_error":
         return problem(expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from typing import Annotated, Any, Literal
@@ -11,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from launcher.files import OutputMode
 from launcher.job import slurm
-from launcher.json_values import json_fault
+from launcher.job.upload_url import InvalidUrl, checked_url
 
 Auto = Literal["auto"]
 
@@ -49,20 +50,23 @@ def _parsed(value: Any) -> Any:
     return value
 
 
-LARGEST_INT = 2**53
-"""Larger numbers are not exact as floats, nor in other programs that read JSON."""
-PositiveInt = Annotated[int, BeforeValidator(_whole_number), Field(gt=0, le=LARGEST_INT)]
-WholeNumber = Annotated[int, BeforeValidator(_whole_number), Field(ge=0, le=LARGEST_INT)]
+LARGEST_NUMBER = 10**12
+"""Of sequences, ranks, seconds and the like: no sum or product of such numbers is too large for a float."""
+MOST_UPDATES = 10**7
+"""Of one run: a plan computes the learning rate of every update."""
+PositiveInt = Annotated[int, BeforeValidator(_whole_number), Field(gt=0, le=LARGEST_NUMBER)]
+WholeNumber = Annotated[int, BeforeValidator(_whole_number), Field(ge=0, le=LARGEST_NUMBER)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 PositiveNumber = Annotated[Number, Field(gt=0)]
 Position = Annotated[
-    int | Annotated[float, Field(allow_inf_nan=False)], BeforeValidator(_position), Field(ge=0, le=LARGEST_INT)
+    int | Annotated[float, Field(allow_inf_nan=False)], BeforeValidator(_position), Field(ge=0, le=LARGEST_NUMBER)
 ]
 Seed = Annotated[WholeNumber, Field(lt=2**32)]
 NAME_PATTERN = r"^[^\x00-\x1f\x7f]*$"
 JOB_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 TEMPLATE_RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 Name = Annotated[str, Field(min_length=1, pattern=NAME_PATTERN)]
+Names = Annotated[list[Name], Field(min_length=1)]
 
 
 def _variable_name(value: str) -> str:
@@ -72,6 +76,18 @@ def _variable_name(value: str) -> str:
 
 
 VariableName = Annotated[str, AfterValidator(_variable_name)]
+
+
+def _url(value: str) -> str:
+    try:
+        return checked_url(value)
+    except InvalidUrl as error:
+        raise PydanticCustomError(INVALID_URL, "{reason}", {"reason": error.reason, "hint": error.hint}) from None
+
+
+INVALID_URL = "invalid_url"
+"""An error whose value is not shown, since it may contain a password."""
+UploadUrl = Annotated[str, AfterValidator(_url)]
 
 
 class Section(BaseModel):
@@ -84,7 +100,7 @@ class LoraSection(Section):
     r: PositiveInt = Field(16, description="Rank of the adapter matrices.")
     alpha: PositiveNumber | Auto = Field("auto", description="Adapter outputs are scaled by alpha / r. auto: twice r.")
     dropout: Annotated[Number, Field(ge=0, lt=1)] = Field(0.0, description="Dropout on the adapters' input.")
-    target_modules: Auto | Name | list[Name] = Field(
+    target_modules: Auto | Name | Names = Field(
         "auto",
         description="Modules that get adapters, by the ends of their names, such as q_proj. auto: all linear layers "
         "except the head.",
@@ -142,11 +158,11 @@ class ModelSection(Section):
 class DataSection(Section):
     """The data to train and evaluate on."""
 
-    train: Name | list[Name] = Field(
+    train: Name | Names = Field(
         description="File(s), glob(s), a folder (of files, or written by save_to_disk) or the hub name of a data set. "
         "File types: jsonl, json, parquet, csv, tsv, txt."
     )
-    eval: Annotated[Annotated[Number, Field(gt=0, lt=1)] | Name | list[Name] | None, BeforeValidator(_parsed)] = Field(
+    eval: Annotated[Annotated[Number, Field(gt=0, lt=1)] | Name | Names | None, BeforeValidator(_parsed)] = Field(
         None, description="Evaluation data, as for train, or a fraction of the training rows such as 0.02."
     )
     split: Name = Field("train", description="Split of a hub data set, such as train or train[:1000].")
@@ -178,10 +194,12 @@ class DataSection(Section):
     @field_validator("chat_template_kwargs")
     @classmethod
     def _free_names(cls, given: dict[str, Any]) -> dict[str, Any]:
-        if fault := json_fault(given):
-            raise ValueError(": ".join(filter(None, fault)))
         if taken := sorted(TEMPLATE_RESERVED & set(given)):
             raise ValueError(f"{', '.join(taken)} cannot be set for a chat template: the value comes from the data")
+        try:
+            json.dumps(given, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError("must be text, numbers, true or false, and lists and mappings of them") from None
         return given
 
 
@@ -191,10 +209,12 @@ LENGTHS = ("num_train_epochs", "max_steps", "total_samples")
 class TrainSection(Section):
     """Length, batch sizes and optimizer. Set at most one of num_train_epochs, max_steps and total_samples."""
 
-    num_train_epochs: Annotated[PositiveNumber, Field(le=1e9)] | None = Field(
+    num_train_epochs: Annotated[PositiveNumber, Field(le=10**6)] | None = Field(
         None, description="Passes over the training data. Default: 1, if no other length is set."
     )
-    max_steps: PositiveInt | None = Field(None, description="Number of updates (optimizer steps).")
+    max_steps: Annotated[PositiveInt, Field(le=MOST_UPDATES)] | None = Field(
+        None, description="Number of updates (optimizer steps)."
+    )
     total_samples: PositiveInt | None = Field(
         None, description="Number of sequences, whatever the batch size; the last update is filled up."
     )
@@ -214,6 +234,19 @@ class TrainSection(Section):
     eps: PositiveNumber = Field(1e-8, description="Adam's epsilon.")
     gradient_clipping: Annotated[Number, Field(ge=0)] = Field(
         1.0, description="Maximum global gradient norm; 0 turns clipping off."
+    )
+
+    restarts: WholeNumber | None = Field(
+        None,
+        description="How many restarts in a row may fail without saving a checkpoint. A failed run starts again from "
+        "its newest checkpoint by itself, unless it would fail in the same way. 0: never. Default: 3; for a script 0, "
+        "since only the script knows how it resumes.",
+    )
+    hang_seconds: Annotated[Number, Field(ge=0)] | Auto = Field(
+        "auto",
+        description="Seconds without an update after which a run counts as hung, and fails. auto: 10 times the longest "
+        "recent update, at least 60; 0: no check. Loading, the first update, evaluations, checkpoints and the export "
+        "have at least 30 minutes, and so has, with auto, a script, which is watched from its first launcher.report.",
     )
 
     @model_validator(mode="after")
@@ -244,7 +277,7 @@ class ScheduleSection(Section):
         "auto", description="linear, cosine and constant are DeepSpeed's WarmupDecayLR, WarmupCosineLR and WarmupLR."
     )
     peak_lr: PositiveNumber | Auto = Field("auto", description="Highest learning rate.")
-    warmup: WholeNumber | Annotated[Number, Field(ge=0)] | Name = Field(
+    warmup: WholeNumber | Annotated[Number, Field(ge=0, le=LARGEST_NUMBER)] | Name = Field(
         "auto", description="auto, updates (100), a fraction of the run (0.03 or 3%), or tokens (2M tokens)."
     )
     warmup_type: Literal["linear", "log"] = Field("linear", description="How the learning rate rises in the warm-up.")
@@ -291,11 +324,22 @@ class ClusterSection(Section):
         "auto",
         description="Ray cluster to join (host:port). auto: RAY_ADDRESS if set, else a new one. local: a new one.",
     )
+    min_nodes: PositiveInt | None = Field(
+        None,
+        description="After the loss of a node the run continues on as few nodes as this if no other node becomes free "
+        "within wait_seconds. The batch size and the learning rate stay the same. Default: nodes.",
+    )
     wait_seconds: PositiveNumber = Field(600.0, description="How long to wait for nodes of an existing Ray cluster.")
     env: dict[VariableName, Name] = Field(
         default_factory=dict,
         description="Environment variables for every rank. They are written to plan.json, so set no secrets here.",
     )
+
+    @model_validator(mode="after")
+    def _fewer_nodes(self) -> ClusterSection:
+        if self.min_nodes is not None and "nodes" in self.model_fields_set and self.min_nodes > self.nodes:
+            raise ValueError(f"min_nodes is {self.min_nodes}, but nodes is {self.nodes}: it must not be larger")
+        return self
 
 
 class SlurmSection(Section):
@@ -378,6 +422,14 @@ class CheckpointSection(Section):
         "same update.",
     )
     save_final: bool = Field(True, description="Save a checkpoint at the end.")
+    upload: UploadUrl | None = Field(
+        None,
+        description="Copy finished checkpoints and the export to cloud storage while training continues: "
+        "s3://BUCKET/PATH, gs://BUCKET/PATH or file:///PATH. `launcher resume s3://BUCKET/PATH/RUN` continues there.",
+    )
+    upload_wait_seconds: Annotated[Number, Field(ge=0)] = Field(
+        600.0, description="How long the end of a run waits for its last upload."
+    )
 
 
 def _words(value: Any) -> Any:
@@ -439,6 +491,12 @@ class ScriptJob(JobBase):
     script: ScriptSection = Field(default_factory=ScriptSection)
     model: ModelSection | None = None
     data: DataSection | None = None
+
+    @model_validator(mode="after")
+    def _all_nodes(self) -> ScriptJob:
+        if self.cluster.min_nodes is not None:
+            raise ValueError("cluster.min_nodes is for a training: only a script itself knows how it changes its ranks")
+        return self
 
 
 AnyJob = Job | ScriptJob

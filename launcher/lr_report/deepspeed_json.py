@@ -12,17 +12,15 @@ from typing import Any
 from launcher.ds_config import DsConfig, read_ds_config
 from launcher.ds_config.facts import AUTO, as_number
 from launcher.errors import Problem, RequestError, nearest
+from launcher.job.schema import MOST_UPDATES
 from launcher.lr_report.curves import Curve, schedule_curve, with_shapes
 from launcher.lr_report.report import LRReport, paste_notes
-from launcher.plan.length import MAX_UPDATES
 from launcher.schedule.curve import Schedule, deepspeed_blocks, make_schedule
 from launcher.schedule.deepspeed_schedulers import DEFAULTS, resolved_params, simulate_deepspeed
 from launcher.schedule.safety import deepspeed_warnings
 
 SHAPES_OF = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 DEFAULT_OPTIMIZER_LR = 1e-3
-
-
 _LARGEST_LR = 1e100
 
 
@@ -46,6 +44,8 @@ def deepspeed_report(path: Path, settings: Sequence[str], updates: int | None, s
     if not path.is_file():
         raise RequestError(Problem("file not found", file=str(path), key="--deepspeed"))
     config = _with_settings(read_ds_config(path), settings)
+    if updates is not None:
+        _check_length(updates, "--updates")
     with _locate_problems(config):
         written = _written(config, updates)
         if written.kind is None:
@@ -115,10 +115,9 @@ def _written(config: DsConfig, updates: int | None) -> _WrittenScheduler:
     if any(isinstance(value, list) for value in params.values()):
         notes.append("A list has one learning rate per parameter group; the report shows the first group.")
     total = resolved_params(kind, params).get("total_num_steps", 0)
+    if updates is None:
+        _check_length(total, "scheduler.params.total_num_steps")
     length = updates or (int(total) if total >= 1 else _require_updates(None))
-    if length > MAX_UPDATES:
-        message = f"the run has {length} updates, more than {MAX_UPDATES}"
-        raise RequestError(config.problem("scheduler.params.total_num_steps", message))
     return _WrittenScheduler(kind, params, _initial_lr(config, kind, params), length, tuple(notes))
 
 
@@ -167,6 +166,11 @@ def _type_and_params(config: DsConfig, block: Any) -> tuple[str, dict[str, Any]]
     if not isinstance(params, dict):
         raise RequestError(config.problem("scheduler.params", f"expected a block, found {params!r}"))
     return kind, dict(params)
+
+
+def _check_length(updates: float, key: str) -> None:
+    if updates > MOST_UPDATES:
+        raise RequestError(Problem(f"the run has {updates:,} updates, more than {MOST_UPDATES:,}", key=key))
 
 
 def _require_updates(updates: int | None) -> int:

@@ -6,13 +6,11 @@ import math
 from dataclasses import replace
 
 from launcher.errors import Problem, RequestError
-from launcher.job import AnyJob, Job
-from launcher.job.schema import LENGTHS
+from launcher.job import Job
+from launcher.job.schema import MOST_UPDATES
 from launcher.plan.facts import DataFacts, ModelFacts
 from launcher.plan.schema import Length
 
-MAX_UPDATES = 10**7
-"""The learning rate of every update is computed and checked before the run."""
 _BATCH_OF_THE_JOB = Problem("", key="train.train_batch_size")
 
 
@@ -37,8 +35,8 @@ def resolve_length(
         if requested < batch and given is not None:
             raise RequestError(_too_few(job, requested, batch, given, factor))
         updates = math.ceil(requested / batch)
+        check_updates(updates, "total_samples" if job.train.total_samples else "num_train_epochs")
         refilled = updates * batch - requested
-    check_updates(updates, job)
     return Length(
         total_updates=updates,
         updates_per_epoch=sequences / batch,
@@ -48,11 +46,11 @@ def resolve_length(
     )
 
 
-def check_updates(updates: int, job: AnyJob) -> None:
-    """Raises RequestError if the run has more updates than the launcher can plan."""
-    if updates > MAX_UPDATES:
-        key = next((f"train.{name}" for name in LENGTHS if getattr(job.train, name) is not None), None)
-        raise RequestError(Problem(f"the run has {updates} updates, more than {MAX_UPDATES}", key=key))
+def check_updates(updates: int, key: str) -> None:
+    """Raises RequestError if a run has too many updates to be planned, because of the key `key` of `train`."""
+    if updates > MOST_UPDATES:
+        found = f"the run has {updates:,} updates, more than {MOST_UPDATES:,}"
+        raise RequestError(Problem(found, key=f"train.{key}", hint="make it smaller, or use a larger batch"))
 
 
 def _requested(job: Job, data: DataFacts) -> int:

@@ -90,5 +90,7 @@ def _batch_change(old: Plan, new: Plan) -> str:
     ranks = f"{old.world.size} → {new.world.size} ranks"
     if old.train_batch_size != new.train_batch_size:
         return f"{ranks}, train_batch_size {old.train_batch_size} → {new.train_batch_size}."
+    if (old.world.size, old.gradient_accumulation_steps) == (new.world.size, new.gradient_accumulation_steps):
+        return "The ranks and the batch stay the same."
     steps = f"{old.gradient_accumulation_steps} → {new.gradient_accumulation_steps}"
     return f"{ranks}: train_batch_size stays {new.train_batch_size}, with accumulation {steps}."

@@ -159,7 +159,7 @@ def _length(job: ScriptJob, batch: int) -> Length:
         key = "train.num_train_epochs" if train.num_train_epochs else "train"
         raise RequestError(Problem(message, key=key, hint=hint))
     updates = train.max_steps or math.ceil((train.total_samples or 0) / batch)
-    check_updates(updates, job)
+    check_updates(updates, "total_samples")
     samples = updates * batch
     return Length(
         total_updates=updates,
@@ -291,6 +291,8 @@ def _warnings(
     warnings = []
     if unused := _unused(inputs):
         warnings.append(f"not used, because the script does this itself: {', '.join(unused)}")
+    if inputs.job.checkpoint.upload is not None:
+        warnings.append("checkpoint.upload is set, but a script's files are not uploaded: the script must do it")
     if length.refilled_samples:
         warnings.append(
             f"the last update is filled up with {length.refilled_samples} samples beyond train.total_samples"

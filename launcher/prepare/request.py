@@ -16,7 +16,7 @@ from launcher.run_dir import write_atomic
 
 Progress = Callable[..., None]
 _MODEL_VERSION = 3
-_DATA_VERSION = 4
+_DATA_VERSION = 5
 
 
 class ModelRequest(BaseModel):

@@ -160,7 +160,7 @@ def find_model_folder(name_or_path: str, gguf_file: str | None) -> Path | None:
         if _is_hub_name(name_or_path):
             return None
         raise RequestError(Problem(f"folder not found: {folder}", key=key, hint=_similar_name(folder)))
-    if gguf_file and not (folder / user_path(gguf_file, "model.gguf_file")).is_file():
+    if gguf_file and not (folder / gguf_file).is_file():
         found = sorted(path.name for path in folder.glob("*.gguf"))
         raise RequestError(
             Problem(

@@ -164,7 +164,9 @@ class TurnFinder:
     def _tails(self, whole: _Whole, count: int, anchor: Marker | None, near: str) -> Tails | None:
         """The text after `anchor` if only the first `count` messages are rendered; None if that fails."""
         roles = tuple(message["role"] for message in whole.messages[max(0, count - 2) : count + 1])
-        key = (roles, count == 1, bool(whole.tools), anchor and anchor.kind, near)
+        # Of messages without text there is no marker: several of them may follow the anchor's message.
+        place = anchor and (anchor.kind, count - anchor.message)
+        key = (roles, count == 1, bool(whole.tools), place, near)
         if key in self._tails_cache:
             return self._tails_cache[key]
         plain, prompted = (whole.tail(self.render, whole.messages[:count], anchor, prompt) for prompt in (False, True))

@@ -1,36 +1,40 @@
-"""Executing a plan in a run directory, from placing the nodes to the summary."""
+"""Executing a plan in a run directory, with restarts, from placing the nodes to the summary."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from launcher.errors import RunFailed, code_of
 from launcher.plan.resume import Start
-from launcher.plan.schema import Plan, Script
+from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
+from launcher.runs.attempts import Attempts
 from launcher.runs.console import RunConsole
 from launcher.runs.failure_record import record_failure
 from launcher.runs.interrupts import Interrupts
-from launcher.runs.outcome import RunResult
+from launcher.runs.outcome import Outcome, RunResult
 from launcher.runs.summary import how_to_continue, print_summary
-
-if TYPE_CHECKING:
-    from launcher.runs.supervisor import Supervisor
+from launcher.runs.upload import uploading
 
 
 def carry_out(
     plan: Plan, plan_file: Path, directory: RunDir, console: RunConsole, start: Start | None, interrupts: Interrupts
 ) -> RunResult:
-    """Runs the plan in `plan_file`, from the checkpoint of `start` if given, and prints a summary.
+    """Runs the plan in `plan_file`, from the checkpoint of `start` if given, prints a summary, and uploads the results.
 
     Raises RunFailed, and KeyboardInterrupt if the run is stopped at once.
     """
-    console.total = plan.length.total_updates
-    supervisor = interrupts.supervisor = _supervisor(plan, plan_file, directory, console)
+    with uploading(plan, directory, console, interrupts, start):
+        return _carry_out(plan, plan_file, directory, console, start, interrupts)
+
+
+def _carry_out(
+    plan: Plan, plan_file: Path, directory: RunDir, console: RunConsole, start: Start | None, interrupts: Interrupts
+) -> RunResult:
+    attempts = Attempts(directory, console, interrupts)
     try:
-        outcome = supervisor.run(start)
+        outcome = attempts.run(plan, plan_file, start)
     except KeyboardInterrupt:
         with suppress(OSError):
             directory.enter("stopped", reason=interrupts.reason)
@@ -45,20 +49,23 @@ def carry_out(
     except BaseException as error:
         record_failure(directory, error, console.note)
         raise
-    reason = outcome.reason or (interrupts.reason if outcome.state == "stopped" else None)
+    reason = interrupts.reason if outcome.state == "stopped" else None
+    return ended(attempts.plan, directory, console, outcome, reason, attempts.stop_signal)
+
+
+def ended(
+    plan: Plan,
+    directory: RunDir,
+    console: RunConsole,
+    outcome: Outcome,
+    reason: str | None = None,
+    stop_signal: int = 0,
+) -> RunResult:
+    """Records and prints how a run ended. `reason` is the one from outside for which it was stopped."""
+    reason = outcome.reason or reason
     directory.enter(outcome.state, update=outcome.updates, reason=reason, code=outcome.code)
     print_summary(plan, directory, console, outcome)
     if outcome.state == "finished":
         return RunResult(directory.path, outcome, 0)
     # 128 + signal, as in a shell: a command that waits for a finished run must not start.
-    return RunResult(directory.path, outcome, 1 if outcome.reason else 128 + supervisor.stop_signal)
-
-
-def _supervisor(plan: Plan, plan_file: Path, directory: RunDir, console: RunConsole) -> Supervisor:
-    if isinstance(plan.workload, Script):
-        from launcher.runs.script_supervisor import ScriptSupervisor
-
-        return ScriptSupervisor(plan, plan.workload, plan_file, directory, console)
-    from launcher.runs.supervisor import Supervisor
-
-    return Supervisor(plan, plan_file, directory, console)
+    return RunResult(directory.path, outcome, 1 if outcome.reason else 128 + stop_signal)

@@ -46,7 +46,8 @@ def _check_not_for_slurm(loaded: LoadedJob) -> None:
 
 def examine(inputs: PlanInputs[AnyJob]) -> None:
     """Checks the nodes and prints the results. Raises RunFailed if a node is unfit."""
-    from launcher.fleet.nodes import NodeResources, Nodes, address_of
+    from launcher.fleet.node_resources import NodeResources
+    from launcher.fleet.nodes import Nodes, address_of
     from launcher.fleet.preflight import Requirements, preflight, raise_problems
 
     job, world = inputs.job, inputs.world

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.markup import escape
 
 from launcher.errors import FailureCode, code_of, first_line
 from launcher.run_dir import RunDir
+
+
+@contextmanager
+def printing_errors(note: Callable[[str], None], what: str) -> Iterator[None]:
+    """Prints errors raised in the block, which follows a failure and must not hide it."""
+    try:
+        yield
+    except Exception as error:
+        note(f"          {what}: {escape(first_line(error))}")
 
 
 def record_failure(
@@ -17,8 +27,5 @@ def record_failure(
 
     Raises nothing: if it cannot be written, as on a full disk, `note` prints why, and the caller raises `error`.
     """
-    try:
+    with printing_errors(note, f"the failure could not be written to {escape(str(directory.path))}"):
         directory.enter("failed", reason=first_line(error), message=str(error), code=code or code_of(error))
-    except Exception as second:
-        path, reason = escape(str(directory.path)), escape(first_line(second))
-        note(f"          the failure could not be written to {path}: {reason}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from launcher.errors import LauncherError
+from launcher.errors import LauncherError, Problem, RequestError
 from launcher.run_dir import RunDir
 from launcher.runs.console import RunConsole
 
@@ -80,6 +80,14 @@ class Interrupts:
         action = "the run is about to end" if supervisor.phase == "exporting" else supervisor.stop_action
         second = "SIGTERM twice stops it now" if warning else "a second signal stops it now"
         self._console.note(f"{signal.Signals(number).name}: {action} ({second})")
+
+
+def check_main_thread() -> None:
+    """Raises RequestError in another thread: Python handles signals only in the main one."""
+    if threading.current_thread() is not threading.main_thread():
+        found = "a run must be started in the main thread of its process, which handles its signals"
+        hint = "call it there, or start the run in another process with launcher run or launcher resume"
+        raise RequestError(Problem(found, hint=hint))
 
 
 @contextmanager

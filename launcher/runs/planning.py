@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -14,8 +16,8 @@ from launcher.ds_config.catalogue import load_catalogue
 from launcher.ds_config.check import check_completed_config, check_config, check_optimizer_keys
 from launcher.ds_config.loop_rules import needed_packages
 from launcher.ds_config.target import Target
-from launcher.errors import Problem, RequestError, nearest
-from launcher.job import AnyJob, Job, LoadedJob, ScriptJob
+from launcher.errors import Problem, RequestError, nearest, os_error_text
+from launcher.job import AnyJob, Job, LoadedJob, ScriptJob, check_loaded
 from launcher.job.user_path import user_path
 from launcher.plan.facts import MachineFacts, ModelFacts
 from launcher.plan.inputs import PlanInputs, is_script, is_training, plan_inputs
@@ -50,7 +52,8 @@ def check_job(
     `kept_micro_batch` is the micro-batch of the run that the job resumes. Raises RequestError with file and line of
     each key.
     """
-    with loaded.locate_errors():
+    check_loaded(loaded)
+    with loaded.locate_errors(), _invalid_paths():
         job, here = loaded.job, machine or measure_machine()
         if isinstance(job, ScriptJob) and job.deepspeed == AUTO:
             found = "auto chooses a preset by the memory of model and data, which are unknown for a script"
@@ -66,6 +69,17 @@ def check_job(
         return CheckedJob(loaded, inputs, notes)
 
 
+@contextmanager
+def _invalid_paths() -> Iterator[None]:
+    """Raises RequestError for a path that no file system accepts."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        raise RequestError(Problem(os_error_text(error))) from None
+
+
 def make_plan(
     job: LoadedJob | CheckedJob,
     *,
@@ -78,7 +92,7 @@ def make_plan(
     `on_progress` receives progress messages, and `log` the output of libraries. `preset` is the one that
     `deepspeed: auto` chose in the run that the job resumes. Raises RequestError.
     """
-    checked = check_job(job) if isinstance(job, LoadedJob) else job
+    checked = job if isinstance(job, CheckedJob) else check_job(job)
     with checked.loaded.locate_errors():
         inputs = checked.inputs
         if is_script(inputs):
@@ -154,7 +168,6 @@ def load_ds_config(loaded: LoadedJob) -> DsConfig:
     raise RequestError(
         Problem(
             f"the file {named} does not exist (current folder: {Path.cwd()})",
-            file=loaded.origin,
             key="deepspeed",
             hint=f"did you mean the preset {match}?" if match else f"presets: {', '.join(preset_names())}",
         )

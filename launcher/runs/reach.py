@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from launcher.errors import Problem, RequestError
@@ -15,6 +16,10 @@ def check_reach(job: AnyJob, machine: MachineFacts) -> None:
     """Raises RequestError if this machine cannot reach the nodes of the job."""
     from launcher.fleet.nodes import address_of
 
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        found = "Ray is already initialised in this process, and a run needs a connection of its own"
+        hint = "call ray.shutdown() first, or start the run in another process with launcher run"
+        raise RequestError(Problem(found, hint=hint))
     cluster, address = job.cluster, address_of(job.cluster.address)
     if address == "local":
         _check_this_machine(cluster, machine)

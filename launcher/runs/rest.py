@@ -62,7 +62,7 @@ def rest_of(directory: RunDir, overrides: Sequence[str], console: RunConsole, *,
     Whoever loads the checkpoint must `verify` it, which reads all its files. The launcher does so once for all ranks.
     """
     if verify:
-        rest = _rest_from(*newest_verified(directory, lambda text: console.note(f"          {text}")))
+        rest = rest_from(*newest_verified(directory, lambda text: console.note(f"          {text}")))
     else:
         rest = rest_as_planned(directory)
     needs_export = rest.plan.job.export and export_fault(directory.export) is not None
@@ -83,10 +83,11 @@ def rest_as_planned(directory: RunDir) -> Rest:
 
     The checkpoint's files have their sizes; their content is not read.
     """
-    return _rest_from(*newest_checkpoint(directory))
+    return rest_from(*newest_checkpoint(directory))
 
 
-def _rest_from(saved: SavedCheckpoint, damaged: Sequence[DamagedCheckpoint]) -> Rest:
+def rest_from(saved: SavedCheckpoint, damaged: Sequence[DamagedCheckpoint]) -> Rest:
+    """The rest of a run from a checkpoint, under the plan of that checkpoint."""
     start = Start(checkpoint=str(saved.folder), update=saved.update, samples=saved.samples)
     return Rest(saved.plan, saved.plan_file, start, saved, tuple(damaged))
 
@@ -100,12 +101,27 @@ def job_of_rest(directory: RunDir, overrides: Sequence[str]) -> LoadedJob:
     return loaded
 
 
+def rest_on(rest: Rest, nodes: int, console: RunConsole) -> Rest:
+    """The rest of the run on another number of nodes. Raises RequestError if that is not possible."""
+    return _changed(rest, [f"cluster.nodes={nodes}"], console)
+
+
+def plan_on(plan: Plan, nodes: int, console: RunConsole) -> Plan:
+    """The plan of the whole run on another number of nodes. Raises RequestError if that is not possible."""
+    return _planned_again(plan, [f"cluster.nodes={nodes}"], console)[0]
+
+
+def _planned_again(old: Plan, overrides: Sequence[str], console: RunConsole) -> tuple[Plan, list[str]]:
+    """The plan of the whole run with overrides, and their keys."""
+    loaded, keys = _job_with(old, overrides)
+    checked = check_job(loaded, kept_micro_batch=old.train_micro_batch_size_per_gpu)
+    return make_plan(checked, on_progress=console.prepare, preset=_preset_of(old, loaded.job)), keys
+
+
 def _changed(rest: Rest, overrides: Sequence[str], console: RunConsole) -> Rest:
     """The rest of the run with overrides."""
     old, start = rest.plan, rest.start
-    loaded, keys = _job_with(old, overrides)
-    checked = check_job(loaded, kept_micro_batch=old.train_micro_batch_size_per_gpu)
-    new = make_plan(checked, on_progress=console.prepare, preset=_preset_of(old, loaded.job))
+    new, keys = _planned_again(old, overrides, console)
     check_same_kind_of_state(old, new)
     new_schedule = any(_changes_curve(key) for key in keys)
     plan = resumed_plan(old, new, start.update, start.samples, new_schedule=new_schedule)

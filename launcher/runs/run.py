@@ -16,10 +16,11 @@ from launcher.run_dir import RunDir, write_atomic, write_json
 from launcher.runs.carry_out import carry_out
 from launcher.runs.console import RunConsole
 from launcher.runs.failure_record import record_failure
-from launcher.runs.interrupts import interruptible
+from launcher.runs.interrupts import check_main_thread, interruptible
 from launcher.runs.outcome import RunResult
 from launcher.runs.planning import CheckedJob, check_job, make_plan
 from launcher.runs.reach import check_reach
+from launcher.runs.remote import check_upload
 from launcher.runs.run_lock import only_launcher_of
 from launcher.runs.script import check_script
 
@@ -30,6 +31,7 @@ def run(job: LoadedJob, *, console: RunConsole | None = None) -> RunResult:
     Returns when the run has finished or was stopped; `console` prints the progress. Raises RequestError if the job is
     invalid, RunFailed if the run fails, and Interrupted if a signal stops it at once.
     """
+    check_main_thread()
     checked = check_to_run(job)
     with output_mode(job.job.output_mode):
         directory = RunDir.create(user_path(job.job.output_dir, "output_dir"), job.job.name, mode=job.job.output_mode)
@@ -44,6 +46,7 @@ def check_to_run(loaded: LoadedJob) -> CheckedJob:
         if isinstance(loaded.job, ScriptJob):
             check_script(loaded.job)
         check_reach(loaded.job, checked.inputs.machine)
+        check_upload(loaded.job)
     return checked
 
 

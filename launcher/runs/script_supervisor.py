@@ -12,7 +12,7 @@ from typing import Any
 from launcher.fleet.agent import NodeTask
 from launcher.fleet.environment import rank_environment
 from launcher.fleet.failures import first_failure
-from launcher.fleet.nodes import Node
+from launcher.fleet.nodes import Node, Nodes
 from launcher.fleet.run_script import STOP_GRACE_SECONDS
 from launcher.plan.learning_rate import planned_lrs
 from launcher.plan.resume import Start
@@ -33,8 +33,10 @@ class ScriptSupervisor(Supervisor):
 
     stop_action = f"sending SIGTERM to the script, which has {STOP_GRACE_SECONDS} s to end"
 
-    def __init__(self, plan: Plan, script: Script, plan_file: Path, run: RunDir, console: Console) -> None:
-        super().__init__(plan, plan_file, run, console)
+    def __init__(
+        self, plan: Plan, script: Script, plan_file: Path, run: RunDir, console: Console, nodes: Nodes
+    ) -> None:
+        super().__init__(plan, plan_file, run, console, nodes)
         self.script = script
         self.updates: int | None = None
         self._rendezvous: dict[str, str] = {}
@@ -42,13 +44,18 @@ class ScriptSupervisor(Supervisor):
 
     def start(self, start: Start | None) -> None:
         del start
-        self.enter("starting")
-        self.check_nodes()
-        self.provide_data()
+        self.prepare_nodes()
         self._rendezvous = {"MASTER_ADDR": self._master(), "MASTER_PORT": str(self.nodes.free_port(0))}
         self.nodes.start([self._task(rank, node) for rank, node in enumerate(self.nodes.nodes)])
         self.phase = "training"
         self.enter("training", update=0)
+
+    def request_stop(self, signal_number: int) -> bool:
+        """As for other runs. Each rank kills a script that does not end in time, so the check for hangs ends here."""
+        accepted = super().request_stop(signal_number)
+        if accepted:
+            self._hang_detector.switch_off()
+        return accepted
 
     def follow(self) -> Outcome:
         """Receives reports until the last rank has ended. After a stop request, any exit status counts as stopped."""
@@ -111,6 +118,6 @@ class ScriptSupervisor(Supervisor):
             **self._rendezvous,
             "LAUNCHER_DS_CONFIG": str(self.run_dir.ds_config_file),
             "LAUNCHER_TRAIN_BATCH_SIZE": str(self.plan.train_batch_size),
-            # How often Slurm has requeued the job: above 0, a script resumes from its own checkpoint.
-            "LAUNCHER_RESTART_COUNT": os.environ.get("SLURM_RESTART_COUNT", "0"),
+            # How often the script was started in this run directory before: above 0, it resumes by itself.
+            "LAUNCHER_RESTART_COUNT": str(self.attempt - 1),
         }

@@ -25,6 +25,7 @@ from launcher.runs.failure_record import record_failure
 from launcher.runs.interrupts import STOP_SIGNALS, WARNINGS, Interrupted, interruptible, stop_reason
 from launcher.runs.outcome import RunResult
 from launcher.runs.planning import CheckedJob, check_job
+from launcher.runs.remote import check_upload
 from launcher.runs.rest import planned_run, rest_as_planned, rest_of
 from launcher.runs.resume import resume_locked
 from launcher.runs.run import run_checked
@@ -53,7 +54,7 @@ def run_on_node(job_file: Path, overrides: Sequence[str], command: Sequence[str]
         if requeued and isinstance(job, ScriptJob):
             act = partial(run_script_again, directory)
         elif requeued:
-            act = partial(resume_locked, directory, [], RunConsole())
+            act = partial(resume_locked, directory, [], RunConsole(), requeued=True)
         return _on_ray_cluster(job, allocation, directory, errors, act)
 
 
@@ -167,7 +168,11 @@ def _checked(loaded: LoadedJob, allocation: Allocation) -> CheckedJob:
         _check_allocation(loaded.job, allocation, machine)
         if isinstance(loaded.job, ScriptJob):
             check_script(loaded.job)
-    return check_job(loaded, machine)
+    checked = check_job(loaded, machine)
+    if allocation.node == 0 and not allocation.restart:
+        with loaded.locate_errors():
+            check_upload(loaded.job)
+    return checked
 
 
 def _starting_ray(allocation: Allocation) -> str:

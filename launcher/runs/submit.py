@@ -15,6 +15,7 @@ from rich.text import Text
 from launcher.errors import Problem, RequestError
 from launcher.files import output_mode
 from launcher.job import AnyJob, Job, LoadedJob, ScriptJob, load_job
+from launcher.job.upload_url import is_url
 from launcher.plan.facts import MachineFacts
 from launcher.plan.inputs import is_training, plan_inputs
 from launcher.plan.resolve import check_inputs
@@ -49,6 +50,9 @@ class Submission:
 
     def load(self) -> LoadedJob:
         """The job to submit. Raises RequestError."""
+        if self.resume and is_url(str(self.path)):
+            hint = "launcher resume --download-only URL, then submit the run directory"
+            raise RequestError(Problem("--resume takes a run directory, not a URL", hint=hint))
         if self.resume:
             return job_of_rest(planned_run(self.path), self.overrides)
         return load_job(self.path, *self.overrides, command=self.command or None)
@@ -110,7 +114,8 @@ def to_ray(submission: Submission, loaded: LoadedJob, address: str | None, *, fo
         hint = "ray job submit … -- launcher resume RUN, with the run's absolute path"
         raise RequestError(Problem("--resume works only with Slurm, but the run is submitted to Ray", hint=hint))
     if isinstance(job, ScriptJob):
-        hint = "ray job submit … -- launcher exec JOB.YAML -- SCRIPT [ARGUMENT]..."
+        words = "exec JOB.YAML -- SCRIPT [ARGUMENT]..." if submission.command else "run JOB.YAML"
+        hint = f"ray job submit … -- launcher {words}"
         raise RequestError(Problem("a script works only with Slurm, but the job is submitted to Ray", hint=hint))
     with loaded.locate_errors():
         where = dashboard_address(address, os.environ)

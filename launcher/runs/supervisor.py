@@ -1,11 +1,10 @@
-"""The supervisor: takes a planned run through its states, from placing the nodes to the end."""
+"""The supervisor of one attempt: takes a plan through its states, from placing the nodes to the end of the ranks."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, Unpack
@@ -25,23 +24,24 @@ from launcher.first_failure import (
     traceback_time,
 )
 from launcher.fleet.agent import NodeTask
-from launcher.fleet.environment import rank_environment
+from launcher.fleet.environment import flight_recorder, rank_environment
 from launcher.fleet.failures import Failure, all_failures, first_failure, sort_failures
-from launcher.fleet.nodes import Node, NodeResources, Nodes, address_of
+from launcher.fleet.hang_detector import Hang, HangDetector
+from launcher.fleet.nodes import GRACE_SECONDS, Node, Nodes, address_of
 from launcher.fleet.preflight import NodeCheck, Requirements, disk_bytes, preflight, raise_problems
 from launcher.fleet.ray_head import RayHead, head_of_this_ray
+from launcher.fleet.stacks import Difference, differing_ranks
 from launcher.plan.packages import needed_packages
 from launcher.plan.resume import Start
-from launcher.plan.schema import Plan
+from launcher.plan.schema import Plan, Script
 from launcher.records import EventReport, PhaseReport, Report, RunState, StateDetails
-from launcher.run_dir import RunDir
+from launcher.run_dir import RunDir, rank_log_name
+from launcher.runs.failure_record import printing_errors
 from launcher.runs.outcome import Outcome
 
-_GRACE_SECONDS = 5.0
 _SETTLE_SECONDS = 1.0
 # Ray's health checks take about fifteen seconds to detect a lost node.
 _LOST_NODE_SECONDS = 30.0
-_STOP_GRACE_SECONDS = 0.0
 _EVENT_TITLES = {
     "outlier": "loss outlier",
     "spike": "loss spike",
@@ -72,60 +72,36 @@ class RayLost(RunFailed):
 
 
 class Supervisor:
-    """Executes one plan in one run directory."""
+    """Executes one plan in one run directory, once. The caller releases the nodes."""
 
     stop_action = "stopping after this update, then saving"
 
-    def __init__(self, plan: Plan, plan_file: Path, run: RunDir, console: Console) -> None:
+    def __init__(self, plan: Plan, plan_file: Path, run: RunDir, console: Console, nodes: Nodes) -> None:
         self.plan_file = plan_file
-        self.plan, self.run_dir, self.console = plan, run, console
-        self.nodes = Nodes(NodeResources.of(plan.world), console.note)
+        self.plan, self.run_dir, self.console, self.nodes = plan, run, console, nodes
+        self.attempt = 1
+        self.failures: list[Failure] = []
+        """Of the ranks and nodes, the first one at the start; set when the attempt has failed."""
+        self.updates_made = 0
+        """The updates of the run that were made, as far as they are written."""
         self.reports: list[Report] = []
         self.stop_signal = 0
         self.phase: str | None = None
         self._head: RayHead | None = None
         self._logged: dict[int, Failure] = {}
+        self._hang_detector = _hang_detector(plan)
+        self._hung: list[Failure] = []
         self._metrics, self._evaluations = Tail(run.metrics_file), Tail(run.evaluations_file)
 
     def run(self, start: Start | None = None) -> Outcome:
-        """Places the nodes, starts the ranks and waits until all have ended. Raises RunFailed if one fails.
-
-        Releases the nodes in every case.
-        """
+        """Places the nodes, starts the ranks and waits until all have ended. Raises RunFailed if one fails."""
         if start is not None:
+            self.updates_made = start.update
             self._metrics.skip()
             self._evaluations.skip()
-        try:
-            self.place()
-            self.start(start)
-            outcome = self.follow()
-        except RayLost:
-            # Do not release the nodes: without Ray, every call would block until Ray ends this process.
-            raise
-        except BaseException:
-            self._release_after_failure()
-            raise
-        self._release()
-        return outcome
-
-    def _release(self) -> None:
-        try:
-            self.nodes.end(_GRACE_SECONDS if not self.stopping else _STOP_GRACE_SECONDS)
-        finally:
-            self.nodes.close()
-
-    def _release_after_failure(self) -> None:
-        """Releases the nodes. Errors are only printed: the caller raises the original failure."""
-        with self._printing_errors("the nodes could not be released"):
-            self._release()
-
-    @contextmanager
-    def _printing_errors(self, what: str) -> Iterator[None]:
-        """Prints errors raised in the block, which follows a failure and must not hide it."""
-        try:
-            yield
-        except Exception as error:
-            self.console.note(f"          {what}: {escape(first_line(error))}")
+        self.place()
+        self.start(start)
+        return self.follow()
 
     def place(self) -> None:
         self.enter("placing")
@@ -146,13 +122,18 @@ class Supervisor:
             )
 
     def start(self, start: Start | None) -> None:
-        self.enter("starting")
-        self.check_nodes()
-        self.provide_data()
+        self.prepare_nodes()
         self.nodes.start([self._task(rank, node) for rank, node in enumerate(self.nodes.nodes)])
         rendezvous = {"MASTER_ADDR": self._master(), "MASTER_PORT": str(self.nodes.free_port(0))}
         rendezvous |= {"LAUNCHER_PLAN": str(self.plan_file), "LAUNCHER_PLAN_SHA256": self.plan.sha256}
         self.nodes.order({"go": {"env": rendezvous, "start": start.model_dump() if start else None}})
+
+    def prepare_nodes(self) -> None:
+        """Begins the attempt: what precedes the start of its ranks. Raises RunFailed."""
+        self.enter("starting")
+        self.attempt = self.run_dir.begin_attempt()
+        self.check_nodes()
+        self.provide_data()
 
     def check_nodes(self) -> None:
         """Checks the nodes before ranks are started on them. Raises RunFailed, which names each unfit node."""
@@ -211,6 +192,7 @@ class Supervisor:
             yield from reports
             self._show_progress()
             self._check_head()
+            self._check_hang()
             if self.stopping and not stop_sent:
                 stop_sent = True
                 self.nodes.order({"stop": True})
@@ -220,14 +202,48 @@ class Supervisor:
         if self._head is None or not self._head.gone():
             return
         error = RayLost(f"Ray's head process (gcs_server) at {self._head.address} no longer answers")
-        with self._printing_errors("the failure could not be written to the run directory"):
+        with printing_errors(self.console.note, "the failure could not be written to the run directory"):
             self.run_dir.enter("failed", reason=str(error), message=str(error), code=error.code)
         raise error
 
+    def _check_hang(self) -> None:
+        """Raises RunFailed if the run hangs: writes the stacks of all ranks first, then ends them."""
+        hang = self._hang_detector.check(time.monotonic())
+        if hang is None:
+            return
+        self.console.note(f"          {hang}: writing the stacks of all ranks")
+        self._hung = self._hang_failures(hang, time.time())
+        self._fail()
+
+    def _hang_failures(self, hang: Hang, now: float) -> list[Failure]:
+        """A failure of each rank that differs from the others, or one failure without a rank."""
+        difference = Difference((), "the stacks could not be read")
+        try:
+            stacks, absent = self.nodes.stacks()
+            difference = differing_ranks(stacks, self._rank_name)
+        except Exception as error:
+            self.console.note(f"          the stacks could not be read: {escape(first_line(error))}")
+            absent = []
+        parts = [str(hang), *(f"the agent of node {node} did not answer" for node in absent), difference.text]
+        size = self.plan.world.processes_per_node
+        places: list[tuple[int | None, int]] = [(rank, rank // size) for rank in difference.ranks]
+        text = "; ".join(parts)
+        unknown = (None, absent[0] if absent else 0)
+        return [Failure(rank, node, now, "a hang", text, code=FailureCode.HUNG) for rank, node in places or [unknown]]
+
+    def _rank_name(self, rank: int) -> str:
+        node = rank // self.plan.world.processes_per_node
+        return f"rank {rank} on node {node} ({self.nodes.nodes[node].host})"
+
     def _show_progress(self) -> None:
         for line in self._evaluations.new():
+            if isinstance(line.get("update"), int):
+                self._hang_detector.evaluated(line["update"])
             self.console.evaluation(line)
         for line in self._metrics.new():
+            if isinstance(line.get("update"), int):
+                self._hang_detector.update(line["update"], line.get("step_seconds"))
+                self.updates_made = line["update"] + 1
             self._show_update(line)
 
     def _show_update(self, line: dict[str, Any]) -> None:
@@ -238,6 +254,7 @@ class Supervisor:
             return
         self.phase = report["phase"]
         self._show_progress()
+        self._hang_detector.enter(report["phase"], report["update"])
         self.enter(report["phase"], update=report["update"])
 
     def _record_event(self, report: EventReport) -> None:
@@ -262,10 +279,10 @@ class Supervisor:
         """Waits for late events, ends all ranks and raises RunFailed, which names the rank that failed first."""
         self._collect_late_reports()
         self._show_progress()
-        failures = self._failures()
-        with self._printing_errors("the ranks could not be ended"):
-            self.nodes.end(_GRACE_SECONDS)
-        with self._printing_errors(f"the failure could not be written to {self.run_dir.events_file}"):
+        failures = self.failures = self._failures()
+        with printing_errors(self.console.note, "the ranks could not be ended"):
+            self.nodes.end(GRACE_SECONDS)
+        with printing_errors(self.console.note, f"the failure could not be written to {self.run_dir.events_file}"):
             self._record_failures(failures)
         raise RunFailed(self._failure_message(failures), code=failures[0].code)
 
@@ -274,6 +291,7 @@ class Supervisor:
         self.run_dir.event(
             {
                 "event": "failure",
+                "attempt": self.attempt,
                 "rank": first.rank,
                 "node_rank": first.node_rank,
                 "host": nodes[first.node_rank].host,
@@ -298,7 +316,7 @@ class Supervisor:
 
     def _failures(self) -> list[Failure]:
         found = all_failures(self.reports, [node.clock_offset_seconds for node in self.nodes.nodes])
-        return [_with_code(failure) for failure in sort_failures(map(self._with_log, found))]
+        return [_with_code(failure) for failure in sort_failures([*map(self._with_log, found), *self._hung])]
 
     def _with_log(self, failure: Failure) -> Failure:
         """The failure with the error from the rank's log if the rank reported none: a script, or a crash in C++."""
@@ -316,6 +334,8 @@ class Supervisor:
 
     def _failure_message(self, failures: Sequence[Failure]) -> str:
         failure = failures[0]
+        if failure.code is FailureCode.HUNG:
+            return f"the run hung: {failure.error}"
         node = f"node {failure.node_rank} ({self.nodes.nodes[failure.node_rank].host})"
         if failure.rank is None:
             return f"{node} is lost: {failure.how}"
@@ -335,18 +355,19 @@ class Supervisor:
         return [Place(rank, node, self.nodes.nodes[node].host) for rank, node in nodes]
 
     def _task(self, node_rank: int, node: Node) -> NodeTask:
-        world = self.plan.world
+        world, folder, environment = self.plan.world, self._log_folder(node_rank, node), self._environment(node)
         return NodeTask(
             node_rank=node_rank,
             first_rank=node_rank * world.processes_per_node,
             processes=world.processes_per_node,
             world_size=world.size,
             run_dir=str(self.run_dir.path),
-            log_folder=str(self._log_folder(node_rank, node)),
-            environment=self._environment(node),
+            log_folder=str(folder),
+            environment={**flight_recorder(world, folder, environment), **environment},
             address=node.address,
             interface=node.interface,
             arguments=WORKER,
+            attempt=self.attempt,
             output_mode=self.plan.job.output_mode,
         )
 
@@ -360,7 +381,15 @@ class Supervisor:
         return self.run_dir.node_logs(node_rank, node.host)
 
     def _rank_log(self, rank: int, node_rank: int) -> Path:
-        return self._log_folder(node_rank, self.nodes.nodes[node_rank]) / f"rank-{rank}.log"
+        return self._log_folder(node_rank, self.nodes.nodes[node_rank]) / rank_log_name(rank, self.attempt)
+
+
+def _hang_detector(plan: Plan) -> HangDetector:
+    train, total = plan.job.train, plan.length.total_updates
+    if isinstance(plan.workload, Script):
+        return HangDetector(train.hang_seconds, total, script=True)
+    evaluates = plan.training.data.eval is not None
+    return HangDetector(train.hang_seconds, total, evaluates=evaluates, eval_every=train.eval_every)
 
 
 def _with_code(failure: Failure) -> Failure:

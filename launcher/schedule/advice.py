@@ -82,9 +82,6 @@ MANY_SAMPLES = 100_000
 MAX_WARMUP = 0.2
 MAX_LINEAR_FLOOR = 0.1
 
-_LONGEST = 2**53
-"""Updates: larger numbers are not exact as floats."""
-
 RECIPES = "recipes.csv: published recipes, each with its source"
 ADAM_WARMUP = "Ma & Yarats, arXiv 1910.04209"
 
@@ -255,7 +252,7 @@ def parse_warmup(value: int | float | str, total_updates: int, tokens_per_update
     """
     if isinstance(value, str):
         return _parse_text(value.strip(), total_updates, tokens_per_update)
-    if isinstance(value, bool) or not 0 <= value <= _LONGEST:
+    if isinstance(value, bool) or not math.isfinite(value) or value < 0:
         raise _invalid_warmup(value)
     if isinstance(value, int):
         return value
@@ -272,7 +269,7 @@ def _parse_text(text: str, total_updates: int, tokens_per_update: float | None) 
             message = f"a warm-up of {text} needs the tokens per update, which are unknown here"
             raise RequestError(Problem(message, key="schedule.warmup", hint="write it in updates or as a fraction"))
         updates = _number(match[1], text) * _UNITS[match[2].lower()] / tokens_per_update
-        if updates > _LONGEST:
+        if not math.isfinite(updates):
             raise _invalid_warmup(text)
         return _updates(updates)
     if text.endswith("%"):
@@ -281,8 +278,9 @@ def _parse_text(text: str, total_updates: int, tokens_per_update: float | None) 
             raise _invalid_warmup(text)
         return _updates(fraction * total_updates)
     number = _number(text, text)
-    whole = text.isdecimal() and number <= _LONGEST
-    return parse_warmup(int(number) if whole else number, total_updates, tokens_per_update)
+    if not math.isfinite(number):
+        raise _invalid_warmup(text)
+    return parse_warmup(int(text) if text.isdigit() else number, total_updates, tokens_per_update)
 
 
 def _number(digits: str, text: str) -> float:

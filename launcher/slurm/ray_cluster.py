@@ -16,11 +16,12 @@ from launcher.fleet.ray_settings import LOOPBACK_ONLY, use_token, write_token
 from launcher.run_dir import RunDir
 from launcher.slurm.allocation import Allocation
 from launcher.slurm.ray_node import RayNode
-from launcher.slurm.rendezvous import JoinedNode, RendezvousServer, common_address, join
+from launcher.slurm.rendezvous import Connection, JoinedNode, RendezvousServer, common_address, join
 from launcher.slurm.startup_errors import StartupErrors
 
 _STARTED_SECONDS = 300.0
 _LOG_LINES = 20
+_CHECK_SECONDS = 2.0
 
 
 @contextmanager
@@ -82,13 +83,20 @@ def other_node(
             try:
                 ray.start()
                 connection.send(up=True)
-                connection.receive(None)
+                _keep_running(ray, connection)
             finally:
                 ray.end()
     except (LauncherError, OSError) as error:
         with suppress(OSError):
             connection.send(failed=str(error), code=code_of(error))
         raise RunFailed(str(error), code=code_of(error)) from None
+
+
+def _keep_running(ray: RayNode, connection: Connection) -> None:
+    """Runs Ray until the first node closes the connection. After a network failure Ray ends: starts it again."""
+    while not connection.readable(_CHECK_SECONDS) or connection.receive(None) is not None:
+        if ray.ended():
+            ray.start_again()
 
 
 def node_log(run: RunDir, allocation: Allocation) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -69,6 +70,24 @@ class RayNode:
             self._stop()
         message = f"Ray did not start on {socket.gethostname()} in {_TRIES} tries"
         raise RunFailed(message, code=FailureCode.RAY_LOST)
+
+    def ended(self) -> bool:
+        """Whether Ray's processes ended by themselves: the head counts a node as dead that it could not reach."""
+        return self._process is None or self._process.poll() is not None
+
+    def start_again(self) -> None:
+        """Starts Ray on the node after its end; the head may not be reachable yet. Raises nothing."""
+        self._stop()
+        shutil.rmtree(self._folder.ray, ignore_errors=True)
+        self._write(f"Ray ended on {socket.gethostname()}; starting it again")
+        ports = free_ports(f"{self._allocation.job_id}-{self._allocation.node}-{time.monotonic_ns()}")
+        if not self._start_once(ports):
+            self._stop()
+            self._write("Ray did not start; trying again")
+
+    def _write(self, text: str) -> None:
+        self._log.write(f"{text}\n".encode())
+        self._log.flush()
 
     def end(self) -> None:
         """Ends every process that `start` started, and removes their files."""

@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import json
 import secrets
+import select
 import socket
 import threading
 import time
@@ -44,6 +45,10 @@ class Connection:
 
     def send(self, **message: Any) -> None:
         self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def readable(self, timeout_seconds: float) -> bool:
+        """Whether a message, or the end of the other side, arrives within the time."""
+        return bool(select.select([self._socket], [], [], timeout_seconds)[0])
 
     def receive(self, timeout_seconds: float | None) -> dict[str, Any] | None:
         """The next message; None if the other side is gone. Raises TimeoutError."""

@@ -75,6 +75,13 @@ CAUSE_BY_CODE = dict(
             "scheduler, or the ranks run different versions. Continue with launcher resume",
         ),
         _cause(
+            FailureCode.HUNG,
+            "a rank waits for something that never comes",
+            "stacks.txt beside the logs shows where each rank was: look at the ranks that differ, at their node "
+            "(dmesg, nvidia-smi) and at the network. Then continue with launcher resume. If the run was only slow, set "
+            "train.hang_seconds to a larger number, or to 0 to switch the check off",
+        ),
+        _cause(
             FailureCode.LOSS_SPIKE,
             "the loss spiked",
             f"resume from the checkpoint with a lower learning rate: {_LOWER}",

@@ -20,7 +20,7 @@ from launcher.first_failure import (
     timed_out,
     was_terminated,
 )
-from launcher.run_dir import RunDir
+from launcher.run_dir import RunDir, rank_log_name
 from launcher.watch import runs_without_codes
 from launcher.watch.run_session import Record, int_of, number_of, text_of
 
@@ -41,6 +41,12 @@ class Failed:
     traceback: str | None = None
     exit_code: int | None = None
     code: FailureCode = FailureCode.UNKNOWN
+    attempt: int = 1
+
+    @property
+    def log_name(self) -> str:
+        """The name of its log in the node's log folder."""
+        return "agent.log" if self.rank is None else rank_log_name(self.rank, self.attempt)
 
     @property
     def name(self) -> str:
@@ -77,7 +83,8 @@ def read_failures(event: Record, run: RunDir) -> Failures:
     """The failures in a "failure" event, in roles."""
     failures = event.get("failures")
     listed = [one for one in failures if isinstance(one, dict)] if isinstance(failures, list) else []
-    found = [_with_log(_failed(one), run) for one in listed or [event]]
+    attempt = int_of(event.get("attempt")) or 1
+    found = [_with_log(replace(_failed(one), attempt=attempt), run) for one in listed or [event]]
     timeouts = only_timeouts(found)
     first = next(filter(timed_out, found)) if timeouts else find_first(found)
     hosts = sorted({one.host for one in found}, key=len, reverse=True)
@@ -126,8 +133,7 @@ def _with_log(failed: Failed, run: RunDir) -> Failed:
 
 def log_end(run: RunDir, failed: Failed, count: int) -> list[str]:
     """The last lines of a failed rank's log, or of a lost node's agent log, without times."""
-    name = "agent" if failed.rank is None else f"rank-{failed.rank}"
-    return strip_times(last_lines(run.node_logs(failed.node_rank, failed.host) / f"{name}.log", count))
+    return strip_times(last_lines(run.node_logs(failed.node_rank, failed.host) / failed.log_name, count))
 
 
 def _role(failed: Failed, key: str, hosts: Sequence[str]) -> str:

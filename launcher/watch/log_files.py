@@ -14,7 +14,7 @@ from launcher.watch.node_status import rank_places
 from launcher.watch.run_session import Session
 
 _FOLDER = re.compile(r"^node-(\d+)-(.+)$")
-_RANK = re.compile(r"^rank-(\d+)$")
+_RANK = re.compile(r"^rank-(\d+)(?:\.attempt-\d+)?$")
 
 
 @dataclass(frozen=True)

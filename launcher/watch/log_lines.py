@@ -62,17 +62,9 @@ def split_stamp(raw: bytes, offset_seconds: float = 0.0) -> tuple[float | None, 
     stamp, text = raw[:STAMP_WIDTH].decode(), raw[STAMP_WIDTH + 1 :].decode(errors="replace")
     try:
         time = datetime.fromisoformat(stamp).timestamp() - offset_seconds
-    except ValueError:
+        return time, utc_text(time) if offset_seconds else stamp, text
+    except (ValueError, OverflowError, OSError):  # not a date, or one beyond the years 1 to 9999
         return None, "", raw.decode(errors="replace")
-    return time, _corrected(time, stamp) if offset_seconds else stamp, text
-
-
-def _corrected(time: float, stamp: str) -> str:
-    """The text of a corrected time; `stamp` if the offset in a damaged file leads to a year that does not exist."""
-    try:
-        return utc_text(time)
-    except (ValueError, OverflowError, OSError):
-        return stamp
 
 
 def merged(

@@ -13,6 +13,7 @@ from typing import Any
 from launcher.errors import RunFailed
 from launcher.files import parse_lines, read_json, read_lines
 from launcher.run_dir import ENDED, RunDir
+from launcher.watch.terminal_safe import plain
 
 __all__ = ["Record", "parsed", "read_json", "records"]
 
@@ -27,6 +28,8 @@ class Session:
     Times are in seconds since the epoch; `start_time` is that of the run's first event. `nodes` are the "node" events
     by (node rank, host). `offsets` are the seconds by which a node's clock is ahead of the supervisor's, by log folder.
     `failure` is the session's last "failure" event, or None. `last_phase` is the last state before the run ended.
+    `restarts` counts the restarts after failures since the run was last started or resumed; `no_restart` is the reason
+    why there was no further one.
     """
 
     state: Record
@@ -37,11 +40,13 @@ class Session:
     offsets: dict[str, float] = field(default_factory=dict)
     failure: Record | None = None
     last_phase: str = "planning"
+    restarts: int = 0
+    no_restart: str | None = None
 
     @property
     def name(self) -> str:
         """The state's name; "unknown" without a state.json."""
-        return str(self.state.get("state", "unknown"))
+        return plain(str(self.state.get("state", "unknown")))
 
     @property
     def ended(self) -> bool:
@@ -54,7 +59,7 @@ def read_session(run: RunDir) -> Session:
     nodes: dict[tuple[int, str], Record] = {}
     offsets: dict[str, float] = {}
     failure: Record | None = None
-    phase = "planning"
+    phase, restarts, no_restart = "planning", 0, None
     for event in records(run.events_file):
         last = seconds_of(event.get("time")) or last
         start = start or last
@@ -69,9 +74,16 @@ def read_session(run: RunDir) -> Session:
             offsets[run.node_logs(rank, host).name] = number_of(event.get("clock_offset_seconds")) or 0.0
         elif kind == "failure":
             failure = event
+        elif kind == "no_restart":
+            no_restart = text_of(event.get("reason"))
+        if kind == "resume":
+            restarts, no_restart = 0, None
+        elif kind == "restart" and "attempt" in event:
+            restarts += 1
         if kind == "state" and event.get("state") not in ENDED:
             phase = str(event.get("state"))
-    return Session(read_json(run.state_file) or {}, start, placed, last, nodes, offsets, failure, phase)
+    state = read_json(run.state_file) or {}
+    return Session(state, start, placed, last, nodes, offsets, failure, phase, restarts, no_restart)
 
 
 def is_removed(run: RunDir) -> bool:

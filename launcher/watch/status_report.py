@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 
 from rich.console import Console, Group
 from rich.table import Table
@@ -168,7 +169,7 @@ def _slow(node: NodeStatus) -> str:
 
 def rank_range(ranks: Sequence[int]) -> str:
     """Consecutive ranks as 0-3, others as 1,3."""
-    if len(ranks) > 1 and list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
+    if len(ranks) > 1 and all(after == before + 1 for before, after in pairwise(ranks)):
         return f"{ranks[0]}-{ranks[-1]}"
     return ",".join(map(str, ranks)) or "-"
 

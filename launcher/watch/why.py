@@ -11,7 +11,7 @@ from rich.text import Text
 from launcher.errors import FailureCode, known_code
 from launcher.files import last_lines
 from launcher.first_failure import describe_places, timeout_headline
-from launcher.run_dir import RunDir
+from launcher.run_dir import STACKS_FILE, RunDir
 from launcher.watch import runs_without_codes
 from launcher.watch.causes_by_code import CAUSE_BY_CODE, cause_of
 from launcher.watch.causes_by_message import Cause, cause_of_signal, find_cause
@@ -26,6 +26,7 @@ from launcher.watch.terminal_safe import plain
 
 _SHOWN_LINES = 20
 _SEARCHED_LINES = 60
+_SHOWN_FILES = 8
 _KILLED = FailureCode.RANK_KILLED
 _MISSING = (FailureCode.MISSING_FILE, FailureCode.NOT_SHARED)
 _MEMORY = (FailureCode.OUT_OF_MEMORY, _KILLED)
@@ -99,18 +100,31 @@ def _explain_failed(run: RunDir, session: Session) -> Explanation:
 
 def _explain_failures(run: RunDir, session: Session, found: Failures) -> Explanation:
     first = found.first
+    if first.code is FailureCode.HUNG:
+        return _explain_hung(run, session, found)
     folder = run.node_logs(first.node_rank, first.host)
-    logs = [folder / ("agent.log" if first.rank is None else f"rank-{first.rank}.log")]
+    logs = [folder / first.log_name]
     cause = _with_fitting_hint(_cause(run, found), session)
     return Explanation(
         _headline(run, session, found),
         failures=found,
-        notes=tuple(_notes(found)),
+        notes=(*_notes(found), *(_nccl_notes(run) if found.only_timeouts else ()), *_restart_notes(session)),
         log_ends=_log_ends(logs) or _reported_traceback(folder, first),
         cause=cause,
         evidence=tuple(_evidence(run, session, found, cause)),
         code=_code(first, cause),
     )
+
+
+def _explain_hung(run: RunDir, session: Session, found: Failures) -> Explanation:
+    """Explains a hang; the ends of the logs of all other ranks only show that they waited."""
+    first = found.first
+    notes = [*_file_notes(run, "the stacks of the ranks", STACKS_FILE), *_nccl_notes(run), *_restart_notes(session)]
+    named = [] if first.rank is None else [run.node_logs(first.node_rank, first.host) / first.log_name]
+    cause = _with_fitting_hint(cause_of(first.code), session)
+    headline = f"the run hung: {first.error or first.how}"
+    ends = _log_ends(named)
+    return Explanation(headline, failures=found, notes=tuple(notes), log_ends=ends, cause=cause, code=first.code)
 
 
 def _code(first: Failed, cause: Cause | None) -> FailureCode:
@@ -163,6 +177,28 @@ def _node_log_end(run: RunDir, node_rank: int, host: str) -> str:
     folder = run.node_logs(node_rank, host)
     lines = [line for name in ("node.log", "agent.log") for line in last_lines(folder / name, _SEARCHED_LINES)]
     return "\n".join(lines)
+
+
+def _file_notes(run: RunDir, what: str, pattern: str) -> list[str]:
+    """The files of all nodes' log folders that match the pattern; of many only the first."""
+    files = sorted(run.logs.glob(f"node-*/{pattern}"))
+    more = [f"and {len(files) - _SHOWN_FILES} more such files"] if len(files) > _SHOWN_FILES else []
+    return [*(f"{what}: {path}" for path in files[:_SHOWN_FILES]), *more]
+
+
+def _nccl_notes(run: RunDir) -> list[str]:
+    """What NCCL's flight recorder wrote when a collective timed out."""
+    return _file_notes(run, "the last collectives of a rank", "nccl-rank-*")
+
+
+def _restart_notes(session: Session) -> list[str]:
+    """How often the run was restarted before this failure, and why it was not restarted again."""
+    notes = []
+    if session.restarts:
+        notes.append(f"restarted {session.restarts} time{'s' if session.restarts > 1 else ''} before this failure")
+    if session.no_restart:
+        notes.append(f"not restarted: {session.no_restart}")
+    return notes
 
 
 def _notes(found: Failures) -> list[str]:
@@ -251,7 +287,7 @@ def _reported_traceback(folder: Path, first: Failed) -> tuple[tuple[Path, tuple[
     """The traceback that the rank reported, for a run without its log."""
     if not first.traceback:
         return ()
-    return ((folder / f"rank-{first.rank}.log (missing; as reported)", tuple(first.traceback.splitlines())),)
+    return ((folder / f"{first.log_name} (missing; as reported)", tuple(first.traceback.splitlines())),)
 
 
 def why_view(why: Explanation) -> Text:

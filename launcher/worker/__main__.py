@@ -14,6 +14,7 @@ from pathlib import Path
 
 from launcher.errors import code_of
 from launcher.files import keep_private
+from launcher.fleet.ptrace import allow_agent
 from launcher.plan.resume import Start
 from launcher.records import DoneReport, FailedReport, ReadyReport
 from launcher.worker.control import Control
@@ -22,6 +23,7 @@ from launcher.worker.control import Control
 def main() -> int:
     """Returns 0 if the rank finished or stopped on request; 1 if it failed: the traceback is logged and reported."""
     keep_private()
+    allow_agent()
     control = Control.from_environment()
     try:
         from launcher.worker import train

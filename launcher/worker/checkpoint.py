@@ -8,7 +8,7 @@ import pickle
 import shutil
 import uuid
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from launcher.errors import FailureCode, RunFailed, first_line
-from launcher.job.schema import CheckpointSection
+from launcher.job.kept_checkpoints import removable
 from launcher.manifest import evaluation_loss, file_records, merged_records, replaced_folder
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
@@ -59,6 +59,7 @@ class Checkpoints:
         folder = self._run.checkpoint(progress.update)
         if self._saved == progress.update:
             return folder
+        self._run.check_attempt()
         if self._ranks.first:
             _make_room(folder)
         self._ranks.barrier()
@@ -88,6 +89,7 @@ class Checkpoints:
             }
             if self._evaluation and self._evaluation[0] == progress.update and math.isfinite(self._evaluation[1]):
                 facts["evaluation_loss"] = self._evaluation[1]
+            self._run.check_attempt()
             write_manifest(folder, merged_records(files), **facts)
             self._record_event({"event": "checkpoint", "update": progress.update, "samples": progress.samples})
             # What cannot be removed now is removed after the next save.
@@ -136,20 +138,6 @@ class Checkpoints:
         losses = {update: evaluation_loss(self._run.saved_checkpoint(update)) for update in usable}
         for update in removable(losses, self._plan.job.checkpoint):
             _remove(self._run.saved_checkpoint(update))
-
-
-def removable(losses: Mapping[int, float | None], section: CheckpointSection) -> list[int]:
-    """The updates whose checkpoints no rule keeps. `losses` has the evaluation loss of each update, oldest first."""
-    newest_first: list[int] = list(losses)[::-1]
-    kept = set(newest_first[: section.keep])
-    if section.keep_every is not None:
-        kept |= {update for update in losses if update % section.keep_every == 0}
-    if section.keep_best is not None:
-        # Of equal losses, the newest is the best: sorting is stable.
-        known = [(loss, update) for update in newest_first if (loss := losses[update]) is not None]
-        known.sort(key=lambda each: each[0])
-        kept |= {update for _, update in known[: section.keep_best]}
-    return [update for update in losses if update not in kept]
 
 
 @contextlib.contextmanager

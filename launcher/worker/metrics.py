@@ -81,6 +81,7 @@ class MetricsWriter:
                 "targets": targets,
                 "time": utc_now(),
             }
+            self._run.check_attempt()
             append_line(self._run.evaluations_file, line)
         self.restart_clock()
 

@@ -217,6 +217,7 @@ class TrainLoop:
             self.save_state()
         if self.plan.job.export:
             self.phase("exporting")
+            self.run.check_attempt()
             export_model(self.engine, self.plan, self.ranks, self.run.export)
 
     def phase(self, name: Phase) -> None:

@@ -61,7 +61,7 @@ def write_tiny_job(folder: Path, name: str = "tiny", **sections: Any) -> Path:
             "max_length": 64,
             "cache_dir": str(common / "cache"),
         },
-        "train": {"max_steps": 4, "train_batch_size": 12, "train_micro_batch_size_per_gpu": 2},
+        "train": {"max_steps": 4, "restarts": 0, "train_batch_size": 12, "train_micro_batch_size_per_gpu": 2},
         "schedule": {"shape": "linear", "peak_lr": 1e-3, "warmup": 1},
         "cluster": {"processes_per_node": 1, "gpus_per_node": 0},
         "deepspeed": ZERO3,

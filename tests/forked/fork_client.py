@@ -35,6 +35,7 @@ MODULES = (
     "tests.local.dying_worker",
     "tests.local.faulty_worker",
     "tests.local.raising_worker",
+    "tests.local.waiting_worker",
 )
 _POLL_SECONDS = 0.05
 _IMPORT_SETTINGS = ("DS_ACCELERATOR", "CUDA_HOME", "LD_LIBRARY_PATH", "HF_HUB_OFFLINE", "HF_HOME")

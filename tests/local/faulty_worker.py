@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 from launcher.worker import __main__ as worker
 from launcher.worker import train
@@ -63,6 +64,28 @@ def loss_is_nan(at_update: int) -> None:
         return float("nan") if batch.update == at_update else mean, stop
 
     train.TrainLoop.reduce = with_fault
+
+
+def saves_slowly(seconds: int) -> None:
+    """Every checkpoint takes some seconds longer."""
+    save = train.Checkpoints.save
+
+    def with_fault(self, *arguments):
+        time.sleep(seconds)
+        save(self, *arguments)
+
+    train.Checkpoints.save = with_fault
+
+
+def loads_forever(rank: int) -> None:
+    """One rank never gets its model."""
+
+    def loop(_plan):
+        while True:
+            pass
+
+    if os.environ["RANK"] == str(rank):
+        train.load_model = loop
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,25 @@ from launcher.fleet.agent import Agent, NodeTask
 from launcher.job import load_job
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
+from launcher.prepare.universal import make_universal
 from launcher.records import AgentReport
-from launcher.run_dir import RunDir, write_atomic, write_json
+from launcher.run_dir import RunDir, universal_folder, write_atomic, write_json
+from launcher.runs.console import RunConsole
 from launcher.runs.planning import make_plan
+from launcher.runs.rest import Rest, rest_of
 from tests.fork_server import forking
 from tests.time_limit import TIME_LIMIT_SECONDS
 
 WORKER = ("-m", "launcher.worker")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """SIGKILL to some ranks, a time after the first of them reports an update."""
+
+    ranks: tuple[int, ...]
+    update: int
+    delay_seconds: float
 
 
 def merged(job: dict[str, Any], **sections: Any) -> dict[str, Any]:
@@ -50,12 +65,17 @@ def run_ranks(
     *,
     start: Start | None = None,
     stop_at: int | None = None,
+    kill: Kill | None = None,
     environments: Mapping[int, Mapping[str, str]] | None = None,
     command: tuple[str, ...] = WORKER,
     timeout_seconds: float = TIME_LIMIT_SECONDS,
 ) -> list[AgentReport]:
-    """Every report of the ranks, up to the last exit. `environments` adds variables to single ranks."""
-    agent = _Watched(environments or {}, stop_at)
+    """Every report of the ranks, up to the last exit; with `kill` to the first, when a supervisor ends the others.
+
+    `environments` adds variables to single ranks.
+    """
+    agent = _Watched(environments or {}, stop_at, kill)
+    awaited = 1 if kill else plan.world.size
     task = NodeTask(
         node_rank=0,
         first_rank=0,
@@ -73,7 +93,7 @@ def run_ranks(
     reports: list[AgentReport] = []
     deadline = time.monotonic() + timeout_seconds
     try:
-        while sum(report["report"] == "exit" for report in reports) < plan.world.size:
+        while sum(report["report"] == "exit" for report in reports) < awaited:
             assert time.monotonic() < deadline, f"ranks still run after {timeout_seconds} s: {reports[-3:]}"
             for report in agent.next_reports(1.0):
                 reports.append(report)
@@ -97,12 +117,32 @@ def fine_tuned(plan: Plan, folder: Path, **options: Any) -> RunDir:
     return run
 
 
-class _Watched(Agent):
-    """An agent that adds variables to single ranks, and orders a stop after an update."""
+def continued(run: RunDir, *overrides: str, **options: Any) -> tuple[Rest, list[AgentReport]]:
+    """Carries out the rest of a run from its newest checkpoint, as `launcher resume` does, without Ray.
 
-    def __init__(self, environments: Mapping[int, Mapping[str, str]], stop_at: int | None) -> None:
+    Returns the rest and the reports of its ranks; `options` are those of `run_ranks`.
+    """
+    rest = rest_of(run, list(overrides), RunConsole())
+    plan_file = rest.plan_file or run.next_plan_revision()
+    write_atomic(plan_file, rest.plan.to_json())
+    checkpoint = Path(rest.start.checkpoint)
+    if rest.start.convert:
+        with (run.logs / "convert.log").open("ab") as log:
+            make_universal(checkpoint, universal_folder(checkpoint), log)
+    run.rewind(rest.start.samples, rest.start.update)
+    given = options.pop("environments", {})
+    environments = {
+        rank: {**given.get(rank, {}), "LAUNCHER_PLAN": str(plan_file)} for rank in range(rest.plan.world.size)
+    }
+    return rest, run_ranks(rest.plan, run, start=rest.start, environments=environments, **options)
+
+
+class _Watched(Agent):
+    """An agent that adds variables to single ranks, orders a stop after an update, and kills ranks after one."""
+
+    def __init__(self, environments: Mapping[int, Mapping[str, str]], stop_at: int | None, kill: Kill | None) -> None:
         super().__init__()
-        self._environments, self._stop_at = environments, stop_at
+        self._environments, self._stop_at, self._kill = environments, stop_at, kill
 
     def start(self, task: NodeTask) -> list[int]:
         given = self._environments
@@ -117,3 +157,16 @@ class _Watched(Agent):
         super()._receive(report)
         if report["report"] == "update" and report["update"] == self._stop_at:
             self.order({"stop": True})
+        kill = self._kill
+        if (
+            kill
+            and report["report"] == "update"
+            and report["update"] == kill.update
+            and report["rank"] == kill.ranks[0]
+        ):
+            threading.Timer(kill.delay_seconds, self._kill_ranks, [kill.ranks]).start()
+
+    def _kill_ranks(self, ranks: tuple[int, ...]) -> None:
+        for process in self._processes:
+            if process.rank in ranks:
+                process.send_signal(signal.SIGKILL)

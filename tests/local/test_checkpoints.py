@@ -41,12 +41,18 @@ class Payload:
         return os.mkdir, (str(self.folder),)
 
 
+_ALIGNMENT = 512
+
+
 def replaced(file: Path, payload: Payload) -> None:
     """A pickle with a payload in place of a file of the same size, in the format that torch.save writes."""
     size = file.stat().st_size
     torch.save([payload, ""], file)
-    torch.save([payload, "x" * (size - file.stat().st_size)], file)
-    file.write_bytes(file.read_bytes().ljust(size, b"\0")[:size])
+    # torch.save aligns what it writes, so the length of the text and that of the file do not grow by the same number.
+    torch.save([payload, "x" * (size - file.stat().st_size - _ALIGNMENT)], file)
+    written = file.read_bytes()
+    assert len(written) <= size
+    file.write_bytes(written.ljust(size, b"\0"))
 
 
 def flip_bit(file: Path) -> None:

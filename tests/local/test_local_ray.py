@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,7 +24,9 @@ pytestmark = pytest.mark.local
 EXPECTED = {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::RayAgent"}
 WITH_A_RAY = """
 import sys
-from launcher.fleet.nodes import NodeResources, Nodes
+import tempfile
+from launcher.fleet.node_resources import NodeResources
+from launcher.fleet.nodes import Nodes
 nodes = Nodes(NodeResources(nodes=1, cpus=1, gpus=0), print)
 nodes.connect("local")
 [node] = nodes.place(60.0)
@@ -78,3 +84,59 @@ def test_only_this_user_on_this_machine_reaches_the_ray_and_nothing_of_it_is_lef
     assert folder.is_dir()
     remove_abandoned()
     assert not folder.exists()
+
+
+TWICE = """
+import os
+import ray  # which reads RAY_AUTH_MODE
+from launcher.fleet.node_resources import NodeResources
+from launcher.fleet.nodes import Nodes
+
+before = dict(os.environ)
+for _ in range(2):
+    nodes = Nodes(NodeResources(nodes=1, cpus=1, gpus=0), lambda note: None)
+    nodes.connect("local")
+    [node] = nodes.place(60.0)
+    nodes.close()
+    print(nodes._folder.path.exists(), flush=True)
+changed = {name for name in {**before, **os.environ} if before.get(name) != os.environ.get(name)}
+print(sorted(name for name in changed if "AUTH" in name or "CLUSTER" in name))
+"""
+
+
+def test_a_process_may_start_one_ray_after_another_and_then_has_its_own_variables_again() -> None:
+    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["False", "False", "[]"], done.stderr
+
+
+IN_USE = """
+import os, sys, ray
+from launcher import RequestError, load_job, run
+
+os.chdir(sys.argv[1])
+ray.init(num_cpus=1, include_dashboard=False, _temp_dir=sys.argv[2])
+try:
+    run(load_job("job.yaml"))
+except RequestError as error:
+    print(error)
+print(ray.is_initialized(), os.path.exists("runs"))
+"""
+
+
+def test_a_run_leaves_the_ray_that_its_process_already_uses_alone(job_dict, tmp_path) -> None:
+    (tmp_path / "job.yaml").write_text(json.dumps(job_dict))
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    token = Path(folder) / "token"
+    token.write_text("0" * 64)
+    token.chmod(0o600)
+    done = subprocess.run(
+        [sys.executable, "-c", IN_USE, str(tmp_path), folder],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)},
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    *message, last = done.stdout.splitlines()
+    assert message[0].startswith("Ray is already initialised in this process"), done.stdout + done.stderr
+    assert last == "True False"

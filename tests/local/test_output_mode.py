@@ -14,6 +14,7 @@ import pytest
 from launcher.run_dir import RunDir
 from tests.local.launcher_commands import Command, run_folder, write_job
 from tests.local.rank_runs import merged
+from tests.local.test_hang import stopped_rank
 from tests.unit.inputs import command
 
 pytestmark = [pytest.mark.local, pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become other users")]
@@ -84,6 +85,15 @@ def modes(path: Path) -> dict[str, int]:
     return {str(each.relative_to(path)): stat.S_IMODE(each.lstat().st_mode) for each in (path, *path.rglob("*"))}
 
 
+def wrong_for_the_group(path: Path) -> dict[str, str]:
+    """The modes of all files and folders that are not those of `output_mode: group` in a folder with the setgid bit."""
+    return {
+        name: oct(mode)
+        for name, mode in modes(path).items()
+        if mode & ~0o100 != (0o2650 if (path / name).is_dir() else 0o640)
+    }
+
+
 @pytest.mark.usefixtures("_open_umask")
 def test_only_the_owner_can_read_whatever_the_umask(job_dict, folder, shared_ray):
     run = ran(job_dict, folder, None, shared_ray)
@@ -98,13 +108,7 @@ def test_only_the_owner_can_read_whatever_the_umask(job_dict, folder, shared_ray
 def test_the_group_can_read_everything_and_change_nothing(job_dict, folder, shared_ray):
     run = ran(job_dict, folder, "group", shared_ray)
     found = modes(run.path)
-    assert found.pop("launcher.lock") == 0o600
-    wrong = {
-        name: oct(mode)
-        for name, mode in found.items()
-        if mode & ~0o100 != (0o2650 if (run.path / name).is_dir() else 0o640)
-    }
-    assert len(found) > 20 and wrong == {}
+    assert len(found) > 20 and wrong_for_the_group(run.path) == {"launcher.lock": "0o600"}
     assert {each.lstat().st_gid for each in (run.path, *run.path.rglob("*"))} == {GROUP}
     read = as_user(
         MEMBER, GROUP, "sh", "-c", 'find "$0" -type f ! -name launcher.lock -exec cat {} + | wc -c', str(run.path)
@@ -123,3 +127,14 @@ def test_a_member_of_the_group_cannot_lock_the_run(job_dict, folder, shared_ray)
     assert "state.json" in locked.stdout.split() and "launcher.lock" not in locked.stdout.split()
     shown = command("status", str(run.path))
     assert shown.status == 0 and "finished" in shown.out
+
+
+@pytest.mark.usefixtures("_open_umask")
+def test_the_group_can_read_what_a_hang_and_a_second_attempt_leave(job_dict, folder, shared_ray):
+    job = {**merged(job_dict, data={"cache_dir": str(folder / "cache")}), "output_mode": "group"}
+    running = stopped_rank(job, folder, shared_ray, restarts=1, max_steps=100)
+    assert running.wait() == 0, running.output
+    path = run_folder(folder)
+    names = {Path(name).name for name in modes(path)}
+    assert {"attempt.json", "stacks.txt", "rank-1.log", "rank-1.attempt-2.log"} <= names
+    assert wrong_for_the_group(path) == {"launcher.lock": "0o600"}

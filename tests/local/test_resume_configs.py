@@ -11,11 +11,10 @@ import pytest
 
 from launcher.errors import RequestError
 from launcher.plan.learning_rate import planned_lrs
-from launcher.prepare.universal import make_universal
-from launcher.run_dir import RunDir, universal_folder, write_atomic
+from launcher.run_dir import RunDir
 from launcher.runs.console import RunConsole
 from launcher.runs.rest import rest_of
-from tests.local.rank_runs import fine_tuned, logs, merged, plan_of, run_ranks
+from tests.local.rank_runs import continued, fine_tuned, logs, merged, plan_of
 
 pytestmark = pytest.mark.local
 
@@ -39,16 +38,7 @@ def whole_run(job_dict: dict, folder: Path, config: dict[str, Any], **sections: 
 def resumed(run: RunDir, *overrides: str) -> RunDir:
     """The run's updates after its checkpoint on the way, made again as `launcher resume` does, without Ray."""
     shutil.rmtree(run.checkpoint(UPDATES))
-    rest = rest_of(run, list(overrides), RunConsole())
-    plan_file = rest.plan_file or run.next_plan_revision()
-    write_atomic(plan_file, rest.plan.to_json())
-    checkpoint = Path(rest.start.checkpoint)
-    if rest.start.convert:
-        with (run.logs / "convert.log").open("ab") as log:
-            make_universal(checkpoint, universal_folder(checkpoint), log)
-    run.rewind(rest.start.samples, rest.start.update)
-    given = {rank: {"LAUNCHER_PLAN": str(plan_file)} for rank in range(rest.plan.world.size)}
-    events = run_ranks(rest.plan, run, start=rest.start, environments=given)
+    rest, events = continued(run, *overrides)
     assert [event["code"] for event in events if event["report"] == "exit"] == [0] * rest.plan.world.size, logs(run)
     return run
 

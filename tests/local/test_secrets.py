@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -12,6 +14,8 @@ import yaml
 
 from tests.local.launcher_commands import Command, run_folder, updates_made, write_job
 from tests.local.rank_runs import merged
+from tests.local.s3_server import BUCKET, s3_server, variables
+from tests.local.test_hang import stopped_rank
 
 pytestmark = pytest.mark.local
 
@@ -75,23 +79,60 @@ def ray_folder(command: Command) -> Path:
     return folder
 
 
+@contextmanager
+def paused(command: Command) -> Iterator[None]:
+    """The ranks do not end meanwhile: on a busy machine it takes longer to read /tmp than to train."""
+    ranks = command.ranks().values()
+    for process in ranks:
+        process.suspend()
+    yield
+    for process in ranks:
+        process.resume()
+
+
 def look_for_secrets(command: Command, texts: dict[str, str]) -> set[str]:
     """Where secrets are while the ranks train, and at the end; the token of Ray counts as one."""
     command.wait_for(lambda: updates_made(command.folder) > 0)
-    ray = ray_folder(command)
-    own = {**texts, "Ray's token": (ray / "token").read_text()}
-    temporary = of_this_run(command)
-    assert any(ray in path.parents for path in temporary)
-    found = where_found(own, [path for path in temporary if path != ray / "token"])
-    found |= where_found(own, files_below(command.folder))
+    with paused(command):
+        ray = ray_folder(command)
+        own = {**texts, "Ray's token": (ray / "token").read_text()}
+        temporary = of_this_run(command)
+        assert any(ray in path.parents for path in temporary)
+        found = where_found(own, [path for path in temporary if path != ray / "token"])
+        found |= where_found(own, files_below(command.folder))
     assert command.wait() == 0, command.output
     return found | where_found(own, files_below(command.folder))
 
 
 def test_a_training(job_dict, tmp_path, forked):
-    job = merged(job_dict, train={"max_steps": 40, "eval_every": 20}, checkpoint={"every": 20})
+    job = merged(job_dict, train={"max_steps": 40, "eval_every": 20, "hang_seconds": 0}, checkpoint={"every": 20})
     command = Command("run", str(write_job(tmp_path, job)), folder=tmp_path, **forked, **SECRETS)
     assert look_for_secrets(command, SECRETS) == set()
+
+
+def test_a_training_that_hangs_restarts_and_is_uploaded(job_dict, tmp_path, shared_ray):
+    """Neither the stacks and logs of its attempts, nor its objects in S3 and their download, have the credentials."""
+    with s3_server() as server:
+        environment = {**shared_ray, **variables(server.port), **SECRETS}
+        job = merged(job_dict, checkpoint={"upload": f"s3://{BUCKET}/runs"})
+        first = stopped_rank(job, tmp_path, environment, restarts=1, max_steps=100)
+        first.wait_for(lambda: "restarting" in first.output)
+        found = where_found(SECRETS, [*of_this_run(first), *files_below(tmp_path)])
+        assert first.wait() == 0, first.output
+        run = run_folder(tmp_path)
+        assert "uploaded to" in first.output
+        assert {"attempt.json", "stacks.txt", "rank-1.attempt-2.log"} <= {path.name for path in files_below(run)}
+        arguments = ("--download-only", "--to", str(tmp_path / "copy"))
+        second = Command("resume", f"s3://{BUCKET}/runs/{run.name}", *arguments, folder=tmp_path, **environment)
+        found |= where_found(SECRETS, [])
+        assert second.wait() == 0, second.output
+        (copy,) = (tmp_path / "copy").iterdir()
+        assert "checkpoints" in {path.name for path in copy.iterdir()}
+        names = server.names()
+        for name in names:
+            content = server.client().get_object(Bucket=BUCKET, Key=name)["Body"].read()
+            found |= {f"{secret} in {name}" for secret, text in SECRETS.items() if text.encode() in content}
+    assert len(names) > 5 and found | where_found(SECRETS, files_below(tmp_path)) == set()
 
 
 def test_a_script_that_gets_them(tmp_path, forked):

@@ -21,10 +21,6 @@ from tests.unit.inputs import command
 
 pytestmark = pytest.mark.local
 
-RAISING = (
-    "import launcher.runs.supervisor as s; s.WORKER = ('-m', 'tests.local.raising_worker'); "
-    "from launcher.cli import main; main()"
-)
 HOST = socket.gethostname()
 
 
@@ -55,7 +51,7 @@ def test_logs_status_watch_and_why_report_a_rank_that_raises(job_dict, tmp_path,
     signal = tmp_path / "raise"
     cluster = {"env": {"RAISE_WHEN": str(signal)}}
     job = write_job(tmp_path, merged(job_dict, train={"max_steps": 100_000}, cluster=cluster))
-    monkeypatch.setattr(launcher_commands, "LAUNCHER", [sys.executable, "-c", RAISING])
+    monkeypatch.setattr(launcher_commands, "LAUNCHER", launcher_commands.launcher_with("raising_worker"))
     running = Command("run", str(job), folder=tmp_path, **shared_ray)
     running.wait_for(lambda: run_folder(tmp_path) is not None)
     run = RunDir(run_folder(tmp_path))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import launcher
 from launcher import RequestError, load_job, make_plan
-from launcher.job import ScriptJob
+from launcher.job import Job, ScriptJob
 from tests.unit.inputs import command, data_facts, model_facts, remember, write_folder
 
 
@@ -53,6 +54,38 @@ def test_a_job_may_be_a_mapping() -> None:
     assert loaded.job == load_job("job.yaml", "train.max_steps=20").job
     assert make_plan(loaded) == make_plan(load_job("job.yaml", "train.max_steps=20"))
     assert "train" not in sections
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_mapping_may_have_paths() -> None:
+    sections = {"name": "job", "model": {"name_or_path": Path("model")}, "data": {"train": [Path("data/train.jsonl")]}}
+    job = load_job({**sections, "output_dir": Path("runs")}).job
+    assert isinstance(job, Job)
+    assert (job.model.name_or_path, job.data.train, job.output_dir) == ("model", ["data/train.jsonl"], "runs")
+
+
+WRONG_TYPES = {
+    "run of a path": (lambda: launcher.run("job.yaml"), "a job from load_job is needed, found str"),
+    "plan of a mapping": (lambda: make_plan({"name": "job"}), "a job from load_job is needed, found dict"),
+    "a number": (lambda: load_job(7), "a job must be a file or a mapping, found int"),
+    "a list of overrides": (lambda: load_job("job.yaml", ["train.max_steps=2"]), "an override must be text"),
+}
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("name", WRONG_TYPES)
+def test_a_wrong_type_is_an_error_with_a_hint(name: str) -> None:
+    call, message = WRONG_TYPES[name]
+    with pytest.raises(RequestError, match=message) as caught:
+        call()
+    assert caught.value.problems[0].hint
+
+
+@pytest.mark.usefixtures("folder")
+def test_an_error_in_an_override_is_located_on_the_command_line() -> None:
+    for override in ("trian.max_steps=3", "deepspeed=nothing.json"):
+        with pytest.raises(RequestError, match=r"^command line: (trian|deepspeed):"):
+            make_plan(load_job("job.yaml", override))
 
 
 def test_an_error_names_file_line_and_key(folder: Path) -> None:
@@ -101,3 +134,12 @@ def test_an_unclosed_quote_in_a_command_is_an_error(tmp_path: Path) -> None:
     path.write_text('script:\n  command: "train.py \'two"\n')
     with pytest.raises(RequestError, match=r"job.yaml:2: script\.command: a quote is not closed"):
         load_job(path)
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_run_in_another_thread_than_the_main_one_is_refused_before_it_starts(folder: Path) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        for started in (threads.submit(launcher.run, load_job("job.yaml")), threads.submit(launcher.resume, "runs/x")):
+            with pytest.raises(RequestError, match="must be started in the main thread of its process"):
+                started.result()
+    assert list(folder.glob("runs/job-*")) == []

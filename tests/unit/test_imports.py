@@ -38,6 +38,7 @@ HOMES = {
     "peft": ("trainable.py", "worker/"),
     "liger_kernel": ("prepare/model_facts.py",),
     "ray": ("fleet/", "ray_jobs.py"),
+    "fsspec": ("runs/remote.py",),
     "subprocess": (
         "slurm/",
         "runs/export.py",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.errors import RunFailed
 from launcher.run_dir import (
     MANIFEST,
     RunDir,
@@ -292,3 +293,19 @@ def test_only_the_owner_can_read_a_run_directory(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path, "x")
     for folder in (run.path, run.checkpoints, run.logs):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_attempts_are_counted_and_an_earlier_one_must_not_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir.create(tmp_path, "run")
+    assert run.attempt() == 0
+    assert [run.begin_attempt(), run.begin_attempt()] == [1, 2]
+    monkeypatch.setenv("LAUNCHER_ATTEMPT", "2")
+    run.check_attempt()
+    monkeypatch.setenv("LAUNCHER_ATTEMPT", "1")
+    with pytest.raises(RunFailed, match="attempt 1 of the run was given up, and attempt 2 has started"):
+        run.check_attempt()
+    run.attempt_file.write_text("damaged")
+    run.check_attempt()
+    assert run.attempt() == 0

@@ -1,6 +1,8 @@
 """An accelerate loop after accelerate's example for DeepSpeed configuration files."""
 
 import argparse
+import os
+import sys
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -45,6 +47,10 @@ def main():
         scheduler.step()
         optimizer.zero_grad()
         accelerator.print(f"step {step} lr {rate!r} loss {loss.item()!r}")
+    # PyTorch 2.13 sometimes aborts at exit while it frees gloo's threads. All ranks are done here, so end without that.
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

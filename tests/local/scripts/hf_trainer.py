@@ -1,5 +1,8 @@
 """A Trainer script as transformers' own examples are written: all settings come from TrainingArguments."""
 
+import os
+import sys
+
 import torch
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
@@ -24,6 +27,10 @@ def main():
     trainer = Trainer(model=LlamaForCausalLM(config), args=args, train_dataset=Numbers())
     trainer.train()
     trainer.save_state()
+    # PyTorch 2.13 sometimes aborts at exit while it frees gloo's threads. All ranks are done here, so end without that.
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

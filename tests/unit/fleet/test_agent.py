@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +80,38 @@ def test_nothing_starts_if_the_log_cannot_be_created(agent: Agent, tmp_path: Pat
         agent.start(task(tmp_path / "node-0-h0", SLEEPS))
     assert psutil.Process().children() == before
     agent.end(0.0)
+
+
+def test_a_second_attempt_has_its_own_logs_and_receives_nothing_of_the_first(agent: Agent, tmp_path: Path) -> None:
+    folder = tmp_path / "node-0-h0"
+    first = "import os, sys; print('first', os.environ['LAUNCHER_ATTEMPT'], flush=True); sys.stdin.read()"
+    agent.start(task(folder, first))
+    log = folder / "rank-0.log"
+    deadline = time.monotonic() + TIME_LIMIT_SECONDS
+    while not log.exists() or b"first 1" not in log.read_bytes():
+        assert time.monotonic() < deadline
+    agent.end(0.0)
+    again = replace(task(folder, "import os; raise SystemExit(int(os.environ['LAUNCHER_ATTEMPT']))"), attempt=2)
+    agent.start(again)
+    assert agent.next_reports(0.0, attempt=1) == []
+    found: list[dict[str, Any]] = []
+    while not any(report["report"] == "exit" for report in found):
+        assert time.monotonic() < deadline
+        found += agent.next_reports(1.0, attempt=2)
+    assert [report["code"] for report in found if report["report"] == "exit"] == [2]
+    assert (folder / "rank-0.attempt-2.log").exists() and b"first" not in (folder / "rank-0.attempt-2.log").read_bytes()
+
+
+def test_a_call_for_reports_of_an_earlier_attempt_ends_when_the_next_one_starts(agent: Agent, tmp_path: Path) -> None:
+    """Otherwise it would take the first reports of the next attempt."""
+    folder = tmp_path / "node-0-h0"
+    agent.start(task(folder, SLEEPS))
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(agent.next_reports, 10 * TIME_LIMIT_SECONDS, 1)
+        agent.end(0.0)
+        agent.start(replace(task(folder, "raise SystemExit(5)"), attempt=2))
+        waiting.result(TIME_LIMIT_SECONDS)
+        found: list[dict[str, Any]] = []
+        while not found:
+            found = agent.next_reports(1.0, attempt=2)
+    assert [report["code"] for report in found] == [5]

@@ -14,7 +14,8 @@ import pytest
 
 from launcher.errors import FailureCode, RunFailed
 from launcher.fleet import nodes as fleet
-from launcher.fleet.nodes import NodeResources, Nodes
+from launcher.fleet.node_resources import NodeResources
+from launcher.fleet.nodes import Nodes
 from launcher.fleet.ray_folder import RayFolder
 
 LATE = "The current node timed out during startup. [raylet]\nsome more"

@@ -14,9 +14,10 @@ from rich.console import Console
 from launcher.errors import FailureCode, RunFailed
 from launcher.fleet import inspect_node
 from launcher.fleet.copy_data import _link
-from launcher.fleet.environment import rank_environment
+from launcher.fleet.environment import flight_recorder, rank_environment
 from launcher.fleet.inspect_node import NodeFacts
-from launcher.fleet.nodes import Node, NodeResources, describe_shortage
+from launcher.fleet.node_resources import NodeResources, describe_shortage
+from launcher.fleet.nodes import Node
 from launcher.fleet.preflight import (
     NodeCheck,
     NodeProblem,
@@ -276,3 +277,27 @@ def test_outside_of_slurm_doctor_prints_the_srun_command(tmp_path: Path, monkeyp
     ended = command("doctor", "job.yaml")
     assert ended.status == 2
     assert "srun --nodes=2 --ntasks-per-node=1 launcher node --doctor job.yaml" in ended.err
+
+
+def test_nccl_records_collectives_in_the_nodes_log_folder_unless_the_user_sets_another(tmp_path: Path) -> None:
+    found = flight_recorder(GPUS, tmp_path, {})
+    assert found["TORCH_FR_DUMP_TEMP_FILE"] == found["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == f"{tmp_path}/nccl-rank-"
+    assert found["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1" and int(found["TORCH_FR_BUFFER_SIZE"]) > 0
+    own = {**found, **rank_environment(GPUS, "ib0", {"TORCH_FR_BUFFER_SIZE": "9"}, {})}
+    assert own["TORCH_FR_BUFFER_SIZE"] == "9"
+    assert flight_recorder(GPUS.model_copy(update={"backend": "gloo", "device": "cpu"}), tmp_path, {}) == {}
+
+
+@pytest.mark.parametrize(
+    ("new", "old"),
+    [
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"),
+        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"),
+    ],
+)
+def test_a_setting_of_the_flight_recorder_under_either_name_is_the_users(new: str, old: str, tmp_path: Path) -> None:
+    """PyTorch prefers the new name: it must not be set beside the user's old one."""
+    everything = flight_recorder(GPUS, tmp_path, {})
+    for name in (new, old):
+        found = flight_recorder(GPUS, tmp_path, {name: "5"})
+        assert set(everything) - set(found) == {new, old}

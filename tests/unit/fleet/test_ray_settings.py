@@ -8,7 +8,8 @@ import pytest
 from ray.job_config import JobConfig
 
 from launcher.errors import RunFailed
-from launcher.fleet.nodes import NodeResources, Nodes
+from launcher.fleet.node_resources import NodeResources
+from launcher.fleet.nodes import Nodes
 from launcher.fleet.ray_settings import job_config
 
 

@@ -1,7 +1,8 @@
-"""Random job files and overrides, from their bytes to the plan: only errors of the launcher, with short messages."""
+"""Random job files and overrides, from their bytes to a plan: each is planned, or rejected with a launcher error."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -9,120 +10,135 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher.job import LoadedJob, load_job
-from launcher.plan.inputs import is_script, is_training, plan_inputs
-from launcher.plan.resolve import check_inputs, resolve
+from launcher.job import load_job
+from launcher.job.load import LoadedJob
+from launcher.job.schema import Job, ScriptJob
+from launcher.plan.inputs import is_script, is_training
+from launcher.plan.resolve import resolve
 from launcher.plan.schema import Plan
-from launcher.plan.script import check_script_inputs, resolve_script
-from launcher.runs.planning import lint_ds_config, load_ds_config
-from tests.fork_server import REPOSITORY
-from tests.unit.fuzz.mutations import damaged, inputs, mutated, only_launcher_errors, value
-from tests.unit.inputs import data_facts, machine_facts, model_facts
+from launcher.plan.script import resolve_script
+from launcher.runs.planning import check_job
+from tests.unit.fuzz.cases import TEXTS, any_value, cases, check, mutated, mutated_bytes
+from tests.unit.inputs import data_facts, machine_facts, model_facts, write_folder
 
-JOBS: tuple[dict[str, Any], ...] = (
-    yaml.safe_load((REPOSITORY / "examples/quickstart.yaml").read_text()),
-    {
-        "name": "full",
-        "model": {"name_or_path": "m", "revision": "main", "dtype": "bfloat16", "trust_remote_code": True},
-        "data": {"train": ["a.jsonl", "b.jsonl"], "eval": 0.1, "max_length": 64, "chat_template_kwargs": {"a": 1}},
-        "train": {"max_steps": 100, "train_batch_size": 64, "gradient_accumulation_steps": 2, "betas": [0.9, 0.99]},
-        "schedule": {
-            "shape": "wsd",
-            "peak_lr": 1e-5,
-            "warmup": "3%",
-            "floor": 0.1,
-            "decay_start": 0.7,
-            "decay": "1-sqrt",
-        },
-        "deepspeed": {"zero_optimization": {"stage": 3}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}}},
-        "cluster": {"nodes": 2, "gpus_per_node": 8, "env": {"NCCL_DEBUG": "INFO"}},
-        "checkpoint": {"every": 10, "keep": 3, "keep_every": 50, "keep_best": 1},
+TRAINING: dict[str, Any] = {
+    "name": "tiny",
+    "model": {"name_or_path": "model", "dtype": "float32", "freeze": [], "lora": None},
+    "data": {"train": ["data/train.jsonl"], "eval": 0.1, "max_length": 128, "chat_template_kwargs": {"a": 1}},
+    "train": {"max_steps": 20, "train_batch_size": 32, "betas": [0.9, 0.95], "eps": 1e-8, "eval_every": 5, "seed": 3},
+    "schedule": {
+        "shape": "wsd",
+        "peak_lr": 1e-5,
+        "warmup": 4,
+        "floor": 0.1,
+        "decay_start": 0.8,
+        "decay": "linear",
+        "task": "similar",
     },
-    {
-        "name": "steps",
-        "model": {"name_or_path": "m", "freeze": ["model.layers.[0-7]"]},
-        "data": {"train": "a.jsonl", "eval": "b.jsonl"},
-        "train": {"total_samples": 1000, "train_micro_batch_size_per_gpu": 2, "eval_every": 5},
-        "schedule": {"shape": "step", "decay_at": [0.5, 30], "decay_factor": [0.5, 0.1], "peak_lr": 1e-5},
-        "deepspeed": "zero1",
-        "cluster": {"gpus_per_node": 0, "processes_per_node": 4},
+    "deepspeed": {
+        "bf16": {"enabled": False},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8},
     },
+    "cluster": {"nodes": 2, "gpus_per_node": 0, "processes_per_node": 4, "env": {"A": "b"}, "wait_seconds": 5.0},
+    "checkpoint": {"every": 10, "keep": 2, "keep_best": 1},
+    "slurm": {"partition": "p", "time": "1:00:00", "mem": "4G", "modules": ["cuda/12"], "extra": ["--licenses=a:1"]},
+    "export": True,
+    "output_dir": "runs",
+}
+SHAPES: tuple[dict[str, Any], ...] = (
+    {"shape": "auto"},
+    {"shape": "step", "peak_lr": 1e-5, "warmup": "3%", "decay_at": [0.5, 15], "decay_factor": [0.1, 0.2]},
+    {"shape": "cosine_restarts", "peak_lr": 1e-5, "warmup": 0.1, "cycles": 2},
     {
-        "name": "compound",
-        "model": {"name_or_path": "m"},
-        "data": {"train": "a.jsonl"},
-        "train": {"num_train_epochs": 3},
-        "schedule": {
-            "shape": "compound",
-            "warmup": "20k tokens",
-            "peak_lr": "2e-5",
-            "segments": [{"kind": "cosine", "until": 0.5, "to": 0.3}, {"kind": "linear", "until": 1.0, "to": 0.0}],
-        },
-        "slurm": {"time": "1:00:00", "mem": 64000, "array": "0-3", "array_key": "train.seed", "extra": ["--x=1"]},
+        "shape": "compound",
+        "peak_lr": 1e-5,
+        "warmup": "1k tokens",
+        "segments": [{"kind": "cosine", "until": 0.5, "to": 0.5}, {"kind": "1-sqrt", "until": 20, "to": 0.0}],
     },
-    {
-        "name": "script",
-        "script": {"command": "train.py --deepspeed {ds_config} --steps 5", "folder": "."},
-        "train": {"max_steps": 10, "train_batch_size": 8, "train_micro_batch_size_per_gpu": 1},
-        "schedule": {"peak_lr": 1e-5},
-        "deepspeed": "zero2",
-    },
+    {"shape": "cosine", "peak_lr": 1e-5, "warmup": 0, "warmup_type": "log", "allow_unsafe": True},
 )
+SCRIPT: dict[str, Any] = {
+    "name": "script",
+    "script": {"command": ["train.py", "--x", "1"], "folder": "."},
+    "train": {"max_steps": 20, "train_batch_size": 32, "train_micro_batch_size_per_gpu": 4},
+    "schedule": {"shape": "linear", "peak_lr": 1e-5, "warmup": 2},
+    "cluster": {"gpus_per_node": 0, "processes_per_node": 2},
+}
+PLAUSIBLE = (1, 2, 3, 8, 20, 0.1, 0.5, 1e-6, 1e9, 10**12, [0.5], [0.1, 0.9], True, False, None, "auto", "zero3", "step")
+KEYS = [
+    f"{name}.{key}" if inner else name
+    for name, info in (Job.model_fields | ScriptJob.model_fields).items()
+    for inner in [getattr(info.annotation, "model_fields", {})]
+    for key in inner or [name]
+]
 
 
-def plan_of(loaded: LoadedJob) -> Plan:
-    """The plan with given facts in place of measured ones."""
-    with loaded.locate_errors():
-        inputs = plan_inputs(loaded.job, load_ds_config(loaded), machine_facts(8))
-        lint_ds_config(inputs)
-        if is_script(inputs):
-            check_script_inputs(inputs)
-            return resolve_script(inputs, model_facts(), "/work")
-        assert is_training(inputs)
-        check_inputs(inputs)
-        return resolve(inputs, model_facts(), data_facts(evaluated=10))
-
-
-def check(source: Path | dict[str, Any], given: Any, *overrides: str) -> None:
-    with only_launcher_errors(given):
-        plan = plan_of(load_job(source, *overrides))
-        assert Plan.from_json(plan.to_json()).sha256 == plan.sha256
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The current folder has the model, the data and the script of the jobs."""
+    made = tmp_path_factory.mktemp("jobs")
+    write_folder(made)
+    (made / "train.py").write_text("")
+    return made
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
 
 
-def test_bytes_of_a_job_file(tmp_path: Path) -> None:
-    texts = [yaml.safe_dump(job, sort_keys=False).encode() for job in JOBS]
-    file = tmp_path / "job.yaml"
-    for random in inputs("job bytes", 1500):
-        text = damaged(random, random.choice(texts))
-        file.write_bytes(text)
-        check(file, text)
+def base(rng: Random) -> dict[str, Any]:
+    if rng.random() < 0.2:
+        return SCRIPT
+    schedule = rng.choice((TRAINING["schedule"], *SHAPES))
+    return {**TRAINING, "schedule": schedule, "deepspeed": rng.choice((TRAINING["deepspeed"], "zero3", "auto"))}
 
 
-def test_values_of_a_job() -> None:
-    for random in inputs("job values", 2000):
-        job = mutated(random, random.choice(JOBS))
+def planned(loaded: LoadedJob) -> Plan:
+    checked = check_job(loaded, machine_facts())
+    with loaded.locate_errors():
+        if is_script(checked.inputs):
+            plan = resolve_script(checked.inputs, None, ".")
+        else:
+            assert is_training(checked.inputs)
+            plan = resolve(checked.inputs, model_facts(), data_facts(evaluated=100))
+    return Plan.from_json(plan.to_json())
+
+
+def test_the_unchanged_jobs_are_valid() -> None:
+    for schedule in SHAPES:
+        assert not check(schedule, lambda schedule=schedule: planned(load_job({**TRAINING, "schedule": schedule})))
+    assert not check("training", lambda: planned(load_job(TRAINING)))
+    assert not check("script", lambda: planned(load_job(SCRIPT)))
+
+
+def test_bytes_of_job_files(folder: Path) -> None:
+    file = folder / "bytes.yaml"
+    texts = [yaml.safe_dump(job, sort_keys=False).encode() for job in (TRAINING, SCRIPT)]
+    for rng in cases("job bytes", 1700):
+        content = mutated_bytes(rng, rng.choice(texts))
+        file.write_bytes(content)
+        check(content, lambda: planned(load_job(file)))
+
+
+def test_values_in_jobs() -> None:
+    for rng in cases("job values", 2000):
+        job = mutated(rng, base(rng))
         if isinstance(job, dict):
-            check(job, job)
+            check(job, lambda job=job: planned(load_job(job)))
 
 
 def test_overrides() -> None:
-    for random in inputs("overrides", 800):
-        job = random.choice(JOBS)
-        overrides = [override(random) for _ in range(random.randint(1, 3))]
-        check(job, (job["name"], overrides), *overrides)
+    for rng in cases("overrides", 1900):
+        overrides = [override(rng) for _ in range(rng.choice((1, 1, 2)))]
+        check(overrides, lambda overrides=overrides: planned(load_job(TRAINING, *overrides)))
 
 
-def override(random: Random) -> str:
-    section = random.choice(JOBS[1:])
-    name = random.choice(list(section))
-    inner = section[name]
-    key = f"{name}.{random.choice(list(inner))}" if isinstance(inner, dict) else name
-    if random.random() < 0.1:
-        key = damaged(random, key.encode()).decode(errors="surrogateescape")
-    text = value(random)
-    return f"{key}={text if isinstance(text, str) else yaml.safe_dump(text).split(chr(10))[0]}"
+def override(rng: Random) -> str:
+    name = rng.choice(KEYS) if rng.random() < 0.9 else str(rng.choice(TEXTS))
+    value = any_value(rng) if rng.random() < 0.4 else rng.choice(PLAUSIBLE)
+    text = value if isinstance(value, str) else json.dumps(value)
+    if rng.random() < 0.3:
+        text = mutated_bytes(rng, text.encode(errors="surrogatepass")).decode(errors="surrogateescape")
+    return rng.choice((f"{name}={text}", f"{name}={text}", f"{name}.x={text}", f"{name}{text}"))

@@ -180,11 +180,65 @@ OVERRIDES = [
     InvalidJob(
         "override of a section", ("command line: train: must be a mapping of keys, found 3",), overrides=("train=3",)
     ),
+    InvalidJob("tag in an override", ("'train.seed=!!int x'", "not valid YAML"), overrides=("train.seed=!!int x",)),
+    InvalidJob("alias of itself in an override", ("not valid YAML",), overrides=("deepspeed=&a [*a]",)),
     InvalidJob("override with half a list", ("'train.betas=[0.9'", "not valid YAML"), overrides=("train.betas=[0.9",)),
     InvalidJob(
         "overrides of two lengths",
         ("num_train_epochs and max_steps are both set",),
         overrides=("train.max_steps=20", "train.num_train_epochs=1"),
+    ),
+]
+
+LAUGHS = "".join(f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 10)}]\n" for n in range(1, 20))
+TAGS_AND_SIZES = [
+    InvalidJob(
+        "tag !!int", ("job.yaml:4: not valid YAML: the value does not fit its tag !!int",), JOB + "x: !!int ''\n"
+    ),
+    InvalidJob("tag !!bool", ("job.yaml:4: not valid YAML", "tag !!bool"), JOB + "x: !!bool maybe\n"),
+    InvalidJob("tag !!timestamp", ("job.yaml:4: not valid YAML", "tag !!timestamp"), JOB + "x: !!timestamp soon\n"),
+    InvalidJob("nested aliases", ("job.yaml: more than 100,000 values", "repeats"), JOB + "x0: &x0 [a]\n" + LAUGHS),
+    InvalidJob(
+        "hexadecimal number", ("job.yaml:4: not valid YAML: a number is too large",), JOB + f"x: 0x{'f' * 5000}\n"
+    ),
+    InvalidJob(
+        "length of a run",
+        ("job.yaml:4: train.max_steps: must be less than or equal to 10000000, found 100000000",),
+        JOB + "train: {max_steps: 100000000}\n",
+    ),
+    InvalidJob(
+        "batch of 301 digits",
+        ("train.train_batch_size: must be less",),
+        JOB + f"train: {{train_batch_size: 1{'0' * 300}}}\n",
+    ),
+    InvalidJob("no files", ("job.yaml:2: data.train", "at least 1 item"), with_data("{train: []}")),
+    InvalidJob("long file name", ("File name too long",), with_data("{train: " + "a" * 300 + "}")),
+    InvalidJob("long output folder", ("File name too long",), JOB + f"output_dir: {'a' * 300}\n"),
+    InvalidJob(
+        "key of the JSON that is a number",
+        ("job.yaml:4: deepspeed.bf16.1: a key must be text",),
+        JOB + "deepspeed: {bf16: {1: true}}\n",
+    ),
+    InvalidJob(
+        "date in the JSON",
+        ("job.yaml:4: deepspeed.x: found datetime.date(2026, 1, 2)",),
+        JOB + "deepspeed: {x: 2026-01-02}\n",
+    ),
+    InvalidJob(
+        "half a character in the JSON",
+        ("job.yaml:4: deepspeed.x: found '\\ud800', which is not text",),
+        JOB + 'deepspeed: {x: "\\ud800"}\n',
+    ),
+    InvalidJob(
+        "number in a JSON file",
+        ("ds.json:2: x: the number is too large",),
+        JOB + "deepspeed: ds.json\n",
+        files={"ds.json": f'{{\n"x": 1{"0" * 309}}}'},
+    ),
+    InvalidJob(
+        "bytes for the chat template",
+        ("job.yaml:2: data.chat_template_kwargs: must be text, numbers",),
+        with_data("{train: data/train.jsonl, chat_template_kwargs: {a: !!binary aGk=}}"),
     ),
 ]
 
@@ -262,7 +316,7 @@ FILES = [
     ),
     InvalidJob(
         "JSON missing",
-        ("job.yaml: deepspeed: the file my.json does not exist", "current folder: "),
+        ("job.yaml:4: deepspeed: the file my.json does not exist", "current folder: "),
         JOB + "deepspeed: my.json\n",
     ),
     InvalidJob(
@@ -332,6 +386,17 @@ NUMBERS = [
         with_cluster("{gpus_per_node: 8, processes_per_node: 3}"),
     ),
     InvalidJob(
+        "more nodes at least than at all",
+        ("job.yaml:3: cluster", "min_nodes is 4, but nodes is 2"),
+        with_cluster("{nodes: 2, min_nodes: 4, gpus_per_node: 0}"),
+    ),
+    InvalidJob("no minimum of nodes", ("cluster.min_nodes", "0"), with_cluster("{min_nodes: 0, gpus_per_node: 0}")),
+    InvalidJob("negative restarts", ("train.restarts", "-1"), JOB + "train: {max_steps: 20, restarts: -1}\n"),
+    InvalidJob("negative hang_seconds", ("train.hang_seconds", "-5"), JOB + "train: {hang_seconds: -5}\n"),
+    InvalidJob(
+        "hang_seconds as text", ("train.hang_seconds", "soon"), JOB + "train: {max_steps: 20, hang_seconds: soon}\n"
+    ),
+    InvalidJob(
         "ZeRO stage 4",
         ("zero_optimization.stage", "4 is not an allowed value", "one of 0, 1, 2, 3"),
         JOB + "deepspeed: {zero_optimization: {stage: 4}}\n",
@@ -359,7 +424,7 @@ WRONG_TYPES = [
     )
 ]
 
-TABLE = [*SHAPE_OF_FILE, *KEYS, *VALUES, *OVERRIDES, *FILES, *NUMBERS, *WRONG_TYPES]
+TABLE = [*SHAPE_OF_FILE, *KEYS, *VALUES, *OVERRIDES, *TAGS_AND_SIZES, *FILES, *NUMBERS, *WRONG_TYPES]
 
 CONTRADICTIONS = [
     Contradiction(

@@ -69,6 +69,13 @@ def test_assistant_turns_are_learned_with_their_ends() -> None:
     assert (example.complete, example.partly) == (True, False)
 
 
+def test_turns_around_turns_without_text_are_learned_alone() -> None:
+    """The text between two markers is the same here, with one message after it and with two."""
+    example = read({"messages": [{"role": "assistant", "content": text} for text in ("", "a", "", "b")]}, "messages")
+    assert text(example) == "<assistant><end><assistant>a<end><assistant><end><assistant>b<end>"
+    assert learned(example) == ["a<end>", "b<end>"]
+
+
 CONTENT = st.text("ab <>\n", max_size=6)
 
 

@@ -22,7 +22,7 @@ from launcher.runs import checkpoints
 from launcher.runs.checkpoints import checkpoint_at, newest_verified, set_aside_if_idle
 from launcher.runs.console import RunConsole
 from launcher.runs.rest import rest_as_planned, rest_of
-from launcher.runs.resume import _convert, _report_damage
+from launcher.runs.resume_steps import _convert, report_damage
 from tests.unit.inputs import command, plan_of
 
 NEWEST, BEFORE = 8, 4
@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_is_renamed_and_the_one_before_it_is_used(run: RunD
         checkpoint_at(run, NEWEST)
     assert f"updates: {BEFORE}" in str(raised.value)
     console = RunConsole(Console(width=500, record=True))
-    _report_damage(rest, run, console)
+    report_damage(rest, run, console)
     printed = console.console.export_text()
     assert f"update-{NEWEST} cannot be used: {reason.strip()}" in printed
     assert f"; using update-{BEFORE} instead" in printed
@@ -166,7 +166,7 @@ def test_each_damaged_checkpoint_keeps_its_folder(run: RunDir) -> None:
     for k in (1, 2):
         universal_folder(run.checkpoint(NEWEST)).mkdir()
         flip_bit(run.checkpoint(NEWEST) / "model_states.pt")
-        _report_damage(rest_of(run, [], RunConsole()), run, RunConsole())
+        report_damage(rest_of(run, [], RunConsole()), run, RunConsole())
         found = {path.name for path in run.checkpoints.iterdir()}
         assert found >= {f"update-8.damaged-{k}", f"update-8-universal.damaged-{k}", "update-4"}
         assert not found & {"update-8", "update-8-universal"}

@@ -27,7 +27,7 @@ import sys, time
 from pathlib import Path
 from launcher.fleet.nodes import Node, Nodes
 from launcher.run_dir import RunDir
-from launcher.runs import carry_out
+from launcher.runs import attempts, carry_out, supervisor
 from launcher.runs.console import RunConsole
 from launcher.runs.interrupts import Interrupted, interruptible
 from launcher.runs.supervisor import Supervisor
@@ -38,7 +38,7 @@ folder, console = RunDir(Path(sys.argv[1])), RunConsole()
 class Ranks(Nodes):
     '''One rank: it trains, and stops when ordered, once the file "release" exists.'''
 
-    def __init__(self):
+    def __init__(self, *_):
         self.nodes, self.stop = [Node(None, "h0", "10.0.0.1", ())], False
         self.batches = [[{"report": "phase", "phase": "training", "update": 0, "time": 0.0, "node_rank": 0}]]
 
@@ -65,12 +65,7 @@ class Placed(Supervisor):
         while (folder.path / "slow").exists():
             time.sleep(0.01)
 
-def supervisor(*arguments):
-    found = Placed(*arguments)
-    found.nodes = Ranks()
-    return found
-
-carry_out._supervisor = supervisor
+attempts.Nodes, supervisor.Supervisor = Ranks, Placed
 plan = plan_of(job_of(cluster={"gpus_per_node": 1}), machine=machine_facts(1))
 try:
     with interruptible(console, folder) as interrupts:

@@ -70,9 +70,7 @@ class Placed(Supervisor):
 def supervised(built: Built, *batches: list[dict[str, Any]]) -> Supervisor:
     """The supervisor of eight ranks on two nodes, placed."""
     plan = plan_of(job_of(cluster={"nodes": 2, "gpus_per_node": 4}), machine=machine_facts(4))
-    found = Placed(plan, built.run.plan_file, built.run, RecordingConsole())
-    found.nodes = ScriptedNodes(*batches)
-    return found
+    return Placed(plan, built.run.plan_file, built.run, RecordingConsole(), ScriptedNodes(*batches))
 
 
 def on_eight(rank_number: int, time: float, code: int) -> dict[str, Any]:
@@ -133,26 +131,3 @@ def test_a_full_disk_does_not_hide_the_failure(built: Built, monkeypatch: pytest
     (note,) = supervisor.console.notes  # type: ignore[attr-defined]
     assert "the failure could not be written to" in note and "No space left on device" in note
     assert stamp(39.0) in built.run.node_logs(1, "h1").joinpath("rank-4.log").read_text()
-
-
-class Broken(ScriptedNodes):
-    """Nodes whose Ray is gone."""
-
-    def end(self, _grace_seconds: float) -> None:
-        raise ConnectionError("Ray does not answer")
-
-    def close(self) -> None:
-        raise ConnectionError("Ray is gone")
-
-
-def test_errors_after_a_failure_are_printed_and_do_not_hide_it(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervision, "_SETTLE_SECONDS", 0.0)
-    supervisor = supervised(built)
-    supervisor.nodes = Broken([failed(4, 40.0, "a bad sample") | {"node_rank": 1}])
-    with pytest.raises(RunFailed, match=r"^rank 4 on node 1"):
-        supervisor.run()
-    assert [note.strip() for note in supervisor.console.notes] == [  # type: ignore[attr-defined]
-        "the ranks could not be ended: Ray does not answer",
-        "the nodes could not be released: Ray is gone",
-    ]
-    assert [event["event"] for event in built.run.events()][-1] == "failure"

@@ -703,3 +703,40 @@ def test_the_last_traceback() -> None:
     found = last_traceback(log)
     assert found is not None and found.splitlines()[-1] == "package.MyError: b"
     assert last_traceback(["nothing", "here"]) is None
+
+
+def test_a_hang_names_the_rank_that_differs_and_where_the_stacks_are(built: Built) -> None:
+    text = (
+        "no progress for 61 s while training, after 7 updates; rank 3 on node 1 (h1): its process is stopped (SIGSTOP)"
+    )
+    hung = failed(3, 1, None, how="a hang", code="hung") | {"error": text}
+    stacks = [built.run.node_logs(node, f"h{node}") / "stacks.txt" for node in range(2)]
+    dump = built.run.node_logs(1, "h1") / "nccl-rank-3"
+    for file in (*stacks, dump):
+        file.write_text("rank 3, process 7\n")
+    found, shown = why(built, hung)
+    assert shown.splitlines()[0] == f"the run hung: {text}"
+    assert [note for note in found.notes if "stacks" in note] == [f"the stacks of the ranks: {file}" for file in stacks]
+    assert f"the last collectives of a rank: {dump}" in found.notes
+    assert found.code is FailureCode.HUNG and "train.hang_seconds" in shown
+    # The other ranks only waited.
+    assert [path.name for path, _ in found.log_ends] == ["rank-3.log"]
+
+
+def test_only_the_last_attempt_is_explained(built: Built) -> None:
+    """The first attempt failed in another way, and left logs with an error of its own."""
+    built.log(1, "h1", "rank-3", "Traceback (most recent call last):", "ValueError: of the first attempt")
+    built.failure(20.0, failed(3, 1, "ValueError: of the first attempt"))
+    built.event(21.0, "restart", attempt=2, update=4, reason="rank 3 failed")
+    built.state("placing", 22.0)
+    built.nodes(["h0", "h1"], at=22.5)
+    built.state("training", 23.0)
+    built.log(0, "h0", "rank-1.attempt-2", "Traceback (most recent call last):", "OSError: of the second attempt")
+    second = failed(1, 0, None, how="exit code 1", exit_code=1)
+    built.event(39.0, "failure", **second, attempt=2, failures=[second])
+    built.event(39.5, "no_restart", reason="the same error came twice after 9 updates: it is deterministic")
+    found, text = why(built)
+    assert "OSError: of the second attempt" in text and "first attempt" not in text
+    assert [path.name for path, _ in found.log_ends] == ["rank-1.attempt-2.log"]
+    assert "restarted 1 time before this failure" in found.notes
+    assert "not restarted: the same error came twice after 9 updates: it is deterministic" in found.notes

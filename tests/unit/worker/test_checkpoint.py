@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from launcher.errors import RunFailed
+from launcher.job.kept_checkpoints import removable
 from launcher.job.schema import CheckpointSection
 from launcher.manifest import evaluation_loss, files_in, read_manifest
 from launcher.run_dir import RunDir
-from launcher.worker.checkpoint import Checkpoints, Progress, removable
+from launcher.worker.checkpoint import Checkpoints, Progress
 from tests.unit.worker.fake_engine import FakeRanks, SavingEngine, fake_ranks, on_each_rank, small_plan
 
 
@@ -99,3 +100,22 @@ def test_a_loss_that_is_not_finite_is_never_the_best(run: RunDir, loss: float) -
         checkpoints.evaluated(update, loss)
         checkpoints.save(SavingEngine(0), Progress(update, 8 * update), plan.sha256, {})
     assert run.complete_checkpoints() == [2]
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_a_rank_of_an_attempt_that_was_given_up_completes_no_checkpoint(
+    run: RunDir, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that was cut off may still write to the shared directory after its run has restarted elsewhere."""
+    plan, engine = small_plan(), SavingEngine(0)
+    monkeypatch.setenv("LAUNCHER_ATTEMPT", str(run.begin_attempt()))
+    checkpoints = Checkpoints(run, plan, fake_ranks(), ignored)
+    checkpoints.save(engine, Progress(4, 32), plan.sha256, {})
+    if when == "before":
+        run.begin_attempt()
+    else:
+        written = engine.save_checkpoint
+        monkeypatch.setattr(engine, "save_checkpoint", lambda *a, **k: (written(*a, **k), run.begin_attempt()))
+    with pytest.raises(RunFailed, match="attempt 1 of the run was given up, and attempt 2 has started"):
+        checkpoints.save(engine, Progress(8, 64), plan.sha256, {})
+    assert run.complete_checkpoints() == [4]

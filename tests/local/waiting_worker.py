@@ -1,0 +1,62 @@
+"""A worker whose ranks wait, in the first attempt, at the moment that the variable WAIT_AT names.
+
+Each touches a file `waits-<rank>` in the run directory there, and waits until it is killed or `continue` exists.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launcher.worker import __main__ as worker
+from launcher.worker import train
+
+_UPDATE = 5
+"""The moments are after so many updates, of which the last checkpoint has four."""
+
+
+def _wait() -> None:
+    folder = Path(os.environ["LAUNCHER_RUN_DIR"])
+    (folder / f"waits-{os.environ['RANK']}").touch()
+    while not (folder / "continue").exists():
+        time.sleep(0.02)
+
+
+def _waiting(function: Callable[..., Any], when: Callable[..., bool] = lambda *_: True) -> Callable[..., Any]:
+    """The function, before which the rank waits."""
+
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        if when(*arguments):
+            _wait()
+        return function(*arguments, **named)
+
+    return wrapped
+
+
+def wait_at(moment: str) -> None:
+    """Makes this rank wait at a moment."""
+    loop = train.TrainLoop
+    if moment == "starting":
+        train.load_model = _waiting(train.load_model)
+    elif moment == "training":
+        loop.reduce = _waiting(loop.reduce, lambda self, *_: self.progress.update == _UPDATE)  # type: ignore[method-assign]
+    elif moment == "evaluating":
+        loop.evaluate = _waiting(loop.evaluate, lambda self: self.progress.update > 0)  # type: ignore[method-assign]
+    elif moment == "saving":
+        made = train.Checkpoints.save
+        train.Checkpoints.save = _waiting(made, lambda _, __, progress, *___: progress.update > _UPDATE)  # type: ignore[method-assign]
+    elif moment == "exporting":
+        train.export_model = _waiting(train.export_model)
+
+
+if __name__ == "__main__":
+    if os.environ.get("LAUNCHER_ATTEMPT") == "1":
+        wait_at(os.environ["WAIT_AT"])
+    status = worker.main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
