@@ -422,6 +422,11 @@ class CheckpointSection(Section):
         "same update.",
     )
     save_final: bool = Field(True, description="Save a checkpoint at the end.")
+    background: bool | Auto = Field(
+        "auto",
+        description="Write checkpoints in the background while training continues; this needs host memory for a copy "
+        "of what is saved. auto: if the memory is enough, according to the estimate.",
+    )
     upload: UploadUrl | None = Field(
         None,
         description="Copy finished checkpoints and the export to cloud storage while training continues: "
