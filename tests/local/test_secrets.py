@@ -42,12 +42,17 @@ def where_found(texts: dict[str, str], files: list[Path]) -> set[str]:
             continue  # a socket, or removed meanwhile
         found |= {f"{name} in {file}" for name, text in texts.items() if text.encode() in content}
     for process in psutil.process_iter():
-        try:
-            line = "\0".join(process.cmdline())
-        except psutil.Error:
-            continue
+        line = "\0".join(arguments_of(process))
         found |= {f"{name} in the arguments of {line[:80]}" for name, text in texts.items() if text in line}
     return found
+
+
+def arguments_of(process: psutil.Process) -> list[str]:
+    """The arguments of a process; none if it has ended."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -72,8 +77,7 @@ def ray_folder(command: Command) -> Path:
     (folder,) = {
         Path("/".join(word.split("=", 1)[-1].split("/")[:3]))
         for process in command.started.values()
-        if psutil.pid_exists(process.pid)
-        for word in process.cmdline()
+        for word in arguments_of(process)
         if "/tmp/lr-" in word and word.split("=", 1)[-1].startswith("/tmp/lr-")
     }
     return folder
@@ -85,9 +89,11 @@ def paused(command: Command) -> Iterator[None]:
     ranks = command.ranks().values()
     for process in ranks:
         process.suspend()
-    yield
-    for process in ranks:
-        process.resume()
+    try:
+        yield
+    finally:
+        for process in ranks:
+            process.resume()
 
 
 def look_for_secrets(command: Command, texts: dict[str, str]) -> set[str]:
