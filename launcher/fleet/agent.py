@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from launcher.files import OutputMode, use_output_mode
 from launcher.fleet import inspect_health, inspect_node
 from launcher.fleet.copy_data import tokenise_on_node
 from launcher.fleet.health import NodeHealth
@@ -45,6 +46,7 @@ class NodeTask:
     address: str | None = None
     interface: str | None = None
     attempt: int = 1
+    output_mode: OutputMode = "private"
 
     def rank_environment(self, local_rank: int) -> dict[str, str]:
         """torchrun's variables for one rank; the order to start brings the master's address."""
@@ -142,6 +144,7 @@ class Agent:
 
         The ranks of an earlier attempt have been ended; later reports of them are dropped.
         """
+        use_output_mode(task.output_mode)
         with self._new_reports:
             self._attempt, self._closing, self._processes, self._reports = task.attempt, False, [], []
             self._new_reports.notify_all()

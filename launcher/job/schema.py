@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from launcher.files import OutputMode
 from launcher.job import slurm
 from launcher.job.upload_url import InvalidUrl, checked_url
 
@@ -432,6 +433,11 @@ class CheckpointSection(Section):
         "same update.",
     )
     save_final: bool = Field(True, description="Save a checkpoint at the end.")
+    background: bool | Auto = Field(
+        "auto",
+        description="Write checkpoints in the background while training continues; this needs host memory for a copy "
+        "of what is saved. auto: if the memory is enough, according to the estimate.",
+    )
     upload: UploadUrl | None = Field(
         None,
         description="Copy finished checkpoints and the export to cloud storage while training continues: "
@@ -481,6 +487,11 @@ class JobBase(Section):
     slurm: SlurmSection = Field(default_factory=SlurmSection)
     export: bool = Field(True, description="Write a Hugging Face folder (safetensors) at the end.")
     output_dir: Name = Field("runs", description="Parent folder of run directories, visible to all nodes.")
+    output_mode: OutputMode = Field(
+        "private",
+        description="Who can read the run directory, with its checkpoints, logs and export. private: only you. group: "
+        "also your group, or that of output_dir if it has the setgid bit. Only you can write.",
+    )
 
 
 class Job(JobBase):

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from launcher.ds_config.sizes import ZeroSizes
 from launcher.plan.facts import ModelFacts
 
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 _MASTER, _ADAM_MOMENTS = 4, 8
 _ADAM_VECTORS = 8
 """PyTorch's Adam without a fused kernel allocates two float32 vectors as large as the updated weights."""
@@ -31,7 +31,7 @@ FRAGMENTATION = {"cuda": 0.05, "cpu": 0.3}
 100M models in benchmarks/memory.py; smaller models have more, since glibc does not return small tensors one by one."""
 PROCESS_BYTES = 512 * 1024**2
 """Host memory of a rank's Python with torch, transformers and DeepSpeed loaded."""
-_PINNED = 1.5
+PINNED = 1.5
 """Pinned buffers are rounded up to powers of two; DeepSpeed's own estimators use this factor."""
 
 
@@ -148,7 +148,7 @@ def estimate_memory(
     model: ModelFacts, zero: ZeroSizes, work: Work, *, precision: str, device: str, world_size: int
 ) -> MemoryEstimate:
     """Bytes that one rank needs for micro-batches of `work`. Only trained parameters have gradients and states."""
-    width = _BYTES[precision]
+    width = WIDTHS[precision]
     activations, logits = _forward(model, work, width)
     usage = _usage(_sizes_of(model, zero, width, world_size, cpu=device == "cpu"))
     forward = usage.gradients + activations + logits
@@ -180,7 +180,7 @@ def host_bytes(estimate: MemoryEstimate, processes: int, device: str, exported: 
 
 def export_bytes(model: ModelFacts, precision: str) -> int:
     """Host memory of the whole weights, which the first rank gathers or merges for the export."""
-    return model.parameters * _BYTES[precision]
+    return model.parameters * WIDTHS[precision]
 
 
 def _forward(model: ModelFacts, work: Work, width: int) -> tuple[int, int]:
@@ -358,4 +358,4 @@ def _stage3_host(sizes: _Sizes, part: int, weights: int) -> tuple[int, int]:
 
 
 def _pinning(sizes: _Sizes) -> float:
-    return _PINNED if sizes.zero.pinned and not sizes.cpu else 1.0
+    return PINNED if sizes.zero.pinned and not sizes.cpu else 1.0

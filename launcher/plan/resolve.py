@@ -47,7 +47,13 @@ def resolve(inputs: PlanInputs[Job], model: ModelFacts, data: DataFacts) -> Plan
     micro = batch.train_micro_batch_size_per_gpu
     return Plan(
         launcher=__version__,
-        workload=Training(job=job, model=model, data=data, memory=needs.estimate(micro).to_dict()),
+        workload=Training(
+            job=job,
+            model=model,
+            data=data,
+            memory=needs.estimate(micro).to_dict(),
+            background_copy_bytes=needs.background_copy_bytes(micro),
+        ),
         machine=inputs.machine,
         world=inputs.world,
         precision=inputs.precision,
@@ -65,6 +71,7 @@ def resolve(inputs: PlanInputs[Job], model: ModelFacts, data: DataFacts) -> Plan
             *data_warnings(job, data),
             *memory_warnings(needs, micro),
             *_checkpoint_warnings(job, length),
+            *needs.background_warnings(micro),
             *model_option_warnings(inputs),
         ),
     )

@@ -370,6 +370,7 @@ class Supervisor:
             interface=node.interface,
             arguments=WORKER,
             attempt=self.attempt,
+            output_mode=self.plan.job.output_mode,
         )
 
     def _environment(self, node: Node) -> dict[str, str]:

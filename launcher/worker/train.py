@@ -11,6 +11,7 @@ import torch
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
+from launcher.files import use_output_mode
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.plan_file import read_plan
@@ -39,6 +40,7 @@ from launcher.worker.ulysses import gradient_divisor, part_of
 def run_rank(run_path: Path, plan_file: Path, start: Start | None, control: Control) -> None:
     """Carries out the plan on this rank. Raises the error of a failure."""
     run, plan = RunDir(run_path), read_plan(plan_file)
+    use_output_mode(plan.job.output_mode)
     transformers_logging.disable_progress_bar()
     ranks = join_ranks(plan)
     hosts = check_same_plan(ranks, plan)
@@ -140,12 +142,15 @@ class TrainLoop:
     def reduce(self, summed: Sequence[float], batch: MicroBatch) -> tuple[float, bool]:
         """(the update's mean loss, whether any rank got the order to stop): the same on every rank.
 
+        Also completes a pending checkpoint once all ranks have written its files.
         `summed` is this rank's loss and the part of it that balances routers.
         """
         row = self.lr_check.table_row(self.engine, batch.update)
-        total, router, stops, *table = self.ranks.sum([*summed, float(self.control.stop.is_set()), *row])
+        flags = (float(self.control.stop.is_set()), float(self.checkpoints.written))
+        total, router, stops, written, *table = self.ranks.sum([*summed, *flags, *row])
         self.router_loss = router / max(1, batch.update_targets)
         self.lr_check.compare(table, batch.update)
+        self.checkpoints.agree(written)
         return total / max(1, batch.update_targets), stops > 0
 
     def advance(self, batch: MicroBatch, loss: float, lr: float, grad_norm: float | None) -> None:
@@ -192,14 +197,15 @@ class TrainLoop:
             self.checkpoints.evaluated(self.progress.update, found.loss)
 
     def save(self) -> None:
-        """Saves a checkpoint in the middle of training."""
+        """Saves a checkpoint in the middle of training, in the background if the plan has memory for it."""
         self.phase("saving")
-        self.save_state()
+        self.save_state(background=self.plan.training.background_copy_bytes is not None)
         self.phase("training")
         self.metrics.restart_clock()
 
-    def save_state(self) -> None:
-        self.checkpoints.save(self.engine, self.progress, self.guard.plan.sha256, self.guard.state_dict())
+    def save_state(self, *, background: bool = False) -> None:
+        state = (self.guard.plan.sha256, self.guard.state_dict())
+        self.checkpoints.save(self.engine, self.progress, *state, background=background)
 
     def finish(self) -> None:
         """The end of training: evaluation, checkpoint and export; after a stop, only a checkpoint."""
@@ -216,6 +222,7 @@ class TrainLoop:
         if self.plan.job.checkpoint.save_final:
             self.phase("saving")
             self.save_state()
+        self.checkpoints.wait()
         if self.plan.job.export:
             self.phase("exporting")
             self.run.check_attempt()
