@@ -31,6 +31,8 @@ class FailureCode(StrEnum):
     """The data that a node tokenised differs from the plan."""
     NODE_UNFIT = "node_unfit"
     """A node does not have the GPUs that the job requests."""
+    NODE_FAULTY = "node_faulty"
+    """A device of a node computes wrongly or reports hardware errors."""
     PACKAGE_MISSING = "package_missing"
     """A node does not have a Python package that the DeepSpeed JSON needs."""
     NOT_SHARED = "not_shared"

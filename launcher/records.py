@@ -212,6 +212,22 @@ class NodeEvent(TypedDict):
     clock_offset_seconds: float
 
 
+class HealthEvent(TypedDict):
+    """The health checks of a node: fields of `fleet.health.NodeHealth`, and its failed checks."""
+
+    event: Literal["health"]
+    node_rank: int
+    host: str
+    disk_bytes_per_second: float | None
+    gpus: list[dict[str, Any]]
+    xids: list[dict[str, Any]]
+    matmuls: list[dict[str, Any]]
+    links: dict[str, float]
+    ring_bytes_per_second: float | None
+    unknown: list[str]
+    failed: list[dict[str, Any]]
+
+
 class ResumeEvent(TypedDict):
     event: Literal["resume"]
     update: int
@@ -364,6 +380,7 @@ RunEvent = (
     | OverridesEvent
     | PlanEvent
     | NodeEvent
+    | HealthEvent
     | ResumeEvent
     | RestartEvent
     | NoRestartEvent

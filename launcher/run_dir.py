@@ -15,6 +15,8 @@ from typing import Any, Unpack, get_args
 
 from launcher.errors import FailureCode, RunFailed
 from launcher.files import (
+    FOLDER_MODES,
+    OutputMode,
     Record,
     append_line,
     json_number,
@@ -97,20 +99,20 @@ class RunDir:
     path: Path
 
     @classmethod
-    def create(cls, output_dir: Path, name: str, stamp: str | None = None) -> RunDir:
+    def create(cls, output_dir: Path, name: str, stamp: str | None = None, mode: OutputMode = "private") -> RunDir:
         """Creates `<output_dir>/<name>-<stamp>[-n]`, which no other caller gets. The default stamp is the present time.
 
-        Only its owner can read it: it contains private data.
+        Only its owner can read it, or also its group under the mode "group": it contains private data.
         """
         stem = f"{name}-{stamp or f'{datetime.now():%Y%m%d-%H%M%S}'}"
         output_dir.mkdir(parents=True, exist_ok=True)
         for attempt in range(1000):
             path = output_dir / (stem if attempt == 0 else f"{stem}-{attempt}")
             with contextlib.suppress(FileExistsError):
-                path.mkdir(mode=0o700)
+                path.mkdir(mode=FOLDER_MODES[mode])
                 run = cls(path.resolve())
-                run.checkpoints.mkdir(mode=0o700)
-                run.logs.mkdir(mode=0o700)
+                run.checkpoints.mkdir(mode=FOLDER_MODES[mode])
+                run.logs.mkdir(mode=FOLDER_MODES[mode])
                 return run
         raise FileExistsError(f"{output_dir / stem}: a thousand runs with this name exist")
 

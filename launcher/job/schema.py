@@ -10,10 +10,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from launcher.files import OutputMode
 from launcher.job import slurm
 from launcher.job.upload_url import InvalidUrl, checked_url
 
 Auto = Literal["auto"]
+HealthChecks = Literal["auto", "off", "full"]
 
 
 def _whole_number(value: Any) -> Any:
@@ -29,6 +31,11 @@ def _number(value: Any) -> Any:
     if isinstance(value, bool):
         raise PydanticCustomError("not_a_number", "must be a number")
     return value
+
+
+def _off(value: Any) -> Any:
+    """Converts `off`, which YAML 1.1 reads as false."""
+    return "off" if value is False else value
 
 
 def _position(value: Any) -> Any:
@@ -335,6 +342,11 @@ class ClusterSection(Section):
         "within wait_seconds. The batch size and the learning rate stay the same. Default: nodes.",
     )
     wait_seconds: PositiveNumber = Field(600.0, description="How long to wait for nodes of an existing Ray cluster.")
+    health_checks: Annotated[HealthChecks, BeforeValidator(_off)] = Field(
+        "auto",
+        description="Checks of GPUs, network and disk before ranks start (docs/health.md). auto: those that take at "
+        "most a few seconds. full: longer ones, also on a single machine. off: none.",
+    )
     env: dict[VariableName, Name] = Field(
         default_factory=dict,
         description="Environment variables for every rank. They are written to plan.json, so set no secrets here.",
@@ -481,6 +493,11 @@ class JobBase(Section):
     slurm: SlurmSection = Field(default_factory=SlurmSection)
     export: bool = Field(True, description="Write a Hugging Face folder (safetensors) at the end.")
     output_dir: Name = Field("runs", description="Parent folder of run directories, visible to all nodes.")
+    output_mode: OutputMode = Field(
+        "private",
+        description="Who can read the run directory, with its checkpoints, logs and export. private: only you. group: "
+        "also your group, or that of output_dir if it has the setgid bit. Only you can write.",
+    )
 
 
 class Job(JobBase):

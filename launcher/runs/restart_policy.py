@@ -18,6 +18,7 @@ _NOT_AGAIN = frozenset(
         FailureCode.VERSIONS_DIFFER,
         FailureCode.DATA_DIFFERS,
         FailureCode.NODE_UNFIT,
+        FailureCode.NODE_FAULTY,
         FailureCode.PACKAGE_MISSING,
         FailureCode.NOT_SHARED,
         FailureCode.NOT_ENOUGH_NODES,

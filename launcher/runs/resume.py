@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.files import output_mode
 from launcher.plan.resume import Start
+from launcher.plan_file import read_plan
 from launcher.prepare.machine import measure_machine
 from launcher.run_dir import RunDir, write_atomic
 from launcher.runs.carry_out import carry_out, ended
@@ -28,7 +30,7 @@ def resume(directory: Path | str, *overrides: str, console: RunConsole | None = 
     """
     check_main_thread()
     run = planned_run(Path(directory))
-    with only_launcher_of(run):
+    with output_mode(read_plan(run.plan_file).job.output_mode), only_launcher_of(run):
         return resume_locked(run, overrides, console or RunConsole())
 
 

@@ -8,6 +8,7 @@ import yaml
 from rich.markup import escape
 
 from launcher.errors import RequestError
+from launcher.files import output_mode
 from launcher.job import LoadedJob, ScriptJob
 from launcher.job.user_path import user_path
 from launcher.plan.schema import Plan
@@ -32,9 +33,10 @@ def run(job: LoadedJob, *, console: RunConsole | None = None) -> RunResult:
     """
     check_main_thread()
     checked = check_to_run(job)
-    directory = RunDir.create(user_path(job.job.output_dir, "output_dir"), job.job.name)
-    with only_launcher_of(directory):
-        return run_checked(checked, directory, console or RunConsole())
+    with output_mode(job.job.output_mode):
+        directory = RunDir.create(user_path(job.job.output_dir, "output_dir"), job.job.name, mode=job.job.output_mode)
+        with only_launcher_of(directory):
+            return run_checked(checked, directory, console or RunConsole())
 
 
 def check_to_run(loaded: LoadedJob) -> CheckedJob:

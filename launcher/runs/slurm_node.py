@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from launcher.errors import Problem, RequestError
+from launcher.files import use_output_mode
 from launcher.job import AnyJob, LoadedJob, ScriptJob, load_job
 from launcher.job.load import sets_key
 from launcher.job.user_path import user_path
@@ -63,6 +64,7 @@ def resume_on_node(run: Path, overrides: list[str]) -> int:
     with _reporting_errors(RunDir(run.resolve()), allocation) as errors:
         directory = planned_run(run)
         before = rest_as_planned(directory).plan
+        use_output_mode(before.job.output_mode)
         if before.world.nodes != allocation.nodes and not sets_key(overrides, "cluster", "nodes"):
             overrides = [*overrides, f"cluster.nodes={allocation.nodes}"]
         if before.job.cluster.address == _THIS_MACHINE and not sets_key(overrides, "cluster", "address"):
@@ -115,6 +117,7 @@ def _job_and_allocation(
     job_file: Path, overrides: Sequence[str], command: Sequence[str] | None
 ) -> tuple[AnyJob, Allocation]:
     loaded = load_job(job_file, *overrides, command=command)
+    use_output_mode(loaded.job.output_mode)
     with loaded.locate_errors():
         return loaded.job, read_allocation(os.environ)
 
@@ -273,7 +276,7 @@ def _directory(job: AnyJob, allocation: Allocation) -> tuple[RunDir, bool]:
         raise RequestError(
             Problem("this allocation already has a run of this name", file=str(directory.path), hint=hint)
         )
-    return RunDir.create(directory.path.parent, job.name, allocation.stamp), False
+    return RunDir.create(directory.path.parent, job.name, allocation.stamp, job.output_mode), False
 
 
 def _run_directory(job: AnyJob, name: str, stamp: str) -> RunDir:

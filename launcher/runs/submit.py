@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from launcher.errors import Problem, RequestError
+from launcher.files import output_mode
 from launcher.job import AnyJob, Job, LoadedJob, ScriptJob, load_job
 from launcher.job.upload_url import is_url
 from launcher.plan.facts import MachineFacts
@@ -93,7 +94,9 @@ def to_slurm(submission: Submission, loaded: LoadedJob) -> None:
             messages.print(Text(f"# in {shlex.quote(str(request.cwd))}: {request.command()}", style="dim"))
             print(request.script, end="")
             return
-        submitted, output = submit_request(request, os.environ)
+        # Slurm creates the log of the batch job with the umask of sbatch.
+        with output_mode(job.output_mode):
+            submitted, output = submit_request(request, os.environ)
         if output:
             _note(messages, output)
         submission.echo(str(submitted) if submission.print_id else describe_submission(request, submitted))

@@ -139,8 +139,10 @@ class Supervisor:
         """Checks the nodes before ranks are started on them. Raises RunFailed, which names each unfit node."""
         versions = self.plan.machine.versions
         packages = needed_packages(self.plan.ds_config)
-        env = self.plan.job.cluster.env
-        required = Requirements(self.plan.world, versions, self._disk_bytes(), os.environ, env, packages)
+        cluster = self.plan.job.cluster
+        required = Requirements(
+            self.plan.world, versions, self._disk_bytes(), os.environ, cluster.env, packages, cluster.health_checks
+        )
         checks = preflight(self.nodes, required, self.run_dir)
         self.console.preflight(checks)
         raise_problems(checks)
@@ -368,6 +370,7 @@ class Supervisor:
             interface=node.interface,
             arguments=WORKER,
             attempt=self.attempt,
+            output_mode=self.plan.job.output_mode,
         )
 
     def _environment(self, node: Node) -> dict[str, str]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from launcher.errors import LauncherError, Problem, RequestError, RunFailed
+from launcher.files import output_mode
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan, Script
 from launcher.plan_file import read_plan
@@ -59,7 +60,8 @@ def upload_run(directory: RunDir, plan: Plan, url: str | None, note: Callable[[s
     store.check_writable()
     uploader = Uploader(store, plan, directory, note)
     try:
-        uploader.upload_all()
+        with output_mode(plan.job.output_mode):
+            uploader.upload_all()
     except LauncherError as error:
         raise RunFailed(f"the upload to {url} failed: {error}") from None
     note(f"uploaded to {url}/{directory.path.name}")

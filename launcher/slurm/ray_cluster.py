@@ -33,7 +33,7 @@ def first_node(
     At the end of the block, also after an error, it releases the other nodes and ends everything started here.
     """
     folder = run.cluster
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
     key_file = _key_file(folder)
     write_token(key_file)
     server = RendezvousServer(_rendezvous_file(run, allocation), key_file.read_text(), allocation.nodes - 1)

@@ -41,6 +41,14 @@ CAUSE_BY_CODE = dict(
             "check its GPUs and driver (nvidia-smi), or request fewer GPUs (cluster.gpus_per_node)",
         ),
         _cause(
+            FailureCode.NODE_FAULTY,
+            "a GPU or node is faulty",
+            "exclude that node (slurm.exclude) until its GPU is reset, repaired or replaced; launcher doctor repeats "
+            "the checks (docs/health.md)",
+            "reset the GPU (nvidia-smi --gpu-reset), reboot, or replace it; launcher doctor repeats the checks "
+            "(docs/health.md)",
+        ),
+        _cause(
             FailureCode.PACKAGE_MISSING,
             "a Python package is missing",
             "install it in the Python that the ranks run in, on every node",

@@ -13,6 +13,7 @@ from typing import Any
 from launcher.errors import RunFailed
 from launcher.files import parse_lines, read_json, read_lines
 from launcher.run_dir import ENDED, RunDir
+from launcher.watch.terminal_safe import plain
 
 __all__ = ["Record", "parsed", "read_json", "records"]
 
@@ -45,7 +46,7 @@ class Session:
     @property
     def name(self) -> str:
         """The state's name; "unknown" without a state.json."""
-        return str(self.state.get("state", "unknown"))
+        return plain(str(self.state.get("state", "unknown")))
 
     @property
     def ended(self) -> bool:

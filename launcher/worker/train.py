@@ -12,6 +12,7 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from launcher.chunked_loss import LossLayer
+from launcher.files import use_output_mode
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.plan_file import read_plan
@@ -29,6 +30,7 @@ from launcher.worker.finite_weights import check_weights
 from launcher.worker.gradient_norm import norm_before_step, norm_of_step
 from launcher.worker.loss import summed_losses
 from launcher.worker.lr_check import LRCheck, check_same_plan
+from launcher.worker.matmul_check import check_device
 from launcher.worker.metrics import MetricsWriter
 from launcher.worker.model import load_model, make_engine
 from launcher.worker.ranks import Ranks, join_ranks
@@ -39,9 +41,12 @@ from launcher.worker.ulysses import gradient_divisor, part_of
 def run_rank(run_path: Path, plan_file: Path, start: Start | None, control: Control) -> None:
     """Carries out the plan on this rank. Raises the error of a failure."""
     run, plan = RunDir(run_path), read_plan(plan_file)
+    use_output_mode(plan.job.output_mode)
     transformers_logging.disable_progress_bar()
     ranks = join_ranks(plan)
     hosts = check_same_plan(ranks, plan)
+    if ranks.device.type == "cuda" and plan.job.cluster.health_checks != "off":
+        check_device(ranks.device)
     set_seed(plan.job.train.seed)
     control.report(PhaseReport(report="phase", time=time.time(), phase="loading"))
     engine = make_engine(plan, load_model(plan), universal=start is not None and start.convert)

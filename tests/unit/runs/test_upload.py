@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from launcher.runs.fetch import fetch_run
 from launcher.runs.interrupts import Interrupted, interruptible
 from launcher.runs.remote import Store, StoreError
 from launcher.runs.remote_run import Copy, due, remote_checkpoints, remote_name, superfluous
-from launcher.runs.upload import uploading
+from launcher.runs.upload import upload_run, uploading
 from launcher.runs.uploader import Pauses, Uploader
 from tests.time_limit import TIME_LIMIT_SECONDS
 from tests.unit.inputs import command, data_facts, job_of, plan_of
@@ -343,6 +344,28 @@ def test_a_downloaded_run_is_the_uploaded_one(url: str, plan: Plan, run: RunDir,
     assert fetched.path.stat().st_mode & 0o077 == 0
     again = command("resume", f"{url}/{run.path.name}", "--to", str(tmp_path / "copy"))
     assert again.status == 2 and "exists already" in again.err and f"launcher resume {fetched.path}" in again.err
+
+
+@pytest.mark.parametrize(("mode", "folders", "files"), [("private", 0o700, 0o600), ("group", 0o750, 0o640)])
+def test_a_copy_and_its_download_have_the_modes_of_the_job(
+    url: str, run: RunDir, tmp_path: Path, mode: str, folders: int, files: int
+) -> None:
+    plan = plan_of(job_of(checkpoint={"upload": url}, output_mode=mode))
+    run.plan_file.write_text(plan.to_json())
+    save(run, plan, 4)
+    before = os.umask(0)
+    try:
+        upload_run(run, plan, None, print)
+        fetched = fetch_run(f"{url}/{run.path.name}", tmp_path / "copy", print)
+    finally:
+        os.umask(before)
+    found = [bucket(url, run), *bucket(url, run).rglob("*"), fetched.path, *fetched.path.rglob("*")]
+    wrong = {
+        str(path): oct(path.stat().st_mode)
+        for path in found
+        if stat.S_IMODE(path.stat().st_mode) != (folders if path.is_dir() else files)
+    }
+    assert len(found) > 15 and wrong == {}
 
 
 def test_a_damaged_download_is_not_used(url: str, plan: Plan, run: RunDir, tmp_path: Path) -> None:
