@@ -167,6 +167,11 @@ class RunDir:
         return self.path / "stop.json"
 
     @property
+    def continuation_file(self) -> Path:
+        """The Slurm job that continues the run after the time limit of the one before; see `records`."""
+        return self.path / "continuation.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -258,10 +263,15 @@ class RunDir:
         """Appends an event that a rank reported to events.jsonl."""
         append_line(self.events_file, {"time": utc_now(), "event": report["event"], **report["details"]})
 
-    def request_stop(self, *, now: bool) -> None:
-        """Asks the supervisor to stop the run: at once if `now`, else after this update and a checkpoint."""
+    def request_stop(self, *, now: bool, time_limit: bool = False) -> None:
+        """Asks the supervisor to stop the run: at once if `now`, else after this update and a checkpoint.
+
+        `time_limit`: Slurm's time limit is near.
+        """
         by = f"{os.environ.get('USER', os.getuid())}@{socket.gethostname()}"
         request: StopRequest = {"time": utc_now(), "now": now, "by": by}
+        if time_limit:
+            request["time_limit"] = True
         write_json(self.stop_file, request)
 
     def stop_request(self) -> dict[str, Any] | None:

@@ -20,7 +20,9 @@ def node(
     ),
     resume: bool = typer.Option(False, "--resume", help="JOB.YAML is a run directory: resume that run."),
     doctor: bool = typer.Option(False, "--doctor", help="Check the allocation's nodes; train nothing."),
-    stop: bool = typer.Option(False, "--stop", help="Ask this allocation's run to save and stop."),
+    stop: bool = typer.Option(
+        False, "--stop", help="Ask this allocation's run to save and stop: the time limit is near."
+    ),
 ) -> None:
     """Run a job in a Slurm allocation; srun starts this command once on every node.
 

@@ -19,9 +19,10 @@ from launcher.plan.facts import MachineFacts
 from launcher.prepare.machine import measure_machine
 from launcher.run_dir import ENDED, RunDir
 from launcher.runs.console import RunConsole
+from launcher.runs.continuation import Continuation, check_resubmit, newest_update
 from launcher.runs.doctor import examine
 from launcher.runs.failure_record import record_failure
-from launcher.runs.interrupts import STOP_SIGNALS, WARNINGS, Interrupted, interruptible, stop_reason
+from launcher.runs.interrupts import STOP_SIGNALS, WARNINGS, Interrupted, interruptible, request_reason, stop_reason
 from launcher.runs.outcome import RunResult
 from launcher.runs.planning import CheckedJob, check_job
 from launcher.runs.remote import check_upload
@@ -48,12 +49,15 @@ def run_on_node(job_file: Path, overrides: Sequence[str], command: Sequence[str]
         job = checked.loaded.job
         if allocation.node != 0:
             return _join_first_node(job, allocation, _run_directory(job, job.name, allocation.stamp), errors)
+        with checked.loaded.locate_errors():
+            check_resubmit(job)
         directory, requeued = _directory(job, allocation)
-        act = partial(run_checked, checked, directory, RunConsole())
+        console, on_stop = RunConsole(), _continuation(job, directory, allocation, newest_update(directory))
+        act = partial(run_checked, checked, directory, console, on_stop=on_stop)
         if requeued and isinstance(job, ScriptJob):
             act = partial(run_script_again, directory)
         elif requeued:
-            act = partial(resume_locked, directory, [], RunConsole(), requeued=True)
+            act = partial(resume_locked, directory, [], console, requeued=True, on_stop=on_stop)
         return _on_ray_cluster(job, allocation, directory, errors, act)
 
 
@@ -73,7 +77,9 @@ def resume_on_node(run: Path, overrides: list[str]) -> int:
         _check_allocation(job, allocation, measure_machine())
         if allocation.node != 0:
             return _join_first_node(job, allocation, directory, errors)
-        act = partial(resume_locked, directory, overrides, RunConsole(), rest)
+        check_resubmit(job)
+        on_stop = _continuation(job, directory, allocation, rest.start.update)
+        act = partial(resume_locked, directory, overrides, RunConsole(), rest, on_stop=on_stop)
         return _on_ray_cluster(job, allocation, directory, errors, act)
 
 
@@ -109,6 +115,24 @@ def stop_run_of_job(job_file: Path, overrides: Sequence[str], command: Sequence[
 def stop_resumed_run(run: Path) -> None:
     """Asks a resumed run to save and stop. Raises RequestError."""
     _request_stop(planned_run(run))
+
+
+def _continuation(job: AnyJob, directory: RunDir, allocation: Allocation, begun: int) -> Continuation | None:
+    """What submits the next job when the time limit stops the run; None if the job does not ask for it.
+
+    `begun` is the update at which the run starts in this job.
+    """
+    if not job.slurm.resubmit:
+        return None
+    return Continuation(
+        directory=directory,
+        console=RunConsole(),
+        job_id=os.environ["SLURM_JOB_ID"],
+        nodes=allocation.nodes,
+        # Before Ray starts, which sets variables of its own.
+        environment=dict(os.environ),
+        begun=begun,
+    )
 
 
 def _job_and_allocation(
@@ -196,7 +220,7 @@ def _end_recorded(directory: RunDir) -> Iterator[None]:
 
 def _stopped_by(directory: RunDir, error: BaseException) -> str:
     if request := directory.stop_request():
-        return f"cancelled by {request['by']}"
+        return request_reason(request)
     status = error.exit_status if isinstance(error, Interrupted) else getattr(error, "code", None)
     return stop_reason(status - 128) if isinstance(status, int) and status > 128 else "interrupted"
 
@@ -216,11 +240,12 @@ def _ignore_stop_signals() -> None:
 
 
 def _request_stop(directory: RunDir) -> None:
+    """Asks the run to save and stop because the time limit is near."""
     if not directory.path.is_dir():
         raise RequestError(
             Problem("the run directory does not exist; the run may not have started", file=str(directory.path))
         )
-    directory.request_stop(now=False)
+    directory.request_stop(now=False, time_limit=True)
 
 
 def _allocation_overrides(allocation: Allocation, job: AnyJob) -> Iterator[str]:

@@ -91,6 +91,7 @@ class Supervisor:
         self._logged: dict[int, Failure] = {}
         self._hang_detector = _hang_detector(plan)
         self._hung: list[Failure] = []
+        self._noted_late_signal = False
         self._metrics, self._evaluations = Tail(run.metrics_file), Tail(run.evaluations_file)
 
     def run(self, start: Start | None = None) -> Outcome:
@@ -261,8 +262,22 @@ class Supervisor:
         """Records an event of rank 0. Only this process writes events.jsonl: appends of several hosts may mix lines."""
         kind, details = report["event"], report["details"]
         self.run_dir.rank_event(report)
+        if kind == "checkpoint":
+            self._note_late_signal()
         if kind in _EVENT_TITLES:
             self.console.note(f"          {_EVENT_TITLES[kind]}: {details.get('reason', details)}")
+
+    def _note_late_signal(self) -> None:
+        """Warns once if Slurm's signal before the time limit leaves less time than the run needs to stop."""
+        if self._noted_late_signal or "SLURM_JOB_ID" not in os.environ:
+            return
+        from launcher.slurm.stop_time import describe_late_signal, needed_signal_seconds, read_stop_time
+
+        slurm, stop = self.plan.job.slurm, read_stop_time(self.run_dir)
+        if stop is not None and (seconds := needed_signal_seconds(slurm, stop)) > slurm.signal_seconds:
+            self._noted_late_signal = True
+            text = f"{describe_late_signal(slurm, stop)}; set slurm.signal_seconds={seconds}"
+            self.console.note(f"          [yellow]note:[/] {text}")
 
     def _disk_bytes(self) -> int:
         return disk_bytes(self.plan)

@@ -1,4 +1,4 @@
-"""State and cancellation of a job in Slurm's queue, for runs that do not respond."""
+"""State and cancellation of a job in Slurm's queue."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from launcher.errors import RunFailed
 
 def slurm_job_state(job_id: str) -> str | None:
     """Slurm's state of a job ("PENDING", "RUNNING"); None if it is not in the queue or Slurm is not installed."""
-    command = ["squeue", "--noheader", "--jobs", job_id, "--format", "%T"]
+    return _queried(job_id, "%T")
+
+
+def ends_by_time_limit(job_id: str) -> bool:
+    """Whether Slurm is ending a job because of its time limit; False if this is not known."""
+    return _queried(job_id, "%r") == "TimeLimit"
+
+
+def _queried(job_id: str, field: str) -> str | None:
+    command = ["squeue", "--noheader", "--jobs", job_id, "--format", field]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
