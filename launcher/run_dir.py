@@ -147,6 +147,11 @@ class RunDir:
         return self.path / "logs"
 
     @property
+    def console_file(self) -> Path:
+        """What the launcher of a run in the background prints."""
+        return self.path / "console.log"
+
+    @property
     def marks(self) -> Path:
         """Small files by which nodes check that they share this directory."""
         return self.path / ".marks"

@@ -20,6 +20,9 @@ def node(
     ),
     resume: bool = typer.Option(False, "--resume", help="JOB.YAML is a run directory: resume that run."),
     doctor: bool = typer.Option(False, "--doctor", help="Check the allocation's nodes; train nothing."),
+    finished: bool = typer.Option(
+        False, "--finished", help="Exit with 0 if this allocation's run has finished, else 1."
+    ),
     stop: bool = typer.Option(
         False, "--stop", help="Ask this allocation's run to save and stop: the time limit is near."
     ),
@@ -34,10 +37,14 @@ def node(
             raise RequestError(Problem("--resume takes a run directory and overrides, no script and no --doctor"))
         if stop:
             slurm_node.stop_resumed_run(job_file)
+        elif finished:
+            raise typer.Exit(0 if slurm_node.resumed_run_has_finished(job_file) else 1)
         else:
             raise typer.Exit(slurm_node.resume_on_node(job_file, overrides))
     elif stop:
         slurm_node.stop_run_of_job(job_file, overrides, command)
+    elif finished:
+        raise typer.Exit(0 if slurm_node.run_of_job_has_finished(job_file, overrides, command) else 1)
     elif doctor:
         raise typer.Exit(slurm_node.examine_on_node(job_file, overrides, command))
     else:

@@ -375,8 +375,9 @@ class SlurmSection(Section):
         False,
         description="Submit another job that continues the run when the time limit stops it, until it is finished.",
     )
-    max_jobs: PositiveInt = Field(
-        10, description="With resubmit: how many jobs may carry out a run in a row, the first one included."
+    max_jobs: PositiveInt | None = Field(
+        None,
+        description="With resubmit: how many jobs may carry out a run in a row, the first one included. Default: 10.",
     )
     mail_user: slurm.Address | None = Field(None, description="Recipient of mail: a user or an address.")
     mail_type: list[slurm.Mail] = Field(default_factory=list, description="Events to mail: BEGIN, END, FAIL, …")
@@ -411,7 +412,7 @@ class SlurmSection(Section):
             )
         if self.container_mounts and self.container is None:
             raise ValueError("container_mounts is set, but container is not")
-        if "max_jobs" in self.model_fields_set and not self.resubmit:
+        if self.max_jobs is not None and not self.resubmit:
             raise ValueError(
                 f"max_jobs is {self.max_jobs}, but resubmit is not set: set it to true, or remove max_jobs"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.markup import escape
@@ -36,6 +36,7 @@ class Continuation:
     nodes: int
     environment: Mapping[str, str]
     begun: int
+    max_jobs: int
 
     def __call__(self, interrupts: Interrupts) -> None:
         """Call this when the run was stopped: submits the next job if the time limit was the cause. Raises nothing."""
@@ -61,12 +62,11 @@ class Continuation:
     def _submit(self) -> None:
         last = read_continuation(self.directory)
         saved = newest_update(self.directory)
-        submission, loaded = with_earlier_signal(Submission(self.directory.path, (), resume=True), self._note)
-        max_jobs = loaded.job.slurm.max_jobs
-        if reason := why_not_continued(last, self.job_id, self.begun, saved, max_jobs):
+        if reason := why_not_continued(last, self.job_id, self.begun, saved, self.max_jobs):
             self._refuse(reason)
             return
-        request = _request(continuing(loaded.job, self.job_id, self.nodes), submission)
+        submission, loaded = with_earlier_signal(Submission(self.directory.path, (), resume=True), self._note)
+        request = _request(continuing(loaded.job, self.job_id, self.nodes), submission, self.environment)
         number = job_number(last, self.job_id) + 1
         # Written before the job is submitted: a job that cannot be recorded must not be submitted.
         self._record(None, number, saved)
@@ -82,7 +82,7 @@ class Continuation:
         if self._cancelled():
             cancel_slurm_job(submitted.id)
             return
-        self.console.note(f"  Slurm job {submitted.id} continues the run (job {number} of at most {max_jobs})")
+        self.console.note(f"  Slurm job {submitted.id} continues the run (job {number} of at most {self.max_jobs})")
         with suppress(OSError):
             self.directory.event(
                 {
@@ -125,9 +125,9 @@ def check_resubmit(job: AnyJob) -> None:
     if shutil.which("sbatch") is None:
         hint = "the node that runs the job submits the next one: install Slurm's commands there, or in the container"
         raise RequestError(Problem("sbatch is not installed on this node", key="slurm.resubmit", hint=hint))
-    _request(job, Submission(Path("run"), (), resume=True))
+    _request(job, Submission(Path("run"), (), resume=True), {})
 
 
-def _request(job: AnyJob, submission: Submission) -> SlurmRequest:
-    here = submit_context()
+def _request(job: AnyJob, submission: Submission, environment: Mapping[str, str]) -> SlurmRequest:
+    here = replace(submit_context(), variables=tuple(environment))
     return slurm_request(job, submission.path, submission.overrides, here, read_templates(job, here.cwd), resume=True)

@@ -56,12 +56,15 @@ def run_checked(
     `on_stop` is called if a signal or a request stops the run.
     """
     with console.closing(), checked.loaded.locate_errors(), interruptible(console, directory) as interrupts:
-        plan = _planned(checked, directory, console)
+        plan = plan_in(directory, checked, console)
         return carry_out(plan, directory.plan_file, directory, console, None, interrupts, on_stop)
 
 
-def _planned(checked: CheckedJob, directory: RunDir, console: RunConsole) -> Plan:
-    """Makes the plan and writes it to the run directory. Removes the directory if the job is found to be invalid."""
+def plan_in(directory: RunDir, checked: CheckedJob, console: RunConsole) -> Plan:
+    """Makes the plan and writes it to the run directory. Removes the directory if the job is found to be invalid.
+
+    Raises RequestError, and RunFailed if the measuring process fails.
+    """
     try:
         directory.enter("planning")
         console.state("planning")

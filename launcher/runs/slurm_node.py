@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from launcher.errors import Problem, RequestError
+from launcher.errors import Problem, RequestError, RunFailed
 from launcher.job import AnyJob, LoadedJob, ScriptJob, load_job
 from launcher.job.load import sets_key
 from launcher.job.user_path import user_path
@@ -32,6 +32,9 @@ from launcher.runs.run import run_checked
 from launcher.runs.run_lock import only_launcher_of
 from launcher.runs.script import check_script, run_script_again
 from launcher.slurm.allocation import Allocation, read_allocation, run_stamp
+from launcher.slurm.continuation import DEFAULT_MAX_JOBS
+from launcher.slurm.options import may_lose_nodes
+from launcher.slurm.queue import cancel_slurm_job
 from launcher.slurm.startup_errors import StartupErrors
 
 _THIS_MACHINE, _OWN_RAY = "local", "cluster.address=auto"
@@ -132,7 +135,23 @@ def _continuation(job: AnyJob, directory: RunDir, allocation: Allocation, begun:
         # Before Ray starts, which sets variables of its own.
         environment=dict(os.environ),
         begun=begun,
+        max_jobs=job.slurm.max_jobs or DEFAULT_MAX_JOBS,
     )
+
+
+def run_of_job_has_finished(job_file: Path, overrides: Sequence[str], command: Sequence[str] | None) -> bool:
+    """Whether the run of this allocation has finished. Raises RequestError."""
+    job = load_job(job_file, *overrides, command=command).job
+    return _has_finished(_run_directory(job, job.name, run_stamp(os.environ)))
+
+
+def resumed_run_has_finished(run: Path) -> bool:
+    """Whether a resumed run has finished. Raises RequestError."""
+    return _has_finished(planned_run(run))
+
+
+def _has_finished(directory: RunDir) -> bool:
+    return directory.state().get("state") == "finished"
 
 
 def _job_and_allocation(
@@ -168,11 +187,12 @@ def _on_ray_cluster(
     from launcher.slurm.ray_cluster import first_node
 
     console = RunConsole()
-    with only_launcher_of(directory), _end_recorded(directory), ExitStack() as startup:
+    lost: list[str] | None = [] if may_lose_nodes(job) else None
+    with _ending_step(allocation, lost), only_launcher_of(directory), _end_recorded(directory), ExitStack() as startup:
         startup.enter_context(interruptible(console, directory))
         directory.enter("placing")
         console.note(_starting_ray(allocation))
-        with first_node(allocation, directory, job.cluster.wait_seconds, errors):
+        with first_node(allocation, directory, job.cluster.wait_seconds, errors, lost):
             # From here on `act` reads requests to stop; two readers would handle the same request twice.
             startup.close()
             try:
@@ -181,6 +201,19 @@ def _on_ray_cluster(
                 # The run has ended: a warning of the time limit must not interrupt the end of Ray.
                 for number in WARNINGS:
                     signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _ending_step(allocation: Allocation, lost: Sequence[str] | None) -> Iterator[None]:
+    """Ends this task's step after the block if nodes are lost: srun would wait for them until Slurm counts them so."""
+    try:
+        yield
+    finally:
+        if lost:
+            RunConsole().note(f"{', '.join(lost)} did not end: cancelling step {allocation.job_id}.{allocation.step}")
+            # In a container scancel may be missing.
+            with suppress(RunFailed):
+                cancel_slurm_job(f"{allocation.job_id}.{allocation.step}")
 
 
 def _checked(loaded: LoadedJob, allocation: Allocation) -> CheckedJob:

@@ -10,6 +10,7 @@ from launcher.records import ContinuationRecord
 from launcher.run_dir import RunDir
 from launcher.watch.run_session import int_of, read_json, text_of
 
+DEFAULT_MAX_JOBS = 10
 DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK")
 """Variables of a job's task that name its GPUs: another job has others."""
 

@@ -27,7 +27,7 @@ def _queried(job_id: str, field: str) -> str | None:
 
 
 def cancel_slurm_job(job_id: str) -> None:
-    """Cancels a Slurm job, which ends all its processes. Raises RunFailed with the message of scancel."""
+    """Cancels a Slurm job, or a step such as 77.0, which ends all its processes. Raises RunFailed, quoting scancel."""
     try:
         done = subprocess.run(["scancel", "--", job_id], capture_output=True, text=True, check=False)
     except FileNotFoundError:

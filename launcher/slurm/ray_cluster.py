@@ -20,17 +20,24 @@ from launcher.slurm.rendezvous import Connection, JoinedNode, RendezvousServer, 
 from launcher.slurm.startup_errors import StartupErrors
 
 _STARTED_SECONDS = 300.0
+_ENDED_SECONDS = 20.0
+"""How long the other nodes may take to end: each kills its Ray's processes, and waits for them up to 10 s."""
 _LOG_LINES = 20
 _CHECK_SECONDS = 2.0
 
 
 @contextmanager
 def first_node(
-    allocation: Allocation, run: RunDir, wait_seconds: float, startup_errors: StartupErrors
+    allocation: Allocation,
+    run: RunDir,
+    wait_seconds: float,
+    startup_errors: StartupErrors,
+    lost: list[str] | None = None,
 ) -> Iterator[None]:
     """Runs a Ray cluster over all nodes inside the block; RAY_ADDRESS is its address. Raises RunFailed.
 
-    At the end of the block, also after an error, it releases the other nodes and ends everything started here.
+    At the end of the block, also after an error, it releases the other nodes and ends everything started here. Hosts
+    that do not end then are added to `lost` if it is given.
     """
     folder = run.cluster
     folder.mkdir(exist_ok=True)
@@ -55,6 +62,8 @@ def first_node(
             os.environ["RAY_ADDRESS"] = ray.address
             yield
         finally:
+            if lost is not None:
+                lost += [node.host for node in server.wait_for_ends(_ENDED_SECONDS)]
             server.close()
             if ray is not None:
                 ray.end()
@@ -86,6 +95,8 @@ def other_node(
                 _keep_running(ray, connection)
             finally:
                 ray.end()
+                with suppress(OSError):
+                    connection.send(ended=True)
     except (LauncherError, OSError) as error:
         with suppress(OSError):
             connection.send(failed=str(error), code=code_of(error))

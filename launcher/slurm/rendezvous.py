@@ -65,6 +65,21 @@ class Connection:
             return None
         return message if line.endswith(b"\n") and isinstance(message, dict) else None
 
+    def finish(self) -> None:
+        """Sends nothing more: the other side reads to the end. Its own messages can still be received."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+
+    def says_goodbye(self, deadline: float) -> bool:
+        """Whether the other side sends the message `ended` until the deadline of the monotonic clock."""
+        with contextlib.suppress(TimeoutError):
+            while True:
+                # What has arrived is read even after the deadline, which another node may have used up.
+                message = self.receive(max(deadline - time.monotonic(), _POLL_SECONDS))
+                if message is None or message.get("ended"):
+                    return message is not None
+        return False
+
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -107,6 +122,15 @@ class RendezvousServer:
                 self._joined.wait(min(left, _CHECK_SECONDS))
                 check()
             return [self._nodes[node] for node in sorted(self._nodes)]
+
+    def wait_for_ends(self, timeout_seconds: float) -> list[JoinedNode]:
+        """Ends the other nodes, and returns those that do not report their end in time: they are lost."""
+        with self._joined:
+            nodes = list(self._nodes.values())
+        for node in nodes:
+            node.connection.finish()
+        deadline = time.monotonic() + timeout_seconds
+        return [node for node in nodes if not node.connection.says_goodbye(deadline)]
 
     def close(self) -> None:
         """Closes all connections, which ends the other nodes."""

@@ -16,6 +16,7 @@ from tests.cluster.hosts import CPU_ONLY, missing, several_hosts
 from tests.cluster.ray_cluster import RayCluster
 from tests.cluster.slurm import Slurm
 from tests.cluster.test_slurm import ended, how_it_stands, of_launcher, sbatch, wait_for
+from tests.cluster.test_slurm_resubmit import logs_of, state_of, submit
 from tests.cluster.tiny_jobs import runs_of, write_tiny_job
 
 pytestmark = pytest.mark.cluster
@@ -55,14 +56,58 @@ def test_a_run_continues_on_two_nodes_when_the_third_is_powered_off(cluster: Ray
     assert "continuing on 2 nodes instead of 3" in running.output
 
 
+@pytest.fixture
+def real_timeout(slurm: Slurm) -> Iterator[None]:
+    """Slurm counts a host as dead after five minutes, as in a real cluster; the testbed's does so sooner."""
+    before = slurm.conf.read_text()
+    slurm.conf.write_text(re.sub(r"(?m)^SlurmdTimeout=.*$", "SlurmdTimeout=300", before))
+    slurm.hosts.run("ctl", ["scontrol", "reconfigure"])
+    yield
+    slurm.conf.write_text(before)
+    slurm.hosts.run("ctl", ["scontrol", "reconfigure"])
+
+
+@pytest.mark.parametrize("loss", ["powered off", "its task is killed"])
+@pytest.mark.usefixtures("real_timeout")
+def test_a_slurm_job_continues_on_two_of_three_nodes(slurm: Slurm, shared: Path, loss: str) -> None:
+    hosts, told = slurm.hosts, logs_of(shared)
+    slurm.wait_idle()
+    sections = {
+        "cluster": {"nodes": 3, "min_nodes": 2, "wait_seconds": 5},
+        "train": {"max_steps": 60, "restarts": 3},
+        "checkpoint": {"every": 5, "keep": 2},
+        "slurm": {"nodelist": "h[1-3]"},
+        "export": False,
+    }
+    job = submit(hosts, write_tiny_job(shared, "three", **sections))
+    run = RunDir(shared / "runs" / f"three-slurm-{job}")
+    wait_for(lambda: len(run.metrics()) >= 8, told)
+    if loss == "powered off":
+        hosts.power_off("h3")
+    else:
+        (task,) = [each for each in hosts.processes("h3") if "node" in each.cmdline()]
+        task.kill()
+    try:
+        wait_for(lambda: run.state().get("state") == "finished", told)
+        # Sooner than Slurm counts the host as dead.
+        wait_for(lambda: state_of(hosts, job) == "COMPLETED", told, seconds=120)
+    finally:
+        if loss == "powered off":
+            hosts.power_on("h3")
+    assert "continuing on 2 nodes instead of 3" in " ".join(told().split())
+    assert [line["update"] for line in run.metrics()] == list(range(60))
+    assert [line["samples"] for line in run.metrics()] == [12 * (update + 1) for update in range(60)]
+    steps = np.diff([line["lr"] for line in run.metrics()[2:]])
+    np.testing.assert_allclose(steps, steps[0], rtol=1e-6)
+    slurm.wait_idle(seconds=90)
+    assert of_launcher(hosts) == []
+
+
+@pytest.mark.usefixtures("real_timeout")
 def test_a_run_survives_cuts_of_three_and_sixty_seconds(slurm: Slurm, shared: Path) -> None:
     """The second host of a Slurm job is cut off the network; afterwards it joins again, and the run continues."""
     hosts = slurm.hosts
     slurm.wait_idle()
-    before = slurm.conf.read_text()
-    # As in a real cluster; the testbed's Slurm counts a host as dead sooner.
-    slurm.conf.write_text(re.sub(r"(?m)^SlurmdTimeout=.*$", "SlurmdTimeout=300", before))
-    hosts.run("ctl", ["scontrol", "reconfigure"])
     long = {"train": {"max_steps": 100_000, "restarts": 3}, "checkpoint": {"every": 10, "keep": 2}}
     job = sbatch(hosts, write_tiny_job(shared, "cut", **long), "--nodes=2", "--nodelist=h1,h2", fresh=True)
     run = RunDir(shared / "runs" / f"cut-slurm-{job}")
@@ -85,5 +130,3 @@ def test_a_run_survives_cuts_of_three_and_sixty_seconds(slurm: Slurm, shared: Pa
     hosts.run("ctl", ["scancel", job])
     assert ended(hosts, shared, job)[0].startswith("CANCELLED")
     assert of_launcher(hosts) == []
-    slurm.conf.write_text(before)
-    hosts.run("ctl", ["scontrol", "reconfigure"])

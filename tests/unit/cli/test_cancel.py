@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.run_dir import write_json
 from launcher.runs import cancel, interrupts
 from launcher.runs.console import RunConsole
 from launcher.watch import status
@@ -77,6 +78,27 @@ def test_a_requeued_slurm_job_is_cancelled(built: Built, slurm: Path, state: str
     requeued = "cancelled its Slurm job 77, which was requeued"
     assert (requeued in ended.out) == bool(cancelled)
     assert "stopped" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("continues", "held", "cancelled"), [("77", "PENDING", 1), ("77", "", 0), ("76", "PENDING", 0)]
+)
+def test_the_job_that_continues_a_run_is_cancelled(
+    built: Built, slurm: Path, continues: str, held: str, cancelled: int
+) -> None:
+    built.state("stopped", 5.0, slurm_job_id="77")
+    write_json(built.run.continuation_file, {"job": "78", "continues": continues, "number": 2, "update": 5})
+    # Only the job that continues the run is in the queue.
+    (slurm / "squeue").write_text(
+        f"#!/bin/sh\necho squeue $@ >> {slurm}/called\ncase $* in *' 78 '*) echo {held};; esac\n"
+    )
+    ended = command("cancel", str(built.run.path))
+    assert (ended.status, ended.err) == (0, "")
+    assert ("scancel -- 78" in (slurm / "called").read_text()) == bool(cancelled)
+    assert ("cancelled its Slurm job 78, which was submitted to continue it" in ended.out) == bool(cancelled)
+    # A launcher that is about to submit the next job reads it.
+    request = built.run.stop_request()
+    assert request is not None and "time_limit" not in request
 
 
 def test_a_run_that_has_already_ended_is_reported(built: Built, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
