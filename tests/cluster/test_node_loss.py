@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from launcher.run_dir import RunDir
 from tests.cluster.conftest import need
-from tests.cluster.hosts import CPU_ONLY, missing, several_hosts
+from tests.cluster.hosts import CPU_ONLY, Hosts, missing, several_hosts
 from tests.cluster.ray_cluster import RayCluster
 from tests.cluster.slurm import Slurm
 from tests.cluster.test_slurm import ended, how_it_stands, of_launcher, sbatch, wait_for
@@ -56,6 +58,45 @@ def test_a_run_continues_on_two_nodes_when_the_third_is_powered_off(cluster: Ray
     assert "continuing on 2 nodes instead of 3" in running.output
 
 
+@pytest.mark.parametrize("min_nodes", [2, None])
+def test_a_run_saves_and_leaves_a_node_that_ray_drains(cluster: RayCluster, min_nodes: int | None) -> None:
+    folder = cluster.hosts.shared
+    fewer = {"min_nodes": min_nodes} if min_nodes else {}
+    job = write_tiny_job(
+        folder,
+        cluster={"nodes": 3, "wait_seconds": 5, **fewer},
+        train={"max_steps": 1000, "restarts": 3},
+        export=False,
+    )
+    running = cluster.popen("h1", "launcher", "run", str(job), RAY_ADDRESS="h1:6379")
+    running.wait_for(lambda: any(len(run.metrics()) >= 8 for run in runs_of(folder)), seconds=240)
+    [run] = runs_of(folder)
+    listed = cluster.run("h1", "python", "-c", _NODE_ID, cluster.hosts.address("h3"), RAY_ADDRESS="h1:6379").stdout
+    words = ("--node-id", listed.split()[-1], "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test")
+    cluster.run("h1", "ray", "drain-node", "--address=h1:6379", *words, "--deadline-remaining-seconds=100")
+    if min_nodes is None:
+        assert running.wait(seconds=240) == 1, running.output
+        assert "not enough free nodes" in running.output
+    else:
+        running.wait_for(lambda: "continuing on 2 nodes instead of 3" in running.output, seconds=240)
+    made = run.complete_checkpoints()[-1]
+    assert made >= 8 and "node 2 (h3): Ray drains it, and ends it in" in running.output
+    [restart] = [event for event in run.events() if event["event"] == "restart"]
+    assert restart["update"] == made and list(run.path.glob("metrics.undone-*")) == []
+    if min_nodes:
+        running.wait_for(lambda: len(run.metrics()) >= made + 2, seconds=240)
+        running.signal()
+        running.wait()
+        assert [line["update"] for line in run.metrics()] == list(range(len(run.metrics())))
+
+
+_NODE_ID = """
+import ray, sys
+ray.init(log_to_driver=False)
+print(*[node["NodeID"] for node in ray.nodes() if node["NodeManagerAddress"] == sys.argv[1]])
+"""
+
+
 @pytest.fixture
 def real_timeout(slurm: Slurm) -> Iterator[None]:
     """Slurm counts a host as dead after five minutes, as in a real cluster; the testbed's does so sooner."""
@@ -65,6 +106,14 @@ def real_timeout(slurm: Slurm) -> Iterator[None]:
     yield
     slurm.conf.write_text(before)
     slurm.hosts.run("ctl", ["scontrol", "reconfigure"])
+
+
+def kill_the_task(hosts: Hosts, host: str) -> None:
+    """Ends the task on a host with all that it started, as Slurm does where tasks are in control groups."""
+    for process in hosts.processes(host):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "slurm" not in process.name():
+                process.kill()
 
 
 @pytest.mark.parametrize("loss", ["powered off", "its task is killed"])
@@ -85,15 +134,16 @@ def test_a_slurm_job_continues_on_two_of_three_nodes(slurm: Slurm, shared: Path,
     if loss == "powered off":
         hosts.power_off("h3")
     else:
-        (task,) = [each for each in hosts.processes("h3") if "node" in each.cmdline()]
-        task.kill()
+        kill_the_task(hosts, "h3")
     try:
         wait_for(lambda: run.state().get("state") == "finished", told)
-        # Sooner than Slurm counts the host as dead.
-        wait_for(lambda: state_of(hosts, job) == "COMPLETED", told, seconds=120)
+        # Sooner than Slurm counts the host as dead; until then the job is "completing" there.
+        wait_for(lambda: state_of(hosts, job) != "RUNNING", told, seconds=120)
+        assert " ExitCode=0:0" in hosts.run("ctl", ["scontrol", "show", "job", job]).stdout
     finally:
         if loss == "powered off":
             hosts.power_on("h3")
+    wait_for(lambda: state_of(hosts, job) == "COMPLETED", told, seconds=120)
     assert "continuing on 2 nodes instead of 3" in " ".join(told().split())
     assert [line["update"] for line in run.metrics()] == list(range(60))
     assert [line["samples"] for line in run.metrics()] == [12 * (update + 1) for update in range(60)]
