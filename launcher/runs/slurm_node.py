@@ -31,10 +31,11 @@ from launcher.runs.resume import resume_locked
 from launcher.runs.run import run_checked
 from launcher.runs.run_lock import only_launcher_of
 from launcher.runs.script import check_script, run_script_again
-from launcher.slurm.allocation import Allocation, read_allocation, run_stamp
+from launcher.runs.slurm_requests import run_directory
+from launcher.slurm.allocation import Allocation, read_allocation
 from launcher.slurm.continuation import DEFAULT_MAX_JOBS
 from launcher.slurm.options import may_lose_nodes
-from launcher.slurm.queue import cancel_slurm_job
+from launcher.slurm.queue import cancel_slurm_job, requeue_slurm_job
 from launcher.slurm.startup_errors import StartupErrors
 
 _THIS_MACHINE, _OWN_RAY = "local", "cluster.address=auto"
@@ -47,11 +48,11 @@ def run_on_node(job_file: Path, overrides: Sequence[str], command: Sequence[str]
     The first node supervises the run on a Ray cluster of all nodes; the other nodes join that cluster.
     """
     job, allocation = _job_and_allocation(job_file, overrides, command)
-    with _reporting_errors(_run_directory(job, job.name, allocation.stamp), allocation) as errors:
+    with _reporting_errors(run_directory(job, job.name, allocation.stamp), allocation) as errors:
         checked = _checked(_in_allocation(job_file, overrides, command, allocation, job), allocation)
         job = checked.loaded.job
         if allocation.node != 0:
-            return _join_first_node(job, allocation, _run_directory(job, job.name, allocation.stamp), errors)
+            return _join_first_node(job, allocation, run_directory(job, job.name, allocation.stamp), errors)
         with checked.loaded.locate_errors():
             check_resubmit(job)
         directory, requeued = _directory(job, allocation)
@@ -91,7 +92,7 @@ def examine_on_node(job_file: Path, overrides: Sequence[str], command: Sequence[
     from launcher.slurm.ray_cluster import first_node
 
     job, allocation = _job_and_allocation(job_file, overrides, command)
-    path = _run_directory(job, _DOCTOR, allocation.stamp)
+    path = run_directory(job, _DOCTOR, allocation.stamp)
     with _reporting_errors(path, allocation) as errors:
         checked = _checked(_in_allocation(job_file, overrides, command, allocation, job), allocation)
         job = checked.loaded.job
@@ -107,17 +108,6 @@ def examine_on_node(job_file: Path, overrides: Sequence[str], command: Sequence[
         finally:
             shutil.rmtree(directory.path)
         return 0
-
-
-def stop_run_of_job(job_file: Path, overrides: Sequence[str], command: Sequence[str] | None) -> None:
-    """Asks the run of this allocation to save and stop. Raises RequestError."""
-    job = load_job(job_file, *overrides, command=command).job
-    _request_stop(_run_directory(job, job.name, run_stamp(os.environ)))
-
-
-def stop_resumed_run(run: Path) -> None:
-    """Asks a resumed run to save and stop. Raises RequestError."""
-    _request_stop(planned_run(run))
 
 
 def _continuation(job: AnyJob, directory: RunDir, allocation: Allocation, begun: int) -> Continuation | None:
@@ -137,21 +127,6 @@ def _continuation(job: AnyJob, directory: RunDir, allocation: Allocation, begun:
         begun=begun,
         max_jobs=job.slurm.max_jobs or DEFAULT_MAX_JOBS,
     )
-
-
-def run_of_job_has_finished(job_file: Path, overrides: Sequence[str], command: Sequence[str] | None) -> bool:
-    """Whether the run of this allocation has finished. Raises RequestError."""
-    job = load_job(job_file, *overrides, command=command).job
-    return _has_finished(_run_directory(job, job.name, run_stamp(os.environ)))
-
-
-def resumed_run_has_finished(run: Path) -> bool:
-    """Whether a resumed run has finished. Raises RequestError."""
-    return _has_finished(planned_run(run))
-
-
-def _has_finished(directory: RunDir) -> bool:
-    return directory.state().get("state") == "finished"
 
 
 def _job_and_allocation(
@@ -260,25 +235,32 @@ def _stopped_by(directory: RunDir, error: BaseException) -> str:
 
 def _join_first_node(job: AnyJob, allocation: Allocation, directory: RunDir, errors: StartupErrors) -> int:
     """Joins the Ray cluster of the first node until the run ends."""
-    from launcher.slurm.ray_cluster import other_node
+    from launcher.slurm.ray_cluster import FirstNodeLost, other_node
 
-    other_node(allocation, directory, job.cluster.wait_seconds, errors, _ignore_stop_signals)
+    try:
+        other_node(allocation, directory, job.cluster.wait_seconds, errors, _ignore_stop_signals)
+    except FirstNodeLost as error:
+        if error.acts:
+            _requeue(allocation.job_id)
+        raise
     return 0
+
+
+def _requeue(job_id: str) -> None:
+    """Queues the job again, or ends it if that is not allowed: nothing else would end it before its time limit."""
+    console = RunConsole()
+    try:
+        requeue_slurm_job(job_id)
+        console.note(f"queued job {job_id} again")
+    except RunFailed as error:
+        console.note(f"cancelling job {job_id}: {error}")
+        cancel_slurm_job(job_id)
 
 
 def _ignore_stop_signals() -> None:
     # Slurm signals every task at once; this task ends after the first node has saved and stopped.
     for number in STOP_SIGNALS:
         signal.signal(number, lambda _number, _frame: None)
-
-
-def _request_stop(directory: RunDir) -> None:
-    """Asks the run to save and stop because the time limit is near."""
-    if not directory.path.is_dir():
-        raise RequestError(
-            Problem("the run directory does not exist; the run may not have started", file=str(directory.path))
-        )
-    directory.request_stop(now=False, time_limit=True)
 
 
 def _allocation_overrides(allocation: Allocation, job: AnyJob) -> Iterator[str]:
@@ -319,7 +301,7 @@ def _directory(job: AnyJob, allocation: Allocation) -> tuple[RunDir, bool]:
 
     A script saves its own files there: its directory is kept if the script may have started.
     """
-    directory = _run_directory(job, job.name, allocation.stamp)
+    directory = run_directory(job, job.name, allocation.stamp)
     if allocation.restart and directory.path.exists():
         started = directory.ds_config_file.is_file() if isinstance(job, ScriptJob) else directory.complete_checkpoints()
         if started:
@@ -332,10 +314,6 @@ def _directory(job: AnyJob, allocation: Allocation) -> tuple[RunDir, bool]:
             Problem("this allocation already has a run of this name", file=str(directory.path), hint=hint)
         )
     return RunDir.create(directory.path.parent, job.name, allocation.stamp), False
-
-
-def _run_directory(job: AnyJob, name: str, stamp: str) -> RunDir:
-    return RunDir((user_path(job.output_dir, "output_dir") / f"{name}-{stamp}").resolve())
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:

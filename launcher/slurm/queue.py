@@ -17,6 +17,21 @@ def ends_by_time_limit(job_id: str) -> bool:
     return _queried(job_id, "%r") == "TimeLimit"
 
 
+def slurm_job_hosts(job_id: str) -> str | None:
+    """The host list of a running job, such as "gpu[2-3]"; None if this is not known."""
+    return _queried(job_id, "%N")
+
+
+def requeue_slurm_job(job_id: str) -> None:
+    """Queues a running Slurm job again. Raises RunFailed with the message of scontrol."""
+    try:
+        done = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise RunFailed("scontrol is not installed here") from None
+    if done.returncode != 0:
+        raise RunFailed(f"scontrol requeue {job_id}: {done.stderr.strip() or f'status {done.returncode}'}")
+
+
 def _queried(job_id: str, field: str) -> str | None:
     command = ["squeue", "--noheader", "--jobs", job_id, "--format", field]
     try:

@@ -14,7 +14,8 @@ from launcher.files import last_lines
 from launcher.fleet.network import LOOPBACK
 from launcher.fleet.ray_settings import LOOPBACK_ONLY, use_token, write_token
 from launcher.run_dir import RunDir
-from launcher.slurm.allocation import Allocation
+from launcher.slurm.allocation import Allocation, expand_hosts
+from launcher.slurm.queue import slurm_job_hosts
 from launcher.slurm.ray_node import RayNode
 from launcher.slurm.rendezvous import Connection, JoinedNode, RendezvousServer, common_address, join
 from launcher.slurm.startup_errors import StartupErrors
@@ -24,6 +25,16 @@ _ENDED_SECONDS = 20.0
 """How long the other nodes may take to end: each kills its Ray's processes, and waits for them up to 10 s."""
 _LOG_LINES = 20
 _CHECK_SECONDS = 2.0
+
+
+class FirstNodeLost(RunFailed):
+    """The first node is lost. `acts` is True on one of the other nodes, which ends the job for all."""
+
+    code = FailureCode.NODE_LOST
+
+    def __init__(self, message: str, acts: bool) -> None:
+        super().__init__(message)
+        self.acts = acts
 
 
 @contextmanager
@@ -92,22 +103,36 @@ def other_node(
             try:
                 ray.start()
                 connection.send(up=True)
-                _keep_running(ray, connection)
+                _keep_running(ray, connection, allocation)
             finally:
                 ray.end()
                 with suppress(OSError):
                     connection.send(ended=True)
+    except FirstNodeLost:
+        raise
     except (LauncherError, OSError) as error:
         with suppress(OSError):
             connection.send(failed=str(error), code=code_of(error))
         raise RunFailed(str(error), code=code_of(error)) from None
 
 
-def _keep_running(ray: RayNode, connection: Connection) -> None:
-    """Runs Ray until the first node closes the connection. After a network failure Ray ends: starts it again."""
+def _keep_running(ray: RayNode, connection: Connection, allocation: Allocation) -> None:
+    """Runs Ray until the first node closes the connection. After a network failure Ray ends: starts it again.
+
+    Raises FirstNodeLost if Slurm has removed the first node from the job.
+    """
     while not connection.readable(_CHECK_SECONDS) or connection.receive(None) is not None:
         if ray.ended():
+            _check_first_node(allocation)
             ray.start_again()
+
+
+def _check_first_node(allocation: Allocation) -> None:
+    """Raises FirstNodeLost if Slurm has removed the first node from the job, which --no-kill keeps alive."""
+    present = expand_hosts(slurm_job_hosts(allocation.job_id) or "")
+    if set(present) & set(allocation.hosts) and allocation.hosts[0] not in present:
+        message = f"the first node of the job ({allocation.hosts[0]}) is lost, which carries out the run"
+        raise FirstNodeLost(message, present[0] == allocation.hosts[allocation.node])
 
 
 def node_log(run: RunDir, allocation: Allocation) -> Path:

@@ -153,6 +153,28 @@ def test_a_slurm_job_continues_on_two_of_three_nodes(slurm: Slurm, shared: Path,
     assert of_launcher(hosts) == []
 
 
+def test_a_slurm_job_that_lost_its_first_node_is_queued_again(slurm: Slurm, shared: Path) -> None:
+    """With --no-kill, Slurm itself would keep the job without its batch script until the time limit."""
+    hosts, told = slurm.hosts, logs_of(shared)
+    slurm.wait_idle()
+    sections = {
+        "cluster": {"nodes": 3, "min_nodes": 2},
+        "train": {"max_steps": 100_000},
+        "slurm": {"nodelist": "h[1-3]"},
+    }
+    job = submit(hosts, write_tiny_job(shared, "first", **sections))
+    run = RunDir(shared / "runs" / f"first-slurm-{job}")
+    wait_for(lambda: len(run.metrics()) >= 2, told)
+    hosts.power_off("h1")
+    try:
+        wait_for(lambda: state_of(hosts, job) == "PENDING", told, seconds=300)
+        hosts.run("ctl", ["scancel", job])
+    finally:
+        hosts.power_on("h1")
+        slurm.wait_idle(seconds=90)
+    assert of_launcher(hosts) == []
+
+
 @pytest.mark.usefixtures("real_timeout")
 def test_a_run_survives_cuts_of_three_and_sixty_seconds(slurm: Slurm, shared: Path) -> None:
     """The second host of a Slurm job is cut off the network; afterwards it joins again, and the run continues."""

@@ -67,7 +67,7 @@ def end_soon(hosts: Hosts, job: str) -> None:
 def test_a_run_finishes_over_three_jobs_with_the_losses_of_one(slurm: Slurm, shared: Path) -> None:
     hosts, told = slurm.hosts, logs_of(shared)
     sections = {"train": {"max_steps": UPDATES}, "cluster": {"nodes": 2}, "export": False}
-    whole = submit(hosts, write_tiny_job(shared, "whole", **sections))
+    whole = submit(hosts, write_tiny_job(shared, "whole", slurm={"time": "60"}, **sections))
     wait_for(lambda: state_of(hosts, whole) == "COMPLETED", told)
     slow = shared / "slow"
     slow.mkdir()

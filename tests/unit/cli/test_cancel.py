@@ -152,6 +152,16 @@ def test_a_run_with_damaged_event_lines_can_be_cancelled(built: Built) -> None:
     assert ended.out.endswith("updates made: 2\n")
 
 
+def test_a_request_because_of_the_time_limit_is_a_warning(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before training it stops the run at once, as Slurm's SIGUSR1 does."""
+    monkeypatch.setattr(interrupts, "_POLL_SECONDS", 0.05)
+    built.run.request_stop(now=False, time_limit=True)
+    with pytest.raises(interrupts.Interrupted) as ended, interrupts.interruptible(RunConsole(), built.run) as handled:
+        time.sleep(30)
+    assert (ended.value.exit_status, handled.reason) == (138, "the time limit of its Slurm job is near")
+    assert not handled.asked
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to switch to the user nobody")
 def test_a_user_without_write_permission_cannot_cancel(built: Built, tmp_path: Path) -> None:
     built.state("training", time.time() - START)

@@ -1,4 +1,4 @@
-"""The Ray of a Slurm job when it does not start."""
+"""The Ray of a Slurm job when it does not start, and when the first node is lost."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import RunFailed
+from launcher.slurm import ray_cluster
 from launcher.slurm.allocation import Allocation
 from launcher.slurm.ray_node import RayNode
 
@@ -35,3 +36,27 @@ def test_a_ray_that_exits_at_once_is_started_again_and_then_reported(
     (mask,) = {int(line.split()[1], 16) for line in printed if line.startswith("SigBlk:")}
     blocked = {number for number in signal.Signals if mask >> (number - 1) & 1}
     assert blocked == {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+
+
+@pytest.mark.parametrize(
+    ("present", "lost", "acts"),
+    [
+        ("h[1-3]", False, False),
+        ("h[2-3]", True, True),
+        ("h3", True, False),
+        ("", False, False),
+        ("other", False, False),
+    ],
+)
+def test_the_first_node_is_lost_if_slurm_has_removed_it_from_the_job(
+    monkeypatch: pytest.MonkeyPatch, present: str, lost: bool, acts: bool
+) -> None:
+    """Seen from h2; the first of the nodes that are left acts for all."""
+    monkeypatch.setattr(ray_cluster, "slurm_job_hosts", lambda _: present or None)
+    allocation = Allocation(job_id="7", restart=0, node=1, hosts=("h1", "h2", "h3"), cpus=1, gpus=0)
+    if not lost:
+        ray_cluster._check_first_node(allocation)
+        return
+    with pytest.raises(ray_cluster.FirstNodeLost, match=r"the first node of the job \(h1\) is lost") as error:
+        ray_cluster._check_first_node(allocation)
+    assert error.value.acts == acts
