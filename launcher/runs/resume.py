@@ -43,8 +43,8 @@ def resume_locked(
 ) -> RunResult:
     """Resumes a run whose lock the caller holds. `rest` is the result of `rest_of` if the caller has it.
 
-    A requeued run also resumes while cloud storage cannot be reached. `on_stop` is called if a signal or a request
-    stops the run.
+    A run that Slurm's next job continues by itself (`requeued`) also resumes while cloud storage cannot be reached.
+    `on_stop` is called if a signal or a request stops the run.
     """
     with console.closing(), interruptible(console, directory) as interrupts:
         rest = rest or rest_of(directory, overrides, console)

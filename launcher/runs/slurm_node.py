@@ -33,7 +33,7 @@ from launcher.runs.run_lock import only_launcher_of
 from launcher.runs.script import check_script, run_script_again
 from launcher.runs.slurm_requests import run_directory
 from launcher.slurm.allocation import Allocation, read_allocation
-from launcher.slurm.continuation import DEFAULT_MAX_JOBS
+from launcher.slurm.continuation import DEFAULT_MAX_JOBS, continues_by_itself
 from launcher.slurm.options import may_lose_nodes
 from launcher.slurm.queue import cancel_slurm_job, requeue_slurm_job
 from launcher.slurm.startup_errors import StartupErrors
@@ -83,7 +83,9 @@ def resume_on_node(run: Path, overrides: list[str]) -> int:
             return _join_first_node(job, allocation, directory, errors)
         check_resubmit(job)
         on_stop = _continuation(job, directory, allocation, rest.start.update)
-        act = partial(resume_locked, directory, overrides, RunConsole(), rest, on_stop=on_stop)
+        # Nobody is there who could correct an upload that does not work at the moment.
+        requeued = continues_by_itself(directory, os.environ["SLURM_JOB_ID"])
+        act = partial(resume_locked, directory, overrides, RunConsole(), rest, requeued=requeued, on_stop=on_stop)
         return _on_ray_cluster(job, allocation, directory, errors, act)
 
 

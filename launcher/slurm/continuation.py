@@ -37,6 +37,11 @@ def _damaged(run: RunDir) -> RunFailed:
     return RunFailed(f"{run.continuation_file} is damaged, so the number of jobs is unknown")
 
 
+def continues_by_itself(run: RunDir, job: str) -> bool:
+    """Whether `job` was submitted to continue the run, and not by a user."""
+    return (read_json(run.continuation_file) or {}).get("job") == job
+
+
 def job_number(last: ContinuationRecord | None, job: str) -> int:
     """Which job in a row this one is, from 1: a job that a user submitted starts to count again."""
     return last["number"] if last is not None and last["job"] == job else 1

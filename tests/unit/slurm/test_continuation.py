@@ -20,7 +20,13 @@ from launcher.runs import continuation
 from launcher.runs.console import RunConsole
 from launcher.runs.continuation import Continuation, check_resubmit
 from launcher.runs.interrupts import Interrupts
-from launcher.slurm.continuation import continuing, job_number, read_continuation, why_not_continued
+from launcher.slurm.continuation import (
+    continues_by_itself,
+    continuing,
+    job_number,
+    read_continuation,
+    why_not_continued,
+)
 from launcher.slurm.options import sbatch_options
 from launcher.slurm.stop_time import StopTime, describe_late_signal, needed_signal_seconds, read_stop_time
 from tests.unit.inputs import job_of, machine_facts, plan_of
@@ -66,6 +72,7 @@ def test_a_damaged_record_prevents_a_submission(tmp_path: Path, text: str) -> No
         read_continuation(run)
     run.continuation_file.write_text(json.dumps(record()))
     assert read_continuation(run) == record()
+    assert [continues_by_itself(run, job) for job in ("77", "78", "79")] == [False, True, False]
 
 
 def test_the_options_of_the_next_job() -> None:
