@@ -240,7 +240,14 @@ def _join_first_node(job: AnyJob, allocation: Allocation, directory: RunDir, err
     from launcher.slurm.ray_cluster import FirstNodeLost, other_node
 
     try:
-        other_node(allocation, directory, job.cluster.wait_seconds, errors, _ignore_stop_signals)
+        other_node(
+            allocation,
+            directory,
+            job.cluster.wait_seconds,
+            errors,
+            _ignore_stop_signals,
+            may_lose_nodes=may_lose_nodes(job),
+        )
     except FirstNodeLost as error:
         if error.acts:
             _requeue(allocation.job_id)

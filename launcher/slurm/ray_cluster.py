@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,9 @@ from launcher.slurm.startup_errors import StartupErrors
 _STARTED_SECONDS = 300.0
 _ENDED_SECONDS = 20.0
 """How long the other nodes may take to end: each kills its Ray's processes, and waits for them up to 10 s."""
+_SHUTDOWN_SECONDS = 60.0
+_REMOVAL_SECONDS = 1200.0
+"""Longer than Slurm takes to count a node as dead: SlurmdTimeout is 300 s by default."""
 _LOG_LINES = 20
 _CHECK_SECONDS = 2.0
 
@@ -82,11 +86,18 @@ def first_node(
 
 
 def other_node(
-    allocation: Allocation, run: RunDir, wait_seconds: float, startup_errors: StartupErrors, on_join: Callable[[], None]
+    allocation: Allocation,
+    run: RunDir,
+    wait_seconds: float,
+    startup_errors: StartupErrors,
+    on_join: Callable[[], None],
+    *,
+    may_lose_nodes: bool = False,
 ) -> None:
     """Runs this node's Ray processes until the first node closes the connection. Raises RunFailed.
 
-    `on_join` is called after joining the first node; from then on this node waits for its end.
+    `on_join` is called after joining the first node; from then on this node waits for its end. With `may_lose_nodes`
+    Slurm keeps the job when a node is lost: raises FirstNodeLost if that is the first one.
     """
     key_file = _key_file(run.cluster)
     connection = join(_rendezvous_file(run, allocation), key_file, allocation.node, wait_seconds, startup_errors.check)
@@ -103,11 +114,13 @@ def other_node(
             try:
                 ray.start()
                 connection.send(up=True)
-                _keep_running(ray, connection, allocation)
+                in_order = _keep_running(ray, connection, allocation)
             finally:
                 ray.end()
                 with suppress(OSError):
                     connection.send(ended=True)
+        if may_lose_nodes and not in_order:
+            _wait_for_removal(connection, allocation)
     except FirstNodeLost:
         raise
     except (LauncherError, OSError) as error:
@@ -116,15 +129,30 @@ def other_node(
         raise RunFailed(str(error), code=code_of(error)) from None
 
 
-def _keep_running(ray: RayNode, connection: Connection, allocation: Allocation) -> None:
+def _keep_running(ray: RayNode, connection: Connection, allocation: Allocation) -> bool:
     """Runs Ray until the first node closes the connection. After a network failure Ray ends: starts it again.
 
-    Raises FirstNodeLost if Slurm has removed the first node from the job.
+    Returns whether the first node sent that it ends. Raises FirstNodeLost if Slurm has removed it from the job.
     """
-    while not connection.readable(_CHECK_SECONDS) or connection.receive(None) is not None:
+    while True:
+        if connection.readable(_CHECK_SECONDS):
+            message = connection.receive(None)
+            if message is None or message.get("end"):
+                return message is not None
         if ray.ended():
             _check_first_node(allocation)
             ray.start_again()
+
+
+def _wait_for_removal(connection: Connection, allocation: Allocation) -> None:
+    """Raises FirstNodeLost when Slurm removes the first node from the job; returns if its host still answers."""
+    began = time.monotonic()
+    while (waited := time.monotonic() - began) < _REMOVAL_SECONDS:
+        _check_first_node(allocation)
+        # A host that shuts down answers for a while.
+        if connection.peer_host_answers() and waited >= _SHUTDOWN_SECONDS:
+            return
+        time.sleep(_CHECK_SECONDS)
 
 
 def _check_first_node(allocation: Allocation) -> None:

@@ -38,6 +38,7 @@ class Connection:
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._reader = connection.makefile("rb")
+        self._peer = connection.getpeername()
 
     @property
     def local_address(self) -> str:
@@ -64,6 +65,16 @@ class Connection:
         except ValueError:
             return None
         return message if line.endswith(b"\n") and isinstance(message, dict) else None
+
+    def peer_host_answers(self) -> bool:
+        """Whether the host of the other side answers, if only to refuse another connection."""
+        try:
+            socket.create_connection(self._peer[:2], _CONNECT_SECONDS).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+        return True
 
     def finish(self) -> None:
         """Sends nothing more: the other side reads to the end. Its own messages can still be received."""
@@ -128,6 +139,8 @@ class RendezvousServer:
         with self._joined:
             nodes = list(self._nodes.values())
         for node in nodes:
+            with contextlib.suppress(OSError):
+                node.connection.send(end=True)
             node.connection.finish()
         deadline = time.monotonic() + timeout_seconds
         return [node for node in nodes if not node.connection.says_goodbye(deadline)]

@@ -19,7 +19,7 @@ from tests.cluster.tiny_jobs import BIN, runs_of, write_tiny_job
 
 pytestmark = pytest.mark.cluster
 
-UPDATES = 400
+UPDATES = 100
 
 
 def submit(hosts: Hosts, job_file: Path, *overrides: str) -> str:
@@ -66,7 +66,7 @@ def end_soon(hosts: Hosts, job: str) -> None:
 
 def test_a_run_finishes_over_three_jobs_with_the_losses_of_one(slurm: Slurm, shared: Path) -> None:
     hosts, told = slurm.hosts, logs_of(shared)
-    sections = {"train": {"max_steps": UPDATES}, "cluster": {"nodes": 2}, "export": False}
+    sections = {"train": {"max_steps": UPDATES}, "cluster": {"nodes": 1}, "export": False}
     whole = submit(hosts, write_tiny_job(shared, "whole", slurm={"time": "60"}, **sections))
     wait_for(lambda: state_of(hosts, whole) == "COMPLETED", told)
     slow = shared / "slow"
@@ -174,7 +174,7 @@ if "RANK" in os.environ:
     def slowly(self, *arguments):
         advance(self, *arguments)
         if Path(__file__).with_name("now").exists():
-            time.sleep(1)
+            time.sleep(2)
 
     train.TrainLoop.advance = slowly
 """
