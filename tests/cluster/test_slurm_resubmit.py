@@ -96,6 +96,7 @@ def test_a_run_finishes_over_three_jobs_with_the_losses_of_one(slurm: Slurm, sha
         assert [line[key] for line in run.metrics()] == [line[key] for line in run_whole.metrics()]
     steps = np.diff([line["lr"] for line in run.metrics()[UPDATES // 4 :]])
     np.testing.assert_allclose(steps, steps[0], rtol=1e-6)
+    wait_for(lambda: state_of(hosts, jobs[2]) == "COMPLETED", told)
     assert of_launcher(hosts) == []
 
 
