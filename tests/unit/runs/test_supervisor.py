@@ -179,3 +179,20 @@ def test_a_drain_does_not_change_why_a_run_ends_otherwise(built: Built) -> None:
     assert supervisor.run().reason == "the loss is NaN"
     supervisor, orders = drained(built, [phase("exporting", 3)], [], ended)
     assert supervisor.run().state == "finished" and orders == []
+
+
+def test_a_save_that_takes_longer_than_slurms_signal_allows_is_reported_once(
+    built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = {"report": "event", "event": "checkpoint", "details": {"update": 4, "samples": 32}, "time": 0.0}
+    built.event(60.0, "state", state="saving")
+    ended = [on_eight(number, 0.0, 0) for number in range(8)]
+    supervisor = supervised(built, [saved], [saved], ended)
+    supervisor.run()
+    assert supervisor.console.notes == []  # type: ignore[attr-defined]
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    supervisor = supervised(built, [saved], [saved], ended)
+    supervisor.run()
+    (note,) = supervisor.console.notes  # type: ignore[attr-defined]
+    assert "but Slurm signals only 300 s before the time limit (slurm.signal_seconds)" in note
+    assert note.endswith("set slurm.signal_seconds=65535")
