@@ -47,6 +47,8 @@ class FailureCode(StrEnum):
     """The launcher ended without writing a reason: it was killed, or its machine failed."""
     NODE_LOST = "node_lost"
     """A node's agent ended or no longer answers."""
+    NODE_DRAINED = "node_drained"
+    """Ray drains a node, which will end soon; the run has saved before."""
     AGENT_LOST = "agent_lost"
     """A rank ended itself because its agent was lost: follows another failure."""
     ENDED = "ended"

@@ -296,6 +296,23 @@ class StopRequestedEvent(TypedDict):
     by: str
 
 
+class ContinuedEvent(TypedDict):
+    """The time limit of the Slurm job `continues` stopped the run, and `job` continues it, the `number`-th in a row."""
+
+    event: Literal["continued"]
+    job: str
+    continues: str
+    number: int
+    update: int
+
+
+class NotContinuedEvent(TypedDict):
+    """The time limit stopped the run, and no other Slurm job was submitted that continues it."""
+
+    event: Literal["not_continued"]
+    reason: str
+
+
 class OtherRateEvent(TypedDict):
     """A script made an update with a learning rate that is not the plan's."""
 
@@ -389,6 +406,8 @@ RunEvent = (
     | UploadFailedEvent
     | UploadGivenUpEvent
     | StopRequestedEvent
+    | ContinuedEvent
+    | NotContinuedEvent
     | OtherRateEvent
     | FailureEvent
     | RankEvent
@@ -504,7 +523,7 @@ class NodeRecord(NodeIdentity, OomKills):
     ranks: list[RankRecord]
 
 
-# manifest.json and stop.json
+# manifest.json, stop.json and continuation.json
 
 
 class ManifestFacts(TypedDict):
@@ -537,8 +556,25 @@ class Manifest(ManifestFacts):
 
 
 class StopRequest(TypedDict):
-    """stop.json: `launcher cancel` asks the supervisor to stop the run, at once if `now`."""
+    """stop.json: `launcher cancel` asks the supervisor to stop the run, at once if `now`.
+
+    `time_limit`: the request comes from the batch script, which Slurm warned of the time limit.
+    """
 
     time: str
     now: bool
     by: str
+    time_limit: NotRequired[bool]
+
+
+class ContinuationRecord(TypedDict):
+    """continuation.json: the Slurm job `job` continues the run after `continues`, the `number`-th job in a row.
+
+    `update` is that of the newest checkpoint. `job` is None while sbatch runs.
+    """
+
+    time: str
+    job: str | None
+    continues: str
+    number: int
+    update: int

@@ -149,6 +149,11 @@ class RunDir:
         return self.path / "logs"
 
     @property
+    def console_file(self) -> Path:
+        """What the launcher of a run in the background prints."""
+        return self.path / "console.log"
+
+    @property
     def marks(self) -> Path:
         """Small files by which nodes check that they share this directory."""
         return self.path / ".marks"
@@ -167,6 +172,11 @@ class RunDir:
     def stop_file(self) -> Path:
         """A request to end the run, written by `launcher cancel` and read by the supervisor."""
         return self.path / "stop.json"
+
+    @property
+    def continuation_file(self) -> Path:
+        """The Slurm job that continues the run after the time limit of the one before; see `records`."""
+        return self.path / "continuation.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -260,10 +270,15 @@ class RunDir:
         """Appends an event that a rank reported to events.jsonl."""
         append_line(self.events_file, {"time": utc_now(), "event": report["event"], **report["details"]})
 
-    def request_stop(self, *, now: bool) -> None:
-        """Asks the supervisor to stop the run: at once if `now`, else after this update and a checkpoint."""
+    def request_stop(self, *, now: bool, time_limit: bool = False) -> None:
+        """Asks the supervisor to stop the run: at once if `now`, else after this update and a checkpoint.
+
+        `time_limit`: Slurm's time limit is near.
+        """
         by = f"{os.environ.get('USER', os.getuid())}@{socket.gethostname()}"
         request: StopRequest = {"time": utc_now(), "now": now, "by": by}
+        if time_limit:
+            request["time_limit"] = True
         write_json(self.stop_file, request)
 
     def stop_request(self) -> dict[str, Any] | None:

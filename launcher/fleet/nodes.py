@@ -20,6 +20,7 @@ from launcher.errors import FailureCode, RunFailed, code_of, first_line
 from launcher.files import keep_private
 from launcher.fleet.agent import NodeTask
 from launcher.fleet.answer_times import LOST_SECONDS, POLL_SECONDS, AnswerTimes
+from launcher.fleet.draining import draining_nodes
 from launcher.fleet.network import LOOPBACK
 from launcher.fleet.node_resources import NodeResources, describe_request, describe_shortage, holds
 from launcher.fleet.process import children, kill_all, signals_blocked
@@ -413,8 +414,9 @@ def _resources_of_nodes() -> list[tuple[dict[str, float], dict[str, float]]] | N
         from ray._private.state import available_resources_per_node
     except ImportError:
         return None
-    free = available_resources_per_node()
-    return [(node["Resources"], free.get(node["NodeID"], {})) for node in ray.nodes() if node["Alive"]]
+    free, drained = available_resources_per_node(), draining_nodes()
+    alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in drained]
+    return [(node["Resources"], free.get(node["NodeID"], {})) for node in alive]
 
 
 def _node_lost(node_rank: int, message: str) -> NodeLostReport:

@@ -389,6 +389,14 @@ class SlurmSection(Section):
         300, description="Seconds before the time limit at which the run is asked to save and stop."
     )
     requeue: bool = Field(True, description="Queue the job again after a node failure or preemption.")
+    resubmit: bool = Field(
+        False,
+        description="Submit another job that continues the run when the time limit stops it, until it is finished.",
+    )
+    max_jobs: PositiveInt | None = Field(
+        None,
+        description="With resubmit: how many jobs may carry out a run in a row, the first one included. Default: 10.",
+    )
     mail_user: slurm.Address | None = Field(None, description="Recipient of mail: a user or an address.")
     mail_type: list[slurm.Mail] = Field(default_factory=list, description="Events to mail: BEGIN, END, FAIL, …")
     comment: slurm.Plain | None = Field(None, description="Comment that Slurm stores with the job.")
@@ -422,6 +430,10 @@ class SlurmSection(Section):
             )
         if self.container_mounts and self.container is None:
             raise ValueError("container_mounts is set, but container is not")
+        if self.max_jobs is not None and not self.resubmit:
+            raise ValueError(
+                f"max_jobs is {self.max_jobs}, but resubmit is not set: set it to true, or remove max_jobs"
+            )
         return self
 
 

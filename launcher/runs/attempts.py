@@ -123,6 +123,9 @@ class Attempts:
         """Finds the checkpoint for the next attempt. Returns the outcome if all updates were made already."""
         if self._nodes is not None and self._failed[-1].lost_hosts:
             self._nodes.restart_own_ray()
+        if self._nodes is not None and self._failed[-1].code is FailureCode.NODE_DRAINED:
+            # Its agent still answers, but Ray must place the next agents elsewhere.
+            self._nodes.give_up()
         if isinstance(self.plan.workload, Script):
             # Only the script knows at which update it resumes: `launcher.report` restores the lines before that update.
             self._directory.rewind(samples=0, update=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,16 +18,33 @@ from launcher.runs.outcome import Outcome, RunResult
 from launcher.runs.summary import how_to_continue, print_summary
 from launcher.runs.upload import uploading
 
+OnStop = Callable[[Interrupts], None]
+
 
 def carry_out(
-    plan: Plan, plan_file: Path, directory: RunDir, console: RunConsole, start: Start | None, interrupts: Interrupts
+    plan: Plan,
+    plan_file: Path,
+    directory: RunDir,
+    console: RunConsole,
+    start: Start | None,
+    interrupts: Interrupts,
+    on_stop: OnStop | None = None,
 ) -> RunResult:
     """Runs the plan in `plan_file`, from the checkpoint of `start` if given, prints a summary, and uploads the results.
 
-    Raises RunFailed, and KeyboardInterrupt if the run is stopped at once.
+    `on_stop` is called if a signal or a request stops the run, before the uploads end. Raises RunFailed, and
+    KeyboardInterrupt if the run is stopped at once.
     """
     with uploading(plan, directory, console, interrupts, start):
-        return _carry_out(plan, plan_file, directory, console, start, interrupts)
+        try:
+            result = _carry_out(plan, plan_file, directory, console, start, interrupts)
+        except KeyboardInterrupt:
+            if on_stop is not None:
+                on_stop(interrupts)
+            raise
+        if on_stop is not None and result.outcome.state == "stopped" and result.outcome.reason is None:
+            on_stop(interrupts)
+        return result
 
 
 def _carry_out(

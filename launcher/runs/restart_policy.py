@@ -40,6 +40,7 @@ _NOT_AGAIN = frozenset(
 _FROM_OUTSIDE = frozenset(
     {
         FailureCode.NODE_LOST,
+        FailureCode.NODE_DRAINED,
         FailureCode.AGENT_LOST,
         FailureCode.ENDED,
         FailureCode.PEER_LOST,

@@ -24,6 +24,7 @@ from launcher.first_failure import (
     traceback_time,
 )
 from launcher.fleet.agent import NodeTask
+from launcher.fleet.draining import DrainWatch, time_left
 from launcher.fleet.environment import flight_recorder, rank_environment
 from launcher.fleet.failures import Failure, all_failures, first_failure, sort_failures
 from launcher.fleet.hang_detector import Hang, HangDetector
@@ -91,6 +92,9 @@ class Supervisor:
         self._logged: dict[int, Failure] = {}
         self._hang_detector = _hang_detector(plan)
         self._hung: list[Failure] = []
+        self._noted_late_signal = False
+        self._drain_watch: DrainWatch | None = None
+        self._drained: Failure | None = None
         self._metrics, self._evaluations = Tail(run.metrics_file), Tail(run.evaluations_file)
 
     def run(self, start: Start | None = None) -> Outcome:
@@ -99,15 +103,20 @@ class Supervisor:
             self.updates_made = start.update
             self._metrics.skip()
             self._evaluations.skip()
-        self.place()
-        self.start(start)
-        return self.follow()
+        try:
+            self.place()
+            self.start(start)
+            return self.follow()
+        finally:
+            if self._drain_watch is not None:
+                self._drain_watch.end()
 
     def place(self) -> None:
         self.enter("placing")
         address = address_of(self.plan.job.cluster.address)
         self.nodes.connect(address)
         self._head = head_of_this_ray(own=address == "local")
+        self._drain_watch = DrainWatch()
         for rank, node in enumerate(self.nodes.place(self.plan.job.cluster.wait_seconds)):
             self.run_dir.event(
                 {
@@ -164,6 +173,8 @@ class Supervisor:
         self._show_progress()
         for report in self.reports:
             if report["report"] == "stopped":
+                if self._drained is not None and not self.stopping and report["reason"] is None:
+                    raise self._failed([self._drained])
                 return Outcome("stopped", report["update"], report["reason"], known_code(report.get("code")))
         return Outcome("finished", self.plan.length.total_updates)
 
@@ -195,7 +206,8 @@ class Supervisor:
             self._show_progress()
             self._check_head()
             self._check_hang()
-            if self.stopping and not stop_sent:
+            self._check_drain()
+            if (self.stopping or self._drained) and not stop_sent:
                 stop_sent = True
                 self.nodes.order({"stop": True})
 
@@ -216,6 +228,18 @@ class Supervisor:
         self.console.note(f"          {hang}: writing the stacks of all ranks")
         self._hung = self._hang_failures(hang, time.time())
         self._fail()
+
+    def _check_drain(self) -> None:
+        """Makes the ranks save and stop if Ray drains one of the nodes: the run continues without it."""
+        if self._drain_watch is None or self._drained is not None or self.phase not in ("training", "saving"):
+            return
+        for rank, node in enumerate(self.nodes.nodes):
+            deadline = self._drain_watch.deadline_of(node.address)
+            if deadline is not None:
+                how = f"Ray drains it{time_left(deadline)}"
+                self._drained = Failure(None, rank, time.time(), how, None, code=FailureCode.NODE_DRAINED)
+                self.console.note(f"          node {rank} ({node.host}): {how}: saving a checkpoint")
+                return
 
     def _hang_failures(self, hang: Hang, now: float) -> list[Failure]:
         """A failure of each rank that differs from the others, or one failure without a rank."""
@@ -263,8 +287,22 @@ class Supervisor:
         """Records an event of rank 0. Only this process writes events.jsonl: appends of several hosts may mix lines."""
         kind, details = report["event"], report["details"]
         self.run_dir.rank_event(report)
+        if kind == "checkpoint":
+            self._note_late_signal()
         if kind in _EVENT_TITLES:
             self.console.note(f"          {_EVENT_TITLES[kind]}: {details.get('reason', details)}")
+
+    def _note_late_signal(self) -> None:
+        """Warns once if Slurm's signal before the time limit leaves less time than the run needs to stop."""
+        if self._noted_late_signal or "SLURM_JOB_ID" not in os.environ:
+            return
+        from launcher.slurm.stop_time import describe_late_signal, needed_signal_seconds, read_stop_time
+
+        slurm, stop = self.plan.job.slurm, read_stop_time(self.run_dir)
+        if stop is not None and (seconds := needed_signal_seconds(slurm, stop)) > slurm.signal_seconds:
+            self._noted_late_signal = True
+            text = f"{describe_late_signal(slurm, stop)}; set slurm.signal_seconds={seconds}"
+            self.console.note(f"          [yellow]note:[/] {text}")
 
     def _disk_bytes(self) -> int:
         return disk_bytes(self.plan)
@@ -281,12 +319,17 @@ class Supervisor:
         """Waits for late events, ends all ranks and raises RunFailed, which names the rank that failed first."""
         self._collect_late_reports()
         self._show_progress()
-        failures = self.failures = self._failures()
+        failures = self._failures()
         with printing_errors(self.console.note, "the ranks could not be ended"):
             self.nodes.end(GRACE_SECONDS)
+        raise self._failed(failures)
+
+    def _failed(self, failures: list[Failure]) -> RunFailed:
+        """Records the failures of the attempt, and returns the error to raise."""
+        self.failures = failures
         with printing_errors(self.console.note, f"the failure could not be written to {self.run_dir.events_file}"):
             self._record_failures(failures)
-        raise RunFailed(self._failure_message(failures), code=failures[0].code)
+        return RunFailed(self._failure_message(failures), code=failures[0].code)
 
     def _record_failures(self, failures: Sequence[Failure]) -> None:
         first, nodes = failures[0], self.nodes.nodes

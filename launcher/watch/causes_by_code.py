@@ -64,6 +64,11 @@ CAUSE_BY_CODE = dict(
             "request fewer nodes or ranks, wait longer (cluster.wait_seconds), or free some nodes",
         ),
         _cause(
+            FailureCode.NODE_DRAINED,
+            "Ray drained a node before its end: a preemption, or ray drain-node",
+            "continue with launcher resume when there are enough nodes, or set cluster.min_nodes",
+        ),
+        _cause(
             FailureCode.RAY_LOST,
             "Ray could not be reached, or its head process ended",
             "check that Ray's head process (gcs_server) runs and that cluster.address is its address; its log and the "

@@ -77,7 +77,8 @@ def _explain_stopped(session: Session, status: RunStatus) -> Explanation:
     code = _written_code(session, status.reason)
     if code is FailureCode.UNKNOWN:
         reason = f": {status.reason}" if status.reason else ""
-        return Explanation(f"no failure: the run was stopped after {status.updates} updates{reason}", ok=True)
+        headline = f"no failure: the run was stopped after {status.updates} updates{reason}"
+        return Explanation(headline, ok=True, notes=_continuation_notes(session, status))
     headline = f"the run stopped itself after {status.updates} updates: {status.reason}"
     return Explanation(headline, cause=cause_of(code), code=code)
 
@@ -199,6 +200,13 @@ def _restart_notes(session: Session) -> list[str]:
     if session.no_restart:
         notes.append(f"not restarted: {session.no_restart}")
     return notes
+
+
+def _continuation_notes(session: Session, status: RunStatus) -> tuple[str, ...]:
+    """Which Slurm job continues a run after a time limit, or why none does."""
+    if status.continued_by:
+        return (f"Slurm job {status.continued_by} was submitted to continue it",)
+    return (f"no other Slurm job continues it: {session.not_continued}",) if session.not_continued else ()
 
 
 def _notes(found: Failures) -> list[str]:

@@ -42,6 +42,7 @@ HOMES = {
     "fsspec": ("runs/remote.py",),
     "subprocess": (
         "slurm/",
+        "runs/detach.py",
         "runs/export.py",
         "runs/planning.py",
         "fleet/process.py",

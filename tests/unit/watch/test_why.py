@@ -537,6 +537,24 @@ def test_a_failure_of_an_earlier_session_is_ignored(built: Built) -> None:
     assert "the first time" not in text
 
 
+def test_the_job_that_continues_a_run_or_why_there_is_none(built: Built) -> None:
+    built.metrics(range(20))
+    built.state("stopped", 60.0, slurm_job_id="78", reason="the time limit of its Slurm job is near")
+    built.event(61.0, "not_continued", reason="job 78 was the last of 2 in a row (slurm.max_jobs)")
+    shown = command("why", str(built.run.path)).out
+    assert "no other Slurm job continues it: job 78 was the last of 2 in a row (slurm.max_jobs)" in shown
+    # The record of an earlier job.
+    write_json(built.run.continuation_file, {"job": "78", "continues": "77", "number": 2, "update": 5})
+    assert json.loads(command("status", str(built.run.path), "--json").out)["continued_by"] is None
+    built.state("stopped", 62.0, slurm_job_id="77")
+    assert "Slurm job 78 was submitted to continue it" in command("why", str(built.run.path)).out
+    assert "continued by Slurm job 78" in command("status", str(built.run.path)).out
+    # That job runs.
+    built.nodes(["h0"], at=70.0)
+    built.state("stopped", 90.0, slurm_job_id="78")
+    assert "continue it" not in command("why", str(built.run.path)).out
+
+
 @pytest.mark.parametrize(
     ("state", "details", "words", "well"),
     [
