@@ -121,7 +121,8 @@ class Attempts:
 
     def _prepare_restart(self) -> Outcome | None:
         """Finds the checkpoint for the next attempt. Returns the outcome if all updates were made already."""
-        if self._nodes is not None and self._failed[-1].lost_hosts:
+        last = self._failed[-1]
+        if self._nodes is not None and (last.lost_hosts or last.code is FailureCode.RAY_LOST):
             self._nodes.restart_own_ray()
         if isinstance(self.plan.workload, Script):
             # Only the script knows at which update it resumes: `launcher.report` restores the lines before that update.
@@ -221,4 +222,5 @@ def _failed_attempt(supervisor: Supervisor, error: RunFailed, *, saved: bool) ->
     lost = {hosts[each.node_rank] for each in supervisor.failures if each.code is FailureCode.NODE_LOST}
     first = supervisor.failures[0] if supervisor.failures else None
     text = (first.error or first.how) if first else first_line(error)
-    return FailedAttempt(error.code, supervisor.updates_made, saved, text, tuple(sorted(lost)))
+    own_ray = supervisor.nodes.own_ray and bool(hosts)
+    return FailedAttempt(error.code, supervisor.updates_made, saved, text, tuple(sorted(lost)), own_ray)

@@ -8,7 +8,7 @@ from pathlib import Path
 from launcher.errors import RunFailed, code_of
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
-from launcher.run_dir import RunDir
+from launcher.run_dir import RunDir, removed
 from launcher.runs.attempts import Attempts
 from launcher.runs.console import RunConsole
 from launcher.runs.failure_record import record_failure
@@ -16,6 +16,7 @@ from launcher.runs.interrupts import Interrupts
 from launcher.runs.outcome import Outcome, RunResult
 from launcher.runs.summary import how_to_continue, print_summary
 from launcher.runs.upload import uploading
+from launcher.watch.run_session import is_removed
 
 
 def carry_out(
@@ -43,6 +44,8 @@ def _carry_out(
     except (RunFailed, OSError) as error:
         from launcher.watch.why import failed_message
 
+        if is_removed(directory):
+            raise removed(directory) from None
         message, code = failed_message(directory, str(error), code_of(error))
         record_failure(directory, error, console.note, code)
         raise RunFailed(message, code=code) from None

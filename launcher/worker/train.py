@@ -25,6 +25,7 @@ from launcher.worker.control import Control
 from launcher.worker.evaluate import evaluate
 from launcher.worker.export import export_model
 from launcher.worker.finite_weights import check_weights
+from launcher.worker.full_disk import naming_full_disk
 from launcher.worker.gradient_norm import norm_before_step, norm_of_step
 from launcher.worker.loss import summed_losses
 from launcher.worker.lr_check import LRCheck, check_same_plan
@@ -196,7 +197,8 @@ class TrainLoop:
         self.metrics.restart_clock()
 
     def save_state(self) -> None:
-        self.checkpoints.save(self.engine, self.progress, self.guard.plan.sha256, self.guard.state_dict())
+        with naming_full_disk(self.run.checkpoints):
+            self.checkpoints.save(self.engine, self.progress, self.guard.plan.sha256, self.guard.state_dict())
 
     def finish(self) -> None:
         """The end of training: evaluation, checkpoint and export; after a stop, only a checkpoint."""
@@ -216,7 +218,8 @@ class TrainLoop:
         if self.plan.job.export:
             self.phase("exporting")
             self.run.check_attempt()
-            export_model(self.engine, self.plan, self.ranks, self.run.export)
+            with naming_full_disk(self.run.path):
+                export_model(self.engine, self.plan, self.ranks, self.run.export)
 
     def phase(self, name: Phase) -> None:
         if self.ranks.first:

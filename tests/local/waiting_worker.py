@@ -1,6 +1,7 @@
 """A worker whose ranks wait, in the first attempt, at the moment that the variable WAIT_AT names.
 
-Each touches a file `waits-<rank>` in the run directory there, and waits until it is killed or `continue` exists.
+Each touches a file `waits-<rank>` in the run directory there, and waits until it is killed,
+`continue` exists or the run directory is removed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _UPDATE = 5
 def _wait() -> None:
     folder = Path(os.environ["LAUNCHER_RUN_DIR"])
     (folder / f"waits-{os.environ['RANK']}").touch()
-    while not (folder / "continue").exists():
+    while folder.exists() and not (folder / "continue").exists():
         time.sleep(0.02)
 
 

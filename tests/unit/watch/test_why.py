@@ -723,6 +723,20 @@ def test_a_hang_names_the_rank_that_differs_and_where_the_stacks_are(built: Buil
     assert [path.name for path, _ in found.log_ends] == ["rank-3.log"]
 
 
+def test_only_the_stacks_and_dumps_of_the_last_attempt_are_listed(built: Built) -> None:
+    """An earlier attempt hung too; its files are kept beside those of the last one."""
+    folder = built.run.node_logs(0, "h0")
+    for name in ("stacks.txt", "nccl-rank-0", "stacks.attempt-2.txt", "nccl-attempt-2-rank-1"):
+        (folder / name).write_text("rank 0, process 7\n")
+    hung = failed(1, 0, None, how="a hang", code="hung") | {"error": "no progress for 61 s"}
+    built.event(40.0, "failure", attempt=2, failures=[hung], **hung)
+    found, _ = why(built)
+    assert [note for note in found.notes if "restart" not in note] == [
+        f"the stacks of the ranks: {folder / 'stacks.attempt-2.txt'}",
+        f"the last collectives of a rank: {folder / 'nccl-attempt-2-rank-1'}",
+    ]
+
+
 def test_only_the_last_attempt_is_explained(built: Built) -> None:
     """The first attempt failed in another way, and left logs with an error of its own."""
     built.log(1, "h1", "rank-3", "Traceback (most recent call last):", "ValueError: of the first attempt")
