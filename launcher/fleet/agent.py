@@ -150,6 +150,7 @@ class Agent:
                 "host": socket.gethostname(),
                 "address": task.address,
                 "interface": task.interface,
+                "attempt": task.attempt,
             },
         )
         inherited = self._inherited()

@@ -60,8 +60,8 @@ class FailedAttempt:
     """How an attempt to carry out a plan failed.
 
     `updates` is the number of updates that were made when it failed. `saved`: it saved a checkpoint of its own. `error`
-    is the message of the first failure, starting with the exception's class if there was an exception. `own_ray`: it ran
-    on a Ray that the launcher started, and can start again.
+    is the message of the first failure, starting with the exception's class if there was an exception. `own_ray`: it
+    ran on a Ray that the launcher started, and can start again.
     """
 
     code: FailureCode

@@ -6,8 +6,10 @@ import psutil
 import pytest
 
 from launcher.run_dir import RunDir
+from tests.local import launcher_commands
 from tests.local.fault_runs import Start, check_results
 from tests.local.launcher_commands import RAYS_OWN_AGENTS, Command, run_folder
+from tests.unit.inputs import command
 
 pytestmark = pytest.mark.local
 
@@ -47,3 +49,29 @@ def test_a_killed_raylet_is_replaced(without_fault: dict[str, object], started: 
     (raylet,) = [child for child in psutil.Process(running.process.pid).children() if child.name() == "raylet"]
     raylet.kill()
     check_results(running, without_fault, attempts=2)
+
+
+def test_a_killed_head_of_our_own_ray_is_replaced(
+    without_fault: dict[str, object], started: Start, forked: dict[str, str]
+) -> None:
+    running = started("training", forked)
+    (head,) = [child for child in psutil.Process(running.process.pid).children() if child.name() == "gcs_server"]
+    head.kill()
+    check_results(running, without_fault, attempts=2)
+    assert "restarting (1 of at most 3 restarts" in running.output
+
+
+def test_a_loss_that_is_nan_stops_the_run_without_a_restart(
+    started: Start, shared_ray: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = launcher_commands.launcher_with
+    monkeypatch.setattr(launcher_commands, "launcher_with", lambda _, setup: plain("faulty_worker", setup))
+    running = started("none", shared_ray, cluster={"env": {"FAULT": "loss_is_nan:5"}})
+    assert running.wait() == 1, running.output
+    run = RunDir(run_folder(running.folder))
+    assert (run.state()["state"], run.state()["code"], run.attempt()) == ("stopped", "nan_loss", 1)
+    assert run.complete_checkpoints() == [4, 5]
+    for text in (running.output, command("why", str(run.path)).out):
+        assert "the loss of update 5 is nan; the weights are those before this update" in text
+    assert "Traceback" not in running.output
+    assert running.left_behind(*RAYS_OWN_AGENTS) == []

@@ -13,6 +13,7 @@ from launcher.manifest import content_fault
 from launcher.run_dir import RunDir
 from tests.local.fault_runs import Start, check_results, let_continue
 from tests.local.launcher_commands import RAYS_OWN_AGENTS, Command, run_folder
+from tests.needs import need
 from tests.unit.inputs import command
 
 pytestmark = pytest.mark.local
@@ -23,8 +24,7 @@ _PAGE = 4096
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own for the runs, which `fill` fills."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a file system")
+    need("only root can mount a file system" if os.geteuid() else None)
     folder = tmp_path / "faulty" / "runs"
     folder.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], check=True)
