@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,15 @@ if TYPE_CHECKING:
 class Attempts:
     """The attempts of one launcher to carry out the plan of a run directory. `plan` is that of the last attempt."""
 
-    def __init__(self, directory: RunDir, console: RunConsole, interrupts: Interrupts) -> None:
+    def __init__(
+        self,
+        directory: RunDir,
+        console: RunConsole,
+        interrupts: Interrupts,
+        on_rewind: Callable[[int], None] = lambda _samples: None,
+    ) -> None:
+        """`on_rewind` is called before each restart, with the samples after which it continues."""
+        self._on_rewind = on_rewind
         self._directory, self._console, self._interrupts = directory, console, interrupts
         self._failed: list[FailedAttempt] = []
         self._nodes: Nodes | None = None
@@ -137,6 +146,7 @@ class Attempts:
             self._directory.rewind(samples=0, update=-1)
         else:
             prepare_start(self._start, self._directory, self._console)
+        self._on_rewind(self._start.samples if self._start else 0)
         return None
 
     def _newest_rest(self) -> Rest | None:

@@ -26,14 +26,20 @@ def carry_out(
 
     Raises RunFailed, and KeyboardInterrupt if the run is stopped at once.
     """
-    with uploading(plan, directory, console, interrupts, start):
-        return _carry_out(plan, plan_file, directory, console, start, interrupts)
+    with uploading(plan, directory, console, interrupts, start) as on_rewind:
+        attempts = Attempts(directory, console, interrupts, on_rewind)
+        return _carry_out(attempts, plan, plan_file, directory, console, start, interrupts)
 
 
 def _carry_out(
-    plan: Plan, plan_file: Path, directory: RunDir, console: RunConsole, start: Start | None, interrupts: Interrupts
+    attempts: Attempts,
+    plan: Plan,
+    plan_file: Path,
+    directory: RunDir,
+    console: RunConsole,
+    start: Start | None,
+    interrupts: Interrupts,
 ) -> RunResult:
-    attempts = Attempts(directory, console, interrupts)
     try:
         outcome = attempts.run(plan, plan_file, start)
     except KeyboardInterrupt:
