@@ -200,12 +200,19 @@ class Supervisor:
                 self.nodes.order({"stop": True})
 
     def _check_head(self) -> None:
-        """Raises RayLost if Ray's head process is gone. Records that first: Ray may end this process soon."""
+        """Ends the ranks and raises RayLost if Ray's head process is gone.
+
+        Records that first if Ray cannot be replaced: it may end this process soon.
+        """
         if self._head is None or not self._head.gone():
             return
         error = RayLost(f"Ray's head process (gcs_server) at {self._head.address} no longer answers")
-        with printing_errors(self.console.note, "the failure could not be written to the run directory"):
-            self.run_dir.enter("failed", reason=str(error), message=str(error), code=error.code)
+        if not self.nodes.own_ray:
+            with printing_errors(self.console.note, "the failure could not be written to the run directory"):
+                self.run_dir.enter("failed", reason=str(error), message=str(error), code=error.code)
+        # Calls of agents do not need the head.
+        with printing_errors(self.console.note, "the ranks could not be ended"):
+            self.nodes.end(GRACE_SECONDS)
         raise error
 
     def _check_hang(self) -> None:

@@ -351,6 +351,15 @@ def test_a_kill_counted_by_the_kernel_is_for_lack_of_memory(built: Built) -> Non
     assert found.code == "out_of_memory" and "used at most" not in text
 
 
+def test_a_kill_that_was_reported_as_one_for_lack_of_memory_has_the_same_cause(built: Built) -> None:
+    built.node_json(1, "h1", 45.0, [rank(3)], memory_used_bytes=20 * GIB, oom_kills=1)
+    how = "signal SIGKILL, from the kernel for lack of memory"
+    found, text = why(built, failed(3, 1, None, how=how, exit_code=-9, code="out_of_memory"))
+    assert text.startswith(f"rank 3 on node 1 (h1) failed first, with {how}\n")
+    assert found.cause is not None and found.cause.name == "out of memory on the node"
+    assert found.code == "out_of_memory"
+
+
 @pytest.mark.parametrize("counted", [{}, {"oom_kills": 0}], ids=["not counted", "none counted"])
 def test_a_kill_with_free_memory_is_not_for_lack_of_memory(built: Built, counted: dict[str, int]) -> None:
     """The memory in use before the kill counts: after it, the rank's memory is free anyway."""
