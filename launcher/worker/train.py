@@ -48,9 +48,10 @@ def run_rank(run_path: Path, plan_file: Path, start: Start | None, control: Cont
     if start is None:
         check_weights(engine.module, ranks, plan.training.model.folder)
     training = TrainLoop(run, plan, ranks, engine, control, hosts)
-    training.begin(start)
-    training.train()
-    training.finish()
+    with naming_full_disk(run.path):
+        training.begin(start)
+        training.train()
+        training.finish()
 
 
 class TrainLoop:
@@ -197,8 +198,7 @@ class TrainLoop:
         self.metrics.restart_clock()
 
     def save_state(self) -> None:
-        with naming_full_disk(self.run.checkpoints):
-            self.checkpoints.save(self.engine, self.progress, self.guard.plan.sha256, self.guard.state_dict())
+        self.checkpoints.save(self.engine, self.progress, self.guard.plan.sha256, self.guard.state_dict())
 
     def finish(self) -> None:
         """The end of training: evaluation, checkpoint and export; after a stop, only a checkpoint."""
@@ -218,8 +218,7 @@ class TrainLoop:
         if self.plan.job.export:
             self.phase("exporting")
             self.run.check_attempt()
-            with naming_full_disk(self.run.path):
-                export_model(self.engine, self.plan, self.ranks, self.run.export)
+            export_model(self.engine, self.plan, self.ranks, self.run.export)
 
     def phase(self, name: Phase) -> None:
         if self.ranks.first:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 
 import psutil
 import pytest
@@ -27,6 +28,7 @@ def test_a_rank_an_agent_and_a_launcher_that_are_suspended_for_a_while_continue(
     rank, agent, launcher = running.ranks()[1], running.agent(), psutil.Process(running.process.pid)
     rank.suspend()
     running.wait_for(lambda: rank.status() == psutil.STATUS_STOPPED)
+    time.sleep(2)
     rank.resume()
     continues()
     agent.suspend()
