@@ -49,10 +49,12 @@ def test_a_rank_an_agent_and_a_launcher_that_are_suspended_for_a_while_continue(
 def test_an_agent_that_is_suspended_for_good_is_lost_and_replaced(
     without_fault: dict[str, object], started: Start, shared_ray: dict[str, str]
 ) -> None:
-    sooner = "import launcher.fleet.answer_times as a, launcher.fleet.nodes as n; a.LOST_SECONDS = n.LOST_SECONDS = 8.0"
+    sooner = (
+        "import launcher.fleet.answer_times as a, launcher.fleet.nodes as n; a.LOST_SECONDS = n.LOST_SECONDS = 12.0"
+    )
     running = started("training", shared_ray, sooner)
     running.look()
     running.agent().suspend()
     check_results(running, without_fault, attempts=2)
     (restart,) = [event for event in RunDir(run_folder(running.folder)).events() if event["event"] == "restart"]
-    assert restart["reason"].startswith("node 0 (") and restart["reason"].endswith("no answer for 8 s")
+    assert restart["reason"].startswith("node 0 (") and restart["reason"].endswith("no answer for 12 s")
