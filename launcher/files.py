@@ -89,7 +89,7 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> N
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with _naming(path), temporary.open("wb") as file:
             file.write(data)
             if durable:
                 file.flush()
@@ -128,8 +128,19 @@ def append_line(path: Path, record: Mapping[str, object]) -> None:
     part written by then is a damaged line that readers skip.
     """
     line = (json.dumps(record, separators=(",", ":")) + "\n").encode()
-    with path.open("a+b", buffering=0) as file:
+    with _naming(path), path.open("a+b", buffering=0) as file:
         write_whole(file.fileno(), line if _ends_with_newline(file.fileno()) else b"\n" + line)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Adds the path to an OSError that names no file: that of a write to an open file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def write_whole(descriptor: int, data: bytes) -> None:

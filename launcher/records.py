@@ -495,12 +495,13 @@ class RankRecord(TypedDict):
 
 
 class NodeIdentity(TypedDict):
-    """A node, and the network interface that reaches the other nodes."""
+    """A node in an attempt, and the network interface that reaches the other nodes."""
 
     node_rank: int
     host: str
     address: str | None
     interface: str | None
+    attempt: int
 
 
 class OomKills(TypedDict, total=False):

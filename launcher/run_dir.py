@@ -55,15 +55,16 @@ __all__ = [
     "ENDED",
     "MANIFEST",
     "NODE_FILE",
-    "STACKS_FILE",
     "STATES",
     "RunDir",
     "append_line",
     "checkpoint_is_complete",
     "json_number",
+    "nccl_dump_prefix",
     "rank_log_name",
     "read_lines",
     "read_manifest",
+    "stacks_name",
     "universal_folder",
     "utc_now",
     "utc_text",
@@ -77,7 +78,7 @@ ENDED = ("finished", "failed", "stopped")
 NODE_FILE = "node.json"
 ATTEMPT_VARIABLE = "LAUNCHER_ATTEMPT"
 """Names the attempt to which a rank belongs."""
-STACKS_FILE = "stacks.txt"
+_RESERVE_BYTES = 64 * 1024
 _REVISION = re.compile(r"^plan\.revision-(\d+)\.json$")
 
 
@@ -213,29 +214,58 @@ class RunDir:
         """The number of the newest attempt to carry out the run; see `attempt`."""
         return self.path / "attempt.json"
 
+    @property
+    def reserve_file(self) -> Path:
+        """Space for the reason of a failure on a full disk; it exists while the ranks of an attempt run."""
+        return self.path / ".reserve"
+
     def attempt(self) -> int:
         """The number of the newest attempt: every start of the ranks in this directory counts, from 1; 0 before."""
-        try:
-            found = (read_json(self.attempt_file) or {}).get("attempt")
-        except OSError:
-            return 0
-        return found if isinstance(found, int) else 0
+        return self._newest_attempt()[0]
 
     def check_attempt(self) -> None:
-        """Raises RunFailed in a rank whose attempt was given up: a newer attempt writes to this directory.
+        """Raises RunFailed in a rank whose attempt was given up, or whose run directory was removed.
 
-        A rank that was cut off the network may still see the directory.
+        A rank that was cut off the network may still see the directory, to which a newer attempt writes. DeepSpeed
+        would create a removed directory again.
         """
+        if not self.path.is_dir():
+            raise removed(self)
         own = os.environ.get(ATTEMPT_VARIABLE, "")
-        if own.isdecimal() and int(own) < (newest := self.attempt()):
-            message = f"attempt {own} of the run was given up, and attempt {newest} has started: writing nothing"
+        if not own.isdecimal():
+            return
+        newest, given_up = self._newest_attempt()
+        if int(own) < newest + given_up:
+            follows = f", and attempt {newest} has started" if int(own) < newest else ""
+            message = f"attempt {own} of the run was given up{follows}: writing nothing"
             raise RunFailed(message, code=FailureCode.ENDED)
+
+    def _newest_attempt(self) -> tuple[int, bool]:
+        """(the number of the newest attempt, 0 before the first; whether it was given up)."""
+        try:
+            found = read_json(self.attempt_file) or {}
+        except OSError:
+            return 0, False
+        number = found.get("attempt")
+        return (number, found.get("given_up") is True) if isinstance(number, int) else (0, False)
 
     def begin_attempt(self) -> int:
         """Counts a new attempt and returns its number. Ranks of earlier attempts must not write any more."""
         number = self.attempt() + 1
         write_json(self.attempt_file, {"attempt": number})
+        # Not zeros: a file system that compresses would reserve nothing.
+        write_atomic(self.reserve_file, os.urandom(_RESERVE_BYTES))
         return number
+
+    def give_up_attempt(self) -> None:
+        """Ranks of the attempts so far must not write any more; for `begin_attempt` their number stays the newest."""
+        if number := self.attempt():
+            write_json(self.attempt_file, {"attempt": number, "given_up": True})
+
+    def release_reserve(self) -> None:
+        """Gives the reserved space back, so that a failure because of a full disk can be written."""
+        with contextlib.suppress(OSError):
+            self.reserve_file.unlink()
 
     def checkpoint(self, update: int) -> Path:
         return self.checkpoints / f"update-{update}"
@@ -347,7 +377,11 @@ class RunDir:
         return [DamagedCheckpoint(p, fault) for _, p in sorted(found) if (fault := checkpoint_fault(p)) is not None]
 
     def rewind(self, samples: int, update: int) -> None:
-        """Removes the lines of updates after a checkpoint, which will be repeated; files *.undone-<k> keep them."""
+        """Removes the lines of updates after a checkpoint, which will be repeated; files *.undone-<k> keep them.
+
+        Gives up the attempts so far: a rank that was cut off must not append the lines again.
+        """
+        self.give_up_attempt()
 
         def metrics(line: Record) -> bool:
             # A script's lines have no samples if its batch size is unknown. Updates start at 0.
@@ -367,9 +401,24 @@ class RunDir:
         return read_holder(self.lock_file)
 
 
+def removed(run: RunDir) -> RunFailed:
+    """The error for a run whose directory was removed while it was running."""
+    return RunFailed(f"the run directory {run.path} was removed during the run", code=FailureCode.MISSING_FILE)
+
+
 def rank_log_name(rank: int, attempt: int) -> str:
     """The name of a rank's log in its node's log folder; the attempts after the first are named in it."""
     return f"rank-{rank}.log" if attempt <= 1 else f"rank-{rank}.attempt-{attempt}.log"
+
+
+def stacks_name(attempt: int) -> str:
+    """The name of the file with the stacks of a node's ranks, in its log folder."""
+    return "stacks.txt" if attempt <= 1 else f"stacks.attempt-{attempt}.txt"
+
+
+def nccl_dump_prefix(attempt: int) -> str:
+    """What precedes the rank in the names of NCCL's dumps, in a node's log folder."""
+    return "nccl-rank-" if attempt <= 1 else f"nccl-attempt-{attempt}-rank-"
 
 
 def _of_kind(records: Iterable[Record], key: str, kind: type) -> Iterator[Record]:

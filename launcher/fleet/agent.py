@@ -158,6 +158,7 @@ class Agent:
                 "host": socket.gethostname(),
                 "address": task.address,
                 "interface": task.interface,
+                "attempt": task.attempt,
             },
         )
         inherited = self._inherited()
@@ -197,7 +198,7 @@ class Agent:
         if self._log is None:
             return []
         pids = {process.rank: process.pid for process in self._processes if process.alive()}
-        return write_stacks(pids, self._log.parent)
+        return write_stacks(pids, self._log.parent, self._attempt)
 
     def end(self, grace_seconds: float) -> None:
         """Ends every rank that is still running."""

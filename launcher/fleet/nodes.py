@@ -23,7 +23,7 @@ from launcher.fleet.answer_times import LOST_SECONDS, POLL_SECONDS, AnswerTimes
 from launcher.fleet.draining import draining_nodes
 from launcher.fleet.network import LOOPBACK
 from launcher.fleet.node_resources import NodeResources, describe_request, describe_shortage, holds
-from launcher.fleet.process import children, kill_all, signals_blocked
+from launcher.fleet.process import children, kill_all, signals_blocked, with_children
 from launcher.fleet.ray_folder import RayFolder
 from launcher.fleet.ray_settings import (
     LOOPBACK_ONLY,
@@ -118,16 +118,21 @@ class Nodes:
         assert self._folder is not None
         shutil.rmtree(self._folder.ray, ignore_errors=True)
 
+    @property
+    def own_ray(self) -> bool:
+        """Whether the Ray was started here."""
+        return self._folder is not None
+
     def restart_own_ray(self) -> None:
-        """Ends a Ray that was started here, after the loss of its only node: `connect` starts another."""
+        """Ends a Ray that was started here, after the loss of its head or only node: `connect` starts another."""
         if self._folder is None:
             return
         import ray
 
-        self.give_up()
-        started = self._ray_processes
+        # First of all, with the agents: a call to a Ray without its head blocks until Ray ends this process.
+        kill_all(with_children(self._ray_processes))
+        self._forget_agents()
         ray.shutdown()
-        kill_all(started)
         shutil.rmtree(self._folder.ray, ignore_errors=True)
         self._connected = False
 
@@ -227,6 +232,9 @@ class Nodes:
                 ray.kill(node.agent)
             if self._group is not None:
                 ray.util.remove_placement_group(self._group)
+        self._forget_agents()
+
+    def _forget_agents(self) -> None:
         self.nodes, self._group, self._pending = [], None, {}
         self._answer_times.begin(0)
 

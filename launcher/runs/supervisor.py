@@ -39,6 +39,8 @@ from launcher.records import EventReport, PhaseReport, Report, RunState, StateDe
 from launcher.run_dir import RunDir, rank_log_name
 from launcher.runs.failure_record import printing_errors
 from launcher.runs.outcome import Outcome
+from launcher.watch.causes_by_message import find_cause
+from launcher.watch.memory_evidence import memory_of
 
 _SETTLE_SECONDS = 1.0
 # Ray's health checks take about fifteen seconds to detect a lost node.
@@ -212,12 +214,19 @@ class Supervisor:
                 self.nodes.order({"stop": True})
 
     def _check_head(self) -> None:
-        """Raises RayLost if Ray's head process is gone. Records that first: Ray may end this process soon."""
+        """Ends the ranks and raises RayLost if Ray's head process is gone.
+
+        Records that first if Ray cannot be replaced: it may end this process soon.
+        """
         if self._head is None or not self._head.gone():
             return
         error = RayLost(f"Ray's head process (gcs_server) at {self._head.address} no longer answers")
-        with printing_errors(self.console.note, "the failure could not be written to the run directory"):
-            self.run_dir.enter("failed", reason=str(error), message=str(error), code=error.code)
+        if not self.nodes.own_ray:
+            with printing_errors(self.console.note, "the failure could not be written to the run directory"):
+                self.run_dir.enter("failed", reason=str(error), message=str(error), code=error.code)
+        # Calls of agents do not need the head.
+        with printing_errors(self.console.note, "the ranks could not be ended"):
+            self.nodes.end(GRACE_SECONDS)
         raise error
 
     def _check_hang(self) -> None:
@@ -322,11 +331,14 @@ class Supervisor:
         failures = self._failures()
         with printing_errors(self.console.note, "the ranks could not be ended"):
             self.nodes.end(GRACE_SECONDS)
-        raise self._failed(failures)
+        # The agents have counted the kernel's kills once more.
+        raise self._failed([self._with_oom_kill(failure) for failure in failures])
 
     def _failed(self, failures: list[Failure]) -> RunFailed:
         """Records the failures of the attempt, and returns the error to raise."""
         self.failures = failures
+        if failures[0].code is FailureCode.DISK_FULL:
+            self.run_dir.release_reserve()
         with printing_errors(self.console.note, f"the failure could not be written to {self.run_dir.events_file}"):
             self._record_failures(failures)
         return RunFailed(self._failure_message(failures), code=failures[0].code)
@@ -377,6 +389,15 @@ class Supervisor:
             self._logged[rank] = replace(failure, error=error, traceback=traceback, time=time)
         return self._logged[rank]
 
+    def _with_oom_kill(self, failure: Failure) -> Failure:
+        """The failure with its cause if the kernel killed the rank for lack of memory."""
+        if failure.code is not FailureCode.RANK_KILLED or failure.error:
+            return failure
+        if not memory_of(self.run_dir, failure.node_rank, self.nodes.nodes[failure.node_rank].host).killed:
+            return failure
+        how = f"{failure.how}, from the kernel for lack of memory"
+        return replace(failure, how=how, code=FailureCode.OUT_OF_MEMORY)
+
     def _failure_message(self, failures: Sequence[Failure]) -> str:
         failure = failures[0]
         if failure.code is FailureCode.HUNG:
@@ -389,6 +410,8 @@ class Supervisor:
         else:
             head = f"rank {failure.rank} on {node} failed first, with {failure.how}"
             head += f": {failure.error}" if failure.error else ""
+        if failure.code is FailureCode.DISK_FULL:
+            return head
         log = self._rank_log(failure.rank, failure.node_rank)
         tail = "\n".join(f"    {line}" for line in last_lines(log, 20))
         return f"{head}\n  the end of {log}:\n{tail}"
@@ -408,7 +431,7 @@ class Supervisor:
             world_size=world.size,
             run_dir=str(self.run_dir.path),
             log_folder=str(folder),
-            environment={**flight_recorder(world, folder, environment), **environment},
+            environment={**flight_recorder(world, folder, environment, self.attempt), **environment},
             address=node.address,
             interface=node.interface,
             arguments=WORKER,
@@ -438,7 +461,10 @@ def _hang_detector(plan: Plan) -> HangDetector:
 
 
 def _with_code(failure: Failure) -> Failure:
-    """The failure with the code of a failed collective, if no other code is known."""
+    """The failure with the code of a failed collective or of a known message, if no other code is known."""
     if failure.code is not FailureCode.UNKNOWN:
         return failure
-    return replace(failure, code=code_of_collective(failure))
+    code = code_of_collective(failure)
+    if code is FailureCode.UNKNOWN and (cause := find_cause(failure.error)):
+        code = cause.code
+    return replace(failure, code=code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 from launcher.files import lines_backwards
@@ -158,10 +158,15 @@ def total_updates(run: RunDir) -> int | None:
 
 def _remaining_seconds(recent: Sequence[Record], placed: float | None, updates: int, total: int | None) -> float | None:
     """Remaining time at the speed since the run was last placed, evaluations and checkpoints included."""
-    times = [time for line in recent if (time := seconds_of(line.get("time"))) and time >= (placed or 0.0)]
-    if total is None or len(times) < 2:
+    timed = [(line, time) for line in recent if (time := seconds_of(line.get("time"))) and time >= (placed or 0.0)]
+    if total is None or len(timed) < 2:
         return None
-    return max(0, total - updates) * (times[-1] - times[0]) / (len(times) - 1)
+    # At least the update's own time: the clock may have been set back between two lines.
+    gaps = [
+        max(after - before, number_of(line.get("step_seconds")) or 0.0)
+        for (_, before), (line, after) in pairwise(timed)
+    ]
+    return max(0, total - updates) * sum(gaps) / len(gaps)
 
 
 def _last_activity(

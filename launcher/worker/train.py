@@ -27,6 +27,7 @@ from launcher.worker.control import Control
 from launcher.worker.evaluate import evaluate
 from launcher.worker.export import export_model
 from launcher.worker.finite_weights import check_weights
+from launcher.worker.full_disk import naming_full_disk
 from launcher.worker.gradient_norm import norm_before_step, norm_of_step
 from launcher.worker.loss import summed_losses
 from launcher.worker.lr_check import LRCheck, check_same_plan
@@ -53,9 +54,10 @@ def run_rank(run_path: Path, plan_file: Path, start: Start | None, control: Cont
     if start is None:
         check_weights(engine.module, ranks, plan.training.model.folder)
     training = TrainLoop(run, plan, ranks, engine, control, hosts)
-    training.begin(start)
-    training.train()
-    training.finish()
+    with naming_full_disk(run.path):
+        training.begin(start)
+        training.train()
+        training.finish()
 
 
 class TrainLoop:

@@ -437,6 +437,7 @@ def test_outside_of_slurm_doctor_prints_the_srun_command(tmp_path: Path, monkeyp
 def test_nccl_records_collectives_in_the_nodes_log_folder_unless_the_user_sets_another(tmp_path: Path) -> None:
     found = flight_recorder(GPUS, tmp_path, {})
     assert found["TORCH_FR_DUMP_TEMP_FILE"] == found["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == f"{tmp_path}/nccl-rank-"
+    assert flight_recorder(GPUS, tmp_path, {}, 2)["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/nccl-attempt-2-rank-"
     assert found["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1" and int(found["TORCH_FR_BUFFER_SIZE"]) > 0
     own = {**found, **rank_environment(GPUS, "ib0", {"TORCH_FR_BUFFER_SIZE": "9"}, {})}
     assert own["TORCH_FR_BUFFER_SIZE"] == "9"

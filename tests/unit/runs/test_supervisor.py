@@ -196,3 +196,28 @@ def test_a_save_that_takes_longer_than_slurms_signal_allows_is_reported_once(
     (note,) = supervisor.console.notes  # type: ignore[attr-defined]
     assert "but Slurm signals only 300 s before the time limit (slurm.signal_seconds)" in note
     assert note.endswith("set slurm.signal_seconds=65535")
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        ("CUDA out of memory. Tried to allocate 22.00 MiB", "out_of_gpu_memory"),
+        ("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598", "disk_full"),
+        ("odd rows", "unknown"),
+    ],
+)
+def test_a_failure_without_a_code_has_that_of_its_message(built: Built, message: str, code: str) -> None:
+    """The restart policy depends on it."""
+    with pytest.raises(RunFailed) as caught:
+        supervised(built, [failed(0, 10.0, message)]).run()
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(("counted", "code"), [({"oom_kills": 1}, "out_of_memory"), ({}, "rank_killed")])
+def test_a_rank_that_the_kernel_killed_for_lack_of_memory(built: Built, counted: dict[str, int], code: str) -> None:
+    built.node_json(1, "h1", 9.0, [rank(5)], **counted)
+    with pytest.raises(RunFailed) as caught:
+        supervised(built, [on_eight(5, 10.0, -9)]).run()
+    assert caught.value.code == code
+    assert str(caught.value).startswith("rank 5 on node 1 (h1) failed first, with signal SIGKILL")
+    assert ("from the kernel for lack of memory" in str(caught.value)) == bool(counted)

@@ -22,13 +22,14 @@ from launcher.manifest import MANIFEST, read_manifest, write_manifest
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
-from launcher.runs import upload
+from launcher.runs import resume, upload
 from launcher.runs.checkpoints import newest_verified
 from launcher.runs.console import RunConsole
 from launcher.runs.fetch import fetch_run
 from launcher.runs.interrupts import Interrupted, interruptible
 from launcher.runs.remote import Store, StoreError
 from launcher.runs.remote_run import Copy, due, remote_checkpoints, remote_name, superfluous
+from launcher.runs.resume import resume_locked
 from launcher.runs.upload import upload_run, uploading
 from launcher.runs.uploader import Pauses, Uploader
 from tests.time_limit import TIME_LIMIT_SECONDS
@@ -285,6 +286,24 @@ def test_updates_that_a_resume_makes_again_do_not_count(url: str, plan: Plan, ru
     assert complete(url, run) == {"update-4": 4, "update-6": 6}
 
 
+@pytest.mark.parametrize(("kept", "saved"), [(4, 6), (0, 2)])
+def test_updates_that_a_restart_makes_again_do_not_count(
+    url: str, plan: Plan, run: RunDir, kept: int, saved: int
+) -> None:
+    """The newest one here was damaged, so the run restarted from the one before it, or from scratch."""
+    worker = uploader(Store(url), plan, run)
+    for update in (4, 8):
+        save(run, plan, update)
+        worker.upload_all()
+    for update in (4, 8):
+        if update > kept:
+            shutil.rmtree(run.checkpoint(update))
+    worker.rewound(kept * plan.train_batch_size)
+    save(run, plan, saved)
+    worker.upload_all()
+    assert sorted(complete(url, run).values()) == [update for update in (kept, saved) if update]
+
+
 def test_a_milestone_that_the_user_removes_here_stays_there(url: str, run: RunDir) -> None:
     """Also one that was saved after a resume."""
     plan = plan_of(job_of(checkpoint={"upload": url, "keep": 1, "keep_every": 8}))
@@ -305,6 +324,20 @@ def test_a_resume_checks_the_bucket_before_it_starts(url: str, plan: Plan, run: 
     ended = command("resume", str(run.path))
     assert ended.status == 2 and "checkpoint.upload: cannot write to file://" in ended.err
     assert run.state() == {}
+
+
+def test_a_requeued_run_resumes_while_the_bucket_cannot_be_reached(
+    url: str, plan: Plan, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody may be there to repair it, and what is saved is uploaded later."""
+    started: list[Start | None] = []
+    monkeypatch.setattr(resume, "carry_out", lambda *given: started.append(given[4]))
+    save(run, plan, 4)
+    bucket_folder(url).write_text("a file where a folder must be")
+    resume_locked(run, [], RunConsole(), requeued=True)
+    assert [start and start.update for start in started] == [4]
+    with pytest.raises(RequestError, match="cannot write to"):
+        resume_locked(run, [], RunConsole())
 
 
 def test_the_export_is_uploaded_once_it_is_complete_and_again_when_it_changes(

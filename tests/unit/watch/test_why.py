@@ -351,6 +351,15 @@ def test_a_kill_counted_by_the_kernel_is_for_lack_of_memory(built: Built) -> Non
     assert found.code == "out_of_memory" and "used at most" not in text
 
 
+def test_a_kill_that_was_reported_as_one_for_lack_of_memory_has_the_same_cause(built: Built) -> None:
+    built.node_json(1, "h1", 45.0, [rank(3)], memory_used_bytes=20 * GIB, oom_kills=1)
+    how = "signal SIGKILL, from the kernel for lack of memory"
+    found, text = why(built, failed(3, 1, None, how=how, exit_code=-9, code="out_of_memory"))
+    assert text.startswith(f"rank 3 on node 1 (h1) failed first, with {how}\n")
+    assert found.cause is not None and found.cause.name == "out of memory on the node"
+    assert found.code == "out_of_memory"
+
+
 @pytest.mark.parametrize("counted", [{}, {"oom_kills": 0}], ids=["not counted", "none counted"])
 def test_a_kill_with_free_memory_is_not_for_lack_of_memory(built: Built, counted: dict[str, int]) -> None:
     """The memory in use before the kill counts: after it, the rank's memory is free anyway."""
@@ -739,6 +748,20 @@ def test_a_hang_names_the_rank_that_differs_and_where_the_stacks_are(built: Buil
     assert found.code is FailureCode.HUNG and "train.hang_seconds" in shown
     # The other ranks only waited.
     assert [path.name for path, _ in found.log_ends] == ["rank-3.log"]
+
+
+def test_only_the_stacks_and_dumps_of_the_last_attempt_are_listed(built: Built) -> None:
+    """An earlier attempt hung too; its files are kept beside those of the last one."""
+    folder = built.run.node_logs(0, "h0")
+    for name in ("stacks.txt", "nccl-rank-0", "stacks.attempt-2.txt", "nccl-attempt-2-rank-1"):
+        (folder / name).write_text("rank 0, process 7\n")
+    hung = failed(1, 0, None, how="a hang", code="hung") | {"error": "no progress for 61 s"}
+    built.event(40.0, "failure", attempt=2, failures=[hung], **hung)
+    found, _ = why(built)
+    assert [note for note in found.notes if "restart" not in note] == [
+        f"the stacks of the ranks: {folder / 'stacks.attempt-2.txt'}",
+        f"the last collectives of a rank: {folder / 'nccl-attempt-2-rank-1'}",
+    ]
 
 
 def test_only_the_last_attempt_is_explained(built: Built) -> None:
