@@ -13,6 +13,7 @@ READERS = {
     "cli/logs.py": "which lines are shown, by their times",
     "cli/status.py": "how long ago something was written",
     "fleet/agent.py": "the clock that nodes compare; which files in /dev/shm are newer than the ranks",
+    "fleet/draining.py": "until the time of day at which Ray ends a drained node",
     "fleet/nodes.py": "comparing the clocks of nodes; a report",
     "fleet/process.py": "a report",
     "run_dir.py": "the name of a run",
