@@ -117,8 +117,6 @@ def other_node(
                 in_order = _keep_running(ray, connection, allocation)
             finally:
                 ray.end()
-                with suppress(OSError):
-                    connection.send(ended=True)
         if may_lose_nodes and not in_order:
             _wait_for_removal(connection, allocation)
     except FirstNodeLost:
@@ -127,6 +125,10 @@ def other_node(
         with suppress(OSError):
             connection.send(failed=str(error), code=code_of(error))
         raise RunFailed(str(error), code=code_of(error)) from None
+    finally:
+        # After the reason of a failure, which the first node waits for.
+        with suppress(OSError):
+            connection.send(ended=True)
 
 
 def _keep_running(ray: RayNode, connection: Connection, allocation: Allocation) -> bool:
