@@ -103,8 +103,9 @@ def other_node(
     connection = join(_rendezvous_file(run, allocation), key_file, allocation.node, wait_seconds, startup_errors.check)
     on_join()
     order = connection.receive(None)
-    if order is None:
+    if order is None or order.get("end"):
         startup_errors.leave()
+        _report_end(connection)
         return
     startup_errors.connected()
     use_token(key_file)
@@ -127,8 +128,12 @@ def other_node(
         raise RunFailed(str(error), code=code_of(error)) from None
     finally:
         # After the reason of a failure, which the first node waits for.
-        with suppress(OSError):
-            connection.send(ended=True)
+        _report_end(connection)
+
+
+def _report_end(connection: Connection) -> None:
+    with suppress(OSError):
+        connection.send(ended=True)
 
 
 def _keep_running(ray: RayNode, connection: Connection, allocation: Allocation) -> bool:
