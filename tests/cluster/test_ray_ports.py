@@ -68,24 +68,34 @@ print(json.dumps(answers))
 DRIVER = "import ray, sys; ray.init(sys.argv[1], logging_level='ERROR'); print('NODES', len(ray.nodes()))"
 
 
+Port = tuple[str, str, int, str]
+"""Host, address, port and process."""
+
+
+def listening(hosts: Hosts) -> list[Port]:
+    """Every port on which a process listens."""
+    found = []
+    for host in ("h1", "h2"):
+        for line in hosts.run(host, ["ss", "-tlnpH"]).stdout.splitlines():
+            place, name = line.split()[3], re.search(r'\(\("([^"]+)"', line)
+            assert name
+            ip, _, port = place.rpartition(":")
+            found.append((host, ip.strip("[]").removeprefix("::ffff:"), int(port), name[1]))
+    return found
+
+
 @dataclass(frozen=True)
 class RayOfTwo:
-    """A Ray over h1 and h2, its address, and the variables with the right token."""
+    """A Ray over h1 and h2, its address, and the variables with the right token. `others`: ports of other programs."""
 
     hosts: Hosts
     address: str
     token: dict[str, str]
+    others: frozenset[Port]
 
-    def listening(self) -> list[tuple[str, str, int, str]]:
-        """Host, address, port and process of every port of Ray."""
-        found = []
-        for host in ("h1", "h2"):
-            for line in self.hosts.run(host, ["ss", "-tlnpH"]).stdout.splitlines():
-                place, name = line.split()[3], re.search(r'\(\("([^"]+)"', line)
-                assert name
-                ip, _, port = place.rpartition(":")
-                found.append((host, ip.strip("[]").removeprefix("::ffff:"), int(port), name[1]))
-        return found
+    def listening(self) -> list[Port]:
+        """Every port of Ray."""
+        return [port for port in listening(self.hosts) if port not in self.others]
 
     def targets(self) -> str:
         """Address and port of everything, as JSON, as another host reaches it."""
@@ -95,6 +105,8 @@ class RayOfTwo:
 
 @pytest.fixture(scope="module")
 def ray(hosts: Hosts) -> Iterator[RayOfTwo]:
+    # Other tests may have started sshd and Slurm on these hosts.
+    others = frozenset(listening(hosts))
     key = hosts.shared / "ray-ports-key"
     key.write_text("ab" * 32)
     key.chmod(0o600)
@@ -103,7 +115,7 @@ def ray(hosts: Hosts) -> Iterator[RayOfTwo]:
     address = one.output.partition("UP ")[2].split()[0]
     two = hosts.popen("h2", [PYTHON, "-c", NODE, str(key), hosts.address("h2"), address, "1"])
     two.wait_for(lambda: "UP " in two.output, 180)
-    made = RayOfTwo(hosts, address, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(key)})
+    made = RayOfTwo(hosts, address, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(key)}, others)
     names = {"ray::DashboardA", "ray::RuntimeEnv"}
     both = lambda: {(host, name) for host, _, _, name in made.listening()}  # noqa: E731
     two.wait_for(lambda: {(host, name) for host in ("h1", "h2") for name in names} <= both(), 120)
