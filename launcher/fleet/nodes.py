@@ -20,6 +20,7 @@ from launcher.errors import FailureCode, RunFailed, code_of, first_line
 from launcher.files import keep_private
 from launcher.fleet.agent import NodeTask
 from launcher.fleet.answer_times import LOST_SECONDS, POLL_SECONDS, AnswerTimes
+from launcher.fleet.forks import ForkServer
 from launcher.fleet.network import LOOPBACK
 from launcher.fleet.node_resources import NodeResources, describe_request, describe_shortage, holds
 from launcher.fleet.process import children, kill_all, signals_blocked
@@ -67,8 +68,9 @@ class Node:
 class Nodes:
     """A Ray cluster, started or joined, and the nodes of the run on it."""
 
-    def __init__(self, resources: NodeResources, log: Log) -> None:
-        self._resources, self._log = resources, log
+    def __init__(self, resources: NodeResources, log: Log, offered: ForkServer | None = None) -> None:
+        """`offered` is a fork server on this machine, for an agent that is placed here."""
+        self._resources, self._log, self._offered = resources, log, offered
         self._group: Any = None
         self._folder: RayFolder | None = None
         self._variables: dict[str, str | None] = {}
@@ -297,6 +299,16 @@ class Nodes:
         self._attempt, self._pending = tasks[0].attempt, {}
         self._answer_times.begin(len(self.nodes))
         self.ask("start", [(task,) for task in tasks])
+
+    def prepare_forks(self, environments: Sequence[dict[str, str]], log_folders: Sequence[str]) -> None:
+        """Begins the imports of the ranks of every node in a process that forks them; returns meanwhile."""
+        orders = [(env, folder, self._offered) for env, folder in zip(environments, log_folders, strict=True)]
+        self.ask("prepare_forks", orders)
+
+    def reserve_port(self, address: str, *, listen: bool) -> int:
+        """A TCP port of an address of the first node, which its agent holds until `start`."""
+        port: int = _answers([self.nodes[0].agent.reserve_port.remote(address, listen=listen)], self.nodes[:1])[0]
+        return port
 
     def free_port(self, node_rank: int) -> int:
         """A TCP port that is free on the node at this moment."""

@@ -329,6 +329,11 @@ class ClusterSection(Section):
         "within wait_seconds. The batch size and the learning rate stay the same. Default: nodes.",
     )
     wait_seconds: PositiveNumber = Field(600.0, description="How long to wait for nodes of an existing Ray cluster.")
+    warm_start: bool = Field(
+        True,
+        description="true: each node imports torch, transformers and DeepSpeed once, and forks its ranks from that "
+        "process, also after a restart. false: every rank is a fresh process. Without effect on a script.",
+    )
     env: dict[VariableName, Name] = Field(
         default_factory=dict,
         description="Environment variables for every rank. They are written to plan.json, so set no secrets here.",

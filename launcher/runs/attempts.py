@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from launcher.errors import FailureCode, RequestError, RunFailed, first_line
 from launcher.export_folder import export_fault
+from launcher.fleet.forks import ForkServer
 from launcher.fleet.node_resources import NodeResources
 from launcher.fleet.nodes import GRACE_SECONDS, Nodes
 from launcher.plan.resume import Start
@@ -33,8 +34,11 @@ if TYPE_CHECKING:
 class Attempts:
     """The attempts of one launcher to carry out the plan of a run directory. `plan` is that of the last attempt."""
 
-    def __init__(self, directory: RunDir, console: RunConsole, interrupts: Interrupts) -> None:
-        self._directory, self._console, self._interrupts = directory, console, interrupts
+    def __init__(
+        self, directory: RunDir, console: RunConsole, interrupts: Interrupts, offered: ForkServer | None = None
+    ) -> None:
+        """`offered` is a fork server on this machine that may fork the ranks."""
+        self._directory, self._console, self._interrupts, self._offered = directory, console, interrupts, offered
         self._failed: list[FailedAttempt] = []
         self._nodes: Nodes | None = None
         self._supervisor: Supervisor | None = None
@@ -93,7 +97,7 @@ class Attempts:
         plan, arguments = self.plan, (self._plan_file, self._directory, self._console)
         self._console.total = plan.length.total_updates
         if self._nodes is None:
-            self._nodes = Nodes(NodeResources.of(plan.world), self._console.note)
+            self._nodes = Nodes(NodeResources.of(plan.world), self._console.note, self._offered)
         if isinstance(plan.workload, Script):
             from launcher.runs.script_supervisor import ScriptSupervisor
 

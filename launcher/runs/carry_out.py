@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from launcher.errors import RunFailed, code_of
+from launcher.fleet.forks import ForkServer
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
@@ -19,20 +20,33 @@ from launcher.runs.upload import uploading
 
 
 def carry_out(
-    plan: Plan, plan_file: Path, directory: RunDir, console: RunConsole, start: Start | None, interrupts: Interrupts
+    plan: Plan,
+    plan_file: Path,
+    directory: RunDir,
+    console: RunConsole,
+    start: Start | None,
+    interrupts: Interrupts,
+    offered: ForkServer | None = None,
 ) -> RunResult:
     """Runs the plan in `plan_file`, from the checkpoint of `start` if given, prints a summary, and uploads the results.
 
-    Raises RunFailed, and KeyboardInterrupt if the run is stopped at once.
+    `offered` is a fork server on this machine that may fork the ranks. Raises RunFailed, and KeyboardInterrupt if the
+    run is stopped at once.
     """
     with uploading(plan, directory, console, interrupts, start):
-        return _carry_out(plan, plan_file, directory, console, start, interrupts)
+        attempts = Attempts(directory, console, interrupts, offered)
+        return _carry_out(attempts, plan, plan_file, directory, console, start, interrupts)
 
 
 def _carry_out(
-    plan: Plan, plan_file: Path, directory: RunDir, console: RunConsole, start: Start | None, interrupts: Interrupts
+    attempts: Attempts,
+    plan: Plan,
+    plan_file: Path,
+    directory: RunDir,
+    console: RunConsole,
+    start: Start | None,
+    interrupts: Interrupts,
 ) -> RunResult:
-    attempts = Attempts(directory, console, interrupts)
     try:
         outcome = attempts.run(plan, plan_file, start)
     except KeyboardInterrupt:

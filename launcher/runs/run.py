@@ -15,6 +15,7 @@ from launcher.run_dir import RunDir, write_atomic, write_json
 from launcher.runs.carry_out import carry_out
 from launcher.runs.console import RunConsole
 from launcher.runs.failure_record import record_failure
+from launcher.runs.imports import imports_begun
 from launcher.runs.interrupts import check_main_thread, interruptible
 from launcher.runs.outcome import RunResult
 from launcher.runs.planning import CheckedJob, check_job, make_plan
@@ -51,8 +52,10 @@ def check_to_run(loaded: LoadedJob) -> CheckedJob:
 def run_checked(checked: CheckedJob, directory: RunDir, console: RunConsole) -> RunResult:
     """Runs a checked job in a new run directory, whose lock the caller holds. Raises as `run` does."""
     with console.closing(), checked.loaded.locate_errors(), interruptible(console, directory) as interrupts:
-        plan = _planned(checked, directory, console)
-        return carry_out(plan, directory.plan_file, directory, console, None, interrupts)
+        job, world = checked.loaded.job, checked.inputs.world
+        with imports_begun(job, world, directory.logs / "imports.log") as offered:
+            plan = _planned(checked, directory, console)
+            return carry_out(plan, directory.plan_file, directory, console, None, interrupts, offered)
 
 
 def _planned(checked: CheckedJob, directory: RunDir, console: RunConsole) -> Plan:

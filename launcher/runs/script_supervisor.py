@@ -45,7 +45,7 @@ class ScriptSupervisor(Supervisor):
     def start(self, start: Start | None) -> None:
         del start
         self.prepare_nodes()
-        self._rendezvous = {"MASTER_ADDR": self._master(), "MASTER_PORT": str(self.nodes.free_port(0))}
+        self._rendezvous = self._reserve_rendezvous(listen=False)
         self.nodes.start([self._task(rank, node) for rank, node in enumerate(self.nodes.nodes)])
         self.phase = "training"
         self.enter("training", update=0)

@@ -27,6 +27,7 @@ from launcher.fleet.agent import NodeTask
 from launcher.fleet.environment import flight_recorder, rank_environment
 from launcher.fleet.failures import Failure, all_failures, first_failure, sort_failures
 from launcher.fleet.hang_detector import Hang, HangDetector
+from launcher.fleet.network import LOOPBACK
 from launcher.fleet.nodes import GRACE_SECONDS, Node, Nodes, address_of
 from launcher.fleet.preflight import NodeCheck, Requirements, disk_bytes, preflight, raise_problems
 from launcher.fleet.ray_head import RayHead, head_of_this_ray
@@ -37,6 +38,7 @@ from launcher.plan.schema import Plan, Script
 from launcher.records import EventReport, PhaseReport, Report, RunState, StateDetails
 from launcher.run_dir import RunDir, rank_log_name
 from launcher.runs.failure_record import printing_errors
+from launcher.runs.imports import begins_imports
 from launcher.runs.outcome import Outcome
 
 _SETTLE_SECONDS = 1.0
@@ -122,11 +124,18 @@ class Supervisor:
             )
 
     def start(self, start: Start | None) -> None:
+        if self._forked:
+            self.prepare_forks()
         self.prepare_nodes()
+        rendezvous = self._reserve_rendezvous(listen=True)
         self.nodes.start([self._task(rank, node) for rank, node in enumerate(self.nodes.nodes)])
-        rendezvous = {"MASTER_ADDR": self._master(), "MASTER_PORT": str(self.nodes.free_port(0))}
         rendezvous |= {"LAUNCHER_PLAN": str(self.plan_file), "LAUNCHER_PLAN_SHA256": self.plan.sha256}
         self.nodes.order({"go": {"env": rendezvous, "start": start.model_dump() if start else None}})
+
+    def prepare_forks(self) -> None:
+        """Begins the imports on every node: the checks before the start of the ranks overlap with them."""
+        tasks = [self._task(rank, node) for rank, node in enumerate(self.nodes.nodes)]
+        self.nodes.prepare_forks([task.environment for task in tasks], [task.log_folder for task in tasks])
 
     def prepare_nodes(self) -> None:
         """Begins the attempt: what precedes the start of its ranks. Raises RunFailed."""
@@ -368,13 +377,22 @@ class Supervisor:
             interface=node.interface,
             arguments=WORKER,
             attempt=self.attempt,
+            forked=self._forked,
         )
 
     def _environment(self, node: Node) -> dict[str, str]:
         return rank_environment(self.plan.world, node.interface, os.environ, self.plan.job.cluster.env)
 
-    def _master(self) -> str:
-        return "127.0.0.1" if self.plan.world.nodes == 1 else self.nodes.nodes[0].address
+    @property
+    def _forked(self) -> bool:
+        return begins_imports(self.plan.job)
+
+    def _reserve_rendezvous(self, *, listen: bool) -> dict[str, str]:
+        """The variables of the ranks' rendezvous, whose port the first node's agent holds until it starts them."""
+        alone = self.plan.world.nodes == 1
+        master = LOOPBACK if alone else self.nodes.nodes[0].address
+        port = self.nodes.reserve_port(LOOPBACK if alone else "", listen=listen)
+        return {"MASTER_ADDR": master, "MASTER_PORT": str(port)}
 
     def _log_folder(self, node_rank: int, node: Node) -> Path:
         return self.run_dir.node_logs(node_rank, node.host)

@@ -52,5 +52,5 @@ def _patched(execute: Any, patch: Any) -> Any:
     return exec_module
 
 
-if fork_client.SERVER in os.environ:
+if fork_client.SERVER_VARIABLE in os.environ:
     sys.meta_path.insert(0, _Patching())

@@ -27,7 +27,7 @@ def job(job_dict: dict, moment: str = "none") -> dict:
         job_dict,
         train={"max_steps": UPDATES, "restarts": 3, "eval_every": 6},
         checkpoint={"every": 2, "keep": 2},
-        cluster={"env": {"WAIT_AT": moment}},
+        cluster={"env": {"LAUNCHER_WAIT_AT": moment}},
     )
 
 
