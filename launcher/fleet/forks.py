@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from launcher.errors import os_error_text
-from launcher.fleet.fork_place import Place, differing_variables, passed_on
+from launcher.fleet.fork_traits import Traits, differing_variables, passed_on
 
 SERVER = ("-P", "-m", "launcher.worker.fork_server")
 SERVER_VARIABLE = "LAUNCHER_FORK_SERVER"
@@ -56,14 +56,14 @@ class ForkServer:
 
     name: str
     pid: int
-    place: Place
+    traits: Traits
     environment: Mapping[str, str]
 
     @classmethod
     def read(cls, file: Path) -> ForkServer:
         """The server that a file describes. Raises OSError or ValueError."""
         found = json.loads(file.read_text())
-        return cls(found["name"], found["pid"], Place(**found["place"]), found["environment"])
+        return cls(found["name"], found["pid"], Traits(**found["traits"]), found["environment"])
 
     def write(self, file: Path) -> None:
         """Describes the server in a new file that only this user can read: the environment may have secrets."""
@@ -73,8 +73,8 @@ class ForkServer:
     def unlike(self, environment: Mapping[str, str]) -> str | None:
         """Why a rank forked here would not be as a child of this process with this environment; None if it would."""
         wanted = {**environment, **IMPORT_SETTINGS}
-        if places := self.place.differences(Place.here()):
-            return f"other {', '.join(places)}"
+        if traits := self.traits.differences(Traits.here()):
+            return f"other {', '.join(traits)}"
         if names := differing_variables(self.environment, wanted):
             return f"other values of {', '.join(names)}"
         return None
@@ -167,7 +167,7 @@ class OwnForkServer:
                 # Neither a terminal's Ctrl-C nor a signal to the group of the launcher ends it.
                 start_new_session=True,
             )
-        self.server = ForkServer(name, self._process.pid, Place.here(), variables)
+        self.server = ForkServer(name, self._process.pid, Traits.here(), variables)
 
     def alive(self) -> bool:
         return self._process.poll() is None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from launcher.fleet.environment import inherited_environment, rank_environment
@@ -23,24 +22,35 @@ def begins_imports(job: AnyJob) -> bool:
     return job.cluster.warm_start and not isinstance(job, ScriptJob)
 
 
-@contextmanager
-def imports_begun(job: AnyJob, world: World, log: Path) -> Iterator[ForkServer | None]:
-    """A fork server that imports meanwhile, if ranks may be started on this machine; it ends with the block.
+class ImportsAhead:
+    """A fork server of this machine, begun at most once, that ends with a block of `with`."""
 
-    What the libraries print goes to `log`.
-    """
-    if not begins_imports(job) or SERVER_VARIABLE in os.environ or not _is_here(address_of(job.cluster.address)):
-        yield None
-        return
-    environment = {**inherited_environment(), **rank_environment(world, None, os.environ, job.cluster.env)}
-    own: OwnForkServer | None = None
-    with suppress(OSError):
-        own = OwnForkServer(environment, log)
-    try:
-        yield own.server if own else None
-    finally:
-        if own is not None:
-            own.close()
+    def __init__(self, job: AnyJob, world: World, log: Path) -> None:
+        """What the libraries print goes to `log`."""
+        self._job, self._world, self._log = job, world, log
+        self._own: OwnForkServer | None = None
+
+    @property
+    def server(self) -> ForkServer | None:
+        """The server, which may still be importing, or None."""
+        return self._own.server if self._own else None
+
+    def begin(self) -> None:
+        """Starts the server unless this is done, the job does not want it, or no rank can be on this machine."""
+        job = self._job
+        here = begins_imports(job) and SERVER_VARIABLE not in os.environ and _is_here(address_of(job.cluster.address))
+        if self._own is None and here:
+            settings = rank_environment(self._world, None, os.environ, job.cluster.env)
+            # Without it the agent starts its own.
+            with suppress(OSError):
+                self._own = OwnForkServer({**inherited_environment(), **settings}, self._log)
+
+    def __enter__(self) -> ImportsAhead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._own is not None:
+            self._own.close()
 
 
 def _is_here(address: str) -> bool:

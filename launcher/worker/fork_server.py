@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launcher.files import keep_private
-from launcher.fleet.fork_place import take_on
+from launcher.fleet.fork_traits import take_on
 from launcher.fleet.forks import peer_user
 
 MODULES = (
@@ -167,8 +167,7 @@ def cannot_fork(request: dict[str, Any]) -> str | None:
     """Why a fork of this process would not be as a fresh one; None if it would."""
     if request["safe_path"] != sys.flags.safe_path:
         return "the fork server has another import path"
-    threads = [_line(thread / "comm") for thread in Path("/proc/self/task").iterdir()]
-    if len(threads) > 1:
+    if len(threads := _threads()) > 1:
         return f"the imports have started threads: {', '.join(sorted(threads))}"
     links = {_link(fd) for fd in Path("/proc/self/fd").iterdir()}
     if devices := sorted(link for link in links if link.startswith(_DEVICES)):
@@ -242,10 +241,9 @@ def set_title(title: str) -> None:
     ctypes.memmove(start, text, len(text))
 
 
-def _line(file: Path) -> str:
-    with contextlib.suppress(OSError):
-        return file.read_text().strip()
-    return "?"
+def _threads() -> list[str]:
+    """The names of this process's threads."""
+    return [(thread / "comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()]
 
 
 def _link(path: Path) -> str:

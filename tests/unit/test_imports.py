@@ -43,6 +43,7 @@ HOMES = {
         "slurm/",
         "runs/export.py",
         "runs/planning.py",
+        "fleet/forks.py",
         "fleet/process.py",
         "prepare/__init__.py",
         "prepare/universal.py",

@@ -1,4 +1,4 @@
-"""Whether a fork of one process is the same as a fresh child of another: where both run, and their variables."""
+"""What a process passes on to its children, and whether a fork of another process can have the same."""
 
 from __future__ import annotations
 
@@ -14,46 +14,34 @@ from typing import Any
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
 _LIMITS = tuple(sorted((name, getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")))
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
-_READ_LATE = (
-    # Of a rank, and of torch.distributed; read when a process group or the first CUDA context is made.
+_OF_RANKS = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "LAUNCHER_"),
-    *("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_", "CUDA_VISIBLE_DEVICES", "TORCH_FR_"),
-    *("TORCH_NCCL_",),
-    # Of Ray's processes, which no rank reads.
-    *("RAY_", "SPT_NOENV", "PYTHONBREAKPOINT"),
-    # Of a shell or a session.
-    *(
-        "_",
-        "PWD",
-        "OLDPWD",
-        "SHLVL",
-        "TERM",
-        "COLORTERM",
-        "LINES",
-        "COLUMNS",
-        "LS_COLORS",
-        "WINDOWID",
-        "SSH_",
-        "XDG_SESSION_",
-    ),
-    *("DBUS_SESSION_BUS_ADDRESS", "TMUX", "STY", "DISPLAY", "INVOCATION_ID", "JOURNAL_STREAM", "SYSTEMD_EXEC_PID"),
+    # Read when a process group or the first CUDA context is made.
+    *("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_", "CUDA_VISIBLE_DEVICES", "TORCH_FR_", "TORCH_NCCL_"),
 )
+_OF_RAY = ("RAY_", "SPT_NOENV", "PYTHONBREAKPOINT")
+_OF_SHELLS = (
+    *("_", "PWD", "OLDPWD", "SHLVL", "TERM", "COLORTERM", "LINES", "COLUMNS", "LS_COLORS", "WINDOWID", "DISPLAY"),
+    *("TMUX", "STY", "SSH_", "XDG_SESSION_", "DBUS_SESSION_BUS_ADDRESS"),
+    *("INVOCATION_ID", "JOURNAL_STREAM", "SYSTEMD_EXEC_PID"),
+)
+_READ_LATE = frozenset((*_OF_RANKS, *_OF_RAY, *_OF_SHELLS))
 """Variables, and with a final underscore prefixes of them, that may differ: nothing reads them during the imports."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a process runs, and what it may do there. What it passes on to its children is in these fields.
+class Traits:
+    """What a process passes on to its children, besides its environment.
 
-    `fixed` must be equal in two processes. A child may get larger values of `raisable` than its parent has: the
-    niceness and the preference of the kernel's OOM killer.
+    `fixed` must be equal in two processes: where they run, as whom, and their hard limits. A child may have larger
+    values of `raisable` than its parent: the niceness, and how much the kernel's OOM killer prefers it.
     """
 
     fixed: Mapping[str, str]
     raisable: Mapping[str, int]
 
     @classmethod
-    def here(cls) -> Place:
+    def here(cls) -> Traits:
         """That of this process."""
         namespaces = {f"{name} namespace": _link(Path("/proc/self/ns", name)) for name in _NAMESPACES}
         hard = {f"hard limit {name}": str(resource.getrlimit(number)[1]) for name, number in _LIMITS}
@@ -67,10 +55,10 @@ class Place:
         raisable = {"niceness": os.getpriority(os.PRIO_PROCESS, 0), "oom_score_adj": _oom_score()}
         return cls({**fixed, **namespaces, **hard}, raisable)
 
-    def differences(self, child: Place) -> list[str]:
-        """In which respects a child of a process at this place cannot be as one at the place `child`."""
-        names = [name for name in {**self.fixed, **child.fixed} if self.fixed.get(name) != child.fixed.get(name)]
-        return names + [name for name, value in self.raisable.items() if child.raisable.get(name, 0) < value]
+    def differences(self, wanted: Traits) -> list[str]:
+        """The names of what a fork of a process with these traits cannot have as one with the traits `wanted` has."""
+        names = [name for name in {**self.fixed, **wanted.fixed} if self.fixed.get(name) != wanted.fixed.get(name)]
+        return names + [name for name, value in self.raisable.items() if wanted.raisable.get(name, 0) < value]
 
 
 def differing_variables(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
@@ -111,9 +99,8 @@ def _oom_score() -> int:
 
 
 def _read_late(name: str) -> bool:
-    return any(
-        name == known or (len(known) > 1 and known.endswith("_") and name.startswith(known)) for known in _READ_LATE
-    )
+    prefixes = tuple(known for known in _READ_LATE if known.endswith("_") and known != "_")
+    return name in _READ_LATE or name.startswith(prefixes)
 
 
 def _link(path: Path) -> str:
