@@ -329,10 +329,10 @@ class ClusterSection(Section):
         "within wait_seconds. The batch size and the learning rate stay the same. Default: nodes.",
     )
     wait_seconds: PositiveNumber = Field(600.0, description="How long to wait for nodes of an existing Ray cluster.")
-    warm_start: bool = Field(
-        True,
+    warm_start: bool | Auto = Field(
+        "auto",
         description="true: each node imports torch, transformers and DeepSpeed once, and forks its ranks from that "
-        "process, also after a restart. false: every rank is a fresh process. Without effect on a script.",
+        "process, also after a restart. false: every rank is a fresh process. auto: true, for a script false.",
     )
     env: dict[VariableName, Name] = Field(
         default_factory=dict,

@@ -19,7 +19,8 @@ _LOOPBACK = ("local", "localhost", "127.0.0.1", "::1")
 
 def begins_imports(job: AnyJob) -> bool:
     """Whether the ranks of a job are forks of a process that has imported their libraries."""
-    return job.cluster.warm_start and not isinstance(job, ScriptJob)
+    wanted = job.cluster.warm_start
+    return not isinstance(job, ScriptJob) if wanted == "auto" else wanted
 
 
 class ImportsAhead:
@@ -38,8 +39,9 @@ class ImportsAhead:
     def begin(self) -> None:
         """Starts the server unless this is done, the job does not want it, or no rank can be on this machine."""
         job = self._job
-        here = begins_imports(job) and SERVER_VARIABLE not in os.environ and _is_here(address_of(job.cluster.address))
-        if self._own is None and here:
+        # The agents know the environment of a script, and begin its imports.
+        wanted = begins_imports(job) and not isinstance(job, ScriptJob) and SERVER_VARIABLE not in os.environ
+        if self._own is None and wanted and _is_here(address_of(job.cluster.address)):
             settings = rank_environment(self._world, None, os.environ, job.cluster.env)
             # Without it the agent starts its own.
             with suppress(OSError):

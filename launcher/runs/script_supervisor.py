@@ -44,6 +44,8 @@ class ScriptSupervisor(Supervisor):
 
     def start(self, start: Start | None) -> None:
         del start
+        if self._forked:
+            self.prepare_forks()
         self.prepare_nodes()
         self._rendezvous = self._reserve_rendezvous(listen=False)
         self.nodes.start([self._task(rank, node) for rank, node in enumerate(self.nodes.nodes)])

@@ -23,7 +23,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from launcher.files import keep_private
 from launcher.fleet.fork_traits import take_on
@@ -49,7 +49,7 @@ _BLOCKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal
 
 
 def main() -> None:
-    """Imports, then forks until the owner is gone."""
+    """Imports, then forks until the owner is gone. A fork runs the module that was asked for."""
     keep_private()
     signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
     listener = socket.socket(fileno=int(sys.argv[1]))
@@ -61,8 +61,11 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     end_blas_threads()
-    serve(listener)
-    os._exit(0)
+    request = serve(listener)
+    if request is None:
+        os._exit(0)
+    sys.argv = [request["module"], *request["arguments"]]
+    runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
 
 
 def end_blas_threads() -> None:
@@ -76,8 +79,11 @@ def end_blas_threads() -> None:
         os._exit(0)
 
 
-def serve(listener: socket.socket) -> None:
-    """Forks a process for every connection, and reports its end there; returns when standard input closes."""
+def serve(listener: socket.socket) -> dict[str, Any] | None:
+    """Forks a process for every connection, and reports its end there.
+
+    Returns None when standard input closes; in a fork, returns the request.
+    """
     running: dict[int, socket.socket] = {}
     wake_in, wake_out = os.pipe()
     os.set_blocking(wake_out, False)
@@ -90,13 +96,23 @@ def serve(listener: socket.socket) -> None:
             os.read(wake_in, 4096)
         report_ended(running)
         if 0 in ready and not os.read(0, 4096):
-            return
+            return None
         if listener in ready:
             connection, _ = listener.accept()
-            try:
-                accept(connection, running, (listener.fileno(), wake_in, wake_out))
-            except (OSError, ValueError, KeyError):
-                traceback.print_exc()
+            if (asked := received(connection)) is None:
+                connection.close()
+                continue
+            request, fds = asked
+            sys.stdout.flush()
+            sys.stderr.flush()
+            server = os.getpid()
+            if (pid := os.fork()) == 0:
+                os.close(wake_in)
+                os.close(wake_out)
+                become(request, fds, connection, [listener, *running.values()], server)
+                return request
+            running[pid] = connection
+            close_all(fds)
 
 
 def report_ended(running: dict[int, socket.socket]) -> None:
@@ -108,32 +124,22 @@ def report_ended(running: dict[int, socket.socket]) -> None:
                 send(connection, {"exit": os.waitstatus_to_exitcode(status)})
 
 
-def accept(connection: socket.socket, running: dict[int, socket.socket], own: Sequence[int]) -> None:
-    """Forks a process for a connection, which is closed if that fails. `own` are descriptors that no fork needs."""
-    kept = False
+def received(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """The request of a connection and its file descriptors; None if nothing is to be forked for it."""
     fds: list[int] = []
     try:
-        if peer_user(connection) != os.getuid():
-            return
-        connection.settimeout(_REQUEST_SECONDS)
-        request, fds = receive(connection)
-        if not request:
-            return
-        if reason := cannot_fork(request):
-            send(connection, {"refused": reason})
-        elif not gone(connection):
-            sys.stdout.flush()
-            sys.stderr.flush()
-            server = os.getpid()
-            pid = os.fork()
-            if pid == 0:
-                become(request, fds, connection, (*own, *(each.fileno() for each in running.values())), server)
-            running[pid], kept = connection, True
-    finally:
-        for fd in fds:
-            os.close(fd)
-        if not kept:
-            connection.close()
+        if peer_user(connection) == os.getuid():
+            connection.settimeout(_REQUEST_SECONDS)
+            request, fds = receive(connection)
+            reason = cannot_fork(request) if request else None
+            if reason:
+                send(connection, {"refused": reason})
+            elif request and not gone(connection):
+                return request, fds
+    except (OSError, ValueError, KeyError):
+        traceback.print_exc()
+    close_all(fds)
+    return None
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
@@ -176,37 +182,36 @@ def cannot_fork(request: dict[str, Any]) -> str | None:
 
 
 def become(
-    request: dict[str, Any], fds: Sequence[int], connection: socket.socket, closed: Sequence[int], server: int
-) -> NoReturn:
-    """Turns this fork into the process that was asked for. Does not return."""
-    status = 1
+    request: dict[str, Any],
+    fds: Sequence[int],
+    connection: socket.socket,
+    others: Sequence[socket.socket],
+    server: int,
+) -> None:
+    """Turns this fork into the process that was asked for; ends it if that fails."""
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != server:
-            os._exit(status)
-        for fd in closed:
-            os.close(fd)
+            os._exit(1)
+        # Detached: the objects must not close what gets these numbers later.
+        close_all([other.detach() for other in others])
         reason = begin(request, fds)
         send(connection, {"refused": reason} if reason else {"pid": os.getpid()})
         connection.close()
-        if reason is None:
-            sys.argv = [request["module"], *request["arguments"]]
-            runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
-    finally:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
+        sys.stderr.flush()
+        os._exit(1)
+    if reason:
+        os._exit(0)
+
+
+def close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def begin(request: dict[str, Any], fds: Sequence[int]) -> str | None:

@@ -73,7 +73,9 @@ def test_forked_ranks_compute_what_fresh_ones_do_also_after_a_restart(job_dict: 
 
 
 def test_a_fork_server_that_is_killed_ends_the_attempt_and_is_replaced(job_dict: dict, tmp_path: Path) -> None:
-    running = started(tmp_path / "run", merged(job_dict, train={"max_steps": 40, "restarts": 3}, checkpoint={"every": 10}))
+    running = started(
+        tmp_path / "run", merged(job_dict, train={"max_steps": 40, "restarts": 3}, checkpoint={"every": 10})
+    )
     running.wait_for(lambda: updates_made(running.folder) > 10)
     (server,) = fork_servers(running)
     server.kill()

@@ -60,6 +60,19 @@ RANDOM = """
     print(random.random(), numpy.random.rand())
 """
 
+SCRIPT = """
+    import atexit, json, os, sys, threading, time
+    from pathlib import Path
+
+    atexit.register(print, "at exit")
+    threading.Thread(target=lambda: (time.sleep(0.1), print("thread"))).start()
+    names = ("RANK", "LOCAL_SIZE", "TORCHELASTIC_RUN_ID")
+    print(json.dumps([sys.argv, sys.path, __name__, os.getcwd(), {name: os.environ[name] for name in names}]))
+    print(Path(__file__).name, Path("/proc/self/fd/0").readlink())
+    sys.exit(int(sys.argv[-1]))
+"""
+TORCH = "class cuda:\n    _is_in_bad_fork = staticmethod(lambda: False)\n"
+
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
@@ -144,6 +157,32 @@ def test_a_fork_is_nice_if_the_process_that_asks_is(environment: dict[str, str],
         own.close()
     niceness = os.getpriority(os.PRIO_PROCESS, 0)
     assert done.stdout.split() == [str(niceness + 5), "0"], done.stderr
+
+
+@pytest.mark.parametrize("command_line", [["script.py", "of {rank}", "3"], ["-m", "script", "{local_rank}", "0"]])
+def test_a_forked_script_is_run_as_python_runs_it(
+    command_line: list[str], environment: dict[str, str], tmp_path: Path
+) -> None:
+    """With the libraries of the server, so in the forked process itself."""
+    (tmp_path / "modules" / "torch.py").write_text(TORCH)
+    (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
+    ranks = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    given = {**environment, **ranks, "LAUNCHER_RUN_DIR": str(tmp_path / "a-run")}
+    words = [*command("launcher.fleet.run_script"), str(tmp_path), *command_line]
+    found = []
+    own = OwnForkServer(environment, tmp_path / "log", ("torch",))
+    try:
+        for start in (start_process, own.server.fork):
+            child = start(words, given, {})
+            code = child.wait(TIME_LIMIT_SECONDS)
+            # The watcher of the script waits for the agent, which ends it so.
+            os.killpg(child.pid, signal.SIGKILL)
+            assert child.stdout is not None
+            found.append((sorted(child.stdout.read().splitlines()), code))
+    finally:
+        own.close()
+    fresh, forked = found
+    assert forked == fresh and fresh[1] == int(command_line[-1]) and b"at exit" in fresh[0] and b"thread" in fresh[0]
 
 
 def test_each_fork_has_its_own_random_numbers(own: OwnForkServer, environment: dict[str, str]) -> None:
