@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import psutil
@@ -92,3 +93,23 @@ def test_a_killed_launcher_leaves_no_fork_server(job_dict: dict, tmp_path: Path)
     os.kill(running.process.pid, 9)
     running.process.wait()
     assert running.left_behind(*RAYS_OWN_AGENTS, seconds=30) == [] and not server.is_running()
+
+
+def test_a_script_may_be_run_in_forks(tmp_path: Path) -> None:
+    """The ranks of plain_ddp.py have torch imported at their start, and make a process group and all updates."""
+    shutil.copy(Path(__file__).parent / "scripts" / "plain_ddp.py", tmp_path)
+    job = {
+        "name": "mine",
+        "train": {"max_steps": 4, "train_micro_batch_size_per_gpu": 2},
+        "schedule": {"shape": "linear", "peak_lr": 1e-3, "warmup": 1},
+        "cluster": {"gpus_per_node": 0, "processes_per_node": 2, "warm_start": True},
+    }
+    running = Command(
+        "exec", str(write_job(tmp_path, job)), "--", "-m", "plain_ddp", "--report", "--steps", "4", folder=tmp_path
+    )
+    running.wait_for(lambda: len(running.ranks()) == 2)
+    (server,) = fork_servers(running)
+    assert {rank.ppid() for rank in running.ranks().values()} == {server.pid}
+    assert running.wait() == 0, running.output
+    assert "fresh" not in agent_log(tmp_path) and updates_made(tmp_path) == 4
+    assert running.left_behind(*RAYS_OWN_AGENTS) == []
