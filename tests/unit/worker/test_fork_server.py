@@ -22,7 +22,7 @@ from launcher.worker import fork_server
 from tests.time_limit import TIME_LIMIT_SECONDS
 
 PROBE = """
-    import json, os, resource, signal, sys
+    import gc, json, os, resource, signal, sys
     from pathlib import Path
 
     def kind(fd):
@@ -45,6 +45,7 @@ PROBE = """
         "niceness": os.getpriority(os.PRIO_PROCESS, 0),
         "oom": Path("/proc/self/oom_score_adj").read_text(),
         "status": [line for line in status.splitlines() if line.startswith(("Umask", "Sig", "Threads", "Uid"))],
+        "collector": [gc.isenabled(), gc.get_threshold()],
         "leads its session": os.getsid(0) == os.getpid(),
         "descriptors": streams,
         "input": sys.stdin.readline(),
