@@ -35,7 +35,8 @@ IMPORT_SETTINGS = {
 }
 PADDING = "-" * 160
 """The last argument of a server: its room in memory is for the command lines of its forks."""
-_READY_SECONDS = 60.0
+READY_SECONDS = 300.0
+"""How long a request waits for the end of the imports, which on shared storage may take minutes."""
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -43,8 +44,8 @@ class NotForkedError(Exception):
     """The fork server did not fork a rank, and no process is left; the message is why."""
 
 
-class ServerEndedError(NotForkedError):
-    """The fork server has ended."""
+class ServerUnavailableError(NotForkedError):
+    """The fork server has ended, or does not answer in time: a later attempt may fork."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class ForkServer:
     def fork(self, command: Sequence[str], environment: Mapping[str, str], fds: Mapping[str, int]) -> ForkedProcess:
         """Starts `command`, which runs a Python module, as `start_process` does. Waits for the end of the imports.
 
-        Raises NotForkedError if the server has ended, cannot be forked, or takes more than a minute.
+        Raises NotForkedError if the server has ended, cannot be forked, or does not answer in READY_SECONDS.
         """
         with ExitStack() as ours, ExitStack() as theirs:
             (child_in, stdin), (stdout, child_out) = os.pipe(), os.pipe()
@@ -132,7 +133,7 @@ class ForkServer:
         """Raises OSError if nothing of this user listens."""
         connection = socket.socket(socket.AF_UNIX)
         try:
-            connection.settimeout(_READY_SECONDS)
+            connection.settimeout(READY_SECONDS)
             connection.connect(f"\0{self.name}")
             if peer_user(connection) != os.getuid():
                 raise PermissionError("a process of another user listens")
@@ -238,7 +239,7 @@ def _answered_pid(connection: socket.socket) -> int:
     if "pid" in answer:
         return int(answer["pid"])
     if not answer:
-        raise ServerEndedError("the fork server has ended")
+        raise ServerUnavailableError("the fork server has ended")
     raise NotForkedError(answer.get("refused") or f"a fork ended with status {answer['exit']} at its start")
 
 
@@ -251,8 +252,8 @@ def _send(connection: socket.socket, request: Mapping[str, Any], fds: Sequence[i
 
 def _not_forked(error: OSError) -> NotForkedError:
     if isinstance(error, TimeoutError):
-        return NotForkedError(f"the fork server did not answer within {_READY_SECONDS:.0f} s")
-    return ServerEndedError(f"the fork server cannot be reached: {os_error_text(error)}")
+        return ServerUnavailableError(f"the fork server did not answer within {READY_SECONDS:.0f} s")
+    return ServerUnavailableError(f"the fork server cannot be reached: {os_error_text(error)}")
 
 
 def _module(command: Sequence[str]) -> tuple[str, list[str], bool]:

@@ -20,7 +20,7 @@ from launcher.errors import FailureCode, RunFailed, code_of, first_line
 from launcher.files import keep_private
 from launcher.fleet.agent import NodeTask
 from launcher.fleet.answer_times import LOST_SECONDS, POLL_SECONDS, AnswerTimes
-from launcher.fleet.forks import ForkServer
+from launcher.fleet.forks import READY_SECONDS, ForkServer
 from launcher.fleet.network import LOOPBACK
 from launcher.fleet.node_resources import NodeResources, describe_request, describe_shortage, holds
 from launcher.fleet.process import children, kill_all, signals_blocked
@@ -295,10 +295,10 @@ class Nodes:
             raise RunFailed(message, code=FailureCode.NOT_SHARED)
 
     def start(self, tasks: list[NodeTask]) -> None:
-        """Starts the ranks of every node; the task at index k is for node rank k."""
+        """Starts the ranks of every node; the task at index k is for node rank k. Waits until they can be forked."""
         self._attempt, self._pending = tasks[0].attempt, {}
         self._answer_times.begin(len(self.nodes))
-        self.ask("start", [(task,) for task in tasks])
+        self.ask("start", [(task,) for task in tasks], READY_SECONDS + _ANSWER_SECONDS)
 
     def prepare_forks(self, environments: Sequence[dict[str, str]], log_folders: Sequence[str]) -> None:
         """Begins the imports of the ranks of every node in a process that forks them; returns meanwhile."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from launcher.errors import os_error_text
-from launcher.fleet.forks import SERVER_VARIABLE, ForkServer, NotForkedError, OwnForkServer, ServerEndedError
+from launcher.fleet.forks import SERVER_VARIABLE, ForkServer, NotForkedError, OwnForkServer, ServerUnavailableError
 from launcher.fleet.process import Child, start_process
 
 IMPORTS_LOG = "imports.log"
@@ -52,8 +52,8 @@ class RankStarter:
                 return self._server.fork(command, environment, fds)
             except NotForkedError as error:
                 self._log(f"the ranks are fresh processes: {error}")
-                # Another server would refuse for the same reason; one that has ended is replaced at the next attempt.
-                self._refused = not isinstance(error, ServerEndedError)
+                # Another server would refuse for the same reason. The next attempt replaces one that has ended.
+                self._refused = not isinstance(error, ServerUnavailableError)
                 self._server = None
         return start_process(command, environment, fds)
 

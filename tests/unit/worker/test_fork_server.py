@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from launcher.fleet.forks import ForkServer, NotForkedError, OwnForkServer, ServerEndedError
+from launcher.fleet.forks import ForkServer, NotForkedError, OwnForkServer, ServerUnavailableError
 from launcher.fleet.process import Child, start_process
 from launcher.worker import fork_server
 from tests.time_limit import TIME_LIMIT_SECONDS
@@ -214,7 +214,7 @@ def test_forks_end_with_the_server(own: OwnForkServer, environment: dict[str, st
     os.kill(own.server.pid, signal.SIGKILL)
     assert child.wait(TIME_LIMIT_SECONDS) == -signal.SIGKILL
     own.wait()
-    with pytest.raises(ServerEndedError):
+    with pytest.raises(ServerUnavailableError):
         own.server.fork(command("waits"), environment, {})
     assert own.server.ended()
 
@@ -282,7 +282,7 @@ def test_a_server_with_an_open_device_does_not_fork(monkeypatch: pytest.MonkeyPa
 def test_a_server_whose_import_fails_reports_it_and_ends(environment: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "modules" / "fails.py").write_text("raise ImportError('a library is missing')")
     own = OwnForkServer(environment, tmp_path / "log", ("fails",))
-    with pytest.raises(ServerEndedError):
+    with pytest.raises(ServerUnavailableError):
         own.server.fork(command("waits"), environment, {})
     own.close()
     assert "a library is missing" in (tmp_path / "log").read_text()
@@ -291,7 +291,7 @@ def test_a_server_whose_import_fails_reports_it_and_ends(environment: dict[str, 
 def test_a_request_of_somebody_who_no_longer_waits_starts_nothing(
     own: OwnForkServer, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.fleet.forks._READY_SECONDS", 0.05)
+    monkeypatch.setattr("launcher.fleet.forks.READY_SECONDS", 0.05)
     os.kill(own.server.pid, signal.SIGSTOP)
     with pytest.raises(NotForkedError, match="did not answer"):
         own.server.fork(command("waits"), environment, {})
@@ -323,5 +323,5 @@ def test_a_process_that_listens_for_another_user_is_not_asked(
     own: OwnForkServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("launcher.fleet.forks.peer_user", lambda _: os.getuid() + 1)
-    with pytest.raises(ServerEndedError, match="a process of another user listens"):
+    with pytest.raises(ServerUnavailableError, match="a process of another user listens"):
         own.server.fork(command("waits"), {}, {})
