@@ -56,7 +56,9 @@ def main() -> None:
     set_title(f"{sys.executable} -P -m launcher.worker.fork_server")
     # The collector takes a quarter of the time of the imports, and finds next to nothing.
     gc.disable()
-    for name in sys.argv[3:] or MODULES:
+    # Nothing will be forked then, and fresh ranks need not wait for these imports.
+    useless = sitecustomize_on_path() is not None
+    for name in () if useless else sys.argv[3:] or MODULES:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
     # The collector of a fork must not touch, and thereby copy, the memory that all forks share.
@@ -175,12 +177,27 @@ def cannot_fork(request: dict[str, Any]) -> str | None:
     """Why a fork of this process would not be as a fresh one; None if it would."""
     if request["safe_path"] != sys.flags.safe_path:
         return "the fork server has another import path"
+    if customizes := sitecustomize_on_path():
+        return f"{customizes} runs at the start of every Python, and may depend on the rank"
     if len(threads := _threads()) > 1:
         return f"the imports have started threads: {', '.join(sorted(threads))}"
     links = {_link(fd) for fd in Path("/proc/self/fd").iterdir()}
     if devices := sorted(link for link in links if link.startswith(_DEVICES)):
         return f"the imports have opened {', '.join(devices)}"
     return None
+
+
+def sitecustomize_on_path() -> str | None:
+    """The user's sitecustomize.py on PYTHONPATH, which ran here without the variables of a rank.
+
+    Returns None if it does not exist or has `SAME_FOR_ALL_RANKS = True`.
+    """
+    module: Any = sys.modules.get("sitecustomize")
+    file = getattr(module, "__file__", None)
+    if file is None or getattr(module, "SAME_FOR_ALL_RANKS", False):
+        return None
+    folders = {Path(folder).resolve() for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder}
+    return str(file) if Path(file).resolve().parent in folders else None
 
 
 def become(

@@ -259,6 +259,24 @@ def test_a_server_with_a_thread_does_not_fork(environment: dict[str, str], tmp_p
         own.close()
 
 
+@pytest.mark.parametrize("declared", [False, True])
+def test_a_sitecustomize_on_the_path_makes_ranks_fresh_unless_it_is_the_same_for_all(
+    declared: bool, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """At the start of the server there is no RANK that it could read."""
+    file = tmp_path / "modules" / "sitecustomize.py"
+    file.write_text(f"import os\nmine = os.environ.get('RANK')\nSAME_FOR_ALL_RANKS = {declared}\n")
+    own = OwnForkServer(environment, tmp_path / "log", ("json",))
+    try:
+        if declared:
+            assert own.server.fork(command("waits"), environment, {}).poll() is None
+        else:
+            with pytest.raises(NotForkedError, match=r"sitecustomize\.py runs at the start of every Python"):
+                own.server.fork(command("waits"), environment, {})
+    finally:
+        own.close()
+
+
 def test_threads_of_openblas_are_ended_before_the_first_fork(environment: dict[str, str], tmp_path: Path) -> None:
     """It starts them when numpy is imported, if there are several processors and OMP_NUM_THREADS allows them."""
     own = OwnForkServer(
