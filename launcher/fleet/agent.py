@@ -14,10 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launcher.fleet import inspect_node
+from launcher.files import OutputMode, use_output_mode
+from launcher.fleet import inspect_health, inspect_node
 from launcher.fleet.copy_data import tokenise_on_node
 from launcher.fleet.environment import PORT_VARIABLE, inherited_environment
 from launcher.fleet.forks import ForkServer
+from launcher.fleet.health import NodeHealth
 from launcher.fleet.heartbeat import Heartbeat, visible_gpus
 from launcher.fleet.network import PortProbeResult, ProbePort, bind_free_port, free_ports, interface_of, reach
 from launcher.fleet.process import RankProcess, start_process, stop_all
@@ -48,6 +50,7 @@ class NodeTask:
     address: str | None = None
     interface: str | None = None
     attempt: int = 1
+    output_mode: OutputMode = "private"
     forked: bool = False
     """Whether the ranks are forks, where that is possible; `arguments` must run a module then."""
 
@@ -129,9 +132,13 @@ class Agent:
         """Those of the marks that this node does not see in the run directory."""
         return inspect_node.missing_marks(run_dir, marks)
 
-    def try_all_reduce(self, environment: dict[str, str], timeout_seconds: float) -> str | None:
-        """Takes part in one small all-reduce of the nodes. Returns None or an error message."""
-        return inspect_node.try_all_reduce({**inherited_environment(), **environment}, timeout_seconds)
+    def measure_health(self, run_dir: str, gpus: bool, full: bool) -> NodeHealth:
+        """The state of the node's GPUs and its write speed to the run directory."""
+        return inspect_health.measure_health(run_dir, gpus, full)
+
+    def run_probe(self, environment: dict[str, str], timeout_seconds: float) -> inspect_health.Probed:
+        """Tries the node's devices, and the network together with the other nodes."""
+        return inspect_health.run_probe({**inherited_environment(), **environment}, timeout_seconds)
 
     def free_port(self) -> int:
         """A free TCP port, outside the kernel's range for outgoing connections.
@@ -152,19 +159,22 @@ class Agent:
         port: int = self._rendezvous_port.getsockname()[1]
         return port
 
-    def prepare_forks(self, environment: dict[str, str], log_folder: str, offered: ForkServer | None) -> None:
+    def prepare_forks(self, task: NodeTask, offered: ForkServer | None) -> None:
         """Begins the imports of the ranks that `start` forks, unless this is done already; returns meanwhile.
 
-        `environment` is that of the tasks; `offered` is a fork server that may be on this node.
+        `offered` is a fork server that may be on this node.
         """
-        self._use_log(Path(log_folder))
-        self._starter.prepare({**inherited_environment(), **environment}, Path(log_folder), offered)
+        use_output_mode(task.output_mode)
+        folder = Path(task.log_folder)
+        self._use_log(folder)
+        self._starter.prepare({**inherited_environment(), **task.environment}, folder, offered)
 
     def start(self, task: NodeTask) -> list[int]:
         """Starts the node's ranks, which load libraries and wait for the order "go". Returns their process ids.
 
         The ranks of an earlier attempt have been ended; later reports of them are dropped.
         """
+        use_output_mode(task.output_mode)
         with self._new_reports:
             self._attempt, self._closing, self._processes, self._reports = task.attempt, False, [], []
             self._new_reports.notify_all()
@@ -177,6 +187,7 @@ class Agent:
                 "host": socket.gethostname(),
                 "address": task.address,
                 "interface": task.interface,
+                "attempt": task.attempt,
             },
         )
         inherited, start = inherited_environment(), self._starter.start if task.forked else start_process
@@ -221,7 +232,7 @@ class Agent:
         if self._log is None:
             return []
         pids = {process.rank: process.pid for process in self._processes if process.alive()}
-        return write_stacks(pids, self._log.parent)
+        return write_stacks(pids, self._log.parent, self._attempt)
 
     def end(self, grace_seconds: float) -> None:
         """Ends every rank that is still running."""

@@ -20,10 +20,11 @@ from launcher.errors import FailureCode, RunFailed, code_of, first_line
 from launcher.files import keep_private
 from launcher.fleet.agent import NodeTask
 from launcher.fleet.answer_times import LOST_SECONDS, POLL_SECONDS, AnswerTimes
+from launcher.fleet.draining import draining_nodes
 from launcher.fleet.forks import READY_SECONDS, ForkServer
 from launcher.fleet.network import LOOPBACK
 from launcher.fleet.node_resources import NodeResources, describe_request, describe_shortage, holds
-from launcher.fleet.process import children, kill_all, signals_blocked
+from launcher.fleet.process import children, kill_all, signals_blocked, with_children
 from launcher.fleet.ray_folder import RayFolder
 from launcher.fleet.ray_settings import (
     LOOPBACK_ONLY,
@@ -119,16 +120,21 @@ class Nodes:
         assert self._folder is not None
         shutil.rmtree(self._folder.ray, ignore_errors=True)
 
+    @property
+    def own_ray(self) -> bool:
+        """Whether the Ray was started here."""
+        return self._folder is not None
+
     def restart_own_ray(self) -> None:
-        """Ends a Ray that was started here, after the loss of its only node: `connect` starts another."""
+        """Ends a Ray that was started here, after the loss of its head or only node: `connect` starts another."""
         if self._folder is None:
             return
         import ray
 
-        self.give_up()
-        started = self._ray_processes
+        # First of all, with the agents: a call to a Ray without its head blocks until Ray ends this process.
+        kill_all(with_children(self._ray_processes))
+        self._forget_agents()
         ray.shutdown()
-        kill_all(started)
         shutil.rmtree(self._folder.ray, ignore_errors=True)
         self._connected = False
 
@@ -228,6 +234,9 @@ class Nodes:
                 ray.kill(node.agent)
             if self._group is not None:
                 ray.util.remove_placement_group(self._group)
+        self._forget_agents()
+
+    def _forget_agents(self) -> None:
         self.nodes, self._group, self._pending = [], None, {}
         self._answer_times.begin(0)
 
@@ -300,10 +309,9 @@ class Nodes:
         self._answer_times.begin(len(self.nodes))
         self.ask("start", [(task,) for task in tasks], READY_SECONDS + _ANSWER_SECONDS)
 
-    def prepare_forks(self, environments: Sequence[dict[str, str]], log_folders: Sequence[str]) -> None:
+    def prepare_forks(self, tasks: Sequence[NodeTask]) -> None:
         """Begins the imports of the ranks of every node in a process that forks them; returns meanwhile."""
-        orders = [(env, folder, self._offered) for env, folder in zip(environments, log_folders, strict=True)]
-        self.ask("prepare_forks", orders)
+        self.ask("prepare_forks", [(task, self._offered) for task in tasks])
 
     def reserve_port(self, address: str, *, listen: bool) -> int:
         """A TCP port of an address of the first node, which its agent holds until `start`."""
@@ -425,8 +433,9 @@ def _resources_of_nodes() -> list[tuple[dict[str, float], dict[str, float]]] | N
         from ray._private.state import available_resources_per_node
     except ImportError:
         return None
-    free = available_resources_per_node()
-    return [(node["Resources"], free.get(node["NodeID"], {})) for node in ray.nodes() if node["Alive"]]
+    free, drained = available_resources_per_node(), draining_nodes()
+    alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in drained]
+    return [(node["Resources"], free.get(node["NodeID"], {})) for node in alive]
 
 
 def _node_lost(node_rank: int, message: str) -> NodeLostReport:

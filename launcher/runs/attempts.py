@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -35,9 +36,18 @@ class Attempts:
     """The attempts of one launcher to carry out the plan of a run directory. `plan` is that of the last attempt."""
 
     def __init__(
-        self, directory: RunDir, console: RunConsole, interrupts: Interrupts, offered: ForkServer | None = None
+        self,
+        directory: RunDir,
+        console: RunConsole,
+        interrupts: Interrupts,
+        offered: ForkServer | None = None,
+        on_rewind: Callable[[int], None] = lambda _samples: None,
     ) -> None:
-        """`offered` is a fork server on this machine that may fork the ranks."""
+        """`offered` is a fork server on this machine that may fork the ranks.
+
+        `on_rewind` is called before each restart, with the samples after which it continues.
+        """
+        self._on_rewind = on_rewind
         self._directory, self._console, self._interrupts, self._offered = directory, console, interrupts, offered
         self._failed: list[FailedAttempt] = []
         self._nodes: Nodes | None = None
@@ -125,8 +135,12 @@ class Attempts:
 
     def _prepare_restart(self) -> Outcome | None:
         """Finds the checkpoint for the next attempt. Returns the outcome if all updates were made already."""
-        if self._nodes is not None and self._failed[-1].lost_hosts:
+        last = self._failed[-1]
+        if self._nodes is not None and (last.lost_hosts or last.code is FailureCode.RAY_LOST):
             self._nodes.restart_own_ray()
+        if self._nodes is not None and self._failed[-1].code is FailureCode.NODE_DRAINED:
+            # Its agent still answers, but Ray must place the next agents elsewhere.
+            self._nodes.give_up()
         if isinstance(self.plan.workload, Script):
             # Only the script knows at which update it resumes: `launcher.report` restores the lines before that update.
             self._directory.rewind(samples=0, update=-1)
@@ -140,6 +154,7 @@ class Attempts:
             self._directory.rewind(samples=0, update=-1)
         else:
             prepare_start(self._start, self._directory, self._console)
+        self._on_rewind(self._start.samples if self._start else 0)
         return None
 
     def _newest_rest(self) -> Rest | None:
@@ -225,4 +240,5 @@ def _failed_attempt(supervisor: Supervisor, error: RunFailed, *, saved: bool) ->
     lost = {hosts[each.node_rank] for each in supervisor.failures if each.code is FailureCode.NODE_LOST}
     first = supervisor.failures[0] if supervisor.failures else None
     text = (first.error or first.how) if first else first_line(error)
-    return FailedAttempt(error.code, supervisor.updates_made, saved, text, tuple(sorted(lost)))
+    own_ray = supervisor.nodes.own_ray and bool(hosts)
+    return FailedAttempt(error.code, supervisor.updates_made, saved, text, tuple(sorted(lost)), own_ray)

@@ -18,10 +18,10 @@ _NOT_AGAIN = frozenset(
         FailureCode.VERSIONS_DIFFER,
         FailureCode.DATA_DIFFERS,
         FailureCode.NODE_UNFIT,
+        FailureCode.NODE_FAULTY,
         FailureCode.PACKAGE_MISSING,
         FailureCode.NOT_SHARED,
         FailureCode.NOT_ENOUGH_NODES,
-        FailureCode.RAY_LOST,
         FailureCode.SUPERVISOR_LOST,
         FailureCode.DISK_FULL,
         FailureCode.PERMISSION,
@@ -39,12 +39,14 @@ _NOT_AGAIN = frozenset(
 _FROM_OUTSIDE = frozenset(
     {
         FailureCode.NODE_LOST,
+        FailureCode.NODE_DRAINED,
         FailureCode.AGENT_LOST,
         FailureCode.ENDED,
         FailureCode.PEER_LOST,
         FailureCode.TIMEOUT,
         FailureCode.RANK_KILLED,
         FailureCode.NETWORK,
+        FailureCode.RAY_LOST,
     }
 )
 """Failures of machines and networks: that one repeats at the same update is a coincidence."""
@@ -60,7 +62,8 @@ class FailedAttempt:
     """How an attempt to carry out a plan failed.
 
     `updates` is the number of updates that were made when it failed. `saved`: it saved a checkpoint of its own. `error`
-    is the message of the first failure, starting with the exception's class if there was an exception.
+    is the message of the first failure, starting with the exception's class if there was an exception. `own_ray`: it
+    ran on a Ray that the launcher started, and can start again.
     """
 
     code: FailureCode
@@ -68,6 +71,7 @@ class FailedAttempt:
     saved: bool
     error: str
     lost_hosts: tuple[str, ...] = ()
+    own_ray: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ def decide(failed: Sequence[FailedAttempt], restarts: int) -> Decision:
         return Decision(False, "train.restarts is 0")
     if last.code in _NOT_AGAIN:
         return Decision(False, "it would fail again in the same way")
+    if last.code is FailureCode.RAY_LOST and not last.own_ray:
+        return Decision(False, "the launcher did not start this Ray")
     started_once = any(each.saved or each.updates for each in failed)
     if not started_once and last.code is FailureCode.OUT_OF_GPU_MEMORY:
         return Decision(False, "the GPU memory was full in the first update")

@@ -62,8 +62,15 @@ def sbatch_options(job: AnyJob, folder: Path) -> tuple[Option, ...]:
         Option("signal", f"B:USR1@{slurm.signal_seconds}", "slurm.signal_seconds" in explicit),
     ]
     flags = [Option("exclusive")] if slurm.exclusive else []
+    if may_lose_nodes(job):
+        flags.append(Option("no-kill"))
     flags.append(Option("requeue" if slurm.requeue else "no-requeue", explicit="slurm.requeue" in explicit))
     return (*(option for option in options if option.value is not None), *flags, *map(_extra, slurm.extra))
+
+
+def may_lose_nodes(job: AnyJob) -> bool:
+    """Whether the run continues on fewer nodes when one is lost, so that Slurm must not end the job then."""
+    return job.cluster.min_nodes is not None and job.cluster.min_nodes < job.cluster.nodes
 
 
 def gpus_per_node(job: AnyJob) -> int:

@@ -30,7 +30,7 @@ PATCHED = ("launcher.fleet.process", "launcher.prepare", "launcher.prepare.unive
 """The modules whose `subprocess` is replaced."""
 MODULES = (
     "launcher.prepare",
-    "launcher.worker.collective_check",
+    "launcher.worker.health_probe",
     "launcher.worker.exporter",
     "deepspeed.checkpoint.ds_to_universal",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from pathlib import Path
 
 import psutil
@@ -13,6 +14,7 @@ import pytest
 from launcher.run_dir import RunDir
 from tests.local.launcher_commands import RAYS_OWN_AGENTS, Command, run_folder, updates_made, write_job
 from tests.local.rank_runs import merged
+from tests.time_limit import TIME_LIMIT_SECONDS
 
 pytestmark = pytest.mark.local
 
@@ -23,9 +25,9 @@ def _no_shared_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LAUNCHER_FORK_SERVER", raising=False)
 
 
-def started(folder: Path, job: dict) -> Command:
+def started(folder: Path, job: dict, *options: str) -> Command:
     folder.mkdir()
-    return Command("run", str(write_job(folder, job)), folder=folder)
+    return Command("run", str(write_job(folder, job)), *options, folder=folder)
 
 
 def results(folder: Path) -> dict[str, object]:
@@ -43,9 +45,13 @@ def agent_log(folder: Path) -> str:
 
 def fork_servers(running: Command) -> list[psutil.Process]:
     """The fork servers that a launcher or its agent has started."""
+    return fork_servers_below(running.process.pid)
+
+
+def fork_servers_below(launcher: int) -> list[psutil.Process]:
     return [
         process
-        for process in psutil.Process(running.process.pid).children(recursive=True)
+        for process in psutil.Process(launcher).children(recursive=True)
         if process.cmdline()[-1:] == ["launcher.worker.fork_server"]
     ]
 
@@ -93,6 +99,24 @@ def test_a_killed_launcher_leaves_no_fork_server(job_dict: dict, tmp_path: Path)
     os.kill(running.process.pid, 9)
     running.process.wait()
     assert running.left_behind(*RAYS_OWN_AGENTS, seconds=30) == [] and not server.is_running()
+
+
+def test_a_run_in_the_background_has_the_fork_server_of_its_own_process(job_dict: dict, tmp_path: Path) -> None:
+    job = merged(job_dict, train={"max_steps": 100_000}, checkpoint={"every": None})
+    planned = started(tmp_path / "run", job, "--detach")
+    assert planned.wait() == 0, planned.output
+    run = RunDir(run_folder(planned.folder))
+    launcher = psutil.Process(run.holder().pid)
+    deadline = time.monotonic() + TIME_LIMIT_SECONDS
+    while not updates_made(planned.folder):
+        assert time.monotonic() < deadline and launcher.is_running(), run.console_file.read_text()
+        time.sleep(0.1)
+    (server,) = fork_servers_below(launcher.pid)
+    assert {rank.ppid() for rank in planned.ranks().values()} == {server.pid} and server.ppid() == launcher.pid
+    left = [launcher, *launcher.children(recursive=True)]
+    launcher.terminate()
+    _, alive = psutil.wait_procs(left, TIME_LIMIT_SECONDS)
+    assert alive == [] and planned.left_behind() == []
 
 
 def test_a_script_may_be_run_in_forks(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launcher.files import output_mode
 from launcher.fleet import rank_starter
 from launcher.fleet.agent import Agent, NodeTask
 from launcher.fleet.environment import inherited_environment
@@ -93,17 +94,32 @@ def own_server() -> int:
 
 
 def test_an_agent_starts_a_server_and_keeps_it_for_restarts(agent: Agent, task: NodeTask) -> None:
-    agent.prepare_forks(task.environment, task.log_folder, None)
+    agent.prepare_forks(task, None)
     server = own_server()
     assert parents(agent, task) == {server}
     agent.end(TIME_LIMIT_SECONDS)
-    agent.prepare_forks(task.environment, task.log_folder, None)
+    agent.prepare_forks(task, None)
     assert parents(agent, replace(task, attempt=2)) == {server}
     assert "fresh" not in agent_log(task)
 
 
+def test_forks_and_their_logs_have_the_output_mode(agent: Agent, task: NodeTask) -> None:
+    task = replace(task, output_mode="group")
+    with output_mode("private"):
+        agent.prepare_forks(task, None)
+        assert parents(agent, task) == {own_server()}
+    ranks = psutil.Process(own_server()).children()
+    umasks = {Path(f"/proc/{rank.pid}/status").read_text().partition("Umask:\t")[2].split()[0] for rank in ranks}
+    assert umasks == {"0027"}
+    folder = Path(task.log_folder)
+    assert {path.name: oct(path.stat().st_mode)[-3:] for path in (folder, *folder.glob("*.log"))} == {
+        "node-0-h0": "750",
+        **dict.fromkeys(["agent.log", "imports.log", *rank_logs(task)], "640"),
+    }
+
+
 def test_a_server_that_has_ended_is_replaced_at_the_next_attempt(agent: Agent, task: NodeTask) -> None:
-    agent.prepare_forks(task.environment, task.log_folder, None)
+    agent.prepare_forks(task, None)
     server = own_server()
     assert parents(agent, task) == {server}
     psutil.Process(server).kill()
@@ -113,13 +129,13 @@ def test_a_server_that_has_ended_is_replaced_at_the_next_attempt(agent: Agent, t
         assert time.monotonic() < deadline
         found += [report["code"] for report in agent.next_reports(1.0) if report["report"] == "exit"]
     assert found == [-9, -9]
-    agent.prepare_forks(task.environment, task.log_folder, None)
+    agent.prepare_forks(task, None)
     assert own_server() != server
     assert parents(agent, replace(task, attempt=2)) == {own_server()}
 
 
 def test_a_server_that_ends_before_the_ranks_start_leaves_fresh_processes(agent: Agent, task: NodeTask) -> None:
-    agent.prepare_forks(task.environment, task.log_folder, None)
+    agent.prepare_forks(task, None)
     psutil.Process(own_server()).kill()
     assert parents(agent, task) == {os.getpid()}
     assert agent_log(task).count("the ranks are fresh processes: the fork server ") == 1
@@ -131,18 +147,18 @@ def test_a_server_that_refuses_leaves_fresh_processes_in_every_attempt(
     thread = "import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
     (tmp_path / "modules" / "thread.py").write_text(thread)
     monkeypatch.setattr(rank_starter, "OwnForkServer", partial(OwnForkServer, modules=("thread",)))
-    agent.prepare_forks(task.environment, task.log_folder, None)
+    agent.prepare_forks(task, None)
     assert parents(agent, task) == {os.getpid()}
     agent.end(TIME_LIMIT_SECONDS)
     agent._starter.close()
-    agent.prepare_forks(task.environment, task.log_folder, None)
+    agent.prepare_forks(task, None)
     assert psutil.Process().children() == []
     assert parents(agent, replace(task, attempt=2)) == {os.getpid()}
     assert agent_log(task).count("the ranks are fresh processes: the imports have started threads: ") == 1
 
 
 def test_an_offered_server_is_used(agent: Agent, task: NodeTask, offered: OwnForkServer) -> None:
-    agent.prepare_forks(task.environment, task.log_folder, offered.server)
+    agent.prepare_forks(task, offered.server)
     assert parents(agent, task) == {offered.server.pid} == {own_server()}
 
 
@@ -151,7 +167,7 @@ def test_a_server_that_the_environment_names_is_used(
 ) -> None:
     offered.server.write(tmp_path / "server.json")
     monkeypatch.setenv(SERVER_VARIABLE, str(tmp_path / "server.json"))
-    agent.prepare_forks(task.environment, task.log_folder, None)
+    agent.prepare_forks(task, None)
     assert parents(agent, task) == {offered.server.pid}
 
 
@@ -162,7 +178,7 @@ def test_a_file_that_describes_no_server_is_passed_over(
     if text is not None:
         (tmp_path / "server.json").write_text(text)
     monkeypatch.setenv(SERVER_VARIABLE, str(tmp_path / "server.json"))
-    agent.prepare_forks(task.environment, task.log_folder, None)
+    agent.prepare_forks(task, None)
     assert parents(agent, task) == {own_server()}
 
 
@@ -170,7 +186,7 @@ def test_an_offered_server_with_other_variables_is_not_used(
     agent: Agent, task: NodeTask, offered: OwnForkServer
 ) -> None:
     task = replace(task, environment={**task.environment, "OMP_NUM_THREADS": "3", "SECRET": "s3cret"})
-    agent.prepare_forks(task.environment, task.log_folder, offered.server)
+    agent.prepare_forks(task, offered.server)
     assert offered.server.pid not in parents(agent, task)
     expected = f"fork server {offered.server.pid} is not used: other values of OMP_NUM_THREADS, SECRET"
     assert expected in agent_log(task) and "s3cret" not in agent_log(task)
@@ -179,16 +195,16 @@ def test_an_offered_server_with_other_variables_is_not_used(
 def test_an_offered_server_of_another_machine_is_not_used(agent: Agent, task: NodeTask, offered: OwnForkServer) -> None:
     traits = offered.server.traits
     elsewhere = replace(offered.server, traits=replace(traits, fixed={**traits.fixed, "machine": "another"}))
-    agent.prepare_forks(task.environment, task.log_folder, elsewhere)
+    agent.prepare_forks(task, elsewhere)
     assert offered.server.pid not in parents(agent, task)
     assert "is not used: other machine" in agent_log(task)
 
 
 def test_an_attempt_with_another_environment_has_another_server(agent: Agent, task: NodeTask) -> None:
-    agent.prepare_forks(task.environment, task.log_folder, None)
+    agent.prepare_forks(task, None)
     first = own_server()
     task = replace(task, environment={**task.environment, "OMP_NUM_THREADS": "3"})
-    agent.prepare_forks(task.environment, task.log_folder, None)
+    agent.prepare_forks(task, None)
     assert own_server() != first
     assert parents(agent, task) == {own_server()}
 

@@ -30,6 +30,7 @@ class Nodes:
 
     nodes: tuple[()] = ()
     broken = False
+    own_ray = False
 
     def __init__(self, *_: Any) -> None:
         self.closed = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -117,3 +119,10 @@ def test_errors_of_the_code_before_the_first_update_are_not_retried(error: str) 
 def test_a_lost_race_for_the_rendezvous_port_is_retried() -> None:
     error = "DistNetworkError: The server socket has failed to listen on any local network address. EADDRINUSE"
     assert decide([failure(FailureCode.UNKNOWN, 0, error=error)], 3).restart
+
+
+def test_only_a_ray_that_the_launcher_started_can_be_replaced() -> None:
+    own = FailedAttempt(FailureCode.RAY_LOST, 5, False, "Ray's head process is gone", own_ray=True)
+    assert decide([own], 3).restart and decide([own, own], 3).restart
+    decision = decide([replace(own, own_ray=False)], 3)
+    assert (decision.restart, decision.reason) == (False, "the launcher did not start this Ray")
