@@ -166,8 +166,11 @@ class Agent:
         """
         use_output_mode(task.output_mode)
         folder = Path(task.log_folder)
-        self._use_log(folder)
-        self._starter.prepare({**inherited_environment(), **task.environment}, folder, offered)
+        # The check of the node reports with a hint that it cannot use the run directory.
+        if Path(task.run_dir).is_dir():
+            with contextlib.suppress(OSError):
+                self._use_log(folder)
+                self._starter.prepare({**inherited_environment(), **task.environment}, folder, offered)
 
     def start(self, task: NodeTask) -> list[int]:
         """Starts the node's ranks, which load libraries and wait for the order "go". Returns their process ids.

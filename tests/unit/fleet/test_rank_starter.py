@@ -118,6 +118,17 @@ def test_forks_and_their_logs_have_the_output_mode(agent: Agent, task: NodeTask)
     }
 
 
+@pytest.mark.parametrize("run_dir", ["elsewhere", "file"])
+def test_a_node_that_cannot_use_the_run_directory_is_left_to_its_check(
+    run_dir: str, agent: Agent, task: NodeTask, tmp_path: Path
+) -> None:
+    """The check reports it with a hint; no folder is created beside the run directory of the other nodes."""
+    (tmp_path / "file").touch()
+    folder = tmp_path / run_dir
+    agent.prepare_forks(replace(task, run_dir=str(folder), log_folder=str(folder / "logs" / "node-0-h0")), None)
+    assert not folder.is_dir() and psutil.Process().children() == []
+
+
 def test_a_server_that_has_ended_is_replaced_at_the_next_attempt(agent: Agent, task: NodeTask) -> None:
     agent.prepare_forks(task, None)
     server = own_server()
