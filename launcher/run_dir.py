@@ -40,6 +40,7 @@ from launcher.manifest import (
 from launcher.records import (
     EventReport,
     JobIds,
+    NodeFailures,
     RunEvent,
     RunState,
     StateDetails,
@@ -165,6 +166,23 @@ class RunDir:
     def stop_file(self) -> Path:
         """A request to end the run, written by `launcher cancel` and read by the supervisor."""
         return self.path / "stop.json"
+
+    @property
+    def node_failures_file(self) -> Path:
+        """How often each host failed, and which hosts the run does not use any more."""
+        return self.path / "node_failures.json"
+
+    def node_failures(self) -> dict[str, NodeFailures]:
+        """The content of node_failures.json by host, without damaged entries."""
+        try:
+            found = read_json(self.node_failures_file) or {}
+        except OSError:
+            return {}
+        return {host: known for host, value in found.items() if (known := _node_failures(value)) is not None}
+
+    def excluded_nodes(self) -> dict[str, str]:
+        """The hosts that the run does not use any more, each with the reason."""
+        return {host: reason for host, known in self.node_failures().items() if (reason := known["excluded"])}
 
     @property
     def checkpoints(self) -> Path:
@@ -353,6 +371,15 @@ class RunDir:
 def rank_log_name(rank: int, attempt: int) -> str:
     """The name of a rank's log in its node's log folder; the attempts after the first are named in it."""
     return f"rank-{rank}.log" if attempt <= 1 else f"rank-{rank}.attempt-{attempt}.log"
+
+
+def _node_failures(value: Any) -> NodeFailures | None:
+    """An entry of node_failures.json; None if it is damaged."""
+    if not isinstance(value, dict) or not isinstance(value.get("failures"), list):
+        return None
+    excluded = value.get("excluded")
+    failures = [each for each in value["failures"] if isinstance(each, str)]
+    return {"failures": failures, "excluded": excluded if isinstance(excluded, str) else None}
 
 
 def _of_kind(records: Iterable[Record], key: str, kind: type) -> Iterator[Record]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -18,16 +19,18 @@ from launcher.fleet.network import LOOPBACK
 from launcher.fleet.node import Node
 from launcher.fleet.node_network import with_clock_offsets, with_interfaces
 from launcher.fleet.node_resources import NodeResources
-from launcher.fleet.placement import Placement, wait_for_free
+from launcher.fleet.placement import FREED_SECONDS, Placement, free_nodes, wait_for_free
 from launcher.fleet.ray_connection import RayConnection
 from launcher.fleet.stacks import RankStack
 from launcher.plan.schema import Plan
 from launcher.records import NodeLostReport, Order, Report
 
-__all__ = ["GRACE_SECONDS", "Node", "Nodes", "address_of"]
+__all__ = ["GRACE_SECONDS", "Node", "Nodes", "address_of", "fill_places"]
 
 Log = Callable[[str], None]
-_REACH_SECONDS = 10.0
+_REACH_SECONDS, _LOST_REACH_SECONDS = 10.0, 1.0
+_START_SECONDS = 60.0
+"""How long an agent may take to start on a node that has returned."""
 _TOKENISE_SECONDS = 12 * 3600.0
 _STACKS_SECONDS = 60.0
 GRACE_SECONDS = 5.0
@@ -35,12 +38,20 @@ GRACE_SECONDS = 5.0
 
 
 class Nodes:
-    """A Ray cluster, started or joined, and the nodes of the run on it."""
+    """A Ray cluster, started or joined, and the nodes of the run on it.
+
+    `nodes` have ranks; `spares` only have agents, and take the places of nodes that are lost. Hosts in `excluded` are
+    not used, each for the given reason.
+    """
 
     def __init__(self, resources: NodeResources, log: Log) -> None:
         self._resources, self._log = resources, log
         self._ray, self._placement = RayConnection(log), Placement(log)
         self.nodes: list[Node] = []
+        self.spares: list[Node] = []
+        self.excluded: dict[str, str] = {}
+        self._placed_before = False
+        self._measured_agents: list[Any] = []
         self._pending: dict[Any, int] = {}
         self._attempt = 1
         self._answer_times = AnswerTimes(log)
@@ -59,45 +70,148 @@ class Nodes:
             self._ray.end_own()
 
     def place(self, wait_seconds: float) -> list[Node]:
-        """Places one agent per node; returns the nodes in a stable order. Raises RunFailed with what is missing.
+        """Places one agent per node and spare node; returns the nodes. Raises RunFailed with what is missing.
 
-        Nodes that were placed before are kept if all their agents answer.
+        Nodes that were placed before are kept if their agents answer, and spare nodes take the places of others. The
+        first time, it waits for the spare nodes too. The nodes of a new placement are in a stable order.
         """
-        if len(self.nodes) == self._resources.nodes and self.all_answer():
-            return self.nodes
-        self.give_up()
-        self.nodes = self._placement.place(self._resources, wait_seconds)
-        if len(self.nodes) > 1:
-            self.nodes = with_clock_offsets(with_interfaces(self.nodes))
-        elif self._ray.own and self.nodes[0].address != LOOPBACK:
-            self._log("          note: this Ray listens on all interfaces of this machine; its token protects it")
+        wanted = self._resources.nodes
+        if not self._count() or self.ready(wanted, wanted, wait_seconds) < wanted:
+            self.give_up()
+            self.nodes = self._place_all(wait_seconds)
+            self._placed_before = True
+        pool = [*self.nodes, *self.spares]
+        if (agents := [node.agent for node in pool]) != self._measured_agents:
+            pool, self._measured_agents = self._measured(pool), agents
+        self.nodes, self.spares = pool[:wanted], pool[wanted:]
         return self.nodes
 
-    def wait_for_free(self, wanted: int, at_least: int, wait_seconds: float) -> int:
-        """Waits for free nodes for `wanted` agents; see `placement.wait_for_free`."""
-        return wait_for_free(self._resources, wanted, at_least, wait_seconds, self._log)
+    def ready(self, wanted: int, at_least: int, wait_seconds: float) -> int:
+        """How many nodes the next attempt can have, at most `wanted`; waits for them up to `wait_seconds`.
+
+        Nodes that do not answer or are excluded are given up, and spare nodes take their places. If fewer than
+        `at_least` are ready, all are given up, and the result is the number of nodes that can be placed.
+        """
+        self._drop_unusable()
+        self._placement.refill()
+        self._take_in(self._placement.arrived(0.0))
+        self._wait_for_agents(wanted, wait_seconds)
+        if (found := self._count()) >= wanted:
+            return wanted
+        # Ray itself replaces a lost node, but not an excluded one.
+        replaceable = self._placement.size < wanted
+        if found >= at_least and not (replaceable and free_nodes(self._resources, self.excluded)):
+            return found
+        self.give_up()
+        return wait_for_free(self._resources, wanted, wait_seconds if replaceable else 0.0, self.excluded)
 
     def resize(self, resources: NodeResources) -> None:
         """Changes the request for the next `place`. A Ray of our own has one node, and never changes."""
         self._resources = resources
 
-    def all_answer(self) -> bool:
-        """Whether there are nodes, and every agent answers."""
-        if not self.nodes:
-            return False
+    def exclude(self, host: str, reason: str) -> None:
+        """The host is not used any more from the next `ready` or `place` on."""
+        self.excluded[host] = reason
+
+    def can_do_without(self, host: str, at_least: int) -> bool:
+        """Whether there are `at_least` nodes without the host: those of the run, its spare nodes, and free ones."""
+        left = sum(node.host != host and node.host not in self.excluded for node in (*self.nodes, *self.spares))
+        return left >= at_least or left + free_nodes(self._resources, {host, *self.excluded}) >= at_least
+
+    def with_spares(self) -> Nodes:
+        """The same nodes with the spare nodes at the end, for checks of all of them."""
+        both = copy.copy(self)
+        both.nodes = [*self.nodes, *self.spares]
+        return both
+
+    def _count(self) -> int:
+        return len(self.nodes) + len(self.spares)
+
+    def _take_in(self, arrived: list[Node]) -> None:
+        """Adds nodes on which an agent has started; gives up excluded ones."""
+        for node in arrived:
+            if node.host in self.excluded:
+                self._placement.drop(node, excluded=True)
+            else:
+                self.spares.append(node)
+
+    def _drop_unusable(self) -> None:
+        """Gives up nodes that do not answer or are excluded, and puts spare nodes in their places."""
+        answering = self._answering()
+        usable = [node for node in answering if node.host not in self.excluded]
+        for node in (*self.nodes, *self.spares):
+            if node not in usable:
+                self._placement.drop(node, excluded=node in answering)
+        before, (self.nodes, self.spares) = self.nodes, fill_places(self.nodes, self.spares, usable)
+        self._answer_times.begin(len(self.nodes))
+        for old, new in zip(before, self.nodes, strict=False):
+            if new not in before:
+                self._log(f"          spare node {new.host} takes the place of {old.host}")
+
+    def _wait_for_agents(self, wanted: int, wait_seconds: float) -> None:
+        """Waits for agents on nodes that return or become free. Agents that are already starting may take longer."""
+        began, logged = time.monotonic(), False
+        while self._count() < min(wanted, self._placement.size):
+            waited = time.monotonic() - began
+            if waited >= max(wait_seconds, _START_SECONDS if self._placement.returned() else FREED_SECONDS):
+                return
+            if not logged and wait_seconds > FREED_SECONDS:
+                ready = f"{self._count()} of {wanted} nodes are ready"
+                self._log(f"          {ready}; waiting up to {wait_seconds:.0f} s for the others")
+                logged = True
+            self._take_in(self._placement.arrived(1.0))
+            self._placement.refill()
+
+    def _place_all(self, wait_seconds: float) -> list[Node]:
+        """Places all agents, where none is placed; the spare nodes are at the end. Raises RunFailed."""
+        request = self._resources
+        usable = free_nodes(request, self.excluded)
+        count = request.nodes + request.spares
+        if self._placed_before or self.excluded:
+            # A restart does not wait for spare nodes, nor a run that knows why one is missing.
+            count = max(request.nodes, min(usable, count))
+        try:
+            return self._placement.place(replace(request, nodes=count), wait_seconds, self.excluded)
+        except RunFailed as error:
+            usable = min(free_nodes(request, self.excluded), count)
+            if error.code is not FailureCode.NOT_ENOUGH_NODES or not request.nodes <= usable < count:
+                raise
+        found = usable - request.nodes
+        self._log(f"          only {found} of {request.spares} spare nodes are free: starting without the others")
+        self._placement.remove()
+        return self._placement.place(replace(request, nodes=usable), FREED_SECONDS, self.excluded)
+
+    def _measured(self, pool: list[Node]) -> list[Node]:
+        """The nodes with their interfaces and clocks, if there are several. Raises RunFailed."""
+        if len(pool) > 1:
+            return with_clock_offsets(with_interfaces(pool))
+        if self._ray.own and pool[0].address != LOOPBACK:
+            self._log("          note: this Ray listens on all interfaces of this machine; its token protects it")
+        return pool
+
+    def _answering(self) -> list[Node]:
+        """The nodes and spare nodes whose agents answer. A node that is known to be lost must answer at once."""
         import ray
 
-        calls = [node.agent.clock.remote() for node in self.nodes]
-        ready, _ = ray.wait(calls, num_returns=len(calls), timeout=_REACH_SECONDS)
-        try:
-            return len(ray.get(ready)) == len(calls)
-        except ray.exceptions.RayError:
-            return False
+        calls = {node.agent.clock.remote(): node for node in (*self.nodes, *self.spares)}
+        lost = [self.nodes[index].agent for index in self._answer_times.lost]
+        awaited = [call for call, node in calls.items() if node.agent not in lost]
+        if not calls:
+            return []
+        if awaited:
+            ray.wait(awaited, num_returns=len(awaited), timeout=_REACH_SECONDS)
+        ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_LOST_REACH_SECONDS)
+        found = []
+        for call in ready:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(call)
+                found.append(calls[call])
+        return found
 
     def give_up(self) -> None:
         """Ends the agents, and gives their resources back to Ray."""
-        self._placement.remove(self.nodes)
-        self.nodes, self._pending = [], {}
+        self._placement.remove()
+        self.nodes, self.spares, self._pending = [], [], {}
         self._answer_times.begin(0)
 
     def ask(self, method: str, arguments: Sequence[tuple[Any, ...]], seconds: float = ANSWER_SECONDS) -> list[Any]:
@@ -204,6 +318,16 @@ class Nodes:
         if ray.is_initialized():
             self.give_up()
         self._ray.close()
+
+
+def fill_places(nodes: Sequence[Node], spares: Sequence[Node], usable: Sequence[Node]) -> tuple[list[Node], list[Node]]:
+    """(nodes, spare nodes) without those that are not usable: spare nodes take the places of lost nodes.
+
+    The other nodes keep their order; without enough spare nodes there are fewer nodes.
+    """
+    left = [node for node in spares if node in usable]
+    filled = [node if node in usable else left.pop(0) if left else None for node in nodes]
+    return [node for node in filled if node is not None], left
 
 
 def _node_lost(node_rank: int, message: str) -> NodeLostReport:

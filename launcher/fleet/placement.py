@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 from launcher.errors import FailureCode, RunFailed
@@ -14,49 +15,138 @@ from launcher.fleet.node import Node
 from launcher.fleet.node_resources import NodeResources, describe_request, describe_shortage, holds
 from launcher.fleet.ray_settings import NODE_LABEL
 
-_FREED_SECONDS = 10.0
+FREED_SECONDS = 10.0
 """How long Ray may take to free the resources of agents that were ended."""
 
 
+@dataclass(frozen=True)
+class _Starting:
+    """An agent that starts, and its answers: the node's facts, and the id of the node in Ray."""
+
+    agent: Any
+    facts: Any
+    ray_node: Any
+
+
 class Placement:
-    """The placement group of a run, of exactly the requested size, and its agents."""
+    """The placement group of a run, and the agents in its bundles: one on every node and every spare node.
+
+    When Ray loses a node, it places the node's bundle on a free node as soon as there is one, and keeps the others;
+    `refill` starts an agent there.
+    """
 
     def __init__(self, log: Callable[[str], None]) -> None:
         self._log = log
         self._group: Any = None
+        self._request: NodeResources | None = None
+        self._agents: dict[int, tuple[Any, str]] = {}
+        self._starting: dict[int, _Starting] = {}
+        self._lost_on: dict[int, str] = {}
+        self._unused: set[int] = set()
 
-    def place(self, resources: NodeResources, wait_seconds: float) -> list[Node]:
-        """Places one agent per node; returns the nodes in a stable order. Raises RunFailed with what is missing."""
-        import ray
+    @property
+    def size(self) -> int:
+        """The number of bundles in which agents may be."""
+        return (self._request.nodes if self._request else 0) - len(self._unused)
+
+    def place(self, request: NodeResources, wait_seconds: float, excluded: Collection[str]) -> list[Node]:
+        """Places one agent on each of `request.nodes` nodes, none on an excluded host.
+
+        Returns the nodes in a stable order. Raises RunFailed with what is missing.
+        """
         from ray.util.placement_group import placement_group
 
-        self._group = placement_group([resources.bundle()] * resources.nodes, strategy="STRICT_SPREAD")
-        self._wait_for_group(resources, wait_seconds)
-        agents = [_start_agent(self._group, index, resources) for index in range(resources.nodes)]
-        found = answers([agent.describe.remote() for agent in agents])
-        ids = answers([agent.ray_node_id.remote() for agent in agents])
-        known = {node["NodeID"]: node for node in ray.nodes()}
-        placed = [
-            (known[node_id], Node(agent, facts["host"], known[node_id]["NodeManagerAddress"], tuple(facts["gpus"])))
-            for agent, facts, node_id in zip(agents, found, ids, strict=True)
-        ]
-        return [node for _, node in sorted(placed, key=_sort_key)]
+        self._request, count = request, request.nodes
+        selector = _not_on(excluded) if excluded else {}
+        options = {"bundle_label_selector": [selector] * count} if selector else {}
+        self._group = placement_group([request.bundle()] * count, strategy="STRICT_SPREAD", **options)
+        self._wait_for_group(request, wait_seconds, excluded)
+        starting = {index: self._start_agent(index) for index in range(count)}
+        # All start before the first answer is awaited.
+        answers([each.facts for each in starting.values()])
+        return [node for _, node in sorted((self._add(index, each) for index, each in starting.items()), key=_sort_key)]
 
-    def remove(self, nodes: Iterable[Node]) -> None:
-        """Ends the agents, and gives their resources back to Ray."""
+    def refill(self) -> None:
+        """Starts an agent in each bundle that has none; see `arrived`. Returns at once."""
+        for index in range(self._request.nodes if self._request else 0):
+            if index not in self._agents and index not in self._starting and index not in self._unused:
+                self._starting[index] = self._start_agent(index)
+
+    def arrived(self, timeout_seconds: float) -> list[Node]:
+        """The nodes of agents that `refill` started and that answer now; waits for the first one."""
+        import ray
+
+        indices = {each.facts: index for index, each in self._starting.items()}
+        ready, _ = ray.wait(list(indices), num_returns=1, timeout=timeout_seconds) if indices else ([], [])
+        if ready:
+            ready, _ = ray.wait(list(indices), num_returns=len(indices), timeout=0)
+        found = []
+        for reference in ready:
+            index = indices[reference]
+            with contextlib.suppress(RunFailed, ray.exceptions.RayError):
+                found.append(self._add(index, self._starting[index])[1])
+            del self._starting[index]
+        return found
+
+    def returned(self) -> bool:
+        """Whether Ray has placed a bundle of a lost node on another node, where an agent is starting."""
+        from ray.util.placement_group import placement_group_table
+
+        alive = {node["NodeID"] for node in live_nodes()}
+        now = placement_group_table(self._group)["bundles_to_node_id"] if self._starting else {}
+        return any(now.get(i) in alive and now[i] != self._lost_on.get(i) for i in self._starting)
+
+    def drop(self, node: Node, *, excluded: bool) -> None:
+        """Ends the agent of a node that does not answer, or that must not be used any more."""
+        import ray
+
+        for index in [index for index, (agent, _) in self._agents.items() if agent is node.agent]:
+            self._lost_on[index] = self._agents.pop(index)[1]
+            if excluded:
+                # Ray keeps this bundle on the node.
+                self._unused.add(index)
+        with contextlib.suppress(Exception):
+            ray.kill(node.agent)
+
+    def remove(self) -> None:
+        """Ends all agents, and gives their resources back to Ray."""
         import ray
 
         with contextlib.suppress(Exception):
-            for node in nodes:
-                ray.kill(node.agent)
+            for agent in [agent for agent, _ in self._agents.values()] + [
+                each.agent for each in self._starting.values()
+            ]:
+                ray.kill(agent)
             if self._group is not None:
                 ray.util.remove_placement_group(self._group)
-        self._group = None
+        self._group, self._request = None, None
+        self._agents, self._starting, self._lost_on, self._unused = {}, {}, {}, set()
 
-    def _wait_for_group(self, resources: NodeResources, wait_seconds: float) -> None:
+    def _start_agent(self, index: int) -> _Starting:
+        """Starts an agent in a bundle. Ray starts it once the bundle is placed."""
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        assert self._request is not None
+        strategy = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=index)
+        options = {"num_cpus": self._request.cpus, "num_gpus": self._request.gpus, "max_concurrency": 4}
+        agent = ray.remote(_agent_class()).options(scheduling_strategy=strategy, **options).remote()
+        return _Starting(agent, agent.describe.remote(), agent.ray_node_id.remote())
+
+    def _add(self, index: int, starting: _Starting) -> tuple[dict[str, Any], Node]:
+        """Keeps an agent that has started; returns what Ray knows of its node, and the node. Raises RunFailed."""
+        import ray
+
+        facts, ray_node = answers([starting.facts, starting.ray_node])
+        known = next(node for node in ray.nodes() if node["NodeID"] == ray_node)
+        self._agents[index] = (starting.agent, ray_node)
+        self._lost_on.pop(index, None)
+        return known, Node(starting.agent, facts["host"], known["NodeManagerAddress"], tuple(facts["gpus"]))
+
+    def _wait_for_group(self, request: NodeResources, wait_seconds: float, excluded: Collection[str]) -> None:
         deadline, logged = time.monotonic() + wait_seconds, False
         while not self._group.wait(timeout_seconds=1 if not logged else 5):
-            missing = missing_nodes(resources)
+            missing = missing_nodes(request, excluded)
             if not logged:
                 self._log(f"waiting up to {wait_seconds:.0f} s for nodes: {missing}")
                 logged = True
@@ -65,62 +155,61 @@ class Placement:
                 raise RunFailed(message, code=FailureCode.NOT_ENOUGH_NODES)
 
 
-def wait_for_free(
-    resources: NodeResources, wanted: int, at_least: int, wait_seconds: float, log: Callable[[str], None]
-) -> int:
-    """Waits for free nodes for `wanted` agents; returns how many there are, which may be fewer than `at_least`.
+def free_nodes(request: NodeResources, excluded: Collection[str]) -> int:
+    """The number of live nodes with enough free resources for an agent; as many as requested if this is unknown."""
+    found = _resources_of_nodes(excluded)
+    if found is None:
+        return request.nodes
+    return sum(holds(free, request.bundle()) for _, free in found)
 
-    Agents of an earlier attempt must be ended before. `wanted` is waited for up to `wait_seconds`.
+
+def wait_for_free(request: NodeResources, wanted: int, wait_seconds: float, excluded: Collection[str]) -> int:
+    """Waits for free nodes for `wanted` agents, at most; returns how many there are.
+
+    Agents of an earlier attempt must be ended before.
     """
-    deadline = time.monotonic() + max(wait_seconds, _FREED_SECONDS)
-    logged = False
-    while (found := _free_nodes(resources)) < wanted and time.monotonic() < deadline:
-        if not logged and found >= at_least and wait_seconds > _FREED_SECONDS:
-            log(f"          {found} of {wanted} nodes are free; waiting up to {wait_seconds:.0f} s for the others")
-            logged = True
+    deadline = time.monotonic() + max(wait_seconds, FREED_SECONDS)
+    while (found := free_nodes(request, excluded)) < wanted and time.monotonic() < deadline:
         time.sleep(1.0)
     return min(found, wanted)
 
 
-def missing_nodes(resources: NodeResources) -> str:
+def missing_nodes(request: NodeResources, excluded: Collection[str] = ()) -> str:
     """Describes what was requested and what the cluster has."""
     import ray
 
-    found = _resources_of_nodes()
+    found = _resources_of_nodes(excluded)
     if found is None:
-        return f"{describe_request(resources)}; Ray {ray.__version__} does not report what is free on each node"
-    return describe_shortage(resources, found)
+        text = f"{describe_request(request)}; Ray {ray.__version__} does not report what is free on each node"
+    else:
+        text = describe_shortage(request, found)
+    unused = sorted({node["NodeManagerHostname"] for node in live_nodes()} & set(excluded)) if excluded else []
+    return f"{text}; excluded: {', '.join(unused)}" if unused else text
 
 
-def _free_nodes(resources: NodeResources) -> int:
-    """The number of live nodes that have enough free resources for an agent; all that are wanted if unknown."""
-    found = _resources_of_nodes()
-    if found is None:
-        return resources.nodes
-    return sum(holds(free, resources.bundle()) for _, free in found)
-
-
-def _resources_of_nodes() -> list[tuple[dict[str, float], dict[str, float]]] | None:
-    """The (total, free) resources of every live node; None if this Ray does not report what is free on each."""
+def live_nodes() -> list[dict[str, Any]]:
+    """What Ray knows of each live node."""
     import ray
 
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _resources_of_nodes(excluded: Collection[str]) -> list[tuple[dict[str, float], dict[str, float]]] | None:
+    """The (total, free) resources of every live node that is not excluded; None if this Ray does not report them."""
     try:
         # Ray's public API reports free resources only in total, not per node.
         from ray._private.state import available_resources_per_node
     except ImportError:
         return None
     free = available_resources_per_node()
-    return [(node["Resources"], free.get(node["NodeID"], {})) for node in ray.nodes() if node["Alive"]]
+    nodes = [node for node in live_nodes() if node["NodeManagerHostname"] not in excluded]
+    return [(node["Resources"], free.get(node["NodeID"], {})) for node in nodes]
 
 
-def _start_agent(group: Any, index: int, resources: NodeResources) -> Any:
-    """Starts an agent in a bundle of the group."""
-    import ray
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
-    options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_concurrency": 4}
-    return ray.remote(_agent_class()).options(scheduling_strategy=strategy, **options).remote()
+def _not_on(excluded: Collection[str]) -> dict[str, str]:
+    """A label selector of Ray that leaves out the excluded hosts which are in the cluster now."""
+    ids = [node["NodeID"] for node in live_nodes() if node["NodeManagerHostname"] in excluded]
+    return {"ray.io/node-id": f"!in({','.join(ids)})"} if ids else {}
 
 
 def _agent_class() -> type:

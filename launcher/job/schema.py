@@ -328,6 +328,16 @@ class ClusterSection(Section):
         description="After the loss of a node the run continues on as few nodes as this if no other node becomes free "
         "within wait_seconds. The batch size and the learning rate stay the same. Default: nodes.",
     )
+    spare_nodes: WholeNumber = Field(
+        0,
+        description="Additional nodes that are checked and wait without ranks: one takes the place of a node that is "
+        "lost or excluded, at the next restart.",
+    )
+    exclude_after: WholeNumber = Field(
+        2,
+        description="A node that failed so often is not used any more by the run, nor when it is resumed; 0: every "
+        "node is used.",
+    )
     wait_seconds: PositiveNumber = Field(600.0, description="How long to wait for nodes of an existing Ray cluster.")
     env: dict[VariableName, Name] = Field(
         default_factory=dict,

@@ -36,6 +36,8 @@ _NOT_AGAIN = frozenset(
     }
 )
 """A restart would fail in the same way, or would hide what the user must decide."""
+_OF_NODES = frozenset({FailureCode.NODE_UNFIT})
+"""A restart without the node would not fail again."""
 _FROM_OUTSIDE = frozenset(
     {
         FailureCode.NODE_LOST,
@@ -60,7 +62,8 @@ class FailedAttempt:
     """How an attempt to carry out a plan failed.
 
     `updates` is the number of updates that were made when it failed. `saved`: it saved a checkpoint of its own. `error`
-    is the message of the first failure, starting with the exception's class if there was an exception.
+    is the message of the first failure, starting with the exception's class if there was an exception. `excluded`: a
+    node of the attempt is not used any more.
     """
 
     code: FailureCode
@@ -68,6 +71,7 @@ class FailedAttempt:
     saved: bool
     error: str
     lost_hosts: tuple[str, ...] = ()
+    excluded: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def decide(failed: Sequence[FailedAttempt], restarts: int) -> Decision:
     last = failed[-1]
     if restarts == 0:
         return Decision(False, "train.restarts is 0")
-    if last.code in _NOT_AGAIN:
+    if last.code in _NOT_AGAIN and not (last.code in _OF_NODES and last.excluded):
         return Decision(False, "it would fail again in the same way")
     started_once = any(each.saved or each.updates for each in failed)
     if not started_once and last.code is FailureCode.OUT_OF_GPU_MEMORY:

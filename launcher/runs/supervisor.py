@@ -36,6 +36,7 @@ from launcher.plan.resume import Start
 from launcher.plan.schema import Plan, Script
 from launcher.records import EventReport, PhaseReport, Report, RunState, StateDetails
 from launcher.run_dir import RunDir, rank_log_name
+from launcher.runs.excluded_nodes import exclude_node
 from launcher.runs.failure_record import printing_errors
 from launcher.runs.outcome import Outcome
 
@@ -48,6 +49,8 @@ _EVENT_TITLES = {
     "warmup_extended": "warm-up extended",
     "not_extended": "warm-up not extended",
 }
+OF_DEVICES = frozenset({FailureCode.NODE_UNFIT})
+"""Problems of a node's devices, for which the node is excluded from the run for good."""
 WORKER = ("-P", "-m", "launcher.worker")
 
 
@@ -120,6 +123,8 @@ class Supervisor:
                     "clock_offset_seconds": node.clock_offset_seconds,
                 }
             )
+        for node in self.nodes.spares:
+            self.run_dir.event({"event": "spare_node", "host": node.host, "address": node.address})
 
     def start(self, start: Start | None) -> None:
         self.prepare_nodes()
@@ -141,9 +146,30 @@ class Supervisor:
         packages = needed_packages(self.plan.ds_config)
         env = self.plan.job.cluster.env
         required = Requirements(self.plan.world, versions, self._disk_bytes(), os.environ, env, packages)
-        checks = preflight(self.nodes, required, self.run_dir)
+        checks = preflight(self.nodes.with_spares(), required, self.run_dir)
         self.console.preflight(checks)
-        raise_problems(checks)
+        if self._replace_unfit(checks):
+            self.check_nodes()
+        else:
+            raise_problems(checks)
+
+    def _replace_unfit(self, checks: Sequence[NodeCheck]) -> bool:
+        """Excludes the nodes with problems, and puts spare nodes in their places. False if there are too few."""
+        unfit = [check for check in checks if check.problems]
+        if len(unfit) == len(checks):
+            return False
+        for check in unfit:
+            code, text = check.problems[0].code, check.problems[0].text
+            if code in OF_DEVICES and self.plan.job.cluster.exclude_after:
+                exclude_node(self.run_dir, check.node.host, text)
+            if code in OF_DEVICES or len(checks) - len(unfit) >= self.plan.world.nodes:
+                self.nodes.exclude(check.node.host, text)
+                self.console.note(f"          {escape(f'not using {check.node.host} any more: {text}')}")
+        if not unfit or len(checks) - len(unfit) < self.plan.world.nodes:
+            return False
+        self.place()
+        self.enter("starting")
+        return True
 
     def follow(self) -> Outcome:
         """Receives reports until the last rank has ended. Raises RunFailed if a rank fails."""

@@ -33,8 +33,12 @@ class RayCluster:
         dashboard = f"--dashboard-host={self.hosts.address(self.head)}"
         self._start(self.head, "--head", "--port=6379", "--include-dashboard=true", dashboard)
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda host: self._start(host, f"--address={self.head}:6379"), self.hosts.names[1:]))
+            list(pool.map(self.join, self.hosts.names[1:]))
         return self
+
+    def join(self, host: str) -> None:
+        """Starts Ray on a host that was powered on again."""
+        self._start(host, f"--address={self.head}:6379")
 
     def run(self, host: str, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Runs a program of this Python's environment on a host, with the token."""
