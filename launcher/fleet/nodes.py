@@ -246,6 +246,14 @@ class Nodes:
             message = f"{'; '.join(found)}: it must be on storage that all nodes share"
             raise RunFailed(message, code=FailureCode.NOT_SHARED)
 
+    def exclude_blind_spares(self, paths: list[str]) -> None:
+        """Excludes the spare nodes that do not see all of the paths."""
+        found = call_agents(self.spares, "missing_paths", [(paths,)] * len(self.spares))
+        for node, missing in zip(self.spares, found, strict=True):
+            if missing:
+                self.exclude(node.host, f"it does not see {', '.join(missing)}")
+                self._log(f"          spare node {node.host} cannot be used: {self.excluded[node.host]}")
+
     def start(self, tasks: list[NodeTask]) -> None:
         """Starts the ranks of every node; the task at index k is for node rank k."""
         self._attempt, self._pending = tasks[0].attempt, {}

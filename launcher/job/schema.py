@@ -350,6 +350,11 @@ class ClusterSection(Section):
             raise ValueError(f"min_nodes is {self.min_nodes}, but nodes is {self.nodes}: it must not be larger")
         return self
 
+    @property
+    def all_nodes(self) -> int:
+        """The number of nodes, spare nodes included."""
+        return self.nodes + self.spare_nodes
+
 
 class SlurmSection(Section):
     """Options of the Slurm job, in addition to cluster.nodes and cluster.gpus_per_node. Only for `launcher submit`."""

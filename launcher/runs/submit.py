@@ -82,6 +82,7 @@ def to_slurm(submission: Submission, loaded: LoadedJob) -> None:
         cluster = job.cluster.model_copy(update={"gpus_per_node": gpus_per_node(job)})
         if submission.overrides or not submission.resume:
             _check(replace(loaded, job=job.model_copy(update={"cluster": cluster})))
+        job = _without_excluded(job, submission)
         here = submit_context()
         words = [*submission.overrides, *(["--", *submission.command] if submission.command else [])]
         request = slurm_request(
@@ -135,6 +136,16 @@ def _check(loaded: LoadedJob) -> None:
         found = "this does not work with a script: the index would follow the script's arguments"
         hint = "leave it out, and read SLURM_ARRAY_TASK_ID in the script"
         raise RequestError(Problem(found, key="slurm.array_key", hint=hint))
+
+
+def _without_excluded(job: AnyJob, submission: Submission) -> AnyJob:
+    """The job of a resumed run, for which Slurm leaves out the nodes that are excluded from the run."""
+    from launcher.slurm.requeue import slurm_names
+
+    if not submission.resume or not job.cluster.exclude_after:
+        return job
+    hosts = [*filter(None, [job.slurm.exclude]), *slurm_names(planned_run(submission.path).excluded_nodes())]
+    return job.model_copy(update={"slurm": job.slurm.model_copy(update={"exclude": ",".join(hosts) or None})})
 
 
 def _note(messages: Console, text: str) -> None:

@@ -300,6 +300,7 @@ class Supervisor:
         self.nodes.check_visible([str(self.plan_file)])
         self.nodes.tokenise_where_missing(self.plan, prepared)
         self.nodes.check_visible(prepared)
+        self.nodes.exclude_blind_spares([str(self.plan_file), self.plan.training.model.folder])
 
     def _fail(self) -> None:
         """Waits for late events, ends all ranks and raises RunFailed, which names the rank that failed first."""

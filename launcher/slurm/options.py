@@ -43,7 +43,7 @@ def sbatch_options(job: AnyJob, folder: Path) -> tuple[Option, ...]:
         Option("account", slurm.account),
         Option("qos", slurm.qos),
         Option("time", slurm.time),
-        Option("nodes", str(job.cluster.nodes), "cluster.nodes" in explicit),
+        Option("nodes", str(job.cluster.all_nodes), bool({"cluster.nodes", "cluster.spare_nodes"} & set(explicit))),
         Option("ntasks-per-node", "1", explicit=False),
         Option("cpus-per-task", _cpus(job)),
         Option("gres", _gres(job)),
@@ -62,8 +62,16 @@ def sbatch_options(job: AnyJob, folder: Path) -> tuple[Option, ...]:
         Option("signal", f"B:USR1@{slurm.signal_seconds}", "slurm.signal_seconds" in explicit),
     ]
     flags = [Option("exclusive")] if slurm.exclusive else []
+    if may_lose_nodes(job):
+        flags.append(Option("no-kill"))
     flags.append(Option("requeue" if slurm.requeue else "no-requeue", explicit="slurm.requeue" in explicit))
     return (*(option for option in options if option.value is not None), *flags, *map(_extra, slurm.extra))
+
+
+def may_lose_nodes(job: AnyJob) -> bool:
+    """Whether the run continues without a node that it has lost, so that Slurm must not end the job then."""
+    fewer = job.cluster.min_nodes is not None and job.cluster.min_nodes < job.cluster.nodes
+    return fewer or job.cluster.spare_nodes > 0
 
 
 def gpus_per_node(job: AnyJob) -> int:

@@ -25,7 +25,7 @@ from launcher.presets import shipped_folder
 from launcher.secret_names import is_secret
 from launcher.slurm.allocation import run_stamp
 from launcher.slurm.container import container_command
-from launcher.slurm.options import Option, log_file, overriding_variables, sbatch_options
+from launcher.slurm.options import Option, log_file, may_lose_nodes, overriding_variables, sbatch_options
 from launcher.slurm.sbatch_errors import SbatchError, explain_sbatch_error, query_status
 
 SHIPPED = "submit.sbatch.j2"
@@ -149,6 +149,7 @@ def template_values(
         "launcher": [context.launcher] if bare else launcher,
         "job_arguments": list(words),
         "array_key": slurm.array_key,
+        "may_lose_nodes": may_lose_nodes(job),
         "job": job.model_dump(mode="json"),
     }
 

@@ -28,7 +28,7 @@ class Session:
     by (node rank, host). `offsets` are the seconds by which a node's clock is ahead of the supervisor's, by log folder.
     `failure` is the session's last "failure" event, or None. `last_phase` is the last state before the run ended.
     `restarts` counts the restarts after failures since the run was last started or resumed; `no_restart` is the reason
-    why there was no further one.
+    why there was no further one. `spares` are the hosts of spare nodes.
     """
 
     state: Record
@@ -41,6 +41,7 @@ class Session:
     last_phase: str = "planning"
     restarts: int = 0
     no_restart: str | None = None
+    spares: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -58,19 +59,22 @@ def read_session(run: RunDir) -> Session:
     nodes: dict[tuple[int, str], Record] = {}
     offsets: dict[str, float] = {}
     failure: Record | None = None
+    spares: list[str] = []
     phase, restarts, no_restart = "planning", 0, None
     for event in records(run.events_file):
         last = seconds_of(event.get("time")) or last
         start = start or last
         kind = event.get("event")
         if kind == "resume" or (kind == "state" and event.get("state") == "placing"):
-            nodes, failure, placed = {}, None, last
+            nodes, failure, placed, spares = {}, None, last, []
         elif kind == "node":
             rank, host = int_of(event.get("node_rank")), text_of(event.get("host"))
             if rank is None or host is None:
                 continue
             nodes[rank, host] = event
             offsets[run.node_logs(rank, host).name] = number_of(event.get("clock_offset_seconds")) or 0.0
+        elif kind == "spare_node" and (host := text_of(event.get("host"))) is not None:
+            spares.append(host)
         elif kind == "failure":
             failure = event
         elif kind == "no_restart":
@@ -82,7 +86,7 @@ def read_session(run: RunDir) -> Session:
         if kind == "state" and event.get("state") not in ENDED:
             phase = str(event.get("state"))
     state = read_json(run.state_file) or {}
-    return Session(state, start, placed, last, nodes, offsets, failure, phase, restarts, no_restart)
+    return Session(state, start, placed, last, nodes, offsets, failure, phase, restarts, no_restart, tuple(spares))
 
 
 def is_removed(run: RunDir) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -42,7 +42,8 @@ class RunStatus:
     runs "unreadable" without read permission. `code` is the failure code of a run that failed or stopped itself.
     `updates` of `total_updates` are completed; `loss` and `lr` are from the last one, `tokens_per_second` and
     `step_seconds` are medians of the last 20. `silent_seconds` is the time since anything was last written. `compared`
-    names the time by which nodes are compared, "own_seconds" or "step_seconds".
+    names the time by which nodes are compared, "own_seconds" or "step_seconds". `excluded_nodes` are hosts that the
+    run does not use any more, each with the reason.
     """
 
     name: str
@@ -66,6 +67,8 @@ class RunStatus:
     step_seconds: float | None = None
     silent_seconds: float | None = None
     compared: str | None = None
+    spare_nodes: tuple[str, ...] = ()
+    excluded_nodes: dict[str, str] = field(default_factory=dict)
     nodes: tuple[NodeStatus, ...] = ()
 
     @property
@@ -125,6 +128,8 @@ def _status(run: RunDir, session: Session, nodes: Sequence[NodeStatus], now: flo
         tokens_per_second=_median(recent[-_RECENT_UPDATES:], "tokens_per_second"),
         step_seconds=_median(recent[-_RECENT_UPDATES:], "step_seconds"),
         silent_seconds=_age(active, now),
+        spare_nodes=session.spares,
+        excluded_nodes=run.excluded_nodes(),
     )
 
 

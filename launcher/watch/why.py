@@ -95,7 +95,8 @@ def _explain_failed(run: RunDir, session: Session) -> Explanation:
     texts = ["\n".join(lines) for _, lines in ends]
     code = _written_code(session, reason)
     headline, cause = f"the run failed while {session.last_phase}: {reason}", cause_of(code, reason, *texts)
-    return Explanation(headline, log_ends=ends, cause=_with_fitting_hint(cause, session), code=code)
+    fitting, notes = _with_fitting_hint(cause, session), tuple(_excluded_notes(run))
+    return Explanation(headline, notes=notes, log_ends=ends, cause=fitting, code=code)
 
 
 def _explain_failures(run: RunDir, session: Session, found: Failures) -> Explanation:
@@ -108,7 +109,12 @@ def _explain_failures(run: RunDir, session: Session, found: Failures) -> Explana
     return Explanation(
         _headline(run, session, found),
         failures=found,
-        notes=(*_notes(found), *(_nccl_notes(run) if found.only_timeouts else ()), *_restart_notes(session)),
+        notes=(
+            *_notes(found),
+            *(_nccl_notes(run) if found.only_timeouts else ()),
+            *_restart_notes(session),
+            *_excluded_notes(run),
+        ),
         log_ends=_log_ends(logs) or _reported_traceback(folder, first),
         cause=cause,
         evidence=tuple(_evidence(run, session, found, cause)),
@@ -119,7 +125,12 @@ def _explain_failures(run: RunDir, session: Session, found: Failures) -> Explana
 def _explain_hung(run: RunDir, session: Session, found: Failures) -> Explanation:
     """Explains a hang; the ends of the logs of all other ranks only show that they waited."""
     first = found.first
-    notes = [*_file_notes(run, "the stacks of the ranks", STACKS_FILE), *_nccl_notes(run), *_restart_notes(session)]
+    notes = [
+        *_file_notes(run, "the stacks of the ranks", STACKS_FILE),
+        *_nccl_notes(run),
+        *_restart_notes(session),
+        *_excluded_notes(run),
+    ]
     named = [] if first.rank is None else [run.node_logs(first.node_rank, first.host) / first.log_name]
     cause = _with_fitting_hint(cause_of(first.code), session)
     headline = f"the run hung: {first.error or first.how}"
@@ -199,6 +210,11 @@ def _restart_notes(session: Session) -> list[str]:
     if session.no_restart:
         notes.append(f"not restarted: {session.no_restart}")
     return notes
+
+
+def _excluded_notes(run: RunDir) -> list[str]:
+    """The nodes that the run does not use any more."""
+    return [f"excluded from this run: {host} {reason}" for host, reason in run.excluded_nodes().items()]
 
 
 def _notes(found: Failures) -> list[str]:

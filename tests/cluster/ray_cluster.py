@@ -23,6 +23,8 @@ class RayCluster:
         self.hosts, self.cpus = hosts, cpus
         self.head = hosts.names[0]
         self.address = f"http://{hosts.address(self.head)}:8265"
+        self.own_environment: dict[str, dict[str, str]] = {}
+        """Environment variables of Ray, and so of agents and ranks, on some hosts."""
         token = hosts.shared / "ray-token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
@@ -51,5 +53,5 @@ class RayCluster:
         limits = (f"--num-cpus={self.cpus}", "--num-gpus=0", f"--object-store-memory={_SHARED_MEMORY}")
         own = f"--node-ip-address={self.hosts.address(host)}"
         # As over ssh without a login shell: the environment's programs are not on the PATH.
-        settings = {**RAY_SETTINGS, "PATH": "/usr/bin:/bin"}
+        settings = {**RAY_SETTINGS, "PATH": "/usr/bin:/bin", **self.own_environment.get(host, {})}
         self.run(host, "ray", "start", own, *limits, *options, "--disable-usage-stats", **settings)

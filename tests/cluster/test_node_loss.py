@@ -6,14 +6,13 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from launcher.run_dir import RunDir
 from tests.cluster.conftest import need
-from tests.cluster.hosts import CPU_ONLY, HostProcess, missing, several_hosts
+from tests.cluster.hosts import CPU_ONLY, missing, several_hosts
 from tests.cluster.ray_cluster import RayCluster
 from tests.cluster.slurm import Slurm
 from tests.cluster.test_slurm import ended, how_it_stands, of_launcher, sbatch, wait_for
@@ -54,58 +53,6 @@ def test_a_run_continues_on_two_nodes_when_the_third_is_powered_off(cluster: Ray
     # Whether a rank that lost its peer or the lost node is noticed first is a matter of how busy the machine is.
     assert restart["update"] > 0
     assert "continuing on 2 nodes instead of 3" in running.output
-
-
-def test_a_spare_node_takes_over_and_a_host_that_returns_is_used_again(cluster: RayCluster) -> None:
-    folder, hosts = cluster.hosts.shared, cluster.hosts
-    # The run would fail if it waited for another node as long as this.
-    job = write_tiny_job(
-        folder,
-        cluster={"nodes": 2, "spare_nodes": 1, "wait_seconds": 3600},
-        train={"max_steps": 100_000, "restarts": 3},
-        checkpoint={"every": 5, "keep": 2},
-        export=False,
-    )
-    running = cluster.popen("h1", "launcher", "run", str(job), RAY_ADDRESS="h1:6379")
-    running.wait_for(lambda: any(len(run.metrics()) >= 8 for run in runs_of(folder)), seconds=240)
-    [run] = runs_of(folder)
-    assert (hosts_in_order(run), spares_of(run)) == (["h1", "h2"], ["h3"])
-    hosts.power_off("h2")
-    wait_for_updates(running, run)
-    assert (hosts_in_order(run), spares_of(run)) == (["h1", "h3"], [])
-    assert "spare node h3 takes the place of h2" in running.output
-    hosts.power_on("h2")
-    cluster.join("h2")
-    hosts.power_off("h3")
-    wait_for_updates(running, run)
-    assert hosts_in_order(run) == ["h1", "h2"]
-    cluster.run("h1", "launcher", "cancel", str(run.path))
-    running.wait(seconds=120)
-    updates = [line["update"] for line in run.metrics()]
-    assert updates == list(range(len(updates)))
-
-
-def wait_for_updates(running: HostProcess, run: RunDir) -> None:
-    """Waits until the run has restarted once more and made some updates since."""
-    attempt = run.attempt()
-    running.wait_for(lambda: run.attempt() > attempt, seconds=240)
-    made = len(run.metrics())
-    running.wait_for(lambda: len(run.metrics()) >= made + 8, seconds=240)
-
-
-def hosts_in_order(run: RunDir) -> list[str]:
-    """The hosts of the present attempt by node rank."""
-    return [event["host"] for event in of_last_placing(run) if event["event"] == "node"]
-
-
-def spares_of(run: RunDir) -> list[str]:
-    return [event["host"] for event in of_last_placing(run) if event["event"] == "spare_node"]
-
-
-def of_last_placing(run: RunDir) -> list[dict[str, Any]]:
-    events = run.events()
-    placings = [index for index, event in enumerate(events) if event.get("state") == "placing"]
-    return events[placings[-1] :]
 
 
 def test_a_run_survives_cuts_of_three_and_sixty_seconds(slurm: Slurm, shared: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,6 +74,14 @@ def test_no_run_of_failures_without_progress_is_longer_than_allowed(failed: list
 )
 def test_what_would_fail_again_or_needs_a_decision_is_not_restarted(code: FailureCode) -> None:
     assert not decide([failure(code)], 3).restart
+
+
+def test_an_unfit_node_ends_the_run_unless_it_can_do_without_the_node() -> None:
+    unfit = failure(FailureCode.NODE_UNFIT, updates=0, error="torch sees 3 of the 4 assigned GPUs")
+    assert not decide([unfit], 3).restart
+    assert decide([replace(unfit, excluded=True)], 3).restart
+    # What is wrong with the job stays wrong without the node.
+    assert not decide([replace(failure(FailureCode.NAN_LOSS), excluded=True)], 3).restart
 
 
 def test_the_same_error_at_the_same_update_is_deterministic() -> None:

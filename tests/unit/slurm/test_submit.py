@@ -101,6 +101,11 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], str | None]] = {
         None,
     ),
     "cpus_only": ({"cluster": {"nodes": 3, "gpus_per_node": 0, "processes_per_node": 4}}, (), None),
+    "two_nodes_and_a_spare_node": (
+        {"cluster": {"nodes": 2, "spare_nodes": 1, "gpus_per_node": 0}, "slurm": {"time": "1:00:00"}},
+        (),
+        None,
+    ),
     "named_gpus_in_pyxis": (
         {
             "slurm": {
