@@ -76,8 +76,11 @@ class Nodes:
         first time, it waits for the spare nodes too. The nodes of a new placement are in a stable order.
         """
         wanted = self._resources.nodes
-        if not self._count() or self.ready(wanted, wanted, wait_seconds) < wanted:
+        if self._count() and self.ready(wanted, wanted, wait_seconds) < wanted:
             self.give_up()
+            # It has waited for other nodes already.
+            wait_seconds = FREED_SECONDS
+        if not self._count():
             self.nodes = self._place_all(wait_seconds)
             self._placed_before = True
         pool = [*self.nodes, *self.spares]

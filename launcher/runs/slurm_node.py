@@ -227,10 +227,13 @@ def _request_stop(directory: RunDir) -> None:
 
 
 def _nodes_of_resume(before: Plan, overrides: Sequence[str], allocation: Allocation) -> list[str]:
-    """An override for the number of nodes if the allocation has another one than the run, spare nodes included."""
+    """Overrides for the number of nodes if the allocation has another one than the run, spare nodes included.
+
+    In a smaller allocation there are fewer spare nodes first.
+    """
     if sets_key(overrides, "cluster", "nodes") or sets_key(overrides, "cluster", "spare_nodes"):
         return []
-    spares = min(before.job.cluster.spare_nodes, allocation.nodes - 1)
+    spares = min(before.job.cluster.spare_nodes, max(0, allocation.nodes - before.job.cluster.nodes))
     changed = [f"cluster.spare_nodes={spares}"] if spares != before.job.cluster.spare_nodes else []
     nodes = allocation.nodes - spares
     return [f"cluster.nodes={nodes}", *changed] if nodes != before.world.nodes else changed

@@ -121,8 +121,7 @@ def test_slurm_leaves_out_an_excluded_node_when_the_job_is_requeued(slurm: Slurm
         return how_it_stands(hosts, shared, job)
 
     kill_rank_twice(hosts, "h2", run, told)
-    attempt = run.attempt()
-    wait_for(lambda: run.attempt() > attempt or "training" in run.state()["state"], told)
+    wait_for(lambda: run.attempt() == 3 and run.state()["state"] == "training", told)
     # There is no other node in the allocation.
     assert hosts_in_order(run) == ["h1", "h2"] and "h2" in run.excluded_nodes()
     assert "it is used until the run ends, since no other node is free" in told()
