@@ -6,7 +6,7 @@ import contextlib
 import copy
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ class Nodes:
             return wanted
         # Ray itself replaces a lost node, but not an excluded one.
         replaceable = self._placement.size < wanted
-        if found >= at_least and not (replaceable and free_nodes(self._resources, self.excluded)):
+        if found >= at_least and not (replaceable and self._free_elsewhere(self.excluded)):
             return found
         self.give_up()
         return wait_for_free(self._resources, wanted, wait_seconds if replaceable else 0.0, self.excluded)
@@ -119,13 +119,17 @@ class Nodes:
     def can_do_without(self, host: str, at_least: int) -> bool:
         """Whether there are `at_least` nodes without the host: those of the run, its spare nodes, and free ones."""
         left = sum(node.host != host and node.host not in self.excluded for node in (*self.nodes, *self.spares))
-        return left >= at_least or left + free_nodes(self._resources, {host, *self.excluded}) >= at_least
+        return left >= at_least or left + self._free_elsewhere({host, *self.excluded}) >= at_least
 
     def with_spares(self) -> Nodes:
         """The same nodes with the spare nodes at the end, for checks of all of them."""
         both = copy.copy(self)
         both.nodes = [*self.nodes, *self.spares]
         return both
+
+    def _free_elsewhere(self, excluded: Collection[str]) -> int:
+        """The number of free nodes without an agent of the run, which may leave something free on its node."""
+        return free_nodes(self._resources, {*excluded, *(node.host for node in (*self.nodes, *self.spares))})
 
     def _count(self) -> int:
         return len(self.nodes) + len(self.spares)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launcher.errors import FailureCode
+from launcher.fleet.node_failures import OF_DEVICES
 
 DEFAULT_RESTARTS = 3
 _FIRST_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 5.0, 60.0
@@ -36,8 +37,6 @@ _NOT_AGAIN = frozenset(
     }
 )
 """A restart would fail in the same way, or would hide what the user must decide."""
-_OF_NODES = frozenset({FailureCode.NODE_UNFIT})
-"""A restart without the node would not fail again."""
 _FROM_OUTSIDE = frozenset(
     {
         FailureCode.NODE_LOST,
@@ -91,7 +90,8 @@ def decide(failed: Sequence[FailedAttempt], restarts: int) -> Decision:
     last = failed[-1]
     if restarts == 0:
         return Decision(False, "train.restarts is 0")
-    if last.code in _NOT_AGAIN and not (last.code in _OF_NODES and last.excluded):
+    # Without the unfit node it would not fail again.
+    if last.code in _NOT_AGAIN and not (last.code in OF_DEVICES and last.excluded):
         return Decision(False, "it would fail again in the same way")
     started_once = any(each.saved or each.updates for each in failed)
     if not started_once and last.code is FailureCode.OUT_OF_GPU_MEMORY:

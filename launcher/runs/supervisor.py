@@ -27,6 +27,7 @@ from launcher.fleet.agent import NodeTask
 from launcher.fleet.environment import flight_recorder, rank_environment
 from launcher.fleet.failures import Failure, all_failures, first_failure, sort_failures
 from launcher.fleet.hang_detector import Hang, HangDetector
+from launcher.fleet.node_failures import OF_DEVICES
 from launcher.fleet.nodes import GRACE_SECONDS, Node, Nodes, address_of
 from launcher.fleet.preflight import NodeCheck, Requirements, disk_bytes, preflight, raise_problems
 from launcher.fleet.ray_head import RayHead, head_of_this_ray
@@ -49,8 +50,6 @@ _EVENT_TITLES = {
     "warmup_extended": "warm-up extended",
     "not_extended": "warm-up not extended",
 }
-OF_DEVICES = frozenset({FailureCode.NODE_UNFIT})
-"""Problems of a node's devices, for which the node is excluded from the run for good."""
 WORKER = ("-P", "-m", "launcher.worker")
 
 
