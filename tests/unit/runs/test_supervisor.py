@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import RunFailed
+from launcher.errors import FailureCode, RunFailed
+from launcher.fleet.node_resources import NodeResources
 from launcher.fleet.nodes import Node, Nodes
+from launcher.fleet.preflight import NodeCheck, NodeProblem
 from launcher.runs import supervisor as supervision
 from launcher.runs.supervisor import Supervisor
 from tests.unit.inputs import command, job_of, machine_facts, plan_of
@@ -33,6 +35,7 @@ class ScriptedNodes(Nodes):
     """Two nodes whose reports are given: one list per call of `reports`."""
 
     def __init__(self, *batches: list[dict[str, Any]]) -> None:
+        super().__init__(NodeResources(nodes=2, cpus=4, gpus=4), print)
         self.nodes = [Node(None, f"h{rank}", f"10.0.0.{rank}", ()) for rank in range(2)]
         self._batches = list(batches)
 
@@ -131,3 +134,34 @@ def test_a_full_disk_does_not_hide_the_failure(built: Built, monkeypatch: pytest
     (note,) = supervisor.console.notes  # type: ignore[attr-defined]
     assert "the failure could not be written to" in note and "No space left on device" in note
     assert stamp(39.0) in built.run.node_logs(1, "h1").joinpath("rank-4.log").read_text()
+
+
+@pytest.mark.parametrize(("code", "of_devices"), [(FailureCode.NODE_UNFIT, True), (FailureCode.VERSIONS_DIFFER, False)])
+def test_a_node_whose_devices_are_unfit_is_excluded_from_the_run(
+    built: Built, monkeypatch: pytest.MonkeyPatch, code: FailureCode, of_devices: bool
+) -> None:
+    """There is no spare node, so the attempt fails. A node with another problem may be used again."""
+    supervisor = supervised(built)
+    no_facts: Any = None
+    checks = [NodeCheck(rank, node, no_facts) for rank, node in enumerate(supervisor.nodes.nodes)]
+    checks[1].problems.append(NodeProblem(code, "what is wrong"))
+    # GPUs are needed for a real one.
+    monkeypatch.setattr(supervision, "preflight", lambda *_: checks)
+    with pytest.raises(RunFailed, match=r"node 1 \(h1\): what is wrong") as raised:
+        supervisor.check_nodes()
+    assert raised.value.code is code
+    excluded = {"h1": "what is wrong"} if of_devices else {}
+    assert supervisor.nodes.excluded == built.run.excluded_nodes() == excluded
+    reported = [event["host"] for event in built.run.events() if event["event"] == "node_excluded"]
+    assert reported == list(excluded)
+
+
+def test_a_problem_of_all_nodes_excludes_none(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    supervisor = supervised(built)
+    no_facts: Any = None
+    problem = NodeProblem(FailureCode.NODE_UNFIT, "torch sees 0 of the 4 assigned GPUs")
+    checks = [NodeCheck(rank, node, no_facts, [problem]) for rank, node in enumerate(supervisor.nodes.nodes)]
+    monkeypatch.setattr(supervision, "preflight", lambda *_: checks)
+    with pytest.raises(RunFailed):
+        supervisor.check_nodes()
+    assert supervisor.nodes.excluded == built.run.excluded_nodes() == {}
