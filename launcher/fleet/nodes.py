@@ -11,21 +11,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from launcher.errors import FailureCode, RunFailed, first_line
 from launcher.fleet.agent import NodeTask
 from launcher.fleet.agent_calls import ANSWER_SECONDS, call_agents
 from launcher.fleet.answer_times import LOST_SECONDS, POLL_SECONDS, AnswerTimes
 from launcher.fleet.network import LOOPBACK
-from launcher.fleet.node import Node
+from launcher.fleet.node import Node, fill_places
 from launcher.fleet.node_network import with_clock_offsets, with_interfaces
 from launcher.fleet.node_resources import NodeResources
 from launcher.fleet.placement import FREED_SECONDS, Placement, free_nodes, wait_for_free
 from launcher.fleet.ray_connection import RayConnection
+from launcher.fleet.spare_watch import SpareWatch
 from launcher.fleet.stacks import RankStack
 from launcher.plan.schema import Plan
 from launcher.records import NodeLostReport, Order, Report
 
-__all__ = ["GRACE_SECONDS", "Node", "Nodes", "address_of", "fill_places"]
+__all__ = ["GRACE_SECONDS", "Node", "Nodes", "address_of"]
 
 Log = Callable[[str], None]
 _REACH_SECONDS, _LOST_REACH_SECONDS = 10.0, 1.0
@@ -53,6 +56,7 @@ class Nodes:
         self._placed_before = False
         self._measured_agents: list[Any] = []
         self._pending: dict[Any, int] = {}
+        self._spare_watch = SpareWatch()
         self._attempt = 1
         self._answer_times = AnswerTimes(log)
 
@@ -298,7 +302,21 @@ class Nodes:
                 found.append(_node_lost(index, message))
         for index in self._answer_times.check(time.monotonic(), [node.host for node in self.nodes]):
             found.append(_node_lost(index, f"no answer for {LOST_SECONDS:.0f} s"))
+        self._watch_spares()
         return found
+
+    def _watch_spares(self) -> None:
+        """Reports spare nodes that are lost, and nodes that are available again. Waits for nothing."""
+        for node, why in self._spare_watch.lost(self.spares):
+            self._log(f"          spare node {node.host} is lost: {escape(why)}")
+            self.spares.remove(node)
+            self._placement.drop(node, excluded=False)
+            self._placement.refill()
+        before = list(self.spares)
+        self._take_in(self._placement.arrived(0.0))
+        for node in self.spares:
+            if node not in before:
+                self._log(f"          {node.host} is ready for the next restart")
 
     def stacks(self) -> tuple[list[RankStack], list[int]]:
         """The stacks of all ranks, which agents write to stacks.txt; and the node ranks whose agent did not answer."""
@@ -333,16 +351,6 @@ class Nodes:
         if ray.is_initialized():
             self.give_up()
         self._ray.close()
-
-
-def fill_places(nodes: Sequence[Node], spares: Sequence[Node], usable: Sequence[Node]) -> tuple[list[Node], list[Node]]:
-    """(nodes, spare nodes) without those that are not usable: spare nodes take the places of lost nodes.
-
-    The other nodes keep their order; without enough spare nodes there are fewer nodes.
-    """
-    left = [node for node in spares if node in usable]
-    filled = [node if node in usable else left.pop(0) if left else None for node in nodes]
-    return [node for node in filled if node is not None], left
 
 
 def _node_lost(node_rank: int, message: str) -> NodeLostReport:

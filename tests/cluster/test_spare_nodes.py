@@ -45,12 +45,21 @@ def test_a_spare_node_takes_over_and_a_host_that_returns_is_used_again(cluster: 
     running.wait_for(lambda: any(len(run.metrics()) >= 8 for run in runs_of(folder)), seconds=240)
     [run] = runs_of(folder)
     assert (hosts_in_order(run), spares_of(run)) == (["h1", "h2"], ["h3"])
+    # A spare node that is lost changes nothing, and is one again when it has returned.
+    hosts.power_off("h3")
+    running.wait_for(lambda: "spare node h3 is lost" in running.output)
+    hosts.power_on("h3")
+    cluster.join("h3")
+    running.wait_for(lambda: "h3 is ready for the next restart" in running.output)
+    assert run.attempt() == 1
+
     hosts.power_off("h2")
     wait_for_updates(running, run)
     assert (hosts_in_order(run), spares_of(run)) == (["h1", "h3"], [])
     assert "spare node h3 takes the place of h2" in running.output
     hosts.power_on("h2")
     cluster.join("h2")
+    running.wait_for(lambda: "h2 is ready for the next restart" in running.output)
     hosts.power_off("h3")
     wait_for_updates(running, run)
     assert hosts_in_order(run) == ["h1", "h2"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.fleet.nodes import Node, fill_places
+from launcher.fleet.node import Node, fill_places
 
 
 def nodes(names: str) -> list[Node]:
