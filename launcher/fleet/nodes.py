@@ -32,6 +32,7 @@ __all__ = ["GRACE_SECONDS", "Node", "Nodes", "address_of"]
 
 Log = Callable[[str], None]
 _REACH_SECONDS, _LOST_REACH_SECONDS = 10.0, 1.0
+_REFILL_SECONDS = 10.0
 _START_SECONDS = 60.0
 """How long an agent may take to start on a node that has returned."""
 _TOKENISE_SECONDS = 12 * 3600.0
@@ -56,7 +57,7 @@ class Nodes:
         self._placed_before = False
         self._measured_agents: list[Any] = []
         self._pending: dict[Any, int] = {}
-        self._spare_watch = SpareWatch()
+        self._spare_watch, self._next_refill = SpareWatch(), 0.0
         self._attempt = 1
         self._answer_times = AnswerTimes(log)
 
@@ -311,6 +312,9 @@ class Nodes:
             self._log(f"          spare node {node.host} is lost: {escape(why)}")
             self.spares.remove(node)
             self._placement.drop(node, excluded=False)
+        if time.monotonic() >= self._next_refill:
+            # Again and again: an agent that Ray starts on a node before it counts it as dead never answers.
+            self._next_refill = time.monotonic() + _REFILL_SECONDS
             self._placement.refill()
         before = list(self.spares)
         self._take_in(self._placement.arrived(0.0))
