@@ -94,6 +94,13 @@ ROWS = (
     Row("25M", {"stage": 2}, micro=8, length=256, learned=0.25),
     Row("25M", {"stage": 2}, micro=8, length=256, section={"gradient_checkpointing": True}),
     Row("25M", {"stage": 3}, micro=8, length=256, section={"gradient_checkpointing": True}),
+    *(
+        Row(
+            "25M", {"stage": stage}, micro=8, length=256, section={"gradient_checkpointing": True, "chunked_loss": True}
+        )
+        for stage in (2, 3)
+    ),
+    Row("100M", {"stage": 3}, micro=4, length=256, section={"chunked_loss": True}),
     Row("100M", {"stage": 2, "reduce_bucket_size": 5_000_000}),
     *(Row("100M", {"stage": 3, **distance}, micro=4, length=256) for distance in DISTANCES),
     Row("100M", {"stage": 2}, section={"dtype": "bfloat16"}),
@@ -139,6 +146,7 @@ def facts_of(name: str, folder: Path) -> ModelFacts:
         stored_dtype="float32",
         supports_gradient_checkpointing=True,
         has_chat_template=False,
+        chunked_loss=True,
     )
 
 
@@ -155,7 +163,7 @@ def plan_for(row: Row, folder: Path, gpus: int = 0) -> Plan:
     job = validate_job(
         {
             "name": "memory",
-            "model": {"name_or_path": facts.folder, **row.section},
+            "model": {"name_or_path": facts.folder, "chunked_loss": False, **row.section},
             "data": {"train": "none", "max_length": row.length},
             "train": {"max_steps": 10, **sizes},
             "schedule": {"shape": "linear", "peak_lr": 1e-6, "warmup": 1},
@@ -178,16 +186,19 @@ def updates(plan: Plan, learned: float) -> None:
     """Loads the plan's model, builds the engine and does updates on random tokens, like a training rank."""
     import torch
 
+    from launcher.chunked_loss import LossLayer
     from launcher.worker.batches import IGNORED
     from launcher.worker.loss import summed_loss
     from launcher.worker.model import load_model, make_engine
 
     engine = make_engine(plan, load_model(plan))
+    layer = LossLayer(engine.module) if plan.training.chunked_loss else None
     shape = (plan.train_micro_batch_size_per_gpu, plan.training.job.data.max_length)
     for _ in range(UPDATES * plan.gradient_accumulation_steps):
         tokens = torch.randint(plan.training.model.vocab_size, shape, device=engine.device)
         labels = torch.where(torch.rand(shape, device=engine.device) < learned, tokens, IGNORED)
-        engine.backward(summed_loss(engine, tokens, torch.ones_like(tokens), labels) / labels.numel())
+        loss = summed_loss(engine, tokens, torch.ones_like(tokens), labels, layer=layer)
+        engine.backward(loss / labels.numel())
         engine.step()
     engine.destroy()
 

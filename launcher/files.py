@@ -17,19 +17,47 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 Record = dict[str, Any]
 OnDamage = Callable[[bytes], None]
 
-PRIVATE_UMASK = 0o077
-"""Files of mode 0600 and folders of mode 0700: a run contains private data."""
+OutputMode = Literal["private", "group"]
+FOLDER_MODES: dict[OutputMode, int] = {"private": 0o700, "group": 0o750}
+_UMASKS: dict[OutputMode, int] = {"private": 0o077, "group": 0o027}
+"""private: files of mode 0600 and folders of mode 0700, since a run contains private data. group: 0640 and 0750."""
 _LOG_TIME = re.compile(r"^\d{4}-\d\d-\d\dT\S+Z ?")
 
 
 def keep_private() -> None:
     """Sets the umask: from now on, only the owner can read files and folders that this process creates."""
-    os.umask(PRIVATE_UMASK)
+    use_output_mode("private")
+
+
+def use_output_mode(mode: OutputMode) -> None:
+    """Sets the umask: from now on, this process creates files and folders that only the owner, or its group too, reads.
+
+    Folders inherit the setgid bit of the folder that they are in.
+    """
+    os.umask(_UMASKS[mode])
+
+
+@contextlib.contextmanager
+def output_mode(mode: OutputMode) -> Iterator[None]:
+    """Uses the mode inside the block, in all threads of the process."""
+    before = os.umask(_UMASKS[mode])
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def share_files(folder: Path, mode: OutputMode) -> None:
+    """Lets the group read the files of a folder under the mode `group`: some libraries create files of mode 0600."""
+    if mode == "group":
+        for path in folder.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                path.chmod(path.stat().st_mode | 0o040)
 
 
 def sha256_of(file: Path) -> str:
@@ -61,7 +89,7 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> N
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with _naming(path), temporary.open("wb") as file:
             file.write(data)
             if durable:
                 file.flush()
@@ -100,8 +128,19 @@ def append_line(path: Path, record: Mapping[str, object]) -> None:
     part written by then is a damaged line that readers skip.
     """
     line = (json.dumps(record, separators=(",", ":")) + "\n").encode()
-    with path.open("a+b", buffering=0) as file:
+    with _naming(path), path.open("a+b", buffering=0) as file:
         write_whole(file.fileno(), line if _ends_with_newline(file.fileno()) else b"\n" + line)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Adds the path to an OSError that names no file: that of a write to an open file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def write_whole(descriptor: int, data: bytes) -> None:

@@ -228,6 +228,22 @@ class NodeExcludedEvent(TypedDict):
     reason: str
 
 
+class HealthEvent(TypedDict):
+    """The health checks of a node: fields of `fleet.health.NodeHealth`, and its failed checks."""
+
+    event: Literal["health"]
+    node_rank: int
+    host: str
+    disk_bytes_per_second: float | None
+    gpus: list[dict[str, Any]]
+    xids: list[dict[str, Any]]
+    matmuls: list[dict[str, Any]]
+    links: dict[str, float]
+    ring_bytes_per_second: float | None
+    unknown: list[str]
+    failed: list[dict[str, Any]]
+
+
 class ResumeEvent(TypedDict):
     event: Literal["resume"]
     update: int
@@ -294,6 +310,23 @@ class StopRequestedEvent(TypedDict):
     event: Literal["stop_requested"]
     now: bool
     by: str
+
+
+class ContinuedEvent(TypedDict):
+    """The time limit of the Slurm job `continues` stopped the run, and `job` continues it, the `number`-th in a row."""
+
+    event: Literal["continued"]
+    job: str
+    continues: str
+    number: int
+    update: int
+
+
+class NotContinuedEvent(TypedDict):
+    """The time limit stopped the run, and no other Slurm job was submitted that continues it."""
+
+    event: Literal["not_continued"]
+    reason: str
 
 
 class OtherRateEvent(TypedDict):
@@ -382,6 +415,7 @@ RunEvent = (
     | NodeEvent
     | SpareNodeEvent
     | NodeExcludedEvent
+    | HealthEvent
     | ResumeEvent
     | RestartEvent
     | NoRestartEvent
@@ -390,6 +424,8 @@ RunEvent = (
     | UploadFailedEvent
     | UploadGivenUpEvent
     | StopRequestedEvent
+    | ContinuedEvent
+    | NotContinuedEvent
     | OtherRateEvent
     | FailureEvent
     | RankEvent
@@ -477,12 +513,13 @@ class RankRecord(TypedDict):
 
 
 class NodeIdentity(TypedDict):
-    """A node, and the network interface that reaches the other nodes."""
+    """A node in an attempt, and the network interface that reaches the other nodes."""
 
     node_rank: int
     host: str
     address: str | None
     interface: str | None
+    attempt: int
 
 
 class OomKills(TypedDict, total=False):
@@ -505,7 +542,7 @@ class NodeRecord(NodeIdentity, OomKills):
     ranks: list[RankRecord]
 
 
-# manifest.json, node_failures.json and stop.json
+# manifest.json, node_failures.json, stop.json and continuation.json
 
 
 class ManifestFacts(TypedDict):
@@ -545,8 +582,25 @@ class NodeFailures(TypedDict):
 
 
 class StopRequest(TypedDict):
-    """stop.json: `launcher cancel` asks the supervisor to stop the run, at once if `now`."""
+    """stop.json: `launcher cancel` asks the supervisor to stop the run, at once if `now`.
+
+    `time_limit`: the request comes from the batch script, which Slurm warned of the time limit.
+    """
 
     time: str
     now: bool
     by: str
+    time_limit: NotRequired[bool]
+
+
+class ContinuationRecord(TypedDict):
+    """continuation.json: the Slurm job `job` continues the run after `continues`, the `number`-th job in a row.
+
+    `update` is that of the newest checkpoint. `job` is None while sbatch runs.
+    """
+
+    time: str
+    job: str | None
+    continues: str
+    number: int
+    update: int

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from launcher.errors import RunFailed
 from launcher.files import Tail
 from launcher.records import UpdateReport
 from launcher.run_dir import RunDir, append_line, json_number, utc_now, write_atomic
@@ -52,13 +53,15 @@ def report(*, step: int, loss: Any = None, lr: Any = None, **more: Any) -> None:
         line = _line(step, seconds, {"loss": loss, "lr": lr, **more})
         try:
             _write(RunDir(Path(folder)), line, first)
-        except OSError as error:
+        except (OSError, RunFailed) as error:
             _warn_not_written(error)
 
 
 def _write(run: RunDir, line: dict[str, Any], first: bool) -> None:
+    """Raises OSError, and RunFailed if this script belongs to an attempt that was given up."""
     if first and os.environ.get("LAUNCHER_RESTART_COUNT", "0") != "0":
         _restore_earlier_lines(run, line["update"])
+    run.check_attempt()
     append_line(run.metrics_file, line)
 
 
@@ -72,7 +75,7 @@ def _restore_earlier_lines(run: RunDir, update: int) -> None:
     write_atomic(run.metrics_file, "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in kept))
 
 
-def _warn_not_written(error: OSError) -> None:
+def _warn_not_written(error: OSError | RunFailed) -> None:
     global _warned
     if not _warned:
         _warned = True

@@ -15,6 +15,8 @@ from typing import Any, Unpack, get_args
 
 from launcher.errors import FailureCode, RunFailed
 from launcher.files import (
+    FOLDER_MODES,
+    OutputMode,
     Record,
     append_line,
     json_number,
@@ -54,15 +56,16 @@ __all__ = [
     "ENDED",
     "MANIFEST",
     "NODE_FILE",
-    "STACKS_FILE",
     "STATES",
     "RunDir",
     "append_line",
     "checkpoint_is_complete",
     "json_number",
+    "nccl_dump_prefix",
     "rank_log_name",
     "read_lines",
     "read_manifest",
+    "stacks_name",
     "universal_folder",
     "utc_now",
     "utc_text",
@@ -76,7 +79,7 @@ ENDED = ("finished", "failed", "stopped")
 NODE_FILE = "node.json"
 ATTEMPT_VARIABLE = "LAUNCHER_ATTEMPT"
 """Names the attempt to which a rank belongs."""
-STACKS_FILE = "stacks.txt"
+_RESERVE_BYTES = 64 * 1024
 _REVISION = re.compile(r"^plan\.revision-(\d+)\.json$")
 
 
@@ -98,20 +101,20 @@ class RunDir:
     path: Path
 
     @classmethod
-    def create(cls, output_dir: Path, name: str, stamp: str | None = None) -> RunDir:
+    def create(cls, output_dir: Path, name: str, stamp: str | None = None, mode: OutputMode = "private") -> RunDir:
         """Creates `<output_dir>/<name>-<stamp>[-n]`, which no other caller gets. The default stamp is the present time.
 
-        Only its owner can read it: it contains private data.
+        Only its owner can read it, or also its group under the mode "group": it contains private data.
         """
         stem = f"{name}-{stamp or f'{datetime.now():%Y%m%d-%H%M%S}'}"
         output_dir.mkdir(parents=True, exist_ok=True)
         for attempt in range(1000):
             path = output_dir / (stem if attempt == 0 else f"{stem}-{attempt}")
             with contextlib.suppress(FileExistsError):
-                path.mkdir(mode=0o700)
+                path.mkdir(mode=FOLDER_MODES[mode])
                 run = cls(path.resolve())
-                run.checkpoints.mkdir(mode=0o700)
-                run.logs.mkdir(mode=0o700)
+                run.checkpoints.mkdir(mode=FOLDER_MODES[mode])
+                run.logs.mkdir(mode=FOLDER_MODES[mode])
                 return run
         raise FileExistsError(f"{output_dir / stem}: a thousand runs with this name exist")
 
@@ -146,6 +149,11 @@ class RunDir:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    @property
+    def console_file(self) -> Path:
+        """What the launcher of a run in the background prints."""
+        return self.path / "console.log"
 
     @property
     def marks(self) -> Path:
@@ -185,6 +193,11 @@ class RunDir:
         return {host: reason for host, known in self.node_failures().items() if (reason := known["excluded"])}
 
     @property
+    def continuation_file(self) -> Path:
+        """The Slurm job that continues the run after the time limit of the one before; see `records`."""
+        return self.path / "continuation.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -219,29 +232,58 @@ class RunDir:
         """The number of the newest attempt to carry out the run; see `attempt`."""
         return self.path / "attempt.json"
 
+    @property
+    def reserve_file(self) -> Path:
+        """Space for the reason of a failure on a full disk; it exists while the ranks of an attempt run."""
+        return self.path / ".reserve"
+
     def attempt(self) -> int:
         """The number of the newest attempt: every start of the ranks in this directory counts, from 1; 0 before."""
-        try:
-            found = (read_json(self.attempt_file) or {}).get("attempt")
-        except OSError:
-            return 0
-        return found if isinstance(found, int) else 0
+        return self._newest_attempt()[0]
 
     def check_attempt(self) -> None:
-        """Raises RunFailed in a rank whose attempt was given up: a newer attempt writes to this directory.
+        """Raises RunFailed in a rank whose attempt was given up, or whose run directory was removed.
 
-        A rank that was cut off the network may still see the directory.
+        A rank that was cut off the network may still see the directory, to which a newer attempt writes. DeepSpeed
+        would create a removed directory again.
         """
+        if not self.path.is_dir():
+            raise removed(self)
         own = os.environ.get(ATTEMPT_VARIABLE, "")
-        if own.isdecimal() and int(own) < (newest := self.attempt()):
-            message = f"attempt {own} of the run was given up, and attempt {newest} has started: writing nothing"
+        if not own.isdecimal():
+            return
+        newest, given_up = self._newest_attempt()
+        if int(own) < newest + given_up:
+            follows = f", and attempt {newest} has started" if int(own) < newest else ""
+            message = f"attempt {own} of the run was given up{follows}: writing nothing"
             raise RunFailed(message, code=FailureCode.ENDED)
+
+    def _newest_attempt(self) -> tuple[int, bool]:
+        """(the number of the newest attempt, 0 before the first; whether it was given up)."""
+        try:
+            found = read_json(self.attempt_file) or {}
+        except OSError:
+            return 0, False
+        number = found.get("attempt")
+        return (number, found.get("given_up") is True) if isinstance(number, int) else (0, False)
 
     def begin_attempt(self) -> int:
         """Counts a new attempt and returns its number. Ranks of earlier attempts must not write any more."""
         number = self.attempt() + 1
         write_json(self.attempt_file, {"attempt": number})
+        # Not zeros: a file system that compresses would reserve nothing.
+        write_atomic(self.reserve_file, os.urandom(_RESERVE_BYTES))
         return number
+
+    def give_up_attempt(self) -> None:
+        """Ranks of the attempts so far must not write any more; for `begin_attempt` their number stays the newest."""
+        if number := self.attempt():
+            write_json(self.attempt_file, {"attempt": number, "given_up": True})
+
+    def release_reserve(self) -> None:
+        """Gives the reserved space back, so that a failure because of a full disk can be written."""
+        with contextlib.suppress(OSError):
+            self.reserve_file.unlink()
 
     def checkpoint(self, update: int) -> Path:
         return self.checkpoints / f"update-{update}"
@@ -276,10 +318,15 @@ class RunDir:
         """Appends an event that a rank reported to events.jsonl."""
         append_line(self.events_file, {"time": utc_now(), "event": report["event"], **report["details"]})
 
-    def request_stop(self, *, now: bool) -> None:
-        """Asks the supervisor to stop the run: at once if `now`, else after this update and a checkpoint."""
+    def request_stop(self, *, now: bool, time_limit: bool = False) -> None:
+        """Asks the supervisor to stop the run: at once if `now`, else after this update and a checkpoint.
+
+        `time_limit`: Slurm's time limit is near.
+        """
         by = f"{os.environ.get('USER', os.getuid())}@{socket.gethostname()}"
         request: StopRequest = {"time": utc_now(), "now": now, "by": by}
+        if time_limit:
+            request["time_limit"] = True
         write_json(self.stop_file, request)
 
     def stop_request(self) -> dict[str, Any] | None:
@@ -348,7 +395,11 @@ class RunDir:
         return [DamagedCheckpoint(p, fault) for _, p in sorted(found) if (fault := checkpoint_fault(p)) is not None]
 
     def rewind(self, samples: int, update: int) -> None:
-        """Removes the lines of updates after a checkpoint, which will be repeated; files *.undone-<k> keep them."""
+        """Removes the lines of updates after a checkpoint, which will be repeated; files *.undone-<k> keep them.
+
+        Gives up the attempts so far: a rank that was cut off must not append the lines again.
+        """
+        self.give_up_attempt()
 
         def metrics(line: Record) -> bool:
             # A script's lines have no samples if its batch size is unknown. Updates start at 0.
@@ -368,9 +419,24 @@ class RunDir:
         return read_holder(self.lock_file)
 
 
+def removed(run: RunDir) -> RunFailed:
+    """The error for a run whose directory was removed while it was running."""
+    return RunFailed(f"the run directory {run.path} was removed during the run", code=FailureCode.MISSING_FILE)
+
+
 def rank_log_name(rank: int, attempt: int) -> str:
     """The name of a rank's log in its node's log folder; the attempts after the first are named in it."""
     return f"rank-{rank}.log" if attempt <= 1 else f"rank-{rank}.attempt-{attempt}.log"
+
+
+def stacks_name(attempt: int) -> str:
+    """The name of the file with the stacks of a node's ranks, in its log folder."""
+    return "stacks.txt" if attempt <= 1 else f"stacks.attempt-{attempt}.txt"
+
+
+def nccl_dump_prefix(attempt: int) -> str:
+    """What precedes the rank in the names of NCCL's dumps, in a node's log folder."""
+    return "nccl-rank-" if attempt <= 1 else f"nccl-attempt-{attempt}-rank-"
 
 
 def _node_failures(value: Any) -> NodeFailures | None:

@@ -18,8 +18,8 @@ def cancel(
     """Stop a run on any host: after the current update and a checkpoint, or at once with --now.
 
     The request goes through the run directory. If no launcher receives it, cancel waits as long as the run has a
-    heartbeat; with --now it cancels the run's Slurm job instead. If the run has ended but Slurm has requeued its job,
-    that job is cancelled.
+    heartbeat; with --now it cancels the run's Slurm job instead. If the run has ended, a job that Slurm has requeued or
+    that was submitted to continue the run (slurm.resubmit) is cancelled.
     """
     from launcher.runs.cancel import cancel_run
     from launcher.watch.find_run import find_run

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from launcher.ds_config.findings import Finding
 from launcher.ds_config.lint_files import Linted
+from launcher.watch.terminal_safe import plain
 
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 
@@ -31,12 +32,13 @@ def print_findings(found: dict[str, Linted], device: str) -> None:
     console = Console(soft_wrap=True, highlight=False)
     for path, linted in found.items():
         for number, _, _, before, after in linted.fixed:
-            console.print(Text(f"{path}:{number}: ").append("fixed", style="green").append(f": {before} → {after}"))
+            change = plain(f": {before} → {after}")
+            console.print(Text(f"{path}:{number}: ").append("fixed", style="green").append(change))
         for finding in linted.findings:
             line = Text(_place(path, finding))
             line.append(finding.severity, style=COLOURS[finding.severity])
-            line.append(": " + ": ".join(part for part in (finding.key_path, finding.message) if part))
-            line.append(f"\n    {finding.hint}" if finding.hint else "")
+            line.append(plain(": " + ": ".join(part for part in (finding.key_path, finding.message) if part)))
+            line.append(f"\n    {plain(finding.hint)}" if finding.hint else "")
             line.append(" (--fix writes it)" if finding.fix else "", style="green")
             console.print(line)
     console.print(_summary(found, device))

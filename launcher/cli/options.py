@@ -16,6 +16,7 @@ from launcher.errors import Problem, RequestError, RunFailed
 
 JOB_FILE = typer.Argument(..., metavar="JOB.YAML", help="The job file.")
 OVERRIDES = typer.Argument(None, metavar="[SECTION.KEY=VALUE]...", help="Values that replace those in the file.")
+DETACH = typer.Option(False, "--detach", help="Run in the background, and print how to follow the run.")
 WITH_SCRIPT = {"allow_interspersed_args": False}
 """Settings of a command that takes a script after "--": options of the script are not parsed."""
 RUN = typer.Argument(..., metavar="RUN", help="A run directory, a run's name or a prefix of it, or a job's name.")

@@ -65,9 +65,11 @@ class ConfigBuilder:
             self.changes.append(Change(path, before, copy.deepcopy(value), reason))
 
     def remove(self, path: str, reason: str) -> None:
-        """Removes a key and records the change."""
+        """Removes a key and records the change. A key whose name contains a dot has no path, and stays."""
         block, _, last = path.rpartition(".")
         node = self.get(block) if block else self.config
+        if not isinstance(node, dict) or last not in node:
+            return
         self.changes.append(Change(path, node.pop(last), None, reason))
 
     def fill(self, path: str, value: Any, job_key: str, explicit: bool, reason: str) -> None:

@@ -14,8 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launcher.fleet import inspect_node
+from launcher.files import OutputMode, use_output_mode
+from launcher.fleet import inspect_health, inspect_node
 from launcher.fleet.copy_data import tokenise_on_node
+from launcher.fleet.health import NodeHealth
 from launcher.fleet.heartbeat import Heartbeat, visible_gpus
 from launcher.fleet.network import PortProbeResult, ProbePort, free_ports, interface_of, reach
 from launcher.fleet.process import RankProcess, stop_all
@@ -44,6 +46,7 @@ class NodeTask:
     address: str | None = None
     interface: str | None = None
     attempt: int = 1
+    output_mode: OutputMode = "private"
 
     def rank_environment(self, local_rank: int) -> dict[str, str]:
         """torchrun's variables for one rank; the order to start brings the master's address."""
@@ -120,9 +123,13 @@ class Agent:
         """Those of the marks that this node does not see in the run directory."""
         return inspect_node.missing_marks(run_dir, marks)
 
-    def try_all_reduce(self, environment: dict[str, str], timeout_seconds: float) -> str | None:
-        """Takes part in one small all-reduce of the nodes. Returns None or an error message."""
-        return inspect_node.try_all_reduce({**self._inherited(), **environment}, timeout_seconds)
+    def measure_health(self, run_dir: str, gpus: bool, full: bool) -> NodeHealth:
+        """The state of the node's GPUs and its write speed to the run directory."""
+        return inspect_health.measure_health(run_dir, gpus, full)
+
+    def run_probe(self, environment: dict[str, str], timeout_seconds: float) -> inspect_health.Probed:
+        """Tries the node's devices, and the network together with the other nodes."""
+        return inspect_health.run_probe({**self._inherited(), **environment}, timeout_seconds)
 
     def free_port(self) -> int:
         """A free TCP port, outside the kernel's range for outgoing connections.
@@ -137,6 +144,7 @@ class Agent:
 
         The ranks of an earlier attempt have been ended; later reports of them are dropped.
         """
+        use_output_mode(task.output_mode)
         with self._new_reports:
             self._attempt, self._closing, self._processes, self._reports = task.attempt, False, [], []
             self._new_reports.notify_all()
@@ -150,6 +158,7 @@ class Agent:
                 "host": socket.gethostname(),
                 "address": task.address,
                 "interface": task.interface,
+                "attempt": task.attempt,
             },
         )
         inherited = self._inherited()
@@ -189,7 +198,7 @@ class Agent:
         if self._log is None:
             return []
         pids = {process.rank: process.pid for process in self._processes if process.alive()}
-        return write_stacks(pids, self._log.parent)
+        return write_stacks(pids, self._log.parent, self._attempt)
 
     def end(self, grace_seconds: float) -> None:
         """Ends every rank that is still running."""

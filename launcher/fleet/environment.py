@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launcher.plan.schema import World
+from launcher.run_dir import nccl_dump_prefix
 from launcher.secret_names import is_secret
 
 _RECORDED = "2000"
@@ -43,7 +44,7 @@ def forwarded_environment(environment: Mapping[str, str], *, script: bool = Fals
     return {key: value for key, value in chosen.items() if not is_secret(key)}
 
 
-def flight_recorder(world: World, log_folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
+def flight_recorder(world: World, log_folder: Path, environment: Mapping[str, str], attempt: int = 1) -> dict[str, str]:
     """Variables with which NCCL writes its last collectives to `log_folder`/nccl-rank-<r> when one times out.
 
     Those that `environment`, a rank's other variables, sets under the same or the other name are left out.
@@ -53,7 +54,7 @@ def flight_recorder(world: World, log_folder: Path, environment: Mapping[str, st
     # Each has one name in this PyTorch and another in older ones. PyTorch prefers the new name.
     values = {
         ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): _RECORDED,
-        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"): str(log_folder / "nccl-rank-"),
+        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"): str(log_folder / nccl_dump_prefix(attempt)),
         ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1",
     }
     return {name: value for names, value in values.items() if environment.keys().isdisjoint(names) for name in names}

@@ -1,16 +1,14 @@
-"""Inspects one node before its ranks start: versions, devices, the run directory and the network."""
+"""Inspects one node before its ranks start: versions, devices and the run directory."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.fleet.process import run_command
 from launcher.fleet.shared_memory import free_space
 from launcher.plan.packages import MONITORS_AND_OPTIMIZERS
 from launcher.prepare.machine import installed_versions, measure_machine, missing_packages
@@ -18,7 +16,6 @@ from launcher.run_dir import RunDir
 
 # A network file system may report for some seconds that a file is missing, once it was asked too early.
 _APPEAR_SECONDS = 10.0
-_ALL_REDUCE = ("-P", "-m", "launcher.worker.collective_check")
 
 
 @dataclass(frozen=True)
@@ -70,14 +67,3 @@ def missing_marks(run_dir: str, marks: Sequence[str]) -> list[str]:
         if not missing or time.monotonic() > deadline:
             return missing
         time.sleep(0.1)
-
-
-def try_all_reduce(environment: Mapping[str, str], timeout_seconds: float) -> str | None:
-    """One small all-reduce with the other nodes, in a separate process. Returns None or an error message."""
-    code, output = run_command((sys.executable, *_ALL_REDUCE), environment, timeout_seconds)
-    if code == 0:
-        return None
-    lines = [line for line in output.splitlines() if line.strip()]
-    if lines:
-        return lines[-1].strip()
-    return code if isinstance(code, str) else f"exit status {code}"

@@ -9,7 +9,7 @@ from launcher.errors import FailureCode
 from launcher.first_failure import lost_peer, was_terminated
 from launcher.fleet.failures import Failure
 
-OF_DEVICES = frozenset({FailureCode.NODE_UNFIT})
+OF_DEVICES = frozenset({FailureCode.NODE_UNFIT, FailureCode.NODE_FAULTY})
 """Codes of the check before a start for which a node is excluded from the run for good."""
 _OF_MACHINES = frozenset({FailureCode.NODE_LOST, FailureCode.RANK_KILLED, FailureCode.RANK_CRASHED})
 _FOLLOWS = frozenset({FailureCode.PEER_LOST, FailureCode.TIMEOUT, FailureCode.AGENT_LOST, FailureCode.ENDED})

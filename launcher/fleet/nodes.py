@@ -68,11 +68,18 @@ class Nodes:
             self._resources = replace(self._resources, cpus=1)
         self._ray.connect(address, self._resources)
 
+    @property
+    def own_ray(self) -> bool:
+        """Whether the Ray was started here."""
+        return self._ray.own
+
     def restart_own_ray(self) -> None:
-        """Ends a Ray that was started here, after the loss of its only node: `connect` starts another."""
-        if self._ray.own:
-            self.give_up()
+        """Ends a Ray that was started here, after the loss of its head or only node: `connect` starts another."""
+        if self.own_ray:
+            # First of all, with the agents: a call to a Ray without its head blocks until Ray ends this process.
             self._ray.end_own()
+            self._placement.forget()
+            self._forget_agents()
 
     def place(self, wait_seconds: float) -> list[Node]:
         """Places one agent per node and spare node; returns the nodes. Raises RunFailed with what is missing.
@@ -97,18 +104,18 @@ class Nodes:
     def ready(self, wanted: int, at_least: int, wait_seconds: float) -> int:
         """How many nodes the next attempt can have, at most `wanted`; waits for them up to `wait_seconds`.
 
-        Nodes that do not answer or are excluded are given up, and spare nodes take their places. If fewer than
-        `at_least` are ready, all are given up, and the result is the number of nodes that can be placed.
+        Nodes that do not answer, are excluded or are drained by Ray are given up, and spare nodes take their places. If
+        fewer than `at_least` are ready, all are given up, and the result is the number of nodes that can be placed.
         """
-        self._drop_unusable()
+        drained = self._drop_unusable()
         self._placement.refill()
         self._take_in(self._placement.arrived(0.0))
         self._wait_for_agents(wanted, wait_seconds)
         if (found := self._count()) >= wanted:
             return wanted
-        # Ray itself replaces a lost node, but not an excluded one.
+        # Ray itself replaces a lost node, but not an excluded or drained one.
         replaceable = self._placement.size < wanted
-        if found >= at_least and not (replaceable and self._free_elsewhere(self.excluded)):
+        if found >= at_least and not (replaceable and (drained or self._free_elsewhere(self.excluded))):
             return found
         self.give_up()
         return wait_for_free(self._resources, wanted, wait_seconds if replaceable else 0.0, self.excluded)
@@ -143,22 +150,26 @@ class Nodes:
         """Adds nodes on which an agent has started; gives up excluded ones."""
         for node in arrived:
             if node.host in self.excluded:
-                self._placement.drop(node, excluded=True)
+                self._placement.drop(node, kept=True)
             else:
                 self.spares.append(node)
 
-    def _drop_unusable(self) -> None:
-        """Gives up nodes that do not answer or are excluded, and puts spare nodes in their places."""
-        answering = self._answering()
-        usable = [node for node in answering if node.host not in self.excluded]
+    def _drop_unusable(self) -> bool:
+        """Gives up nodes that do not answer, are excluded or are drained, and puts spare nodes in their places.
+
+        Returns whether there were drained nodes.
+        """
+        answering, drained = self._answering(), self._placement.drained()
+        usable = [node for node in answering if node.host not in self.excluded and node.agent not in drained]
         for node in (*self.nodes, *self.spares):
             if node not in usable:
-                self._placement.drop(node, excluded=node in answering)
+                self._placement.drop(node, kept=node in answering)
         before, (self.nodes, self.spares) = self.nodes, fill_places(self.nodes, self.spares, usable)
         self._answer_times.begin(len(self.nodes))
         for old, new in zip(before, self.nodes, strict=False):
             if new not in before:
                 self._log(f"          spare node {new.host} takes the place of {old.host}")
+        return bool(drained)
 
     def _wait_for_agents(self, wanted: int, wait_seconds: float) -> None:
         """Waits for agents on nodes that return or become free. Agents that are already starting may take longer."""
@@ -223,6 +234,9 @@ class Nodes:
     def give_up(self) -> None:
         """Ends the agents, and gives their resources back to Ray."""
         self._placement.remove()
+        self._forget_agents()
+
+    def _forget_agents(self) -> None:
         self.nodes, self.spares, self._pending = [], [], {}
         self._answer_times.begin(0)
 
@@ -311,7 +325,7 @@ class Nodes:
         for node, why in self._spare_watch.lost(self.spares):
             self._log(f"          spare node {node.host} is lost: {escape(why)}")
             self.spares.remove(node)
-            self._placement.drop(node, excluded=False)
+            self._placement.drop(node, kept=False)
         if time.monotonic() >= self._next_refill:
             # Again and again: an agent that Ray starts on a node before it counts it as dead never answers.
             self._next_refill = time.monotonic() + _REFILL_SECONDS

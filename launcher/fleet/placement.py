@@ -11,6 +11,7 @@ from typing import Any
 from launcher.errors import FailureCode, RunFailed
 from launcher.files import keep_private
 from launcher.fleet.agent_calls import answers
+from launcher.fleet.draining import draining_nodes
 from launcher.fleet.node import Node
 from launcher.fleet.node_resources import NodeResources, describe_request, describe_shortage, holds
 from launcher.fleet.ray_settings import NODE_LABEL
@@ -96,14 +97,21 @@ class Placement:
         now = placement_group_table(self._group)["bundles_to_node_id"] if self._starting else {}
         return any(now.get(i) in alive and now[i] != self._lost_on.get(i) for i in self._starting)
 
-    def drop(self, node: Node, *, excluded: bool) -> None:
-        """Ends the agent of a node that does not answer, or that must not be used any more."""
+    def drained(self) -> list[Any]:
+        """The agents on nodes that Ray drains: it places nothing there any more."""
+        nodes = draining_nodes() if self._agents else {}
+        return [agent for agent, ray_node in self._agents.values() if ray_node in nodes]
+
+    def drop(self, node: Node, *, kept: bool) -> None:
+        """Ends the agent of a node that does not answer, or that must not be used any more.
+
+        `kept`: the node still runs, so Ray does not place its bundle elsewhere.
+        """
         import ray
 
         for index in [index for index, (agent, _) in self._agents.items() if agent is node.agent]:
             self._lost_on[index] = self._agents.pop(index)[1]
-            if excluded:
-                # Ray keeps this bundle on the node.
+            if kept:
                 self._unused.add(index)
         with contextlib.suppress(Exception):
             ray.kill(node.agent)
@@ -119,6 +127,10 @@ class Placement:
                 ray.kill(agent)
             if self._group is not None:
                 ray.util.remove_placement_group(self._group)
+        self.forget()
+
+    def forget(self) -> None:
+        """Forgets all agents, as after the end of their Ray."""
         self._group, self._request = None, None
         self._agents, self._starting, self._lost_on, self._unused = {}, {}, {}, set()
 
@@ -195,15 +207,15 @@ def live_nodes() -> list[dict[str, Any]]:
 
 
 def _resources_of_nodes(excluded: Collection[str]) -> list[tuple[dict[str, float], dict[str, float]]] | None:
-    """The (total, free) resources of every live node that is not excluded; None if this Ray does not report them."""
+    """The (total, free) resources of every live node that is not excluded or drained; None if Ray reports none."""
     try:
         # Ray's public API reports free resources only in total, not per node.
         from ray._private.state import available_resources_per_node
     except ImportError:
         return None
-    free = available_resources_per_node()
+    free, drained = available_resources_per_node(), draining_nodes()
     nodes = [node for node in live_nodes() if node["NodeManagerHostname"] not in excluded]
-    return [(node["Resources"], free.get(node["NodeID"], {})) for node in nodes]
+    return [(node["Resources"], free.get(node["NodeID"], {})) for node in nodes if node["NodeID"] not in drained]
 
 
 def _not_on(excluded: Collection[str]) -> dict[str, str]:

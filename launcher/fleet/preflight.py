@@ -6,19 +6,24 @@ import secrets
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from launcher.errors import FailureCode, RunFailed
 from launcher.fleet.environment import rank_environment
+from launcher.fleet.health import FailedCheck, Matmul, NodeHealth, judge
+from launcher.fleet.inspect_health import Probed, add_figures
 from launcher.fleet.inspect_node import NodeFacts, missing_marks
 from launcher.fleet.nodes import Node, Nodes
+from launcher.job.schema import HealthChecks
 from launcher.plan.schema import Plan, World
+from launcher.records import HealthEvent
 from launcher.run_dir import RunDir
 
 _SAME_VERSIONS = ("launcher", "torch", "deepspeed", "transformers")
 _CLOCK_SECONDS = 1.0
 # Many nodes that load torch from a network file system at once take long.
-_ALL_REDUCE_SECONDS = 300.0
+_PROBE_SECONDS = 300.0
+_PROBE = "the process that tries the devices"
 _GRACE_SECONDS = 60.0
 _GIB = 1024**3
 _SHM_SHARE, _SHM_BYTES = 0.1, _GIB
@@ -34,20 +39,26 @@ class NodeProblem:
 
 @dataclass
 class NodeCheck:
-    """The result of checking a node: `problems` prevent a run, `notes` do not. Each note has a hint."""
+    """The result of checking a node: `problems` prevent a run, `notes` do not. Each note has a hint.
+
+    The `failed` checks of its health are among both.
+    """
 
     node_rank: int
     node: Node
     facts: NodeFacts
     problems: list[NodeProblem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    health: NodeHealth = field(default_factory=NodeHealth)
+    failed: list[FailedCheck] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Requirements:
     """What the nodes are checked against. `disk_bytes` is what a run writes; 0 if unknown.
 
-    `packages`: the packages that the plan's DeepSpeed JSON needs, each with the key that needs it.
+    `packages`: the packages that the plan's DeepSpeed JSON needs, each with the key that needs it. `health_checks` is
+    the job's cluster.health_checks.
     """
 
     world: World
@@ -56,14 +67,38 @@ class Requirements:
     environment: Mapping[str, str]
     job_env: Mapping[str, str]
     packages: Mapping[str, str] = field(default_factory=dict)
+    health_checks: HealthChecks = "auto"
 
 
 def preflight(nodes: Nodes, required: Requirements, run: RunDir) -> list[NodeCheck]:
-    """Checks every node, then runs one all-reduce over all nodes unless there are problems. Starts no rank."""
+    """Checks every node, then its devices and the network in a process per node unless there are problems.
+
+    Starts no rank. Writes an event with the figures of each node.
+    """
     checks = inspect_nodes(nodes, required, run)
-    if len(checks) > 1 and not any(check.problems for check in checks):
-        _try_all_reduce(nodes, required, checks)
+    if required.health_checks != "off":
+        _measure_health(nodes, required, checks, run)
+    unusable = any(check.problems for check in checks) or any(map(refusing, _judged(checks)))
+    if not unusable and (len(checks) > 1 or required.health_checks == "full"):
+        _run_probes(nodes, required, checks)
+    for check, failed in zip(checks, _judged(checks), strict=True):
+        check.failed = failed
+        check.problems += [NodeProblem(FailureCode.NODE_FAULTY, each.text) for each in refusing(failed)]
+        check.notes += [each.text for each in failed if not each.refuses]
+        check.notes += [f"not checked: {text}" for text in check.health.unknown]
+        if required.health_checks != "off":
+            run.event(_health_event(check))
     return checks
+
+
+def refusing(failed: Sequence[FailedCheck]) -> list[FailedCheck]:
+    """Those of the failed checks for which a run must not start on the node."""
+    return [each for each in failed if each.refuses]
+
+
+def failed_checks(checks: Sequence[NodeCheck]) -> dict[int, list[FailedCheck]]:
+    """The failed health checks by node rank, of the nodes that have any."""
+    return {check.node_rank: check.failed for check in checks if check.failed}
 
 
 def inspect_nodes(nodes: Nodes, required: Requirements, run: RunDir) -> list[NodeCheck]:
@@ -202,24 +237,61 @@ def _file_problems(facts: NodeFacts, not_shared: bool, run: RunDir) -> list[Node
     return [NodeProblem(FailureCode.NOT_SHARED, text)]
 
 
-def _try_all_reduce(nodes: Nodes, required: Requirements, checks: list[NodeCheck]) -> None:
-    """One all-reduce, with one process per node, over the interfaces that were found."""
+def _judged(checks: Sequence[NodeCheck]) -> list[list[FailedCheck]]:
+    return judge([check.health for check in checks])
+
+
+def _health_event(check: NodeCheck) -> HealthEvent:
+    """The event with the figures of a node's health checks."""
+    health = check.health
+    return {
+        "event": "health",
+        "node_rank": check.node_rank,
+        "host": check.node.host,
+        "disk_bytes_per_second": health.disk_bytes_per_second,
+        "gpus": [asdict(each) for each in health.gpus],
+        "xids": [asdict(each) for each in health.xids],
+        "matmuls": [asdict(each) for each in health.matmuls],
+        "links": {str(peer): speed for peer, speed in health.links.items()},
+        "ring_bytes_per_second": health.ring_bytes_per_second,
+        "unknown": health.unknown,
+        "failed": [asdict(each) for each in check.failed],
+    }
+
+
+def _measure_health(nodes: Nodes, required: Requirements, checks: Sequence[NodeCheck], run: RunDir) -> None:
+    order = (str(run.path), required.world.device == "cuda", required.health_checks == "full")
+    for check, health in zip(checks, nodes.ask("measure_health", [order] * len(checks)), strict=True):
+        check.health = health
+
+
+def _run_probes(nodes: Nodes, required: Requirements, checks: Sequence[NodeCheck]) -> None:
+    """One process per node tries its devices, and an all-reduce over the interfaces that were found."""
     shared = {
         "MASTER_ADDR": nodes.nodes[0].address,
         "MASTER_PORT": str(nodes.free_port(0)),
         "WORLD_SIZE": str(len(checks)),
         "LAUNCHER_BACKEND": required.world.backend,
+        "LAUNCHER_DEVICE": required.world.device,
+        "LAUNCHER_HEALTH_CHECKS": required.health_checks,
     }
     orders = []
     for check in checks:
         own = rank_environment(required.world, check.node.interface, required.environment, required.job_env)
-        orders.append(({**own, **shared, "RANK": str(check.node_rank), "LOCAL_RANK": "0"}, _ALL_REDUCE_SECONDS))
-    for check, error in zip(
-        checks, nodes.ask("try_all_reduce", orders, _ALL_REDUCE_SECONDS + _GRACE_SECONDS), strict=True
-    ):
-        if error:
+        orders.append(({**own, **shared, "RANK": str(check.node_rank), "LOCAL_RANK": "0"}, _PROBE_SECONDS))
+    answers: list[Probed] = nodes.ask("run_probe", orders, _PROBE_SECONDS + _GRACE_SECONDS)
+    for check, probed in zip(checks, answers, strict=True):
+        add_figures(check.health, probed.figures)
+        if probed.error and required.health_checks != "off" and not check.health.matmuls:
+            # It ended before it came to the network.
+            check.health.matmuls.append(Matmul(_PROBE, "", error=probed.error))
+    if any(matmul.device == _PROBE for check in checks for matmul in check.health.matmuls):
+        # The other nodes only miss the probe that ended.
+        return
+    for check, probed in zip(checks, answers, strict=True):
+        if probed.error:
             text = (
-                f"a small all-reduce over {check.node.interface} with {required.world.backend} failed: {error}: "
+                f"a small all-reduce over {check.node.interface} with {required.world.backend} failed: {probed.error}: "
                 "allow TCP between the nodes, or name the interface in cluster.env"
             )
             check.problems.append(NodeProblem(FailureCode.NETWORK, text))

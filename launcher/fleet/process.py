@@ -139,6 +139,15 @@ def children() -> set[psutil.Process]:
     return set(psutil.Process().children(recursive=True))
 
 
+def with_children(processes: Collection[psutil.Process]) -> set[psutil.Process]:
+    """The processes that still run, and those below them."""
+    found = set(processes)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.update(process.children(recursive=True))
+    return found
+
+
 def kill_all(processes: Collection[psutil.Process]) -> None:
     """Kills processes and waits for their end."""
     for process in processes:

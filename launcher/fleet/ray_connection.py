@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from launcher.errors import FailureCode, RunFailed, first_line
 from launcher.fleet.node_resources import NodeResources
-from launcher.fleet.process import children, kill_all, signals_blocked
+from launcher.fleet.process import children, kill_all, signals_blocked, with_children
 from launcher.fleet.ray_folder import RayFolder
 from launcher.fleet.ray_settings import (
     LOOPBACK_ONLY,
@@ -72,13 +72,13 @@ class RayConnection:
             return
 
     def end_own(self) -> None:
-        """Ends a Ray that was started here: `connect` starts another."""
+        """Ends a Ray that was started here, with its agents and ranks: `connect` starts another."""
         if self.folder is None:
             return
         import ray
 
+        kill_all(with_children(self._processes))
         ray.shutdown()
-        kill_all(self._processes)
         shutil.rmtree(self.folder.ray, ignore_errors=True)
         self._connected = False
 

@@ -18,7 +18,7 @@ import psutil
 
 from launcher.errors import os_error_text
 from launcher.fleet.process import run_command
-from launcher.run_dir import STACKS_FILE, utc_now
+from launcher.run_dir import stacks_name, utc_now
 
 _DUMP_SECONDS = 20.0
 _COMPARED_FRAMES = 3
@@ -52,14 +52,14 @@ class Difference:
     text: str
 
 
-def write_stacks(pids: dict[int, int], folder: Path) -> list[RankStack]:
-    """Writes the stacks of all threads of the ranks (rank: process id) to stacks.txt in `folder`. Raises no OSError."""
+def write_stacks(pids: dict[int, int], folder: Path, attempt: int = 1) -> list[RankStack]:
+    """Writes the stacks of all threads of the ranks (rank: process id) to a file in `folder`. Raises no OSError."""
     with ThreadPoolExecutor(max_workers=8) as pool:
         found = list(pool.map(lambda item: _dump(*item), pids.items()))
     text = "".join(f"{utc_now()} {_header(stack, pids[stack.rank])}\n{threads}\n" for stack, threads in found)
     stacks = [stack for stack, _ in found]
     try:
-        (folder / STACKS_FILE).write_text(text)
+        (folder / stacks_name(attempt)).write_text(text)
     except OSError as error:
         print(f"the stacks could not be written: {os_error_text(error)}", file=sys.stderr)
     return stacks

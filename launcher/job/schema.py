@@ -10,10 +10,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from launcher.files import OutputMode
 from launcher.job import slurm
 from launcher.job.upload_url import InvalidUrl, checked_url
 
 Auto = Literal["auto"]
+HealthChecks = Literal["auto", "off", "full"]
 
 
 def _whole_number(value: Any) -> Any:
@@ -29,6 +31,11 @@ def _number(value: Any) -> Any:
     if isinstance(value, bool):
         raise PydanticCustomError("not_a_number", "must be a number")
     return value
+
+
+def _off(value: Any) -> Any:
+    """Converts `off`, which YAML 1.1 reads as false."""
+    return "off" if value is False else value
 
 
 def _position(value: Any) -> Any:
@@ -145,6 +152,12 @@ class ModelSection(Section):
     )
     liger: bool = Field(
         False, description="Use liger-kernel's fused Triton kernels. Needs GPUs and a model that liger-kernel supports."
+    )
+
+    chunked_loss: bool | Auto = Field(
+        "auto",
+        description="Compute the loss for a chunk of learned tokens at a time: the same loss and gradients with less "
+        "memory than for the logits of all tokens. auto: if the model allows it and it saves memory.",
     )
 
     @model_validator(mode="after")
@@ -339,6 +352,11 @@ class ClusterSection(Section):
         "node is used.",
     )
     wait_seconds: PositiveNumber = Field(600.0, description="How long to wait for nodes of an existing Ray cluster.")
+    health_checks: Annotated[HealthChecks, BeforeValidator(_off)] = Field(
+        "auto",
+        description="Checks of GPUs, network and disk before ranks start (docs/health.md). auto: those that take at "
+        "most a few seconds. full: longer ones, also on a single machine. off: none.",
+    )
     env: dict[VariableName, Name] = Field(
         default_factory=dict,
         description="Environment variables for every rank. They are written to plan.json, so set no secrets here.",
@@ -386,6 +404,14 @@ class SlurmSection(Section):
         300, description="Seconds before the time limit at which the run is asked to save and stop."
     )
     requeue: bool = Field(True, description="Queue the job again after a node failure or preemption.")
+    resubmit: bool = Field(
+        False,
+        description="Submit another job that continues the run when the time limit stops it, until it is finished.",
+    )
+    max_jobs: PositiveInt | None = Field(
+        None,
+        description="With resubmit: how many jobs may carry out a run in a row, the first one included. Default: 10.",
+    )
     mail_user: slurm.Address | None = Field(None, description="Recipient of mail: a user or an address.")
     mail_type: list[slurm.Mail] = Field(default_factory=list, description="Events to mail: BEGIN, END, FAIL, …")
     comment: slurm.Plain | None = Field(None, description="Comment that Slurm stores with the job.")
@@ -419,6 +445,10 @@ class SlurmSection(Section):
             )
         if self.container_mounts and self.container is None:
             raise ValueError("container_mounts is set, but container is not")
+        if self.max_jobs is not None and not self.resubmit:
+            raise ValueError(
+                f"max_jobs is {self.max_jobs}, but resubmit is not set: set it to true, or remove max_jobs"
+            )
         return self
 
 
@@ -436,6 +466,11 @@ class CheckpointSection(Section):
         "same update.",
     )
     save_final: bool = Field(True, description="Save a checkpoint at the end.")
+    background: bool | Auto = Field(
+        "auto",
+        description="Write checkpoints in the background while training continues; this needs host memory for a copy "
+        "of what is saved. auto: if the memory is enough, according to the estimate.",
+    )
     upload: UploadUrl | None = Field(
         None,
         description="Copy finished checkpoints and the export to cloud storage while training continues: "
@@ -485,6 +520,11 @@ class JobBase(Section):
     slurm: SlurmSection = Field(default_factory=SlurmSection)
     export: bool = Field(True, description="Write a Hugging Face folder (safetensors) at the end.")
     output_dir: Name = Field("runs", description="Parent folder of run directories, visible to all nodes.")
+    output_mode: OutputMode = Field(
+        "private",
+        description="Who can read the run directory, with its checkpoints, logs and export. private: only you. group: "
+        "also your group, or that of output_dir if it has the setgid bit. Only you can write.",
+    )
 
 
 class Job(JobBase):

@@ -44,8 +44,8 @@ _AFTER = rf"after:{_JOB}(?:\+[0-9]+)?(?::{_JOB}(?:\+[0-9]+)?)*"
 _AFTER_END = rf"after(?:any|burstbuffer|corr|notok|ok):{_JOB}(?::{_JOB})*"
 _CONDITION = rf"(?:{_AFTER}|{_AFTER_END}|singleton)"
 _RANGE = r"[0-9]+(?:-[0-9]+(?::[1-9][0-9]*)?)?"
-_RESOURCE = r"[A-Za-z0-9_]+(?::[A-Za-z0-9_][A-Za-z0-9_.-]*)?(?::[0-9]+[KkMmGgTtPp]?)?"
-_TIME = r"[0-9]+(?::[0-9]{1,2}){0,2}|[0-9]+-[0-9]{1,2}(?::[0-9]{1,2}){0,2}|UNLIMITED|INFINITE"
+_RESOURCE = r"[A-Za-z0-9_]+(?::[A-Za-z0-9_][A-Za-z0-9_.-]*)?(?::[0-9]{1,9}[KkMmGgTtPp]?)?"
+_TIME = r"[0-9]{1,9}(?::[0-9]{1,2}){0,2}|[0-9]{1,9}-[0-9]{1,2}(?::[0-9]{1,2}){0,2}|UNLIMITED|INFINITE"
 
 Word = Annotated[str, Grammar(_WORD, "a name of letters, digits and _ . @ + -, not starting with . @ + or -")]
 Words = Annotated[str, Grammar(rf"{_WORD}(?:,{_WORD})*", "names of letters, digits and _ . @ + -, separated by commas")]
@@ -200,5 +200,6 @@ def time_seconds(time: str) -> int | None:
 def gres_gpus(gres: str) -> int | None:
     """GPUs per node in a list of generic resources; None if it has no gpu entry."""
     entries = [entry.split(":") for entry in gres.split(",")]
-    counts = [int(entry[-1]) if entry[-1].isdigit() else 1 for entry in entries if entry[0] == "gpu"]
+    # A longer number is a type: Slurm counts to 2^32.
+    counts = [int(entry[-1]) if re.fullmatch("[0-9]{1,9}", entry[-1]) else 1 for entry in entries if entry[0] == "gpu"]
     return sum(counts) if counts else None

@@ -61,11 +61,11 @@ class CurveStats:
 def curve_stats(curve: Curve) -> CurveStats:
     """The statistics of a curve with one update or more. Without `floor_lr` the lowest learning rate is the floor."""
     highest, floor = max(curve.lrs), min(curve.lrs) if curve.floor_lr is None else curve.floor_lr
-    area = math.fsum(curve.lrs)
+    area, half = math.fsum(curve.lrs), min(highest, highest / 2)
     return CurveStats(
         highest_lr=highest,
         highest_update=curve.updates[curve.lrs.index(highest)],
-        half_update=next(u for u, lr in zip(curve.updates, curve.lrs, strict=True) if lr >= highest / 2),
+        half_update=next(u for u, lr in zip(curve.updates, curve.lrs, strict=True) if lr >= half),
         floor_lr=floor,
         # A floor computed as a fraction of the peak can be off by one ulp.
         at_floor=sum(lr <= floor * (1 + 1e-12) for lr in curve.lrs),

@@ -12,6 +12,7 @@ from typing import Any
 from launcher.ds_config import DsConfig, read_ds_config
 from launcher.ds_config.facts import AUTO, as_number
 from launcher.errors import Problem, RequestError, nearest
+from launcher.job.schema import MOST_UPDATES
 from launcher.lr_report.curves import Curve, schedule_curve, with_shapes
 from launcher.lr_report.report import LRReport, paste_notes
 from launcher.schedule.curve import Schedule, deepspeed_blocks, make_schedule
@@ -20,6 +21,7 @@ from launcher.schedule.safety import deepspeed_warnings
 
 SHAPES_OF = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 DEFAULT_OPTIMIZER_LR = 1e-3
+_LARGEST_LR = 1e100
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,17 @@ def deepspeed_report(path: Path, settings: Sequence[str], updates: int | None, s
     if not path.is_file():
         raise RequestError(Problem("file not found", file=str(path), key="--deepspeed"))
     config = _with_settings(read_ds_config(path), settings)
+    if updates is not None:
+        _check_length(updates, "--updates")
     with _locate_problems(config):
         written = _written(config, updates)
         if written.kind is None:
-            return _without_scheduler(path, written, shapes)
+            report = _without_scheduler(path, written, shapes)
+            _check_finite(report.curves[0], config)
+            return report
         arguments = (written.kind, written.params, written.optimizer_lr, written.updates)
         own = Curve.of("as written", simulate_deepspeed(*arguments))
+        _check_finite(own, config)
         warnings = deepspeed_warnings(*arguments)
     schedule, notes = _fixed(written)
     curves = [own, *_fixed_curves(schedule, shapes)]
@@ -60,6 +67,13 @@ def deepspeed_report(path: Path, settings: Sequence[str], updates: int | None, s
         blocks=_fixed_blocks(config, schedule),
         blocks_notes=notes,
     )
+
+
+def _check_finite(curve: Curve, config: DsConfig) -> None:
+    """Raises RequestError if a learning rate is NaN, Inf or so large that the sum of all is."""
+    if not all(abs(lr) < _LARGEST_LR for lr in curve.lrs):
+        key = "scheduler.params" if config.get("scheduler") else "optimizer.params.lr"
+        raise RequestError(config.problem(key, f"a learning rate is NaN, Inf or above {_LARGEST_LR:g}"))
 
 
 def _with_settings(config: DsConfig, settings: Sequence[str]) -> DsConfig:
@@ -101,6 +115,8 @@ def _written(config: DsConfig, updates: int | None) -> _WrittenScheduler:
     if any(isinstance(value, list) for value in params.values()):
         notes.append("A list has one learning rate per parameter group; the report shows the first group.")
     total = resolved_params(kind, params).get("total_num_steps", 0)
+    if updates is None:
+        _check_length(total, "scheduler.params.total_num_steps")
     length = updates or (int(total) if total >= 1 else _require_updates(None))
     return _WrittenScheduler(kind, params, _initial_lr(config, kind, params), length, tuple(notes))
 
@@ -150,6 +166,11 @@ def _type_and_params(config: DsConfig, block: Any) -> tuple[str, dict[str, Any]]
     if not isinstance(params, dict):
         raise RequestError(config.problem("scheduler.params", f"expected a block, found {params!r}"))
     return kind, dict(params)
+
+
+def _check_length(updates: float, key: str) -> None:
+    if updates > MOST_UPDATES:
+        raise RequestError(Problem(f"the run has {updates:,} updates, more than {MOST_UPDATES:,}", key=key))
 
 
 def _require_updates(updates: int | None) -> int:
@@ -248,6 +269,7 @@ def _fixed_blocks(config: DsConfig, schedule: Schedule | None) -> dict[str, Any]
     blocks = deepspeed_blocks(schedule)
     written = config.get("optimizer")
     if isinstance(written, dict):
-        params = {**(written.get("params") or {}), "lr": schedule.peak_lr}
+        found = written.get("params")
+        params = {**(found if isinstance(found, dict) else {}), "lr": schedule.peak_lr}
         blocks["optimizer"] = {**written, "params": params}
     return blocks

@@ -18,6 +18,7 @@ class ModelFacts(Facts):
     of them; fewer where model.freeze holds some; under model.lora the adapters' alone, which are not in `parameters`.
     `adapted_modules` are the last names of the modules that adapters stand on; empty without model.lora.
     `whole_attention`: every layer attends to all that came before, through transformers' exchangeable attention.
+    `chunked_loss`: the loss can be computed for a chunk of tokens at a time, from the output layer alone.
     `attention_heads` is 0 for a model without attention. `vocab_size` is the number of rows of the input embeddings.
     `router_loss_coefficient`: how many times the balance loss of its experts' routers is added to the loss; None
     without one. `notes` are sentences for the plan's warnings.
@@ -42,6 +43,7 @@ class ModelFacts(Facts):
     supports_gradient_checkpointing: bool
     has_chat_template: bool
     router_loss_coefficient: float | None = None
+    chunked_loss: bool = False
     notes: tuple[str, ...] = ()
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
-from launcher.ds_config.sizes import zero_sizes
+from launcher.ds_config.sizes import ZeroSizes, zero_sizes
 from launcher.job import Job
+from launcher.plan.checkpoint_copy import copy_bytes
 from launcher.plan.facts import MachineFacts, ModelFacts
 from launcher.plan.inputs import PlanInputs
-from launcher.plan.memory import MemoryEstimate, Work, estimate_memory, export_bytes, host_bytes
+from launcher.plan.loss_memory import chunk_bytes, logits_bytes
+from launcher.plan.memory import WIDTHS, MemoryEstimate, Work, estimate_memory, export_bytes, host_bytes
+from launcher.plan.model_options import whole_logits_reason
 from launcher.plan.schema import World
 
 _USABLE = 0.9
@@ -26,27 +29,84 @@ class MemoryNeeds:
 
     def estimate(self, micro_batch: int) -> MemoryEstimate:
         """The bytes that one rank needs."""
-        section, world = self.inputs.job.model, self.inputs.world
-        work = Work(
+        world = self.inputs.world
+        work = replace(self._work(micro_batch), chunked_loss=self.chunked_loss(micro_batch))
+        return estimate_memory(
+            self.model, self._sizes, work, precision=self.inputs.precision, device=world.device, world_size=world.size
+        )
+
+    def _work(self, micro_batch: int) -> Work:
+        section = self.inputs.job.model
+        return Work(
             micro_batch=micro_batch,
-            sequence_length=-(-self.longest // world.sequence_parallel_size),
+            sequence_length=-(-self.longest // self.inputs.world.sequence_parallel_size),
             gradient_checkpointing=section.gradient_checkpointing,
             eager_attention=section.attn_implementation == "eager",
             fused_loss=section.liger,
             evaluated=self.inputs.job.data.eval is not None,
         )
-        sizes = zero_sizes(self.inputs.ds_config, self.model.hidden_size)
-        return estimate_memory(
-            self.model, sizes, work, precision=self.inputs.precision, device=world.device, world_size=world.size
-        )
+
+    def chunked_loss(self, micro_batch: int) -> bool:
+        """Whether the loss is computed for a chunk of tokens at a time."""
+        setting = self.inputs.job.model.chunked_loss
+        if not setting or whole_logits_reason(self.inputs, self.model) is not None:
+            return False
+        tokens, width = self._work(micro_batch).tokens, WIDTHS[self.inputs.precision]
+        saves_memory = chunk_bytes(self.model, tokens, width) < logits_bytes(self.model, tokens)
+        return setting is True or saves_memory
 
     def host_bytes(self, micro_batch: int) -> int:
-        """The bytes of host memory that a node needs."""
+        """The bytes of host memory that a node needs, with the copy of a checkpoint if the job asks for it."""
         job, world = self.inputs.job, self.inputs.world
-        stage = zero_sizes(self.inputs.ds_config, self.model.hidden_size).stage
-        gathered = job.model.lora.merge if job.model.lora else stage == 3
+        gathered = job.model.lora.merge if job.model.lora else self._sizes.stage == 3
         exported = export_bytes(self.model, self.inputs.precision) if job.export and gathered else 0
-        return host_bytes(self.estimate(micro_batch), world.processes_per_node, world.device, exported)
+        needed = host_bytes(self.estimate(micro_batch), world.processes_per_node, world.device, exported)
+        return needed + (self.copy_bytes or 0) if job.checkpoint.background is True else needed
+
+    @property
+    def copy_bytes(self) -> int | None:
+        """The bytes of host memory that the copies of a checkpoint need on a node.
+
+        None if no checkpoint can be written in the background: none is due before the end, or states are on NVMe.
+        """
+        if not self._saves_before_the_end or self._on_nvme:
+            return None
+        return copy_bytes(self.model, self._sizes, self.inputs.precision, self.inputs.world)
+
+    def background_copy_bytes(self, micro_batch: int) -> int | None:
+        """`copy_bytes` if checkpoints are written in the background, else None."""
+        setting, copied = self.inputs.job.checkpoint.background, self.copy_bytes
+        if setting != "auto" or copied is None:
+            return copied if setting else None
+        limits = memory_limits(self.inputs.world, self.inputs.machine)
+        fits = limits.device is not None and self.host_bytes(micro_batch) + copied <= limits.host
+        return copied if fits else None
+
+    def background_warnings(self, micro_batch: int) -> list[str]:
+        """Why training waits while a checkpoint is written, if the job does not ask for that."""
+        setting, copied = self.inputs.job.checkpoint.background, self.copy_bytes
+        if not setting or not self._saves_before_the_end or self.background_copy_bytes(micro_batch) is not None:
+            return []
+        if copied is None:
+            return ["training waits while a checkpoint is written: DeepSpeed copies the states on NVMe itself"]
+        reason = f"a copy of what is saved needs about {copied / GIB:.1f} GiB of host memory per node"
+        return [
+            f"training waits while a checkpoint is written: {reason}, and it is not known to be available; if it is, "
+            f"set checkpoint.background: true"
+        ]
+
+    @property
+    def _sizes(self) -> ZeroSizes:
+        return zero_sizes(self.inputs.ds_config, self.model.hidden_size)
+
+    @property
+    def _saves_before_the_end(self) -> bool:
+        section = self.inputs.job.checkpoint
+        return section.every is not None or section.keep_every is not None
+
+    @property
+    def _on_nvme(self) -> bool:
+        return "nvme" in astuple(self._sizes.offload)
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,8 @@ def decide_schedule(inputs: PlanInputs[J], situation: Situation, *, limited: boo
     """
     job, user = inputs.job, inputs.ds_config
     written, lr = scheduler_of(user), (optimizer_of(user) or {}).get("params", {}).get("lr")
+    if lr is not None and (isinstance(lr, bool) or not isinstance(lr, int | float)):
+        raise RequestError(user.problem("optimizer.params.lr", f"must be a number, found {lr!r}"))
     shape_in_job = "schedule.shape" in inputs.explicit
     shape = None if shape_in_job else _SHAPES.get(auto_scheduler(user) or "")
     if written is None or shape_in_job or shape:

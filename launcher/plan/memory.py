@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass
 
 from launcher.ds_config.sizes import ZeroSizes
 from launcher.plan.facts import ModelFacts
+from launcher.plan.loss_memory import chunk_bytes, logits_bytes
 
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 _MASTER, _ADAM_MOMENTS = 4, 8
 _ADAM_VECTORS = 8
 """PyTorch's Adam without a fused kernel allocates two float32 vectors as large as the updated weights."""
@@ -31,7 +32,7 @@ FRAGMENTATION = {"cuda": 0.05, "cpu": 0.3}
 100M models in benchmarks/memory.py; smaller models have more, since glibc does not return small tensors one by one."""
 PROCESS_BYTES = 512 * 1024**2
 """Host memory of a rank's Python with torch, transformers and DeepSpeed loaded."""
-_PINNED = 1.5
+PINNED = 1.5
 """Pinned buffers are rounded up to powers of two; DeepSpeed's own estimators use this factor."""
 
 
@@ -75,6 +76,7 @@ class Work:
     eager_attention: bool = False
     fused_loss: bool = False
     evaluated: bool = False
+    chunked_loss: bool = False
 
     @property
     def padded_length(self) -> int:
@@ -148,7 +150,7 @@ def estimate_memory(
     model: ModelFacts, zero: ZeroSizes, work: Work, *, precision: str, device: str, world_size: int
 ) -> MemoryEstimate:
     """Bytes that one rank needs for micro-batches of `work`. Only trained parameters have gradients and states."""
-    width = _BYTES[precision]
+    width = WIDTHS[precision]
     activations, logits = _forward(model, work, width)
     usage = _usage(_sizes_of(model, zero, width, world_size, cpu=device == "cpu"))
     forward = usage.gradients + activations + logits
@@ -180,7 +182,7 @@ def host_bytes(estimate: MemoryEstimate, processes: int, device: str, exported: 
 
 def export_bytes(model: ModelFacts, precision: str) -> int:
     """Host memory of the whole weights, which the first rank gathers or merges for the export."""
-    return model.parameters * _BYTES[precision]
+    return model.parameters * WIDTHS[precision]
 
 
 def _forward(model: ModelFacts, work: Work, width: int) -> tuple[int, int]:
@@ -193,7 +195,10 @@ def _forward(model: ModelFacts, work: Work, width: int) -> tuple[int, int]:
     attention = 4 * width * hidden + work.eager_attention * _matrix_bytes(model, work, width)
     layer = tokens * (norms + attention + 4 * width * model.intermediate_size)
     backward = tokens * 3 * width * model.intermediate_size
-    logits = 0 if work.fused_loss else tokens * model.vocab_size * 12
+    if work.fused_loss:
+        logits = 0
+    else:
+        logits = chunk_bytes(model, tokens, width) if work.chunked_loss else logits_bytes(model, tokens)
     if not work.gradient_checkpointing:
         activations = model.layers * layer + max(0, backward - logits)
     else:
@@ -358,4 +363,4 @@ def _stage3_host(sizes: _Sizes, part: int, weights: int) -> tuple[int, int]:
 
 
 def _pinning(sizes: _Sizes) -> float:
-    return _PINNED if sizes.zero.pinned and not sizes.cpu else 1.0
+    return PINNED if sizes.zero.pinned and not sizes.cpu else 1.0

@@ -118,6 +118,31 @@ def sequence_parallel_problems(job: Job, model: ModelFacts) -> Iterator[Problem]
         )
 
 
+def check_chunked_loss(inputs: PlanInputs[Job], model: ModelFacts) -> None:
+    """Raises RequestError if the job sets chunked_loss: true, but the loss cannot be chunked."""
+    if inputs.job.model.chunked_loss is True and (reason := whole_logits_reason(inputs, model)) is not None:
+        hint = "remove it: auto computes the logits of all tokens here"
+        raise RequestError(Problem(reason, key="model.chunked_loss", hint=hint))
+
+
+def whole_logits_reason(inputs: PlanInputs[Job], model: ModelFacts) -> str | None:
+    """Why the loss needs the logits of all tokens at once; None if it can be chunked."""
+    section = inputs.job.model
+    for option in ("liger", "torch_compile"):
+        if getattr(section, option):
+            return f"it cannot be combined with model.{option}"
+    if inputs.precision == "fp16":
+        return "in float16 its gradients would be computed before the loss is scaled, and small ones would become zero"
+    if as_bool(inputs.ds_config.get("torch_autocast.enabled")):
+        return "it cannot be combined with torch_autocast in the DeepSpeed JSON"
+    if not model.chunked_loss:
+        return (
+            f"the logits of this {model.model_type} are not only the product of its output layer (a cap, a factor, an "
+            "adapter or other code), or a small instance of the model could not be run"
+        )
+    return None
+
+
 def _sequence_parallel(job: Job, user: DsConfig) -> Iterator[Problem]:
     """Options with which the gradients would be wrong, or are not tested."""
     if job.model.sequence_parallel_size == 1:

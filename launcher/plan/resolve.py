@@ -14,7 +14,12 @@ from launcher.plan.fit import MemoryNeeds, memory_limits, memory_warnings
 from launcher.plan.inputs import PlanInputs
 from launcher.plan.learning_rate import decide_lr
 from launcher.plan.length import check_token_ids, default_batch_limit, length_warnings, resolve_length
-from launcher.plan.model_options import check_model_options, model_option_warnings, sequence_parallel_problems
+from launcher.plan.model_options import (
+    check_chunked_loss,
+    check_model_options,
+    model_option_warnings,
+    sequence_parallel_problems,
+)
 from launcher.plan.schema import ConfigChange, Length, Plan, Training
 from launcher.version import __version__
 
@@ -23,6 +28,7 @@ def resolve(inputs: PlanInputs[Job], model: ModelFacts, data: DataFacts) -> Plan
     """The plan of a training. Raises RequestError if job, JSON and measurements contradict each other."""
     job, user = inputs.job, inputs.ds_config
     check_model_options(inputs)
+    check_chunked_loss(inputs, model)
     check_model(job, model)
     check_token_ids(data, model)
     needs = MemoryNeeds(inputs, model, longest_sequence(data))
@@ -47,7 +53,14 @@ def resolve(inputs: PlanInputs[Job], model: ModelFacts, data: DataFacts) -> Plan
     micro = batch.train_micro_batch_size_per_gpu
     return Plan(
         launcher=__version__,
-        workload=Training(job=job, model=model, data=data, memory=needs.estimate(micro).to_dict()),
+        workload=Training(
+            job=job,
+            model=model,
+            data=data,
+            memory=needs.estimate(micro).to_dict(),
+            chunked_loss=needs.chunked_loss(micro),
+            background_copy_bytes=needs.background_copy_bytes(micro),
+        ),
         machine=inputs.machine,
         world=inputs.world,
         precision=inputs.precision,
@@ -65,6 +78,7 @@ def resolve(inputs: PlanInputs[Job], model: ModelFacts, data: DataFacts) -> Plan
             *data_warnings(job, data),
             *memory_warnings(needs, micro),
             *_checkpoint_warnings(job, length),
+            *needs.background_warnings(micro),
             *model_option_warnings(inputs),
         ),
     )

@@ -132,13 +132,20 @@ class Resumed(Part):
 
 
 class Training(Part):
-    """Fine-tuning by the launcher itself. `memory` is the estimate of one rank's bytes, by content."""
+    """Fine-tuning by the launcher itself. `memory` is the estimate of one rank's bytes, by content.
+
+    `chunked_loss`: the loss is computed for a chunk of tokens at a time.
+    `background_copy_bytes` is the host memory of a node for the copies of a checkpoint that is written in the
+    background; None if training waits while a checkpoint is written.
+    """
 
     kind: Literal["training"] = "training"
     job: Job
     model: ModelFacts
     data: DataFacts
     memory: dict[str, int]
+    chunked_loss: bool = False
+    background_copy_bytes: int | None = None
     recommendation: Recommendation | None = None
 
 

@@ -106,9 +106,18 @@ def measure_model(folder: Path, section: ModelSection, *, trained_here: bool = T
         facts = facts.model_copy(update=_checked(folder, section, config, model, facts.parameters))
     if section.lora is None and not section.freeze:
         return facts
+    from launcher.chunked_loss import LossLayer
+
     model = set_trainable(model, section)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return facts.model_copy(update={"trainable_parameters": trained, "adapted_modules": adapted_modules(model)})
+    return facts.model_copy(
+        update={
+            "trainable_parameters": trained,
+            "adapted_modules": adapted_modules(model),
+            # Adapters may have replaced the output layer.
+            "chunked_loss": facts.chunked_loss and LossLayer.fits(model),
+        }
+    )
 
 
 def _checked_call(folder: Path, make: Callable[[], T]) -> T:
@@ -139,7 +148,7 @@ def _checked(folder: Path, section: ModelSection, config: Any, model: Any, param
     check_weights(loading, {name for name, _ in model.named_parameters(remove_duplicate=False)}, str(folder))
     coefficient = router_loss_coefficient(config, probe)
     notes = (*unused_weights(loading), *kind_notes(config, probe, coefficient))
-    return {"router_loss_coefficient": coefficient, "notes": notes}
+    return {"router_loss_coefficient": coefficient, "chunked_loss": probe.chunked_loss, "notes": notes}
 
 
 def check_liger(model_type: str) -> None:

@@ -31,6 +31,7 @@ class ModelProbeResult:
     `plain_loss` the mean next-token cross entropy of its logits, both in nats. `shifts_labels`: `own_loss` is for the
     next token (a few old classes expect shifted labels). `router_loss` is the balance loss of the routers before its
     coefficient; None if the config does not enable it or the class has none. `has_router_loss`: the class has one.
+    `chunked_loss`: the loss from the output layer alone (`launcher.chunked_loss`) equals that of the logits.
     """
 
     causal: bool | None = None
@@ -39,6 +40,7 @@ class ModelProbeResult:
     shifts_labels: bool = True
     router_loss: float | None = None
     has_router_loss: bool = False
+    chunked_loss: bool = False
     failure: str | None = None
 
 
@@ -122,9 +124,11 @@ def _losses(model: Any, ids: Any, output: Any) -> dict[str, Any]:
     logits = output.logits[0].float()
     router, own = _number(output, "aux_loss"), _number(output, "loss")
     unshifted = float(functional.cross_entropy(logits, ids[0]))
+    plain = float(functional.cross_entropy(logits[:-1], ids[0, 1:]))
     return {
         "own_loss": own,
-        "plain_loss": float(functional.cross_entropy(logits[:-1], ids[0, 1:])),
+        "plain_loss": plain,
+        "chunked_loss": _chunked_loss_equals(model, ids, plain),
         "shifts_labels": own is None or abs(own - unshifted) > _TOLERANCE,
         "router_loss": router,
         "has_router_loss": router is not None or _has_router_loss(model, ids),
@@ -170,6 +174,24 @@ def _has_router_loss(model: Any, ids: Any) -> bool:
         return _number(_forward(model, ids, output_router_logits=True), "aux_loss") is not None
     except (TypeError, ValueError, AttributeError):
         return False
+
+
+def _chunked_loss_equals(model: Any, ids: Any, plain: float) -> bool:
+    from torch.nn import functional
+
+    from launcher.chunked_loss import LossLayer
+
+    if not LossLayer.fits(model):
+        return False
+    targets = functional.pad(ids[:, 1:], (0, 1))
+    learned = functional.pad(ids[:, 1:] >= 0, (0, 1))
+    try:
+        with LossLayer(model).computing_loss(targets, learned):
+            summed = _forward(model, ids).logits
+    except (ValueError, RuntimeError, IndexError, TypeError):
+        # The class does more with the logits than to return them.
+        return False
+    return summed.numel() == 1 and abs(float(summed) / int(learned.sum()) - plain) <= _TOLERANCE * (1 + plain)
 
 
 def _number(output: Any, name: str) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,6 @@ from rich.markup import escape
 
 from launcher.errors import FailureCode, RequestError, RunFailed, first_line
 from launcher.export_folder import export_fault
-from launcher.fleet.failures import Failure
 from launcher.fleet.node_failures import failed_nodes
 from launcher.fleet.node_resources import NodeResources
 from launcher.fleet.nodes import GRACE_SECONDS, Nodes
@@ -29,7 +28,6 @@ from launcher.runs.outcome import Outcome
 from launcher.runs.rest import Rest, plan_on, rest_from, rest_on
 from launcher.runs.restart_policy import DEFAULT_RESTARTS, Decision, FailedAttempt, decide
 from launcher.runs.resume_steps import export_only, prepare_start, report_damage
-from launcher.watch.memory_evidence import memory_of
 
 if TYPE_CHECKING:
     from launcher.runs.supervisor import Supervisor
@@ -38,7 +36,15 @@ if TYPE_CHECKING:
 class Attempts:
     """The attempts of one launcher to carry out the plan of a run directory. `plan` is that of the last attempt."""
 
-    def __init__(self, directory: RunDir, console: RunConsole, interrupts: Interrupts) -> None:
+    def __init__(
+        self,
+        directory: RunDir,
+        console: RunConsole,
+        interrupts: Interrupts,
+        on_rewind: Callable[[int], None] = lambda _samples: None,
+    ) -> None:
+        """`on_rewind` is called before each restart, with the samples after which it continues."""
+        self._on_rewind = on_rewind
         self._directory, self._console, self._interrupts = directory, console, interrupts
         self._failed: list[FailedAttempt] = []
         self._nodes: Nodes | None = None
@@ -122,11 +128,10 @@ class Attempts:
         """
         nodes, cluster = supervisor.nodes, self.plan.job.cluster
         hosts = [node.host for node in nodes.nodes]
-        failures = [each for each in supervisor.failures if not self._out_of_memory(each, hosts)]
         least = cluster.min_nodes or self._wanted_nodes
         with printing_errors(self._console.note, "the failures of nodes could not be written"):
             for host, reason in count_failures(
-                self._directory, failed_nodes(failures, hosts), cluster.exclude_after
+                self._directory, failed_nodes(supervisor.failures, hosts), cluster.exclude_after
             ).items():
                 if nodes.can_do_without(host, least):
                     self._exclude(nodes, {host: reason})
@@ -134,12 +139,6 @@ class Attempts:
                     text = f"{host} {reason}; it is used until the run ends, since no other node is free"
                     self._console.note(f"          {escape(text)}")
         return any(host in nodes.excluded and nodes.can_do_without(host, least) for host in hosts)
-
-    def _out_of_memory(self, failure: Failure, hosts: Sequence[str]) -> bool:
-        """Whether the kernel killed the rank for lack of memory, for which the job is to blame, not the node."""
-        if failure.code is not FailureCode.RANK_KILLED:
-            return False
-        return memory_of(self._directory, failure.node_rank, hosts[failure.node_rank]).killed
 
     def _allowed_restarts(self) -> int:
         """The job's `train.restarts`, or its default: only a script knows how it resumes."""
@@ -160,7 +159,8 @@ class Attempts:
 
     def _prepare_restart(self) -> Outcome | None:
         """Finds the checkpoint for the next attempt. Returns the outcome if all updates were made already."""
-        if self._nodes is not None and self._failed[-1].lost_hosts:
+        last = self._failed[-1]
+        if self._nodes is not None and (last.lost_hosts or last.code is FailureCode.RAY_LOST):
             self._nodes.restart_own_ray()
         if isinstance(self.plan.workload, Script):
             # Only the script knows at which update it resumes: `launcher.report` restores the lines before that update.
@@ -175,6 +175,7 @@ class Attempts:
             self._directory.rewind(samples=0, update=-1)
         else:
             prepare_start(self._start, self._directory, self._console)
+        self._on_rewind(self._start.samples if self._start else 0)
         return None
 
     def _newest_rest(self) -> Rest | None:
@@ -259,4 +260,7 @@ def _failed_attempt(supervisor: Supervisor, error: RunFailed, *, saved: bool, ex
     lost = {hosts[each.node_rank] for each in supervisor.failures if each.code is FailureCode.NODE_LOST}
     first = supervisor.failures[0] if supervisor.failures else None
     text = (first.error or first.how) if first else first_line(error)
-    return FailedAttempt(error.code, supervisor.updates_made, saved, text, tuple(sorted(lost)), excluded)
+    own_ray = supervisor.nodes.own_ray and bool(hosts)
+    return FailedAttempt(
+        error.code, supervisor.updates_made, saved, text, tuple(sorted(lost)), excluded=excluded, own_ray=own_ray
+    )

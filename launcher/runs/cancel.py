@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from launcher.errors import Problem, RequestError, RunFailed
@@ -20,12 +21,12 @@ _POLL_SECONDS = 1.0
 def cancel_run(directory: RunDir, *, now: bool, wait: bool, echo: Callable[[str], None]) -> None:
     """Stops a run on any host, and reports with `echo`. Raises RunFailed if no launcher receives the request.
 
-    The request goes through the run directory. If the run has ended but Slurm has requeued its job, that job is
-    cancelled.
+    The request goes through the run directory. If the run has ended but Slurm has requeued its job, or another job was
+    submitted to continue the run, that job is cancelled.
     """
     state = _state(directory)
     if state.get("state") in ENDED:
-        _cancel_requeued_job(directory, state, echo)
+        _cancel_later_jobs(directory, state, echo)
         return
     requests = _requests_received(directory)
     _request_stop(directory, now=now)
@@ -41,16 +42,27 @@ def cancel_run(directory: RunDir, *, now: bool, wait: bool, echo: Callable[[str]
         echo(f"{ended['state']}{reason}; updates made: {_updates(directory)}")
 
 
-def _cancel_requeued_job(directory: RunDir, state: dict[str, Any], echo: Callable[[str], None]) -> None:
-    """Cancels the Slurm job of a run that has ended if Slurm has requeued it."""
+def _cancel_later_jobs(directory: RunDir, state: dict[str, Any], echo: Callable[[str], None]) -> None:
+    """Cancels the Slurm jobs that would continue a run that has ended: its own if it was requeued, and the next one."""
     from launcher.slurm.queue import cancel_slurm_job, slurm_job_state
+    from launcher.watch.run_session import continued_by
 
     name, job = directory.path.name, state.get("slurm_job_id")
-    if state["state"] == "finished" or not job or slurm_job_state(job) != "PENDING":
+    found: list[str] = []
+    if state["state"] == "stopped" and job:
+        # The launcher may be about to submit the next job: it reads this file afterwards.
+        with suppress(OSError):
+            directory.request_stop(now=False)
+    if state["state"] != "finished" and job and slurm_job_state(job) == "PENDING":
+        cancel_slurm_job(job)
+        found.append(f"{job}, which was requeued")
+    if (following := continued_by(directory, state)) and slurm_job_state(following) is not None:
+        cancel_slurm_job(following)
+        found.append(f"{following}, which was submitted to continue it")
+    if not found:
         echo(f"{name} has already ended: {state['state']}")
         return
-    cancel_slurm_job(job)
-    echo(f"{name} had already ended ({state['state']}); cancelled its Slurm job {job}, which was requeued")
+    echo(f"{name} had already ended ({state['state']}); cancelled its Slurm job {' and '.join(found)}")
 
 
 def _request_stop(directory: RunDir, *, now: bool) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from launcher.errors import RunFailed, code_of
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
-from launcher.run_dir import RunDir
+from launcher.run_dir import RunDir, removed
 from launcher.runs.attempts import Attempts
 from launcher.runs.console import RunConsole
 from launcher.runs.failure_record import record_failure
@@ -16,23 +17,47 @@ from launcher.runs.interrupts import Interrupts
 from launcher.runs.outcome import Outcome, RunResult
 from launcher.runs.summary import how_to_continue, print_summary
 from launcher.runs.upload import uploading
+from launcher.watch.run_session import is_removed
+
+OnStop = Callable[[Interrupts], None]
 
 
 def carry_out(
-    plan: Plan, plan_file: Path, directory: RunDir, console: RunConsole, start: Start | None, interrupts: Interrupts
+    plan: Plan,
+    plan_file: Path,
+    directory: RunDir,
+    console: RunConsole,
+    start: Start | None,
+    interrupts: Interrupts,
+    on_stop: OnStop | None = None,
 ) -> RunResult:
     """Runs the plan in `plan_file`, from the checkpoint of `start` if given, prints a summary, and uploads the results.
 
-    Raises RunFailed, and KeyboardInterrupt if the run is stopped at once.
+    `on_stop` is called if a signal or a request stops the run, before the uploads end. Raises RunFailed, and
+    KeyboardInterrupt if the run is stopped at once.
     """
-    with uploading(plan, directory, console, interrupts, start):
-        return _carry_out(plan, plan_file, directory, console, start, interrupts)
+    with uploading(plan, directory, console, interrupts, start) as on_rewind:
+        attempts = Attempts(directory, console, interrupts, on_rewind)
+        try:
+            result = _carry_out(attempts, plan, plan_file, directory, console, start, interrupts)
+        except KeyboardInterrupt:
+            if on_stop is not None:
+                on_stop(interrupts)
+            raise
+        if on_stop is not None and result.outcome.state == "stopped" and result.outcome.reason is None:
+            on_stop(interrupts)
+        return result
 
 
 def _carry_out(
-    plan: Plan, plan_file: Path, directory: RunDir, console: RunConsole, start: Start | None, interrupts: Interrupts
+    attempts: Attempts,
+    plan: Plan,
+    plan_file: Path,
+    directory: RunDir,
+    console: RunConsole,
+    start: Start | None,
+    interrupts: Interrupts,
 ) -> RunResult:
-    attempts = Attempts(directory, console, interrupts)
     try:
         outcome = attempts.run(plan, plan_file, start)
     except KeyboardInterrupt:
@@ -43,6 +68,8 @@ def _carry_out(
     except (RunFailed, OSError) as error:
         from launcher.watch.why import failed_message
 
+        if is_removed(directory):
+            raise removed(directory) from None
         message, code = failed_message(directory, str(error), code_of(error))
         record_failure(directory, error, console.note, code)
         raise RunFailed(message, code=code) from None

@@ -185,9 +185,10 @@ def preflight_table(checks: list[NodeCheck]) -> Table:
     from launcher.fleet.preflight import differing_versions
 
     versions = ["torch", *(name for name in differing_versions(checks) if name != "torch")]
-    columns = ("node", "host", "address", "interface", "clock", "GPUs", "free", *versions, "")
+    speeds = {title: values for title, values in _speeds(checks).items() if any(values)}
+    columns = ("node", "host", "address", "interface", "clock", "GPUs", "free", *speeds, *versions, "")
     table = Table(*columns, box=None, pad_edge=False)
-    for check in checks:
+    for place, check in enumerate(checks):
         node, facts = check.node, check.facts
         table.add_row(
             str(check.node_rank),
@@ -197,10 +198,25 @@ def preflight_table(checks: list[NodeCheck]) -> Table:
             f"{node.clock_offset_seconds:+.3f} s",
             f"{facts.gpus} {facts.gpu_name}" if facts.gpus else "0",
             f"{facts.free_bytes / 1024**3:.0f} GiB",
+            *(values[place] or "-" for values in speeds.values()),
             *(facts.versions.get(name, "missing") for name in versions),
             "[red]unfit[/]" if check.problems else "[green]ok[/]",
         )
     return table
+
+
+def _speeds(checks: list[NodeCheck]) -> dict[str, list[str]]:
+    """The figures of the health checks by title, for each node: of its slowest device, better link, and disk."""
+    from launcher.fleet.health import speed_text
+
+    healths = [check.health for check in checks]
+    disks = [health.disk_bytes_per_second for health in healths]
+    links = [health.network_bytes_per_second for health in healths]
+    return {
+        "disk": [speed_text(value) if value else "" for value in disks],
+        "network": [speed_text(value) if value else "" for value in links],
+        "TFLOP/s": [f"{health.tflops:.3g}" if health.tflops else "" for health in healths],
+    }
 
 
 def _update_parts(metrics: dict[str, Any]) -> Iterator[str]:

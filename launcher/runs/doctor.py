@@ -12,6 +12,7 @@ from rich.padding import Padding
 
 from launcher.errors import Problem, RequestError
 from launcher.job import AnyJob, LoadedJob
+from launcher.job.schema import HealthChecks
 from launcher.job.user_path import user_path
 from launcher.plan.inputs import PlanInputs
 from launcher.run_dir import RunDir
@@ -59,7 +60,8 @@ def examine(inputs: PlanInputs[AnyJob]) -> None:
         try:
             nodes.connect(address_of(job.cluster.address))
             nodes.place(job.cluster.wait_seconds)
-            required = Requirements(world, inputs.machine.versions, 0, os.environ, job.cluster.env)
+            level: HealthChecks = "off" if job.cluster.health_checks == "off" else "full"
+            required = Requirements(world, inputs.machine.versions, 0, os.environ, job.cluster.env, health_checks=level)
             checks = preflight(nodes.with_spares(), required, RunDir(Path(folder).resolve()))
         finally:
             nodes.end(0.0)

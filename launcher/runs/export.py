@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from launcher.errors import RunFailed, known_code
 from launcher.export_folder import DType, ExportRequest
-from launcher.files import replace_folder
+from launcher.files import output_mode, replace_folder
 from launcher.runs.checkpoints import SavedCheckpoint
 
 OnProgress = Callable[[str], None]
@@ -27,13 +28,14 @@ def export_saved(
 
     Memory: the model in the exported dtype. The checkpoint's files are memory-mapped.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     request = ExportRequest(
         plan_file=saved.plan_file, checkpoint=saved.folder, folder=temporary, dtype=dtype, merge=merge
     )
     try:
-        with tempfile.TemporaryFile() as log:
+        with output_mode(saved.plan.job.output_mode), tempfile.TemporaryFile() as log:
+            # tempfile.mkdtemp would make a folder that the group can never read.
+            temporary.mkdir(parents=True)
             _run_exporter(request, on_progress, log)
         replace_folder(temporary, folder)
     finally:

@@ -27,5 +27,6 @@ def record_failure(
 
     Raises nothing: if it cannot be written, as on a full disk, `note` prints why, and the caller raises `error`.
     """
+    directory.release_reserve()
     with printing_errors(note, f"the failure could not be written to {escape(str(directory.path))}"):
         directory.enter("failed", reason=first_line(error), message=str(error), code=code or code_of(error))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 from launcher.errors import Problem, RequestError, RunFailed
+from launcher.files import output_mode
 from launcher.job.upload_url import InvalidUrl, checked_url
 from launcher.job.user_path import user_path
 from launcher.manifest import MANIFEST, checkpoint_fault, checkpoint_number, content_fault
+from launcher.plan.schema import Plan
 from launcher.plan_file import read_plan
 from launcher.run_dir import RunDir
 from launcher.runs.checkpoints import ListedCheckpoint
@@ -84,15 +87,17 @@ def fetch_run(url: str, to: Path | None, note: OnNote) -> RunDir:
     URL is not that of a run, or the run directory exists already, and RunFailed if the download fails.
     """
     store, name = remote_run(url)
-    parent = _parent(store, name, to)
+    job = _plan(store, name).job
+    parent = user_path(job.output_dir, "output_dir") if to is None else user_path(to, "--to")
     target = parent / name
     if target.exists():
         hint = f"launcher resume {target} resumes it; --to DIR downloads to another folder"
         raise RequestError(Problem("this run directory exists already", file=str(target), hint=hint))
-    parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".download", dir=parent))
+    temporary = parent / f".{name}.{uuid.uuid4().hex[:8]}.download"
     try:
-        _download(store, name, temporary, note)
+        with output_mode(job.output_mode):
+            temporary.mkdir(parents=True)
+            _download(store, name, temporary, note)
         temporary.rename(target)
     except StoreError as error:
         raise RunFailed(f"the download of {url} failed: {error}") from None
@@ -105,13 +110,12 @@ _INCOMPLETE = "files or a valid manifest.json are missing: it is being uploaded,
 _HINT = "give checkpoint.upload, a slash and the name of the run: s3://BUCKET/PATH/RUN"
 
 
-def _parent(store: Store, name: str, to: Path | None) -> Path:
-    if to is not None:
-        return user_path(to)
+def _plan(store: Store, name: str) -> Plan:
+    """The plan of a run. Raises RequestError."""
     with tempfile.TemporaryDirectory() as folder:
         plan_file = Path(folder) / "plan.json"
         store.get(f"{name}/plan.json", plan_file)
-        return user_path(read_plan(plan_file).job.output_dir, "output_dir")
+        return read_plan(plan_file)
 
 
 def _download(store: Store, name: str, folder: Path, note: OnNote) -> None:
@@ -119,8 +123,8 @@ def _download(store: Store, name: str, folder: Path, note: OnNote) -> None:
         if is_run_file(file):
             store.get(f"{name}/{file}", folder / file)
     run = RunDir(folder)
-    run.logs.mkdir(mode=0o700)
-    run.checkpoints.mkdir(mode=0o700)
+    run.logs.mkdir()
+    run.checkpoints.mkdir()
     found = remote_checkpoints(store, name).complete
     for copy in reversed(found):
         fault = _download_checkpoint(store, name, copy, run, note)

@@ -33,6 +33,11 @@ class Interrupted(LauncherError):
         self.exit_status = 128 + number
 
 
+def request_reason(request: dict[str, Any]) -> str:
+    """The `reason` in state.json of a run that was stopped on a request."""
+    return "the time limit of its Slurm job is near" if request.get("time_limit") else f"cancelled by {request['by']}"
+
+
 def stop_reason(number: int) -> str:
     """The `reason` in state.json of a run that a signal stopped."""
     return f"received {signal.Signals(number).name}"
@@ -49,22 +54,24 @@ class Interrupts:
         self._console = console
         self.supervisor: Supervisor | None = None
         self.signal = 0
-        self._cancelled_by: str | None = None
-        self._at_once = self._asked = self._ending = False
+        self.asked = False
+        """Whether a SIGINT or SIGTERM came, also from `launcher cancel`; a warning of the time limit is neither."""
+        self._request: str | None = None
+        self._at_once = self._ending = False
 
     @property
     def reason(self) -> str | None:
         """Who or what stopped the run; None if nothing did."""
-        if self._cancelled_by or not self.signal:
-            return self._cancelled_by
+        if self._request or not self.signal:
+            return self._request
         return stop_reason((self.supervisor and self.supervisor.stop_signal) or self.signal)
 
     def cancel(self, request: dict[str, Any]) -> None:
-        """Handles a request of `launcher cancel` like a SIGTERM; called in another thread."""
-        self._cancelled_by = f"cancelled by {request['by']}"
+        """Handles a request like a SIGTERM, or like Slurm's warning of the time limit; called in another thread."""
+        self._request = request_reason(request)
         self._at_once = request["now"]
-        self._console.note(f"          {escape(self._cancelled_by)}{', at once' if request['now'] else ''}")
-        os.kill(os.getpid(), signal.SIGTERM)
+        self._console.note(f"          {escape(self._request)}{', at once' if request['now'] else ''}")
+        os.kill(os.getpid(), signal.SIGUSR1 if request.get("time_limit") else signal.SIGTERM)
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
         supervisor = self.supervisor
@@ -72,8 +79,8 @@ class Interrupts:
         if warning and (stopping or self._ending):
             return
         self.signal = number
-        insists = self._asked and stopping
-        self._asked = self._asked or not warning
+        insists = self.asked and stopping
+        self.asked = self.asked or not warning
         if self._at_once or supervisor is None or insists or not (stopping or supervisor.request_stop(number)):
             self._ending = True
             raise KeyboardInterrupt
@@ -113,7 +120,7 @@ def interruptible(console: RunConsole, directory: RunDir) -> Iterator[Interrupts
 
 
 def _poll_requests(directory: RunDir, interrupts: Interrupts, done: threading.Event) -> None:
-    """Passes on requests of `launcher cancel` until `done` is set. A second request may ask to stop at once."""
+    """Passes on requests to stop until `done` is set. A second request may ask to stop at once."""
     last: dict[str, Any] | None = None
     while not done.wait(_POLL_SECONDS):
         request = directory.stop_request()

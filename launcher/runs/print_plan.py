@@ -144,6 +144,9 @@ def _print_memory(plan: Plan, training: Training, console: Console) -> None:
     for name, place in (("offloaded", "in host memory"), ("on_nvme", "on NVMe")):
         if memory[name]:
             console.print(f"  per rank, also {place}: {memory[name] / GIB:.2f} GiB")
+    if training.background_copy_bytes is not None:
+        copied = f"{training.background_copy_bytes / GIB:.2f} GiB"
+        console.print(f"  per node, for checkpoints written in the background: {copied} of host memory")
     if training.recommendation:
         _print_candidates(training.recommendation, plan.world.device, console)
 

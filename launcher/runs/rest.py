@@ -22,10 +22,9 @@ from launcher.runs.console import RunConsole
 from launcher.runs.planning import check_job, make_plan
 
 _ORIGIN = "the resumed job"
-_FIXED = ("name", "model", "data", "output_dir", "train.seed")
-_KEEPS_WEIGHTS = tuple(
-    f"model.{name}" for name in ("gradient_checkpointing", "attn_implementation", "torch_compile", "liger")
-)
+_FIXED = ("name", "model", "data", "output_dir", "output_mode", "train.seed")
+_COMPUTING = ("gradient_checkpointing", "attn_implementation", "torch_compile", "liger", "chunked_loss")
+_KEEPS_WEIGHTS = tuple(f"model.{name}" for name in _COMPUTING)
 _NOT_THE_CURVE = ("schedule.on_spike", "schedule.max_extensions", "schedule.check_every", "schedule.allow_unsafe")
 
 

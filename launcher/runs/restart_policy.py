@@ -19,10 +19,10 @@ _NOT_AGAIN = frozenset(
         FailureCode.VERSIONS_DIFFER,
         FailureCode.DATA_DIFFERS,
         FailureCode.NODE_UNFIT,
+        FailureCode.NODE_FAULTY,
         FailureCode.PACKAGE_MISSING,
         FailureCode.NOT_SHARED,
         FailureCode.NOT_ENOUGH_NODES,
-        FailureCode.RAY_LOST,
         FailureCode.SUPERVISOR_LOST,
         FailureCode.DISK_FULL,
         FailureCode.PERMISSION,
@@ -40,12 +40,14 @@ _NOT_AGAIN = frozenset(
 _FROM_OUTSIDE = frozenset(
     {
         FailureCode.NODE_LOST,
+        FailureCode.NODE_DRAINED,
         FailureCode.AGENT_LOST,
         FailureCode.ENDED,
         FailureCode.PEER_LOST,
         FailureCode.TIMEOUT,
         FailureCode.RANK_KILLED,
         FailureCode.NETWORK,
+        FailureCode.RAY_LOST,
     }
 )
 """Failures of machines and networks: that one repeats at the same update is a coincidence."""
@@ -62,7 +64,7 @@ class FailedAttempt:
 
     `updates` is the number of updates that were made when it failed. `saved`: it saved a checkpoint of its own. `error`
     is the message of the first failure, starting with the exception's class if there was an exception. `excluded`: a
-    node of the attempt is not used any more.
+    node of the attempt is not used any more. `own_ray`: it ran on a Ray that the launcher started, and can start again.
     """
 
     code: FailureCode
@@ -71,6 +73,7 @@ class FailedAttempt:
     error: str
     lost_hosts: tuple[str, ...] = ()
     excluded: bool = False
+    own_ray: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ def decide(failed: Sequence[FailedAttempt], restarts: int) -> Decision:
     # Without the unfit node it would not fail again.
     if last.code in _NOT_AGAIN and not (last.code in OF_DEVICES and last.excluded):
         return Decision(False, "it would fail again in the same way")
+    if last.code is FailureCode.RAY_LOST and not last.own_ray:
+        return Decision(False, "the launcher did not start this Ray")
     started_once = any(each.saved or each.updates for each in failed)
     if not started_once and last.code is FailureCode.OUT_OF_GPU_MEMORY:
         return Decision(False, "the GPU memory was full in the first update")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.files import output_mode
 from launcher.plan.resume import Start
+from launcher.plan_file import read_plan
 from launcher.prepare.machine import measure_machine
 from launcher.run_dir import RunDir, write_atomic
-from launcher.runs.carry_out import carry_out, ended
+from launcher.runs.carry_out import OnStop, carry_out, ended
 from launcher.runs.console import RunConsole
 from launcher.runs.interrupts import check_main_thread, interruptible
 from launcher.runs.outcome import RunResult
@@ -28,7 +30,7 @@ def resume(directory: Path | str, *overrides: str, console: RunConsole | None = 
     """
     check_main_thread()
     run = planned_run(Path(directory))
-    with only_launcher_of(run):
+    with output_mode(read_plan(run.plan_file).job.output_mode), only_launcher_of(run):
         return resume_locked(run, overrides, console or RunConsole())
 
 
@@ -39,10 +41,12 @@ def resume_locked(
     rest: Rest | None = None,
     *,
     requeued: bool = False,
+    on_stop: OnStop | None = None,
 ) -> RunResult:
     """Resumes a run whose lock the caller holds. `rest` is the result of `rest_of` if the caller has it.
 
-    A requeued run also resumes while cloud storage cannot be reached.
+    A run that Slurm's next job continues by itself (`requeued`) also resumes while cloud storage cannot be reached.
+    `on_stop` is called if a signal or a request stops the run.
     """
     with console.closing(), interruptible(console, directory) as interrupts:
         rest = rest or rest_of(directory, overrides, console)
@@ -64,7 +68,7 @@ def resume_locked(
             console.note(f"  {plan.resumed.arithmetic}")
         prepare_start(start, directory, console)
         _record_resume(directory, start, overrides)
-        return carry_out(plan, plan_file, directory, console, start, interrupts)
+        return carry_out(plan, plan_file, directory, console, start, interrupts, on_stop)
 
 
 def _record_resume(directory: RunDir, start: Start, overrides: Sequence[str]) -> None:

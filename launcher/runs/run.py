@@ -8,11 +8,12 @@ import yaml
 from rich.markup import escape
 
 from launcher.errors import RequestError
+from launcher.files import output_mode
 from launcher.job import LoadedJob, ScriptJob
 from launcher.job.user_path import user_path
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir, write_atomic, write_json
-from launcher.runs.carry_out import carry_out
+from launcher.runs.carry_out import OnStop, carry_out
 from launcher.runs.console import RunConsole
 from launcher.runs.failure_record import record_failure
 from launcher.runs.interrupts import check_main_thread, interruptible
@@ -32,9 +33,10 @@ def run(job: LoadedJob, *, console: RunConsole | None = None) -> RunResult:
     """
     check_main_thread()
     checked = check_to_run(job)
-    directory = RunDir.create(user_path(job.job.output_dir, "output_dir"), job.job.name)
-    with only_launcher_of(directory):
-        return run_checked(checked, directory, console or RunConsole())
+    with output_mode(job.job.output_mode):
+        directory = RunDir.create(user_path(job.job.output_dir, "output_dir"), job.job.name, mode=job.job.output_mode)
+        with only_launcher_of(directory):
+            return run_checked(checked, directory, console or RunConsole())
 
 
 def check_to_run(loaded: LoadedJob) -> CheckedJob:
@@ -48,15 +50,23 @@ def check_to_run(loaded: LoadedJob) -> CheckedJob:
     return checked
 
 
-def run_checked(checked: CheckedJob, directory: RunDir, console: RunConsole) -> RunResult:
-    """Runs a checked job in a new run directory, whose lock the caller holds. Raises as `run` does."""
+def run_checked(
+    checked: CheckedJob, directory: RunDir, console: RunConsole, *, on_stop: OnStop | None = None
+) -> RunResult:
+    """Runs a checked job in a new run directory, whose lock the caller holds. Raises as `run` does.
+
+    `on_stop` is called if a signal or a request stops the run.
+    """
     with console.closing(), checked.loaded.locate_errors(), interruptible(console, directory) as interrupts:
-        plan = _planned(checked, directory, console)
-        return carry_out(plan, directory.plan_file, directory, console, None, interrupts)
+        plan = plan_in(directory, checked, console)
+        return carry_out(plan, directory.plan_file, directory, console, None, interrupts, on_stop)
 
 
-def _planned(checked: CheckedJob, directory: RunDir, console: RunConsole) -> Plan:
-    """Makes the plan and writes it to the run directory. Removes the directory if the job is found to be invalid."""
+def plan_in(directory: RunDir, checked: CheckedJob, console: RunConsole) -> Plan:
+    """Makes the plan and writes it to the run directory. Removes the directory if the job is found to be invalid.
+
+    Raises RequestError, and RunFailed if the measuring process fails.
+    """
     try:
         directory.enter("planning")
         console.state("planning")

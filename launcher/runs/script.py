@@ -22,7 +22,14 @@ _SHELL = (".sh", ".bash", ".zsh")
 
 
 def check_script(job: ScriptJob) -> None:
-    """Raises RequestError if the script does not exist or is not a Python script. Modules are not looked up here."""
+    """Raises RequestError if the script does not exist or is not a Python script, or if Slurm is to resubmit it.
+
+    Modules are not looked up here.
+    """
+    if job.slurm.resubmit:
+        found = "this does not work with a script, which manages its own checkpoints"
+        hint = "leave it out, and submit the next job from the script"
+        raise RequestError(Problem(found, key="slurm.resubmit", hint=hint))
     command, folder = job.script.command, user_path(job.script.folder, "script.folder").absolute()
     if not command or command == ["-m"]:
         raise RequestError(Problem("a script is missing", key="script.command", hint=USAGE))

@@ -57,6 +57,9 @@ class ScriptSupervisor(Supervisor):
             self._hang_detector.switch_off()
         return accepted
 
+    def _check_drain(self) -> None:
+        """Does nothing: only the script knows whether it can save, and how it resumes."""
+
     def follow(self) -> Outcome:
         """Receives reports until the last rank has ended. After a stop request, any exit status counts as stopped."""
         ended: set[int] = set()

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from launcher.errors import FailureCode, Problem, RequestError, RunFailed
+from launcher.files import use_output_mode
 from launcher.job import AnyJob, LoadedJob, ScriptJob, load_job
 from launcher.job.load import sets_key
 from launcher.job.user_path import user_path
@@ -20,9 +21,10 @@ from launcher.plan.schema import Plan
 from launcher.prepare.machine import measure_machine
 from launcher.run_dir import ENDED, RunDir, write_json
 from launcher.runs.console import RunConsole
+from launcher.runs.continuation import Continuation, check_resubmit, newest_update
 from launcher.runs.doctor import examine
 from launcher.runs.failure_record import record_failure
-from launcher.runs.interrupts import STOP_SIGNALS, WARNINGS, Interrupted, interruptible, stop_reason
+from launcher.runs.interrupts import STOP_SIGNALS, WARNINGS, Interrupted, interruptible, request_reason, stop_reason
 from launcher.runs.outcome import RunResult
 from launcher.runs.planning import CheckedJob, check_job
 from launcher.runs.remote import check_upload
@@ -31,7 +33,11 @@ from launcher.runs.resume import resume_locked
 from launcher.runs.run import run_checked
 from launcher.runs.run_lock import only_launcher_of
 from launcher.runs.script import check_script, run_script_again
-from launcher.slurm.allocation import Allocation, read_allocation, run_stamp
+from launcher.runs.slurm_requests import run_directory
+from launcher.slurm.allocation import Allocation, nodes_and_spares, read_allocation
+from launcher.slurm.continuation import DEFAULT_MAX_JOBS, continues_by_itself
+from launcher.slurm.options import may_lose_nodes
+from launcher.slurm.queue import cancel_slurm_job, requeue_slurm_job
 from launcher.slurm.requeue import excluded_of, requeue_without
 from launcher.slurm.startup_errors import StartupErrors
 
@@ -45,18 +51,21 @@ def run_on_node(job_file: Path, overrides: Sequence[str], command: Sequence[str]
     The first node supervises the run on a Ray cluster of all nodes; the other nodes join that cluster.
     """
     job, allocation = _job_and_allocation(job_file, overrides, command)
-    with _reporting_errors(_run_directory(job, job.name, allocation.stamp), allocation) as errors:
+    with _reporting_errors(run_directory(job, job.name, allocation.stamp), allocation) as errors:
         checked = _checked(_in_allocation(job_file, overrides, command, allocation, job), allocation)
         job = checked.loaded.job
         if allocation.node != 0:
-            return _join_first_node(job, allocation, _run_directory(job, job.name, allocation.stamp), errors)
+            return _join_first_node(job, allocation, run_directory(job, job.name, allocation.stamp), errors)
+        with checked.loaded.locate_errors():
+            check_resubmit(job)
         directory, requeued = _directory(job, allocation)
         _check_excluded(job, allocation, directory)
-        act = partial(run_checked, checked, directory, RunConsole())
+        console, on_stop = RunConsole(), _continuation(job, directory, allocation, newest_update(directory))
+        act = partial(run_checked, checked, directory, console, on_stop=on_stop)
         if requeued and isinstance(job, ScriptJob):
             act = partial(run_script_again, directory)
         elif requeued:
-            act = partial(resume_locked, directory, [], RunConsole(), requeued=True)
+            act = partial(resume_locked, directory, [], console, requeued=True, on_stop=on_stop)
         return _on_ray_cluster(job, allocation, directory, errors, act)
 
 
@@ -66,6 +75,7 @@ def resume_on_node(run: Path, overrides: list[str]) -> int:
     with _reporting_errors(RunDir(run.resolve()), allocation) as errors:
         directory = planned_run(run)
         before = rest_as_planned(directory).plan
+        use_output_mode(before.job.output_mode)
         overrides = [*overrides, *_nodes_of_resume(before, overrides, allocation)]
         if before.job.cluster.address == _THIS_MACHINE and not sets_key(overrides, "cluster", "address"):
             overrides = [*overrides, _OWN_RAY]
@@ -76,7 +86,11 @@ def resume_on_node(run: Path, overrides: list[str]) -> int:
         if allocation.node != 0:
             return _join_first_node(job, allocation, directory, errors)
         _check_excluded(job, allocation, directory)
-        act = partial(resume_locked, directory, overrides, RunConsole(), rest)
+        check_resubmit(job)
+        on_stop = _continuation(job, directory, allocation, rest.start.update)
+        # Nobody is there who could correct an upload that does not work at the moment.
+        requeued = continues_by_itself(directory, os.environ["SLURM_JOB_ID"])
+        act = partial(resume_locked, directory, overrides, RunConsole(), rest, requeued=requeued, on_stop=on_stop)
         return _on_ray_cluster(job, allocation, directory, errors, act)
 
 
@@ -85,7 +99,7 @@ def examine_on_node(job_file: Path, overrides: Sequence[str], command: Sequence[
     from launcher.slurm.ray_cluster import first_node
 
     job, allocation = _job_and_allocation(job_file, overrides, command)
-    path = _run_directory(job, _DOCTOR, allocation.stamp)
+    path = run_directory(job, _DOCTOR, allocation.stamp)
     with _reporting_errors(path, allocation) as errors:
         checked = _checked(_in_allocation(job_file, overrides, command, allocation, job), allocation)
         job = checked.loaded.job
@@ -103,21 +117,30 @@ def examine_on_node(job_file: Path, overrides: Sequence[str], command: Sequence[
         return 0
 
 
-def stop_run_of_job(job_file: Path, overrides: Sequence[str], command: Sequence[str] | None) -> None:
-    """Asks the run of this allocation to save and stop. Raises RequestError."""
-    job = load_job(job_file, *overrides, command=command).job
-    _request_stop(_run_directory(job, job.name, run_stamp(os.environ)))
+def _continuation(job: AnyJob, directory: RunDir, allocation: Allocation, begun: int) -> Continuation | None:
+    """What submits the next job when the time limit stops the run; None if the job does not ask for it.
 
-
-def stop_resumed_run(run: Path) -> None:
-    """Asks a resumed run to save and stop. Raises RequestError."""
-    _request_stop(planned_run(run))
+    `begun` is the update at which the run starts in this job.
+    """
+    if not job.slurm.resubmit:
+        return None
+    return Continuation(
+        directory=directory,
+        console=RunConsole(),
+        job_id=os.environ["SLURM_JOB_ID"],
+        nodes=allocation.nodes,
+        # Before Ray starts, which sets variables of its own.
+        environment=dict(os.environ),
+        begun=begun,
+        max_jobs=job.slurm.max_jobs or DEFAULT_MAX_JOBS,
+    )
 
 
 def _job_and_allocation(
     job_file: Path, overrides: Sequence[str], command: Sequence[str] | None
 ) -> tuple[AnyJob, Allocation]:
     loaded = load_job(job_file, *overrides, command=command)
+    use_output_mode(loaded.job.output_mode)
     with loaded.locate_errors():
         return loaded.job, read_allocation(os.environ)
 
@@ -147,11 +170,12 @@ def _on_ray_cluster(
     from launcher.slurm.ray_cluster import first_node
 
     console = RunConsole()
-    with only_launcher_of(directory), _end_recorded(directory), ExitStack() as startup:
+    lost: list[str] | None = [] if may_lose_nodes(job) else None
+    with _ending_step(allocation, lost), only_launcher_of(directory), _end_recorded(directory), ExitStack() as startup:
         startup.enter_context(interruptible(console, directory))
         directory.enter("placing")
         console.note(_starting_ray(allocation))
-        with first_node(allocation, directory, job.cluster.wait_seconds, errors):
+        with first_node(allocation, directory, job.cluster.wait_seconds, errors, lost):
             # From here on `act` reads requests to stop; two readers would handle the same request twice.
             startup.close()
             try:
@@ -160,6 +184,19 @@ def _on_ray_cluster(
                 # The run has ended: a warning of the time limit must not interrupt the end of Ray.
                 for number in WARNINGS:
                     signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _ending_step(allocation: Allocation, lost: Sequence[str] | None) -> Iterator[None]:
+    """Ends this task's step after the block if nodes are lost: srun would wait for them until Slurm counts them so."""
+    try:
+        yield
+    finally:
+        if lost:
+            RunConsole().note(f"{', '.join(lost)} did not end: cancelling step {allocation.job_id}.{allocation.step}")
+            # In a container scancel may be missing.
+            with suppress(RunFailed):
+                cancel_slurm_job(f"{allocation.job_id}.{allocation.step}")
 
 
 def _checked(loaded: LoadedJob, allocation: Allocation) -> CheckedJob:
@@ -199,17 +236,40 @@ def _end_recorded(directory: RunDir) -> Iterator[None]:
 
 def _stopped_by(directory: RunDir, error: BaseException) -> str:
     if request := directory.stop_request():
-        return f"cancelled by {request['by']}"
+        return request_reason(request)
     status = error.exit_status if isinstance(error, Interrupted) else getattr(error, "code", None)
     return stop_reason(status - 128) if isinstance(status, int) and status > 128 else "interrupted"
 
 
 def _join_first_node(job: AnyJob, allocation: Allocation, directory: RunDir, errors: StartupErrors) -> int:
     """Joins the Ray cluster of the first node until the run ends."""
-    from launcher.slurm.ray_cluster import other_node
+    from launcher.slurm.ray_cluster import FirstNodeLost, other_node
 
-    other_node(allocation, directory, job.cluster.wait_seconds, errors, _ignore_stop_signals)
+    try:
+        other_node(
+            allocation,
+            directory,
+            job.cluster.wait_seconds,
+            errors,
+            _ignore_stop_signals,
+            may_lose_nodes=may_lose_nodes(job),
+        )
+    except FirstNodeLost as error:
+        if error.acts:
+            _requeue(allocation.job_id)
+        raise
     return 0
+
+
+def _requeue(job_id: str) -> None:
+    """Queues the job again, or ends it if that is not allowed: nothing else would end it before its time limit."""
+    console = RunConsole()
+    try:
+        requeue_slurm_job(job_id)
+        console.note(f"queued job {job_id} again")
+    except RunFailed as error:
+        console.note(f"cancelling job {job_id}: {error}")
+        cancel_slurm_job(job_id)
 
 
 def _ignore_stop_signals() -> None:
@@ -218,24 +278,12 @@ def _ignore_stop_signals() -> None:
         signal.signal(number, lambda _number, _frame: None)
 
 
-def _request_stop(directory: RunDir) -> None:
-    if not directory.path.is_dir():
-        raise RequestError(
-            Problem("the run directory does not exist; the run may not have started", file=str(directory.path))
-        )
-    directory.request_stop(now=False)
-
-
 def _nodes_of_resume(before: Plan, overrides: Sequence[str], allocation: Allocation) -> list[str]:
-    """Overrides for the number of nodes if the allocation has another one than the run, spare nodes included.
-
-    In a smaller allocation there are fewer spare nodes first.
-    """
+    """Overrides for the number of nodes if the allocation has another one than the run, spare nodes included."""
     if sets_key(overrides, "cluster", "nodes") or sets_key(overrides, "cluster", "spare_nodes"):
         return []
-    spares = min(before.job.cluster.spare_nodes, max(0, allocation.nodes - before.job.cluster.nodes))
+    nodes, spares = nodes_and_spares(allocation.nodes, before.job.cluster.nodes, before.job.cluster.spare_nodes)
     changed = [f"cluster.spare_nodes={spares}"] if spares != before.job.cluster.spare_nodes else []
-    nodes = allocation.nodes - spares
     return [f"cluster.nodes={nodes}", *changed] if nodes != before.world.nodes else changed
 
 
@@ -299,7 +347,7 @@ def _directory(job: AnyJob, allocation: Allocation) -> tuple[RunDir, bool]:
 
     A script saves its own files there: its directory is kept if the script may have started.
     """
-    directory = _run_directory(job, job.name, allocation.stamp)
+    directory = run_directory(job, job.name, allocation.stamp)
     node_failures = directory.node_failures()
     if allocation.restart and directory.path.exists():
         started = directory.ds_config_file.is_file() if isinstance(job, ScriptJob) else directory.complete_checkpoints()
@@ -312,14 +360,10 @@ def _directory(job: AnyJob, allocation: Allocation) -> tuple[RunDir, bool]:
         raise RequestError(
             Problem("this allocation already has a run of this name", file=str(directory.path), hint=hint)
         )
-    created = RunDir.create(directory.path.parent, job.name, allocation.stamp)
+    created = RunDir.create(directory.path.parent, job.name, allocation.stamp, job.output_mode)
     if node_failures:
         write_json(created.node_failures_file, node_failures)
     return created, False
-
-
-def _run_directory(job: AnyJob, name: str, stamp: str) -> RunDir:
-    return RunDir((user_path(job.output_dir, "output_dir") / f"{name}-{stamp}").resolve())
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:

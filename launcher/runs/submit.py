@@ -13,13 +13,16 @@ from rich.console import Console
 from rich.text import Text
 
 from launcher.errors import Problem, RequestError
+from launcher.files import output_mode
 from launcher.job import AnyJob, Job, LoadedJob, ScriptJob, load_job
+from launcher.job.load import sets_key
 from launcher.job.upload_url import is_url
 from launcher.plan.facts import MachineFacts
 from launcher.plan.inputs import is_training, plan_inputs
 from launcher.plan.resolve import check_inputs
 from launcher.prepare.machine import measure_machine
 from launcher.prepare.sources import find_data, find_model_folder
+from launcher.run_dir import RunDir
 from launcher.runs.planning import check_job, lint_ds_config, load_ds_config
 from launcher.runs.rest import job_of_rest, planned_run
 from launcher.runs.script import check_script
@@ -71,18 +74,38 @@ def choose_target(job: AnyJob, address: str | None) -> SubmitTarget:
     )
 
 
+def with_earlier_signal(submission: Submission, note: Callable[[str], None]) -> tuple[Submission, LoadedJob]:
+    """The submission of a run to resume, and its job, with the signal as early as the run needs it to stop.
+
+    Raises RequestError.
+    """
+    from launcher.slurm.stop_time import describe_late_signal, needed_signal_seconds, read_stop_time
+
+    loaded = submission.load()
+    slurm, stop = loaded.job.slurm, read_stop_time(planned_run(submission.path))
+    seconds = needed_signal_seconds(slurm, stop)
+    if stop is None or seconds == slurm.signal_seconds or sets_key(submission.overrides, "slurm", "signal_seconds"):
+        return submission, loaded
+    note(f"{describe_late_signal(slurm, stop)}: the next job has slurm.signal_seconds={seconds}")
+    submission = replace(submission, overrides=(*submission.overrides, f"slurm.signal_seconds={seconds}"))
+    return submission, submission.load()
+
+
 def to_slurm(submission: Submission, loaded: LoadedJob) -> None:
     """Submits a job to Slurm, or prints what would be submitted. Raises RequestError."""
     from launcher.slurm.options import gpus_per_node
     from launcher.slurm.submit import describe_submission, read_templates, slurm_request, submit_context, submit_request
 
+    messages = Console(stderr=True, highlight=False, soft_wrap=True)
+    if submission.resume:
+        submission, loaded = with_earlier_signal(submission, lambda text: _note(messages, text))
     with loaded.locate_errors():
-        messages = Console(stderr=True, highlight=False, soft_wrap=True)
         job = loaded.job
         cluster = job.cluster.model_copy(update={"gpus_per_node": gpus_per_node(job)})
         if submission.overrides or not submission.resume:
             _check(replace(loaded, job=job.model_copy(update={"cluster": cluster})))
-        job = _without_excluded(job, submission)
+        if submission.resume:
+            job = without_excluded(job, planned_run(submission.path))
         here = submit_context()
         words = [*submission.overrides, *(["--", *submission.command] if submission.command else [])]
         request = slurm_request(
@@ -94,7 +117,9 @@ def to_slurm(submission: Submission, loaded: LoadedJob) -> None:
             messages.print(Text(f"# in {shlex.quote(str(request.cwd))}: {request.command()}", style="dim"))
             print(request.script, end="")
             return
-        submitted, output = submit_request(request, os.environ)
+        # Slurm creates the log of the batch job with the umask of sbatch.
+        with output_mode(job.output_mode):
+            submitted, output = submit_request(request, os.environ)
         if output:
             _note(messages, output)
         submission.echo(str(submitted) if submission.print_id else describe_submission(request, submitted))
@@ -138,13 +163,13 @@ def _check(loaded: LoadedJob) -> None:
         raise RequestError(Problem(found, key="slurm.array_key", hint=hint))
 
 
-def _without_excluded(job: AnyJob, submission: Submission) -> AnyJob:
+def without_excluded(job: AnyJob, run: RunDir) -> AnyJob:
     """The job of a resumed run, for which Slurm leaves out the nodes that are excluded from the run."""
     from launcher.slurm.requeue import slurm_names
 
-    if not submission.resume or not job.cluster.exclude_after:
+    if not job.cluster.exclude_after:
         return job
-    hosts = [*filter(None, [job.slurm.exclude]), *slurm_names(planned_run(submission.path).excluded_nodes())]
+    hosts = [*filter(None, [job.slurm.exclude]), *slurm_names(run.excluded_nodes())]
     return job.model_copy(update={"slurm": job.slurm.model_copy(update={"exclude": ",".join(hosts) or None})})
 
 

@@ -24,6 +24,7 @@ from launcher.first_failure import (
     traceback_time,
 )
 from launcher.fleet.agent import NodeTask
+from launcher.fleet.draining import DrainWatch, time_left
 from launcher.fleet.environment import flight_recorder, rank_environment
 from launcher.fleet.failures import Failure, all_failures, first_failure, sort_failures
 from launcher.fleet.hang_detector import Hang, HangDetector
@@ -40,6 +41,8 @@ from launcher.run_dir import RunDir, rank_log_name
 from launcher.runs.excluded_nodes import exclude_node
 from launcher.runs.failure_record import printing_errors
 from launcher.runs.outcome import Outcome
+from launcher.watch.causes_by_message import find_cause
+from launcher.watch.memory_evidence import memory_of
 
 _SETTLE_SECONDS = 1.0
 # Ray's health checks take about fifteen seconds to detect a lost node.
@@ -93,6 +96,9 @@ class Supervisor:
         self._logged: dict[int, Failure] = {}
         self._hang_detector = _hang_detector(plan)
         self._hung: list[Failure] = []
+        self._noted_late_signal = False
+        self._drain_watch: DrainWatch | None = None
+        self._drained: Failure | None = None
         self._metrics, self._evaluations = Tail(run.metrics_file), Tail(run.evaluations_file)
 
     def run(self, start: Start | None = None) -> Outcome:
@@ -101,15 +107,20 @@ class Supervisor:
             self.updates_made = start.update
             self._metrics.skip()
             self._evaluations.skip()
-        self.place()
-        self.start(start)
-        return self.follow()
+        try:
+            self.place()
+            self.start(start)
+            return self.follow()
+        finally:
+            if self._drain_watch is not None:
+                self._drain_watch.end()
 
     def place(self) -> None:
         self.enter("placing")
         address = address_of(self.plan.job.cluster.address)
         self.nodes.connect(address)
         self._head = head_of_this_ray(own=address == "local")
+        self._drain_watch = self._drain_watch or DrainWatch()
         for rank, node in enumerate(self.nodes.place(self.plan.job.cluster.wait_seconds)):
             self.run_dir.event(
                 {
@@ -143,8 +154,10 @@ class Supervisor:
         """Checks the nodes before ranks are started on them. Raises RunFailed, which names each unfit node."""
         versions = self.plan.machine.versions
         packages = needed_packages(self.plan.ds_config)
-        env = self.plan.job.cluster.env
-        required = Requirements(self.plan.world, versions, self._disk_bytes(), os.environ, env, packages)
+        cluster = self.plan.job.cluster
+        required = Requirements(
+            self.plan.world, versions, self._disk_bytes(), os.environ, cluster.env, packages, cluster.health_checks
+        )
         checks = preflight(self.nodes.with_spares(), required, self.run_dir)
         self.console.preflight(checks)
         if self._replace_unfit(checks):
@@ -187,6 +200,8 @@ class Supervisor:
         self._show_progress()
         for report in self.reports:
             if report["report"] == "stopped":
+                if self._drained is not None and not self.stopping and report["reason"] is None:
+                    raise self._failed([self._drained])
                 return Outcome("stopped", report["update"], report["reason"], known_code(report.get("code")))
         return Outcome("finished", self.plan.length.total_updates)
 
@@ -218,17 +233,25 @@ class Supervisor:
             self._show_progress()
             self._check_head()
             self._check_hang()
-            if self.stopping and not stop_sent:
+            self._check_drain()
+            if (self.stopping or self._drained) and not stop_sent:
                 stop_sent = True
                 self.nodes.order({"stop": True})
 
     def _check_head(self) -> None:
-        """Raises RayLost if Ray's head process is gone. Records that first: Ray may end this process soon."""
+        """Ends the ranks and raises RayLost if Ray's head process is gone.
+
+        Records that first if Ray cannot be replaced: it may end this process soon.
+        """
         if self._head is None or not self._head.gone():
             return
         error = RayLost(f"Ray's head process (gcs_server) at {self._head.address} no longer answers")
-        with printing_errors(self.console.note, "the failure could not be written to the run directory"):
-            self.run_dir.enter("failed", reason=str(error), message=str(error), code=error.code)
+        if not self.nodes.own_ray:
+            with printing_errors(self.console.note, "the failure could not be written to the run directory"):
+                self.run_dir.enter("failed", reason=str(error), message=str(error), code=error.code)
+        # Calls of agents do not need the head.
+        with printing_errors(self.console.note, "the ranks could not be ended"):
+            self.nodes.end(GRACE_SECONDS)
         raise error
 
     def _check_hang(self) -> None:
@@ -239,6 +262,18 @@ class Supervisor:
         self.console.note(f"          {hang}: writing the stacks of all ranks")
         self._hung = self._hang_failures(hang, time.time())
         self._fail()
+
+    def _check_drain(self) -> None:
+        """Makes the ranks save and stop if Ray drains one of the nodes: the run continues without it."""
+        if self._drain_watch is None or self._drained is not None or self.phase not in ("training", "saving"):
+            return
+        for rank, node in enumerate(self.nodes.nodes):
+            deadline = self._drain_watch.deadline_of(node.address)
+            if deadline is not None:
+                how = f"Ray drains it{time_left(deadline)}"
+                self._drained = Failure(None, rank, time.time(), how, None, code=FailureCode.NODE_DRAINED)
+                self.console.note(f"          node {rank} ({node.host}): {how}: saving a checkpoint")
+                return
 
     def _hang_failures(self, hang: Hang, now: float) -> list[Failure]:
         """A failure of each rank that differs from the others, or one failure without a rank."""
@@ -286,8 +321,22 @@ class Supervisor:
         """Records an event of rank 0. Only this process writes events.jsonl: appends of several hosts may mix lines."""
         kind, details = report["event"], report["details"]
         self.run_dir.rank_event(report)
+        if kind == "checkpoint":
+            self._note_late_signal()
         if kind in _EVENT_TITLES:
             self.console.note(f"          {_EVENT_TITLES[kind]}: {details.get('reason', details)}")
+
+    def _note_late_signal(self) -> None:
+        """Warns once if Slurm's signal before the time limit leaves less time than the run needs to stop."""
+        if self._noted_late_signal or "SLURM_JOB_ID" not in os.environ:
+            return
+        from launcher.slurm.stop_time import describe_late_signal, needed_signal_seconds, read_stop_time
+
+        slurm, stop = self.plan.job.slurm, read_stop_time(self.run_dir)
+        if stop is not None and (seconds := needed_signal_seconds(slurm, stop)) > slurm.signal_seconds:
+            self._noted_late_signal = True
+            text = f"{describe_late_signal(slurm, stop)}; set slurm.signal_seconds={seconds}"
+            self.console.note(f"          [yellow]note:[/] {text}")
 
     def _disk_bytes(self) -> int:
         return disk_bytes(self.plan)
@@ -305,12 +354,20 @@ class Supervisor:
         """Waits for late events, ends all ranks and raises RunFailed, which names the rank that failed first."""
         self._collect_late_reports()
         self._show_progress()
-        failures = self.failures = self._failures()
+        failures = self._failures()
         with printing_errors(self.console.note, "the ranks could not be ended"):
             self.nodes.end(GRACE_SECONDS)
+        # The agents have counted the kernel's kills once more.
+        raise self._failed([self._with_oom_kill(failure) for failure in failures])
+
+    def _failed(self, failures: list[Failure]) -> RunFailed:
+        """Records the failures of the attempt, and returns the error to raise."""
+        self.failures = failures
+        if failures[0].code is FailureCode.DISK_FULL:
+            self.run_dir.release_reserve()
         with printing_errors(self.console.note, f"the failure could not be written to {self.run_dir.events_file}"):
             self._record_failures(failures)
-        raise RunFailed(self._failure_message(failures), code=failures[0].code)
+        return RunFailed(self._failure_message(failures), code=failures[0].code)
 
     def _record_failures(self, failures: Sequence[Failure]) -> None:
         first, nodes = failures[0], self.nodes.nodes
@@ -358,6 +415,15 @@ class Supervisor:
             self._logged[rank] = replace(failure, error=error, traceback=traceback, time=time)
         return self._logged[rank]
 
+    def _with_oom_kill(self, failure: Failure) -> Failure:
+        """The failure with its cause if the kernel killed the rank for lack of memory."""
+        if failure.code is not FailureCode.RANK_KILLED or failure.error:
+            return failure
+        if not memory_of(self.run_dir, failure.node_rank, self.nodes.nodes[failure.node_rank].host).killed:
+            return failure
+        how = f"{failure.how}, from the kernel for lack of memory"
+        return replace(failure, how=how, code=FailureCode.OUT_OF_MEMORY)
+
     def _failure_message(self, failures: Sequence[Failure]) -> str:
         failure = failures[0]
         if failure.code is FailureCode.HUNG:
@@ -370,6 +436,8 @@ class Supervisor:
         else:
             head = f"rank {failure.rank} on {node} failed first, with {failure.how}"
             head += f": {failure.error}" if failure.error else ""
+        if failure.code is FailureCode.DISK_FULL:
+            return head
         log = self._rank_log(failure.rank, failure.node_rank)
         tail = "\n".join(f"    {line}" for line in last_lines(log, 20))
         return f"{head}\n  the end of {log}:\n{tail}"
@@ -389,11 +457,12 @@ class Supervisor:
             world_size=world.size,
             run_dir=str(self.run_dir.path),
             log_folder=str(folder),
-            environment={**flight_recorder(world, folder, environment), **environment},
+            environment={**flight_recorder(world, folder, environment, self.attempt), **environment},
             address=node.address,
             interface=node.interface,
             arguments=WORKER,
             attempt=self.attempt,
+            output_mode=self.plan.job.output_mode,
         )
 
     def _environment(self, node: Node) -> dict[str, str]:
@@ -418,7 +487,10 @@ def _hang_detector(plan: Plan) -> HangDetector:
 
 
 def _with_code(failure: Failure) -> Failure:
-    """The failure with the code of a failed collective, if no other code is known."""
+    """The failure with the code of a failed collective or of a known message, if no other code is known."""
     if failure.code is not FailureCode.UNKNOWN:
         return failure
-    return replace(failure, code=code_of_collective(failure))
+    code = code_of_collective(failure)
+    if code is FailureCode.UNKNOWN and (cause := find_cause(failure.error)):
+        code = cause.code
+    return replace(failure, code=code)

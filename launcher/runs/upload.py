@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from launcher.errors import LauncherError, Problem, RequestError, RunFailed
+from launcher.files import output_mode
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan, Script
 from launcher.plan_file import read_plan
@@ -19,24 +20,26 @@ from launcher.runs.uploader import Uploader
 if TYPE_CHECKING:
     from launcher.runs.interrupts import Interrupts
 
+OnRewind = Callable[[int], None]
+
 
 @contextmanager
 def uploading(
     plan: Plan, directory: RunDir, console: RunConsole, interrupts: Interrupts, start: Start | None = None
-) -> Iterator[None]:
+) -> Iterator[OnRewind]:
     """Uploads what the run saves inside the block, if the job asks for it. After the block, waits for the last upload.
 
-    `start` is where the run resumes. A signal ends the waiting. Storage that cannot be reached raises nothing: what is
-    missing is printed.
+    `start` is where the run resumes; the block calls what it is given with the samples after which a restart continues.
+    A signal ends the waiting. Storage that cannot be reached raises nothing: what is missing is printed.
     """
     section = plan.job.checkpoint
     if section.upload is None or isinstance(plan.workload, Script):
-        yield
+        yield lambda _samples: None
         return
     uploader = Uploader(Store(section.upload), plan, directory, console.note, start)
     uploader.begin()
     try:
-        yield
+        yield uploader.rewound
     except (KeyboardInterrupt, SystemExit):
         uploader.end(0)
         raise
@@ -59,7 +62,8 @@ def upload_run(directory: RunDir, plan: Plan, url: str | None, note: Callable[[s
     store.check_writable()
     uploader = Uploader(store, plan, directory, note)
     try:
-        uploader.upload_all()
+        with output_mode(plan.job.output_mode):
+            uploader.upload_all()
     except LauncherError as error:
         raise RunFailed(f"the upload to {url} failed: {error}") from None
     note(f"uploaded to {url}/{directory.path.name}")

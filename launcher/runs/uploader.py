@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +68,9 @@ class Uploader:
         pauses: Pauses = Pauses(),
     ) -> None:
         self._store, self._section, self._run, self._note = store, plan.job.checkpoint, directory, note
-        self._start, self._pauses = start, pauses
+        self._pauses = pauses
+        self._repeated_after = None if start is None else start.samples
+        """The samples after which the run makes its updates again; None if it makes none again."""
         self._name = directory.path.name
         self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
         self._ending, self._cancelled = threading.Event(), threading.Event()
@@ -79,9 +81,13 @@ class Uploader:
         self._files: dict[str, str] = {}
         """Digests of the run's small files as uploaded."""
         self._undone: set[str] | None = None
-        """Digests of uploaded checkpoints of updates that the run makes again."""
+        """Digests of uploaded checkpoints of updates that the run makes again; None if not known yet."""
         self._export: object = None
         self._seen: object = None
+
+    def rewound(self, samples: int) -> None:
+        """The run restarts after so many samples. Called in another thread."""
+        self._repeated_after, self._undone = samples, None
 
     def begin(self) -> None:
         """Starts to upload in a thread."""
@@ -148,11 +154,8 @@ class Uploader:
         local = local_copies(self._run)
         found = remote_checkpoints(self._store, self._name)
         here = {each.digest for each in local.values()}
-        # A run that resumed from an older checkpoint makes these updates again, perhaps under another plan.
-        if self._undone is None:
-            # Only at first: later, the user may remove checkpoints here that are to stay there.
-            self._undone = {each.digest for each in found.complete if self._is_undone(each)} - here
-        undone = {each.folder for each in found.complete if each.digest in self._undone}
+        undone_digests = self._undone_digests(found.complete, here)
+        undone = {each.folder for each in found.complete if each.digest in undone_digests}
         remote = [each for each in found.complete if each.folder not in undone]
         if any(each.digest in here for each in remote):
             for name in undone:
@@ -173,8 +176,14 @@ class Uploader:
         self._upload_checkpoint(copy, folder)
         return True
 
-    def _is_undone(self, copy: Copy) -> bool:
-        return self._start is not None and copy.samples > self._start.samples
+    def _undone_digests(self, remote: Sequence[Copy], here: set[str]) -> set[str]:
+        """The digests of uploaded checkpoints of updates that the run makes again, perhaps under another plan."""
+        found, after = self._undone, self._repeated_after
+        if found is None:
+            # Only once per start: later, the user may remove checkpoints here that are to stay there.
+            found = {each.digest for each in remote if after is not None and each.samples > after} - here
+            self._undone = found
+        return found
 
     def _upload_checkpoint(self, copy: Copy, folder: str) -> None:
         """Uploads a checkpoint, or gives it up if it is removed here meanwhile, or damaged."""

@@ -268,7 +268,10 @@ def _parse_text(text: str, total_updates: int, tokens_per_update: float | None) 
         if not tokens_per_update:
             message = f"a warm-up of {text} needs the tokens per update, which are unknown here"
             raise RequestError(Problem(message, key="schedule.warmup", hint="write it in updates or as a fraction"))
-        return _updates(_number(match[1], text) * _UNITS[match[2].lower()] / tokens_per_update)
+        updates = _number(match[1], text) * _UNITS[match[2].lower()] / tokens_per_update
+        if not math.isfinite(updates):
+            raise _invalid_warmup(text)
+        return _updates(updates)
     if text.endswith("%"):
         fraction = _number(text[:-1], text) / 100
         if not 0 <= fraction <= 1:

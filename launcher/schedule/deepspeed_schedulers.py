@@ -27,8 +27,12 @@ class Replica:
     lr_at: StepFunction
 
     def lr_after(self, steps: int) -> float:
-        """The group's learning rate after `steps` calls of `step()`."""
-        return self.initial_lr if steps == 0 else self.lr_at(self.last_iteration + steps)
+        """The group's learning rate after `steps` calls of `step()`. Raises RequestError if it cannot be computed."""
+        try:
+            return self.initial_lr if steps == 0 else self.lr_at(self.last_iteration + steps)
+        except (ZeroDivisionError, OverflowError) as error:
+            message = f"the learning rate after {steps} steps cannot be computed: {error}"
+            raise RequestError(Problem(message, key="scheduler.params")) from None
 
 
 _WARMUP: dict[str, Any] = {"warmup_num_steps": 1000, "warmup_type": "log", "last_batch_iteration": -1}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,26 +15,47 @@ from launcher.files import last_lines
 from launcher.fleet.network import LOOPBACK
 from launcher.fleet.ray_settings import LOOPBACK_ONLY, use_token, write_token
 from launcher.run_dir import RunDir
-from launcher.slurm.allocation import Allocation
+from launcher.slurm.allocation import Allocation, expand_hosts
+from launcher.slurm.queue import slurm_job_hosts
 from launcher.slurm.ray_node import RayNode
 from launcher.slurm.rendezvous import Connection, JoinedNode, RendezvousServer, common_address, join
 from launcher.slurm.startup_errors import StartupErrors
 
 _STARTED_SECONDS = 300.0
+_ENDED_SECONDS = 20.0
+"""How long the other nodes may take to end: each kills its Ray's processes, and waits for them up to 10 s."""
+_SHUTDOWN_SECONDS = 60.0
+_REMOVAL_SECONDS = 1200.0
+"""Longer than Slurm takes to count a node as dead: SlurmdTimeout is 300 s by default."""
 _LOG_LINES = 20
 _CHECK_SECONDS = 2.0
 
 
+class FirstNodeLost(RunFailed):
+    """The first node is lost. `acts` is True on one of the other nodes, which ends the job for all."""
+
+    code = FailureCode.NODE_LOST
+
+    def __init__(self, message: str, acts: bool) -> None:
+        super().__init__(message)
+        self.acts = acts
+
+
 @contextmanager
 def first_node(
-    allocation: Allocation, run: RunDir, wait_seconds: float, startup_errors: StartupErrors
+    allocation: Allocation,
+    run: RunDir,
+    wait_seconds: float,
+    startup_errors: StartupErrors,
+    lost: list[str] | None = None,
 ) -> Iterator[None]:
     """Runs a Ray cluster over all nodes inside the block; RAY_ADDRESS is its address. Raises RunFailed.
 
-    At the end of the block, also after an error, it releases the other nodes and ends everything started here.
+    At the end of the block, also after an error, it releases the other nodes and ends everything started here. Hosts
+    that do not end then are added to `lost` if it is given.
     """
     folder = run.cluster
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
     key_file = _key_file(folder)
     write_token(key_file)
     server = RendezvousServer(_rendezvous_file(run, allocation), key_file.read_text(), allocation.nodes - 1)
@@ -55,6 +77,8 @@ def first_node(
             os.environ["RAY_ADDRESS"] = ray.address
             yield
         finally:
+            if lost is not None:
+                lost += [node.host for node in server.wait_for_ends(_ENDED_SECONDS)]
             server.close()
             if ray is not None:
                 ray.end()
@@ -62,11 +86,18 @@ def first_node(
 
 
 def other_node(
-    allocation: Allocation, run: RunDir, wait_seconds: float, startup_errors: StartupErrors, on_join: Callable[[], None]
+    allocation: Allocation,
+    run: RunDir,
+    wait_seconds: float,
+    startup_errors: StartupErrors,
+    on_join: Callable[[], None],
+    *,
+    may_lose_nodes: bool = False,
 ) -> None:
     """Runs this node's Ray processes until the first node closes the connection. Raises RunFailed.
 
-    `on_join` is called after joining the first node; from then on this node waits for its end.
+    `on_join` is called after joining the first node; from then on this node waits for its end. With `may_lose_nodes`
+    Slurm keeps the job when a node is lost: raises FirstNodeLost if that is the first one.
     """
     key_file = _key_file(run.cluster)
     connection = join(_rendezvous_file(run, allocation), key_file, allocation.node, wait_seconds, startup_errors.check)
@@ -83,20 +114,53 @@ def other_node(
             try:
                 ray.start()
                 connection.send(up=True)
-                _keep_running(ray, connection)
+                in_order = _keep_running(ray, connection, allocation)
             finally:
                 ray.end()
+                with suppress(OSError):
+                    connection.send(ended=True)
+        if may_lose_nodes and not in_order:
+            _wait_for_removal(connection, allocation)
+    except FirstNodeLost:
+        raise
     except (LauncherError, OSError) as error:
         with suppress(OSError):
             connection.send(failed=str(error), code=code_of(error))
         raise RunFailed(str(error), code=code_of(error)) from None
 
 
-def _keep_running(ray: RayNode, connection: Connection) -> None:
-    """Runs Ray until the first node closes the connection. After a network failure Ray ends: starts it again."""
-    while not connection.readable(_CHECK_SECONDS) or connection.receive(None) is not None:
+def _keep_running(ray: RayNode, connection: Connection, allocation: Allocation) -> bool:
+    """Runs Ray until the first node closes the connection. After a network failure Ray ends: starts it again.
+
+    Returns whether the first node sent that it ends. Raises FirstNodeLost if Slurm has removed it from the job.
+    """
+    while True:
+        if connection.readable(_CHECK_SECONDS):
+            message = connection.receive(None)
+            if message is None or message.get("end"):
+                return message is not None
         if ray.ended():
+            _check_first_node(allocation)
             ray.start_again()
+
+
+def _wait_for_removal(connection: Connection, allocation: Allocation) -> None:
+    """Raises FirstNodeLost when Slurm removes the first node from the job; returns if its host still answers."""
+    began = time.monotonic()
+    while (waited := time.monotonic() - began) < _REMOVAL_SECONDS:
+        _check_first_node(allocation)
+        # A host that shuts down answers for a while.
+        if connection.peer_host_answers() and waited >= _SHUTDOWN_SECONDS:
+            return
+        time.sleep(_CHECK_SECONDS)
+
+
+def _check_first_node(allocation: Allocation) -> None:
+    """Raises FirstNodeLost if Slurm has removed the first node from the job, which --no-kill keeps alive."""
+    present = expand_hosts(slurm_job_hosts(allocation.job_id) or "")
+    if set(present) & set(allocation.hosts) and allocation.hosts[0] not in present:
+        message = f"the first node of the job ({allocation.hosts[0]}) is lost, which carries out the run"
+        raise FirstNodeLost(message, present[0] == allocation.hosts[allocation.node])
 
 
 def node_log(run: RunDir, allocation: Allocation) -> Path:

@@ -28,11 +28,17 @@ _START_SECONDS = 90.0
 _END_SECONDS = 10.0
 _LOG_SECONDS = 3.0
 _STARTED_TEXT = "Ray runtime started"
+_NO_PORT = "65536"
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_prestart_worker_first_driver": "false",
     # When memory is nearly full, as with ZeRO's offload, Ray would kill its only worker, the agent.
     "RAY_memory_monitor_refresh_ms": "0",
+    # Ray's metrics are served on all addresses to everybody, without the token. Two of the servers have no switch: on a
+    # port that does not exist they do not start, and Ray continues without them.
+    "RAY_enable_metrics_collection": "false",
+    "AUTOSCALER_METRIC_PORT": _NO_PORT,
+    "DASHBOARD_METRIC_PORT": _NO_PORT,
 }
 _PORT_OPTIONS = (
     "--node-manager-port",

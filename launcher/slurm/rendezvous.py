@@ -38,6 +38,7 @@ class Connection:
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._reader = connection.makefile("rb")
+        self._peer = connection.getpeername()
 
     @property
     def local_address(self) -> str:
@@ -64,6 +65,31 @@ class Connection:
         except ValueError:
             return None
         return message if line.endswith(b"\n") and isinstance(message, dict) else None
+
+    def peer_host_answers(self) -> bool:
+        """Whether the host of the other side answers, if only to refuse another connection."""
+        try:
+            socket.create_connection(self._peer[:2], _CONNECT_SECONDS).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+        return True
+
+    def finish(self) -> None:
+        """Sends nothing more: the other side reads to the end. Its own messages can still be received."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+
+    def says_goodbye(self, deadline: float) -> bool:
+        """Whether the other side sends the message `ended` until the deadline of the monotonic clock."""
+        with contextlib.suppress(TimeoutError):
+            while True:
+                # What has arrived is read even after the deadline, which another node may have used up.
+                message = self.receive(max(deadline - time.monotonic(), _POLL_SECONDS))
+                if message is None or message.get("ended"):
+                    return message is not None
+        return False
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -107,6 +133,17 @@ class RendezvousServer:
                 self._joined.wait(min(left, _CHECK_SECONDS))
                 check()
             return [self._nodes[node] for node in sorted(self._nodes)]
+
+    def wait_for_ends(self, timeout_seconds: float) -> list[JoinedNode]:
+        """Ends the other nodes, and returns those that do not report their end in time: they are lost."""
+        with self._joined:
+            nodes = list(self._nodes.values())
+        for node in nodes:
+            with contextlib.suppress(OSError):
+                node.connection.send(end=True)
+            node.connection.finish()
+        deadline = time.monotonic() + timeout_seconds
+        return [node for node in nodes if not node.connection.says_goodbye(deadline)]
 
     def close(self) -> None:
         """Closes all connections, which ends the other nodes."""

@@ -41,6 +41,14 @@ CAUSE_BY_CODE = dict(
             "check its GPUs and driver (nvidia-smi), or request fewer GPUs (cluster.gpus_per_node)",
         ),
         _cause(
+            FailureCode.NODE_FAULTY,
+            "a GPU or node is faulty",
+            "exclude that node (slurm.exclude) until its GPU is reset, repaired or replaced; launcher doctor repeats "
+            "the checks (docs/health.md)",
+            "reset the GPU (nvidia-smi --gpu-reset), reboot, or replace it; launcher doctor repeats the checks "
+            "(docs/health.md)",
+        ),
+        _cause(
             FailureCode.PACKAGE_MISSING,
             "a Python package is missing",
             "install it in the Python that the ranks run in, on every node",
@@ -54,6 +62,11 @@ CAUSE_BY_CODE = dict(
             FailureCode.NOT_ENOUGH_NODES,
             "there are not enough nodes",
             "request fewer nodes or ranks, wait longer (cluster.wait_seconds), or free some nodes",
+        ),
+        _cause(
+            FailureCode.NODE_DRAINED,
+            "Ray drained a node before its end: a preemption, or ray drain-node",
+            "continue with launcher resume when there are enough nodes, or set cluster.min_nodes",
         ),
         _cause(
             FailureCode.RAY_LOST,

@@ -58,10 +58,10 @@ class NodeStatus:
 
 def read_node_statuses(run: RunDir, session: Session, now: float) -> list[NodeStatus]:
     """The run's present nodes, by node rank; the nodes with a log folder if no event names a node."""
-    rows = []
+    rows, newest = [], run.attempt()
     for (node_rank, host), offset in sorted(_clock_offsets(run, session).items()):
         record = read_json(run.node_file(node_rank, host))
-        if record is not None and _is_older(record, session, offset):
+        if record is not None and _is_older(record, newest, session, offset):
             record = None
         bare = NodeStatus(node_rank, host)
         rows.append(bare if record is None else _row(bare, record, offset, now))
@@ -92,8 +92,10 @@ def _folders(logs: Path) -> list[Path]:
         return []
 
 
-def _is_older(record: Record, session: Session, offset: float) -> bool:
-    """Whether a node's file is from an earlier session of the run."""
+def _is_older(record: Record, newest_attempt: int, session: Session, offset: float) -> bool:
+    """Whether a node's file is from an earlier attempt of the run. Older launchers did not write the attempt."""
+    if (attempt := int_of(record.get("attempt"))) is not None:
+        return attempt < newest_attempt
     time, placed = seconds_of(record.get("time")), session.placed_time
     return time is not None and placed is not None and time - offset < placed - STALE_SECONDS
 

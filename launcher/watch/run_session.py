@@ -13,6 +13,7 @@ from typing import Any
 from launcher.errors import RunFailed
 from launcher.files import parse_lines, read_json, read_lines
 from launcher.run_dir import ENDED, RunDir
+from launcher.watch.terminal_safe import plain
 
 __all__ = ["Record", "parsed", "read_json", "records"]
 
@@ -28,7 +29,8 @@ class Session:
     by (node rank, host). `offsets` are the seconds by which a node's clock is ahead of the supervisor's, by log folder.
     `failure` is the session's last "failure" event, or None. `last_phase` is the last state before the run ended.
     `restarts` counts the restarts after failures since the run was last started or resumed; `no_restart` is the reason
-    why there was no further one. `spares` are the hosts of spare nodes.
+    why there was no further one. `spares` are the hosts of spare nodes. `not_continued` is the reason why no Slurm job
+    was submitted that continues the run.
     """
 
     state: Record
@@ -42,11 +44,12 @@ class Session:
     restarts: int = 0
     no_restart: str | None = None
     spares: tuple[str, ...] = ()
+    not_continued: str | None = None
 
     @property
     def name(self) -> str:
         """The state's name; "unknown" without a state.json."""
-        return str(self.state.get("state", "unknown"))
+        return plain(str(self.state.get("state", "unknown")))
 
     @property
     def ended(self) -> bool:
@@ -60,13 +63,13 @@ def read_session(run: RunDir) -> Session:
     offsets: dict[str, float] = {}
     failure: Record | None = None
     spares: list[str] = []
-    phase, restarts, no_restart = "planning", 0, None
+    phase, restarts, no_restart, not_continued = "planning", 0, None, None
     for event in records(run.events_file):
         last = seconds_of(event.get("time")) or last
         start = start or last
         kind = event.get("event")
         if kind == "resume" or (kind == "state" and event.get("state") == "placing"):
-            nodes, failure, placed, spares = {}, None, last, []
+            nodes, failure, placed, spares, not_continued = {}, None, last, [], None
         elif kind == "node":
             rank, host = int_of(event.get("node_rank")), text_of(event.get("host"))
             if rank is None or host is None:
@@ -79,6 +82,8 @@ def read_session(run: RunDir) -> Session:
             failure = event
         elif kind == "no_restart":
             no_restart = text_of(event.get("reason"))
+        elif kind == "not_continued":
+            not_continued = text_of(event.get("reason"))
         if kind == "resume":
             restarts, no_restart = 0, None
         elif kind == "restart" and "attempt" in event:
@@ -86,7 +91,28 @@ def read_session(run: RunDir) -> Session:
         if kind == "state" and event.get("state") not in ENDED:
             phase = str(event.get("state"))
     state = read_json(run.state_file) or {}
-    return Session(state, start, placed, last, nodes, offsets, failure, phase, restarts, no_restart, tuple(spares))
+    return Session(
+        state=state,
+        start_time=start,
+        placed_time=placed,
+        last_event_time=last,
+        nodes=nodes,
+        offsets=offsets,
+        failure=failure,
+        last_phase=phase,
+        restarts=restarts,
+        no_restart=no_restart,
+        spares=tuple(spares),
+        not_continued=not_continued,
+    )
+
+
+def continued_by(run: RunDir, state: Record) -> str | None:
+    """The Slurm job that was submitted to continue a stopped run; None without one."""
+    if state.get("state") != "stopped":
+        return None
+    record = read_json(run.continuation_file) or {}
+    return text_of(record.get("job")) if record.get("continues") == state.get("slurm_job_id") else None
 
 
 def is_removed(run: RunDir) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 from launcher.files import lines_backwards
@@ -14,6 +14,7 @@ from launcher.watch.node_status import NodeStatus, mark_stragglers, read_node_st
 from launcher.watch.run_session import (
     Record,
     Session,
+    continued_by,
     int_of,
     is_locked,
     lock_touch_time,
@@ -43,7 +44,8 @@ class RunStatus:
     `updates` of `total_updates` are completed; `loss` and `lr` are from the last one, `tokens_per_second` and
     `step_seconds` are medians of the last 20. `silent_seconds` is the time since anything was last written. `compared`
     names the time by which nodes are compared, "own_seconds" or "step_seconds". `excluded_nodes` are hosts that the
-    run does not use any more, each with the reason.
+    run does not use any more, each with the reason. `continued_by` is the Slurm job that was submitted to continue the
+    run after the time limit of the job `slurm_job_id`.
     """
 
     name: str
@@ -58,6 +60,7 @@ class RunStatus:
     pid: int | None = None
     slurm_job_id: str | None = None
     ray_job_id: str | None = None
+    continued_by: str | None = None
     updates: int = 0
     total_updates: int | None = None
     left_seconds: float | None = None
@@ -120,6 +123,7 @@ def _status(run: RunDir, session: Session, nodes: Sequence[NodeStatus], now: flo
         pid=int_of(session.state.get("pid")),
         slurm_job_id=_text(session.state.get("slurm_job_id")),
         ray_job_id=_text(session.state.get("ray_job_id")),
+        continued_by=continued_by(run, session.state),
         updates=updates,
         total_updates=total,
         left_seconds=None if lost or session.ended else _remaining_seconds(recent, session.placed_time, updates, total),
@@ -159,10 +163,15 @@ def total_updates(run: RunDir) -> int | None:
 
 def _remaining_seconds(recent: Sequence[Record], placed: float | None, updates: int, total: int | None) -> float | None:
     """Remaining time at the speed since the run was last placed, evaluations and checkpoints included."""
-    times = [time for line in recent if (time := seconds_of(line.get("time"))) and time >= (placed or 0.0)]
-    if total is None or len(times) < 2:
+    timed = [(line, time) for line in recent if (time := seconds_of(line.get("time"))) and time >= (placed or 0.0)]
+    if total is None or len(timed) < 2:
         return None
-    return max(0, total - updates) * (times[-1] - times[0]) / (len(times) - 1)
+    # At least the update's own time: the clock may have been set back between two lines.
+    gaps = [
+        max(after - before, number_of(line.get("step_seconds")) or 0.0)
+        for (_, before), (line, after) in pairwise(timed)
+    ]
+    return max(0, total - updates) * sum(gaps) / len(gaps)
 
 
 def _last_activity(

@@ -109,6 +109,8 @@ def _numbers(status: RunStatus) -> str:
 
 def _who(status: RunStatus) -> str:
     parts = [f"{name} job {plain(job)}" for name, job in _jobs(status) if job]
+    if status.continued_by:
+        parts.append(f"continued by Slurm job {plain(status.continued_by)}")
     if status.host is not None:
         parts.append(f"process {status.pid} on {plain(str(status.host))}")
     if status.live and status.silent_seconds is not None:

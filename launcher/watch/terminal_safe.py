@@ -10,7 +10,8 @@ _SEQUENCE = (
     r"|\x9b[0-?]*[ -/]*[@-~]"
     r"|\x1b[ -/]*[0-~]?"
 )
-_CONTROL = r"[\x00-\x08\x0a-\x1f\x7f-\x9f]"
+# Half of a surrogate pair cannot be written to the terminal: Python raises an error.
+_CONTROL = r"[\x00-\x08\x0a-\x1f\x7f-\x9f\ud800-\udfff]"
 _ALL = re.compile(f"{_SEQUENCE}|{_CONTROL}")
 _COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
 RESET = "\x1b[0m"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.text import Text
 from launcher.errors import FailureCode, known_code
 from launcher.files import last_lines
 from launcher.first_failure import describe_places, timeout_headline
-from launcher.run_dir import STACKS_FILE, RunDir
+from launcher.run_dir import RunDir, nccl_dump_prefix, stacks_name
 from launcher.watch import runs_without_codes
 from launcher.watch.causes_by_code import CAUSE_BY_CODE, cause_of
 from launcher.watch.causes_by_message import Cause, cause_of_signal, find_cause
@@ -77,7 +78,8 @@ def _explain_stopped(session: Session, status: RunStatus) -> Explanation:
     code = _written_code(session, status.reason)
     if code is FailureCode.UNKNOWN:
         reason = f": {status.reason}" if status.reason else ""
-        return Explanation(f"no failure: the run was stopped after {status.updates} updates{reason}", ok=True)
+        headline = f"no failure: the run was stopped after {status.updates} updates{reason}"
+        return Explanation(headline, ok=True, notes=_continuation_notes(session, status))
     headline = f"the run stopped itself after {status.updates} updates: {status.reason}"
     return Explanation(headline, cause=cause_of(code), code=code)
 
@@ -103,19 +105,17 @@ def _explain_failures(run: RunDir, session: Session, found: Failures) -> Explana
     first = found.first
     if first.code is FailureCode.HUNG:
         return _explain_hung(run, session, found)
-    folder = run.node_logs(first.node_rank, first.host)
-    logs = [folder / first.log_name]
     cause = _with_fitting_hint(_cause(run, found), session)
     return Explanation(
         _headline(run, session, found),
         failures=found,
         notes=(
             *_notes(found),
-            *(_nccl_notes(run) if found.only_timeouts else ()),
+            *(_nccl_notes(run, first) if found.only_timeouts else ()),
             *_restart_notes(session),
             *_excluded_notes(run),
         ),
-        log_ends=_log_ends(logs) or _reported_traceback(folder, first),
+        log_ends=() if first.code is FailureCode.DISK_FULL else _end_of_log(run, first),
         cause=cause,
         evidence=tuple(_evidence(run, session, found, cause)),
         code=_code(first, cause),
@@ -125,12 +125,8 @@ def _explain_failures(run: RunDir, session: Session, found: Failures) -> Explana
 def _explain_hung(run: RunDir, session: Session, found: Failures) -> Explanation:
     """Explains a hang; the ends of the logs of all other ranks only show that they waited."""
     first = found.first
-    notes = [
-        *_file_notes(run, "the stacks of the ranks", STACKS_FILE),
-        *_nccl_notes(run),
-        *_restart_notes(session),
-        *_excluded_notes(run),
-    ]
+    stacks = _file_notes(run, "the stacks of the ranks", stacks_name(first.attempt))
+    notes = [*stacks, *_nccl_notes(run, first), *_restart_notes(session), *_excluded_notes(run)]
     named = [] if first.rank is None else [run.node_logs(first.node_rank, first.host) / first.log_name]
     cause = _with_fitting_hint(cause_of(first.code), session)
     headline = f"the run hung: {first.error or first.how}"
@@ -171,11 +167,12 @@ def _cause(run: RunDir, found: Failures) -> Cause | None:
     If the rank reported an error, its log is not searched: a log also contains unrelated warnings.
     """
     first = found.first
-    reported = cause_of(first.code, first.error, first.traceback)
+    killed = first.exit_code == -signal.SIGKILL and not first.reported
+    reported = None if killed else cause_of(first.code, first.error, first.traceback)
     if reported is not None:
         return reported
     by_node = find_cause(_node_log_end(run, first.node_rank, first.host))
-    if first.code is _KILLED:
+    if killed:
         out_of_memory = by_node is not None and by_node.code is FailureCode.OUT_OF_MEMORY
         return by_node if out_of_memory else cause_of_kill(memory_of(run, first.node_rank, first.host))
     by_signal = cause_of_signal(first.exit_code)
@@ -197,9 +194,9 @@ def _file_notes(run: RunDir, what: str, pattern: str) -> list[str]:
     return [*(f"{what}: {path}" for path in files[:_SHOWN_FILES]), *more]
 
 
-def _nccl_notes(run: RunDir) -> list[str]:
-    """What NCCL's flight recorder wrote when a collective timed out."""
-    return _file_notes(run, "the last collectives of a rank", "nccl-rank-*")
+def _nccl_notes(run: RunDir, first: Failed) -> list[str]:
+    """What NCCL's flight recorder wrote when a collective of this attempt timed out."""
+    return _file_notes(run, "the last collectives of a rank", f"{nccl_dump_prefix(first.attempt)}*")
 
 
 def _restart_notes(session: Session) -> list[str]:
@@ -215,6 +212,13 @@ def _restart_notes(session: Session) -> list[str]:
 def _excluded_notes(run: RunDir) -> list[str]:
     """The nodes that the run does not use any more."""
     return [f"excluded from this run: {host} {reason}" for host, reason in run.excluded_nodes().items()]
+
+
+def _continuation_notes(session: Session, status: RunStatus) -> tuple[str, ...]:
+    """Which Slurm job continues a run after a time limit, or why none does."""
+    if status.continued_by:
+        return (f"Slurm job {status.continued_by} was submitted to continue it",)
+    return (f"no other Slurm job continues it: {session.not_continued}",) if session.not_continued else ()
 
 
 def _notes(found: Failures) -> list[str]:
@@ -297,6 +301,11 @@ def _log_ends(logs: list[Path]) -> tuple[tuple[Path, tuple[str, ...]], ...]:
     """The last lines of each log that is not empty."""
     found = [(path, tuple(last_lines(path, _SHOWN_LINES))) for path in logs]
     return tuple((path, lines) for path, lines in found if lines)
+
+
+def _end_of_log(run: RunDir, first: Failed) -> tuple[tuple[Path, tuple[str, ...]], ...]:
+    folder = run.node_logs(first.node_rank, first.host)
+    return _log_ends([folder / first.log_name]) or _reported_traceback(folder, first)
 
 
 def _reported_traceback(folder: Path, first: Failed) -> tuple[tuple[Path, tuple[str, ...]], ...]:

@@ -8,7 +8,8 @@ import pickle
 import shutil
 import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ import torch
 
 from launcher.errors import FailureCode, RunFailed, first_line
 from launcher.job.kept_checkpoints import removable
-from launcher.manifest import evaluation_loss, file_records, merged_records, replaced_folder
+from launcher.manifest import evaluation_loss, merged_records, replaced_folder
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
-from launcher.records import ManifestFacts
+from launcher.records import FileRecord, ManifestFacts
 from launcher.run_dir import RunDir, checkpoint_is_complete, read_manifest, universal_folder, write_manifest
+from launcher.worker.checkpoint_files import CheckpointFiles, written_through
 from launcher.worker.control import RecordEvent
+from launcher.worker.host_copy import HostMemory
 from launcher.worker.ranks import Ranks
 
 
@@ -34,13 +37,32 @@ class Progress:
     samples: int
 
 
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint without a manifest: what the manifest will contain, and this rank's files once they are written."""
+
+    folder: Path
+    facts: ManifestFacts
+    files: Future[dict[str, FileRecord]]
+
+
 class Checkpoints:
-    """Saves and prunes the checkpoints of one run."""
+    """Saves and prunes the checkpoints of one run.
+
+    A checkpoint can be written in the background: a thread writes and hashes copies of the states while training
+    continues. It stays pending until all ranks know that all have written their files, and then gets its manifest.
+    Only the main thread calls collectives.
+    """
 
     def __init__(self, run: RunDir, plan: Plan, ranks: Ranks, record_event: RecordEvent) -> None:
         self._run, self._plan, self._ranks, self._record_event = run, plan, ranks, record_event
         self._saved: int | None = None
         self._evaluation: tuple[int, float] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._memory = HostMemory(ranks.device)
+        self._pending: _Pending | None = None
+        self._completing: Future[None] | None = None
+        """The manifest and pruning on the first rank; on other ranks nothing to do."""
 
     def due(self, update: int) -> bool:
         """Whether a checkpoint is due after `update` updates."""
@@ -51,11 +73,16 @@ class Checkpoints:
         """Remembers the evaluation after `update` updates: a checkpoint of the same update has its loss."""
         self._evaluation = (update, loss)
 
-    def save(self, engine: Any, progress: Progress, plan_sha256: str, guard: dict[str, Any]) -> Path:
+    def save(
+        self, engine: Any, progress: Progress, plan_sha256: str, guard: dict[str, Any], *, background: bool = False
+    ) -> Path:
         """Saves a checkpoint unless this update has one already, then removes checkpoints beyond `keep`.
 
-        `plan_sha256` is the hash of the current plan (or revision); `guard` is the state of the spike guard.
+        `plan_sha256` is the hash of the current plan (or revision); `guard` is the state of the spike guard. Waits for
+        a pending checkpoint first. With `background` it returns when the states are copied to host memory: the
+        checkpoint is pending until `agree` or `wait` completes it.
         """
+        self.wait()
         folder = self._run.checkpoint(progress.update)
         if self._saved == progress.update:
             return folder
@@ -63,9 +90,10 @@ class Checkpoints:
         if self._ranks.first:
             _make_room(folder)
         self._ranks.barrier()
-        state = {**asdict(progress), "plan_sha256": plan_sha256}
-        client_state = {**state, "guard": guard, "universal_checkpoint_info": {}}
-        with _written_files(engine) as written:
+        facts = self._facts(progress, plan_sha256)
+        client_state = {**asdict(progress), "plan_sha256": plan_sha256, "guard": guard, "universal_checkpoint_info": {}}
+        files = CheckpointFiles(folder, self._memory if background else None)
+        with written_through(files, engine):
             engine.save_checkpoint(
                 self._run.checkpoints,
                 tag=folder.name,
@@ -75,29 +103,69 @@ class Checkpoints:
                 # one of its names only; the copy under the other name does no harm.)
                 exclude_frozen_parameters=True,
             )
-        random_file = folder / f"random-{self._ranks.rank}.pt"
-        torch.save(_random_states(self._ranks.device), random_file)
-        paths = [*written, random_file, *_swapped_files(folder, self._ranks.rank)]
-        names = [path.relative_to(folder).as_posix() for path in paths]
-        files = self._ranks.gather(file_records(folder, names))
-        if self._ranks.first:
-            facts: ManifestFacts = {
-                "world_size": self._ranks.world_size,
-                "update": progress.update,
-                "samples": progress.samples,
-                "plan_sha256": plan_sha256,
-            }
-            if self._evaluation and self._evaluation[0] == progress.update and math.isfinite(self._evaluation[1]):
-                facts["evaluation_loss"] = self._evaluation[1]
-            self._run.check_attempt()
-            write_manifest(folder, merged_records(files), **facts)
-            self._record_event({"event": "checkpoint", "update": progress.update, "samples": progress.samples})
-            # What cannot be removed now is removed after the next save.
-            with contextlib.suppress(OSError):
-                self._prune(folder)
-        self._ranks.barrier()
+        files.save(torch.save, _random_states(self._ranks.device), folder / f"random-{self._ranks.rank}.pt")
+        files.add(_swapped_files(folder, self._ranks.rank))
+        self._pending = _Pending(folder, facts, self._thread.submit(files.finish))
         self._saved = progress.update
+        if not background:
+            self.wait()
         return folder
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has written all files of a pending checkpoint. Raises the error of a failed write."""
+        if self._completing is not None and self._completing.done():
+            self._completing.result()
+        if self._pending is None or not self._pending.files.done():
+            return False
+        self._pending.files.result()
+        return True
+
+    def agree(self, written: float) -> None:
+        """Completes the pending checkpoint if all ranks have written their files.
+
+        `written` is the number of ranks whose `written` is true: the same on every rank, so that all complete it at
+        the same update.
+        """
+        if self._pending is not None and written == self._ranks.world_size:
+            self._complete(self._pending)
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is complete. All ranks must call it. Raises the error of a failed write."""
+        if self._pending is not None:
+            self._complete(self._pending)
+        if self._completing is not None:
+            self._completing.result()
+            self._completing = None
+            self._ranks.barrier()
+
+    def _complete(self, pending: _Pending) -> None:
+        """Gathers what all ranks have written; the thread of the first rank then writes the manifest and prunes."""
+        records = self._ranks.gather(pending.files.result())
+        self._pending = None
+        self._completing = self._thread.submit(self._write_manifest, pending, records)
+
+    def _write_manifest(self, pending: _Pending, records: Sequence[Mapping[str, FileRecord]]) -> None:
+        if not self._ranks.first:
+            return
+        facts = pending.facts
+        self._run.check_attempt()
+        write_manifest(pending.folder, merged_records(records), **facts)
+        self._record_event({"event": "checkpoint", "update": facts["update"], "samples": facts["samples"]})
+        # What cannot be removed now is removed after the next save.
+        with contextlib.suppress(OSError):
+            self._prune(pending.folder)
+
+    def _facts(self, progress: Progress, plan_sha256: str) -> ManifestFacts:
+        facts: ManifestFacts = {
+            "world_size": self._ranks.world_size,
+            "update": progress.update,
+            "samples": progress.samples,
+            "plan_sha256": plan_sha256,
+        }
+        if self._evaluation and self._evaluation[0] == progress.update and math.isfinite(self._evaluation[1]):
+            facts["evaluation_loss"] = self._evaluation[1]
+        return facts
 
     def load(self, engine: Any, start: Start) -> tuple[Progress, dict[str, Any]]:
         """Loads the checkpoint of `start` into a new engine. Returns the progress and the state of the spike guard.
@@ -138,29 +206,6 @@ class Checkpoints:
         losses = {update: evaluation_loss(self._run.saved_checkpoint(update)) for update in usable}
         for update in removable(losses, self._plan.job.checkpoint):
             _remove(self._run.saved_checkpoint(update))
-
-
-@contextlib.contextmanager
-def _written_files(engine: Any) -> Iterator[list[Path]]:
-    """The files that DeepSpeed writes on this rank inside the block, except those of `_swapped_files`.
-
-    Raises RunFailed if this DeepSpeed writes its files in another way.
-    """
-    writer: Any = getattr(engine, "checkpoint_engine", None)
-    written: list[Path] = []
-    save = getattr(writer, "save", None)
-    if save is None:
-        raise RunFailed("this DeepSpeed has no checkpoint_engine.save, so the files of a checkpoint are unknown")
-
-    def recorded(state_dict: Any, path: str) -> None:
-        save(state_dict, path)
-        written.append(Path(path))
-
-    writer.save = recorded
-    try:
-        yield written
-    finally:
-        del writer.save
 
 
 def _swapped_files(folder: Path, rank: int) -> list[Path]:

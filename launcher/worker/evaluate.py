@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from launcher.chunked_loss import LossLayer
 from launcher.token_store import TokenStore
 from launcher.worker.batches import IGNORED, collate
 from launcher.worker.loss import summed_loss
@@ -26,7 +27,14 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(engine: Any, store: TokenStore, micro_batch: int, ranks: Ranks, part: SequencePart = WHOLE) -> Evaluation:
+def evaluate(
+    engine: Any,
+    store: TokenStore,
+    micro_batch: int,
+    ranks: Ranks,
+    part: SequencePart = WHOLE,
+    layer: LossLayer | None = None,
+) -> Evaluation:
     """The token-weighted mean loss over all ranks; each sequence counts once, for any number of ranks.
 
     All ranks run the same number of micro-batches, which ZeRO-3 requires; the last one may repeat a sequence without
@@ -39,7 +47,7 @@ def evaluate(engine: Any, store: TokenStore, micro_batch: int, ranks: Ranks, par
         positions = np.arange(micro_batch) + start + ranks.rank // part.size * micro_batch
         ids, mask, labels = collate(store, np.minimum(positions, len(store) - 1), ranks.device)
         labels[torch.from_numpy(positions >= len(store)).to(labels.device)] = IGNORED
-        total += float(summed_loss(engine, ids, mask, labels, part=part))
+        total += float(summed_loss(engine, ids, mask, labels, part=part, layer=layer))
     engine.train()
     summed, targets = ranks.sum([total])[0], int(store.targets.sum())
     loss = summed / targets

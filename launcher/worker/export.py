@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from launcher.export_folder import export_temporary
-from launcher.files import replace_folder
+from launcher.files import replace_folder, share_files
 from launcher.plan.schema import Plan
 from launcher.worker.model import DTYPES, load_tokenizer
 from launcher.worker.ranks import Ranks
@@ -48,6 +48,7 @@ def write_export(module: Any, weights: dict[str, torch.Tensor], plan: Plan, fold
     tokenizer = load_tokenizer(plan)
     tokenizer.chat_template = plan.training.data.chat_template or tokenizer.chat_template
     tokenizer.save_pretrained(folder)
+    share_files(folder, plan.job.output_mode)
 
 
 def trained_weights(module: Any, plan: Plan) -> dict[str, torch.Tensor]:

@@ -20,10 +20,11 @@ from transformers.utils import logging as transformers_logging
 
 from launcher.errors import LauncherError, RunFailed, code_of, needs_no_traceback, os_error_text
 from launcher.export_folder import ExportRequest
-from launcher.files import keep_private
+from launcher.files import keep_private, use_output_mode
 from launcher.plan.schema import Plan
 from launcher.plan_file import read_plan
 from launcher.worker.export import trained_weights, write_export
+from launcher.worker.full_disk import naming_full_disk
 from launcher.worker.model import DTYPES, load_model
 
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -44,7 +45,8 @@ def main() -> int:
     request = ExportRequest.model_validate_json(sys.stdin.read())
     transformers_logging.disable_progress_bar()
     try:
-        export_checkpoint(request, lambda text: answer(progress=text))
+        with naming_full_disk(request.folder):
+            export_checkpoint(request, lambda text: answer(progress=text))
     except LauncherError as error:
         answer(error=str(error), code=error.code)
         return 1
@@ -62,6 +64,7 @@ def export_checkpoint(request: ExportRequest, progress: Callable[[str], None]) -
     Without a requested dtype, the weights are bit for bit those that the run itself would export at that update.
     """
     trained = read_plan(request.plan_file)
+    use_output_mode(trained.job.output_mode)
     plan = unsharded_plan(trained, request)
     progress("reading the pretrained model")
     model = load_model(plan).to(DTYPES[plan.precision])

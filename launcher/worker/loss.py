@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from launcher.chunked_loss import LossLayer
 from launcher.errors import LauncherError
 from launcher.worker.batches import IGNORED
 from launcher.worker.ulysses import WHOLE, SequencePart
@@ -20,12 +21,13 @@ def summed_loss(
     *,
     fused: bool = False,
     part: SequencePart = WHOLE,
+    layer: LossLayer | None = None,
 ) -> torch.Tensor:
     """The summed negative log-likelihood (nats, float32, a scalar) of the learned tokens of a micro-batch.
 
     The same as the loss of `summed_losses` without a router coefficient.
     """
-    return summed_losses(model, input_ids, attention_mask, labels, fused=fused, part=part)[0]
+    return summed_losses(model, input_ids, attention_mask, labels, fused=fused, part=part, layer=layer)[0]
 
 
 def summed_losses(
@@ -37,6 +39,7 @@ def summed_losses(
     fused: bool = False,
     part: SequencePart = WHOLE,
     router_coefficient: float | None = None,
+    layer: LossLayer | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(the training loss of a micro-batch, the part of it that balances the experts' routers): both scalars.
 
@@ -46,8 +49,9 @@ def summed_losses(
     equals transformers' own loss.
 
     All tensors are [sequences, length]. Only the logits of learned tokens are cast to float32. With `fused` the model
-    computes the loss, as liger-kernel does without materialising logits. If several ranks share a sequence, the sum is
-    over this rank's `part`.
+    computes the loss, as liger-kernel does without materialising logits. With `layer`, the model's output layer
+    computes it for a chunk of learned tokens at a time. If several ranks share a sequence, the sum is over this rank's
+    `part`.
     """
     if fused:
         # With num_items_in_batch=1, the losses of transformers and liger-kernel are sums.
@@ -64,9 +68,14 @@ def summed_losses(
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         inputs = {"input_ids": part.cut(input_ids, 0), "position_ids": part.cut(positions, 0)}
         targets = part.cut(targets, IGNORED)
+    learned = targets != IGNORED
+    if layer is not None:
+        with layer.computing_loss(targets, learned):
+            output = model(**inputs, use_cache=False)
+        router = _router_loss(output, labels, router_coefficient)
+        return output.logits.sum() + router, router
     output = model(**inputs, use_cache=False)
     logits, router = output.logits, _router_loss(output, labels, router_coefficient)
-    learned = targets != IGNORED
     total = functional.cross_entropy(logits[learned].float(), targets[learned], reduction="sum")
     # A micro-batch without learned tokens must still reach every parameter: ZeRO's ranks reduce together.
     # One logit per sequence is enough; the sum of all could overflow float16.

@@ -69,6 +69,7 @@ class MetricsWriter:
             "peak_memory_bytes": peak_memory_bytes(self._ranks.device),
             "time": utc_now(),
         }
+        self._run.check_attempt()
         append_line(self._run.metrics_file, line)
 
     def write_evaluation(self, update: int, loss: float, perplexity: float, targets: int) -> None:

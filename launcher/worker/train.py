@@ -11,6 +11,8 @@ import torch
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
+from launcher.chunked_loss import LossLayer
+from launcher.files import use_output_mode
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.plan_file import read_plan
@@ -25,9 +27,11 @@ from launcher.worker.control import Control
 from launcher.worker.evaluate import evaluate
 from launcher.worker.export import export_model
 from launcher.worker.finite_weights import check_weights
+from launcher.worker.full_disk import naming_full_disk
 from launcher.worker.gradient_norm import norm_before_step, norm_of_step
 from launcher.worker.loss import summed_losses
 from launcher.worker.lr_check import LRCheck, check_same_plan
+from launcher.worker.matmul_check import check_device
 from launcher.worker.metrics import MetricsWriter
 from launcher.worker.model import load_model, make_engine
 from launcher.worker.ranks import Ranks, join_ranks
@@ -38,18 +42,22 @@ from launcher.worker.ulysses import gradient_divisor, part_of
 def run_rank(run_path: Path, plan_file: Path, start: Start | None, control: Control) -> None:
     """Carries out the plan on this rank. Raises the error of a failure."""
     run, plan = RunDir(run_path), read_plan(plan_file)
+    use_output_mode(plan.job.output_mode)
     transformers_logging.disable_progress_bar()
     ranks = join_ranks(plan)
     hosts = check_same_plan(ranks, plan)
+    if ranks.device.type == "cuda" and plan.job.cluster.health_checks != "off":
+        check_device(ranks.device)
     set_seed(plan.job.train.seed)
     control.report(PhaseReport(report="phase", time=time.time(), phase="loading"))
     engine = make_engine(plan, load_model(plan), universal=start is not None and start.convert)
     if start is None:
         check_weights(engine.module, ranks, plan.training.model.folder)
     training = TrainLoop(run, plan, ranks, engine, control, hosts)
-    training.begin(start)
-    training.train()
-    training.finish()
+    with naming_full_disk(run.path):
+        training.begin(start)
+        training.train()
+        training.finish()
 
 
 class TrainLoop:
@@ -60,6 +68,7 @@ class TrainLoop:
     ) -> None:
         self.run, self.plan, self.ranks, self.engine, self.control = run, plan, ranks, engine, control
         self.part = part_of(plan.world, ranks)
+        self.loss_layer = LossLayer(engine.module) if plan.training.chunked_loss else None
         self.metrics = MetricsWriter(run, ranks)
         self.compute_time = ComputeTime(ranks.device)
         self.checkpoints = Checkpoints(run, plan, ranks, control.record_event)
@@ -94,7 +103,12 @@ class TrainLoop:
             with self.compute_time:
                 tensors = (batch.input_ids, batch.attention_mask, batch.labels)
                 loss, router_loss = summed_losses(
-                    self.engine, *tensors, fused=fused, part=self.part, router_coefficient=coefficient
+                    self.engine,
+                    *tensors,
+                    fused=fused,
+                    part=self.part,
+                    router_coefficient=coefficient,
+                    layer=self.loss_layer,
                 )
             self.engine.backward(loss * self.loss_scale(batch))
             summed += torch.stack((loss.detach(), router_loss.detach().to(loss.device)))
@@ -137,12 +151,15 @@ class TrainLoop:
     def reduce(self, summed: Sequence[float], batch: MicroBatch) -> tuple[float, bool]:
         """(the update's mean loss, whether any rank got the order to stop): the same on every rank.
 
+        Also completes a pending checkpoint once all ranks have written its files.
         `summed` is this rank's loss and the part of it that balances routers.
         """
         row = self.lr_check.table_row(self.engine, batch.update)
-        total, router, stops, *table = self.ranks.sum([*summed, float(self.control.stop.is_set()), *row])
+        flags = (float(self.control.stop.is_set()), float(self.checkpoints.written))
+        total, router, stops, written, *table = self.ranks.sum([*summed, *flags, *row])
         self.router_loss = router / max(1, batch.update_targets)
         self.lr_check.compare(table, batch.update)
+        self.checkpoints.agree(written)
         return total / max(1, batch.update_targets), stops > 0
 
     def advance(self, batch: MicroBatch, loss: float, lr: float, grad_norm: float | None) -> None:
@@ -182,21 +199,21 @@ class TrainLoop:
     def evaluate(self) -> None:
         """Evaluates, if the job has evaluation data."""
         if self.eval_store is not None:
-            found = evaluate(
-                self.engine, self.eval_store, self.plan.train_micro_batch_size_per_gpu, self.ranks, self.part
-            )
+            micro_batch = self.plan.train_micro_batch_size_per_gpu
+            found = evaluate(self.engine, self.eval_store, micro_batch, self.ranks, self.part, self.loss_layer)
             self.metrics.write_evaluation(self.progress.update, found.loss, found.perplexity, found.targets)
             self.checkpoints.evaluated(self.progress.update, found.loss)
 
     def save(self) -> None:
-        """Saves a checkpoint in the middle of training."""
+        """Saves a checkpoint in the middle of training, in the background if the plan has memory for it."""
         self.phase("saving")
-        self.save_state()
+        self.save_state(background=self.plan.training.background_copy_bytes is not None)
         self.phase("training")
         self.metrics.restart_clock()
 
-    def save_state(self) -> None:
-        self.checkpoints.save(self.engine, self.progress, self.guard.plan.sha256, self.guard.state_dict())
+    def save_state(self, *, background: bool = False) -> None:
+        state = (self.guard.plan.sha256, self.guard.state_dict())
+        self.checkpoints.save(self.engine, self.progress, *state, background=background)
 
     def finish(self) -> None:
         """The end of training: evaluation, checkpoint and export; after a stop, only a checkpoint."""
@@ -213,6 +230,7 @@ class TrainLoop:
         if self.plan.job.checkpoint.save_final:
             self.phase("saving")
             self.save_state()
+        self.checkpoints.wait()
         if self.plan.job.export:
             self.phase("exporting")
             self.run.check_attempt()

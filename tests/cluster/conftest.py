@@ -5,7 +5,6 @@ Each worker of pytest-xdist has its own hosts, which do not clash.
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +15,7 @@ from tests.cluster import hosts as several
 from tests.cluster import slurm as over_hosts
 from tests.cluster.hosts import Hosts
 from tests.cluster.slurm import Slurm
-
-
-def need(reason: str | None) -> None:
-    """Skips the test for the reason, if there is one; in CI, where nothing may be missing, the test fails."""
-    if reason and os.environ.get("CI"):
-        pytest.fail(f"CI must run this test, and cannot: {reason}")
-    if reason:
-        pytest.skip(reason)
+from tests.needs import need
 
 
 @pytest.fixture(scope="session")

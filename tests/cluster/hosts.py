@@ -27,7 +27,7 @@ _PARENT, _PREFIX = Path("/var/tmp"), "launcher-testbed-"
 _FORK_SERVER = Path("/run/fork-server")
 CPU_ONLY = {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 _LIVE, _DEAD = "10.77.0", "10.66.0"
-_TOOLS = {"iproute2": ("ip",), "util-linux": ("nsenter", "unshare", "setpriv", "mount")}
+_TOOLS = {"iproute2": ("ip", "tc"), "util-linux": ("nsenter", "unshare", "setpriv", "mount")}
 
 # $1 the host's name, $2 its own folder. /sys is mounted anew so that it shows this host's network, and keeps the
 # control groups, without which slurmd does not start.
@@ -237,6 +237,15 @@ class Hosts:
         """Brings a host back to the network."""
         self._on_switch("ip", "link", "set", f"to-{host}", "up")
 
+    def slow_down(self, host: str, speed: str) -> None:
+        """Limits the speed at which a host sends to the others, such as "40mbit", until `full_speed`."""
+        limit = ("rate", speed, "burst", "64kb", "latency", "50ms")
+        self._on_host(host, "tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *limit)
+
+    def full_speed(self, host: str) -> None:
+        """Removes the limit of `slow_down`."""
+        self._on_host(host, "tc", "qdisc", "del", "dev", "eth0", "root")
+
     def power_off(self, host: str) -> None:
         """Kills every process of a host at once."""
         keeper = self._keepers.pop(host)
@@ -337,6 +346,9 @@ class Hosts:
 
     def _on_switch(self, *argv: str, check: bool = True) -> None:
         _call("nsenter", f"--net=/proc/{self._inits[CONTROLLER]}/ns/net", *argv, check=check)
+
+    def _on_host(self, host: str, *argv: str) -> None:
+        _call("nsenter", f"--net=/proc/{self._inits[host]}/ns/net", *argv)
 
     def _number(self, host: str) -> int:
         return 1 if host == CONTROLLER else 10 + int(host.removeprefix("h"))

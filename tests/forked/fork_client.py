@@ -29,7 +29,7 @@ PATCHED = ("launcher.fleet.process", "launcher.prepare", "launcher.prepare.unive
 MODULES = (
     "launcher.prepare",
     "launcher.worker",
-    "launcher.worker.collective_check",
+    "launcher.worker.health_probe",
     "launcher.worker.exporter",
     "deepspeed.checkpoint.ds_to_universal",
     "tests.local.dying_worker",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
 
 from launcher.worker import __main__ as worker
 from launcher.worker import train
+from launcher.worker.checkpoint_files import CheckpointFiles
 
 
 def scheduler_runs_ahead(at_update: int) -> None:
@@ -66,13 +69,34 @@ def loss_is_nan(at_update: int) -> None:
     train.TrainLoop.reduce = with_fault
 
 
+def killed_while_writing(at_update: int) -> None:
+    """The rank is killed after the next update, while its thread writes the checkpoint of an update."""
+    advance, finish, training_continued = train.TrainLoop.advance, CheckpointFiles.finish, threading.Event()
+
+    def reports_its_update(self, batch, *rest):
+        advance(self, batch, *rest)
+        if batch.update == at_update:
+            training_continued.set()
+
+    def half_written(self):
+        if self._folder.name == f"update-{at_update}":
+            training_continued.wait()
+            save, copy, path = self._copies[0]
+            save(copy.state(), str(path))
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return finish(self)
+
+    train.TrainLoop.advance, CheckpointFiles.finish = reports_its_update, half_written
+
+
 def saves_slowly(seconds: int) -> None:
     """Every checkpoint takes some seconds longer."""
     save = train.Checkpoints.save
 
-    def with_fault(self, *arguments):
+    def with_fault(self, *arguments, **keywords):
         time.sleep(seconds)
-        save(self, *arguments)
+        return save(self, *arguments, **keywords)
 
     train.Checkpoints.save = with_fault
 

@@ -87,6 +87,7 @@ def test_zero_stages_make_the_updates_of_a_plain_loop(stage, accumulation, job_d
         )
     )
     assert plan.gradient_accumulation_steps == accumulation
+    assert plan.training.chunked_loss
     run = fine_tuned(plan, tmp_path)
     held_out = TokenStore(Path(plan.training.data.eval.folder))
     plain = plain_loop(

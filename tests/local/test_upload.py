@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import shutil
@@ -20,6 +21,7 @@ from launcher.runs.fetch import fetch_run
 from launcher.runs.remote import Store
 from launcher.runs.remote_run import remote_checkpoints
 from launcher.runs.uploader import Pauses, Uploader
+from tests.local.fault_runs import Start, check_results
 from tests.local.launcher_commands import Command, run_folder, updates_made, write_job
 from tests.local.rank_runs import fine_tuned, merged, plan_of
 from tests.local.s3_server import BUCKET, Proxy, Server, s3_server, use, variables
@@ -196,6 +198,23 @@ def test_a_run_continues_from_s3_when_its_directory_is_gone(server: Server, job_
     assert "export/model.safetensors" in names and kept[-1] == UPDATES
     for text in (second.output, resumed.events_file.read_text(), resumed.plan_file.read_text()):
         assert "secret-of-the-test" not in text
+
+
+def test_a_restart_from_an_earlier_checkpoint_replaces_what_was_uploaded(
+    server: Server, started: Start, without_fault: dict[str, object], shared_ray, monkeypatch
+):
+    """The newest checkpoint is uploaded, and then damaged on the disk."""
+    running = started("training", {**shared_ray, **variables(server.port)}, checkpoint={"upload": URL})
+    run = RunDir(run_folder(running.folder))
+    use(monkeypatch, server.port)
+    wait_until(lambda: complete(run) == ["update-2", "update-4"])
+    os.truncate(next(run.checkpoint(4).glob("*_states.pt")), 1000)
+    running.ranks()[1].kill()
+    check_results(running, without_fault, attempts=2)
+    assert "resuming after update 2 of 8" in running.output
+    found = remote_checkpoints(Store(URL), run.path.name).complete
+    manifests = [(run.checkpoint(update) / MANIFEST).read_bytes() for update in run.complete_checkpoints()]
+    assert [each.digest for each in found] == [hashlib.sha256(manifest).hexdigest() for manifest in manifests]
 
 
 def test_the_checkpoints_of_a_url_are_listed(server, run, monkeypatch):

@@ -1,6 +1,7 @@
 """A worker whose ranks wait, in the first attempt, at the moment that the variable WAIT_AT names.
 
-Each touches a file `waits-<rank>` in the run directory there, and waits until it is killed or `continue` exists.
+Each touches a file `waits-<rank>` in the run directory there, and waits until it is killed,
+`continue` exists or the run directory is removed.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from launcher.worker import train
 
 _UPDATE = 5
 """The moments are after so many updates, of which the last checkpoint has four."""
+_MOST_BYTES = 2**30
+"""More than the tests allow, and less than a machine has."""
 
 
 def _wait() -> None:
     folder = Path(os.environ["LAUNCHER_RUN_DIR"])
     (folder / f"waits-{os.environ['RANK']}").touch()
-    while not (folder / "continue").exists():
+    while folder.exists() and not (folder / "continue").exists():
         time.sleep(0.02)
 
 
@@ -37,6 +40,20 @@ def _waiting(function: Callable[..., Any], when: Callable[..., bool] = lambda *_
     return wrapped
 
 
+def _filling(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, in which rank 1 fills the memory after so many updates."""
+
+    def wrapped(self: train.TrainLoop, *arguments: Any) -> Any:
+        if self.progress.update == _UPDATE and os.environ["RANK"] == "1":
+            filled = []
+            while sum(map(len, filled)) < _MOST_BYTES:
+                filled.append(b"x" * 2**24)
+            raise RuntimeError(f"{_MOST_BYTES} bytes fit")
+        return function(self, *arguments)
+
+    return wrapped
+
+
 def wait_at(moment: str) -> None:
     """Makes this rank wait at a moment."""
     loop = train.TrainLoop
@@ -44,6 +61,8 @@ def wait_at(moment: str) -> None:
         train.load_model = _waiting(train.load_model)
     elif moment == "training":
         loop.reduce = _waiting(loop.reduce, lambda self, *_: self.progress.update == _UPDATE)  # type: ignore[method-assign]
+    elif moment == "full memory":
+        loop.reduce = _waiting(_filling(loop.reduce), lambda self, *_: self.progress.update == _UPDATE)  # type: ignore[method-assign]
     elif moment == "evaluating":
         loop.evaluate = _waiting(loop.evaluate, lambda self: self.progress.update > 0)  # type: ignore[method-assign]
     elif moment == "saving":

@@ -118,7 +118,7 @@ def in_format_1(plan: Plan) -> dict[str, Any]:
     """plan.json of a training as the first version of the launcher wrote it."""
     data = plan.model_dump(mode="json")
     workload = data.pop("workload")
-    del workload["kind"]
+    del workload["kind"], workload["background_copy_bytes"], workload["chunked_loss"]
     data |= workload
     return {"sha256": format_1_hash(data), "plan": data}
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -193,3 +194,11 @@ def test_damaged_lines_are_skipped_when_following_a_file(tmp_path: Path) -> None
     with file.open("a") as more:
         more.write('ate": 2}\n')
     assert tail.new() == [{"update": 2}]
+
+
+def test_an_error_while_a_line_is_appended_names_the_file(tmp_path: Path) -> None:
+    """The kernel's error of a write names none."""
+    file = tmp_path / "file"
+    file.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=re.escape(f"No space left on device: '{file}'")):
+        append_line(file, {"a": 1})

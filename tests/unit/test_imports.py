@@ -26,6 +26,7 @@ HEAVY = ("torch", "deepspeed", "transformers", "datasets", "ray", "peft")
 HOMES = {
     "torch": (
         "worker/",
+        "chunked_loss.py",
         "prepare/model_facts.py",
         "prepare/model_sizes.py",
         "prepare/small_model_probe.py",
@@ -41,6 +42,7 @@ HOMES = {
     "fsspec": ("runs/remote.py",),
     "subprocess": (
         "slurm/",
+        "runs/detach.py",
         "runs/export.py",
         "runs/planning.py",
         "fleet/process.py",

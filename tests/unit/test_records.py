@@ -147,7 +147,7 @@ def rank(run: RunDir) -> Iterator[Rank]:
 def test_reports_and_heartbeat(run: RunDir, rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "_FIRST_SECONDS", 0.0)
     process, received = rank
-    beat = Heartbeat(run.path, {"node_rank": 0, "host": "h0", "address": "10.0.0.1", "interface": None})
+    beat = Heartbeat(run.path, {"node_rank": 0, "host": "h0", "address": "10.0.0.1", "interface": None, "attempt": 1})
     beat.begin([process])
     process.order({"go": {"env": {"A": "1"}}})
     process.order({"stop": True})

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import RunFailed
+from launcher.errors import FailureCode, RunFailed
 from launcher.run_dir import (
     MANIFEST,
     RunDir,
@@ -309,3 +309,36 @@ def test_attempts_are_counted_and_an_earlier_one_must_not_write(
     run.attempt_file.write_text("damaged")
     run.check_attempt()
     assert run.attempt() == 0
+
+
+def test_an_attempt_that_is_given_up_must_not_write_even_before_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir.create(tmp_path, "run")
+    run.rewind(samples=0, update=-1)
+    assert not run.attempt_file.exists()
+    monkeypatch.setenv("LAUNCHER_ATTEMPT", str(run.begin_attempt()))
+    run.check_attempt()
+    run.rewind(samples=0, update=-1)
+    with pytest.raises(RunFailed, match="attempt 1 of the run was given up: writing nothing"):
+        run.check_attempt()
+    monkeypatch.setenv("LAUNCHER_ATTEMPT", str(run.begin_attempt()))
+    run.check_attempt()
+    assert run.attempt() == 2
+
+
+def test_a_rank_whose_run_directory_was_removed_must_not_create_it_again(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "run")
+    run.path.rename(tmp_path / "removed")
+    with pytest.raises(RunFailed, match=f"the run directory {run.path} was removed during the run") as caught:
+        run.check_attempt()
+    assert caught.value.code is FailureCode.MISSING_FILE
+
+
+def test_an_attempt_reserves_space_for_the_reason_of_its_failure(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "run")
+    run.release_reserve()
+    run.begin_attempt()
+    assert run.reserve_file.stat().st_size == 64 * 1024
+    run.release_reserve()
+    assert not run.reserve_file.exists()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.run_dir import write_json
 from launcher.runs import cancel, interrupts
 from launcher.runs.console import RunConsole
 from launcher.watch import status
@@ -79,6 +80,27 @@ def test_a_requeued_slurm_job_is_cancelled(built: Built, slurm: Path, state: str
     assert "stopped" in ended.out
 
 
+@pytest.mark.parametrize(
+    ("continues", "held", "cancelled"), [("77", "PENDING", 1), ("77", "", 0), ("76", "PENDING", 0)]
+)
+def test_the_job_that_continues_a_run_is_cancelled(
+    built: Built, slurm: Path, continues: str, held: str, cancelled: int
+) -> None:
+    built.state("stopped", 5.0, slurm_job_id="77")
+    write_json(built.run.continuation_file, {"job": "78", "continues": continues, "number": 2, "update": 5})
+    # Only the job that continues the run is in the queue.
+    (slurm / "squeue").write_text(
+        f"#!/bin/sh\necho squeue $@ >> {slurm}/called\ncase $* in *' 78 '*) echo {held};; esac\n"
+    )
+    ended = command("cancel", str(built.run.path))
+    assert (ended.status, ended.err) == (0, "")
+    assert ("scancel -- 78" in (slurm / "called").read_text()) == bool(cancelled)
+    assert ("cancelled its Slurm job 78, which was submitted to continue it" in ended.out) == bool(cancelled)
+    # A launcher that is about to submit the next job reads it.
+    request = built.run.stop_request()
+    assert request is not None and "time_limit" not in request
+
+
 def test_a_run_that_has_already_ended_is_reported(built: Built, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built.state("finished", 5.0, slurm_job_id="77")
     assert command("cancel", str(built.run.path)).out.endswith("has already ended: finished\n")
@@ -128,6 +150,16 @@ def test_a_run_with_damaged_event_lines_can_be_cancelled(built: Built) -> None:
         ended = command("cancel", str(built.run.path))
     assert (ended.status, ended.err) == (0, "")
     assert ended.out.endswith("updates made: 2\n")
+
+
+def test_a_request_because_of_the_time_limit_is_a_warning(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before training it stops the run at once, as Slurm's SIGUSR1 does."""
+    monkeypatch.setattr(interrupts, "_POLL_SECONDS", 0.05)
+    built.run.request_stop(now=False, time_limit=True)
+    with pytest.raises(interrupts.Interrupted) as ended, interrupts.interruptible(RunConsole(), built.run) as handled:
+        time.sleep(30)
+    assert (ended.value.exit_status, handled.reason) == (138, "the time limit of its Slurm job is near")
+    assert not handled.asked
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to switch to the user nobody")

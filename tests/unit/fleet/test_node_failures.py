@@ -37,6 +37,8 @@ PEER = failed(0, FailureCode.PEER_LOST, "RuntimeError: Connection closed by peer
         ([failed(0, LOST, rank=None), failed(2, LOST, rank=None)], dict.fromkeys(("h0", "h2"), "no answer for 20 s")),
         # A GPU that fails takes no other rank with it but by its absence.
         ([failed(2, error=ECC), PEER, failed(1, FailureCode.ENDED)], {"h2": f"rank 9: {ECC}"}),
+        # Ray gives such a notice of a machine that works.
+        ([failed(1, FailureCode.NODE_DRAINED, rank=None)], {}),
         ([], {}),
         ([PEER], {}),
         ([failed(1, error="ValueError: a bad sample")], {}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 from rich.console import Console
 
 from launcher.errors import FailureCode, RunFailed
-from launcher.fleet import inspect_node
+from launcher.fleet import inspect_health, inspect_node
 from launcher.fleet.copy_data import _link
 from launcher.fleet.environment import flight_recorder, rank_environment
+from launcher.fleet.inspect_health import Probed
 from launcher.fleet.inspect_node import NodeFacts
 from launcher.fleet.node_resources import NodeResources, describe_shortage
 from launcher.fleet.nodes import Node
@@ -22,11 +24,13 @@ from launcher.fleet.preflight import (
     NodeCheck,
     NodeProblem,
     Requirements,
+    failed_checks,
     machine_notes,
     machine_problems,
     note_mixed_gpus,
     preflight,
     raise_problems,
+    refusing,
 )
 from launcher.fleet.ray_settings import use_token
 from launcher.plan.packages import needed_packages
@@ -171,29 +175,36 @@ def test_the_table_shows_versions_that_differ(capsys: pytest.CaptureFixture[str]
         assert "transformers" not in printed
 
 
-class LocalNodes:
-    """Two nodes whose agents answer in this process. Each sees the run directory at its own path."""
+GOOD_MATMUL = {"matmul": {"device": "CPU", "name": "CPU", "tflops": 0.1, "wrong": 0}}
+GOOD = Probed(None, [GOOD_MATMUL])
 
-    def __init__(self, folders: Sequence[Path], all_reduce: Sequence[str | None] = (None, None)) -> None:
-        self.nodes = [replace(NODE, host=f"h{rank + 1}", address=f"10.0.0.{rank + 1}") for rank in (0, 1)]
-        self.folders, self.all_reduce = folders, all_reduce
+
+class LocalNodes:
+    """Nodes whose agents answer in this process. Each sees the run directory at its own path."""
+
+    def __init__(self, folders: Sequence[Path], probed: Sequence[Probed] = (GOOD, GOOD)) -> None:
+        self.nodes = [replace(NODE, host=f"h{rank + 1}", address=f"10.0.0.{rank + 1}") for rank in range(len(folders))]
+        self.folders, self.probed = folders, probed
         self.environments: list[dict[str, str]] = []
 
     def free_port(self, node_rank: int) -> int:
         return 4000 + node_rank
 
     def ask(self, method: str, arguments: Sequence[tuple[Any, ...]], seconds: float = 0.0) -> list[Any]:
-        if method == "try_all_reduce":
+        if method == "run_probe":
             assert seconds > arguments[0][1]
             self.environments = [environment for environment, _ in arguments]
-            return list(self.all_reduce)
-        function = getattr(inspect_node, method)
+            return list(self.probed)
+        function = getattr(inspect_health if method == "measure_health" else inspect_node, method)
         return [function(str(folder), *rest) for folder, (_, *rest) in zip(self.folders, arguments, strict=True)]
 
 
-def checked(nodes: LocalNodes, run: Path) -> list[NodeCheck]:
-    world = GPUS.model_copy(update={"device": "cpu", "backend": "gloo", "processes_per_node": 1})
-    return preflight(nodes, Requirements(world, installed_versions(), 0, {}, {}), RunDir(run))  # type: ignore[arg-type]
+def checked(nodes: LocalNodes, run: Path, *, device: str = "cpu", health_checks: str = "auto") -> list[NodeCheck]:
+    world = GPUS.model_copy(
+        update={"device": device, "backend": "gloo", "processes_per_node": 0 if device == "cuda" else 1}
+    )
+    required = Requirements(world, installed_versions(), 0, {}, {}, health_checks=health_checks)  # type: ignore[arg-type]
+    return preflight(nodes, required, RunDir(run))  # type: ignore[arg-type]
 
 
 def test_a_run_directory_that_is_not_shared_is_a_problem_of_its_node(
@@ -219,7 +230,7 @@ def test_a_run_directory_that_is_not_shared_is_a_problem_of_its_node(
 
 
 def test_a_failed_all_reduce_is_reported_with_its_interface(tmp_path: Path) -> None:
-    nodes = LocalNodes((tmp_path, tmp_path), (None, "Connection refused"))
+    nodes = LocalNodes((tmp_path, tmp_path), (GOOD, Probed("Connection refused", [GOOD_MATMUL])))
     checks = checked(nodes, tmp_path)
     with pytest.raises(RunFailed) as raised:
         raise_problems(checks)
@@ -235,6 +246,150 @@ def test_a_failed_all_reduce_is_reported_with_its_interface(tmp_path: Path) -> N
         )
         assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.0.0.1", "4000")
         assert environment["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
+def health_events(run: Path) -> list[dict[str, Any]]:
+    return [event for event in RunDir(run).events() if event["event"] == "health"]
+
+
+def test_figures_of_the_health_checks_are_in_the_table_and_the_events(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    links = [{"link": 1, "bytes_per_second": 3e9}, {"ring": 2e9}], [{"link": 0, "bytes_per_second": 3e9}]
+    nodes = LocalNodes((tmp_path, tmp_path), [Probed(None, [GOOD_MATMUL, *each]) for each in links])
+    checks = checked(nodes, tmp_path)
+    raise_problems(checks)
+    assert [environment["LAUNCHER_HEALTH_CHECKS"] for environment in nodes.environments] == ["auto", "auto"]
+    first, second = health_events(tmp_path)
+    assert (first["host"], first["links"], first["ring_bytes_per_second"]) == ("h1", {"1": 3e9}, 2e9)
+    assert (second["node_rank"], second["matmuls"]) == (1, [{**GOOD_MATMUL["matmul"], "error": None}])
+    assert first["disk_bytes_per_second"] > 0 and second["disk_bytes_per_second"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["events.jsonl"], "what was written to measure is removed"
+    Console(width=200).print(preflight_table(checks))
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in ("TFLOP/s", "network", "3 GB/s", "disk"))
+
+
+def test_a_slow_node_is_noted_and_a_wrong_product_refuses_its_node(tmp_path: Path) -> None:
+    slow = {"matmul": {**GOOD_MATMUL["matmul"], "tflops": 0.01}}
+    wrong = {"matmul": {**GOOD_MATMUL["matmul"], "wrong": 4}}
+    folders = (tmp_path,) * 4
+    checks = checked(LocalNodes(folders, [GOOD, Probed(None, [slow]), Probed(None, [wrong]), GOOD]), tmp_path)
+    assert [bool(check.notes) for check in checks] == [False, True, False, False]
+    assert checks[1].notes[0].startswith("CPU multiplies at 0.01 TFLOP/s, 10% of the median 0.1")
+    with pytest.raises(RunFailed) as raised:
+        raise_problems(checks)
+    assert raised.value.code == "node_faulty"
+    assert str(raised.value).startswith("node 2 (h3): CPU multiplies wrongly (wrong elements of a known product: 4)")
+    failed = failed_checks(checks)
+    assert {rank: [each.check for each in found] for rank, found in failed.items()} == {1: ["tflops"], 2: ["matmul"]}
+    assert [len(refusing(failed[rank])) for rank in (1, 2)] == [0, 1]
+    assert [bool(event["failed"]) for event in health_events(tmp_path)] == [False, True, True, False]
+
+
+def test_a_probe_that_dies_before_the_network_refuses_its_node_alone(tmp_path: Path) -> None:
+    """The other node's probe fails because its peer is gone."""
+    lost = Probed("RuntimeError: Connection closed by peer", [GOOD_MATMUL])
+    checks = checked(LocalNodes((tmp_path, tmp_path), (lost, Probed("exit status -11"))), tmp_path)
+    assert [[problem.code for problem in check.problems] for check in checks] == [[], ["node_faulty"]]
+    assert "cannot multiply matrices (exit status -11)" in checks[1].problems[0].text
+
+
+def test_a_wrong_product_on_one_node_hides_no_network_failure_of_another(tmp_path: Path) -> None:
+    wrong = Probed(None, [{"matmul": {**GOOD_MATMUL["matmul"], "wrong": 4}}])
+    checks = checked(LocalNodes((tmp_path, tmp_path), (wrong, Probed("Connection refused", [GOOD_MATMUL]))), tmp_path)
+    assert [[problem.code for problem in check.problems] for check in checks] == [["node_faulty"], ["network"]]
+
+
+@pytest.mark.parametrize(("health_checks", "probes"), [("off", 0), ("auto", 0), ("full", 1)])
+def test_on_one_machine_only_full_checks_start_a_process(tmp_path: Path, health_checks: str, probes: int) -> None:
+    nodes = LocalNodes((tmp_path,), (GOOD,))
+    (check,) = checked(nodes, tmp_path, health_checks=health_checks)
+    assert len(nodes.environments) == probes
+    assert (check.health.disk_bytes_per_second is None) == (health_checks == "off")
+    assert len(health_events(tmp_path)) == (health_checks != "off")
+
+
+def test_without_health_checks_the_network_is_still_tried(tmp_path: Path) -> None:
+    nodes = LocalNodes((tmp_path, tmp_path), (Probed(None), Probed("Connection refused")))
+    good, bad = checked(nodes, tmp_path, health_checks="off")
+    assert [environment["LAUNCHER_HEALTH_CHECKS"] for environment in nodes.environments] == ["off", "off"]
+    assert (good.problems, [problem.code for problem in bad.problems]) == ([], ["network"])
+    assert health_events(tmp_path) == []
+
+
+def nvidia_smi(folder: Path, rows: Sequence[str]) -> Path:
+    """A folder for the PATH with an nvidia-smi that prints these rows."""
+    folder.mkdir()
+    program = folder / "nvidia-smi"
+    program.write_text("#!/bin/sh\ncat <<'END'\n" + "\n".join(rows) + "\nEND\n")
+    program.chmod(0o755)
+    return folder
+
+
+GPU_ROW = "{}, GPU-000{}, NVIDIA H200, 00000000:{}9:00.0, 143771, 143156, {}, 0, No, No, 0x0000000000000001, 16, 16"
+
+
+def test_uncorrected_memory_errors_of_an_assigned_gpu_refuse_the_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = nvidia_smi(tmp_path / "bin", [GPU_ROW.format(k, k, k, 7 if k == 1 else 0) for k in range(3)])
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    (run := tmp_path / "run").mkdir()
+    for assigned, refused in (("0,2", False), ("0,1", True)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", assigned)
+        nodes = LocalNodes((run,), (GOOD,))
+        (check,) = checks = checked(nodes, run, device="cuda", health_checks="full")
+        assert [gpu.index for gpu in check.health.gpus] == [int(index) for index in assigned.split(",")]
+        assert bool(nodes.environments) != refused, "a faulty GPU is not tried"
+        if refused:
+            with pytest.raises(RunFailed, match=r"node 0 \(h1\): GPU 1 has 7 uncorrected memory errors"):
+                raise_problems(checks)
+        else:
+            raise_problems(checks)
+    assert [each["uncorrected_errors"] for each in health_events(run)[-1]["gpus"]] == [0, 7]
+
+
+def test_gpu_errors_do_not_count_for_a_run_on_cpus_and_a_missing_nvidia_smi_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = nvidia_smi(tmp_path / "bin", [GPU_ROW.format(0, 0, 1, 7)])
+    (run := tmp_path / "run").mkdir()
+    monkeypatch.setenv("PATH", str(programs))
+    (check,) = checked(LocalNodes((run,)), run)
+    assert (check.problems, check.health.gpus) == ([], [])
+    (programs / "nvidia-smi").unlink()
+    (check,) = checked(LocalNodes((run,)), run, device="cuda")
+    assert check.problems == []
+    assert "not checked: the state of the GPUs: nvidia-smi: No such file or directory" in check.notes
+
+
+def test_a_slow_disk_is_measured_with_one_chunk_and_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fsync = [], os.fsync
+
+    def slow(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(os.fstat(descriptor).st_size)
+        time.sleep(0.6)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    speed = inspect_health.measure_health(str(tmp_path), gpus=False, full=False).disk_bytes_per_second
+    assert synced == [4 * 1024**2]
+    assert speed is not None and speed < synced[0] / 0.6
+    (check,) = checked(LocalNodes((tmp_path,)), tmp_path)
+    assert [failed.check for failed in check.failed] == ["disk"] and check.problems == []
+    assert "MB/s to the run directory: checkpoints will take long" in check.notes[0]
+
+
+def test_a_write_speed_that_cannot_be_measured_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    health = inspect_health.measure_health(str(tmp_path), gpus=False, full=False)
+    assert health.disk_bytes_per_second is None
+    assert health.unknown == ["the write speed to the run directory: OSError: No space left on device"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_shortage_is_described_by_what_is_free_now() -> None:
@@ -282,6 +437,7 @@ def test_outside_of_slurm_doctor_prints_the_srun_command(tmp_path: Path, monkeyp
 def test_nccl_records_collectives_in_the_nodes_log_folder_unless_the_user_sets_another(tmp_path: Path) -> None:
     found = flight_recorder(GPUS, tmp_path, {})
     assert found["TORCH_FR_DUMP_TEMP_FILE"] == found["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == f"{tmp_path}/nccl-rank-"
+    assert flight_recorder(GPUS, tmp_path, {}, 2)["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/nccl-attempt-2-rank-"
     assert found["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1" and int(found["TORCH_FR_BUFFER_SIZE"]) > 0
     own = {**found, **rank_environment(GPUS, "ib0", {"TORCH_FR_BUFFER_SIZE": "9"}, {})}
     assert own["TORCH_FR_BUFFER_SIZE"] == "9"

@@ -84,6 +84,12 @@ def test_a_process_that_has_ended_has_no_stack(tmp_path: Path) -> None:
     assert stack.frames == () and stack.problem is not None and stack.problem.startswith("py-spy failed")
 
 
+def test_a_later_attempt_keeps_the_stacks_of_an_earlier_one(tmp_path: Path) -> None:
+    for attempt in (1, 2):
+        write_stacks({}, tmp_path, attempt)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stacks.attempt-2.txt", "stacks.txt"]
+
+
 def test_a_full_disk_is_printed(
     started: list[subprocess.Popen[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

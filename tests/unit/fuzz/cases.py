@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import json
 import os
 import random
@@ -11,11 +12,14 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from launcher.cli.show_error import show_error
 from launcher.errors import LauncherError
 from tests.time_limit import TIME_LIMIT_SECONDS
 
 SEED = int(os.environ.get("LAUNCHER_FUZZ_SEED", "1"))
 FACTOR = int(os.environ.get("LAUNCHER_FUZZ_FACTOR", "1"))
+MOST_LINES = 60
+"""Of an error: 20 problems, each with a hint."""
 
 NUMBERS: tuple[Any, ...] = (
     *(-1, 0, 1, 2, 7, 255, 2**31, 2**63 - 1, 2**63, 2**64, 10**30, 10**400, -(10**400)),
@@ -26,6 +30,8 @@ TEXTS: tuple[Any, ...] = (
     *("\n", "a\nb", "\r", "\x00", "\x1b[2J", "\x85", "\u2028", "\ud800", "\ufeff", "é", "文", "\U0001f600", "٣"),
     *("/", "/etc/passwd", "../..", ".", "..", "~", "~nobody", "~no-such-user/x", "$(touch x)", "`touch x`"),
     *("; touch x", "' touch x '", '" touch x "', "\\", "%", "{{ x }}", "{% x %}", "a" * 300, "9" * 5000),
+    *("²", "1e4", "3%", "2M tokens", "9" * 400 + "M tokens", "24:00:00", "2026-13-45", "0x1f", "1_000", "%s%n"),
+    *("/dev/null", "../../x", "<<", "\t", "é" * 200, "x/" * 3000),
 )
 OTHERS: tuple[Any, ...] = (None, True, False, [], {}, [[]], [None], {"a": 1}, {"": {}}, [1, 2], ["a", 1])
 VALUES = (*NUMBERS, *TEXTS, *OTHERS)
@@ -46,16 +52,28 @@ def cases(name: str, count: int) -> Iterator[random.Random]:
 
 
 def check(shown: Any, call: Callable[[], object]) -> bool:
-    """Calls `call`; returns whether it raised a LauncherError. Any other exception fails, with the seed and `shown`."""
+    """Calls `call`; returns whether it raised a LauncherError that can be printed.
+
+    Any other exception fails, with the seed and `shown`.
+    """
     try:
         with _time_limit():
             call()
     except LauncherError as error:
-        str(error).encode(errors="surrogatepass")
+        message = printed(error)
+        what = f"seed {SEED}, input {shown!r}: {message!r}"
+        assert message.strip() != "error:" and "\x1b" not in message and message.count("\n") <= MOST_LINES, what
         return True
     except BaseException as error:
         raise AssertionError(f"seed {SEED}, input {shown!r}: {type(error).__name__}: {str(error)[:300]}") from error
     return False
+
+
+def printed(error: LauncherError) -> str:
+    """What a command prints for an error."""
+    with contextlib.redirect_stderr(io.StringIO()) as output:
+        show_error(error)
+    return output.getvalue()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launcher.lr_report.run_curves import run_curves
+from launcher.lr_report.plan_report import run_report
+from launcher.lr_report.report import report_json
 from launcher.manifest import MANIFEST, checkpoint_fault, content_fault, write_manifest
 from launcher.run_dir import RunDir
 from launcher.runs.checkpoints import checkpoints_json, checkpoints_view, list_checkpoints, newest_verified
@@ -27,9 +28,10 @@ from launcher.watch.status import read_status, read_status_for_list
 from launcher.watch.status_report import one_line, runs_view, status_json, status_view
 from launcher.watch.why import explain, why_view
 from tests.unit.fuzz.cases import NUMBERS, cases, check, mutated, mutated_bytes
-from tests.unit.inputs import plan_of
+from tests.unit.inputs import in_format_1, plan_of
 from tests.unit.run_directories import START, Built, rank
 
+GPU = {"utilization_percent": 5.0, "memory_used_bytes": 1, "memory_bytes": 2}
 NAMES = ("../states", "/etc/passwd", "..", ".", "", "a/../b", "./states", "states/", "a" * 300, "\x00", "\ud800")
 
 
@@ -44,7 +46,9 @@ def built_run(folder: Path) -> RunDir:
     built.run.plan_file.write_text(plan_of().to_json())
     built.nodes(["h0", "h1"])
     built.event(2.0, "warmup_extended", update=1, warmup_updates=4, peak_lr=1e-5)
-    built.node_json(0, "h0", 50.0, [rank(0), rank(1, exit_code=-9)], oom_kills=0, memory_peak_bytes=1)
+    built.node_json(
+        0, "h0", 50.0, [rank(0, phase="saving"), rank(1, exit_code=-9)], gpus=[GPU], oom_kills=0, memory_peak_bytes=1
+    )
     built.node_json(1, "h1", 50.0, [rank(2), rank(3)])
     built.log(0, "h0", "rank-0", (10.0, "line"), "no time", (11.0, "RuntimeError: x"), torn="torn")
     built.metrics(range(4))
@@ -52,6 +56,8 @@ def built_run(folder: Path) -> RunDir:
     failed = {"rank": 1, "node_rank": 0, "host": "h0", "how": "signal SIGKILL", "exit_code": -9, "code": "rank_killed"}
     built.failure(55.0, failed, {**failed, "rank": 0, "exit_code": 1, "error": "RuntimeError: x", "traceback": "x"})
     built.state("failed", 56.0, reason="rank 1", message="rank 1", code="rank_killed")
+    built.run.path.joinpath("stop.json").write_text('{"time": "2026-03-01T12:00:00.000Z", "now": false}')
+    built.run.lock_file.write_text('{"host": "h0", "pid": 1, "time": "2026-03-01T12:00:00.000Z"}')
     for update in (2, 4):
         checkpoint = built.run.checkpoint(update)
         checkpoint.mkdir(parents=True)
@@ -64,16 +70,20 @@ def built_run(folder: Path) -> RunDir:
 
 
 def watch(run: RunDir) -> None:
-    console = Console(file=io.StringIO(), width=120)
+    output = io.StringIO()
+    console = Console(file=output, width=120)
     status = read_status(run, START + 60.0)
     status_json([status, read_status_for_list(run, START + 60.0)])
     console.print(status_view(status), runs_view([status]), one_line(status), why_view(explain(run)))
-    with contextlib.redirect_stdout(io.StringIO()):
+    output.getvalue().encode()
+    assert "\x1b" not in output.getvalue()
+    with contextlib.redirect_stdout(io.StringIO()) as lines:
         print_logs(run, LogSelection(None, None), lambda _: True, None, 10)
+    lines.getvalue().encode()
 
 
 def curves(run: RunDir) -> None:
-    run_curves(run)
+    report_json(run_report(run.path, ())).encode()
 
 
 def plan_rest(run: RunDir) -> None:
@@ -101,6 +111,8 @@ FILES: dict[str, tuple[Callable[[RunDir], None], ...]] = {
     "events.jsonl": (watch, curves, plan_rest),
     "metrics.jsonl": (watch, curves, plan_rest),
     "evaluations.jsonl": (watch, plan_rest),
+    "stop.json": (watch, plan_rest),
+    "launcher.lock": (watch, checkpoints),
 }
 
 
@@ -140,7 +152,8 @@ def test_files_of_a_run(run: RunDir) -> None:
 
 def test_plans(run: RunDir) -> None:
     for rng in cases("plans", 300):
-        content = random_content(rng, run.plan_file.read_bytes(), lines=False)
+        plan = run.plan_file.read_bytes() if rng.random() < 0.7 else json.dumps(in_format_1(plan_of())).encode()
+        content = random_content(rng, plan, lines=False)
         calls = (watch, curves, plan_rest, checkpoints)
         with_content(run.plan_file, content, content[:200], *(lambda call=call: call(run) for call in calls))
 

@@ -35,9 +35,17 @@ def value_for(rng: Random, key: str) -> Any:
     return rng.choice((any_value(rng), text, [text]))
 
 
-def request_of(slurm: dict[str, Any], override: str, folder: Path) -> SlurmRequest:
-    job = load_job({**TRAINING, "slurm": slurm}).job
-    return slurm_request(job, Path("job.yaml"), (override,), HERE, read_templates(job, folder))
+def around(rng: Random) -> tuple[dict[str, Any], str]:
+    """Other keys of a job whose values are in the script, and the name of its file."""
+    text = rng.choice((*INJECTIONS, *TEXTS))
+    variables = {**TRAINING["cluster"], "env": rng.choice(({"A": text}, {text: "a"}))}
+    keys: dict[str, Any] = rng.choice(({}, {"output_dir": text}, {"name": text}, {"cluster": variables}))
+    return keys, rng.choice(("job.yaml", f"{text}.yaml"))
+
+
+def request_of(slurm: dict[str, Any], keys: dict[str, Any], file: str, override: str, folder: Path) -> SlurmRequest:
+    job = load_job({**TRAINING, **keys, "slurm": slurm}).job
+    return slurm_request(job, Path(file), (override,), HERE, read_templates(job, folder))
 
 
 def test_slurm_values(tmp_path: Path) -> None:
@@ -46,10 +54,11 @@ def test_slurm_values(tmp_path: Path) -> None:
         keys = rng.sample(sorted(set(GOOD) - {"template"}), rng.choice((1, 1, 2)))
         slurm = {"signal_seconds": 1, **{key: value_for(rng, key) for key in keys}}
         override = f"name={rng.choice((*INJECTIONS, *TEXTS))}"
+        given = (slurm, *around(rng), override)
         made: list[SlurmRequest] = []
-        check((slurm, override), lambda a=(slurm, override), made=made: made.append(request_of(*a, tmp_path)))
+        check(given, lambda a=given, made=made: made.append(request_of(*a, tmp_path)))
         for request in made:
-            shown = (slurm, override, request.script)
+            shown = (given, request.script)
             lines = request.script.splitlines()
             assert request.script == "\n".join(lines) + "\n", shown
             assert not [line for line in lines if line.lstrip().startswith(("touch", MARK))], shown

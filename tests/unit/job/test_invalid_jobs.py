@@ -391,6 +391,11 @@ NUMBERS = [
         with_cluster("{nodes: 2, min_nodes: 4, gpus_per_node: 0}"),
     ),
     InvalidJob("no minimum of nodes", ("cluster.min_nodes", "0"), with_cluster("{min_nodes: 0, gpus_per_node: 0}")),
+    InvalidJob(
+        "unknown health checks",
+        ("job.yaml:3: cluster.health_checks", "'auto', 'off' or 'full'", "found true"),
+        with_cluster("{gpus_per_node: 0, health_checks: on}"),
+    ),
     InvalidJob("negative restarts", ("train.restarts", "-1"), JOB + "train: {max_steps: 20, restarts: -1}\n"),
     InvalidJob("negative hang_seconds", ("train.hang_seconds", "-5"), JOB + "train: {hang_seconds: -5}\n"),
     InvalidJob(

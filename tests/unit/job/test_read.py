@@ -50,6 +50,18 @@ def test_all_spellings_of_numbers_are_read_as_numbers(
         assert [type(item) for item in found] == [type(item) for item in value]
 
 
+@pytest.mark.parametrize(
+    ("written", "found"), [("off", "off"), ("'off'", "off"), ("full", "full"), ("auto", "auto"), ("", "auto")]
+)
+def test_health_checks_are_off_also_without_quotes(tmp_path: Path, written: str, found: str) -> None:
+    """YAML 1.1 reads off as false."""
+    text = "model: {name_or_path: m}\ndata: {train: t.jsonl}\n"
+    job = read(tmp_path, f"{text}cluster: {{health_checks: {written}}}\n" if written else text)
+    assert job.cluster.health_checks == found
+    if written:
+        assert read(tmp_path, text, f"cluster.health_checks={written}").cluster.health_checks == found
+
+
 @pytest.mark.parametrize(("until", "found"), [(1, 1), (1.0, 1.0), ("1e2", 100), (0.25, 0.25), (100.0, 100)])
 def test_the_end_of_a_segment_is_an_update_or_a_fraction(until: Any, found: float) -> None:
     segments = [{"kind": "linear", "until": until, "to": 0}]

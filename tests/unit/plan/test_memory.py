@@ -14,9 +14,11 @@ import pytest
 
 from launcher.ds_config import Offload, from_mapping
 from launcher.ds_config.sizes import ZeroSizes, zero_sizes
+from launcher.errors import RequestError
 from launcher.plan.fit import MemoryNeeds
 from launcher.plan.inputs import plan_inputs
 from launcher.plan.memory import FRAGMENTATION, PROCESS_BYTES, MemoryEstimate, Work, estimate_memory, host_bytes
+from launcher.plan.model_options import check_chunked_loss
 from tests.unit.inputs import job_of, machine_facts, model_facts
 
 BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "memory.py"
@@ -213,6 +215,51 @@ def test_a_fused_loss_saves_the_logits_unless_the_run_evaluates() -> None:
     assert logits() == 0 < logits(eval=0.1)
 
 
+def test_a_chunked_loss_has_one_chunk_of_logits_and_the_gradient_of_the_output_layer() -> None:
+    model = MODEL.model_copy(update={"vocab_size": 2**16})
+    many = Work(512, 16, chunked_loss=True)
+    gradient = 2**16 * 8 * (4 + 2)
+    assert estimate(model=model, work=many).logits == 512 * 2**16 * (4 + 2) + gradient
+    few = Work(4, 16, chunked_loss=True)
+    assert estimate(model=model, work=few).logits == 64 * 2**16 * (4 + 2) + gradient
+    adapters = model.model_copy(update={"adapted_modules": ("q_proj",), "trainable_parameters": 1000})
+    assert estimate(model=adapters, work=few).logits == 64 * 2**16 * (4 + 2)
+    assert estimate(model=model, work=few, precision="fp32").logits == (64 + 8) * 2**16 * 4
+
+
+def test_the_loss_is_chunked_if_the_model_allows_it_and_it_saves_memory() -> None:
+    def chunked(section: dict[str, Any] | None = None, config: dict[str, Any] | None = None, **facts: Any) -> bool:
+        inputs = plan_inputs(job_of(model=section or {}), from_mapping(config or {}, "ds.json"), machine_facts(4))
+        model = MODEL.model_copy(update={"chunked_loss": True, **facts})
+        return MemoryNeeds(inputs, model, 16).chunked_loss(4)
+
+    assert chunked()
+    assert not chunked(chunked_loss=False)
+    assert not chunked({"chunked_loss": False})
+    assert not chunked({"torch_compile": True})
+    assert not chunked({"liger": True})
+    assert not chunked({"dtype": "float16"})
+    assert not chunked({"dtype": "float32"}, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}})
+    # 64 tokens: their logits need less memory than the gradient of a layer with 1024 inputs.
+    assert not chunked(hidden_size=1024)
+    assert chunked({"chunked_loss": True}, hidden_size=1024)
+
+
+@pytest.mark.parametrize(
+    ("section", "facts", "found"),
+    [
+        ({"dtype": "float16"}, {"chunked_loss": True}, "in float16 its gradients"),
+        ({"torch_compile": True}, {"chunked_loss": True}, "cannot be combined with model.torch_compile"),
+        ({}, {"chunked_loss": False}, "the logits of this llama are not only the product of its output layer"),
+    ],
+)
+def test_a_chunked_loss_that_is_set_but_not_possible_is_refused(section: Any, facts: Any, found: str) -> None:
+    inputs = plan_inputs(job_of(model={"chunked_loss": True, **section}), from_mapping({}, "ds.json"), machine_facts(4))
+    with pytest.raises(RequestError, match=found) as caught:
+        check_chunked_loss(inputs, MODEL.model_copy(update=facts))
+    assert caught.value.problems[0].key == "model.chunked_loss"
+
+
 def test_offload_moves_states_to_pinned_host_memory() -> None:
     """Master weights, float32 gradients and two transfer buffers are pinned and rounded up; Adam's moments are not."""
     part = MILLION // 4
@@ -285,7 +332,7 @@ def test_the_estimate_matches_the_measurements(benchmark: ModuleType, tmp_path: 
 def test_a_shorter_reuse_distance_saves_as_much_as_estimated(benchmark: ModuleType, tmp_path: Path) -> None:
     """If activations determine the peak: all, some or none of the weights of a 100M model stay gathered."""
     measured = {row["row"]: row["in_use"] for row in json.loads(BENCHMARK.with_suffix(".json").read_text())}
-    rows = [row for row in benchmark.ROWS if row.model == "100M" and row.micro == 4]
+    rows = [row for row in benchmark.ROWS if row.model == "100M" and row.micro == 4 and not row.section]
     actual = [measured[row.name] for row in rows]
     memories = [benchmark.plan_for(row, tmp_path).training.memory for row in rows]
     estimated = [benchmark.on_device(memory) - memory["fragmentation"] for memory in memories]

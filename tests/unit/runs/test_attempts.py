@@ -31,6 +31,7 @@ class Nodes:
 
     nodes = (Node(None, "h0", "10.0.0.1", ()),)
     broken = False
+    own_ray = False
 
     def __init__(self, *_: Any) -> None:
         self.closed = 0

@@ -76,8 +76,9 @@ def test_what_would_fail_again_or_needs_a_decision_is_not_restarted(code: Failur
     assert not decide([failure(code)], 3).restart
 
 
-def test_an_unfit_node_ends_the_run_unless_it_can_do_without_the_node() -> None:
-    unfit = failure(FailureCode.NODE_UNFIT, updates=0, error="torch sees 3 of the 4 assigned GPUs")
+@pytest.mark.parametrize("code", [FailureCode.NODE_UNFIT, FailureCode.NODE_FAULTY])
+def test_an_unfit_node_ends_the_run_unless_it_can_do_without_the_node(code: FailureCode) -> None:
+    unfit = failure(code, updates=0, error="torch sees 3 of the 4 assigned GPUs")
     assert not decide([unfit], 3).restart
     assert decide([replace(unfit, excluded=True)], 3).restart
     # What is wrong with the job stays wrong without the node.
@@ -127,3 +128,10 @@ def test_errors_of_the_code_before_the_first_update_are_not_retried(error: str) 
 def test_a_lost_race_for_the_rendezvous_port_is_retried() -> None:
     error = "DistNetworkError: The server socket has failed to listen on any local network address. EADDRINUSE"
     assert decide([failure(FailureCode.UNKNOWN, 0, error=error)], 3).restart
+
+
+def test_only_a_ray_that_the_launcher_started_can_be_replaced() -> None:
+    own = FailedAttempt(FailureCode.RAY_LOST, 5, False, "Ray's head process is gone", own_ray=True)
+    assert decide([own], 3).restart and decide([own, own], 3).restart
+    decision = decide([replace(own, own_ray=False)], 3)
+    assert (decision.restart, decision.reason) == (False, "the launcher did not start this Ray")

@@ -33,7 +33,7 @@ def test_a_failure_that_cannot_be_written_is_still_raised(
     monkeypatch.setattr(run_module, "make_plan", make)
     checked = CheckedJob(LoadedJob(job_of(), "the job"), plan_inputs(job_of(), preset("zero2"), machine_facts(8)), ())
     with pytest.raises(LauncherError, match=r"^the first error$") as raised:
-        run_module._planned(checked, built.run, RunConsole())
+        run_module.plan_in(built.run, checked, RunConsole())
     assert (raised.value.exit_status, raised.value.code) == (1, "prepare_failed")
     printed = " ".join(capsys.readouterr().out.split())
     assert "the failure could not be written to" in printed and "No space left on device" in printed

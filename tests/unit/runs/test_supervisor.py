@@ -136,7 +136,10 @@ def test_a_full_disk_does_not_hide_the_failure(built: Built, monkeypatch: pytest
     assert stamp(39.0) in built.run.node_logs(1, "h1").joinpath("rank-4.log").read_text()
 
 
-@pytest.mark.parametrize(("code", "of_devices"), [(FailureCode.NODE_UNFIT, True), (FailureCode.VERSIONS_DIFFER, False)])
+@pytest.mark.parametrize(
+    ("code", "of_devices"),
+    [(FailureCode.NODE_UNFIT, True), (FailureCode.NODE_FAULTY, True), (FailureCode.VERSIONS_DIFFER, False)],
+)
 def test_a_node_whose_devices_are_unfit_is_excluded_from_the_run(
     built: Built, monkeypatch: pytest.MonkeyPatch, code: FailureCode, of_devices: bool
 ) -> None:
@@ -165,3 +168,93 @@ def test_a_problem_of_all_nodes_excludes_none(built: Built, monkeypatch: pytest.
     with pytest.raises(RunFailed):
         supervisor.check_nodes()
     assert supervisor.nodes.excluded == built.run.excluded_nodes() == {}
+
+
+class Drained:
+    """A watch of Ray's drains that names the second node."""
+
+    def deadline_of(self, address: str) -> float | None:
+        return 0.0 if address == "10.0.0.1" else None
+
+    def end(self) -> None:
+        """No thread runs."""
+
+
+def phase(name: str, update: int) -> dict[str, Any]:
+    return {"report": "phase", "phase": name, "update": update, "rank": 0, "node_rank": 0, "time": 0.0}
+
+
+def stopped(update: int, reason: str | None = None) -> dict[str, Any]:
+    return {"report": "stopped", "update": update, "reason": reason, "rank": 0, "node_rank": 0, "time": 0.0}
+
+
+def drained(built: Built, *batches: list[dict[str, Any]]) -> tuple[Supervisor, list[Any]]:
+    """A supervisor of nodes of which Ray drains the second, and the orders that it sends."""
+    supervisor, orders = supervised(built, *batches), []
+    supervisor.nodes.order = orders.append  # type: ignore[method-assign]
+    supervisor._drain_watch = Drained()  # type: ignore[assignment]
+    return supervisor, orders
+
+
+def test_the_ranks_save_and_stop_when_ray_drains_a_node(built: Built) -> None:
+    ended = [on_eight(number, 0.0, 0) for number in range(8)]
+    supervisor, orders = drained(built, [phase("training", 3)], [], [phase("saving", 4), stopped(4), *ended])
+    with pytest.raises(RunFailed) as failed:
+        supervisor.run()
+    assert str(failed.value) == "node 1 (h1) is lost: Ray drains it" and failed.value.code == "node_drained"
+    assert orders == [{"stop": True}]
+    (failure,) = [event for event in built.run.events() if event["event"] == "failure"]
+    assert (failure["host"], failure["code"], failure["rank"]) == ("h1", "node_drained", None)
+
+
+def test_a_drain_does_not_change_why_a_run_ends_otherwise(built: Built) -> None:
+    ended = [on_eight(number, 0.0, 0) for number in range(8)]
+    supervisor, _ = drained(built, [phase("training", 3)], [], [stopped(4), *ended])
+    supervisor.stop_signal = 15
+    assert supervisor.run().state == "stopped"
+    supervisor, _ = drained(built, [phase("training", 3)], [], [stopped(4, "the loss is NaN"), *ended])
+    assert supervisor.run().reason == "the loss is NaN"
+    supervisor, orders = drained(built, [phase("exporting", 3)], [], ended)
+    assert supervisor.run().state == "finished" and orders == []
+
+
+def test_a_save_that_takes_longer_than_slurms_signal_allows_is_reported_once(
+    built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = {"report": "event", "event": "checkpoint", "details": {"update": 4, "samples": 32}, "time": 0.0}
+    built.event(60.0, "state", state="saving")
+    ended = [on_eight(number, 0.0, 0) for number in range(8)]
+    supervisor = supervised(built, [saved], [saved], ended)
+    supervisor.run()
+    assert supervisor.console.notes == []  # type: ignore[attr-defined]
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    supervisor = supervised(built, [saved], [saved], ended)
+    supervisor.run()
+    (note,) = supervisor.console.notes  # type: ignore[attr-defined]
+    assert "but Slurm signals only 300 s before the time limit (slurm.signal_seconds)" in note
+    assert note.endswith("set slurm.signal_seconds=65535")
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        ("CUDA out of memory. Tried to allocate 22.00 MiB", "out_of_gpu_memory"),
+        ("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598", "disk_full"),
+        ("odd rows", "unknown"),
+    ],
+)
+def test_a_failure_without_a_code_has_that_of_its_message(built: Built, message: str, code: str) -> None:
+    """The restart policy depends on it."""
+    with pytest.raises(RunFailed) as caught:
+        supervised(built, [failed(0, 10.0, message)]).run()
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(("counted", "code"), [({"oom_kills": 1}, "out_of_memory"), ({}, "rank_killed")])
+def test_a_rank_that_the_kernel_killed_for_lack_of_memory(built: Built, counted: dict[str, int], code: str) -> None:
+    built.node_json(1, "h1", 9.0, [rank(5)], **counted)
+    with pytest.raises(RunFailed) as caught:
+        supervised(built, [on_eight(5, 10.0, -9)]).run()
+    assert caught.value.code == code
+    assert str(caught.value).startswith("rank 5 on node 1 (h1) failed first, with signal SIGKILL")
+    assert ("from the kernel for lack of memory" in str(caught.value)) == bool(counted)

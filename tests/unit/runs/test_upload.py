@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,14 +22,15 @@ from launcher.manifest import MANIFEST, read_manifest, write_manifest
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
-from launcher.runs import upload
+from launcher.runs import resume, upload
 from launcher.runs.checkpoints import newest_verified
 from launcher.runs.console import RunConsole
 from launcher.runs.fetch import fetch_run
 from launcher.runs.interrupts import Interrupted, interruptible
 from launcher.runs.remote import Store, StoreError
 from launcher.runs.remote_run import Copy, due, remote_checkpoints, remote_name, superfluous
-from launcher.runs.upload import uploading
+from launcher.runs.resume import resume_locked
+from launcher.runs.upload import upload_run, uploading
 from launcher.runs.uploader import Pauses, Uploader
 from tests.time_limit import TIME_LIMIT_SECONDS
 from tests.unit.inputs import command, data_facts, job_of, plan_of
@@ -284,6 +286,24 @@ def test_updates_that_a_resume_makes_again_do_not_count(url: str, plan: Plan, ru
     assert complete(url, run) == {"update-4": 4, "update-6": 6}
 
 
+@pytest.mark.parametrize(("kept", "saved"), [(4, 6), (0, 2)])
+def test_updates_that_a_restart_makes_again_do_not_count(
+    url: str, plan: Plan, run: RunDir, kept: int, saved: int
+) -> None:
+    """The newest one here was damaged, so the run restarted from the one before it, or from scratch."""
+    worker = uploader(Store(url), plan, run)
+    for update in (4, 8):
+        save(run, plan, update)
+        worker.upload_all()
+    for update in (4, 8):
+        if update > kept:
+            shutil.rmtree(run.checkpoint(update))
+    worker.rewound(kept * plan.train_batch_size)
+    save(run, plan, saved)
+    worker.upload_all()
+    assert sorted(complete(url, run).values()) == [update for update in (kept, saved) if update]
+
+
 def test_a_milestone_that_the_user_removes_here_stays_there(url: str, run: RunDir) -> None:
     """Also one that was saved after a resume."""
     plan = plan_of(job_of(checkpoint={"upload": url, "keep": 1, "keep_every": 8}))
@@ -304,6 +324,20 @@ def test_a_resume_checks_the_bucket_before_it_starts(url: str, plan: Plan, run: 
     ended = command("resume", str(run.path))
     assert ended.status == 2 and "checkpoint.upload: cannot write to file://" in ended.err
     assert run.state() == {}
+
+
+def test_a_requeued_run_resumes_while_the_bucket_cannot_be_reached(
+    url: str, plan: Plan, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody may be there to repair it, and what is saved is uploaded later."""
+    started: list[Start | None] = []
+    monkeypatch.setattr(resume, "carry_out", lambda *given: started.append(given[4]))
+    save(run, plan, 4)
+    bucket_folder(url).write_text("a file where a folder must be")
+    resume_locked(run, [], RunConsole(), requeued=True)
+    assert [start and start.update for start in started] == [4]
+    with pytest.raises(RequestError, match="cannot write to"):
+        resume_locked(run, [], RunConsole())
 
 
 def test_the_export_is_uploaded_once_it_is_complete_and_again_when_it_changes(
@@ -343,6 +377,28 @@ def test_a_downloaded_run_is_the_uploaded_one(url: str, plan: Plan, run: RunDir,
     assert fetched.path.stat().st_mode & 0o077 == 0
     again = command("resume", f"{url}/{run.path.name}", "--to", str(tmp_path / "copy"))
     assert again.status == 2 and "exists already" in again.err and f"launcher resume {fetched.path}" in again.err
+
+
+@pytest.mark.parametrize(("mode", "folders", "files"), [("private", 0o700, 0o600), ("group", 0o750, 0o640)])
+def test_a_copy_and_its_download_have_the_modes_of_the_job(
+    url: str, run: RunDir, tmp_path: Path, mode: str, folders: int, files: int
+) -> None:
+    plan = plan_of(job_of(checkpoint={"upload": url}, output_mode=mode))
+    run.plan_file.write_text(plan.to_json())
+    save(run, plan, 4)
+    before = os.umask(0)
+    try:
+        upload_run(run, plan, None, print)
+        fetched = fetch_run(f"{url}/{run.path.name}", tmp_path / "copy", print)
+    finally:
+        os.umask(before)
+    found = [bucket(url, run), *bucket(url, run).rglob("*"), fetched.path, *fetched.path.rglob("*")]
+    wrong = {
+        str(path): oct(path.stat().st_mode)
+        for path in found
+        if stat.S_IMODE(path.stat().st_mode) != (folders if path.is_dir() else files)
+    }
+    assert len(found) > 15 and wrong == {}
 
 
 def test_a_damaged_download_is_not_used(url: str, plan: Plan, run: RunDir, tmp_path: Path) -> None:

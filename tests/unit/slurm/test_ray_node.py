@@ -1,17 +1,20 @@
-"""The Ray of a Slurm job when it does not start."""
+"""The Ray of a Slurm job when it does not start, and when the first node is lost."""
 
 from __future__ import annotations
 
 import io
 import signal
+import socket
 import sys
 from pathlib import Path
 
 import pytest
 
 from launcher.errors import RunFailed
+from launcher.slurm import ray_cluster
 from launcher.slurm.allocation import Allocation
 from launcher.slurm.ray_node import RayNode
+from launcher.slurm.rendezvous import Connection
 
 
 def test_a_ray_that_exits_at_once_is_started_again_and_then_reported(
@@ -35,3 +38,50 @@ def test_a_ray_that_exits_at_once_is_started_again_and_then_reported(
     (mask,) = {int(line.split()[1], 16) for line in printed if line.startswith("SigBlk:")}
     blocked = {number for number in signal.Signals if mask >> (number - 1) & 1}
     assert blocked == {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_task_waits_for_the_removal_of_a_first_node_that_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    """A host answers that refuses the connection, since nobody listens there any more."""
+    monkeypatch.setattr(ray_cluster, "_SHUTDOWN_SECONDS", 0.0)
+    monkeypatch.setattr(ray_cluster, "_CHECK_SECONDS", 0.01)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connection = Connection(socket.create_connection(server.getsockname()))
+    if not answers:
+        monkeypatch.setattr(connection, "peer_host_answers", lambda: False)
+    listed = iter(["h[1-3]", "h[1-3]", "h[2-3]"])
+    monkeypatch.setattr(ray_cluster, "slurm_job_hosts", lambda _: next(listed))
+    allocation = Allocation(job_id="7", restart=0, node=1, hosts=("h1", "h2", "h3"), cpus=1, gpus=0)
+    if answers:
+        ray_cluster._wait_for_removal(connection, allocation)
+        assert next(listed) == "h[1-3]"
+    else:
+        with pytest.raises(ray_cluster.FirstNodeLost):
+            ray_cluster._wait_for_removal(connection, allocation)
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("present", "lost", "acts"),
+    [
+        ("h[1-3]", False, False),
+        ("h[2-3]", True, True),
+        ("h3", True, False),
+        ("", False, False),
+        ("other", False, False),
+    ],
+)
+def test_the_first_node_is_lost_if_slurm_has_removed_it_from_the_job(
+    monkeypatch: pytest.MonkeyPatch, present: str, lost: bool, acts: bool
+) -> None:
+    """Seen from h2; the first of the nodes that are left acts for all."""
+    monkeypatch.setattr(ray_cluster, "slurm_job_hosts", lambda _: present or None)
+    allocation = Allocation(job_id="7", restart=0, node=1, hosts=("h1", "h2", "h3"), cpus=1, gpus=0)
+    if not lost:
+        ray_cluster._check_first_node(allocation)
+        return
+    with pytest.raises(ray_cluster.FirstNodeLost, match=r"the first node of the job \(h1\) is lost") as error:
+        ray_cluster._check_first_node(allocation)
+    assert error.value.acts == acts

@@ -65,6 +65,29 @@ def test_nodes_join_exchange_messages_and_notice_the_end_of_the_first_one(
     assert not file.exists()
 
 
+def test_a_node_that_does_not_report_its_end_is_lost(file: Path, key: Path, first: RendezvousServer) -> None:
+    first.publish()
+    one, two = (join(file, key, node, TIME_LIMIT_SECONDS) for node in (1, 2))
+    assert len(first.wait(TIME_LIMIT_SECONDS)) == 2
+    with ThreadPoolExecutor() as pool:
+        lost = pool.submit(first.wait_for_ends, TIME_LIMIT_SECONDS)
+        assert [one.receive(TIME_LIMIT_SECONDS) for _ in range(2)] == [{"end": True}, None]
+        one.send(failed="its Ray ended")
+        one.send(ended=True)
+        two.close()
+        assert [node.node_rank for node in lost.result(TIME_LIMIT_SECONDS)] == [2]
+
+
+def test_a_node_that_does_not_answer_is_lost(file: Path, key: Path, first: RendezvousServer) -> None:
+    first.publish()
+    one = join(file, key, 1, TIME_LIMIT_SECONDS)
+    two = join(file, key, 2, TIME_LIMIT_SECONDS)
+    assert len(first.wait(TIME_LIMIT_SECONDS)) == 2
+    two.send(ended=True)
+    assert [node.node_rank for node in first.wait_for_ends(0.5)] == [1]
+    one.close()
+
+
 def test_a_node_without_the_key_cannot_join(file: Path, key: Path, first: RendezvousServer) -> None:
     first.publish()
     key.write_text("another")

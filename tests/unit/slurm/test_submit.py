@@ -130,6 +130,11 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], str | None]] = {
         (),
         None,
     ),
+    "on_fewer_nodes": (
+        {"cluster": {"nodes": 4, "min_nodes": 2, "gpus_per_node": 8}, "slurm": {"container": "/images/train.sqsh"}},
+        (),
+        None,
+    ),
     "extending_ours": ({"cluster": {"gpus_per_node": 0}, "slurm": {"modules": ["gcc"]}}, (), EXTENDING),
     "own_from_nothing": (
         {
@@ -334,6 +339,7 @@ def test_contradictions_are_reported(sections: dict[str, Any], says: str) -> Non
         ({"time": "5"}, "signal_seconds is 300, but the time limit 5 is 300 seconds"),
         ({"array_key": "train.seed"}, "array is not set"),
         ({"container_mounts": ["/x"]}, "container is not"),
+        ({"max_jobs": 3}, "max_jobs is 3, but resubmit is not set"),
     ],
 )
 def test_keys_that_depend_on_each_other(slurm: dict[str, Any], says: str) -> None:
@@ -596,6 +602,24 @@ def test_the_batch_job_has_the_exit_status_of_srun(batch_job: list[str], tmp_pat
     assert {"--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=5"} <= set(options[: options.index("launcher")])
 
 
+@pytest.mark.parametrize(("finished", "status"), [(0, 0), (1, 137)])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_finished_run_that_lost_a_task_ends_with_status_0(
+    tmp_path: Path, finished: int, status: int, copied: bool
+) -> None:
+    script = tmp_path / "script"
+    if copied:
+        changed = "lost_node=(--no-kill --wait=0)"
+        assert f": {changed}\n" in FINETUNE.read_text()
+        script.write_text(FINETUNE.read_text().replace("lost_node=(--wait=60)", changed))
+    else:
+        script.write_text(request_of(job_of(cluster={"nodes": 3, "min_nodes": 2, "gpus_per_node": 0})).script)
+    with_programs(tmp_path, f'[ "$2" = --finished ] && exit {finished}; exit 137')
+    done = subprocess.run(["bash", str(script)], env=environment_of(tmp_path), timeout=TIME_LIMIT_SECONDS)
+    assert done.returncode == status
+    assert {"--no-kill", "--wait=0"} <= set(called(tmp_path / "srun"))
+
+
 def test_usr1_stops_the_run_and_waits_for_its_end(batch_job: list[str], tmp_path: Path) -> None:
     with_programs(tmp_path, UNTIL_STOPPED)
     process = subprocess.Popen(batch_job, env=environment_of(tmp_path), text=True)
@@ -844,6 +868,7 @@ def test_a_users_script_is_submitted(folder: Path, before: tuple[str, ...]) -> N
             ("--array=0-1", "slurm.array_key=train.seed", "--", "train.py"),
             "the index would follow the script's arguments",
         ),
+        (("slurm.resubmit=true", "--", "train.py"), "slurm.resubmit: this does not work with a script"),
         (("deepspeed=auto", "--", "train.py"), "deepspeed: auto chooses a preset by the memory"),
         (("--resume", "--", "train.py"), "--resume takes a run directory and overrides, no script"),
         (("--to", "ray", "--address=http://h:8265", "--", "train.py"), "launcher exec JOB.YAML -- SCRIPT"),

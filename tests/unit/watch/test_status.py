@@ -137,6 +137,23 @@ def test_a_stale_heartbeat_is_marked_only_in_a_live_run(built: Built) -> None:
     assert not any(node.stale for node in at(built, 500.0).nodes)
 
 
+def test_a_clock_that_is_set_back_between_two_updates_makes_no_time_negative(built: Built) -> None:
+    built.plan(400)
+    built.nodes(["h0"])
+    built.metrics(range(5), at=3600.0)
+    built.metrics(range(5, 10), at=30.0)
+    assert at(built, 60.0).left_seconds == pytest.approx(390 * (8 * 2.0 + 1.5) / 9)
+
+
+def test_a_clock_that_is_set_back_hides_no_node_and_an_earlier_attempt_is_none(built: Built) -> None:
+    built.run.begin_attempt()
+    built.nodes(["h0"], at=3600.0)
+    built.node_json(0, "h0", 58.0, [rank(0)], attempt=1)
+    assert [node.ranks_alive for node in at(built, 60.0).nodes] == [1]
+    built.run.begin_attempt()
+    assert [node.ranks_alive for node in at(built, 60.0).nodes] == [None]
+
+
 def test_heartbeat_ages_use_the_supervisor_s_clock(built: Built) -> None:
     built.nodes(["h0", "h1", "h2"], offsets=[0.0, 100.0, -100.0])
     built.state("training", 2.0)

@@ -352,6 +352,15 @@ def test_a_kill_counted_by_the_kernel_is_for_lack_of_memory(built: Built) -> Non
     assert found.code == "out_of_memory" and "used at most" not in text
 
 
+def test_a_kill_that_was_reported_as_one_for_lack_of_memory_has_the_same_cause(built: Built) -> None:
+    built.node_json(1, "h1", 45.0, [rank(3)], memory_used_bytes=20 * GIB, oom_kills=1)
+    how = "signal SIGKILL, from the kernel for lack of memory"
+    found, text = why(built, failed(3, 1, None, how=how, exit_code=-9, code="out_of_memory"))
+    assert text.startswith(f"rank 3 on node 1 (h1) failed first, with {how}\n")
+    assert found.cause is not None and found.cause.name == "out of memory on the node"
+    assert found.code == "out_of_memory"
+
+
 @pytest.mark.parametrize("counted", [{}, {"oom_kills": 0}], ids=["not counted", "none counted"])
 def test_a_kill_with_free_memory_is_not_for_lack_of_memory(built: Built, counted: dict[str, int]) -> None:
     """The memory in use before the kill counts: after it, the rank's memory is free anyway."""
@@ -538,6 +547,24 @@ def test_a_failure_of_an_earlier_session_is_ignored(built: Built) -> None:
     assert "the first time" not in text
 
 
+def test_the_job_that_continues_a_run_or_why_there_is_none(built: Built) -> None:
+    built.metrics(range(20))
+    built.state("stopped", 60.0, slurm_job_id="78", reason="the time limit of its Slurm job is near")
+    built.event(61.0, "not_continued", reason="job 78 was the last of 2 in a row (slurm.max_jobs)")
+    shown = command("why", str(built.run.path)).out
+    assert "no other Slurm job continues it: job 78 was the last of 2 in a row (slurm.max_jobs)" in shown
+    # The record of an earlier job.
+    write_json(built.run.continuation_file, {"job": "78", "continues": "77", "number": 2, "update": 5})
+    assert json.loads(command("status", str(built.run.path), "--json").out)["continued_by"] is None
+    built.state("stopped", 62.0, slurm_job_id="77")
+    assert "Slurm job 78 was submitted to continue it" in command("why", str(built.run.path)).out
+    assert "continued by Slurm job 78" in command("status", str(built.run.path)).out
+    # That job runs.
+    built.nodes(["h0"], at=70.0)
+    built.state("stopped", 90.0, slurm_job_id="78")
+    assert "continue it" not in command("why", str(built.run.path)).out
+
+
 @pytest.mark.parametrize(
     ("state", "details", "words", "well"),
     [
@@ -722,6 +749,20 @@ def test_a_hang_names_the_rank_that_differs_and_where_the_stacks_are(built: Buil
     assert found.code is FailureCode.HUNG and "train.hang_seconds" in shown
     # The other ranks only waited.
     assert [path.name for path, _ in found.log_ends] == ["rank-3.log"]
+
+
+def test_only_the_stacks_and_dumps_of_the_last_attempt_are_listed(built: Built) -> None:
+    """An earlier attempt hung too; its files are kept beside those of the last one."""
+    folder = built.run.node_logs(0, "h0")
+    for name in ("stacks.txt", "nccl-rank-0", "stacks.attempt-2.txt", "nccl-attempt-2-rank-1"):
+        (folder / name).write_text("rank 0, process 7\n")
+    hung = failed(1, 0, None, how="a hang", code="hung") | {"error": "no progress for 61 s"}
+    built.event(40.0, "failure", attempt=2, failures=[hung], **hung)
+    found, _ = why(built)
+    assert [note for note in found.notes if "restart" not in note] == [
+        f"the stacks of the ranks: {folder / 'stacks.attempt-2.txt'}",
+        f"the last collectives of a rank: {folder / 'nccl-attempt-2-rank-1'}",
+    ]
 
 
 def test_only_the_last_attempt_is_explained(built: Built) -> None:

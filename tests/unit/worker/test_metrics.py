@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from launcher.errors import RunFailed
 from launcher.run_dir import RunDir
 from launcher.worker import metrics
 from launcher.worker.metrics import MetricsWriter
@@ -145,3 +146,19 @@ def test_memory_of_a_gpu_is_what_torch_has_reserved(tmp_path: Path, monkeypatch:
     ranks = SimpleNamespace(device=device, first=True)
     assert MetricsWriter(RunDir(tmp_path), ranks).gpu_memory_used_bytes() == 5_000
     assert metrics.peak_memory_bytes(device) == 4_000
+
+
+def test_a_rank_of_an_attempt_that_was_given_up_writes_no_line(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was cut off the network, and its run continues elsewhere."""
+    run = RunDir(tmp_path)
+    monkeypatch.setenv("LAUNCHER_ATTEMPT", str(run.begin_attempt()))
+    writer = MetricsWriter(run, fake_ranks())
+    clock.passes(1.0)
+    writer.write(**UPDATE)
+    run.begin_attempt()
+    clock.passes(1.0)
+    with pytest.raises(RunFailed, match="attempt 1 of the run was given up"):
+        writer.write(**{**UPDATE, "update": 1})
+    assert [line["update"] for line in lines(run.metrics_file)] == [0]

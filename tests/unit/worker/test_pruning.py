@@ -86,20 +86,37 @@ def good(run: RunDir) -> dict[int, int]:
     return found
 
 
-def session(run: RunDir, plan: Plan, batch: int, samples: int, saved: list[int]) -> None:
-    """A process that resumes after `samples` and saves until it ends. Appends the samples of each finished save."""
+def session(run: RunDir, plan: Plan, batch: int, samples: int, saved: list[int], *, background: bool = False) -> None:
+    """A process that resumes after `samples` and saves until it ends. Appends the samples of each finished save.
+
+    With `background`, all saves but the last are written in the background while updates are made.
+    """
     checkpoints = Checkpoints(run, plan, fake_ranks(), lambda _: None)
-    for step in range(4):
-        # The first save is that of a stop at once, on other ranks: it replaces the checkpoint from which it started.
-        reached = samples + 8 * batch * step
-        if reached:
-            checkpoints.save(SavingEngine(0), Progress(reached // batch, reached), plan.sha256, {})
-            saved.append(reached)
+    pending = 0
+    try:
+        for step in range(4):
+            # The first save is that of a stop at once, on other ranks: it replaces the checkpoint it started from.
+            reached = samples + 8 * batch * step
+            if not reached:
+                continue
+            later = background and step < 3
+            checkpoints.save(SavingEngine(0), Progress(reached // batch, reached), plan.sha256, {}, background=later)
+            saved += [pending] if pending else []
+            saved += [] if later else [reached]
+            pending = reached if later else 0
+            for _ in range(3):
+                checkpoints.agree(float(checkpoints.written))
+    finally:
+        # A thread of a dead process makes no operation either, so it must end before the disk works again.
+        checkpoints._thread.shutdown()
 
 
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("ending", DEATHS)
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_the_newest_checkpoint_survives_every_death(folder: Path, disk: Disk, keep: int, ending: str) -> None:
+def test_the_newest_checkpoint_survives_every_death(
+    folder: Path, disk: Disk, keep: int, ending: str, background: bool
+) -> None:
     """Each finished save is there afterwards, and no fewer checkpoints than before or `keep`."""
     chance = random.Random(keep)
     plan = small_plan(checkpoint={"keep": keep})
@@ -113,7 +130,7 @@ def test_the_newest_checkpoint_survives_every_death(folder: Path, disk: Disk, ke
             saved = [newest]
             disk.left = chance.randrange(1, MOST_OPERATIONS)
             try:
-                session(run, plan, chance.choice((8, 16)), newest, saved)
+                session(run, plan, chance.choice((8, 16)), newest, saved, background=background)
                 died = False
             except (Killed, OSError):
                 died = True
@@ -126,15 +143,16 @@ def test_the_newest_checkpoint_survives_every_death(folder: Path, disk: Disk, ke
         shutil.rmtree(run.path)
 
 
-def test_what_a_dead_process_left_is_removed_by_the_next_save(folder: Path, disk: Disk) -> None:
+@pytest.mark.parametrize("background", [False, True])
+def test_what_a_dead_process_left_is_removed_by_the_next_save(folder: Path, disk: Disk, background: bool) -> None:
     plan = small_plan(checkpoint={"keep": 2})
     for operations in range(1, MOST_OPERATIONS):
         run = RunDir.create(folder, f"run-{operations}")
         disk.fails, disk.left = False, operations
         with contextlib.suppress(Killed):
-            session(run, plan, 8, 0, [])
+            session(run, plan, 8, 0, [], background=background)
         disk.left = None
-        session(run, plan, 8, 0, [])
+        session(run, plan, 8, 0, [], background=background)
         assert {path.name for path in run.checkpoints.iterdir()} == {"update-16", "update-24"}
 
 
