@@ -103,8 +103,9 @@ def other_node(
     connection = join(_rendezvous_file(run, allocation), key_file, allocation.node, wait_seconds, startup_errors.check)
     on_join()
     order = connection.receive(None)
-    if order is None:
+    if order is None or order.get("end"):
         startup_errors.leave()
+        _report_end(connection)
         return
     startup_errors.connected()
     use_token(key_file)
@@ -117,8 +118,6 @@ def other_node(
                 in_order = _keep_running(ray, connection, allocation)
             finally:
                 ray.end()
-                with suppress(OSError):
-                    connection.send(ended=True)
         if may_lose_nodes and not in_order:
             _wait_for_removal(connection, allocation)
     except FirstNodeLost:
@@ -127,6 +126,14 @@ def other_node(
         with suppress(OSError):
             connection.send(failed=str(error), code=code_of(error))
         raise RunFailed(str(error), code=code_of(error)) from None
+    finally:
+        # After the reason of a failure, which the first node waits for.
+        _report_end(connection)
+
+
+def _report_end(connection: Connection) -> None:
+    with suppress(OSError):
+        connection.send(ended=True)
 
 
 def _keep_running(ray: RayNode, connection: Connection, allocation: Allocation) -> bool:

@@ -13,7 +13,7 @@ READERS = {
     "cli/logs.py": "which lines are shown, by their times",
     "cli/status.py": "how long ago something was written",
     "fleet/agent.py": "the clock that nodes compare; which files in /dev/shm are newer than the ranks",
-    "fleet/draining.py": "the time until a node ends, which Ray gives as a time of day",
+    "fleet/draining.py": "until the time of day at which Ray ends a drained node",
     "fleet/node_network.py": "comparing the clocks of nodes",
     "fleet/nodes.py": "a report",
     "fleet/process.py": "a report",

@@ -6,15 +6,19 @@ import io
 import signal
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from launcher.errors import RunFailed
+from launcher.run_dir import RunDir
 from launcher.slurm import ray_cluster
 from launcher.slurm.allocation import Allocation
 from launcher.slurm.ray_node import RayNode
-from launcher.slurm.rendezvous import Connection
+from launcher.slurm.rendezvous import Connection, RendezvousServer
+from launcher.slurm.startup_errors import StartupErrors
+from tests.time_limit import TIME_LIMIT_SECONDS
 
 
 def test_a_ray_that_exits_at_once_is_started_again_and_then_reported(
@@ -85,3 +89,22 @@ def test_the_first_node_is_lost_if_slurm_has_removed_it_from_the_job(
     with pytest.raises(ray_cluster.FirstNodeLost, match=r"the first node of the job \(h1\) is lost") as error:
         ray_cluster._check_first_node(allocation)
     assert error.value.acts == acts
+
+
+@pytest.mark.parametrize("may_lose_nodes", [True, False])
+def test_a_node_without_an_order_leaves_when_the_first_one_ends(tmp_path: Path, may_lose_nodes: bool) -> None:
+    allocation = Allocation(job_id="7", restart=0, node=1, hosts=("h1", "h2"), cpus=1, gpus=0)
+    run = RunDir(tmp_path / "run")
+    run.cluster.mkdir(parents=True)
+    ray_cluster._key_file(run.cluster).write_text("key")
+    server = RendezvousServer(ray_cluster._rendezvous_file(run, allocation), "key", 1)
+    server.publish()
+    errors = StartupErrors(run, allocation)
+    with ThreadPoolExecutor() as pool:
+        node = pool.submit(
+            ray_cluster.other_node, allocation, run, 60.0, errors, lambda: None, may_lose_nodes=may_lose_nodes
+        )
+        assert len(server.wait(TIME_LIMIT_SECONDS)) == 1
+        assert not may_lose_nodes or server.wait_for_ends(TIME_LIMIT_SECONDS) == []
+        server.close()
+        assert node.result(TIME_LIMIT_SECONDS) is None
