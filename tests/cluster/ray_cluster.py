@@ -14,6 +14,11 @@ from tests.local.launcher_commands import RAY_SETTINGS
 
 BIN = Path(sys.executable).parent
 _SHARED_MEMORY = 100 * 1024**2
+_NODE_ID = """
+import ray, sys
+ray.init(log_to_driver=False)
+print(*[node["NodeID"] for node in ray.nodes() if node["NodeManagerAddress"] == sys.argv[1]])
+"""
 
 
 class RayCluster:
@@ -41,6 +46,16 @@ class RayCluster:
     def join(self, host: str) -> None:
         """Starts Ray on a host that was powered on again."""
         self._start(host, f"--address={self.head}:6379")
+
+    def drain(self, host: str, seconds: float) -> None:
+        """Makes Ray drain a host, as before a preemption, and end its processes after some seconds."""
+        address = f"--address={self.head}:6379"
+        listed = self.run(
+            self.head, "python", "-c", _NODE_ID, self.hosts.address(host), RAY_ADDRESS=f"{self.head}:6379"
+        )
+        words = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test")
+        node, deadline = f"--node-id={listed.stdout.split()[-1]}", f"--deadline-remaining-seconds={seconds:.0f}"
+        self.run(self.head, "ray", "drain-node", address, node, *words, deadline)
 
     def run(self, host: str, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Runs a program of this Python's environment on a host, with the token."""

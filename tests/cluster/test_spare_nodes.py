@@ -18,6 +18,7 @@ from tests.cluster.ray_cluster import RayCluster
 from tests.cluster.slurm import Slurm
 from tests.cluster.test_slurm import WITH_LAUNCHER, ended, how_it_stands, launcher, of_launcher, sbatch, wait_for
 from tests.cluster.tiny_jobs import BIN, runs_of, write_tiny_job
+from tests.wrong_products import wrong_products
 
 pytestmark = pytest.mark.cluster
 
@@ -84,6 +85,36 @@ def test_a_spare_node_takes_the_place_of_a_node_that_does_not_pass_the_check(clu
     assert re.search(r"not using h2 any more: transformers 4.0.0, but \S+ in the plan", done.stdout)
     # Only this start of the run does without it: the user may install the other version.
     assert run.excluded_nodes() == {} and run.attempt() == 1
+
+
+def test_a_spare_node_takes_the_place_of_a_node_that_multiplies_wrongly(cluster: RayCluster) -> None:
+    folder = cluster.hosts.shared
+    env = wrong_products(folder / "faulty", "h2")
+    cluster.start()
+    job = write_tiny_job(folder, cluster={"nodes": 2, "spare_nodes": 1, "env": env}, export=False)
+    cluster.run("h1", "launcher", "run", str(job), RAY_ADDRESS="h1:6379", seconds=400)
+    [run] = runs_of(folder)
+    assert hosts_in_order(run) == ["h1", "h3"] and spares_of(run) == []
+    [(host, reason)] = run.excluded_nodes().items()
+    assert host == "h2" and reason.startswith("CPU multiplies wrongly") and run.attempt() == 1
+
+
+def test_a_spare_node_takes_the_place_of_a_node_that_ray_drains(cluster: RayCluster) -> None:
+    folder = cluster.hosts.shared
+    # The run would fail if it waited for another node as long as this.
+    job = write_tiny_job(folder, cluster={"nodes": 2, "spare_nodes": 1, "wait_seconds": 3600}, **LONG)
+    cluster.start()
+    running = cluster.popen("h1", "launcher", "run", str(job), RAY_ADDRESS="h1:6379")
+    running.wait_for(lambda: any(len(run.metrics()) >= 8 for run in runs_of(folder)), seconds=240)
+    [run] = runs_of(folder)
+    assert (hosts_in_order(run), spares_of(run)) == (["h1", "h2"], ["h3"])
+    cluster.drain("h2", seconds=600)
+    wait_for_updates(running, run)
+    assert (hosts_in_order(run), spares_of(run)) == (["h1", "h3"], [])
+    assert "spare node h3 takes the place of h2" in running.output
+    assert run.node_failures() == {} and not list(run.path.glob("metrics.undone-*"))
+    cluster.run("h1", "launcher", "cancel", str(run.path))
+    running.wait(seconds=120)
 
 
 def test_a_node_that_failed_twice_is_excluded_and_slurm_keeps_the_job_without_it(slurm: Slurm, shared: Path) -> None:
