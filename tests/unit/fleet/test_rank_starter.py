@@ -118,15 +118,16 @@ def test_forks_and_their_logs_have_the_output_mode(agent: Agent, task: NodeTask)
     }
 
 
-@pytest.mark.parametrize("run_dir", ["elsewhere", "file"])
+@pytest.mark.parametrize("name", ["is not here", "is not a run directory"])
 def test_a_node_that_cannot_use_the_run_directory_is_left_to_its_check(
-    run_dir: str, agent: Agent, task: NodeTask, tmp_path: Path
+    name: str, agent: Agent, task: NodeTask, tmp_path: Path
 ) -> None:
-    """The check reports it with a hint; no folder is created beside the run directory of the other nodes."""
-    (tmp_path / "file").touch()
-    folder = tmp_path / run_dir
+    """The check reports it with a hint; no folder is created where only this node sees it."""
+    (tmp_path / "is not a run directory").mkdir()
+    (tmp_path / "is not a run directory" / "logs").touch()
+    folder = tmp_path / name
     agent.prepare_forks(replace(task, run_dir=str(folder), log_folder=str(folder / "logs" / "node-0-h0")), None)
-    assert not folder.is_dir() and psutil.Process().children() == []
+    assert not (folder / "logs").is_dir() and psutil.Process().children() == []
 
 
 def test_a_server_that_has_ended_is_replaced_at_the_next_attempt(agent: Agent, task: NodeTask) -> None:
