@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,18 @@ def test_a_problem_of_all_nodes_excludes_none(built: Built, monkeypatch: pytest.
     with pytest.raises(RunFailed):
         supervisor.check_nodes()
     assert supervisor.nodes.excluded == built.run.excluded_nodes() == {}
+
+
+def test_a_full_disk_at_a_change_of_phase_waits_for_the_error_of_a_rank(built: Built, monkeypatch) -> None:
+    def enter(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    supervisor = supervised(built, [phase("saving", 4)], [failed(3, 10.0, "[Errno 28] No space left on device")])
+    monkeypatch.setattr(type(supervisor.run_dir), "enter", enter)
+    with pytest.raises(RunFailed, match="rank 3 on node 1") as caught:
+        supervisor.run()
+    assert caught.value.code == "disk_full"
+    assert any("state.json could not be written" in note for note in supervisor.console.notes)  # type: ignore[attr-defined]
 
 
 class Drained:
