@@ -11,7 +11,7 @@ from typing import Any, Protocol, Unpack
 
 from rich.markup import escape
 
-from launcher.errors import FailureCode, RunFailed, first_line, known_code
+from launcher.errors import FailureCode, RunFailed, code_of, first_line, known_code
 from launcher.files import Tail, last_lines, strip_times
 from launcher.first_failure import (
     LOG_LINES,
@@ -327,7 +327,13 @@ class Supervisor:
         self.phase = report["phase"]
         self._show_progress()
         self._hang_detector.enter(report["phase"], report["update"])
-        self.enter(report["phase"], update=report["update"])
+        try:
+            self.enter(report["phase"], update=report["update"])
+        except OSError as error:
+            # The ranks write to the same disk: the first one that fails says more.
+            if code_of(error) is not FailureCode.DISK_FULL:
+                raise
+            self.console.note(f"          state.json could not be written: {escape(first_line(error))}")
 
     def _record_event(self, report: EventReport) -> None:
         """Records an event of rank 0. Only this process writes events.jsonl: appends of several hosts may mix lines."""

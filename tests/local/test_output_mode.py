@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import gettempdir
 
 import pytest
 
@@ -45,8 +46,10 @@ def _open_umask() -> Iterator[None]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder that other users can enter, with a folder for runs that belongs to a group, with the setgid bit."""
-    for each in (tmp_path, *tmp_path.parents[:2]):
-        each.chmod(0o755)
+    # pytest's folders are private; pytest-xdist has one more of them.
+    for each in (tmp_path, *tmp_path.parents):
+        if each.is_relative_to(gettempdir()) and each != Path(gettempdir()):
+            each.chmod(0o755)
     runs = tmp_path / "runs"
     runs.mkdir()
     os.chown(runs, 0, GROUP)

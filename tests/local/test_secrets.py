@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -93,7 +93,9 @@ def paused(command: Command) -> Iterator[None]:
         yield
     finally:
         for process in ranks:
-            process.resume()
+            # A script may end its ranks meanwhile.
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 def look_for_secrets(command: Command, texts: dict[str, str]) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,18 @@ def test_spare_nodes_begin_the_imports_of_ranks_too(built: Built, monkeypatch: p
     *_, (_, _, of_node), (_, _, of_spare) = asked
     assert of_node.environment != of_spare.environment
     assert differing_variables(of_node.environment, of_spare.environment) == []
+
+
+def test_a_full_disk_at_a_change_of_phase_waits_for_the_error_of_a_rank(built: Built, monkeypatch) -> None:
+    def enter(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    supervisor = supervised(built, [phase("saving", 4)], [failed(3, 10.0, "[Errno 28] No space left on device")])
+    monkeypatch.setattr(type(supervisor.run_dir), "enter", enter)
+    with pytest.raises(RunFailed, match="rank 3 on node 1") as caught:
+        supervisor.run()
+    assert caught.value.code == "disk_full"
+    assert any("state.json could not be written" in note for note in supervisor.console.notes)  # type: ignore[attr-defined]
 
 
 class Drained:
