@@ -17,14 +17,14 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.recovery import running, write_job
+from benchmarks.recovery import Run, running, write_job
 
 TARGET = 0.9
 
 
 def seconds_of(job: Path, folder: Path, updates: int, kill_every: int | None) -> float:
     """Seconds from the first to the last update; a rank is killed after every `kill_every` new updates."""
-    with running(job, folder) as run:
+    with running(Run(job, folder)) as run:
         first = run.wait_for(lambda: run.updates() >= 1)
         for made in range(kill_every, updates, kill_every) if kill_every else ():
             run.wait_for(lambda made=made: run.updates() >= made)  # type: ignore[misc]

@@ -41,8 +41,9 @@ FRESH, JOINED, TORCHRUN, DEEPSPEED = "launcher, fresh Ray", "launcher, running R
 TARGETS = {
     ("update", FRESH, TORCHRUN): 1.01,
     ("update", JOINED, TORCHRUN): 1.01,
-    ("first", JOINED, DEEPSPEED): 1.15,
-    ("first", FRESH, DEEPSPEED): 1.50,
+    ("first", JOINED, DEEPSPEED): 0.70,
+    ("first", JOINED, TORCHRUN): 0.90,
+    ("first", FRESH, DEEPSPEED): 1.00,
 }
 TITLES = {
     "first": "seconds to the first update",

@@ -83,7 +83,7 @@ def summed_loss(engine: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def make_engine(plan: dict[str, Any]) -> Any:
     """The pretrained model in a DeepSpeed engine, with its scheduler at the first update of the plan."""
-    model = AutoModelForCausalLM.from_pretrained(plan["model"]["folder"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(plan["workload"]["model"]["folder"], dtype=torch.float32)
     model.train()
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -131,9 +131,9 @@ def main() -> None:
     # As in the launcher's ranks: this kernel is only for inference, and slow to load.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
-    seed = plan["job"]["train"]["seed"]
+    seed = plan["workload"]["job"]["train"]["seed"]
     torch.manual_seed(seed)
-    train(make_engine(plan), Data(Path(plan["data"]["train"]["folder"]), seed), plan, options.metrics)
+    train(make_engine(plan), Data(Path(plan["workload"]["data"]["train"]["folder"]), seed), plan, options.metrics)
     dist.destroy_process_group()
 
 

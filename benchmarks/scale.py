@@ -28,6 +28,7 @@ import psutil
 import ray
 
 from launcher.fleet.agent import Agent, NodeTask
+from launcher.fleet.node_network import with_clock_offsets, with_interfaces
 from launcher.fleet.node_resources import NodeResources
 from launcher.fleet.nodes import Node, Nodes
 from launcher.fleet.preflight import Requirements, inspect_nodes
@@ -95,8 +96,8 @@ def supervise(count: int, seconds: float) -> dict[str, float]:
         world = World(nodes=1, processes_per_node=RANKS, device="cpu", backend="gloo", threads_per_process=1)
         required = Requirements(world, installed_versions(), 0, {}, {})
         found = {
-            "ways": timed(nodes._find_interfaces),
-            "clocks": timed(nodes._compare_clocks),
+            "ways": timed(lambda: with_interfaces(nodes.nodes)),
+            "clocks": timed(lambda: with_clock_offsets(nodes.nodes)),
             # Without the all-reduce, which would take a process a node.
             "preflight": timed(lambda: inspect_nodes(nodes, required, run)),
             "start": timed(lambda: nodes.start([task(run, rank) for rank in range(count)])),

@@ -212,6 +212,22 @@ class NodeEvent(TypedDict):
     clock_offset_seconds: float
 
 
+class SpareNodeEvent(TypedDict):
+    """A node was placed that has no ranks, and takes the place of a node that is lost."""
+
+    event: Literal["spare_node"]
+    host: str
+    address: str
+
+
+class NodeExcludedEvent(TypedDict):
+    """The run does not use the host any more."""
+
+    event: Literal["node_excluded"]
+    host: str
+    reason: str
+
+
 class HealthEvent(TypedDict):
     """The health checks of a node: fields of `fleet.health.NodeHealth`, and its failed checks."""
 
@@ -397,6 +413,8 @@ RunEvent = (
     | OverridesEvent
     | PlanEvent
     | NodeEvent
+    | SpareNodeEvent
+    | NodeExcludedEvent
     | HealthEvent
     | ResumeEvent
     | RestartEvent
@@ -524,7 +542,7 @@ class NodeRecord(NodeIdentity, OomKills):
     ranks: list[RankRecord]
 
 
-# manifest.json, stop.json and continuation.json
+# manifest.json, node_failures.json, stop.json and continuation.json
 
 
 class ManifestFacts(TypedDict):
@@ -554,6 +572,13 @@ class Manifest(ManifestFacts):
     time: str
     versions: dict[str, str]
     files: dict[str, FileRecord]
+
+
+class NodeFailures(TypedDict):
+    """A host in node_failures.json: how it failed, each time; and why the run does not use it any more, if so."""
+
+    failures: list[str]
+    excluded: str | None
 
 
 class StopRequest(TypedDict):

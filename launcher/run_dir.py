@@ -42,6 +42,7 @@ from launcher.manifest import (
 from launcher.records import (
     EventReport,
     JobIds,
+    NodeFailures,
     RunEvent,
     RunState,
     StateDetails,
@@ -175,6 +176,23 @@ class RunDir:
         return self.path / "stop.json"
 
     @property
+    def node_failures_file(self) -> Path:
+        """How often each host failed, and which hosts the run does not use any more."""
+        return self.path / "node_failures.json"
+
+    def node_failures(self) -> dict[str, NodeFailures]:
+        """The content of node_failures.json by host, without damaged entries."""
+        try:
+            found = read_json(self.node_failures_file) or {}
+        except OSError:
+            return {}
+        return {host: known for host, value in found.items() if (known := _node_failures(value)) is not None}
+
+    def excluded_nodes(self) -> dict[str, str]:
+        """The hosts that the run does not use any more, each with the reason."""
+        return {host: reason for host, known in self.node_failures().items() if (reason := known["excluded"])}
+
+    @property
     def continuation_file(self) -> Path:
         """The Slurm job that continues the run after the time limit of the one before; see `records`."""
         return self.path / "continuation.json"
@@ -208,6 +226,10 @@ class RunDir:
 
     def node_logs(self, node_rank: int, host: str) -> Path:
         return self.logs / f"node-{node_rank}-{host}"
+
+    def spare_logs(self, host: str) -> Path:
+        """The logs of a spare node, until it has ranks."""
+        return self.logs / f"spare-{host}"
 
     @property
     def attempt_file(self) -> Path:
@@ -419,6 +441,15 @@ def stacks_name(attempt: int) -> str:
 def nccl_dump_prefix(attempt: int) -> str:
     """What precedes the rank in the names of NCCL's dumps, in a node's log folder."""
     return "nccl-rank-" if attempt <= 1 else f"nccl-attempt-{attempt}-rank-"
+
+
+def _node_failures(value: Any) -> NodeFailures | None:
+    """An entry of node_failures.json; None if it is damaged."""
+    if not isinstance(value, dict) or not isinstance(value.get("failures"), list):
+        return None
+    excluded = value.get("excluded")
+    failures = [each for each in value["failures"] if isinstance(each, str)]
+    return {"failures": failures, "excluded": excluded if isinstance(excluded, str) else None}
 
 
 def _of_kind(records: Iterable[Record], key: str, kind: type) -> Iterator[Record]:

@@ -17,10 +17,14 @@ from typing import Any
 from launcher.files import OutputMode, use_output_mode
 from launcher.fleet import inspect_health, inspect_node
 from launcher.fleet.copy_data import tokenise_on_node
+from launcher.fleet.environment import PORT_VARIABLE, inherited_environment
+from launcher.fleet.forks import ForkServer
 from launcher.fleet.health import NodeHealth
 from launcher.fleet.heartbeat import Heartbeat, visible_gpus
-from launcher.fleet.network import PortProbeResult, ProbePort, free_ports, interface_of, reach
-from launcher.fleet.process import RankProcess, stop_all
+from launcher.fleet.network import PortProbeResult, ProbePort, bind_free_port, free_ports, interface_of, reach
+from launcher.fleet.process import RankProcess, start_process, stop_all
+from launcher.fleet.ptrace import AGENT_VARIABLE
+from launcher.fleet.rank_starter import RankStarter
 from launcher.fleet.shared_memory import remove_segments
 from launcher.fleet.stacks import RankStack, write_stacks
 from launcher.plan.schema import Plan
@@ -47,6 +51,8 @@ class NodeTask:
     interface: str | None = None
     attempt: int = 1
     output_mode: OutputMode = "private"
+    forked: bool = False
+    """Whether the ranks are forks, where that is possible; `arguments` must run a module then."""
 
     def rank_environment(self, local_rank: int) -> dict[str, str]:
         """torchrun's variables for one rank; the order to start brings the master's address."""
@@ -58,6 +64,7 @@ class NodeTask:
             "NODE_RANK": str(self.node_rank),
             "GROUP_RANK": str(self.node_rank),
             "LAUNCHER_RUN_DIR": self.run_dir,
+            AGENT_VARIABLE: str(os.getpid()),
             ATTEMPT_VARIABLE: str(self.attempt),
         }
 
@@ -76,6 +83,8 @@ class Agent:
         self._attempt = 0
         self._probe_port: ProbePort | None = None
         self._heartbeat: Heartbeat | None = None
+        self._starter = RankStarter(self._write_log)
+        self._rendezvous_port: socket.socket | None = None
 
     def describe(self) -> dict[str, Any]:
         """The node's host name and the GPUs assigned to the agent."""
@@ -129,7 +138,7 @@ class Agent:
 
     def run_probe(self, environment: dict[str, str], timeout_seconds: float) -> inspect_health.Probed:
         """Tries the node's devices, and the network together with the other nodes."""
-        return inspect_health.run_probe({**self._inherited(), **environment}, timeout_seconds)
+        return inspect_health.run_probe({**inherited_environment(), **environment}, timeout_seconds)
 
     def free_port(self) -> int:
         """A free TCP port, outside the kernel's range for outgoing connections.
@@ -138,6 +147,30 @@ class Agent:
         of that range to any connection.
         """
         return next(free_ports(secrets.token_hex(8)))
+
+    def reserve_port(self, address: str, *, listen: bool) -> int:
+        """Binds a free TCP port of an address ("" for all) until ranks are started, and returns it.
+
+        With `listen` no other program can take it, and the first rank gets the socket. Without, only programs that
+        reuse addresses can, as the rendezvous of a script does.
+        """
+        self._release_port()
+        self._rendezvous_port = bind_free_port(address, listen=listen)
+        port: int = self._rendezvous_port.getsockname()[1]
+        return port
+
+    def prepare_forks(self, task: NodeTask, offered: ForkServer | None) -> None:
+        """Begins the imports of the ranks that `start` forks, unless this is done already; returns meanwhile.
+
+        `offered` is a fork server that may be on this node.
+        """
+        use_output_mode(task.output_mode)
+        folder = Path(task.log_folder)
+        # The check of the node reports with a hint that it cannot use the run directory.
+        if Path(task.run_dir).is_dir():
+            with contextlib.suppress(OSError):
+                self._use_log(folder)
+                self._starter.prepare({**inherited_environment(), **task.environment}, folder, offered)
 
     def start(self, task: NodeTask) -> list[int]:
         """Starts the node's ranks, which load libraries and wait for the order "go". Returns their process ids.
@@ -149,8 +182,7 @@ class Agent:
             self._attempt, self._closing, self._processes, self._reports = task.attempt, False, [], []
             self._new_reports.notify_all()
         folder = Path(task.log_folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._log = folder / "agent.log"
+        self._use_log(folder)
         self._heartbeat = Heartbeat(
             folder,
             {
@@ -161,15 +193,20 @@ class Agent:
                 "attempt": task.attempt,
             },
         )
-        inherited = self._inherited()
+        inherited, start = inherited_environment(), self._starter.start if task.forked else start_process
         self._started, self._rendezvous = time.time(), task.environment
         for local_rank in range(task.processes):
             rank = task.first_rank + local_rank
             environment = {**inherited, **task.environment, **task.rank_environment(local_rank)}
             log = folder / rank_log_name(rank, task.attempt)
             on_report = partial(self._receive_of, task.attempt)
-            self._processes.append(RankProcess(rank, (sys.executable, *task.arguments), environment, log, on_report))
+            command = (sys.executable, *task.arguments)
+            self._processes.append(
+                RankProcess(rank, command, environment, log, on_report, fds=self._fds_of(rank), start=start)
+            )
             self._write_log(f"rank {rank} started, process {self._processes[-1].pid}")
+        # Once rank 0 has ended, peers that wait for it must be refused.
+        self._release_port()
         self._heartbeat.begin(self._processes)
         return [process.pid for process in self._processes]
 
@@ -243,17 +280,21 @@ class Agent:
         if report["report"] == "exit":
             self._write_log(f"rank {report['rank']} ended with {report['code']}")
 
-    @staticmethod
-    def _inherited() -> dict[str, str]:
-        """The environment of the ranks: the agent's without Ray's variables, with this Python's programs on the PATH.
+    def _fds_of(self, rank: int) -> dict[str, int]:
+        """The reserved port for the first rank, if it is to listen there."""
+        port = self._rendezvous_port
+        if rank != 0 or port is None or not port.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return {}
+        return {PORT_VARIABLE: port.fileno()}
 
-        DeepSpeed builds its kernels with the ninja that is installed beside it; without this it is not found if the
-        launcher was called by its path.
-        """
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        tools = str(Path(sys.executable).parent)
-        path = inherited.get("PATH", os.defpath)
-        return inherited if tools in path.split(os.pathsep) else {**inherited, "PATH": f"{tools}{os.pathsep}{path}"}
+    def _release_port(self) -> None:
+        if self._rendezvous_port is not None:
+            self._rendezvous_port.close()
+            self._rendezvous_port = None
+
+    def _use_log(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log = folder / "agent.log"
 
     def _write_log(self, text: str) -> None:
         if self._log is None:

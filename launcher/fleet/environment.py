@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +11,8 @@ from launcher.plan.schema import World
 from launcher.run_dir import nccl_dump_prefix
 from launcher.secret_names import is_secret
 
+PORT_VARIABLE = "LAUNCHER_RENDEZVOUS_FD"
+"""The descriptor of the listening socket at MASTER_PORT, in the first rank."""
 _RECORDED = "2000"
 """How many collectives NCCL's flight recorder remembers."""
 _FORWARDED = (
@@ -29,6 +33,18 @@ _FOR_SCRIPTS = (
     *("WANDB_", "MLFLOW_", "COMET_", "NEPTUNE_", "CLEARML_", "AIM_", "TENSORBOARD_", "UCX_"),
 )
 """Further variables that a script may need: paths of packages, and settings of experiment trackers."""
+
+
+def inherited_environment() -> dict[str, str]:
+    """The environment that ranks get from this process: without Ray's variables, this Python's programs on the PATH.
+
+    DeepSpeed builds its kernels with the ninja that is installed beside it; without this it is not found if the
+    launcher was called by its path.
+    """
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    tools = str(Path(sys.executable).parent)
+    path = inherited.get("PATH", os.defpath)
+    return inherited if tools in path.split(os.pathsep) else {**inherited, "PATH": f"{tools}{os.pathsep}{path}"}
 
 
 def forwarded_environment(environment: Mapping[str, str], *, script: bool = False) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import secrets
 import socket
 import threading
 from collections.abc import Iterator
@@ -97,6 +98,31 @@ def free_ports(seed: str) -> Iterator[int]:
                 continue
         yield port
     raise RunFailed(f"no free TCP port found on {socket.gethostname()} in {_PORT_TRIES} tries")
+
+
+def bind_free_port(address: str, *, listen: bool) -> socket.socket:
+    """A socket bound to a free port of an address, or of all addresses (""). Raises RunFailed if none is free.
+
+    Programs that reuse addresses, as torch's store does, can bind a port that is bound but not listened to.
+    """
+    families = [socket.AF_INET6] if ":" in address else [socket.AF_INET]
+    if address == "" and socket.has_dualstack_ipv6():
+        families.insert(0, socket.AF_INET6)
+    for port in free_ports(secrets.token_hex(8)):
+        for family in families:
+            bound = socket.socket(family)
+            try:
+                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+                bound.bind((address, port))
+                if listen:
+                    bound.listen(1024)
+            except OSError:
+                bound.close()
+                continue
+            return bound
+    raise RunFailed(f"no free TCP port found on {socket.gethostname()}")
 
 
 def _lowest_outgoing_port() -> int:

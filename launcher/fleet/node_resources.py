@@ -10,17 +10,18 @@ from launcher.plan.schema import World
 
 @dataclass(frozen=True)
 class NodeResources:
-    """The number of nodes of a run, and the CPUs and GPUs it takes of each."""
+    """The number of nodes of a run, the CPUs and GPUs it takes of each, and how many spare nodes it wants."""
 
     nodes: int
     cpus: int
     gpus: int
+    spares: int = 0
 
     @classmethod
-    def of(cls, world: World) -> NodeResources:
+    def of(cls, world: World, spares: int = 0) -> NodeResources:
         """One CPU per rank, and one GPU if ranks use GPUs."""
         processes = world.processes_per_node
-        return cls(world.nodes, cpus=processes, gpus=processes if world.device == "cuda" else 0)
+        return cls(world.nodes, cpus=processes, gpus=processes if world.device == "cuda" else 0, spares=spares)
 
     def bundle(self) -> dict[str, float]:
         return {"CPU": self.cpus, "GPU": self.gpus} if self.gpus else {"CPU": self.cpus}

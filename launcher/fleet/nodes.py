@@ -1,246 +1,250 @@
-"""The nodes of a run through Ray: one agent per node, in a placement group of exactly the requested size."""
+"""The nodes of a run: their agents, which start ranks and report on them, and nodes that are lost."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import copy
 import os
-import shutil
-import signal
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.markup import escape
 
-from launcher.errors import FailureCode, RunFailed, code_of, first_line
-from launcher.files import keep_private
+from launcher.errors import FailureCode, RunFailed, first_line
 from launcher.fleet.agent import NodeTask
+from launcher.fleet.agent_calls import ANSWER_SECONDS, answers, call_agents
 from launcher.fleet.answer_times import LOST_SECONDS, POLL_SECONDS, AnswerTimes
-from launcher.fleet.draining import draining_nodes
+from launcher.fleet.forks import READY_SECONDS, ForkServer
 from launcher.fleet.network import LOOPBACK
-from launcher.fleet.node_resources import NodeResources, describe_request, describe_shortage, holds
-from launcher.fleet.process import children, kill_all, signals_blocked, with_children
-from launcher.fleet.ray_folder import RayFolder
-from launcher.fleet.ray_settings import (
-    LOOPBACK_ONLY,
-    job_config,
-    own_ray_variables,
-    quiet_ray,
-    restore_variables,
-    use_token,
-    write_token,
-)
+from launcher.fleet.node import Node, fill_places
+from launcher.fleet.node_network import with_clock_offsets, with_interfaces
+from launcher.fleet.node_resources import NodeResources
+from launcher.fleet.placement import FREED_SECONDS, Placement, free_nodes, wait_for_free
+from launcher.fleet.ray_connection import RayConnection
+from launcher.fleet.spare_watch import SpareWatch
 from launcher.fleet.stacks import RankStack
 from launcher.plan.schema import Plan
 from launcher.records import NodeLostReport, Order, Report
 
+__all__ = ["GRACE_SECONDS", "Node", "Nodes", "address_of"]
+
 Log = Callable[[str], None]
-_ANSWER_SECONDS = 120.0
-OBJECT_STORE_BYTES = 100 * 1024**2
-_REACH_SECONDS = 10.0
+_REACH_SECONDS, _LOST_REACH_SECONDS = 10.0, 1.0
+_REFILL_SECONDS = 10.0
+_START_SECONDS = 60.0
+"""How long an agent may take to start on a node that has returned."""
 _TOKENISE_SECONDS = 12 * 3600.0
-_CLOCK_ROUNDS = 3
 _STACKS_SECONDS = 60.0
 GRACE_SECONDS = 5.0
 """How long ranks may take to end after SIGTERM, if nothing else is decided."""
-_FREED_SECONDS = 10.0
-"""How long Ray may take to free the resources of agents that were ended."""
-NODE_LABEL = "launcher-node"
-"""The label with a node's number in a Ray started by `launcher node`."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """A node with its agent. Node rank 0 is the first of the list that `Nodes.place` returns."""
-
-    agent: Any
-    host: str
-    address: str
-    gpus: tuple[str, ...]
-    interface: str | None = None
-    clock_offset_seconds: float = 0.0
 
 
 class Nodes:
-    """A Ray cluster, started or joined, and the nodes of the run on it."""
+    """A Ray cluster, started or joined, and the nodes of the run on it.
 
-    def __init__(self, resources: NodeResources, log: Log) -> None:
-        self._resources, self._log = resources, log
-        self._group: Any = None
-        self._folder: RayFolder | None = None
-        self._variables: dict[str, str | None] = {}
+    `nodes` have ranks; `spares` only have agents, and take the places of nodes that are lost. Hosts in `excluded` are
+    not used, each for the given reason.
+    """
+
+    def __init__(self, resources: NodeResources, log: Log, offered: ForkServer | None = None) -> None:
+        """`offered` is a fork server on this machine, for an agent that is placed here."""
+        self._resources, self._log, self._offered = resources, log, offered
+        self._ray, self._placement = RayConnection(log), Placement(log)
         self.nodes: list[Node] = []
+        self.spares: list[Node] = []
+        self.excluded: dict[str, str] = {}
+        self._placed_before = False
+        self._measured_agents: list[Any] = []
         self._pending: dict[Any, int] = {}
-        self._attempt, self._connected = 1, False
+        self._spare_watch, self._next_refill = SpareWatch(), 0.0
+        self._attempt = 1
         self._answer_times = AnswerTimes(log)
-        self._ray_processes: set[psutil.Process] = set()
 
     def connect(self, address: str) -> None:
-        """Joins the Ray at `address`, or starts one for "local", with a second try. Raises RunFailed.
-
-        Does nothing if this is done already.
-        """
-        if self._connected:
-            return
-        quiet_ray()
-        local = address == "local"
-        if local:
+        """Joins the Ray at `address`, or starts one for "local". Raises RunFailed."""
+        if address == "local":
             # Ray prestarts a worker process per CPU, and the agent is the only worker here.
             self._resources = replace(self._resources, cpus=1)
-        options = self._local_ray() if local else {"address": address}
-        options["job_config"] = job_config()
-        for may_retry in (True, False) if local else (False,):
-            before = children()
-            try:
-                _init_ray(options)
-            except Exception as error:  # Ray's errors here have no common class
-                # Ray ends its processes only when this process ends.
-                kill_all(children() - before)
-                if may_retry and not isinstance(error, TypeError | ValueError):
-                    self._start_ray_again(error)
-                    continue
-                where = "could not start Ray on this machine" if local else f"could not connect to the Ray at {address}"
-                raise RunFailed(f"{where}: {first_line(error)}", code=FailureCode.RAY_LOST) from None
-            self._connected, self._ray_processes = True, children() - before
-            return
-
-    def _start_ray_again(self, error: Exception) -> None:
-        """Prepares a second start of Ray, which on a busy machine may exceed its own time limits."""
-        import ray
-
-        self._log(f"          note: Ray did not start ({escape(first_line(error))}); starting it again")
-        with contextlib.suppress(Exception):
-            ray.shutdown()
-        assert self._folder is not None
-        shutil.rmtree(self._folder.ray, ignore_errors=True)
+        self._ray.connect(address, self._resources)
 
     @property
     def own_ray(self) -> bool:
         """Whether the Ray was started here."""
-        return self._folder is not None
+        return self._ray.own
 
     def restart_own_ray(self) -> None:
         """Ends a Ray that was started here, after the loss of its head or only node: `connect` starts another."""
-        if self._folder is None:
-            return
-        import ray
-
-        # First of all, with the agents: a call to a Ray without its head blocks until Ray ends this process.
-        kill_all(with_children(self._ray_processes))
-        self._forget_agents()
-        ray.shutdown()
-        shutil.rmtree(self._folder.ray, ignore_errors=True)
-        self._connected = False
-
-    def _local_ray(self) -> dict[str, Any]:
-        """Options for a Ray only on this machine, with the resources of the run and its own token."""
-        if self._folder is None:
-            self._folder, self._variables = RayFolder(), own_ray_variables()
-            write_token(self._folder.token)
-        use_token(self._folder.token)
-        os.environ.update(LOOPBACK_ONLY)
-        return {
-            "address": "local",
-            "num_cpus": self._resources.cpus,
-            "num_gpus": self._resources.gpus,
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "_temp_dir": str(self._folder.ray),
-            # When memory is nearly full, as with ZeRO's offload, Ray would kill its only worker, the agent.
-            "_system_config": {"memory_monitor_refresh_ms": 0},
-        }
+        if self.own_ray:
+            # First of all, with the agents: a call to a Ray without its head blocks until Ray ends this process.
+            self._ray.end_own()
+            self._placement.forget()
+            self._forget_agents()
 
     def place(self, wait_seconds: float) -> list[Node]:
-        """Places one agent per node; returns the nodes in a stable order. Raises RunFailed with what is missing.
+        """Places one agent per node and spare node; returns the nodes. Raises RunFailed with what is missing.
 
-        Nodes that were placed before are kept if all their agents answer.
+        Nodes that were placed before are kept if their agents answer, and spare nodes take the places of others. The
+        first time, it waits for the spare nodes too. The nodes of a new placement are in a stable order.
         """
-        import ray
-        from ray.util.placement_group import placement_group
-
-        if len(self.nodes) == self._resources.nodes and self.all_answer():
-            return self.nodes
-        self.give_up()
-        self._group = placement_group([self._resources.bundle()] * self._resources.nodes, strategy="STRICT_SPREAD")
-        self._wait_for_group(wait_seconds)
-        agents = [self._agent(index) for index in range(self._resources.nodes)]
-        found = _answers([agent.describe.remote() for agent in agents])
-        ids = _answers([agent.ray_node_id.remote() for agent in agents])
-        known = {node["NodeID"]: node for node in ray.nodes()}
-        placed = [
-            (known[node_id], Node(agent, facts["host"], known[node_id]["NodeManagerAddress"], tuple(facts["gpus"])))
-            for agent, facts, node_id in zip(agents, found, ids, strict=True)
-        ]
-        self.nodes = [node for _, node in sorted(placed, key=_sort_key)]
-        if len(self.nodes) > 1:
-            self._find_interfaces()
-            self._compare_clocks()
-        elif self._folder is not None and self.nodes[0].address != LOOPBACK:
-            self._log("          note: this Ray listens on all interfaces of this machine; its token protects it")
+        wanted = self._resources.nodes
+        if self._count() and self.ready(wanted, wanted, wait_seconds) < wanted:
+            self.give_up()
+            # It has waited for other nodes already.
+            wait_seconds = FREED_SECONDS
+        if not self._count():
+            self.nodes = self._place_all(wait_seconds)
+            self._placed_before = True
+        pool = [*self.nodes, *self.spares]
+        if (agents := [node.agent for node in pool]) != self._measured_agents:
+            pool, self._measured_agents = self._measured(pool), agents
+        self.nodes, self.spares = pool[:wanted], pool[wanted:]
         return self.nodes
 
-    def wait_for_free(self, wanted: int, at_least: int, wait_seconds: float) -> int:
-        """Waits for free nodes for `wanted` agents; returns how many there are, which may be fewer than `at_least`.
+    def ready(self, wanted: int, at_least: int, wait_seconds: float) -> int:
+        """How many nodes the next attempt can have, at most `wanted`; waits for them up to `wait_seconds`.
 
-        Agents of an earlier attempt must be ended before. `wanted` is waited for up to `wait_seconds`.
+        Nodes that do not answer, are excluded or are drained by Ray are given up, and spare nodes take their places. If
+        fewer than `at_least` are ready, all are given up, and the result is the number of nodes that can be placed.
         """
-        deadline = time.monotonic() + max(wait_seconds, _FREED_SECONDS)
-        logged = False
-        while (found := self._free_nodes()) < wanted and time.monotonic() < deadline:
-            if not logged and found >= at_least and wait_seconds > _FREED_SECONDS:
-                self._log(
-                    f"          {found} of {wanted} nodes are free; waiting up to {wait_seconds:.0f} s for the others"
-                )
-                logged = True
-            time.sleep(1.0)
-        return min(found, wanted)
+        drained = self._drop_unusable()
+        self._placement.refill()
+        self._take_in(self._placement.arrived(0.0))
+        self._wait_for_agents(wanted, wait_seconds)
+        if (found := self._count()) >= wanted:
+            return wanted
+        # Ray itself replaces a lost node, but not an excluded or drained one.
+        replaceable = self._placement.size < wanted
+        if found >= at_least and not (replaceable and (drained or self._free_elsewhere(self.excluded))):
+            return found
+        self.give_up()
+        return wait_for_free(self._resources, wanted, wait_seconds if replaceable else 0.0, self.excluded)
 
     def resize(self, resources: NodeResources) -> None:
         """Changes the request for the next `place`. A Ray of our own has one node, and never changes."""
         self._resources = resources
 
-    def _free_nodes(self) -> int:
-        """The number of live nodes that have enough free resources for an agent; all that are wanted if unknown."""
-        found = _resources_of_nodes()
-        if found is None:
-            return self._resources.nodes
-        return sum(holds(free, self._resources.bundle()) for _, free in found)
+    def exclude(self, host: str, reason: str) -> None:
+        """The host is not used any more from the next `ready` or `place` on."""
+        self.excluded[host] = reason
 
-    def all_answer(self) -> bool:
-        """Whether there are nodes, and every agent answers."""
-        if not self.nodes:
-            return False
+    def can_do_without(self, host: str, at_least: int) -> bool:
+        """Whether there are `at_least` nodes without the host: those of the run, its spare nodes, and free ones."""
+        left = sum(node.host != host and node.host not in self.excluded for node in (*self.nodes, *self.spares))
+        return left >= at_least or left + self._free_elsewhere({host, *self.excluded}) >= at_least
+
+    def with_spares(self) -> Nodes:
+        """The same nodes with the spare nodes at the end, for checks of all of them."""
+        both = copy.copy(self)
+        both.nodes = [*self.nodes, *self.spares]
+        return both
+
+    def _free_elsewhere(self, excluded: Collection[str]) -> int:
+        """The number of free nodes without an agent of the run, which may leave something free on its node."""
+        return free_nodes(self._resources, {*excluded, *(node.host for node in (*self.nodes, *self.spares))})
+
+    def _count(self) -> int:
+        return len(self.nodes) + len(self.spares)
+
+    def _take_in(self, arrived: list[Node]) -> None:
+        """Adds nodes on which an agent has started; gives up excluded ones."""
+        for node in arrived:
+            if node.host in self.excluded:
+                self._placement.drop(node, kept=True)
+            else:
+                self.spares.append(node)
+
+    def _drop_unusable(self) -> bool:
+        """Gives up nodes that do not answer, are excluded or are drained, and puts spare nodes in their places.
+
+        Returns whether there were drained nodes.
+        """
+        answering, drained = self._answering(), self._placement.drained()
+        usable = [node for node in answering if node.host not in self.excluded and node.agent not in drained]
+        for node in (*self.nodes, *self.spares):
+            if node not in usable:
+                self._placement.drop(node, kept=node in answering)
+        before, (self.nodes, self.spares) = self.nodes, fill_places(self.nodes, self.spares, usable)
+        self._answer_times.begin(len(self.nodes))
+        for old, new in zip(before, self.nodes, strict=False):
+            if new not in before:
+                self._log(f"          spare node {new.host} takes the place of {old.host}")
+        return bool(drained)
+
+    def _wait_for_agents(self, wanted: int, wait_seconds: float) -> None:
+        """Waits for agents on nodes that return or become free. Agents that are already starting may take longer."""
+        began, logged = time.monotonic(), False
+        while self._count() < min(wanted, self._placement.size):
+            waited = time.monotonic() - began
+            if waited >= max(wait_seconds, _START_SECONDS if self._placement.returned() else FREED_SECONDS):
+                return
+            if not logged and wait_seconds > FREED_SECONDS:
+                ready = f"{self._count()} of {wanted} nodes are ready"
+                self._log(f"          {ready}; waiting up to {wait_seconds:.0f} s for the others")
+                logged = True
+            self._take_in(self._placement.arrived(1.0))
+            self._placement.refill()
+
+    def _place_all(self, wait_seconds: float) -> list[Node]:
+        """Places all agents, where none is placed; the spare nodes are at the end. Raises RunFailed."""
+        request = self._resources
+        usable = free_nodes(request, self.excluded)
+        count = request.nodes + request.spares
+        if self._placed_before or self.excluded:
+            # A restart does not wait for spare nodes, nor a run that knows why one is missing.
+            count = max(request.nodes, min(usable, count))
+        try:
+            return self._placement.place(replace(request, nodes=count), wait_seconds, self.excluded)
+        except RunFailed as error:
+            usable = min(free_nodes(request, self.excluded), count)
+            if error.code is not FailureCode.NOT_ENOUGH_NODES or not request.nodes <= usable < count:
+                raise
+        found = usable - request.nodes
+        self._log(f"          only {found} of {request.spares} spare nodes are free: starting without the others")
+        self._placement.remove()
+        return self._placement.place(replace(request, nodes=usable), FREED_SECONDS, self.excluded)
+
+    def _measured(self, pool: list[Node]) -> list[Node]:
+        """The nodes with their interfaces and clocks, if there are several. Raises RunFailed."""
+        if len(pool) > 1:
+            return with_clock_offsets(with_interfaces(pool))
+        if self._ray.own and pool[0].address != LOOPBACK:
+            self._log("          note: this Ray listens on all interfaces of this machine; its token protects it")
+        return pool
+
+    def _answering(self) -> list[Node]:
+        """The nodes and spare nodes whose agents answer. A node that is known to be lost must answer at once."""
         import ray
 
-        calls = [node.agent.clock.remote() for node in self.nodes]
-        ready, _ = ray.wait(calls, num_returns=len(calls), timeout=_REACH_SECONDS)
-        try:
-            return len(ray.get(ready)) == len(calls)
-        except ray.exceptions.RayError:
-            return False
+        calls = {node.agent.clock.remote(): node for node in (*self.nodes, *self.spares)}
+        lost = [self.nodes[index].agent for index in self._answer_times.lost]
+        awaited = [call for call, node in calls.items() if node.agent not in lost]
+        if not calls:
+            return []
+        if awaited:
+            ray.wait(awaited, num_returns=len(awaited), timeout=_REACH_SECONDS)
+        ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_LOST_REACH_SECONDS)
+        found = []
+        for call in ready:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(call)
+                found.append(calls[call])
+        return found
 
     def give_up(self) -> None:
         """Ends the agents, and gives their resources back to Ray."""
-        import ray
-
-        with contextlib.suppress(Exception):
-            for node in self.nodes:
-                ray.kill(node.agent)
-            if self._group is not None:
-                ray.util.remove_placement_group(self._group)
+        self._placement.remove()
         self._forget_agents()
 
     def _forget_agents(self) -> None:
-        self.nodes, self._group, self._pending = [], None, {}
+        self.nodes, self.spares, self._pending = [], [], {}
         self._answer_times.begin(0)
 
-    def ask(self, method: str, arguments: Sequence[tuple[Any, ...]], seconds: float = _ANSWER_SECONDS) -> list[Any]:
+    def ask(self, method: str, arguments: Sequence[tuple[Any, ...]], seconds: float = ANSWER_SECONDS) -> list[Any]:
         """Calls `method` of every agent, each with its own arguments; returns the answers in the order of nodes."""
-        return self._ask_some(self.nodes, method, arguments, seconds)
+        return call_agents(self.nodes, method, arguments, seconds)
 
     def tokenise_where_missing(self, plan: Plan, paths: list[str]) -> None:
         """Makes each node that does not see all of the paths tokenise the plan's data itself. Raises RunFailed."""
@@ -250,41 +254,10 @@ class Nodes:
         hosts = ", ".join(node.host for node in without)
         self._log(f"          tokenising on {hosts} too: these nodes do not see the tokenised data")
         order = (plan.to_json(), str(Path.cwd()))
-        answers = self._ask_some(without, "tokenise_data", [order] * len(without), _TOKENISE_SECONDS)
-        failed = [f"{node.host}: {answer}" for node, answer in zip(without, answers, strict=True) if answer]
+        found = call_agents(without, "tokenise_data", [order] * len(without), _TOKENISE_SECONDS)
+        failed = [f"{node.host}: {answer}" for node, answer in zip(without, found, strict=True) if answer]
         if failed:
             raise RunFailed(f"the data could not be tokenised on every node: {'; '.join(failed)}")
-
-    @staticmethod
-    def _ask_some(
-        nodes: list[Node], method: str, arguments: Sequence[tuple[Any, ...]], seconds: float = _ANSWER_SECONDS
-    ) -> list[Any]:
-        calls = [getattr(node.agent, method).remote(*given) for node, given in zip(nodes, arguments, strict=True)]
-        return _answers(calls, nodes, seconds)
-
-    def _find_interfaces(self) -> None:
-        """Finds the interface of every node by connecting it to the first node. Raises RunFailed."""
-        first, others = self.nodes[0], self.nodes[1:]
-        port, interface = _answers(
-            [first.agent.open_probe_port.remote(), first.agent.interface_of.remote(first.address)]
-        )
-        calls = [node.agent.reach.remote(first.address, port, _REACH_SECONDS) for node in others]
-        found = _answers(calls, others)
-        _answers([first.agent.close_probe_port.remote()])
-        unreachable = [
-            f"node {rank} ({node.host}) cannot connect to node 0 ({first.host}) at {first.address}: {reached}"
-            for rank, (node, reached) in enumerate(zip(others, found, strict=True), start=1)
-            if isinstance(reached, str)
-        ]
-        if unreachable:
-            hint = "every node must reach every other node over TCP, at the address that Ray has for it"
-            raise RunFailed(f"{'; '.join(unreachable)}\n  {hint}", code=FailureCode.NETWORK)
-        rest = [replace(node, interface=reached.interface) for node, reached in zip(others, found, strict=True)]
-        self.nodes = [replace(first, interface=interface), *rest]
-
-    def _compare_clocks(self) -> None:
-        """Measures how far every node's clock is ahead of this one's."""
-        self.nodes = [replace(node, clock_offset_seconds=_clock_offset(node)) for node in self.nodes]
 
     def missing_paths(self, paths: list[str]) -> list[list[str]]:
         """For every node, those of the paths that it does not see."""
@@ -301,15 +274,32 @@ class Nodes:
             message = f"{'; '.join(found)}: it must be on storage that all nodes share"
             raise RunFailed(message, code=FailureCode.NOT_SHARED)
 
+    def exclude_blind_spares(self, paths: list[str]) -> None:
+        """Excludes the spare nodes that do not see all of the paths."""
+        found = call_agents(self.spares, "missing_paths", [(paths,)] * len(self.spares))
+        for node, missing in zip(self.spares, found, strict=True):
+            if missing:
+                self.exclude(node.host, f"it does not see {', '.join(missing)}")
+                self._log(f"          spare node {node.host} cannot be used: {self.excluded[node.host]}")
+
     def start(self, tasks: list[NodeTask]) -> None:
-        """Starts the ranks of every node; the task at index k is for node rank k."""
+        """Starts the ranks of every node; the task at index k is for node rank k. Waits until they can be forked."""
         self._attempt, self._pending = tasks[0].attempt, {}
         self._answer_times.begin(len(self.nodes))
-        self.ask("start", [(task,) for task in tasks])
+        self.ask("start", [(task,) for task in tasks], READY_SECONDS + ANSWER_SECONDS)
+
+    def prepare_forks(self, tasks: Sequence[NodeTask]) -> None:
+        """Begins the imports of the ranks of every node in a process that forks them; returns meanwhile."""
+        self.ask("prepare_forks", [(task, self._offered) for task in tasks])
+
+    def reserve_port(self, address: str, *, listen: bool) -> int:
+        """A TCP port of an address of the first node, which its agent holds until `start`."""
+        port: int = answers([self.nodes[0].agent.reserve_port.remote(address, listen=listen)], self.nodes[:1])[0]
+        return port
 
     def free_port(self, node_rank: int) -> int:
         """A TCP port that is free on the node at this moment."""
-        port: int = self._ask_some([self.nodes[node_rank]], "free_port", [()])[0]
+        port: int = call_agents([self.nodes[node_rank]], "free_port", [()])[0]
         return port
 
     def order(self, order: Order) -> None:
@@ -338,7 +328,24 @@ class Nodes:
                 found.append(_node_lost(index, message))
         for index in self._answer_times.check(time.monotonic(), [node.host for node in self.nodes]):
             found.append(_node_lost(index, f"no answer for {LOST_SECONDS:.0f} s"))
+        self._watch_spares()
         return found
+
+    def _watch_spares(self) -> None:
+        """Reports spare nodes that are lost, and nodes that are available again. Waits for nothing."""
+        for node, why in self._spare_watch.lost(self.spares):
+            self._log(f"          spare node {node.host} is lost: {escape(why)}")
+            self.spares.remove(node)
+            self._placement.drop(node, kept=False)
+        if time.monotonic() >= self._next_refill:
+            # Again and again: an agent that Ray starts on a node before it counts it as dead never answers.
+            self._next_refill = time.monotonic() + _REFILL_SECONDS
+            self._placement.refill()
+        before = list(self.spares)
+        self._take_in(self._placement.arrived(0.0))
+        for node in self.spares:
+            if node not in before:
+                self._log(f"          {node.host} is ready for the next restart")
 
     def stacks(self) -> tuple[list[RankStack], list[int]]:
         """The stacks of all ranks, which agents write to stacks.txt; and the node ranks whose agent did not answer."""
@@ -372,147 +379,13 @@ class Nodes:
 
         if ray.is_initialized():
             self.give_up()
-            ray.shutdown()
-        if self._folder is not None:
-            self._folder.remove()
-            restore_variables(self._variables)
-
-    def _wait_for_group(self, wait_seconds: float) -> None:
-        deadline, logged = time.monotonic() + wait_seconds, False
-        while not self._group.wait(timeout_seconds=1 if not logged else 5):
-            missing = self._missing()
-            if not logged:
-                self._log(f"waiting up to {wait_seconds:.0f} s for nodes: {missing}")
-                logged = True
-            if time.monotonic() > deadline:
-                message = f"after {wait_seconds:.0f} s there are not enough free nodes: {missing}"
-                raise RunFailed(message, code=FailureCode.NOT_ENOUGH_NODES)
-
-    def _missing(self) -> str:
-        """Describes what was requested and what the cluster has."""
-        import ray
-
-        found = _resources_of_nodes()
-        if found is None:
-            return (
-                f"{describe_request(self._resources)}; Ray {ray.__version__} does not report what is free on each node"
-            )
-        return describe_shortage(self._resources, found)
-
-    def _agent(self, index: int) -> Any:
-        import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        strategy = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=index)
-        remote = ray.remote(_agent_class())
-        return remote.options(
-            num_cpus=self._resources.cpus,
-            num_gpus=self._resources.gpus,
-            scheduling_strategy=strategy,
-            max_concurrency=4,
-        ).remote()
-
-
-def _resources_of_nodes() -> list[tuple[dict[str, float], dict[str, float]]] | None:
-    """The (total, free) resources of every live node; None if this Ray does not report what is free on each."""
-    import ray
-
-    try:
-        # Ray's public API reports free resources only in total, not per node.
-        from ray._private.state import available_resources_per_node
-    except ImportError:
-        return None
-    free, drained = available_resources_per_node(), draining_nodes()
-    alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in drained]
-    return [(node["Resources"], free.get(node["NodeID"], {})) for node in alive]
+        self._ray.close()
 
 
 def _node_lost(node_rank: int, message: str) -> NodeLostReport:
     return NodeLostReport(report="node-lost", node_rank=node_rank, time=time.time(), message=message)
 
 
-def _init_ray(options: dict[str, Any]) -> None:
-    """Raises errors of many classes."""
-    # Imported here because Ray reads its settings once, at import.
-    import ray
-
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
-    handler = signal.getsignal(signal.SIGTERM)
-    # Slurm may send these to every process of the task; only the launcher handles them.
-    try:
-        with signals_blocked(signal.SIGUSR1, signal.SIGUSR2):
-            ray.init(**quiet, **options)
-    finally:
-        # Ray installs a handler that exits at once; the run must save first.
-        signal.signal(signal.SIGTERM, handler)
-
-
-def _clock_offset(node: Node) -> float:
-    """Seconds by which the node's clock is ahead, from the fastest of a few round trips."""
-    answers = []
-    for _ in range(_CLOCK_ROUNDS):
-        asked = time.time()
-        theirs: float = _answers([node.agent.clock.remote()], [node])[0]
-        answered = time.time()
-        answers.append((answered - asked, theirs - (asked + answered) / 2))
-    return round(min(answers)[1], 3)
-
-
-def _answers(references: list[Any], nodes: list[Node] | None = None, seconds: float = _ANSWER_SECONDS) -> list[Any]:
-    """The agents' answers, in order. Raises RunFailed for an agent that fails or does not answer; names its node."""
-    import ray
-
-    found = []
-    for index, reference in enumerate(references):
-        try:
-            found.append(ray.get(reference, timeout=seconds))
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            message = f"{_named(index, nodes)}: {type(cause).__name__}: {first_line(cause)}"
-            raise RunFailed(message, code=code_of(cause)) from None
-        except ray.exceptions.RayError as error:
-            hint = "the same launcher version must be installed on every node, in the Python that Ray uses there"
-            message = f"{_named(index, nodes)} does not answer: {first_line(error)}\n  {hint}"
-            late = isinstance(error, ray.exceptions.GetTimeoutError)
-            raise RunFailed(message, code=FailureCode.TIMEOUT if late else None) from None
-    return found
-
-
-def _named(index: int, nodes: list[Node] | None) -> str:
-    return f"node {index} ({nodes[index].host})" if nodes else f"agent {index}"
-
-
-def _agent_class() -> type:
-    import ray
-
-    from launcher.fleet.agent import Agent
-
-    class RayAgent(Agent):
-        """The agent as a Ray actor."""
-
-        def __init__(self) -> None:
-            # Only the run's owner may read what the agent and its ranks write.
-            keep_private()
-            super().__init__()
-
-        def ray_node_id(self) -> str:
-            return str(ray.get_runtime_context().get_node_id())
-
-    return RayAgent
-
-
 def address_of(setting: str) -> str:
     """The Ray address of a job's `cluster.address`."""
     return os.environ.get("RAY_ADDRESS", "local") if setting == "auto" else setting
-
-
-def _sort_key(placed: tuple[dict[str, Any], Node]) -> tuple[int, bool, list[int], str]:
-    """Sorts nodes by the number in their label, if they have one, then by address.
-
-    IPv4 addresses come first, by number; others follow, by text.
-    """
-    facts, node = placed
-    parts = node.address.split(".")
-    numeric = all(part.isdigit() for part in parts)
-    number = int(facts.get("Labels", {}).get(NODE_LABEL, 0))
-    return (number, not numeric, [int(part) for part in parts] if numeric else [], node.address)

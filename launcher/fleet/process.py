@@ -12,7 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from types import MappingProxyType
+from typing import IO, Protocol
 
 import psutil
 
@@ -25,29 +26,71 @@ _KILLED_SECONDS = 10.0
 _LINE_END = re.compile(rb"[\r\n]+")
 
 
+class Child(Protocol):
+    """A process whose standard input and output are pipes, as subprocess.Popen describes one."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def stdin(self) -> IO[bytes] | None: ...
+
+    @property
+    def stdout(self) -> IO[bytes] | None: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+StartChild = Callable[[Sequence[str], Mapping[str, str], Mapping[str, int]], Child]
+
+
+def start_process(command: Sequence[str], environment: Mapping[str, str], fds: Mapping[str, int]) -> Child:
+    """Starts a fresh process. Its variables that are named in `fds` have the numbers of these descriptors there."""
+    return subprocess.Popen(
+        list(command),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**environment, **{name: str(fd) for name, fd in fds.items()}},
+        pass_fds=tuple(fds.values()),
+        # Its own process group, to end the whole rank and to keep a terminal's Ctrl-C from it.
+        start_new_session=True,
+    )
+
+
 class RankProcess:
     """A started rank. `on_report` is called, from other threads, for each of its reports and last for its exit."""
 
     def __init__(
-        self, rank: int, command: Sequence[str], environment: Mapping[str, str], log: Path, on_report: OnReport
+        self,
+        rank: int,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        on_report: OnReport,
+        *,
+        fds: Mapping[str, int] = MappingProxyType({}),
+        start: StartChild = start_process,
     ) -> None:
-        """Raises OSError if the log cannot be opened."""
+        """Starts the rank with further descriptors, whose numbers are in the variables that `fds` names.
+
+        Raises OSError if the log cannot be opened.
+        """
         self.rank = rank
         self._on_report = on_report
         self._lock = threading.Lock()
         log_file = log.open("ab", buffering=0)
         report_in, report_out = os.pipe()
-        self._process = subprocess.Popen(
-            list(command),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={**environment, "LAUNCHER_REPORT_FD": str(report_out)},
-            pass_fds=(report_out,),
-            # Its own process group, to end the whole rank and to keep a terminal's Ctrl-C from it.
-            start_new_session=True,
-        )
-        os.close(report_out)
+        try:
+            self._process = start(command, environment, {"LAUNCHER_REPORT_FD": report_out, **fds})
+        except BaseException:
+            os.close(report_in)
+            log_file.close()
+            raise
+        finally:
+            os.close(report_out)
         assert self._process.stdout is not None
         readers = (
             threading.Thread(target=_copy_lines, args=(self._process.stdout, log_file), daemon=True),

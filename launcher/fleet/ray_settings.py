@@ -17,6 +17,9 @@ LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 On Linux Ray replaces a loopback address by another one; this variable is the only way to prevent it.
 """
+NODE_LABEL = "launcher-node"
+"""The label with a node's number in a Ray started by `launcher node`."""
+OBJECT_STORE_BYTES = 100 * 1024**2
 
 
 def write_token(file: Path) -> None:

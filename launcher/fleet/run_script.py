@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +25,7 @@ STOP_GRACE_SECONDS = 60
 
 
 def main() -> None:
-    """Does not return: the process becomes the script."""
+    """Runs the script in this process: as another program, or, in a fork with its libraries, as Python would."""
     folder, *arguments = sys.argv[1:]
     os.chdir(folder)
     environment = {**os.environ, **torchrun_variables(os.environ), "LAUNCHER_REPORT_PID": str(os.getpid())}
@@ -32,7 +33,25 @@ def main() -> None:
     _receive_signals()
     _fork_watcher()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.execve(sys.executable, [sys.executable, *fill_placeholders(arguments, os.environ)], environment)
+    arguments = fill_placeholders(arguments, os.environ)
+    if "torch" in sys.modules:
+        # This is a fork of a process that has imported the libraries: another program would import them again.
+        os.environ.update(environment)
+        run_here(arguments)
+    else:
+        os.execve(sys.executable, [sys.executable, *arguments], environment)
+
+
+def run_here(arguments: Sequence[str]) -> None:
+    """Runs the script in this process, as `python ARGUMENTS…` does."""
+    if arguments[0] == "-m":
+        sys.argv = list(arguments[1:])
+        sys.path.insert(0, str(Path.cwd()))
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(arguments)
+        sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 def torchrun_variables(environment: Mapping[str, str]) -> dict[str, str]:

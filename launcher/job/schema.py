@@ -341,7 +341,22 @@ class ClusterSection(Section):
         description="After the loss of a node the run continues on as few nodes as this if no other node becomes free "
         "within wait_seconds. The batch size and the learning rate stay the same. Default: nodes.",
     )
+    spare_nodes: WholeNumber = Field(
+        0,
+        description="Additional nodes that are checked and wait without ranks: one takes the place of a node that is "
+        "lost or excluded, at the next restart.",
+    )
+    exclude_after: WholeNumber = Field(
+        2,
+        description="A node that failed so often is not used any more by the run, nor when it is resumed; 0: every "
+        "node is used.",
+    )
     wait_seconds: PositiveNumber = Field(600.0, description="How long to wait for nodes of an existing Ray cluster.")
+    warm_start: bool | Auto = Field(
+        "auto",
+        description="true: each node imports torch, transformers and DeepSpeed once, and forks its ranks from that "
+        "process, also after a restart. false: every rank is a fresh process. auto: true, for a script false.",
+    )
     health_checks: Annotated[HealthChecks, BeforeValidator(_off)] = Field(
         "auto",
         description="Checks of GPUs, network and disk before ranks start (docs/health.md). auto: those that take at "
@@ -357,6 +372,11 @@ class ClusterSection(Section):
         if self.min_nodes is not None and "nodes" in self.model_fields_set and self.min_nodes > self.nodes:
             raise ValueError(f"min_nodes is {self.min_nodes}, but nodes is {self.nodes}: it must not be larger")
         return self
+
+    @property
+    def all_nodes(self) -> int:
+        """The number of nodes, spare nodes included."""
+        return self.nodes + self.spare_nodes
 
 
 class SlurmSection(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,8 @@ from rich.markup import escape
 
 from launcher.errors import FailureCode, RequestError, RunFailed, first_line
 from launcher.export_folder import export_fault
+from launcher.fleet.forks import ForkServer
+from launcher.fleet.node_failures import failed_nodes
 from launcher.fleet.node_resources import NodeResources
 from launcher.fleet.nodes import GRACE_SECONDS, Nodes
 from launcher.plan.resume import Start
@@ -20,6 +22,7 @@ from launcher.plan.schema import Plan, Script
 from launcher.run_dir import RunDir, write_atomic
 from launcher.runs.checkpoints import newest_verified
 from launcher.runs.console import RunConsole
+from launcher.runs.excluded_nodes import count_failures
 from launcher.runs.failure_record import printing_errors
 from launcher.runs.interrupts import Interrupts
 from launcher.runs.outcome import Outcome
@@ -39,11 +42,15 @@ class Attempts:
         directory: RunDir,
         console: RunConsole,
         interrupts: Interrupts,
+        offered: ForkServer | None = None,
         on_rewind: Callable[[int], None] = lambda _samples: None,
     ) -> None:
-        """`on_rewind` is called before each restart, with the samples after which it continues."""
+        """`offered` is a fork server on this machine that may fork the ranks.
+
+        `on_rewind` is called before each restart, with the samples after which it continues.
+        """
         self._on_rewind = on_rewind
-        self._directory, self._console, self._interrupts = directory, console, interrupts
+        self._directory, self._console, self._interrupts, self._offered = directory, console, interrupts, offered
         self._failed: list[FailedAttempt] = []
         self._nodes: Nodes | None = None
         self._supervisor: Supervisor | None = None
@@ -76,7 +83,8 @@ class Attempts:
             try:
                 return supervisor.run(self._start)
             except RunFailed as error:
-                self._failed.append(_failed_attempt(supervisor, error, saved=self._newest_checkpoint() != before))
+                saved, excluded = self._newest_checkpoint() != before, self._exclude_failed_nodes(supervisor)
+                self._failed.append(_failed_attempt(supervisor, error, saved=saved, excluded=excluded))
                 if supervisor.stopping:
                     raise
                 decision = decide(self._failed, self._allowed_restarts())
@@ -102,7 +110,10 @@ class Attempts:
         plan, arguments = self.plan, (self._plan_file, self._directory, self._console)
         self._console.total = plan.length.total_updates
         if self._nodes is None:
-            self._nodes = Nodes(NodeResources.of(plan.world), self._console.note)
+            request = NodeResources.of(plan.world, plan.job.cluster.spare_nodes)
+            self._nodes = Nodes(request, self._console.note, self._offered)
+            if plan.job.cluster.exclude_after:
+                self._exclude(self._nodes, self._directory.excluded_nodes())
         if isinstance(plan.workload, Script):
             from launcher.runs.script_supervisor import ScriptSupervisor
 
@@ -110,6 +121,30 @@ class Attempts:
         from launcher.runs.supervisor import Supervisor
 
         return Supervisor(plan, *arguments, self._nodes)
+
+    def _exclude(self, nodes: Nodes, excluded: Mapping[str, str]) -> None:
+        for host, reason in excluded.items():
+            nodes.exclude(host, reason)
+            self._console.note(f"          {escape(f'not using {host} any more: {reason}')}")
+
+    def _exclude_failed_nodes(self, supervisor: Supervisor) -> bool:
+        """Counts the failures of nodes, and excludes those that failed too often.
+
+        Returns whether the run can restart without an excluded node. A node without which it could not is still used.
+        """
+        nodes, cluster = supervisor.nodes, self.plan.job.cluster
+        hosts = [node.host for node in nodes.nodes]
+        least = cluster.min_nodes or self._wanted_nodes
+        with printing_errors(self._console.note, "the failures of nodes could not be written"):
+            for host, reason in count_failures(
+                self._directory, failed_nodes(supervisor.failures, hosts), cluster.exclude_after
+            ).items():
+                if nodes.can_do_without(host, least):
+                    self._exclude(nodes, {host: reason})
+                else:
+                    text = f"{host} {reason}; it is used until the run ends, since no other node is free"
+                    self._console.note(f"          {escape(text)}")
+        return any(host in nodes.excluded and nodes.can_do_without(host, least) for host in hosts)
 
     def _allowed_restarts(self) -> int:
         """The job's `train.restarts`, or its default: only a script knows how it resumes."""
@@ -133,9 +168,6 @@ class Attempts:
         last = self._failed[-1]
         if self._nodes is not None and (last.lost_hosts or last.code is FailureCode.RAY_LOST):
             self._nodes.restart_own_ray()
-        if self._nodes is not None and self._failed[-1].code is FailureCode.NODE_DRAINED:
-            # Its agent still answers, but Ray must place the next agents elsewhere.
-            self._nodes.give_up()
         if isinstance(self.plan.workload, Script):
             # Only the script knows at which update it resumes: `launcher.report` restores the lines before that update.
             self._directory.rewind(samples=0, update=-1)
@@ -174,18 +206,17 @@ class Attempts:
         """On how many nodes to restart: as many as the job asks for, or those that are free, at least `min_nodes`."""
         assert self._nodes is not None
         cluster, wanted, present = self.plan.job.cluster, self._wanted_nodes, self.plan.world.nodes
-        if cluster.min_nodes is None or wanted == 1 or (present == wanted and self._nodes.all_answer()):
+        if cluster.min_nodes is None or wanted == 1:
             return present
-        self._nodes.give_up()
         # A run that already continues on fewer nodes has waited before.
         wait_seconds = cluster.wait_seconds if present == wanted else 0.0
-        free = self._nodes.wait_for_free(wanted, cluster.min_nodes, wait_seconds)
-        if free < cluster.min_nodes:
+        ready = self._nodes.ready(wanted, cluster.min_nodes, wait_seconds)
+        if ready < cluster.min_nodes:
             message = (
-                f"after {wait_seconds:.0f} s only {free} nodes are free, and cluster.min_nodes is {cluster.min_nodes}"
+                f"after {wait_seconds:.0f} s only {ready} nodes are free, and cluster.min_nodes is {cluster.min_nodes}"
             )
             raise RunFailed(message, code=FailureCode.NOT_ENOUGH_NODES)
-        return free
+        return ready
 
     def _change_nodes(self, nodes: int, rest: Rest | None) -> None:
         """Plans the rest of the run for `nodes` nodes, or for fewer if the batch cannot be divided among them."""
@@ -204,7 +235,7 @@ class Attempts:
                 continue
             self._plan_file = self._directory.next_plan_revision()
             write_atomic(self._plan_file, self.plan.to_json())
-            self._nodes.resize(NodeResources.of(self.plan.world))
+            self._nodes.resize(NodeResources.of(self.plan.world, self.plan.job.cluster.spare_nodes))
             self._console.note(
                 f"          continuing on {count} nodes instead of {before}; the batch size stays the same"
             )
@@ -230,10 +261,12 @@ class Attempts:
             self._release(0.0 if self.stop_signal else GRACE_SECONDS)
 
 
-def _failed_attempt(supervisor: Supervisor, error: RunFailed, *, saved: bool) -> FailedAttempt:
+def _failed_attempt(supervisor: Supervisor, error: RunFailed, *, saved: bool, excluded: bool) -> FailedAttempt:
     hosts = [node.host for node in supervisor.nodes.nodes]
     lost = {hosts[each.node_rank] for each in supervisor.failures if each.code is FailureCode.NODE_LOST}
     first = supervisor.failures[0] if supervisor.failures else None
     text = (first.error or first.how) if first else first_line(error)
     own_ray = supervisor.nodes.own_ray and bool(hosts)
-    return FailedAttempt(error.code, supervisor.updates_made, saved, text, tuple(sorted(lost)), own_ray)
+    return FailedAttempt(
+        error.code, supervisor.updates_made, saved, text, tuple(sorted(lost)), excluded=excluded, own_ray=own_ray
+    )

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from launcher.errors import RunFailed, code_of
+from launcher.fleet.forks import ForkServer
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir, removed
@@ -29,15 +30,16 @@ def carry_out(
     console: RunConsole,
     start: Start | None,
     interrupts: Interrupts,
+    offered: ForkServer | None = None,
     on_stop: OnStop | None = None,
 ) -> RunResult:
     """Runs the plan in `plan_file`, from the checkpoint of `start` if given, prints a summary, and uploads the results.
 
-    `on_stop` is called if a signal or a request stops the run, before the uploads end. Raises RunFailed, and
-    KeyboardInterrupt if the run is stopped at once.
+    `offered` is a fork server on this machine that may fork the ranks. `on_stop` is called if a signal or a request
+    stops the run, before the uploads end. Raises RunFailed, and KeyboardInterrupt if the run is stopped at once.
     """
     with uploading(plan, directory, console, interrupts, start) as on_rewind:
-        attempts = Attempts(directory, console, interrupts, on_rewind)
+        attempts = Attempts(directory, console, interrupts, offered, on_rewind)
         try:
             result = _carry_out(attempts, plan, plan_file, directory, console, start, interrupts)
         except KeyboardInterrupt:

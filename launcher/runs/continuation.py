@@ -17,7 +17,7 @@ from launcher.records import ContinuationRecord
 from launcher.run_dir import RunDir
 from launcher.runs.console import RunConsole
 from launcher.runs.interrupts import WARNINGS, Interrupts
-from launcher.runs.submit import Submission, with_earlier_signal
+from launcher.runs.submit import Submission, with_earlier_signal, without_excluded
 from launcher.slurm.continuation import DEVICES, continuing, job_number, read_continuation, why_not_continued
 from launcher.slurm.queue import cancel_slurm_job, ends_by_time_limit
 from launcher.slurm.submit import SlurmRequest, read_templates, slurm_request, submit_context, submit_request
@@ -66,7 +66,8 @@ class Continuation:
             self._refuse(reason)
             return
         submission, loaded = with_earlier_signal(Submission(self.directory.path, (), resume=True), self._note)
-        request = _request(continuing(loaded.job, self.job_id, self.nodes), submission, self.environment)
+        job = continuing(without_excluded(loaded.job, self.directory), self.job_id, self.nodes)
+        request = _request(job, submission, self.environment)
         number = job_number(last, self.job_id) + 1
         # Written before the job is submitted: a job that cannot be recorded must not be submitted.
         self._record(None, number, saved)

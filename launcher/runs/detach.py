@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import RunFailed
-from launcher.files import last_lines
+from launcher.files import last_lines, output_mode
 from launcher.job import LoadedJob
 from launcher.job.user_path import user_path
 from launcher.plan_file import read_plan
@@ -19,6 +19,7 @@ from launcher.prepare.machine import measure_machine
 from launcher.run_dir import RunDir
 from launcher.runs.carry_out import carry_out
 from launcher.runs.console import RunConsole
+from launcher.runs.imports import ImportsAhead
 from launcher.runs.interrupts import check_main_thread, interruptible
 from launcher.runs.outcome import RunResult
 from launcher.runs.reach import check_reach
@@ -56,11 +57,12 @@ class BackgroundRun:
 def run_in_background(job: LoadedJob) -> BackgroundRun:
     """Plans a job, and starts a process that runs it. Raises RequestError if the job is invalid, and RunFailed."""
     check_main_thread()
-    checked = check_to_run(job)
-    directory, console = RunDir.create(user_path(job.job.output_dir, "output_dir"), job.job.name), RunConsole()
-    with only_launcher_of(directory), job.locate_errors(), interruptible(console, directory):
-        plan_in(directory, checked, console)
-    return _start(directory, ["run", "--planned", str(directory.path)])
+    checked, console, mode = check_to_run(job), RunConsole(), job.job.output_mode
+    with output_mode(mode):
+        directory = RunDir.create(user_path(job.job.output_dir, "output_dir"), job.job.name, mode=mode)
+        with only_launcher_of(directory), job.locate_errors(), interruptible(console, directory):
+            plan_in(directory, checked, console)
+        return _start(directory, ["run", "--planned", str(directory.path)])
 
 
 def resume_in_background(path: Path, overrides: Sequence[str]) -> BackgroundRun:
@@ -70,19 +72,27 @@ def resume_in_background(path: Path, overrides: Sequence[str]) -> BackgroundRun:
     """
     check_main_thread()
     directory, console = planned_run(path), RunConsole()
-    with only_launcher_of(directory), interruptible(console, directory):
-        rest = rest_of(directory, overrides, console, verify=False)
-        check_upload(rest.plan.job)
-        check_reach(rest.plan.job, measure_machine())
-    return _start(directory, ["resume", str(directory.path), *overrides])
+    with output_mode(read_plan(directory.plan_file).job.output_mode):
+        with only_launcher_of(directory), interruptible(console, directory):
+            rest = rest_of(directory, overrides, console, verify=False)
+            check_upload(rest.plan.job)
+            check_reach(rest.plan.job, measure_machine())
+        return _start(directory, ["resume", str(directory.path), *overrides])
 
 
 def run_planned(path: Path) -> RunResult:
     """Runs the plan that `run_in_background` has written. Raises RunFailed, and Interrupted for a stop at once."""
     directory, console = planned_run(path), RunConsole()
-    with only_launcher_of(directory), console.closing(), interruptible(console, directory) as interrupts:
-        plan = read_plan(directory.plan_file)
-        return carry_out(plan, directory.plan_file, directory, console, None, interrupts)
+    plan = read_plan(directory.plan_file)
+    with (
+        output_mode(plan.job.output_mode),
+        only_launcher_of(directory),
+        console.closing(),
+        interruptible(console, directory) as interrupts,
+        ImportsAhead(plan.job, plan.world, directory.logs / "imports.log") as imports,
+    ):
+        imports.begin()
+        return carry_out(plan, directory.plan_file, directory, console, None, interrupts, imports.server)
 
 
 def _start(directory: RunDir, arguments: Sequence[str]) -> BackgroundRun:

@@ -38,7 +38,7 @@ def _check_not_for_slurm(loaded: LoadedJob) -> None:
     from launcher.fleet.nodes import address_of
 
     job = loaded.job
-    nodes = job.cluster.nodes
+    nodes = job.cluster.all_nodes
     if nodes > 1 and "slurm" in job.model_fields_set and address_of(job.cluster.address) == "local":
         found = f"the job asks for {nodes} nodes of Slurm, and only this machine is available"
         hint = f"srun --nodes={nodes} --ntasks-per-node=1 launcher node --doctor {shlex.quote(loaded.origin)}"
@@ -55,14 +55,14 @@ def examine(inputs: PlanInputs[AnyJob]) -> None:
     console, shown = RunConsole(), Console(highlight=False, soft_wrap=True)
     output_dir = user_path(job.output_dir, "output_dir")
     output_dir.mkdir(parents=True, exist_ok=True)
-    nodes = Nodes(NodeResources.of(world), console.note)
+    nodes = Nodes(NodeResources.of(world, job.cluster.spare_nodes), console.note)
     with tempfile.TemporaryDirectory(prefix=".doctor-", dir=output_dir) as folder:
         try:
             nodes.connect(address_of(job.cluster.address))
             nodes.place(job.cluster.wait_seconds)
             level: HealthChecks = "off" if job.cluster.health_checks == "off" else "full"
             required = Requirements(world, inputs.machine.versions, 0, os.environ, job.cluster.env, health_checks=level)
-            checks = preflight(nodes, required, RunDir(Path(folder).resolve()))
+            checks = preflight(nodes.with_spares(), required, RunDir(Path(folder).resolve()))
         finally:
             nodes.end(0.0)
             nodes.close()

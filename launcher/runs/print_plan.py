@@ -52,6 +52,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ("model", f"{model.model_type}, {model.parameters:,} parameters, {model.folder}"),
         ("trained", _trained(training)),
         ("world size", _world_words(plan)),
+        *_spare_nodes(plan),
         (
             "data",
             f"{train.sequences:,} sequences, {train.tokens:,} tokens, {train.targets:,} learned ({data.format})"
@@ -74,6 +75,7 @@ def _script_facts(plan: Plan, script: Script) -> list[tuple[str, str]]:
         ("script", " ".join(script.arguments) or "to be given: launcher exec JOB.YAML -- SCRIPT"),
         ("model, data", f"loaded by the script{advised}"),
         ("world size", _world_words(plan)),
+        *_spare_nodes(plan),
         ("batch", _batch_words(plan)),
         ("updates", f"{plan.length.total_updates:,} in total, {plan.length.samples:,} samples"),
     ]
@@ -85,6 +87,11 @@ def _world_words(plan: Plan) -> str:
     remote = world.device == "cuda" and not plan.machine.gpus
     device = "GPUs that are not visible from this machine" if remote else plan.machine.device_name
     return f"{world.size} ranks: {nodes} on {device}, {world.backend}, {plan.precision}"
+
+
+def _spare_nodes(plan: Plan) -> Iterator[tuple[str, str]]:
+    if spares := plan.job.cluster.spare_nodes:
+        yield "spare nodes", f"{spares}, allocated without ranks"
 
 
 def _batch_words(plan: Plan) -> str:

@@ -54,6 +54,9 @@ def _check_this_machine(cluster: ClusterSection, machine: MachineFacts) -> None:
     if cluster.nodes > 1:
         found = f"the job asks for {cluster.nodes} nodes, and only this machine is available"
         raise RequestError(Problem(found, key="cluster.nodes", hint=hint))
+    if cluster.spare_nodes:
+        found = f"the job asks for {cluster.all_nodes} nodes, spare nodes included, and only this machine is available"
+        raise RequestError(Problem(found, key="cluster.spare_nodes", hint=hint))
     if cluster.gpus_per_node != "auto" and cluster.gpus_per_node > machine.gpus:
         found = f"the job asks for {cluster.gpus_per_node} GPUs per node, and this machine has {machine.gpus}"
         raise RequestError(Problem(found, key="cluster.gpus_per_node", hint=hint))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launcher.errors import FailureCode
+from launcher.fleet.node_failures import OF_DEVICES
 
 DEFAULT_RESTARTS = 3
 _FIRST_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 5.0, 60.0
@@ -62,8 +63,8 @@ class FailedAttempt:
     """How an attempt to carry out a plan failed.
 
     `updates` is the number of updates that were made when it failed. `saved`: it saved a checkpoint of its own. `error`
-    is the message of the first failure, starting with the exception's class if there was an exception. `own_ray`: it
-    ran on a Ray that the launcher started, and can start again.
+    is the message of the first failure, starting with the exception's class if there was an exception. `excluded`: a
+    node of the attempt is not used any more. `own_ray`: it ran on a Ray that the launcher started, and can start again.
     """
 
     code: FailureCode
@@ -71,6 +72,7 @@ class FailedAttempt:
     saved: bool
     error: str
     lost_hosts: tuple[str, ...] = ()
+    excluded: bool = False
     own_ray: bool = False
 
 
@@ -91,7 +93,8 @@ def decide(failed: Sequence[FailedAttempt], restarts: int) -> Decision:
     last = failed[-1]
     if restarts == 0:
         return Decision(False, "train.restarts is 0")
-    if last.code in _NOT_AGAIN:
+    # Without the unfit node it would not fail again.
+    if last.code in _NOT_AGAIN and not (last.code in OF_DEVICES and last.excluded):
         return Decision(False, "it would fail again in the same way")
     if last.code is FailureCode.RAY_LOST and not last.own_ray:
         return Decision(False, "the launcher did not start this Ray")

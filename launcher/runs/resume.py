@@ -12,6 +12,7 @@ from launcher.prepare.machine import measure_machine
 from launcher.run_dir import RunDir, write_atomic
 from launcher.runs.carry_out import OnStop, carry_out, ended
 from launcher.runs.console import RunConsole
+from launcher.runs.imports import ImportsAhead
 from launcher.runs.interrupts import check_main_thread, interruptible
 from launcher.runs.outcome import RunResult
 from launcher.runs.reach import check_reach
@@ -66,9 +67,11 @@ def resume_locked(
         console.note(f"resuming after update {start.update} of {plan.length.total_updates}")
         if plan.resumed:
             console.note(f"  {plan.resumed.arithmetic}")
-        prepare_start(start, directory, console)
-        _record_resume(directory, start, overrides)
-        return carry_out(plan, plan_file, directory, console, start, interrupts, on_stop)
+        with ImportsAhead(plan.job, plan.world, directory.logs / "imports.log") as imports:
+            imports.begin()
+            prepare_start(start, directory, console)
+            _record_resume(directory, start, overrides)
+            return carry_out(plan, plan_file, directory, console, start, interrupts, imports.server, on_stop)
 
 
 def _record_resume(directory: RunDir, start: Start, overrides: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 
 import yaml
 from rich.markup import escape
@@ -16,6 +17,7 @@ from launcher.run_dir import RunDir, write_atomic, write_json
 from launcher.runs.carry_out import OnStop, carry_out
 from launcher.runs.console import RunConsole
 from launcher.runs.failure_record import record_failure
+from launcher.runs.imports import ImportsAhead
 from launcher.runs.interrupts import check_main_thread, interruptible
 from launcher.runs.outcome import RunResult
 from launcher.runs.planning import CheckedJob, check_job, make_plan
@@ -58,14 +60,20 @@ def run_checked(
     `on_stop` is called if a signal or a request stops the run.
     """
     with console.closing(), checked.loaded.locate_errors(), interruptible(console, directory) as interrupts:
-        plan = plan_in(directory, checked, console)
-        return carry_out(plan, directory.plan_file, directory, console, None, interrupts, on_stop)
+        job, world = checked.loaded.job, checked.inputs.world
+        with ImportsAhead(job, world, directory.logs / "imports.log") as imports:
+            plan = plan_in(directory, checked, console, imports.begin)
+            imports.begin()
+            return carry_out(plan, directory.plan_file, directory, console, None, interrupts, imports.server, on_stop)
 
 
-def plan_in(directory: RunDir, checked: CheckedJob, console: RunConsole) -> Plan:
+def plan_in(
+    directory: RunDir, checked: CheckedJob, console: RunConsole, on_wait: Callable[[], None] = lambda: None
+) -> Plan:
     """Makes the plan and writes it to the run directory. Removes the directory if the job is found to be invalid.
 
-    Raises RequestError, and RunFailed if the measuring process fails.
+    `on_wait` is called if this takes longer, because the model or the data must be measured. Raises RequestError, and
+    RunFailed if the measuring process fails.
     """
     try:
         directory.enter("planning")
@@ -74,7 +82,7 @@ def plan_in(directory: RunDir, checked: CheckedJob, console: RunConsole) -> Plan
             directory.event({"event": "overrides", "values": list(checked.loaded.overrides)})
         write_atomic(directory.job_file, _job_text(checked.loaded))
         with (directory.logs / "prepare.log").open("wb") as log:
-            plan = make_plan(checked, on_progress=_Preparing(directory, console), log=log)
+            plan = make_plan(checked, on_progress=_Preparing(directory, console, on_wait), log=log)
         _write_plan(plan, directory)
     except (RequestError, KeyboardInterrupt):
         # On a network file system, open files such as the lock may keep the folder.
@@ -105,12 +113,13 @@ def _write_plan(plan: Plan, directory: RunDir) -> None:
 class _Preparing:
     """Enters the state "preparing" at the first progress message; cached data sends none."""
 
-    def __init__(self, directory: RunDir, console: RunConsole) -> None:
-        self._directory, self._console, self._entered = directory, console, False
+    def __init__(self, directory: RunDir, console: RunConsole, on_wait: Callable[[], None]) -> None:
+        self._directory, self._console, self._on_wait, self._entered = directory, console, on_wait, False
 
     def __call__(self, progress: dict[str, object]) -> None:
         if not self._entered:
             self._entered = True
             self._directory.enter("preparing")
             self._console.state("preparing")
+            self._on_wait()
         self._console.prepare(progress)

@@ -45,7 +45,7 @@ class ScriptSupervisor(Supervisor):
     def start(self, start: Start | None) -> None:
         del start
         self.prepare_nodes()
-        self._rendezvous = {"MASTER_ADDR": self._master(), "MASTER_PORT": str(self.nodes.free_port(0))}
+        self._rendezvous = self._reserve_rendezvous(listen=False)
         self.nodes.start([self._task(rank, node) for rank, node in enumerate(self.nodes.nodes)])
         self.phase = "training"
         self.enter("training", update=0)
@@ -100,7 +100,9 @@ class ScriptSupervisor(Supervisor):
         script = self.script
         first = script.arguments[0]
         file = [] if first == "-m" else [str(Path(script.folder) / first)]
-        self.nodes.check_visible([str(self.plan_file), script.folder, *file])
+        needed = [str(self.plan_file), script.folder, *file]
+        self.nodes.check_visible(needed)
+        self.nodes.exclude_blind_spares(needed)
 
     def _task(self, node_rank: int, node: Node) -> NodeTask:
         arguments = fill_arguments(self.plan, self.script, self._paths())

@@ -11,14 +11,15 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from launcher.errors import Problem, RequestError, RunFailed
+from launcher.errors import FailureCode, Problem, RequestError, RunFailed
 from launcher.files import use_output_mode
 from launcher.job import AnyJob, LoadedJob, ScriptJob, load_job
 from launcher.job.load import sets_key
 from launcher.job.user_path import user_path
 from launcher.plan.facts import MachineFacts
+from launcher.plan.schema import Plan
 from launcher.prepare.machine import measure_machine
-from launcher.run_dir import ENDED, RunDir
+from launcher.run_dir import ENDED, RunDir, write_json
 from launcher.runs.console import RunConsole
 from launcher.runs.continuation import Continuation, check_resubmit, newest_update
 from launcher.runs.doctor import examine
@@ -33,10 +34,11 @@ from launcher.runs.run import run_checked
 from launcher.runs.run_lock import only_launcher_of
 from launcher.runs.script import check_script, run_script_again
 from launcher.runs.slurm_requests import run_directory
-from launcher.slurm.allocation import Allocation, read_allocation
+from launcher.slurm.allocation import Allocation, nodes_and_spares, read_allocation
 from launcher.slurm.continuation import DEFAULT_MAX_JOBS, continues_by_itself
 from launcher.slurm.options import may_lose_nodes
 from launcher.slurm.queue import cancel_slurm_job, requeue_slurm_job
+from launcher.slurm.requeue import excluded_of, requeue_without
 from launcher.slurm.startup_errors import StartupErrors
 
 _THIS_MACHINE, _OWN_RAY = "local", "cluster.address=auto"
@@ -57,6 +59,7 @@ def run_on_node(job_file: Path, overrides: Sequence[str], command: Sequence[str]
         with checked.loaded.locate_errors():
             check_resubmit(job)
         directory, requeued = _directory(job, allocation)
+        _check_excluded(job, allocation, directory)
         console, on_stop = RunConsole(), _continuation(job, directory, allocation, newest_update(directory))
         act = partial(run_checked, checked, directory, console, on_stop=on_stop)
         if requeued and isinstance(job, ScriptJob):
@@ -73,8 +76,7 @@ def resume_on_node(run: Path, overrides: list[str]) -> int:
         directory = planned_run(run)
         before = rest_as_planned(directory).plan
         use_output_mode(before.job.output_mode)
-        if before.world.nodes != allocation.nodes and not sets_key(overrides, "cluster", "nodes"):
-            overrides = [*overrides, f"cluster.nodes={allocation.nodes}"]
+        overrides = [*overrides, *_nodes_of_resume(before, overrides, allocation)]
         if before.job.cluster.address == _THIS_MACHINE and not sets_key(overrides, "cluster", "address"):
             overrides = [*overrides, _OWN_RAY]
         # The other nodes only need the job.
@@ -83,6 +85,7 @@ def resume_on_node(run: Path, overrides: list[str]) -> int:
         _check_allocation(job, allocation, measure_machine())
         if allocation.node != 0:
             return _join_first_node(job, allocation, directory, errors)
+        _check_excluded(job, allocation, directory)
         check_resubmit(job)
         on_stop = _continuation(job, directory, allocation, rest.start.update)
         # Nobody is there who could correct an upload that does not work at the moment.
@@ -275,10 +278,19 @@ def _ignore_stop_signals() -> None:
         signal.signal(number, lambda _number, _frame: None)
 
 
+def _nodes_of_resume(before: Plan, overrides: Sequence[str], allocation: Allocation) -> list[str]:
+    """Overrides for the number of nodes if the allocation has another one than the run, spare nodes included."""
+    if sets_key(overrides, "cluster", "nodes") or sets_key(overrides, "cluster", "spare_nodes"):
+        return []
+    nodes, spares = nodes_and_spares(allocation.nodes, before.job.cluster.nodes, before.job.cluster.spare_nodes)
+    changed = [f"cluster.spare_nodes={spares}"] if spares != before.job.cluster.spare_nodes else []
+    return [f"cluster.nodes={nodes}", *changed] if nodes != before.world.nodes else changed
+
+
 def _allocation_overrides(allocation: Allocation, job: AnyJob) -> Iterator[str]:
     """Overrides for the number of nodes and the Ray address, if the job does not set them."""
     if "nodes" not in job.cluster.model_fields_set:
-        yield f"cluster.nodes={allocation.nodes}"
+        yield f"cluster.nodes={max(1, allocation.nodes - job.cluster.spare_nodes)}"
     if job.cluster.address == _THIS_MACHINE:
         yield _OWN_RAY
 
@@ -286,9 +298,10 @@ def _allocation_overrides(allocation: Allocation, job: AnyJob) -> Iterator[str]:
 def _check_allocation(job: AnyJob, allocation: Allocation, machine: MachineFacts) -> None:
     """Raises RequestError if the job does not match the allocation, or if GPUs of this node are not visible."""
     cluster = job.cluster
-    if allocation.nodes != cluster.nodes:
-        found = f"the job asks for {cluster.nodes} nodes, but Slurm allocated {allocation.nodes}"
-        hint = f"sbatch --nodes={cluster.nodes}, or leave out cluster.nodes"
+    if allocation.nodes != cluster.all_nodes:
+        spare = f" and {cluster.spare_nodes} spare nodes" if cluster.spare_nodes else ""
+        found = f"the job asks for {cluster.nodes} nodes{spare}, but Slurm allocated {allocation.nodes}"
+        hint = f"sbatch --nodes={cluster.all_nodes}, or leave out cluster.nodes"
         raise RequestError(Problem(found, key="cluster.nodes", hint=hint))
     if cluster.address != "auto":
         hint = "leave it out: in an allocation the launcher starts its own Ray cluster"
@@ -308,12 +321,34 @@ def _check_allocation(job: AnyJob, allocation: Allocation, machine: MachineFacts
         raise RequestError(Problem(found, key="cluster", hint=f"sbatch --cpus-per-task={processes} or more"))
 
 
+def _check_excluded(job: AnyJob, allocation: Allocation, directory: RunDir) -> None:
+    """Requeues the job without the nodes that are excluded from the run, if it has too few others.
+
+    Raises RunFailed if Slurm does not requeue it.
+    """
+    excluded = excluded_of(allocation.hosts, directory.excluded_nodes()) if job.cluster.exclude_after else []
+    if not excluded or allocation.nodes - len(excluded) >= job.cluster.nodes:
+        return
+    names = ", ".join(excluded)
+    RunConsole().note(f"requeuing the Slurm job without {names}, excluded from this run because of earlier failures")
+    refused = requeue_without(os.environ["SLURM_JOB_ID"], excluded)
+    if refused is None:
+        # Slurm ends this process.
+        raise Interrupted(signal.SIGTERM)
+    hint = f"submit it again with --exclude={','.join(excluded)}, or use these nodes again with cluster.exclude_after=0"
+    message = (
+        f"{names} excluded from this run because of earlier failures, and Slurm does not requeue the job: {refused}"
+    )
+    raise RunFailed(f"{message.strip()}\n  {hint}", code=FailureCode.NOT_ENOUGH_NODES)
+
+
 def _directory(job: AnyJob, allocation: Allocation) -> tuple[RunDir, bool]:
     """The run directory of this allocation, and whether a requeued run continues in it.
 
     A script saves its own files there: its directory is kept if the script may have started.
     """
     directory = run_directory(job, job.name, allocation.stamp)
+    node_failures = directory.node_failures()
     if allocation.restart and directory.path.exists():
         started = directory.ds_config_file.is_file() if isinstance(job, ScriptJob) else directory.complete_checkpoints()
         if started:
@@ -325,7 +360,10 @@ def _directory(job: AnyJob, allocation: Allocation) -> tuple[RunDir, bool]:
         raise RequestError(
             Problem("this allocation already has a run of this name", file=str(directory.path), hint=hint)
         )
-    return RunDir.create(directory.path.parent, job.name, allocation.stamp, job.output_mode), False
+    created = RunDir.create(directory.path.parent, job.name, allocation.stamp, job.output_mode)
+    if node_failures:
+        write_json(created.node_failures_file, node_failures)
+    return created, False
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:

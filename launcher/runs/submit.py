@@ -22,6 +22,7 @@ from launcher.plan.inputs import is_training, plan_inputs
 from launcher.plan.resolve import check_inputs
 from launcher.prepare.machine import measure_machine
 from launcher.prepare.sources import find_data, find_model_folder
+from launcher.run_dir import RunDir
 from launcher.runs.planning import check_job, lint_ds_config, load_ds_config
 from launcher.runs.rest import job_of_rest, planned_run
 from launcher.runs.script import check_script
@@ -103,6 +104,8 @@ def to_slurm(submission: Submission, loaded: LoadedJob) -> None:
         cluster = job.cluster.model_copy(update={"gpus_per_node": gpus_per_node(job)})
         if submission.overrides or not submission.resume:
             _check(replace(loaded, job=job.model_copy(update={"cluster": cluster})))
+        if submission.resume:
+            job = without_excluded(job, planned_run(submission.path))
         here = submit_context()
         words = [*submission.overrides, *(["--", *submission.command] if submission.command else [])]
         request = slurm_request(
@@ -158,6 +161,16 @@ def _check(loaded: LoadedJob) -> None:
         found = "this does not work with a script: the index would follow the script's arguments"
         hint = "leave it out, and read SLURM_ARRAY_TASK_ID in the script"
         raise RequestError(Problem(found, key="slurm.array_key", hint=hint))
+
+
+def without_excluded(job: AnyJob, run: RunDir) -> AnyJob:
+    """The job of a resumed run, for which Slurm leaves out the nodes that are excluded from the run."""
+    from launcher.slurm.requeue import slurm_names
+
+    if not job.cluster.exclude_after:
+        return job
+    hosts = [*filter(None, [job.slurm.exclude]), *slurm_names(run.excluded_nodes())]
+    return job.model_copy(update={"slurm": job.slurm.model_copy(update={"exclude": ",".join(hosts) or None})})
 
 
 def _note(messages: Console, text: str) -> None:

@@ -28,6 +28,8 @@ from launcher.fleet.draining import DrainWatch, time_left
 from launcher.fleet.environment import flight_recorder, rank_environment
 from launcher.fleet.failures import Failure, all_failures, first_failure, sort_failures
 from launcher.fleet.hang_detector import Hang, HangDetector
+from launcher.fleet.network import LOOPBACK
+from launcher.fleet.node_failures import OF_DEVICES
 from launcher.fleet.nodes import GRACE_SECONDS, Node, Nodes, address_of
 from launcher.fleet.preflight import NodeCheck, Requirements, disk_bytes, preflight, raise_problems
 from launcher.fleet.ray_head import RayHead, head_of_this_ray
@@ -37,7 +39,9 @@ from launcher.plan.resume import Start
 from launcher.plan.schema import Plan, Script
 from launcher.records import EventReport, PhaseReport, Report, RunState, StateDetails
 from launcher.run_dir import RunDir, rank_log_name
+from launcher.runs.excluded_nodes import exclude_node
 from launcher.runs.failure_record import printing_errors
+from launcher.runs.imports import begins_imports
 from launcher.runs.outcome import Outcome
 from launcher.watch.causes_by_message import find_cause
 from launcher.watch.memory_evidence import memory_of
@@ -118,7 +122,7 @@ class Supervisor:
         address = address_of(self.plan.job.cluster.address)
         self.nodes.connect(address)
         self._head = head_of_this_ray(own=address == "local")
-        self._drain_watch = DrainWatch()
+        self._drain_watch = self._drain_watch or DrainWatch()
         for rank, node in enumerate(self.nodes.place(self.plan.job.cluster.wait_seconds)):
             self.run_dir.event(
                 {
@@ -131,13 +135,25 @@ class Supervisor:
                     "clock_offset_seconds": node.clock_offset_seconds,
                 }
             )
+        for node in self.nodes.spares:
+            self.run_dir.event({"event": "spare_node", "host": node.host, "address": node.address})
+
+        if self._forked:
+            self.prepare_forks()
 
     def start(self, start: Start | None) -> None:
         self.prepare_nodes()
+        rendezvous = self._reserve_rendezvous(listen=True)
         self.nodes.start([self._task(rank, node) for rank, node in enumerate(self.nodes.nodes)])
-        rendezvous = {"MASTER_ADDR": self._master(), "MASTER_PORT": str(self.nodes.free_port(0))}
         rendezvous |= {"LAUNCHER_PLAN": str(self.plan_file), "LAUNCHER_PLAN_SHA256": self.plan.sha256}
         self.nodes.order({"go": {"env": rendezvous, "start": start.model_dump() if start else None}})
+
+    def prepare_forks(self) -> None:
+        """Begins the imports on every node and spare node: the checks before the ranks start overlap with them."""
+        tasks = [self._task(rank, node) for rank, node in enumerate(self.nodes.nodes)]
+        for node in self.nodes.spares:
+            tasks.append(replace(self._task(0, node), log_folder=str(self.run_dir.spare_logs(node.host))))
+        self.nodes.with_spares().prepare_forks(tasks)
 
     def prepare_nodes(self) -> None:
         """Begins the attempt: what precedes the start of its ranks. Raises RunFailed."""
@@ -154,9 +170,30 @@ class Supervisor:
         required = Requirements(
             self.plan.world, versions, self._disk_bytes(), os.environ, cluster.env, packages, cluster.health_checks
         )
-        checks = preflight(self.nodes, required, self.run_dir)
+        checks = preflight(self.nodes.with_spares(), required, self.run_dir)
         self.console.preflight(checks)
-        raise_problems(checks)
+        if self._replace_unfit(checks):
+            self.check_nodes()
+        else:
+            raise_problems(checks)
+
+    def _replace_unfit(self, checks: Sequence[NodeCheck]) -> bool:
+        """Excludes the nodes with problems, and puts spare nodes in their places. False if there are too few."""
+        unfit = [check for check in checks if check.problems]
+        if len(unfit) == len(checks):
+            return False
+        for check in unfit:
+            code, text = check.problems[0].code, check.problems[0].text
+            if code in OF_DEVICES and self.plan.job.cluster.exclude_after:
+                exclude_node(self.run_dir, check.node.host, text)
+            if code in OF_DEVICES or len(checks) - len(unfit) >= self.plan.world.nodes:
+                self.nodes.exclude(check.node.host, text)
+                self.console.note(f"          {escape(f'not using {check.node.host} any more: {text}')}")
+        if not unfit or len(checks) - len(unfit) < self.plan.world.nodes:
+            return False
+        self.place()
+        self.enter("starting")
+        return True
 
     def follow(self) -> Outcome:
         """Receives reports until the last rank has ended. Raises RunFailed if a rank fails."""
@@ -329,6 +366,7 @@ class Supervisor:
         self.nodes.check_visible([str(self.plan_file)])
         self.nodes.tokenise_where_missing(self.plan, prepared)
         self.nodes.check_visible(prepared)
+        self.nodes.exclude_blind_spares([str(self.plan_file), self.plan.training.model.folder])
 
     def _fail(self) -> None:
         """Waits for late events, ends all ranks and raises RunFailed, which names the rank that failed first."""
@@ -443,13 +481,22 @@ class Supervisor:
             arguments=WORKER,
             attempt=self.attempt,
             output_mode=self.plan.job.output_mode,
+            forked=self._forked,
         )
 
     def _environment(self, node: Node) -> dict[str, str]:
         return rank_environment(self.plan.world, node.interface, os.environ, self.plan.job.cluster.env)
 
-    def _master(self) -> str:
-        return "127.0.0.1" if self.plan.world.nodes == 1 else self.nodes.nodes[0].address
+    @property
+    def _forked(self) -> bool:
+        return begins_imports(self.plan.job)
+
+    def _reserve_rendezvous(self, *, listen: bool) -> dict[str, str]:
+        """The variables of the ranks' rendezvous, whose port the first node's agent holds until it starts them."""
+        alone = self.plan.world.nodes == 1
+        master = LOOPBACK if alone else self.nodes.nodes[0].address
+        port = self.nodes.reserve_port(LOOPBACK if alone else "", listen=listen)
+        return {"MASTER_ADDR": master, "MASTER_PORT": str(port)}
 
     def _log_folder(self, node_rank: int, node: Node) -> Path:
         return self.run_dir.node_logs(node_rank, node.host)

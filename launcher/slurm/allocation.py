@@ -40,6 +40,15 @@ class Allocation:
         return f"slurm-{self.job_id}"
 
 
+def nodes_and_spares(allocated: int, nodes: int, spares: int) -> tuple[int, int]:
+    """(nodes with ranks, spare nodes) among the allocated nodes, for a job that asks for `nodes` and `spares`.
+
+    In a smaller allocation there are fewer spare nodes first.
+    """
+    kept = min(spares, max(0, allocated - nodes))
+    return allocated - kept, kept
+
+
 def run_stamp(environment: Mapping[str, str]) -> str:
     """The stamp of the Slurm job of this process. Raises RequestError outside of Slurm."""
     return f"slurm-{_job_id(environment)}"

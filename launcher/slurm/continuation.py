@@ -8,6 +8,7 @@ from launcher.errors import RunFailed
 from launcher.job import AnyJob
 from launcher.records import ContinuationRecord
 from launcher.run_dir import RunDir
+from launcher.slurm.allocation import nodes_and_spares
 from launcher.watch.run_session import int_of, read_json, text_of
 
 DEFAULT_MAX_JOBS = 10
@@ -63,11 +64,12 @@ def why_not_continued(last: ContinuationRecord | None, job: str, begun: int, sav
 
 
 def continuing(job: AnyJob, after: str, nodes: int) -> AnyJob:
-    """The job as it is submitted to continue a run after the Slurm job `after`."""
+    """The job as it is submitted to continue a run after the Slurm job `after`, on `nodes` nodes with spare nodes."""
+    with_ranks, spares = nodes_and_spares(nodes, job.cluster.nodes, job.cluster.spare_nodes)
     slurm = {"dependency": f"afterany:{after}", "array": None, "array_key": None}
     return job.model_copy(
         update={
             "slurm": job.slurm.model_copy(update=slurm),
-            "cluster": job.cluster.model_copy(update={"nodes": nodes}),
+            "cluster": job.cluster.model_copy(update={"nodes": with_ranks, "spare_nodes": spares}),
         }
     )

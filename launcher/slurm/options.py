@@ -43,7 +43,7 @@ def sbatch_options(job: AnyJob, folder: Path) -> tuple[Option, ...]:
         Option("account", slurm.account),
         Option("qos", slurm.qos),
         Option("time", slurm.time),
-        Option("nodes", str(job.cluster.nodes), "cluster.nodes" in explicit),
+        Option("nodes", str(job.cluster.all_nodes), bool({"cluster.nodes", "cluster.spare_nodes"} & set(explicit))),
         Option("ntasks-per-node", "1", explicit=False),
         Option("cpus-per-task", _cpus(job)),
         Option("gres", _gres(job)),
@@ -69,8 +69,9 @@ def sbatch_options(job: AnyJob, folder: Path) -> tuple[Option, ...]:
 
 
 def may_lose_nodes(job: AnyJob) -> bool:
-    """Whether the run continues on fewer nodes when one is lost, so that Slurm must not end the job then."""
-    return job.cluster.min_nodes is not None and job.cluster.min_nodes < job.cluster.nodes
+    """Whether the run continues without a node that it has lost, so that Slurm must not end the job then."""
+    fewer = job.cluster.min_nodes is not None and job.cluster.min_nodes < job.cluster.nodes
+    return fewer or job.cluster.spare_nodes > 0
 
 
 def gpus_per_node(job: AnyJob) -> int:

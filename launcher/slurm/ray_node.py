@@ -18,9 +18,9 @@ import psutil
 
 from launcher.errors import FailureCode, RunFailed
 from launcher.fleet.network import free_ports
-from launcher.fleet.nodes import NODE_LABEL, OBJECT_STORE_BYTES
 from launcher.fleet.process import signals_blocked
 from launcher.fleet.ray_folder import RayFolder
+from launcher.fleet.ray_settings import NODE_LABEL, OBJECT_STORE_BYTES
 from launcher.slurm.allocation import Allocation
 
 _TRIES = 3

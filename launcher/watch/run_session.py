@@ -29,7 +29,8 @@ class Session:
     by (node rank, host). `offsets` are the seconds by which a node's clock is ahead of the supervisor's, by log folder.
     `failure` is the session's last "failure" event, or None. `last_phase` is the last state before the run ended.
     `restarts` counts the restarts after failures since the run was last started or resumed; `no_restart` is the reason
-    why there was no further one. `not_continued` is the reason why no Slurm job was submitted that continues the run.
+    why there was no further one. `spares` are the hosts of spare nodes. `not_continued` is the reason why no Slurm job
+    was submitted that continues the run.
     """
 
     state: Record
@@ -42,6 +43,7 @@ class Session:
     last_phase: str = "planning"
     restarts: int = 0
     no_restart: str | None = None
+    spares: tuple[str, ...] = ()
     not_continued: str | None = None
 
     @property
@@ -60,19 +62,22 @@ def read_session(run: RunDir) -> Session:
     nodes: dict[tuple[int, str], Record] = {}
     offsets: dict[str, float] = {}
     failure: Record | None = None
+    spares: list[str] = []
     phase, restarts, no_restart, not_continued = "planning", 0, None, None
     for event in records(run.events_file):
         last = seconds_of(event.get("time")) or last
         start = start or last
         kind = event.get("event")
         if kind == "resume" or (kind == "state" and event.get("state") == "placing"):
-            nodes, failure, placed, not_continued = {}, None, last, None
+            nodes, failure, placed, spares, not_continued = {}, None, last, [], None
         elif kind == "node":
             rank, host = int_of(event.get("node_rank")), text_of(event.get("host"))
             if rank is None or host is None:
                 continue
             nodes[rank, host] = event
             offsets[run.node_logs(rank, host).name] = number_of(event.get("clock_offset_seconds")) or 0.0
+        elif kind == "spare_node" and (host := text_of(event.get("host"))) is not None:
+            spares.append(host)
         elif kind == "failure":
             failure = event
         elif kind == "no_restart":
@@ -87,7 +92,18 @@ def read_session(run: RunDir) -> Session:
             phase = str(event.get("state"))
     state = read_json(run.state_file) or {}
     return Session(
-        state, start, placed, last, nodes, offsets, failure, phase, restarts, no_restart, not_continued=not_continued
+        state=state,
+        start_time=start,
+        placed_time=placed,
+        last_event_time=last,
+        nodes=nodes,
+        offsets=offsets,
+        failure=failure,
+        last_phase=phase,
+        restarts=restarts,
+        no_restart=no_restart,
+        spares=tuple(spares),
+        not_continued=not_continued,
     )
 
 

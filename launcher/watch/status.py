@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from typing import Any
 
@@ -43,8 +43,9 @@ class RunStatus:
     runs "unreadable" without read permission. `code` is the failure code of a run that failed or stopped itself.
     `updates` of `total_updates` are completed; `loss` and `lr` are from the last one, `tokens_per_second` and
     `step_seconds` are medians of the last 20. `silent_seconds` is the time since anything was last written. `compared`
-    names the time by which nodes are compared, "own_seconds" or "step_seconds". `continued_by` is the Slurm job that
-    was submitted to continue the run after the time limit of the job `slurm_job_id`.
+    names the time by which nodes are compared, "own_seconds" or "step_seconds". `excluded_nodes` are hosts that the
+    run does not use any more, each with the reason. `continued_by` is the Slurm job that was submitted to continue the
+    run after the time limit of the job `slurm_job_id`.
     """
 
     name: str
@@ -69,6 +70,8 @@ class RunStatus:
     step_seconds: float | None = None
     silent_seconds: float | None = None
     compared: str | None = None
+    spare_nodes: tuple[str, ...] = ()
+    excluded_nodes: dict[str, str] = field(default_factory=dict)
     nodes: tuple[NodeStatus, ...] = ()
 
     @property
@@ -129,6 +132,8 @@ def _status(run: RunDir, session: Session, nodes: Sequence[NodeStatus], now: flo
         tokens_per_second=_median(recent[-_RECENT_UPDATES:], "tokens_per_second"),
         step_seconds=_median(recent[-_RECENT_UPDATES:], "step_seconds"),
         silent_seconds=_age(active, now),
+        spare_nodes=session.spares,
+        excluded_nodes=run.excluded_nodes(),
     )
 
 

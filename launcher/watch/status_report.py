@@ -46,6 +46,7 @@ def status_view(status: RunStatus, most_nodes: int | None = None) -> Group:
         if hidden:
             parts.append(Text(f"… and {hidden} more nodes", style="dim"))
         parts += [Text(line, style="dim") for line in _legend(status)]
+    parts += [Text(plain(line), style="yellow") for line in _excluded(status)]
     return Group(*parts)
 
 
@@ -196,8 +197,12 @@ _COLUMNS: dict[str, Callable[[NodeStatus], str]] = {
 """The cells of a node's row, by column name."""
 
 
+def _excluded(status: RunStatus) -> list[str]:
+    return [f"excluded: {host} {reason}" for host, reason in status.excluded_nodes.items()]
+
+
 def _legend(status: RunStatus) -> list[str]:
-    lines = []
+    lines = [f"spare nodes, without ranks: {plain(', '.join(status.spare_nodes))}"] if status.spare_nodes else []
     if any(node.straggler for node in status.nodes) and status.compared:
         lines.append(f"slow: {_COMPARED[status.compared]} is above {STRAGGLER_RATIO:g}x the median of the nodes")
     if any(node.stale for node in status.nodes):

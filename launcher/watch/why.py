@@ -97,7 +97,8 @@ def _explain_failed(run: RunDir, session: Session) -> Explanation:
     texts = ["\n".join(lines) for _, lines in ends]
     code = _written_code(session, reason)
     headline, cause = f"the run failed while {session.last_phase}: {reason}", cause_of(code, reason, *texts)
-    return Explanation(headline, log_ends=ends, cause=_with_fitting_hint(cause, session), code=code)
+    fitting, notes = _with_fitting_hint(cause, session), tuple(_excluded_notes(run))
+    return Explanation(headline, notes=notes, log_ends=ends, cause=fitting, code=code)
 
 
 def _explain_failures(run: RunDir, session: Session, found: Failures) -> Explanation:
@@ -108,7 +109,12 @@ def _explain_failures(run: RunDir, session: Session, found: Failures) -> Explana
     return Explanation(
         _headline(run, session, found),
         failures=found,
-        notes=(*_notes(found), *(_nccl_notes(run, first) if found.only_timeouts else ()), *_restart_notes(session)),
+        notes=(
+            *_notes(found),
+            *(_nccl_notes(run, first) if found.only_timeouts else ()),
+            *_restart_notes(session),
+            *_excluded_notes(run),
+        ),
         log_ends=() if first.code is FailureCode.DISK_FULL else _end_of_log(run, first),
         cause=cause,
         evidence=tuple(_evidence(run, session, found, cause)),
@@ -120,7 +126,7 @@ def _explain_hung(run: RunDir, session: Session, found: Failures) -> Explanation
     """Explains a hang; the ends of the logs of all other ranks only show that they waited."""
     first = found.first
     stacks = _file_notes(run, "the stacks of the ranks", stacks_name(first.attempt))
-    notes = [*stacks, *_nccl_notes(run, first), *_restart_notes(session)]
+    notes = [*stacks, *_nccl_notes(run, first), *_restart_notes(session), *_excluded_notes(run)]
     named = [] if first.rank is None else [run.node_logs(first.node_rank, first.host) / first.log_name]
     cause = _with_fitting_hint(cause_of(first.code), session)
     headline = f"the run hung: {first.error or first.how}"
@@ -201,6 +207,11 @@ def _restart_notes(session: Session) -> list[str]:
     if session.no_restart:
         notes.append(f"not restarted: {session.no_restart}")
     return notes
+
+
+def _excluded_notes(run: RunDir) -> list[str]:
+    """The nodes that the run does not use any more."""
+    return [f"excluded from this run: {host} {reason}" for host, reason in run.excluded_nodes().items()]
 
 
 def _continuation_notes(session: Session, status: RunStatus) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -12,7 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launcher.fleet.environment import PORT_VARIABLE
 from launcher.plan.schema import Plan
+
+_RENDEZVOUS = "launcher"
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,36 @@ class Ranks:
         dist.barrier()
 
 
+def rendezvous_method() -> str | None:
+    """The init_method with which the first rank listens at the socket that its agent gave it; None for torch's own.
+
+    The agent bound MASTER_PORT before any rank was started, so no other program can take it.
+    """
+    fd = os.environ.pop(PORT_VARIABLE, None)
+    if fd is None:
+        return None
+
+    # Its types do not list what it exports.
+    distributed: Any = dist
+
+    def rendezvous(_url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[Any, int, int]]:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = distributed.TCPStore(
+            address,
+            port,
+            world_size,
+            is_master=True,
+            timeout=timeout,
+            multi_tenant=True,
+            master_listen_fd=int(fd),
+        )
+        yield store, rank, world_size
+
+    distributed.register_rendezvous_handler(_RENDEZVOUS, rendezvous)
+    return f"{_RENDEZVOUS}://"
+
+
 def join_ranks(plan: Plan) -> Ranks:
     """Joins the process group, from torchrun's environment variables."""
     import deepspeed
@@ -58,7 +92,11 @@ def join_ranks(plan: Plan) -> Ranks:
         # Only inference uses this kernel, and building it takes most of a minute on a new machine.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
-        plan.world.backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=30)
+        plan.world.backend,
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(minutes=30),
+        init_method=rendezvous_method(),
     )
     return Ranks(
         rank=int(os.environ["RANK"]),

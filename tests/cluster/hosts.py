@@ -20,11 +20,11 @@ from pathlib import Path
 
 import psutil
 
-from tests.fork_server import REPOSITORY, SERVER_SETTINGS, server_command, variables_for
+from tests.fork_server import REPOSITORY, server_command, variables_for
 
 CONTROLLER = "ctl"
 _PARENT, _PREFIX = Path("/var/tmp"), "launcher-testbed-"
-_FORK_SERVER = Path("/run/fork-server")
+_FORK_SERVER = Path("/run/fork-server.json")
 CPU_ONLY = {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 _LIVE, _DEAD = "10.77.0", "10.66.0"
 _TOOLS = {"iproute2": ("ip", "tc"), "util-linux": ("nsenter", "unshare", "setpriv", "mount")}
@@ -214,19 +214,20 @@ class Hosts:
         for host in self.names:
             if host not in self._fork_servers:
                 command = server_command(_FORK_SERVER)
-                self._fork_servers[host] = self.popen(host, command, cwd=REPOSITORY, **CPU_ONLY, **SERVER_SETTINGS)
+                self._fork_servers[host] = self.popen(host, command, cwd=REPOSITORY, **CPU_ONLY)
         return variables_for(_FORK_SERVER)
 
     def forks(self, host: str) -> list[psutil.Process]:
         """The ranks and other processes that a host's fork server forked and that still run."""
-        return [child for server in self._fork_server(host) for child in server.children(recursive=True)]
+        return [child for server in self._fork_server(host)[1:] for child in server.children(recursive=True)]
 
     def _fork_server(self, host: str) -> list[psutil.Process]:
-        """The server's own process, below the one that entered the host for it."""
+        """The process that started the server, below the one that entered the host for it, and the server."""
         if host not in self._fork_servers:
             return []
         with contextlib.suppress(psutil.NoSuchProcess):
-            return psutil.Process(self._fork_servers[host].process.pid).children()
+            starters = psutil.Process(self._fork_servers[host].process.pid).children()
+            return [*starters, *(server for starter in starters for server in starter.children())]
         return []
 
     def cut(self, host: str) -> None:

@@ -14,6 +14,11 @@ from tests.local.launcher_commands import RAY_SETTINGS
 
 BIN = Path(sys.executable).parent
 _SHARED_MEMORY = 100 * 1024**2
+_NODE_ID = """
+import ray, sys
+ray.init(log_to_driver=False)
+print(*[node["NodeID"] for node in ray.nodes() if node["NodeManagerAddress"] == sys.argv[1]])
+"""
 
 
 class RayCluster:
@@ -23,6 +28,8 @@ class RayCluster:
         self.hosts, self.cpus = hosts, cpus
         self.head = hosts.names[0]
         self.address = f"http://{hosts.address(self.head)}:8265"
+        self.own_environment: dict[str, dict[str, str]] = {}
+        """Environment variables of Ray, and so of agents and ranks, on some hosts."""
         token = hosts.shared / "ray-token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
@@ -33,8 +40,22 @@ class RayCluster:
         dashboard = f"--dashboard-host={self.hosts.address(self.head)}"
         self._start(self.head, "--head", "--port=6379", "--include-dashboard=true", dashboard)
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda host: self._start(host, f"--address={self.head}:6379"), self.hosts.names[1:]))
+            list(pool.map(self.join, self.hosts.names[1:]))
         return self
+
+    def join(self, host: str) -> None:
+        """Starts Ray on a host that was powered on again."""
+        self._start(host, f"--address={self.head}:6379")
+
+    def drain(self, host: str, seconds: float) -> None:
+        """Makes Ray drain a host, as before a preemption, and end its processes after some seconds."""
+        address = f"--address={self.head}:6379"
+        listed = self.run(
+            self.head, "python", "-c", _NODE_ID, self.hosts.address(host), RAY_ADDRESS=f"{self.head}:6379"
+        )
+        words = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test")
+        node, deadline = f"--node-id={listed.stdout.split()[-1]}", f"--deadline-remaining-seconds={seconds:.0f}"
+        self.run(self.head, "ray", "drain-node", address, node, *words, deadline)
 
     def run(self, host: str, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Runs a program of this Python's environment on a host, with the token."""
@@ -47,5 +68,5 @@ class RayCluster:
         limits = (f"--num-cpus={self.cpus}", "--num-gpus=0", f"--object-store-memory={_SHARED_MEMORY}")
         own = f"--node-ip-address={self.hosts.address(host)}"
         # As over ssh without a login shell: the environment's programs are not on the PATH.
-        settings = {**RAY_SETTINGS, "PATH": "/usr/bin:/bin"}
+        settings = {**RAY_SETTINGS, "PATH": "/usr/bin:/bin", **self.own_environment.get(host, {})}
         self.run(host, "ray", "start", own, *limits, *options, "--disable-usage-stats", **settings)

@@ -71,9 +71,7 @@ def test_a_run_saves_and_leaves_a_node_that_ray_drains(cluster: RayCluster, min_
     running = cluster.popen("h1", "launcher", "run", str(job), RAY_ADDRESS="h1:6379")
     running.wait_for(lambda: any(len(run.metrics()) >= 8 for run in runs_of(folder)), seconds=240)
     [run] = runs_of(folder)
-    listed = cluster.run("h1", "python", "-c", _NODE_ID, cluster.hosts.address("h3"), RAY_ADDRESS="h1:6379").stdout
-    words = ("--node-id", listed.split()[-1], "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test")
-    cluster.run("h1", "ray", "drain-node", "--address=h1:6379", *words, "--deadline-remaining-seconds=100")
+    cluster.drain("h3", seconds=100)
     if min_nodes is None:
         assert running.wait(seconds=240) == 1, running.output
         assert "not enough free nodes" in running.output
@@ -89,13 +87,6 @@ def test_a_run_saves_and_leaves_a_node_that_ray_drains(cluster: RayCluster, min_
         running.signal()
         running.wait()
         assert [line["update"] for line in run.metrics()] == list(range(len(run.metrics())))
-
-
-_NODE_ID = """
-import ray, sys
-ray.init(log_to_driver=False)
-print(*[node["NodeID"] for node in ray.nodes() if node["NodeManagerAddress"] == sys.argv[1]])
-"""
 
 
 @pytest.fixture

@@ -16,6 +16,9 @@ from typing import Any
 
 import fork_client
 
+SAME_FOR_ALL_RANKS = True
+"""Read by launcher.worker.fork_server: ranks may be forks of a process that this file has changed."""
+
 
 def _start_forks(module: ModuleType) -> None:
     module.subprocess = fork_client.REPLACEMENT  # type: ignore[attr-defined]
@@ -52,5 +55,5 @@ def _patched(execute: Any, patch: Any) -> Any:
     return exec_module
 
 
-if fork_client.SERVER in os.environ:
+if fork_client.SERVER_VARIABLE in os.environ:
     sys.meta_path.insert(0, _Patching())

@@ -19,7 +19,7 @@ def faulty_job(job_dict: dict, moment: str = "none", **sections: object) -> dict
         job_dict,
         train={"max_steps": UPDATES, "restarts": 3, "eval_every": 6},
         checkpoint={"every": 2, "keep": 2},
-        cluster={"env": {"WAIT_AT": moment}},
+        cluster={"env": {"LAUNCHER_WAIT_AT": moment}},
     )
     return merged(job, **sections)
 

@@ -1,4 +1,4 @@
-"""A rank with a fault put into it, named by the variable FAULT; otherwise the real worker."""
+"""A rank with a fault put into it, named by the variable LAUNCHER_FAULT; otherwise the real worker."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def loads_forever(rank: int) -> None:
 
 
 if __name__ == "__main__":
-    name, _, update = os.environ.get("FAULT", "").partition(":")
+    name, _, update = os.environ.get("LAUNCHER_FAULT", "").partition(":")
     if name:
         globals()[name](int(update))
     status = worker.main()

@@ -41,7 +41,7 @@ LAUNCHER = [str(Path(sys.executable).with_name("launcher"))]
 
 def launcher_with(worker: str, setup: str = "") -> list[str]:
     """A command to use as LAUNCHER: the launcher with the ranks of tests.local.`worker`, after the code `setup`."""
-    ranks = f"import launcher.runs.supervisor as s; s.WORKER = ('-m', 'tests.local.{worker}')"
+    ranks = f"import launcher.runs.supervisor as s; s.WORKER = ('-P', '-m', 'tests.local.{worker}')"
     return [sys.executable, "-c", "; ".join(filter(None, (ranks, setup, "from launcher.cli import main; main()")))]
 
 

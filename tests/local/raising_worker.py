@@ -1,4 +1,4 @@
-"""The real worker, of which rank 1 raises after the first update at which the file named by RAISE_WHEN is there."""
+"""The real worker, of which rank 1 raises after the first update at which the file in LAUNCHER_RAISE_WHEN exists."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def raises_when(file: Path) -> None:
 
 if __name__ == "__main__":
     if os.environ["RANK"] == "1":
-        raises_when(Path(os.environ["RAISE_WHEN"]))
+        raises_when(Path(os.environ["LAUNCHER_RAISE_WHEN"]))
     status = worker.main()
     sys.stdout.flush()
     sys.stderr.flush()

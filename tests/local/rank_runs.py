@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.fleet.agent import Agent, NodeTask
+from launcher.fleet.network import LOOPBACK
 from launcher.job import load_job
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
@@ -22,10 +23,10 @@ from launcher.run_dir import RunDir, universal_folder, write_atomic, write_json
 from launcher.runs.console import RunConsole
 from launcher.runs.planning import make_plan
 from launcher.runs.rest import Rest, rest_of
-from tests.fork_server import forking
+from tests.fork_server import SharedStarter, forking
 from tests.time_limit import TIME_LIMIT_SECONDS
 
-WORKER = ("-m", "launcher.worker")
+WORKER = ("-P", "-m", "launcher.worker")
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,11 @@ def run_ranks(
         log_folder=str(run.node_logs(0, socket.gethostname())),
         environment={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         arguments=command,
+        forked=True,
     )
+    rendezvous = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(agent.reserve_port(LOOPBACK, listen=True))}
     with forking():
         agent.start(task)
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.free_port())}
     agent.order({"go": {"env": rendezvous, "start": start.model_dump() if start else None}})
     reports: list[AgentReport] = []
     deadline = time.monotonic() + timeout_seconds
@@ -142,6 +144,7 @@ class _Watched(Agent):
 
     def __init__(self, environments: Mapping[int, Mapping[str, str]], stop_at: int | None, kill: Kill | None) -> None:
         super().__init__()
+        self._starter = SharedStarter()
         self._environments, self._stop_at, self._kill = environments, stop_at, kill
 
     def start(self, task: NodeTask) -> list[int]:

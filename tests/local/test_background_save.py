@@ -88,7 +88,7 @@ def test_a_rank_killed_while_it_writes_leaves_the_checkpoint_before(job_dict, tm
         plan,
         run,
         command=("-m", "tests.local.faulty_worker"),
-        environments={1: {"FAULT": "killed_while_writing:4"}},
+        environments={1: {"LAUNCHER_FAULT": "killed_while_writing:4"}},
     )
     assert -9 in [report["code"] for report in reports if report["report"] == "exit"], logs(run)
     assert len(run.metrics()) >= 5, "training did not continue while the checkpoint was written"

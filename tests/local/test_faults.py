@@ -66,7 +66,7 @@ def test_a_loss_that_is_nan_stops_the_run_without_a_restart(
 ) -> None:
     plain = launcher_commands.launcher_with
     monkeypatch.setattr(launcher_commands, "launcher_with", lambda _, setup: plain("faulty_worker", setup))
-    running = started("none", shared_ray, cluster={"env": {"FAULT": "loss_is_nan:5"}})
+    running = started("none", shared_ray, cluster={"env": {"LAUNCHER_FAULT": "loss_is_nan:5"}})
     assert running.wait() == 1, running.output
     run = RunDir(run_folder(running.folder))
     assert (run.state()["state"], run.state()["code"], run.attempt()) == ("stopped", "nan_loss", 1)

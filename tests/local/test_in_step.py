@@ -13,7 +13,7 @@ from tests.local.rank_runs import fine_tuned, logs, merged, plan_of, run_directo
 
 pytestmark = pytest.mark.local
 
-FAULTY = ("-m", "tests.local.faulty_worker")
+FAULTY = ("-P", "-m", "tests.local.faulty_worker")
 HOST = socket.gethostname()
 
 
@@ -57,7 +57,7 @@ def test_a_scheduler_that_leaves_the_plan_in_mid_run_stops_it(job_dict, tmp_path
     schedule = {"warmup": 3, "check_every": 3}
     plan = plan_of(merged(job_dict, train={"max_steps": 12}, schedule=schedule))
     run = run_directory(plan, tmp_path)
-    events = run_ranks(plan, run, command=FAULTY, environments={1: {"FAULT": fault}})
+    events = run_ranks(plan, run, command=FAULTY, environments={1: {"LAUNCHER_FAULT": fault}})
     messages = [event["message"] for event in events if event["report"] == "failed"]
     assert any(words in message for message in messages), (messages, logs(run))
     assert first_failure(events).code == "out_of_step"
@@ -70,7 +70,7 @@ def test_a_scheduler_that_leaves_the_plan_in_mid_run_stops_it(job_dict, tmp_path
 def test_the_first_rank_that_raises_is_the_one_named(job_dict, tmp_path):
     plan = plan_of(merged(job_dict, train={"max_steps": 12}))
     run = run_directory(plan, tmp_path)
-    events = run_ranks(plan, run, command=FAULTY, environments={1: {"FAULT": "raises:3"}})
+    events = run_ranks(plan, run, command=FAULTY, environments={1: {"LAUNCHER_FAULT": "raises:3"}})
     failure = first_failure(events)
     assert (failure.rank, failure.error) == (1, "RuntimeError: the disk of this node is on fire")
 

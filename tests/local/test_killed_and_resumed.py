@@ -31,7 +31,7 @@ from tests.local.test_losses import zero_config
 pytestmark = pytest.mark.local
 
 UPDATES, SAVED = 16, 3
-FAULTY = ("-m", "tests.local.faulty_worker")
+FAULTY = ("-P", "-m", "tests.local.faulty_worker")
 SEED = int(os.environ.get("KILL_SEED", time.time_ns() % 10**6))
 """Draws the moments of the kills. A failed test prints it; with KILL_SEED set to it the draws are the same."""
 MADE = ("update", "samples", "tokens", "loss", "lr", "grad_norm")
@@ -115,7 +115,7 @@ class Case:
 def remedied(stage: int, updates: int, **schedule: Any) -> Case:
     """A run whose losses jump at update 26, so that the learning rate is changed after update 28; killed after that."""
     sections = {"train": {"max_steps": updates}, "schedule": {"warmup": 10, **schedule}}
-    fault = {rank: {"FAULT": "losses_jump:26"} for rank in range(2)}
+    fault = {rank: {"LAUNCHER_FAULT": "losses_jump:26"} for rank in range(2)}
     return Case(stage, sections, first=30, options={"command": FAULTY, "environments": fault})
 
 

@@ -30,7 +30,7 @@ from launcher.fleet.nodes import Nodes
 nodes = Nodes(NodeResources(nodes=1, cpus=1, gpus=0), print)
 nodes.connect("local")
 [node] = nodes.place(60.0)
-print(nodes._folder.path, node.address, flush=True)
+print(nodes._ray.folder.path, node.address, flush=True)
 sys.stdin.read()
 """
 
@@ -98,7 +98,7 @@ for _ in range(2):
     nodes.connect("local")
     [node] = nodes.place(60.0)
     nodes.close()
-    print(nodes._folder.path.exists(), flush=True)
+    print(nodes._ray.folder.path.exists(), flush=True)
 changed = {name for name in {**before, **os.environ} if before.get(name) != os.environ.get(name)}
 print(sorted(name for name in changed if "AUTH" in name or "CLUSTER" in name))
 """

@@ -15,6 +15,7 @@ import pytest
 from launcher.run_dir import RunDir
 from tests.local.launcher_commands import Command, run_folder, write_job
 from tests.local.rank_runs import merged
+from tests.local.test_detach import wait_for_end
 from tests.local.test_hang import stopped_rank
 from tests.unit.inputs import command
 
@@ -121,6 +122,18 @@ def test_the_group_can_read_everything_and_change_nothing(job_dict, folder, shar
     assert written.stdout == ""
     assert as_user(STRANGER, OTHER_GROUP, "ls", str(run.path)).returncode != 0
     assert {name for name, mode in modes(folder / "cache").items() if mode & 0o077} == set()
+
+
+@pytest.mark.usefixtures("_open_umask")
+def test_the_group_can_read_a_run_in_the_background(job_dict, folder, shared_ray):
+    changes = {"output_dir": str(folder / "runs"), "output_mode": "group"}
+    file = write_job(folder, {**merged(job_dict, data={"cache_dir": str(folder / "cache")}), **changes})
+    planned = Command("run", str(file), "--detach", folder=folder, **shared_ray)
+    assert planned.wait() == 0, planned.output
+    run = RunDir(run_folder(folder))
+    wait_for_end(int(planned.output.partition("in the background, process ")[2].split()[0]))
+    assert run.state()["state"] == "finished", run.console_file.read_text()
+    assert wrong_for_the_group(run.path) == {"launcher.lock": "0o600"}
 
 
 def test_a_member_of_the_group_cannot_lock_the_run(job_dict, folder, shared_ray):

@@ -39,7 +39,7 @@ def faulty(job_dict, tmp_path, shared_ray, monkeypatch):
         limit = f"import launcher.fleet.hang_detector as h; h.LONG_SECONDS = {long_seconds}"
         monkeypatch.setattr(launcher_commands, "LAUNCHER", launcher_commands.launcher_with("faulty_worker", limit))
         train = {"max_steps": 6, "hang_seconds": HANG_SECONDS}
-        job = merged(job_dict, train=train, checkpoint={"every": 3}, cluster={"env": {"FAULT": fault}})
+        job = merged(job_dict, train=train, checkpoint={"every": 3}, cluster={"env": {"LAUNCHER_FAULT": fault}})
         return Command("run", str(write_job(tmp_path, {**job, "export": False})), folder=tmp_path, **shared_ray)
 
     return start

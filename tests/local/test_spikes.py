@@ -12,7 +12,7 @@ from tests.local.rank_runs import WORKER, logs, merged, plan_of, run_directory, 
 
 pytestmark = pytest.mark.local
 
-FAULTY = ("-m", "tests.local.faulty_worker")
+FAULTY = ("-P", "-m", "tests.local.faulty_worker")
 UPDATES = 120
 
 
@@ -20,7 +20,7 @@ def spiking(job_dict, tmp_path, stop_at=None, **schedule):
     """A run whose losses jump at update 40; every rank sees the same."""
     plan = plan_of(merged(job_dict, train={"max_steps": UPDATES}, schedule={"warmup": 20, "peak_lr": 3e-4, **schedule}))
     run = run_directory(plan, tmp_path)
-    fault = {"FAULT": "losses_jump:40"}
+    fault = {"LAUNCHER_FAULT": "losses_jump:40"}
     events = run_ranks(plan, run, command=FAULTY, stop_at=stop_at, environments={0: fault, 1: fault})
     assert [event["code"] for event in events if event["report"] == "exit"] == [0, 0], logs(run)
     return plan, run, events
@@ -110,7 +110,7 @@ def test_no_more_extensions_than_asked(job_dict, tmp_path):
 def test_a_loss_that_is_no_number_stops_before_its_update(job_dict, tmp_path):
     plan = plan_of(merged(job_dict, train={"max_steps": 10}))
     run = run_directory(plan, tmp_path)
-    fault = {"FAULT": "loss_is_nan:6"}
+    fault = {"LAUNCHER_FAULT": "loss_is_nan:6"}
     events = run_ranks(plan, run, command=FAULTY, environments={0: fault, 1: fault})
     ((reason, code),) = {(event["reason"], event["code"]) for event in events if event["report"] == "stopped"}
     assert (reason, code) == ("the loss of update 6 is nan; the weights are those before this update", "nan_loss")

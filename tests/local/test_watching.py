@@ -49,7 +49,7 @@ def parts(line: str) -> tuple[str, ...]:
 
 def test_logs_status_watch_and_why_report_a_rank_that_raises(job_dict, tmp_path, monkeypatch, shared_ray):
     signal = tmp_path / "raise"
-    cluster = {"env": {"RAISE_WHEN": str(signal)}}
+    cluster = {"env": {"LAUNCHER_RAISE_WHEN": str(signal)}}
     job = write_job(tmp_path, merged(job_dict, train={"max_steps": 100_000}, cluster=cluster))
     monkeypatch.setattr(launcher_commands, "LAUNCHER", launcher_commands.launcher_with("raising_worker"))
     running = Command("run", str(job), folder=tmp_path, **shared_ray)

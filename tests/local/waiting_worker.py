@@ -1,4 +1,4 @@
-"""A worker whose ranks wait, in the first attempt, at the moment that the variable WAIT_AT names.
+"""A worker whose ranks wait, in the first attempt, at the moment that the variable LAUNCHER_WAIT_AT names.
 
 Each touches a file `waits-<rank>` in the run directory there, and waits until it is killed,
 `continue` exists or the run directory is removed.
@@ -74,7 +74,7 @@ def wait_at(moment: str) -> None:
 
 if __name__ == "__main__":
     if os.environ.get("LAUNCHER_ATTEMPT") == "1":
-        wait_at(os.environ["WAIT_AT"])
+        wait_at(os.environ["LAUNCHER_WAIT_AT"])
     status = worker.main()
     sys.stdout.flush()
     sys.stderr.flush()

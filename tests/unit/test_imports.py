@@ -45,6 +45,7 @@ HOMES = {
         "runs/detach.py",
         "runs/export.py",
         "runs/planning.py",
+        "fleet/forks.py",
         "fleet/process.py",
         "prepare/__init__.py",
         "prepare/universal.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,14 @@ def test_plan_prints_a_plan_and_writes_nothing(folder: Path) -> None:
     ):
         assert words in ended.out
     assert set(folder.rglob("*")) == before
+
+
+def test_plan_prints_what_spare_nodes_cost(folder: Path) -> None:
+    overrides = ("cluster.nodes=2", "cluster.spare_nodes=1")
+    remember(folder / "job.yaml", overrides, model_facts(), data_facts())
+    printed = command("plan", "job.yaml", *overrides).out
+    assert "8 ranks: 2 nodes x 4 on CPU, gloo, fp32" in printed
+    assert re.search(r"^spare nodes +1, allocated without ranks *$", printed, re.MULTILINE)
 
 
 def test_plan_prints_json(folder: Path) -> None:

@@ -9,7 +9,7 @@ from ray.job_config import JobConfig
 
 from launcher.errors import RunFailed
 from launcher.fleet.node_resources import NodeResources
-from launcher.fleet.nodes import Nodes
+from launcher.fleet.placement import missing_nodes
 from launcher.fleet.ray_settings import job_config
 
 
@@ -27,6 +27,6 @@ def test_a_ray_that_sets_the_path_in_an_unknown_way_is_rejected(monkeypatch: pyt
 
 def test_without_free_resources_from_ray_only_the_request_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray._private.state", None)
-    text = Nodes(NodeResources(nodes=2, cpus=8, gpus=0), print)._missing()
+    text = missing_nodes(NodeResources(nodes=2, cpus=8, gpus=0))
     assert text.startswith("asked for 2 nodes with 8 CPU each; Ray ")
     assert text.endswith(" does not report what is free on each node")

@@ -19,6 +19,7 @@ from launcher.manifest import MANIFEST, checkpoint_fault, content_fault, write_m
 from launcher.run_dir import RunDir
 from launcher.runs.checkpoints import checkpoints_json, checkpoints_view, list_checkpoints, newest_verified
 from launcher.runs.console import RunConsole
+from launcher.runs.excluded_nodes import count_failures, exclude_node
 from launcher.runs.rest import job_of_rest, rest_of
 from launcher.runs.summary import note_damaged_lines
 from launcher.watch.log_files import LogSelection
@@ -63,6 +64,8 @@ def built_run(folder: Path) -> RunDir:
         (checkpoint / "states").write_bytes(b"states")
         (checkpoint / "more").write_bytes(b"")
         write_manifest(checkpoint, update=update, samples=8 * update, world_size=2, plan_sha256=plan_of().sha256)
+    count_failures(built.run, {"h0": "signal SIGKILL"}, 2)
+    exclude_node(built.run, "h1", "torch sees 3 of the 4 assigned GPUs")
     return built.run
 
 
@@ -104,6 +107,7 @@ FILES: dict[str, tuple[Callable[[RunDir], None], ...]] = {
     "state.json": (watch,),
     "logs/node-0-h0/node.json": (watch,),
     "logs/node-0-h0/rank-0.log": (watch,),
+    "node_failures.json": (watch, lambda run: count_failures(run, {"h1": "signal SIGKILL"}, 2)),
     "events.jsonl": (watch, curves, plan_rest),
     "metrics.jsonl": (watch, curves, plan_rest),
     "evaluations.jsonl": (watch, plan_rest),

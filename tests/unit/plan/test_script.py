@@ -358,6 +358,10 @@ def test_a_dry_run_shows_the_plan_and_the_command(folder: Path) -> None:
             ["job.yaml", "cluster.nodes=2", "--", "train.py"],
             "the job asks for 2 nodes, and only this machine is available",
         ),
+        (
+            ["job.yaml", "cluster.spare_nodes=1", "--", "train.py"],
+            "cluster.spare_nodes: the job asks for 2 nodes, spare nodes included, and only this machine is available",
+        ),
         (["job.yaml", "model.name_or_path=gone/away/here", "--", "train.py"], "gone/away/here"),
     ],
     ids=str,

@@ -10,6 +10,7 @@ import pytest
 
 from launcher.errors import FailureCode, RunFailed
 from launcher.fleet.failures import Failure
+from launcher.fleet.nodes import Node
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir, write_atomic, write_manifest
@@ -28,12 +29,13 @@ Act = Callable[["Ranks", Start | None], Outcome]
 class Nodes:
     """No real nodes. Counts how often they are released."""
 
-    nodes: tuple[()] = ()
+    nodes = (Node(None, "h0", "10.0.0.1", ()),)
     broken = False
     own_ray = False
 
     def __init__(self, *_: Any) -> None:
         self.closed = 0
+        self.excluded: dict[str, str] = {}
 
     def end(self, _grace_seconds: float) -> None:
         if self.broken:

@@ -76,6 +76,15 @@ def test_what_would_fail_again_or_needs_a_decision_is_not_restarted(code: Failur
     assert not decide([failure(code)], 3).restart
 
 
+@pytest.mark.parametrize("code", [FailureCode.NODE_UNFIT, FailureCode.NODE_FAULTY])
+def test_an_unfit_node_ends_the_run_unless_it_can_do_without_the_node(code: FailureCode) -> None:
+    unfit = failure(code, updates=0, error="torch sees 3 of the 4 assigned GPUs")
+    assert not decide([unfit], 3).restart
+    assert decide([replace(unfit, excluded=True)], 3).restart
+    # What is wrong with the job stays wrong without the node.
+    assert not decide([replace(failure(FailureCode.NAN_LOSS), excluded=True)], 3).restart
+
+
 def test_the_same_error_at_the_same_update_is_deterministic() -> None:
     bad = failure(FailureCode.UNKNOWN, 7, error="IndexError: index 4096 is out of range")
     assert decide([bad], 3).restart

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher.errors import RunFailed
+from launcher.errors import FailureCode, RunFailed
+from launcher.fleet import nodes as nodes_module
+from launcher.fleet.agent import NodeTask
+from launcher.fleet.fork_traits import differing_variables
+from launcher.fleet.node_resources import NodeResources
 from launcher.fleet.nodes import Node, Nodes
+from launcher.fleet.preflight import NodeCheck, NodeProblem
 from launcher.runs import supervisor as supervision
 from launcher.runs.supervisor import Supervisor
 from tests.unit.inputs import command, job_of, machine_facts, plan_of
@@ -34,6 +40,7 @@ class ScriptedNodes(Nodes):
     """Two nodes whose reports are given: one list per call of `reports`."""
 
     def __init__(self, *batches: list[dict[str, Any]]) -> None:
+        super().__init__(NodeResources(nodes=2, cpus=4, gpus=4), print)
         self.nodes = [Node(None, f"h{rank}", f"10.0.0.{rank}", ()) for rank in range(2)]
         self._batches = list(batches)
 
@@ -132,6 +139,60 @@ def test_a_full_disk_does_not_hide_the_failure(built: Built, monkeypatch: pytest
     (note,) = supervisor.console.notes  # type: ignore[attr-defined]
     assert "the failure could not be written to" in note and "No space left on device" in note
     assert stamp(39.0) in built.run.node_logs(1, "h1").joinpath("rank-4.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("code", "of_devices"),
+    [(FailureCode.NODE_UNFIT, True), (FailureCode.NODE_FAULTY, True), (FailureCode.VERSIONS_DIFFER, False)],
+)
+def test_a_node_whose_devices_are_unfit_is_excluded_from_the_run(
+    built: Built, monkeypatch: pytest.MonkeyPatch, code: FailureCode, of_devices: bool
+) -> None:
+    """There is no spare node, so the attempt fails. A node with another problem may be used again."""
+    supervisor = supervised(built)
+    no_facts: Any = None
+    checks = [NodeCheck(rank, node, no_facts) for rank, node in enumerate(supervisor.nodes.nodes)]
+    checks[1].problems.append(NodeProblem(code, "what is wrong"))
+    # GPUs are needed for a real one.
+    monkeypatch.setattr(supervision, "preflight", lambda *_: checks)
+    with pytest.raises(RunFailed, match=r"node 1 \(h1\): what is wrong") as raised:
+        supervisor.check_nodes()
+    assert raised.value.code is code
+    excluded = {"h1": "what is wrong"} if of_devices else {}
+    assert supervisor.nodes.excluded == built.run.excluded_nodes() == excluded
+    reported = [event["host"] for event in built.run.events() if event["event"] == "node_excluded"]
+    assert reported == list(excluded)
+
+
+def test_a_problem_of_all_nodes_excludes_none(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    supervisor = supervised(built)
+    no_facts: Any = None
+    problem = NodeProblem(FailureCode.NODE_UNFIT, "torch sees 0 of the 4 assigned GPUs")
+    checks = [NodeCheck(rank, node, no_facts, [problem]) for rank, node in enumerate(supervisor.nodes.nodes)]
+    monkeypatch.setattr(supervision, "preflight", lambda *_: checks)
+    with pytest.raises(RunFailed):
+        supervisor.check_nodes()
+    assert supervisor.nodes.excluded == built.run.excluded_nodes() == {}
+
+
+def test_spare_nodes_begin_the_imports_of_ranks_too(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process that the ranks of a node can be forks of: its environment differs only where that is read later."""
+    supervisor = supervised(built)
+    supervisor.nodes.spares = [Node(None, "h2", "10.0.0.2", (), interface="eth2")]
+    asked: list[tuple[str, str, NodeTask]] = []
+
+    def call(nodes: Sequence[Node], method: str, arguments: Sequence[tuple[NodeTask, None]], _: float) -> None:
+        asked.extend((node.host, method, task) for node, (task, _) in zip(nodes, arguments, strict=True))
+
+    monkeypatch.setattr(nodes_module, "call_agents", call)
+    supervisor.prepare_forks()
+    run = built.run
+    folders = {"h0": run.node_logs(0, "h0"), "h1": run.node_logs(1, "h1"), "h2": run.spare_logs("h2")}
+    assert {host: Path(task.log_folder) for host, _, task in asked} == folders
+    assert {method for _, method, _ in asked} == {"prepare_forks"}
+    *_, (_, _, of_node), (_, _, of_spare) = asked
+    assert of_node.environment != of_spare.environment
+    assert differing_variables(of_node.environment, of_spare.environment) == []
 
 
 def test_a_full_disk_at_a_change_of_phase_waits_for_the_error_of_a_rank(built: Built, monkeypatch) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from launcher.errors import RequestError
-from launcher.runs.slurm_node import _allocation_overrides, _check_allocation
+from launcher.runs.slurm_node import _allocation_overrides, _check_allocation, _nodes_of_resume
 from launcher.slurm.allocation import expand_hosts, read_allocation, run_stamp
-from tests.unit.inputs import job_of, machine_facts
+from tests.unit.inputs import job_of, machine_facts, plan_of
 
 TASK = {
     "SLURM_JOB_ID": "77",
@@ -72,6 +72,7 @@ def test_other_processes_than_one_task_per_node_are_rejected(
     ("cluster", "given", "words"),
     [
         ({"nodes": 2}, {}, ("asks for 2 nodes, but Slurm allocated 3", "--nodes=2")),
+        ({"nodes": 3, "spare_nodes": 2}, {}, ("3 nodes and 2 spare nodes, but Slurm allocated 3", "--nodes=5")),
         (
             {},
             {"SLURM_GPUS_ON_NODE": "4"},
@@ -101,12 +102,34 @@ def test_a_job_that_needs_more_than_the_allocation_is_rejected(
     [
         ({}, ["cluster.nodes=3"]),
         ({"nodes": 2}, []),
+        ({"spare_nodes": 1}, ["cluster.nodes=2"]),
         # `launcher node` starts Ray on all nodes of the job.
         ({"nodes": 3, "address": "local"}, ["cluster.address=auto"]),
     ],
 )
 def test_the_allocation_sets_what_the_job_leaves_open(cluster: dict, overrides: list[str]) -> None:
     assert list(_allocation_overrides(read_allocation(TASK), job_of(cluster=cluster))) == overrides
+
+
+@pytest.mark.parametrize(
+    ("cluster", "given", "overrides"),
+    [
+        ({"nodes": 3}, (), []),
+        ({"nodes": 2, "spare_nodes": 1}, (), []),
+        ({"nodes": 4}, (), ["cluster.nodes=3"]),
+        ({"nodes": 1, "spare_nodes": 1}, (), ["cluster.nodes=2"]),
+        # With fewer nodes than before, those with ranks come first.
+        ({"nodes": 3, "spare_nodes": 1}, (), ["cluster.spare_nodes=0"]),
+        ({"nodes": 4, "spare_nodes": 2}, (), ["cluster.nodes=3", "cluster.spare_nodes=0"]),
+        ({"nodes": 4}, ("cluster.nodes=2",), []),
+        ({"nodes": 4}, ("cluster.spare_nodes=1",), []),
+    ],
+)
+def test_a_resumed_run_uses_the_nodes_of_the_allocation(
+    cluster: dict, given: tuple[str, ...], overrides: list[str]
+) -> None:
+    before = plan_of(job_of(cluster={**cluster, "gpus_per_node": 8}, train={"train_batch_size": "auto"}))
+    assert _nodes_of_resume(before, given, read_allocation(TASK)) == overrides
 
 
 def test_each_call_of_srun_has_its_own_id() -> None:

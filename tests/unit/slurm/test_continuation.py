@@ -19,6 +19,7 @@ from launcher.run_dir import RunDir
 from launcher.runs import continuation
 from launcher.runs.console import RunConsole
 from launcher.runs.continuation import Continuation, check_resubmit
+from launcher.runs.excluded_nodes import exclude_node
 from launcher.runs.interrupts import Interrupts
 from launcher.slurm.continuation import (
     continues_by_itself,
@@ -81,6 +82,12 @@ def test_the_options_of_the_next_job() -> None:
     options = {option.name: option.value for option in sbatch_options(job, Path("/runs"))}
     assert (options["dependency"], options["nodes"], options["time"]) == ("afterany:77", "3", "60")
     assert "array" not in options and job.slurm.array_key is None and options["output"].endswith("-slurm-%j.log")
+
+
+def test_the_next_job_has_as_many_nodes_and_fewer_spare_nodes_first() -> None:
+    asked = job_of(cluster={"nodes": 2, "spare_nodes": 2, "gpus_per_node": 8})
+    found = [continuing(asked, "77", nodes).cluster for nodes in (4, 3, 1)]
+    assert [(each.nodes, each.spare_nodes) for each in found] == [(2, 2), (2, 1), (1, 0)]
 
 
 # How long a run needs to stop.
@@ -220,6 +227,12 @@ def test_the_next_job_resumes_the_run_after_this_one(run: RunDir, slurm: Slurm) 
     save(run, 6)
     continuation_of(run, begun=4)(stopped_by(signal.SIGUSR1))
     assert slurm.called("sbatch") == 1 and kinds(run) == ["continued", "not_continued"]
+
+
+def test_the_next_job_leaves_out_the_nodes_that_are_excluded_from_the_run(run: RunDir, slurm: Slurm) -> None:
+    exclude_node(run, "h2", "failed 2 times")
+    continuation_of(run)(stopped_by(signal.SIGUSR1))
+    assert "#SBATCH --exclude=h2\n" in slurm.script
 
 
 def test_a_slow_save_makes_the_next_signal_come_earlier(run: RunDir, slurm: Slurm) -> None:

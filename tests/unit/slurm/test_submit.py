@@ -101,6 +101,11 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], str | None]] = {
         None,
     ),
     "cpus_only": ({"cluster": {"nodes": 3, "gpus_per_node": 0, "processes_per_node": 4}}, (), None),
+    "two_nodes_and_a_spare_node": (
+        {"cluster": {"nodes": 2, "spare_nodes": 1, "gpus_per_node": 0}, "slurm": {"time": "1:00:00"}},
+        (),
+        None,
+    ),
     "named_gpus_in_pyxis": (
         {
             "slurm": {
@@ -598,9 +603,17 @@ def test_the_batch_job_has_the_exit_status_of_srun(batch_job: list[str], tmp_pat
 
 
 @pytest.mark.parametrize(("finished", "status"), [(0, 0), (1, 137)])
-def test_a_finished_run_that_lost_a_task_ends_with_status_0(tmp_path: Path, finished: int, status: int) -> None:
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_finished_run_that_lost_a_task_ends_with_status_0(
+    tmp_path: Path, finished: int, status: int, copied: bool
+) -> None:
     script = tmp_path / "script"
-    script.write_text(request_of(job_of(cluster={"nodes": 3, "min_nodes": 2, "gpus_per_node": 0})).script)
+    if copied:
+        changed = "lost_node=(--no-kill --wait=0)"
+        assert f": {changed}\n" in FINETUNE.read_text()
+        script.write_text(FINETUNE.read_text().replace("lost_node=(--wait=60)", changed))
+    else:
+        script.write_text(request_of(job_of(cluster={"nodes": 3, "min_nodes": 2, "gpus_per_node": 0})).script)
     with_programs(tmp_path, f'[ "$2" = --finished ] && exit {finished}; exit 137')
     done = subprocess.run(["bash", str(script)], env=environment_of(tmp_path), timeout=TIME_LIMIT_SECONDS)
     assert done.returncode == status

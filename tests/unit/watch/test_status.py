@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from launcher.cli import status as status_command
+from launcher.runs.excluded_nodes import exclude_node
 from launcher.watch.node_status import NodeStatus, mark_stragglers
 from launcher.watch.number_format import duration
 from launcher.watch.sample_metrics import sampled
@@ -72,6 +73,22 @@ def test_the_status_of_a_run_in_training(built: Built) -> None:
     for words in ("training for 55 s", "update 20 of 400 (5%), about 12 min 40 s left", "loss 2.8100", "350 tokens/s"):
         assert words in text
     assert "GPU" not in text
+
+
+def test_spare_and_excluded_nodes_are_listed(built: Built) -> None:
+    training(built)
+    # Of the last placing only.
+    built.event(1.5, "spare_node", host="h3", address="10.0.0.3")
+    assert at(built, 60.0).spare_nodes == ("h3",)
+    built.nodes(["h0", "h3"], at=10.0)
+    built.event(10.5, "spare_node", host="h4", address="10.0.0.4")
+    exclude_node(built.run, "h1", "failed 2 times, the last time with rank 2: signal SIGKILL")
+    status = at(built, 60.0)
+    assert status.spare_nodes == ("h4",)
+    assert status.excluded_nodes == {"h1": "failed 2 times, the last time with rank 2: signal SIGKILL"}
+    text = text_of(status)
+    assert "spare nodes, without ranks: h4\n" in text
+    assert "excluded: h1 failed 2 times, the last time with rank 2: signal SIGKILL\n" in text
 
 
 def test_a_straggler_is_marked(built: Built) -> None:

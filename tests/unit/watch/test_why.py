@@ -18,6 +18,7 @@ import pytest
 from launcher.errors import FailureCode
 from launcher.first_failure import Place, describe_places, last_traceback
 from launcher.run_dir import write_json
+from launcher.runs.excluded_nodes import exclude_node
 from launcher.watch import runs_without_codes
 from launcher.watch.causes_by_code import CAUSE_BY_CODE, FALLBACK_BY_CODE, cause_of
 from launcher.watch.causes_by_message import CAUSES, find_cause
@@ -781,3 +782,19 @@ def test_only_the_last_attempt_is_explained(built: Built) -> None:
     assert [path.name for path, _ in found.log_ends] == ["rank-1.attempt-2.log"]
     assert "restarted 1 time before this failure" in found.notes
     assert "not restarted: the same error came twice after 9 updates: it is deterministic" in found.notes
+
+
+def test_nodes_that_the_run_does_not_use_any_more_are_named(built: Built) -> None:
+    exclude_node(built.run, "h1", "failed 2 times, the last time with no answer for 20 s")
+    note = "excluded from this run: h1 failed 2 times, the last time with no answer for 20 s"
+    found, text = why(built, failed(1, 0, None, how="exit code 1", exit_code=1))
+    assert note in found.notes and note in text
+
+
+def test_too_few_nodes_are_explained_with_those_that_are_excluded(built: Built) -> None:
+    exclude_node(built.run, "h1", "torch sees 3 of the 4 assigned GPUs")
+    reason = "after 600 s there are not enough free nodes: asked for 2 nodes with 4 GPU each; excluded: h1"
+    built.state("failed", 50.0, reason=reason, code="not_enough_nodes")
+    found = explain(built.run)
+    assert found.notes == ("excluded from this run: h1 torch sees 3 of the 4 assigned GPUs",)
+    assert found.code is FailureCode.NOT_ENOUGH_NODES

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from launcher.errors import FailureCode, RunFailed
-from launcher.fleet import nodes as fleet
+from launcher.fleet import ray_connection as fleet
 from launcher.fleet.node_resources import NodeResources
 from launcher.fleet.nodes import Nodes
 from launcher.fleet.ray_folder import RayFolder
