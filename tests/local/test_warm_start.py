@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -49,11 +50,14 @@ def fork_servers(running: Command) -> list[psutil.Process]:
 
 
 def fork_servers_below(launcher: int) -> list[psutil.Process]:
-    return [
-        process
-        for process in psutil.Process(launcher).children(recursive=True)
-        if process.cmdline()[-1:] == ["launcher.worker.fork_server"]
-    ]
+    return [process for process in psutil.Process(launcher).children(recursive=True) if is_fork_server(process)]
+
+
+def is_fork_server(process: psutil.Process) -> bool:
+    """False for a process that has ended since it was listed."""
+    with suppress(psutil.NoSuchProcess):
+        return process.cmdline()[-1:] == ["launcher.worker.fork_server"]
+    return False
 
 
 def test_forked_ranks_compute_what_fresh_ones_do_also_after_a_restart(job_dict: dict, tmp_path: Path) -> None:
