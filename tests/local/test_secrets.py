@@ -148,13 +148,13 @@ def test_a_script_that_gets_them(tmp_path, forked):
     shutil.copy(Path(__file__).parent / "scripts/plain_ddp.py", tmp_path)
     job = {
         "name": "mine",
-        "train": {"max_steps": 40, "train_micro_batch_size_per_gpu": 2},
+        "train": {"max_steps": 400, "train_micro_batch_size_per_gpu": 2},
         "schedule": {"shape": "linear", "peak_lr": 1e-3, "warmup": 3},
         "cluster": {"gpus_per_node": 0, "processes_per_node": 2, "env": {"DB_PASSWORD": IN_JOB}},
     }
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(job))
-    script = ("exec", "job.yaml", "--", "-m", "plain_ddp", "--report", "--steps", "40")
+    script = ("exec", "job.yaml", "--", "-m", "plain_ddp", "--report", "--steps", "400")
     command = Command(*script, folder=tmp_path, **forked, **SECRETS)
     found = look_for_secrets(command, {**SECRETS, "DB_PASSWORD": IN_JOB})
     run = run_folder(tmp_path)
