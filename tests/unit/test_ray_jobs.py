@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from launcher import ray_jobs
 from launcher.errors import RequestError
+from launcher.fleet.ray_settings import read_variables_again
 from launcher.job import validate_job
 from launcher.ray_jobs import ENTRYPOINT_SCRIPT, dashboard_address, ray_request, submit_to_ray
 from launcher.run_dir import RunDir
@@ -129,6 +130,8 @@ class StartingRay(BaseHTTPRequestHandler):
 def test_submission_is_retried_while_ray_starts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ray_jobs, "_RETRY_SECONDS", 0.0)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    # Another test may have imported Ray with a token.
+    read_variables_again()
     with HTTPServer(("127.0.0.1", 0), StartingRay) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
