@@ -22,8 +22,8 @@ quickstart: install ## fine-tune a real model on real text, in a few minutes on 
 	$(BIN)/python examples/fetch_quickstart.py
 	$(BIN)/launcher run examples/quickstart.yaml
 
-check: lint ## format, lint, types, import contracts and unit tests
-	$(BIN)/python -m pytest -q -n 2 tests/unit
+check: lint ## format, lint, types, import contracts and unit tests, with a tenth of the fuzzed inputs
+	LAUNCHER_FUZZ_FACTOR=0.1 $(BIN)/python -m pytest -q -n 2 tests/unit
 
 lint: install ## format, lint, types and import contracts
 	$(BIN)/ruff format --check .

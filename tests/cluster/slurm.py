@@ -51,7 +51,7 @@ class Slurm:
         """Waits until the named hosts, or all of them, are idle."""
         deadline = time.monotonic() + seconds
         while (states := self.states(*hosts)) != dict.fromkeys(hosts or self.hosts.names, "idle"):
-            assert time.monotonic() < deadline, f"{states} after {seconds} s\n{self._logs()}"
+            assert time.monotonic() < deadline, f"{states} after {seconds} s\n{self.logs()}"
             time.sleep(0.1)
 
     def states(self, *hosts: str) -> dict[str, str]:
@@ -126,6 +126,7 @@ class Slurm:
         partition = "PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP"
         return "\n".join([*(f"{key}={value}" for key, value in settings.items()), *nodes, partition, ""])
 
-    def _logs(self) -> str:
+    def logs(self) -> str:
+        """The ends of the logs of Slurm's own processes."""
         logs = [*self._own.glob("*.log"), *self.hosts.folder.glob("*/slurmd.log")]
-        return "\n".join(f"== {log}\n{log.read_text()[-1500:]}" for log in logs)
+        return "\n".join(f"== {log}\n{log.read_text()[-3000:]}" for log in logs)

@@ -147,7 +147,7 @@ def test_a_slurm_job_continues_on_two_of_three_nodes(slurm: Slurm, shared: Path,
 
 def test_a_slurm_job_that_lost_its_first_node_is_queued_again(slurm: Slurm, shared: Path) -> None:
     """With --no-kill, Slurm itself would keep the job without its batch script until the time limit."""
-    hosts, told = slurm.hosts, logs_of(shared)
+    hosts = slurm.hosts
     slurm.wait_idle()
     sections = {
         "cluster": {"nodes": 3, "min_nodes": 2},
@@ -156,10 +156,16 @@ def test_a_slurm_job_that_lost_its_first_node_is_queued_again(slurm: Slurm, shar
     }
     job = submit(hosts, write_tiny_job(shared, "first", **sections))
     run = RunDir(shared / "runs" / f"first-slurm-{job}")
-    wait_for(lambda: len(run.metrics()) >= 2, told)
+    wait_for(lambda: len(run.metrics()) >= 2, logs_of(shared))
+
+    def described() -> str:
+        # What the other tasks print goes through srun on the first host, which is off.
+        logs = "\n".join(f"== {log}\n{log.read_text()}" for log in sorted(run.path.glob("logs/*/node.log")))
+        return f"{how_it_stands(hosts, shared, job)}\n{logs}\n{hosts.command_lines('h2')}\n{slurm.logs()}"
+
     hosts.power_off("h1")
     try:
-        wait_for(lambda: state_of(hosts, job) == "PENDING", told, seconds=300)
+        wait_for(lambda: state_of(hosts, job) == "PENDING", described, seconds=300)
         hosts.run("ctl", ["scancel", job])
     finally:
         hosts.power_on("h1")

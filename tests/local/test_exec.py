@@ -166,13 +166,14 @@ def test_the_rank_that_raises_is_named_though_its_peer_ends_first(execute, tmp_p
     assert (failure["rank"], failure["how"], failure["error"]) == (1, "exit code 1", "RuntimeError: a worn-out example")
     assert [(each["rank"], "worn-out" in each["traceback"]) for each in failure["failures"]] == [(1, True), (0, False)]
     agent = (run.node_logs(0, socket.gethostname()) / "agent.log").read_text()
-    assert agent.index("rank 0 ended with 1") < agent.index("rank 1 ended with 1")
+    # The peer ends with an exception, or torch aborts it first.
+    assert re.findall(r"rank (\d) ended with", agent) == ["0", "1"] and "rank 1 ended with 1" in agent
     state = run.state()
     assert state["state"] == "failed" and "RuntimeError: a worn-out example" in state["reason"]
     why = inputs.command("why", str(run.path)).out
     assert re.match(r"rank 1 on node 0 \(\S+\) failed first, with exit code 1: RuntimeError: a worn-out example", why)
     status = json.loads(inputs.command("status", "--json", str(run.path)).out)
-    assert (status["state"], status["nodes"][0]["exit_codes"]) == ("failed", [1])
+    assert status["state"] == "failed" and 1 in status["nodes"][0]["exit_codes"]
     assert processes_in(tmp_path) == []
 
 

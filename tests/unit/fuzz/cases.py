@@ -17,7 +17,7 @@ from launcher.errors import LauncherError
 from tests.time_limit import TIME_LIMIT_SECONDS
 
 SEED = int(os.environ.get("LAUNCHER_FUZZ_SEED", "1"))
-FACTOR = int(os.environ.get("LAUNCHER_FUZZ_FACTOR", "1"))
+FACTOR = float(os.environ.get("LAUNCHER_FUZZ_FACTOR", "1"))
 MOST_LINES = 60
 """Of an error: 20 problems, each with a hint."""
 
@@ -47,7 +47,7 @@ PIECES = (
 
 def cases(name: str, count: int) -> Iterator[random.Random]:
     """A random generator for each case of a test: the same ones for the same seed."""
-    for number in range(count * FACTOR):
+    for number in range(round(count * FACTOR)):
         yield random.Random(f"{SEED} {name} {number}")
 
 
