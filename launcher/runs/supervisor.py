@@ -12,39 +12,31 @@ from typing import Any, Protocol, Unpack
 from rich.markup import escape
 
 from launcher.errors import FailureCode, RunFailed, code_of, first_line, known_code
-from launcher.files import Tail, last_lines, strip_times
+from launcher.files import Tail
 from launcher.first_failure import (
-    LOG_LINES,
-    Place,
-    code_of_collective,
-    error_in_log,
     lost_peer,
-    only_timeouts,
-    timeout_headline,
-    traceback_time,
 )
 from launcher.fleet.agent import NodeTask
 from launcher.fleet.draining import DrainWatch, time_left
 from launcher.fleet.environment import flight_recorder, rank_environment
-from launcher.fleet.failures import Failure, all_failures, first_failure, sort_failures
-from launcher.fleet.hang_detector import Hang, HangDetector
+from launcher.fleet.failures import Failure, first_failure
+from launcher.fleet.hang_detector import HangDetector
 from launcher.fleet.network import LOOPBACK
 from launcher.fleet.node_failures import OF_DEVICES
 from launcher.fleet.nodes import GRACE_SECONDS, Node, Nodes, address_of
 from launcher.fleet.preflight import NodeCheck, Requirements, disk_bytes, preflight, raise_problems
 from launcher.fleet.ray_head import RayHead, head_of_this_ray
-from launcher.fleet.stacks import Difference, differing_ranks
+from launcher.fleet.stacks import RankStack
 from launcher.plan.packages import needed_packages
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan, Script
 from launcher.records import EventReport, PhaseReport, Report, RunState, StateDetails
-from launcher.run_dir import RunDir, rank_log_name
+from launcher.run_dir import RunDir
+from launcher.runs.diagnosis import Diagnosis
 from launcher.runs.excluded_nodes import exclude_node
 from launcher.runs.failure_record import printing_errors
 from launcher.runs.imports import begins_imports
 from launcher.runs.outcome import Outcome
-from launcher.watch.causes_by_message import find_cause
-from launcher.watch.memory_evidence import memory_of
 
 _SETTLE_SECONDS = 1.0
 # Ray's health checks take about fifteen seconds to detect a lost node.
@@ -95,7 +87,7 @@ class Supervisor:
         self.stop_signal = 0
         self.phase: str | None = None
         self._head: RayHead | None = None
-        self._logged: dict[int, Failure] = {}
+        self._diagnosis = Diagnosis(run, plan.world.processes_per_node, nodes)
         self._hang_detector = _hang_detector(plan)
         self._hung: list[Failure] = []
         self._noted_late_signal = False
@@ -158,7 +150,7 @@ class Supervisor:
     def prepare_nodes(self) -> None:
         """Begins the attempt: what precedes the start of its ranks. Raises RunFailed."""
         self.enter("starting")
-        self.attempt = self.run_dir.begin_attempt()
+        self.attempt = self._diagnosis.attempt = self.run_dir.begin_attempt()
         self.check_nodes()
         self.provide_data()
 
@@ -272,8 +264,17 @@ class Supervisor:
         if hang is None:
             return
         self.console.note(f"          {hang}: writing the stacks of all ranks")
-        self._hung = self._hang_failures(hang, time.time())
+        stacks, absent = self._stacks()
+        self._hung = self._diagnosis.of_hang(hang, stacks, absent, time.time())
         self._fail()
+
+    def _stacks(self) -> tuple[list[RankStack] | None, list[int]]:
+        """The stacks of all ranks, None if they cannot be read, and the node ranks whose agent did not answer."""
+        try:
+            return self.nodes.stacks()
+        except Exception as error:
+            self.console.note(f"          the stacks could not be read: {escape(first_line(error))}")
+            return None, []
 
     def _check_drain(self) -> None:
         """Makes the ranks save and stop if Ray drains one of the nodes: the run continues without it."""
@@ -286,26 +287,6 @@ class Supervisor:
                 self._drained = Failure(None, rank, time.time(), how, None, code=FailureCode.NODE_DRAINED)
                 self.console.note(f"          node {rank} ({node.host}): {how}: saving a checkpoint")
                 return
-
-    def _hang_failures(self, hang: Hang, now: float) -> list[Failure]:
-        """A failure of each rank that differs from the others, or one failure without a rank."""
-        difference = Difference((), "the stacks could not be read")
-        try:
-            stacks, absent = self.nodes.stacks()
-            difference = differing_ranks(stacks, self._rank_name)
-        except Exception as error:
-            self.console.note(f"          the stacks could not be read: {escape(first_line(error))}")
-            absent = []
-        parts = [str(hang), *(f"the agent of node {node} did not answer" for node in absent), difference.text]
-        size = self.plan.world.processes_per_node
-        places: list[tuple[int | None, int]] = [(rank, rank // size) for rank in difference.ranks]
-        text = "; ".join(parts)
-        unknown = (None, absent[0] if absent else 0)
-        return [Failure(rank, node, now, "a hang", text, code=FailureCode.HUNG) for rank, node in places or [unknown]]
-
-    def _rank_name(self, rank: int) -> str:
-        node = rank // self.plan.world.processes_per_node
-        return f"rank {rank} on node {node} ({self.nodes.nodes[node].host})"
 
     def _show_progress(self) -> None:
         for line in self._evaluations.new():
@@ -372,11 +353,11 @@ class Supervisor:
         """Waits for late events, ends all ranks and raises RunFailed, which names the rank that failed first."""
         self._collect_late_reports()
         self._show_progress()
-        failures = self._failures()
+        failures = self._diagnosis.of_reports(self.reports, self._hung)
         with printing_errors(self.console.note, "the ranks could not be ended"):
             self.nodes.end(GRACE_SECONDS)
         # The agents have counted the kernel's kills once more.
-        raise self._failed([self._with_oom_kill(failure) for failure in failures])
+        raise self._failed([self._diagnosis.with_oom_kill(failure) for failure in failures])
 
     def _failed(self, failures: list[Failure]) -> RunFailed:
         """Records the failures of the attempt, and returns the error to raise."""
@@ -385,7 +366,7 @@ class Supervisor:
             self.run_dir.release_reserve()
         with printing_errors(self.console.note, f"the failure could not be written to {self.run_dir.events_file}"):
             self._record_failures(failures)
-        return RunFailed(self._failure_message(failures), code=failures[0].code)
+        return RunFailed(self._diagnosis.message(failures), code=failures[0].code)
 
     def _record_failures(self, failures: Sequence[Failure]) -> None:
         first, nodes = failures[0], self.nodes.nodes
@@ -409,62 +390,12 @@ class Supervisor:
         began = time.monotonic()
         while True:
             waited = time.monotonic() - began
-            only_lost_peers = all(lost_peer(failure) for failure in self._failures())
+            found = self._diagnosis.of_reports(self.reports, self._hung)
+            only_lost_peers = all(lost_peer(failure) for failure in found)
             exits = sum(report["report"] == "exit" for report in self.reports)
             if waited >= (_LOST_NODE_SECONDS if only_lost_peers and exits < self.plan.world.size else _SETTLE_SECONDS):
                 return
             self.reports += self.nodes.reports(_SETTLE_SECONDS / 2)
-
-    def _failures(self) -> list[Failure]:
-        found = all_failures(self.reports, [node.clock_offset_seconds for node in self.nodes.nodes])
-        return [_with_code(failure) for failure in sort_failures([*map(self._with_log, found), *self._hung])]
-
-    def _with_log(self, failure: Failure) -> Failure:
-        """The failure with the error from the rank's log if the rank reported none: a script, or a crash in C++."""
-        rank = failure.rank
-        if rank is None or failure.error:
-            return failure
-        if rank not in self._logged:
-            lines = last_lines(self._rank_log(rank, failure.node_rank), LOG_LINES)
-            error, traceback = error_in_log(strip_times(lines), failure.exit_code)
-            raised = traceback_time(lines, failure.exit_code)
-            ahead = self.nodes.nodes[failure.node_rank].clock_offset_seconds
-            time = failure.time if raised is None else min(failure.time, round(raised - ahead, 3))
-            self._logged[rank] = replace(failure, error=error, traceback=traceback, time=time)
-        return self._logged[rank]
-
-    def _with_oom_kill(self, failure: Failure) -> Failure:
-        """The failure with its cause if the kernel killed the rank for lack of memory."""
-        if failure.code is not FailureCode.RANK_KILLED or failure.error:
-            return failure
-        if not memory_of(self.run_dir, failure.node_rank, self.nodes.nodes[failure.node_rank].host).killed:
-            return failure
-        how = f"{failure.how}, from the kernel for lack of memory"
-        return replace(failure, how=how, code=FailureCode.OUT_OF_MEMORY)
-
-    def _failure_message(self, failures: Sequence[Failure]) -> str:
-        failure = failures[0]
-        if failure.code is FailureCode.HUNG:
-            return f"the run hung: {failure.error}"
-        node = f"node {failure.node_rank} ({self.nodes.nodes[failure.node_rank].host})"
-        if failure.rank is None:
-            return f"{node} is lost: {failure.how}"
-        if only_timeouts(failures):
-            head = timeout_headline(self._absent(failures))
-        else:
-            head = f"rank {failure.rank} on {node} failed first, with {failure.how}"
-            head += f": {failure.error}" if failure.error else ""
-        if failure.code is FailureCode.DISK_FULL:
-            return head
-        log = self._rank_log(failure.rank, failure.node_rank)
-        tail = "\n".join(f"    {line}" for line in last_lines(log, 20))
-        return f"{head}\n  the end of {log}:\n{tail}"
-
-    def _absent(self, failures: Sequence[Failure]) -> list[Place]:
-        """The ranks that did not fail."""
-        world, failed = self.plan.world, {failure.rank for failure in failures}
-        nodes = [(rank, rank // world.processes_per_node) for rank in range(world.size) if rank not in failed]
-        return [Place(rank, node, self.nodes.nodes[node].host) for rank, node in nodes]
 
     def _task(self, node_rank: int, node: Node) -> NodeTask:
         world, folder, environment = self.plan.world, self._log_folder(node_rank, node), self._environment(node)
@@ -501,9 +432,6 @@ class Supervisor:
     def _log_folder(self, node_rank: int, node: Node) -> Path:
         return self.run_dir.node_logs(node_rank, node.host)
 
-    def _rank_log(self, rank: int, node_rank: int) -> Path:
-        return self._log_folder(node_rank, self.nodes.nodes[node_rank]) / rank_log_name(rank, self.attempt)
-
 
 def _hang_detector(plan: Plan) -> HangDetector:
     train, total = plan.job.train, plan.length.total_updates
@@ -511,13 +439,3 @@ def _hang_detector(plan: Plan) -> HangDetector:
         return HangDetector(train.hang_seconds, total, script=True)
     evaluates = plan.training.data.eval is not None
     return HangDetector(train.hang_seconds, total, evaluates=evaluates, eval_every=train.eval_every)
-
-
-def _with_code(failure: Failure) -> Failure:
-    """The failure with the code of a failed collective or of a known message, if no other code is known."""
-    if failure.code is not FailureCode.UNKNOWN:
-        return failure
-    code = code_of_collective(failure)
-    if code is FailureCode.UNKNOWN and (cause := find_cause(failure.error)):
-        code = cause.code
-    return replace(failure, code=code)
