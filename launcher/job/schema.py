@@ -117,6 +117,11 @@ class LoraSection(Section):
         "with the adapters merged in, and export/adapter the adapters.",
     )
 
+    @property
+    def effective_alpha(self) -> float:
+        """The alpha that applies: the job's, or twice the rank."""
+        return 2 * self.r if self.alpha == "auto" else self.alpha
+
 
 class ModelSection(Section):
     """The pretrained model."""
