@@ -299,7 +299,10 @@ class ScheduleSection(Section):
     )
     warmup_type: Literal["linear", "log"] = Field("linear", description="How the learning rate rises in the warm-up.")
     floor: Annotated[Number, Field(ge=0, le=1)] | Auto = Field(
-        "auto", description="Last learning rate, as a fraction of the peak."
+        "auto",
+        description="Learning rate at the end of the decay, as a fraction of the peak. linear ends at its first "
+        "learning rate, 1/(warm-up + 1) of the peak, because DeepSpeed's class does; with a lower floor, such as 0, "
+        "the launcher gives DeepSpeed a scheduler object instead.",
     )
     task: Literal["similar", "divergent"] | None = Field(
         None, description="Whether the task is close to pretraining or far from it; shape: auto depends on it."

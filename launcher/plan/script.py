@@ -199,7 +199,23 @@ def _decide_lr(
         _check_peak(job, inputs.ds_config)
     lora = job.model.lora if job.model is not None else None
     situation = situation_of(inputs, model, lora, length.total_updates)
-    return decide_schedule(inputs, situation, limited=model is not None)
+    decided = decide_schedule(inputs, situation, limited=model is not None)
+    if decided.scheduler is None:
+        raise _below_the_start(decided.learning_rate)
+    return decided
+
+
+def _below_the_start(learning_rate: LearningRate) -> RequestError:
+    warmup = learning_rate.warmup_updates
+    return RequestError(
+        Problem(
+            f"a linear schedule in the DeepSpeed JSON cannot end at {learning_rate.floor_lr / learning_rate.peak_lr:g} "
+            f"of the peak: WarmupDecayLR has one minimum for both ends, and with {warmup} updates of warm-up it is "
+            f"1/{warmup + 1} of the peak",
+            key="schedule.floor",
+            hint="remove the floor, warm up longer, or use the shape cosine",
+        )
+    )
 
 
 def _check_shape(job: ScriptJob) -> None:

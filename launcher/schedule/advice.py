@@ -249,7 +249,10 @@ def _floor(shape: str, warmup: int) -> Choice:
         reason = f"A {shape} schedule has no floor setting: its end follows from its other settings."
         return Choice(1.0 if shape == "constant" else None, None, None, reason, (), heuristic=False)
     if shape == "linear":
-        reason = "WarmupDecayLR has one minimum for both ends: it ends at the first update's learning rate, peak/(W+1)."
+        reason = (
+            "WarmupDecayLR has one minimum for both ends: it ends at the first update's learning rate, peak/(W+1). "
+            "schedule.floor: 0 decays to zero, with a scheduler object of the launcher."
+        )
         floor = 1 / (warmup + 1)
         return Choice(floor, floor, 1.0, reason, ("deepspeed/runtime/lr_schedules.py",), heuristic=False)
     value = DEFAULT_FLOORS[shape]
