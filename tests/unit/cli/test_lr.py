@@ -185,6 +185,7 @@ def test_a_deepspeed_json_is_shown_as_the_engine_applies_it(folder: Path) -> Non
     assert [point["what"] for point in found["points"]][1:3] == ["after step 1: i = 0", "after step 2: i = 1"]
     out = " ".join(command("lr", "--deepspeed", name).out.split())
     assert "0 0.000e+00 0.0% 1.980e-07 first update, set by the constructor" in out
+    assert "so it ends at 1.98e-07. In a job file, schedule.floor: 0 decays to zero." in out
 
 
 def test_the_length_comes_from_the_json_or_from_updates(folder: Path) -> None:

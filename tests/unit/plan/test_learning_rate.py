@@ -251,6 +251,18 @@ def test_a_linear_schedule_to_zero_replaces_a_scheduler_whose_params_are_auto() 
     assert reasons == ["schedule.floor in the job sets a generated schedule, which is passed as an object"]
 
 
+@pytest.mark.usefixtures("folder")
+def test_lint_accepts_an_auto_scheduler_that_a_floor_of_zero_replaces() -> None:
+    keys = ("train.max_steps=100", "schedule.warmup=10", "schedule.floor=0", "schedule.peak_lr=1e-5")
+    remember(Path("job.yaml"), keys, model_facts(), data_facts())
+    names = ("total_num_steps", "warmup_num_steps", "warmup_max_lr", "warmup_min_lr")
+    text = json.dumps({"scheduler": {"type": "WarmupDecayLR", "params": dict.fromkeys(names, "auto")}})
+    ended = launch(text, *keys)
+    assert ended.status == 0, ended.err
+    assert "linear: up to 1e-05 in 10 updates of warm-up, then to 1.11e-07 at the last of 100" in ended.out
+    assert "schedule.floor in the job sets a generated schedule" in " ".join(ended.out.split())
+
+
 def test_a_floor_of_zero_does_not_apply_to_a_scheduler_of_the_user() -> None:
     user = own(500, warmup_num_steps=5)
     error = plan_error(user, schedule={"floor": 0})
