@@ -26,17 +26,17 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean, median
 
-from launcher.schedule.peak import FITTED, QUANTILE, PeakRule, advised_peak_lr, size_factor
+from launcher.schedule.peak import BASES, LATER_FACTOR, QUANTILE, advised_peak_lr, size_factor
 
 SCHEDULE = Path(__file__).parents[1] / "launcher" / "schedule"
 RECIPES, SWEEP = SCHEDULE / "recipes.csv", SCHEDULE / "lora_sweep.csv"
 USUAL = {"full": 2e-5, "lora": 2e-4, "preference": 5e-7, "preference-lora": 5e-6, "encoder": 1e-5}
 PULL = 2.0
-"""The weight of the usual constant in a base, and of no difference in the family factor, in organisations."""
+"""The weight of the usual constant in a base, in organisations."""
 LATER = frozenset({"llama3", "qwen", "mistral", "gemma"})
 """The families of recipes.csv that launcher.schedule.peak.later_family names."""
 HIGH_GOAL = 0.08
@@ -77,11 +77,23 @@ class Swept:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to fit: the quantile, the families with a lower learning rate, and whether very large models use less."""
+    """A model: quantile, families with a lower learning rate and their factor, whether very large models use less.
+
+    If the factor is None, it is fitted as the bases are, pulled towards 1.
+    """
 
     quantile: float = QUANTILE
     later: frozenset[str] = LATER
+    factor: float | None = LATER_FACTOR
     size: bool = True
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The numbers that a variant predicts with."""
+
+    bases: Mapping[str, float]
+    later_factor: float
 
 
 SHIPPED = Variant()
@@ -134,27 +146,37 @@ def _swept(row: Mapping[str, str]) -> Swept:
     return Swept(row["model"], float(row["parabola_lr"]), tuple(sorted(known.items())))
 
 
-def fit(recipes: Sequence[Recipe], sweep: Sequence[Swept], variant: Variant = SHIPPED) -> PeakRule:
+def fit(recipes: Sequence[Recipe], sweep: Sequence[Swept], variant: Variant = SHIPPED) -> Fitted:
     """The numbers of the advice, fitted on these recipes (without the examples) and models."""
     used = [recipe for recipe in recipes if not recipe.example]
-    bases = {method: _base([r for r in used if r.method == method], method, variant) for method in USUAL}
+    factor = _fitted_factor(used, variant) if variant.factor is None else variant.factor
+    bases = {method: _base(used, method, factor, variant) for method in USUAL}
     bases["lora"] = math.exp(_quantile([(math.log(swept.best_lr), 1.0) for swept in sweep], variant.quantile))
-    later = [r for r in used if r.method == "full" and r.family in variant.later]
-    points = [p - math.log(bases["full"]) for p in _without_size(later, variant)]
-    return PeakRule(bases, math.exp(min(0.0, _pulled(points, later, 0.0, variant.quantile))))
+    return Fitted(bases, factor)
 
 
-def _base(recipes: Sequence[Recipe], method: str, variant: Variant) -> float:
-    others = [r for r in recipes if method != "full" or r.family not in variant.later]
-    return math.exp(_pulled(_without_size(others, variant), others, math.log(USUAL[method]), variant.quantile))
+def _base(recipes: Sequence[Recipe], method: str, factor: float, variant: Variant) -> float:
+    same = [recipe for recipe in recipes if recipe.method == method]
+    points = [math.log(r.peak_lr / _scale(r, factor, variant)) for r in same]
+    return math.exp(_pulled(points, same, math.log(USUAL[method]), variant.quantile))
 
 
-def _without_size(recipes: Sequence[Recipe], variant: Variant) -> list[float]:
-    return [math.log(r.peak_lr / (_size(r) if variant.size else 1.0)) for r in recipes]
+def _fitted_factor(recipes: Sequence[Recipe], variant: Variant) -> float:
+    full = [recipe for recipe in recipes if recipe.method == "full"]
+    base = _base([recipe for recipe in full if recipe.family not in variant.later], "full", 1.0, variant)
+    later = [recipe for recipe in full if recipe.family in variant.later]
+    points = [math.log(r.peak_lr / base / _scale(r, 1.0, variant)) for r in later]
+    return math.exp(min(0.0, _pulled(points, later, 0.0, variant.quantile)))
 
 
-def _size(recipe: Recipe) -> float:
-    return size_factor(recipe.method, recipe.parameters)
+def _scale(recipe: Recipe, factor: float, variant: Variant) -> float:
+    """What the variant multiplies a base by for this recipe."""
+    size = size_factor(recipe.method, _size(recipe, variant))
+    return size * factor if recipe.method == "full" and recipe.family in variant.later else size
+
+
+def _size(recipe: Recipe, variant: Variant) -> float:
+    return recipe.parameters if variant.size or recipe.method == "encoder" else 7e9
 
 
 def _pulled(points: Sequence[float], recipes: Sequence[Recipe], usual: float, quantile: float) -> float:
@@ -177,9 +199,14 @@ def _quantile(weighted: Sequence[tuple[float, float]], quantile: float) -> float
     raise ValueError("there are no points")
 
 
-def predict(recipe: Recipe, rule: PeakRule = FITTED, variant: Variant = SHIPPED) -> float:
-    size = recipe.parameters if variant.size or recipe.method == "encoder" else 7e9
-    return advised_peak_lr(recipe.method, size, later=recipe.family in variant.later, rule=rule)
+def predict(recipe: Recipe, fitted: Fitted = Fitted(BASES, LATER_FACTOR), variant: Variant = SHIPPED) -> float:
+    return advised_peak_lr(
+        recipe.method,
+        _size(recipe, variant),
+        later=recipe.family in variant.later,
+        bases=fitted.bases,
+        later_factor=fitted.later_factor,
+    )
 
 
 def held_out(
@@ -193,8 +220,8 @@ def held_out(
     for organisation in sorted({recipe.organisation for recipe in own}):
         others = [recipe for recipe in own if recipe.organisation != organisation]
         variant = choose(others)
-        rule = fit(others, sweep, variant)
-        predicted |= {r.name: predict(r, rule, variant) for r in own if r.organisation == organisation}
+        fitted = fit(others, sweep, variant)
+        predicted |= {r.name: predict(r, fitted, variant) for r in own if r.organisation == organisation}
     return predicted
 
 
@@ -265,8 +292,8 @@ def sweep_regrets(sweep: Sequence[Swept]) -> dict[str, float]:
     regrets = {f"constant {lr:g}": fmean(m.regret(lr) for m in sweep) for lr in (2e-4, 3e-4)}
     held = []
     for swept in sweep:
-        rule = fit([], [other for other in sweep if other.developer != swept.developer])
-        held.append(swept.regret(advised_peak_lr("lora", 1e10, rule=rule)))
+        fitted = fit([], [other for other in sweep if other.developer != swept.developer])
+        held.append(swept.regret(advised_peak_lr("lora", 1e10, bases=fitted.bases)))
     regrets["advice, held out"] = fmean(held)
     regrets["advice, shipped"] = fmean(m.regret(advised_peak_lr("lora", 1e10)) for m in sweep)
     return regrets
@@ -281,12 +308,14 @@ def variants() -> dict[str, Variant]:
         "shipped families": LATER,
         "and OLMo": LATER | {"olmo"},
     }
-    return {
-        f"{name}, quantile {quantile:g}, {'size' if size else 'no size'}": Variant(quantile, later, size)
-        for name, later in families.items()
-        for quantile in (0.3, 0.4, 0.5)
-        for size in (True, False)
-    }
+    found = {}
+    for (name, later), quantile, factor, size in product(
+        families.items(), (0.3, 0.4, 0.5), (LATER_FACTOR, 0.4, None), (True, False)
+    ):
+        of_family = f"{name} {factor or 'fitted'}" if later else name
+        described = f"{of_family}, quantile {quantile:g}, {'size' if size else 'no size'}"
+        found[described] = Variant(quantile, later, factor, size)
+    return found
 
 
 def frontier(recipes: Sequence[Recipe], sweep: Sequence[Swept]) -> dict[str, Score]:
@@ -331,11 +360,11 @@ def main() -> None:
     recipes, sweep = read_recipes(), read_sweep()
     results, regrets = evaluate(recipes, sweep), sweep_regrets(sweep)
     others = frontier(recipes, sweep) if options.frontier else {}
-    rule = fit(recipes, sweep)
+    fitted = fit(recipes, sweep)
     if options.json:
         scores = {group: {name: asdict(s) for name, s in row.items()} for group, row in results.items()}
         frontier_scores = {name: asdict(s) for name, s in others.items()}
-        document = {"scores": scores, "regrets": regrets, "frontier": frontier_scores, "fitted_on_all": asdict(rule)}
+        document = {"scores": scores, "regrets": regrets, "frontier": frontier_scores, "fitted_on_all": asdict(fitted)}
         print(json.dumps(document, indent=2))
         return
     show(results)
@@ -344,8 +373,8 @@ def main() -> None:
         print(f"  {regret:.5f}  {name}")
     for name, s in sorted(others.items(), key=lambda row: (row[1].too_high, row[1].mean_abs_log_error)):
         print(f"{_figures(s)}  {name}")
-    bases = ", ".join(f"{method} {base:.3g}" for method, base in rule.bases.items())
-    print(f"fitted on all: {bases}; later families {rule.later_factor:.3g}")
+    bases = ", ".join(f"{method} {base:.3g}" for method, base in fitted.bases.items())
+    print(f"fitted on all: {bases}")
 
 
 if __name__ == "__main__":

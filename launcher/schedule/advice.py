@@ -11,8 +11,9 @@ from typing import Any
 from launcher.errors import Problem, RequestError, nearest
 from launcher.schedule.curve import DEFAULT_FLOORS, Schedule, make_schedule
 from launcher.schedule.peak import (
-    FITTED,
+    BASES,
     FLAT_SIZES,
+    LATER_FACTOR,
     LORA_ALPHA,
     SIZE_EXPONENT,
     advised_peak_lr,
@@ -114,9 +115,9 @@ def advised_schedule(situation: Situation, advice: Advice | None = None) -> Sche
 
 
 def _check(situation: Situation) -> None:
-    if situation.method not in FITTED.bases:
-        close = nearest(situation.method, FITTED.bases)
-        hint = f"did you mean {close}?" if close else ", ".join(FITTED.bases)
+    if situation.method not in BASES:
+        close = nearest(situation.method, BASES)
+        hint = f"did you mean {close}?" if close else ", ".join(BASES)
         raise RequestError(Problem(f"unknown method {situation.method!r}", hint=hint))
     if situation.task not in (None, "similar", "divergent"):
         message = f"unknown task {situation.task!r}"
@@ -137,14 +138,14 @@ def _peak(situation: Situation) -> Choice:
 
 
 def _peak_reason(situation: Situation, family: str | None) -> str:
-    method, base = situation.method, f"{FITTED.bases[situation.method]:g}"
+    method, base = situation.method, f"{BASES[situation.method]:g}"
     if method == "lora":
         source = f"{base} is the 40% quantile of the best learning rates of 18 models at alpha {LORA_ALPHA:g}"
     else:
         source = f"{base} is the 40% quantile of published {method} recipes, each organisation counted once"
     parts = [f"{source}: a bit low on purpose"]
     if family:
-        parts.append(f"recipes for {family} and other later families use {FITTED.later_factor:g} of that")
+        parts.append(f"{family}, as other later families, gets {LATER_FACTOR:g} of that")
     size = size_factor(method, situation.parameters)
     if size != 1:
         parts.append(f"{_billions(situation.parameters)} scale it by {size:.2g} (to the power -{SIZE_EXPONENT:g})")
