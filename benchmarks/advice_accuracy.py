@@ -355,7 +355,7 @@ def _figures(s: Score) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compares the advised peak learning rate with recipes and a sweep")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the tables")
-    parser.add_argument("--frontier", action="store_true", help="also score other models and quantiles (half a minute)")
+    parser.add_argument("--frontier", action="store_true", help="also score other models and quantiles (a few seconds)")
     options = parser.parse_args()
     recipes, sweep = read_recipes(), read_sweep()
     results, regrets = evaluate(recipes, sweep), sweep_regrets(sweep)

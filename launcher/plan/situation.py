@@ -40,5 +40,6 @@ def _beta2(inputs: PlanInputs[J]) -> float:
     optimizer: dict[str, Any] = optimizer_of(inputs.ds_config) or {}
     betas = optimizer.get("params", {}).get("betas")
     written = betas[1] if isinstance(betas, list) and len(betas) == 2 else None
-    valid = isinstance(written, int | float) and not isinstance(written, bool) and 0 <= written < 1
-    return float(written) if valid else inputs.job.train.betas[1]
+    if isinstance(written, int | float) and not isinstance(written, bool) and 0 <= written < 1:
+        return float(written)
+    return inputs.job.train.betas[1]

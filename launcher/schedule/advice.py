@@ -15,6 +15,7 @@ from launcher.schedule.peak import (
     FLAT_SIZES,
     LATER_FACTOR,
     LORA_ALPHA,
+    QUANTILE,
     SIZE_EXPONENT,
     advised_peak_lr,
     alpha_factor,
@@ -140,9 +141,11 @@ def _peak(situation: Situation) -> Choice:
 def _peak_reason(situation: Situation, family: str | None) -> str:
     method, base = situation.method, f"{BASES[situation.method]:g}"
     if method == "lora":
-        source = f"{base} is the 40% quantile of the best learning rates of 18 models at alpha {LORA_ALPHA:g}"
+        source = (
+            f"{base} is the {QUANTILE:.0%} quantile of the best learning rates of 18 models at alpha {LORA_ALPHA:g}"
+        )
     else:
-        source = f"{base} is the 40% quantile of published {method} recipes, each organisation counted once"
+        source = f"{base} is the {QUANTILE:.0%} quantile of published {method} recipes, each organisation counted once"
     parts = [f"{source}: a bit low on purpose"]
     if family:
         parts.append(f"{family}, as other later families, gets {LATER_FACTOR:g} of that")

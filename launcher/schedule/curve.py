@@ -160,8 +160,9 @@ def _linear_floor(peak_lr: float, warmup: int, total: int, floor: float | None) 
         message = "a linear decay without a warm-up would stay at its peak: WarmupDecayLR ends at its starting value"
         raise _problem("warmup", message, "warm up for 1 update or more, set a floor such as 0, or use cosine or wsd")
     start = peak_lr / (warmup + 1)
-    exact = floor is None or math.isclose(floor * peak_lr, start)
-    return start if exact else max(start, floor * peak_lr)
+    if floor is None or math.isclose(floor * peak_lr, start):
+        return start
+    return max(start, floor * peak_lr)
 
 
 def deepspeed_class(schedule: Schedule) -> str | None:

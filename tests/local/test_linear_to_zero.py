@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 
 import pytest
 
@@ -34,7 +35,8 @@ def test_a_rank_whose_scheduler_runs_ahead_is_named(job_dict, tmp_path):
     run = run_directory(plan, tmp_path)
     events = run_ranks(plan, run, command=FAULTY, environments={1: {"LAUNCHER_FAULT": "scheduler_runs_ahead:4"}})
     failures = [event for event in events if event["report"] == "failed"]
-    assert any("would make update 5" in event["message"] for event in failures), logs(run)
+    named = f"before update 5 the ranks differ: rank 1 on {socket.gethostname()} is at update 5"
+    assert len(failures) == 2 and all(named in event["message"] for event in failures), logs(run)
     assert len(run.metrics()) == 5
 
 
