@@ -70,7 +70,7 @@ def _add_adapters(model: Any, lora: LoraSection) -> Any:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
-        lora_alpha=2 * lora.r if lora.alpha == "auto" else lora.alpha,
+        lora_alpha=lora.effective_alpha,
         lora_dropout=lora.dropout,
         target_modules="all-linear" if lora.target_modules == "auto" else targets,
     )

@@ -216,8 +216,9 @@ def _scheduler(builder: ConfigBuilder, decisions: Decisions) -> None:
             builder.set("scheduler", generated, "the generated schedule")
         elif block is not None:
             builder.remove("scheduler", "the launcher passes its own scheduler object")
-    elif generated is None and explicit:
-        builder.remove("scheduler", "schedule.shape in the job sets a generated schedule, which is passed as an object")
+    elif generated is None and (explicit or auto_scheduler(builder.user)):
+        key = "schedule.shape" if explicit else "schedule.floor"
+        builder.remove("scheduler", f"{key} in the job sets a generated schedule, which is passed as an object")
     elif generated is not None and explicit:
         builder.set("scheduler", generated, "schedule.shape in the job sets the generated schedule")
     elif builder.get("scheduler.type") in (None, AUTO):

@@ -117,6 +117,11 @@ class LoraSection(Section):
         "with the adapters merged in, and export/adapter the adapters.",
     )
 
+    @property
+    def effective_alpha(self) -> float:
+        """The alpha that applies: the job's, or twice the rank."""
+        return 2 * self.r if self.alpha == "auto" else self.alpha
+
 
 class ModelSection(Section):
     """The pretrained model."""
@@ -294,7 +299,10 @@ class ScheduleSection(Section):
     )
     warmup_type: Literal["linear", "log"] = Field("linear", description="How the learning rate rises in the warm-up.")
     floor: Annotated[Number, Field(ge=0, le=1)] | Auto = Field(
-        "auto", description="Last learning rate, as a fraction of the peak."
+        "auto",
+        description="Learning rate at the end of the decay, as a fraction of the peak. linear ends at its first "
+        "learning rate, 1/(warm-up + 1) of the peak, because DeepSpeed's class does; with a lower floor, such as 0, "
+        "the launcher gives DeepSpeed a scheduler object instead.",
     )
     task: Literal["similar", "divergent"] | None = Field(
         None, description="Whether the task is close to pretraining or far from it; shape: auto depends on it."

@@ -249,7 +249,12 @@ def _fixed(written: _WrittenScheduler) -> tuple[Schedule | None, tuple[str, ...]
         schedule = make_schedule(shape, peak_lr=peak, warmup_updates=warmup, total_updates=total, floor=floor)
     except RequestError as error:
         return None, (f"The launcher has no replacement for this block: {error.problems[0].message}.",)
-    notes = (f"For {warmup} updates of warm-up to {peak:g} the launcher writes the block below: the curve `fixed`.",)
+    notes = [f"For {warmup} updates of warm-up to {peak:g} the launcher writes the block below: the curve `fixed`."]
+    if shape == "linear" and full["warmup_min_lr"] < schedule.floor_lr:
+        notes.append(
+            f"WarmupDecayLR has one minimum for both ends, so it ends at {schedule.floor_lr:.3g}. In a job file, "
+            "schedule.floor: 0 decays to zero."
+        )
     return schedule, (*notes, *paste_notes(deepspeed_blocks(schedule)["scheduler"], peak))
 
 

@@ -14,6 +14,7 @@ from launcher.lr_report.run_curves import run_curves
 from launcher.plan.revision import extensions
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
+from launcher.schedule.curve import DEEPSPEED_TYPES
 from launcher.schedule.safety import deepspeed_warnings
 
 
@@ -67,10 +68,10 @@ def _pasted(plan: Plan, blocks: dict[str, Any]) -> tuple[str, ...]:
         return ("The curve is that of a script: DeepSpeed starts and steps the scheduler, as it does with the blocks.",)
     if "scheduler" not in blocks:
         shape = plan.learning_rate.shape
-        return (
-            f"DeepSpeed has no scheduler class for the shape {shape}: the launcher gives deepspeed.initialize "
-            "a scheduler object, so no block can be pasted.",
-        )
+        lacking = f"DeepSpeed has no scheduler class for the shape {shape}"
+        if shape in DEEPSPEED_TYPES:
+            lacking = f"{DEEPSPEED_TYPES[shape]} cannot end below its first learning rate"
+        return (f"{lacking}: the launcher gives deepspeed.initialize a scheduler object, so no block can be pasted.",)
     if extensions(plan):
         return ("The blocks have the present warm-up; the curve before it was lengthened is not in them.",)
     return paste_notes(blocks["scheduler"], blocks["optimizer"]["params"]["lr"])

@@ -13,10 +13,12 @@ from launcher.plan.facts import DataFacts, ModelFacts
 from launcher.plan.inputs import J, PlanInputs
 from launcher.plan.revision import schedule_of
 from launcher.plan.schema import ChoiceReason, LearningRate, Length, Plan
-from launcher.schedule.advice import Choice, Situation, advise, parse_warmup
+from launcher.plan.situation import situation_of
+from launcher.schedule.advice import Choice, Situation, advise
 from launcher.schedule.curve import DEEPSPEED_TYPES, Schedule, deepspeed_blocks, lr_at, make_schedule
 from launcher.schedule.deepspeed_schedulers import Params, replica
 from launcher.schedule.safety import ALLOW, check_safety, deepspeed_warnings, log_ramp, unsafe_scheduler
+from launcher.schedule.warmup import parse_warmup
 
 _OPTIONS = ("decay_at", "decay_factor", "decay_start", "decay", "cycles", "segments")
 _SHAPES = {kind: shape for shape, kind in DEEPSPEED_TYPES.items()}
@@ -39,15 +41,13 @@ def decide_lr(inputs: PlanInputs[Job], model: ModelFacts, data: DataFacts, lengt
 
     Raises RequestError for an invalid schedule, or for one that is unsafe without schedule.allow_unsafe.
     """
-    job = inputs.job
-    situation = Situation(
-        parameters=model.parameters,
-        method="full" if job.model.lora is None else "lora",
+    situation = situation_of(
+        inputs,
+        model,
+        inputs.job.model.lora,
+        length.total_updates,
         tokens_per_update=length.tokens_per_update,
-        total_updates=length.total_updates,
         dataset_samples=data.train.sequences,
-        beta2=job.train.betas[1],
-        task=job.schedule.task,
     )
     return decide_schedule(inputs, situation)
 
@@ -190,7 +190,8 @@ def _choose(
         "shape": advice.shape,
         "floor": advice.floor,
     }
-    return {**advised, **chosen}
+    further = {} if "peak_lr" in chosen else {"sweep": advice.sweep}
+    return {**advised, **chosen, **further, "beta2": advice.beta2}
 
 
 def _user_choice(value: Any, reason: str) -> Choice:

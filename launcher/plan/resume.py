@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from launcher.ds_config.optimizer_class import ADAM_TYPES
 from launcher.errors import Problem, RequestError
 from launcher.plan.revision import schedule_of, with_schedule
 from launcher.plan.schema import Part, Plan, Resumed
+from launcher.schedule.advice import adjusted_beta2
 from launcher.schedule.curve import Schedule, lr_at
 from launcher.schedule.progress import convert_updates, rescale
 
@@ -85,11 +87,25 @@ def _resume_at(new: Plan, schedule: Schedule, resumed: int, samples: int, arithm
     return with_schedule(plan, schedule, resumed)
 
 
+def _beta2_advice(old: Plan, new: Plan) -> str:
+    """A sentence on the beta2 that suits the new batch; empty if the user changed it, or the optimizer is not Adam."""
+    optimizer = new.ds_config["optimizer"]
+    before, now = (plan.ds_config["optimizer"]["params"].get("betas") for plan in (old, new))
+    if now is None or before != now or optimizer["type"].lower() not in ADAM_TYPES:
+        return ""
+    suited = adjusted_beta2(now[1], old.train_batch_size, new.train_batch_size)
+    return (
+        f" beta2 stays {now[1]:g}: with {suited:.6g} = {now[1]:g}^({new.train_batch_size}/{old.train_batch_size}) in "
+        "train.betas, Adam would average over as many tokens as before."
+    )
+
+
 def _batch_change(old: Plan, new: Plan) -> str:
     """A sentence about the change of ranks and batch."""
     ranks = f"{old.world.size} → {new.world.size} ranks"
     if old.train_batch_size != new.train_batch_size:
-        return f"{ranks}, train_batch_size {old.train_batch_size} → {new.train_batch_size}."
+        batches = f"{ranks}, train_batch_size {old.train_batch_size} → {new.train_batch_size}."
+        return f"{batches}{_beta2_advice(old, new)}"
     if (old.world.size, old.gradient_accumulation_steps) == (new.world.size, new.gradient_accumulation_steps):
         return "The ranks and the batch stay the same."
     steps = f"{old.gradient_accumulation_steps} → {new.gradient_accumulation_steps}"

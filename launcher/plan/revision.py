@@ -44,6 +44,7 @@ def with_schedule(plan: Plan, schedule: Schedule, update: int) -> Plan:
         **plan.ds_config,
         "optimizer": {**optimizer, "params": {**optimizer["params"], **blocks["optimizer"]["params"]}},
     }
+    config.pop("scheduler", None)
     if blocks["scheduler"] is not None:
         config["scheduler"] = blocks["scheduler"]
     learning_rate = plan.learning_rate.model_copy(

@@ -29,7 +29,7 @@ from launcher.plan.learning_rate import LearningRateDecision, decide_schedule
 from launcher.plan.length import check_updates
 from launcher.plan.resolve import changes_of
 from launcher.plan.schema import ChoiceReason, LearningRate, Length, Plan, Script
-from launcher.schedule.advice import Situation
+from launcher.plan.situation import situation_of
 from launcher.schedule.curve import DEEPSPEED_TYPES
 from launcher.schedule.deepspeed_schedulers import replica
 from launcher.schedule.safety import deepspeed_warnings
@@ -197,18 +197,25 @@ def _decide_lr(
         inputs = replace(inputs, job=job)
     if model is None:
         _check_peak(job, inputs.ds_config)
-    lora = job.model is not None and job.model.lora is not None
-    situation = Situation(
-        # Without a model the user sets the peak, and the warm-up is that of a small model.
-        parameters=model.parameters if model else 1,
-        method="lora" if lora else "full",
-        tokens_per_update=None,
-        total_updates=length.total_updates,
-        dataset_samples=None,
-        beta2=job.train.betas[1],
-        task=job.schedule.task,
+    lora = job.model.lora if job.model is not None else None
+    situation = situation_of(inputs, model, lora, length.total_updates)
+    decided = decide_schedule(inputs, situation, limited=model is not None)
+    if decided.scheduler is None:
+        raise _below_the_start(decided.learning_rate)
+    return decided
+
+
+def _below_the_start(learning_rate: LearningRate) -> RequestError:
+    warmup = learning_rate.warmup_updates
+    return RequestError(
+        Problem(
+            f"a linear schedule in the DeepSpeed JSON cannot end at {learning_rate.floor_lr / learning_rate.peak_lr:g} "
+            f"of the peak: WarmupDecayLR has one minimum for both ends, and with {warmup} updates of warm-up it is "
+            f"1/{warmup + 1} of the peak",
+            key="schedule.floor",
+            hint="remove the floor, warm up longer, or use the shape cosine",
+        )
     )
-    return decide_schedule(inputs, situation, limited=model is not None)
 
 
 def _check_shape(job: ScriptJob) -> None:

@@ -6,7 +6,6 @@ from launcher.schedule.advice import (
     Situation,
     advise,
     advised_schedule,
-    parse_warmup,
 )
 from launcher.schedule.curve import (
     SHAPES,
@@ -24,6 +23,7 @@ from launcher.schedule.deepspeed_schedulers import simulate_deepspeed
 from launcher.schedule.progress import convert_updates, rescale
 from launcher.schedule.safety import check_safety, deepspeed_warnings, peak_limit
 from launcher.schedule.spikes import SpikeDetector, Verdict
+from launcher.schedule.warmup import parse_warmup
 
 __all__ = [
     "SHAPES",

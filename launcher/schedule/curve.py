@@ -2,7 +2,7 @@
 
 An update is one optimizer step, counted from 0; `lr_at(schedule, update)` is its learning rate. Linear, cosine and
 constant schedules are DeepSpeed's classes, with the JSON from `deepspeed_blocks`. DeepSpeed has no class for the
-others: they consist of segments.
+others, nor for a linear schedule that ends below its first learning rate: they consist of segments.
 
 DeepSpeed uses the starting learning rate for two updates, because its first step repeats the value of the constructor.
 A fresh run therefore calls `lr_scheduler.step()` once after `deepspeed.initialize`; at update u, `last_batch_iteration`
@@ -19,7 +19,7 @@ from typing import Any
 
 from launcher.errors import Problem, RequestError, nearest
 from launcher.schedule.deepspeed_schedulers import Replica, replica
-from launcher.schedule.segments import SEGMENT_SHAPES, Segment, build_segments, fraction_at
+from launcher.schedule.segments import SEGMENT_SHAPES, Segment, build_segments, fraction_at, linear_segments
 
 DEEPSPEED_TYPES = {"linear": "WarmupDecayLR", "cosine": "WarmupCosineLR", "constant": "WarmupLR"}
 SHAPES = (*DEEPSPEED_TYPES, *SEGMENT_SHAPES)
@@ -32,9 +32,9 @@ class Schedule:
     """A learning-rate schedule, resolved to numbers.
 
     `start_lr` is the learning rate of update 0, `floor_lr` the one at the end of the decay; both are absolute.
-    `segments` are the curve after the warm-up for shapes that DeepSpeed lacks. `extensions`: (update, new warm-up) for
-    each time that the warm-up was lengthened during the run. `halvings`: the updates at which the learning rate was
-    halved.
+    `segments` are the curve after the warm-up for schedules that DeepSpeed has no class for. `extensions`: (update,
+    new warm-up) for each time that the warm-up was lengthened during the run. `halvings`: the updates at which the
+    learning rate was halved.
     """
 
     shape: str
@@ -82,9 +82,9 @@ def make_schedule(
 ) -> Schedule:
     """The schedule of one run; raises RequestError, with the key, for invalid settings.
 
-    `floor` is the learning rate at the end of the decay, as a fraction of the peak. WarmupDecayLR has one minimum for
-    both of its ends, so a linear schedule's floor is the learning rate of its first update, peak/(W+1), or higher.
-    Default: 0.1 for cosine and cosine_restarts, 0 for wsd.
+    `floor` is the learning rate at the end of the decay, as a fraction of the peak. Default: 0.1 for cosine and
+    cosine_restarts, 0 for wsd. WarmupDecayLR has one minimum for both of its ends, so a linear schedule ends by default
+    at the learning rate of its first update, peak/(W+1); one with a lower floor consists of a segment.
 
     The ramp is peak·(u+1)/(W+1) up to update W, which is at the peak. WarmupCosineLR is by then one update into its
     decay; with W = 0 it stays at the peak for updates 0 and 1. A linear schedule with W = 1 has its peak at updates 1
@@ -97,9 +97,6 @@ def make_schedule(
     - compound: segments, each {"kind": linear | cosine | constant | 1-sqrt, "until": position, "to": fraction}.
     """
     _check_numbers(shape, peak_lr, warmup_updates, total_updates, floor, warmup_type)
-    start = peak_lr / (warmup_updates + 1)
-    if shape == "linear":
-        start = _linear_floor(peak_lr, warmup_updates, total_updates, floor)
     if shape in DEEPSPEED_TYPES and options:
         raise _unknown_option(shape, next(iter(options)))
     fraction = DEFAULT_FLOORS.get(shape, 0.0) if floor is None else floor
@@ -107,7 +104,11 @@ def make_schedule(
     if shape in SEGMENT_SHAPES:
         segments = build_segments(shape, warmup_updates, total_updates, fraction, options)
         fraction = segments[-1].to_share if segments else fraction
-    floor_lr = {"linear": start, "constant": peak_lr}.get(shape, peak_lr * fraction)
+    elif shape == "linear" and floor is not None and _below_start(floor, warmup_updates):
+        segments = linear_segments(warmup_updates, total_updates, floor)
+    start, floor_lr = peak_lr / (warmup_updates + 1), peak_lr if shape == "constant" else peak_lr * fraction
+    if shape == "linear" and not segments:
+        start = floor_lr = _linear_floor(peak_lr, warmup_updates, total_updates, floor)
     return Schedule(shape, peak_lr, warmup_updates, total_updates, floor_lr, start, warmup_type, segments=segments)
 
 
@@ -148,20 +149,25 @@ def _is_count(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+def _below_start(floor: float, warmup: int) -> bool:
+    """Whether a floor is below the first learning rate of the warm-up, as WarmupDecayLR's cannot be."""
+    return floor * (warmup + 1) < 1 and not math.isclose(floor * (warmup + 1), 1)
+
+
 def _linear_floor(peak_lr: float, warmup: int, total: int, floor: float | None) -> float:
+    """The one minimum of WarmupDecayLR."""
     if warmup == 0 and total > 1:
         message = "a linear decay without a warm-up would stay at its peak: WarmupDecayLR ends at its starting value"
-        raise _problem("warmup", message, "warm up for 1 update or more, or use the shape cosine or wsd")
+        raise _problem("warmup", message, "warm up for 1 update or more, set a floor such as 0, or use cosine or wsd")
     start = peak_lr / (warmup + 1)
     if floor is None or math.isclose(floor * peak_lr, start):
         return start
-    if floor * peak_lr < start:
-        message = (
-            f"a linear schedule cannot end at {floor:g} of the peak: WarmupDecayLR has one minimum for both "
-            f"ends, and with {warmup} updates of warm-up it is 1/{warmup + 1} of the peak"
-        )
-        raise _problem("floor", message, "remove the floor, warm up longer, or use the shape cosine or wsd")
-    return floor * peak_lr
+    return max(start, floor * peak_lr)
+
+
+def deepspeed_class(schedule: Schedule) -> str | None:
+    """DeepSpeed's class for a schedule; None if it has none, so that the engine needs a scheduler object."""
+    return None if schedule.segments else DEEPSPEED_TYPES.get(schedule.shape)
 
 
 def warmup_at(schedule: Schedule, update: int) -> int:
@@ -205,7 +211,7 @@ def lr_at(schedule: Schedule, update: int, base_lr: float | None = None) -> floa
 def _lr_without_halvings(schedule: Schedule, update: int, base_lr: float | None) -> float:
     """The learning rate without the halvings."""
     warmup = warmup_at(schedule, update)
-    if schedule.shape in DEEPSPEED_TYPES:
+    if deepspeed_class(schedule) is not None:
         return _deepspeed(schedule, warmup, base_lr).lr_at(update)
     if update < warmup:
         gamma = _ramp(schedule.warmup_type, warmup, update)
@@ -254,15 +260,16 @@ def _fraction(lr: float, schedule: Schedule) -> float:
 def deepspeed_blocks(schedule: Schedule, optimizer_type: str = "AdamW", *, update: int = 0) -> dict[str, Any]:
     """The "optimizer" and "scheduler" blocks of a DeepSpeed JSON for this schedule.
 
-    Both contain the peak. "scheduler" is None for a shape that DeepSpeed has no class for. The blocks are for a run
+    Both contain the peak. "scheduler" is None for a schedule that DeepSpeed has no class for. The blocks are for a run
     that starts at `update`, with extensions and halvings up to there.
     """
     schedule = effective_schedule(schedule, update)
     optimizer = {"type": optimizer_type, "params": {"lr": schedule.peak_lr}}
-    if schedule.shape not in DEEPSPEED_TYPES:
+    kind = deepspeed_class(schedule)
+    if kind is None:
         return {"optimizer": optimizer, "scheduler": None}
     params = _params(schedule, schedule.warmup_updates)
-    return {"optimizer": optimizer, "scheduler": {"type": DEEPSPEED_TYPES[schedule.shape], "params": params}}
+    return {"optimizer": optimizer, "scheduler": {"type": kind, "params": params}}
 
 
 def live_attributes(schedule: Schedule, update: int, groups: int = 1) -> dict[str, Any]:

@@ -160,6 +160,11 @@ _BUILDERS: dict[str, tuple[Callable[..., tuple[Segment, ...]], tuple[str, ...]]]
 SEGMENT_SHAPES = tuple(_BUILDERS)
 
 
+def linear_segments(warmup: int, total: int, floor: float) -> tuple[Segment, ...]:
+    """A linear decay from the warm-up to `floor`, reached one update after the last; empty if there is no decay."""
+    return _chain([("linear", total, 1.0, floor)], warmup)
+
+
 def build_segments(
     shape: str, warmup: int, total: int, floor: float, options: Mapping[str, Any]
 ) -> tuple[Segment, ...]:

@@ -7,11 +7,11 @@ from typing import Any
 
 from launcher.plan.revision import schedule_of
 from launcher.plan.schema import Plan
-from launcher.schedule.curve import DEEPSPEED_TYPES, Schedule, live_attributes, lr_at
+from launcher.schedule.curve import Schedule, deepspeed_class, live_attributes, lr_at
 
 
 class PlannedLR:
-    """A scheduler for shapes that DeepSpeed has no class for, with the same interface as DeepSpeed's own.
+    """A scheduler for schedules that DeepSpeed has no class for, with the same interface as DeepSpeed's own.
 
     Update u is made with `last_batch_iteration` = u; the state is only that number.
     """
@@ -49,9 +49,8 @@ class PlannedLR:
 
 def client_scheduler(plan: Plan) -> Callable[[Any], PlannedLR] | None:
     """The lr_scheduler argument of `deepspeed.initialize`; None if the JSON names a class of DeepSpeed."""
-    if plan.learning_rate.schedule is None or plan.learning_rate.shape in DEEPSPEED_TYPES:
+    if plan.learning_rate.schedule is None or deepspeed_class(schedule := schedule_of(plan)) is not None:
         return None
-    schedule = schedule_of(plan)
     return lambda optimizer: PlannedLR(optimizer, schedule)
 
 

@@ -103,10 +103,12 @@ def test_the_blocks_can_be_pasted_from_the_output(known: Path) -> None:
 
 def test_every_choice_has_a_reason_a_range_and_sources(known: Path) -> None:
     out = " ".join(command("lr", str(known), "train.max_steps=1000").out.split())
-    for said in ("peak lr", "Published full recipes centre on", "[recipes.csv", "(heuristic)", "Mosbach et al."):
+    for said in ("peak lr", "40% quantile of published full", "[recipes.csv", "(heuristic)", "Mosbach et al."):
+        assert said in out
+    for said in ("To settle the peak on your data, run the job with each of schedule.peak_lr=", "beta2 0.999: If you"):
         assert said in out
     reasons = {reason["choice"]: reason for reason in as_json(str(known), "train.max_steps=1000")["reasons"]}
-    assert set(reasons) == {"peak_lr", "warmup", "shape", "floor"}
+    assert set(reasons) == {"peak_lr", "warmup", "shape", "floor", "sweep", "beta2"}
     assert reasons["peak_lr"]["low"] < reasons["peak_lr"]["value"] <= reasons["peak_lr"]["high"]
 
 
@@ -130,6 +132,16 @@ def test_a_shape_without_a_deepspeed_scheduler_has_no_block(known: Path) -> None
     assert {80: "linear to 0 of the peak"}.items() <= {
         p["update"]: p["what"].split(", ")[-1] for p in found["points"]
     }.items()
+
+
+def test_a_linear_schedule_to_zero_is_shown_without_a_block(known: Path) -> None:
+    keys = ("train.max_steps=100", "schedule.shape=linear", "schedule.warmup=10", "schedule.floor=0")
+    found = as_json(str(known), *keys)
+    assert "scheduler" not in found["blocks"]
+    assert found["blocks_notes"][0].startswith("WarmupDecayLR cannot end below its first learning rate")
+    (curve,) = found["curves"]
+    assert curve["floor_lr"] == 0.0 < min(curve["rates"])
+    assert curve["rates"][-1] == pytest.approx(curve["highest_lr"] / 90)
 
 
 def test_a_png_is_written(known: Path, folder: Path) -> None:
@@ -173,6 +185,7 @@ def test_a_deepspeed_json_is_shown_as_the_engine_applies_it(folder: Path) -> Non
     assert [point["what"] for point in found["points"]][1:3] == ["after step 1: i = 0", "after step 2: i = 1"]
     out = " ".join(command("lr", "--deepspeed", name).out.split())
     assert "0 0.000e+00 0.0% 1.980e-07 first update, set by the constructor" in out
+    assert "so it ends at 1.98e-07. In a job file, schedule.floor: 0 decays to zero." in out
 
 
 def test_the_length_comes_from_the_json_or_from_updates(folder: Path) -> None:

@@ -228,6 +228,78 @@ def test_a_run_at_learning_rate_0_gets_no_hint_about_its_length() -> None:
     assert "set a learning rate above 0" in error
 
 
+ZERO: dict[str, Any] = {"shape": "linear", "warmup": 10, "floor": 0}
+
+
+def test_a_linear_schedule_to_zero_is_passed_as_an_object() -> None:
+    plan = plan_of(job_of(schedule=ZERO))
+    assert "scheduler" not in plan.ds_config
+    assert plan.learning_rate.floor_lr == 0.0
+    planned, updates = planned_lrs(plan), plan.length.total_updates
+    assert planned(0) == pytest.approx(plan.learning_rate.peak_lr / 11)
+    assert planned(updates) == 0.0 < planned(updates - 1)
+    assert "schedule.floor in the job is 0 of the peak." in [reason.reason for reason in plan.learning_rate.reasons]
+
+
+def test_a_linear_schedule_to_zero_replaces_a_scheduler_whose_params_are_auto() -> None:
+    names = ("total_num_steps", "warmup_num_steps", "warmup_max_lr", "warmup_min_lr")
+    user = {"scheduler": {"type": "WarmupDecayLR", "params": dict.fromkeys(names, "auto")}}
+    plan = plan_of(job_of(schedule={"warmup": 10, "floor": 0}), user)
+    assert "scheduler" not in plan.ds_config
+    assert planned_lrs(plan)(plan.length.total_updates) == 0.0
+    reasons = [change.reason for change in plan.ds_config_changes if change.key == "scheduler"]
+    assert reasons == ["schedule.floor in the job sets a generated schedule, which is passed as an object"]
+
+
+@pytest.mark.usefixtures("folder")
+def test_lint_accepts_an_auto_scheduler_that_a_floor_of_zero_replaces() -> None:
+    keys = ("train.max_steps=100", "schedule.warmup=10", "schedule.floor=0", "schedule.peak_lr=1e-5")
+    remember(Path("job.yaml"), keys, model_facts(), data_facts())
+    names = ("total_num_steps", "warmup_num_steps", "warmup_max_lr", "warmup_min_lr")
+    text = json.dumps({"scheduler": {"type": "WarmupDecayLR", "params": dict.fromkeys(names, "auto")}})
+    ended = launch(text, *keys)
+    assert ended.status == 0, ended.err
+    assert "linear: up to 1e-05 in 10 updates of warm-up, then to 1.11e-07 at the last of 100" in ended.out
+    assert "schedule.floor in the job sets a generated schedule" in " ".join(ended.out.split())
+
+
+def test_a_floor_of_zero_does_not_apply_to_a_scheduler_of_the_user() -> None:
+    user = own(500, warmup_num_steps=5)
+    error = plan_error(user, schedule={"floor": 0})
+    assert "schedule.floor: the WarmupDecayLR" in error
+    assert "set schedule.shape to generate a schedule" in error
+    plan = plan_of(job_of(schedule=ZERO), user)
+    assert "scheduler" not in plan.ds_config
+    assert planned_lrs(plan)(plan.length.total_updates) == 0.0
+
+
+@pytest.mark.parametrize("params", [{}, {"lr": 1e-5, "betas": [0.9, 0.95]}, {"lr": 1e-5, "betas": "auto"}])
+def test_the_warm_up_follows_the_beta2_that_applies(params: dict[str, Any]) -> None:
+    user = {"optimizer": {"type": "AdamW", "params": params}} if params else {}
+    plan = plan_of(job_of(train={"betas": (0.9, 0.98)}) if "auto" in params.values() else job_of(), user)
+    beta2 = {reason.choice: reason for reason in plan.learning_rate.reasons}["beta2"]
+    assert beta2.value == plan.ds_config["optimizer"]["params"]["betas"][1]
+
+
+def test_a_plan_with_an_advised_peak_names_the_sweep_that_would_settle_it() -> None:
+    reasons = {reason.choice: reason for reason in plan_of(job_of(schedule={})).learning_rate.reasons}
+    assert "schedule.peak_lr=" in reasons["sweep"].reason
+    fixed = plan_of(job_of(schedule={"peak_lr": 1e-5})).learning_rate.reasons
+    assert "sweep" not in {reason.choice for reason in fixed}
+
+
+def test_the_advice_depends_on_the_family_and_on_loras_alpha() -> None:
+    def peak(facts: dict[str, Any], **of_model: Any) -> float:
+        model = model_facts().model_copy(update=facts)
+        machine = machine_facts(8, versions={"deepspeed": "0.19.8", "peft": "0.17.0"})
+        return plan_of(job_of(model=of_model), model=model, machine=machine).learning_rate.peak_lr
+
+    llama2 = {"model_type": "llama", "vocab_size": 32_000}
+    assert peak({"model_type": "qwen3"}) == peak(llama2) / 2
+    assert peak(llama2, lora={"r": 16}) == peak(llama2, lora={"r": 64, "alpha": 32}) == 3e-4
+    assert peak(llama2, lora={"r": 128}) == 3e-5
+
+
 def test_auto_ratios_and_starts_are_filled() -> None:
     user = {"scheduler": {"type": "WarmupCosineLR", "params": {**COSINE, "cos_min_ratio": "auto"}}}
     user["scheduler"]["params"]["last_batch_iteration"] = "auto"

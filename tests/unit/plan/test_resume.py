@@ -14,6 +14,7 @@ from launcher.job import explicit_keys
 from launcher.plan.checkpoint_conversion import check_same_kind_of_state, expected_ranks, must_convert
 from launcher.plan.inputs import plan_inputs
 from launcher.plan.resolve import check_inputs, resolve
+from launcher.plan.resume import resumed_plan
 from launcher.plan.schema import Plan
 from launcher.plan_file import read_plan
 from launcher.run_dir import MANIFEST, RunDir, write_manifest
@@ -116,6 +117,25 @@ def test_load_universal_of_the_json_is_reported_as_not_used() -> None:
 
 def saved_with(config: dict[str, Any]) -> Plan:
     return plan_of(job_of(**STEPS, schedule={"peak_lr": 1e-5}), user={"zero_optimization": {"stage": 2}, **config})
+
+
+def resumed_with(batch: int, **train: Any) -> str:
+    """The arithmetic of a run with batches of 64 that is resumed with another batch."""
+    plans = [
+        plan_of(job_of(train={"num_train_epochs": 3, **keys}, schedule={"peak_lr": 1e-5}))
+        for keys in ({"train_batch_size": 64}, {"train_batch_size": batch, **train})
+    ]
+    plan = resumed_plan(*plans, update=10, samples=640, new_schedule=False)
+    assert plan.resumed is not None
+    assert plan.ds_config["optimizer"]["params"]["betas"] == list(train.get("betas", (0.9, 0.999)))
+    return plan.resumed.arithmetic
+
+
+def test_another_batch_comes_with_the_beta2_that_suits_it_but_does_not_change_it() -> None:
+    assert "beta2 stays 0.999: with 0.998001 = 0.999^(128/64) in train.betas" in resumed_with(128)
+    assert "with 0.9995 = 0.999^(32/64) in train.betas" in resumed_with(32)
+    assert "beta2" not in resumed_with(64)
+    assert "beta2" not in resumed_with(128, betas=(0.9, 0.998))
 
 
 @pytest.mark.parametrize("kind", ["Adam", "AdamW", "adamw"])

@@ -218,6 +218,10 @@ def test_the_default_accumulation_is_one() -> None:
             "schedule.peak_lr: the advised learning rate depends on the model's size, but the job names no model",
         ),
         ({"schedule": {**SCHEDULE, "shape": "wsd"}}, "schedule.shape: DeepSpeed has no scheduler for wsd"),
+        (
+            {"schedule": {**SCHEDULE, "shape": "linear", "floor": 0}},
+            "schedule.floor: a linear schedule in the DeepSpeed JSON cannot end at 0 of the peak: WarmupDecayLR has",
+        ),
         ({"train": {**TRAIN, "train_batch_size": 9}}, "train_batch_size 9 is not divisible by world size 2"),
     ],
 )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import json
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from launcher.schedule.curve import (
     SHAPES,
     Schedule,
     deepspeed_blocks,
+    deepspeed_class,
     extend_warmup,
     live_attributes,
     lower_peak,
@@ -78,15 +80,67 @@ def test_unknown_and_missing_keys_are_rejected() -> None:
         Schedule.from_dict(plain)
 
 
-def test_linear_ends_at_its_starting_value_and_rejects_a_lower_floor() -> None:
+def test_linear_ends_by_default_at_its_starting_value_with_deepspeeds_class() -> None:
     schedule = a_schedule("linear")
     assert schedule.floor_lr == schedule.start_lr == 2e-5 / 101
     assert a_schedule("linear", floor=0.1).start_lr == pytest.approx(2e-6)
-    with pytest.raises(RequestError, match=r"1/101 of the peak.*\n.*cosine or wsd"):
-        a_schedule("linear", floor=0.0)
+    for same in (schedule, a_schedule("linear", floor=1 / 101), a_schedule("linear", floor=0.1)):
+        assert deepspeed_class(same) == "WarmupDecayLR"
+        assert same.segments == ()
 
 
-def test_without_a_warm_up_linear_is_rejected_and_cosine_starts_at_the_peak() -> None:
+def test_linear_with_a_lower_floor_decays_to_it_and_starts_above_zero() -> None:
+    schedule = a_schedule("linear", floor=0.0)
+    assert deepspeed_class(schedule) is None
+    assert deepspeed_blocks(schedule)["scheduler"] is None
+    curve = lr_curve(schedule)
+    assert curve[:100] == pytest.approx([2e-5 * (update + 1) / 101 for update in range(100)])
+    assert curve[100:] == pytest.approx([2e-5 * (1000 - update) / 900 for update in range(100, 1000)])
+    assert min(curve) == curve[-1] > 0
+    assert (lr_at(schedule, 1000), lr_at(schedule, 5000)) == (0.0, 0.0)
+    assert (schedule.start_lr, schedule.floor_lr) == (2e-5 / 101, 0.0)
+    low = a_schedule("linear", floor=0.005)
+    assert low.floor_lr == pytest.approx(1e-7)
+    assert low.start_lr == 2e-5 / 101
+
+
+@given(
+    floor=st.floats(0, 1),
+    warmup=st.integers(0, 60),
+    total=st.integers(1, 60),
+    warmup_type=st.sampled_from(["linear", "log"]),
+)
+def test_every_linear_schedule_rises_to_the_peak_and_falls_towards_its_floor(
+    floor: float, warmup: int, total: int, warmup_type: str
+) -> None:
+    if warmup == 0 and floor == 1.0 and total > 1:
+        return
+    schedule = a_schedule("linear", total=total, warmup=warmup, floor=floor, warmup_type=warmup_type)
+    curve = lr_curve(schedule)
+    top = curve.index(max(curve))
+    assert curve[: top + 1] == sorted(curve[: top + 1])
+    assert curve[top:] == sorted(curve[top:], reverse=True)
+    assert curve[0] > 0
+    assert min(curve) >= min(floor, 1 / (warmup + 1)) * 2e-5 * (1 - 1e-9)
+    if warmup < total:
+        assert max(curve) == pytest.approx(2e-5, rel=1e-9)
+        assert schedule.floor_lr == pytest.approx(max(floor * 2e-5, 0.0), rel=1e-6, abs=1e-30)
+
+
+@pytest.mark.parametrize("change", [extend_warmup, lower_peak])
+def test_a_changed_linear_schedule_still_decays_to_zero(change: Callable[[Schedule, int], Schedule]) -> None:
+    schedule = a_schedule("linear", floor=0.0)
+    changed = change(schedule, 120)
+    before, after = lr_curve(schedule), lr_curve(changed)
+    assert after[:120] == before[:120]
+    assert after[120] < 0.7 * before[120]
+    assert 0 < after[-1] <= before[-1] * 1.5
+    assert lr_at(changed, 1000) == 0.0
+    assert Schedule.from_dict(json.loads(json.dumps(changed.to_dict()))) == changed
+
+
+def test_without_a_warm_up_linear_needs_a_floor_and_cosine_starts_at_the_peak() -> None:
+    assert lr_curve(a_schedule("linear", total=4, warmup=0, floor=0.0)) == pytest.approx([2e-5, 1.5e-5, 1e-5, 5e-6])
     with pytest.raises(RequestError, match="ends at its starting value"):
         a_schedule("linear", warmup=0)
     assert lr_curve(a_schedule("linear", total=1, warmup=0)) == [2e-5]

@@ -63,6 +63,14 @@ def test_a_changed_schedule_continues_as_changed(
     assert abs(lr_at(resumed_schedule, resumed) - lr_at(schedule, done)) < 0.01 * 1e-4
 
 
+def test_a_linear_schedule_to_zero_continues_to_zero_with_another_batch() -> None:
+    schedule = make_schedule("linear", peak_lr=1e-4, warmup_updates=100, total_updates=1000, floor=0.0)
+    halved, resumed, _ = rescale(schedule, done_updates=500, old_batch=64, new_batch=128, total_samples=64_000)
+    assert (resumed, halved.total_updates) == (250, 500)
+    assert lr_at(halved, 250) == pytest.approx(lr_at(schedule, 500), rel=0.01)
+    assert lr_at(halved, 500) == 0.0 < lr_at(halved, 499)
+
+
 def test_the_arithmetic_is_shown() -> None:
     schedule = make_schedule("linear", peak_lr=2e-5, warmup_updates=100, total_updates=1000)
     rescaled, resumed, text = rescale(schedule, done_updates=500, old_batch=64, new_batch=128, total_samples=64_000)
