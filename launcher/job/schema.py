@@ -195,6 +195,11 @@ class DataSection(Section):
         description="Fill rows of max_length tokens (bins) with several sequences that do not see each other: the same "
         "loss without padding (docs/packing.md). Batches, epochs and samples then count bins.",
     )
+    group_by_length: bool = Field(
+        False,
+        description="Divide the sequences of each update among micro-batches by length, which then need less padding. "
+        "Each update has the same sequences, and the same loss.",
+    )
     chat_template: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="File with a Jinja chat template, or the template itself. Default: the tokenizer's."
     )

@@ -47,6 +47,9 @@ def check_packing(inputs: PlanInputs[AnyJob]) -> None:
 def _with_options(job: AnyJob) -> Iterator[Problem]:
     if not isinstance(job, Job) or not job.data.packing:
         return
+    if job.data.group_by_length:
+        found = "packed sequences are not padded, so grouping them by length has no effect"
+        yield Problem(found, key="data.group_by_length", hint="remove it")
     if job.model.sequence_parallel_size > 1:
         found = "it cannot be combined with model.sequence_parallel_size: ranks would have parts of the bins"
         yield Problem(found, key=_KEY, hint="use one of the two; gradient_checkpointing and ZeRO-3 save memory too")
@@ -112,4 +115,13 @@ def packing_warnings(job: Job, data: DataFacts) -> Iterator[str]:
         yield (
             f"the bins are only {fullness(job, data):.0%} full, because few sequences are short enough for the rest of "
             f"a bin; a longer data.max_length fills them better"
+        )
+
+
+def grouping_warnings(job: Job, batch: int, micro_batch: int) -> Iterator[str]:
+    """A warning if an update has a single micro-batch, so that its sequences cannot be grouped."""
+    if job.data.group_by_length and batch == micro_batch:
+        yield (
+            "data.group_by_length has no effect: an update has a single micro-batch; a smaller "
+            "train.train_micro_batch_size_per_gpu makes more"
         )

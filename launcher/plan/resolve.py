@@ -20,7 +20,7 @@ from launcher.plan.model_options import (
     model_option_warnings,
     sequence_parallel_problems,
 )
-from launcher.plan.packing import check_packing, default_batch, packing_problems
+from launcher.plan.packing import check_packing, default_batch, grouping_warnings, packing_problems
 from launcher.plan.schema import ConfigChange, Length, Plan, Training
 from launcher.version import __version__
 
@@ -77,6 +77,7 @@ def resolve(inputs: PlanInputs[Job], model: ModelFacts, data: DataFacts) -> Plan
         warnings=(
             *model.notes,
             *length_warnings(job, data, batch.train_batch_size, length),
+            *grouping_warnings(job, batch.train_batch_size, micro),
             *data_warnings(job, data),
             *memory_warnings(needs, micro),
             *_checkpoint_warnings(job, length),

@@ -125,11 +125,18 @@ def micro_batches(
     updates: range,
     first_sample: int,
     device: torch.device,
+    *,
+    by_length: bool = False,
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches of `updates`. The first update starts at position `first_sample` of the order."""
+    """This rank's micro-batches of `updates`. The first update starts at position `first_sample` of the order.
+
+    With `by_length`, sequences of similar length share a micro-batch; each update still has the same ones.
+    """
     for update in updates:
         start = first_sample + (update - updates.start) * share.batch
         samples = order.take(start, start + share.batch)
+        if by_length and isinstance(samples, np.ndarray):
+            samples = samples[np.argsort(-store.lengths(samples), kind="stable")]
         sequences = samples if isinstance(samples, np.ndarray) else np.concatenate(samples)
         totals = int(store.targets[sequences].sum()), int(store.lengths(sequences).sum())
         for step in range(share.accumulation):

@@ -139,8 +139,11 @@ class TrainLoop:
             plan.gradient_accumulation_steps,
         )
         updates = range(self.progress.update, plan.length.total_updates)
-        order = order_of(plan, self.train_store)
-        return micro_batches(self.train_store, order, share, updates, self.progress.samples, self.ranks.device)
+        store, first = self.train_store, self.progress.samples
+        by_length = plan.training.job.data.group_by_length
+        return micro_batches(
+            store, order_of(plan, store), share, updates, first, self.ranks.device, by_length=by_length
+        )
 
     def loss_scale(self, batch: MicroBatch) -> float:
         """The factor from a micro-batch's summed loss to its share of the update's mean over all learned tokens.

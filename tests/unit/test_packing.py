@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from launcher.chunked_loss import LossLayer
 from launcher.prepare.packing_probe import flash_imitation, using_attention
 from launcher.prepare.small_model_probe import probe_small_model
 from launcher.token_store import TokenStore, TokenWriter
-from launcher.worker.batches import IGNORED, BinOrder, Share, collate, collate_row, micro_batches
+from launcher.worker.batches import IGNORED, BinOrder, SampleOrder, Share, collate, collate_row, micro_batches
 from launcher.worker.loss import summed_loss
 from tests.unit.test_chunked_loss import model_of
 
@@ -161,3 +162,29 @@ def test_the_bins_of_an_update_do_not_depend_on_the_number_of_ranks(store: Token
     ]
     # A run that resumes after the first update makes the updates that follow.
     assert learned(2, 2, 1, first=4)[:2] == expected[1:]
+
+
+def test_grouping_by_length_changes_the_micro_batches_of_an_update_but_not_its_sequences(tmp_path: Path) -> None:
+    random = np.random.RandomState(0)
+    with TokenWriter(tmp_path / "train") as writer:
+        for number in range(48):
+            length = int(random.choice([4, 10, 60]))
+            writer.add([100 + number] * length, [1] * length)
+    store, order = TokenStore(tmp_path / "train"), SampleOrder(48, seed=3)
+
+    def updates(ranks: int, by_length: bool) -> tuple[list[list[int]], int]:
+        """(the sequences of each of three updates, the tokens with padding)."""
+        found, computed = [[], [], []], 0  # type: list[list[int]], int
+        for rank in range(ranks):
+            share = Share(rank, ranks, 2, 8 // ranks)
+            for batch in micro_batches(store, order, share, range(3), 0, CPU, by_length=by_length):
+                found[batch.update] += batch.input_ids[:, 0].tolist()
+                computed += batch.input_ids.numel()
+        return [sorted(sequences) for sequences in found], computed
+
+    padded, grouped = updates(1, False), updates(1, True)
+    assert updates(2, True) == updates(4, True) == grouped
+    assert grouped[0] == padded[0]
+    tokens = int(store.offsets[-1])
+    # Of each update, the sequences of two lengths share at most two micro-batches; lengths are rounded up to 8.
+    assert grouped[1] < 1.3 * tokens < padded[1]

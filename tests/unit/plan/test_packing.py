@@ -168,3 +168,16 @@ def test_the_plan_prints_bins_and_how_full_they_are() -> None:
     assert "1,000 bins of 1,000 tokens, 90.0% full" in text
     assert "the most bins that fit in 70,000 tokens" in text
     assert "64 bins = micro-batch" in text
+
+
+def test_grouping_by_length_is_refused_with_packing_and_reported_if_it_has_no_effect() -> None:
+    problem = refused(data={"group_by_length": True}, train={"train_batch_size": 16})
+    assert problem.key == "data.group_by_length" and "has no effect" in problem.message
+
+    def warnings(micro_batch: int) -> list[str]:
+        sizes = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": micro_batch}
+        plan = packed(data={"packing": False, "group_by_length": True}, train=sizes, ranks=1)
+        return [warning for warning in plan.warnings if "group_by_length" in warning]
+
+    assert "an update has a single micro-batch" in warnings(4)[0]
+    assert warnings(2) == []
