@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,15 @@ import torch
 
 from launcher import document_attention
 from launcher.chunked_loss import LossLayer
+from launcher.errors import FailureCode, RunFailed
+from launcher.plan.schema import Plan
 from launcher.prepare.packing_probe import flash_imitation, using_attention
 from launcher.prepare.small_model_probe import probe_small_model
 from launcher.token_store import TokenStore, TokenWriter
-from launcher.worker.batches import IGNORED, BinOrder, SampleOrder, Share, collate, collate_row, micro_batches
+from launcher.worker.batches import IGNORED, BinOrder, SampleOrder, Share, collate, collate_row, micro_batches, order_of
+from launcher.worker.evaluate import evaluate
 from launcher.worker.loss import summed_loss
+from tests.unit.inputs import data_facts, job_of, model_facts, plan_of
 from tests.unit.test_chunked_loss import model_of
 
 CPU = torch.device("cpu")
@@ -188,3 +193,33 @@ def test_grouping_by_length_changes_the_micro_batches_of_an_update_but_not_its_s
     tokens = int(store.offsets[-1])
     # Of each update, the sequences of two lengths share at most two micro-batches; lengths are rounded up to 8.
     assert grouped[1] < 1.3 * tokens < padded[1]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_an_evaluation_in_rows_has_the_loss_of_padded_sequences(ranks: int, store: TokenStore) -> None:
+    """With three ranks, the last one has no sequence in the last micro-batch."""
+    model = model_of("llama")
+    alone = SimpleNamespace(rank=0, world_size=1, device=CPU, sum=lambda values: values)
+    expected = evaluate(model, store, 2, alone)
+    totals = 0.0
+    with using_attention(model, document_attention.NAME):
+        for rank in range(ranks):
+            one = SimpleNamespace(rank=rank, world_size=ranks, device=CPU, sum=lambda values: values)
+            totals += evaluate(model, store, 2, one, packing=True).loss
+    assert totals == pytest.approx(expected.loss, rel=1e-6)
+
+
+def test_data_that_fills_another_number_of_bins_than_planned_stops_the_run(tmp_path: Path) -> None:
+    with TokenWriter(tmp_path / "train") as writer:
+        for _ in range(5):
+            writer.add([7] * 10, [1] * 10)
+    store = TokenStore(tmp_path / "train")
+    job = job_of(data={"packing": True, "max_length": 32}, train={"max_steps": 1, "train_batch_size": 8})
+
+    def plan(bins: int) -> Plan:
+        return plan_of(job, model=model_facts(packed_attention=PLAIN), data=data_facts(5, bins=bins))
+
+    assert len(order_of(plan(2), store)) == 2
+    with pytest.raises(RunFailed, match="the training data fills 2 bins, but 3 are planned") as caught:
+        order_of(plan(3), store)
+    assert caught.value.code == FailureCode.DATA_DIFFERS
