@@ -68,7 +68,7 @@ def attend(
 
     if document_lengths is None or attention_mask is not None:
         raise ValueError(f"{type(module).__name__} does not pass on where the packed sequences of a row begin and end")
-    documents = (part.split(list(document_lengths), dim=2) for part in (query, key, value))
+    documents = (torch.split(part, list(document_lengths), dim=2) for part in (query, key, value))
     options = {name: given for name, given in options.items() if name in _USED}
     found = []
     for queries, keys, values in zip(*documents, strict=True):

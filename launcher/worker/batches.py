@@ -144,8 +144,8 @@ def micro_batches(
             if isinstance(mine, np.ndarray):
                 yield MicroBatch(update, last, *collate(store, mine, device), *totals)
             else:
-                *tensors, packed = collate_row(store, np.concatenate(mine), device)
-                yield MicroBatch(update, last, *tensors, *totals, packed)
+                ids, mask, labels, packed = collate_row(store, np.concatenate(mine), device)
+                yield MicroBatch(update, last, ids, mask, labels, *totals, packed)
 
 
 def collate(
