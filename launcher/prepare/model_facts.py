@@ -148,7 +148,12 @@ def _checked(folder: Path, section: ModelSection, config: Any, model: Any, param
     check_weights(loading, {name for name, _ in model.named_parameters(remove_duplicate=False)}, str(folder))
     coefficient = router_loss_coefficient(config, probe)
     notes = (*unused_weights(loading), *kind_notes(config, probe, coefficient))
-    return {"router_loss_coefficient": coefficient, "chunked_loss": probe.chunked_loss, "notes": notes}
+    return {
+        "router_loss_coefficient": coefficient,
+        "chunked_loss": probe.chunked_loss,
+        "packed_attention": probe.packed_attention,
+        "notes": notes,
+    }
 
 
 def check_liger(model_type: str) -> None:

@@ -20,7 +20,7 @@ from launcher.records import Phase, PhaseReport, StoppedReport, UpdateReport
 from launcher.run_dir import RunDir
 from launcher.token_store import TokenStore
 from launcher.worker import scheduler
-from launcher.worker.batches import MicroBatch, SampleOrder, Share, micro_batches
+from launcher.worker.batches import MicroBatch, Share, micro_batches, order_of
 from launcher.worker.checkpoint import Checkpoints, Progress
 from launcher.worker.compute_time import ComputeTime
 from launcher.worker.control import Control
@@ -109,6 +109,7 @@ class TrainLoop:
                     part=self.part,
                     router_coefficient=coefficient,
                     layer=self.loss_layer,
+                    packed=batch.packed,
                 )
             self.engine.backward(loss * self.loss_scale(batch))
             summed += torch.stack((loss.detach(), router_loss.detach().to(loss.device)))
@@ -137,9 +138,12 @@ class TrainLoop:
             plan.train_micro_batch_size_per_gpu,
             plan.gradient_accumulation_steps,
         )
-        order = SampleOrder(len(self.train_store), plan.job.train.seed)
         updates = range(self.progress.update, plan.length.total_updates)
-        return micro_batches(self.train_store, order, share, updates, self.progress.samples, self.ranks.device)
+        store, first = self.train_store, self.progress.samples
+        by_length = plan.training.job.data.group_by_length
+        return micro_batches(
+            store, order_of(plan, store), share, updates, first, self.ranks.device, by_length=by_length
+        )
 
     def loss_scale(self, batch: MicroBatch) -> float:
         """The factor from a micro-batch's summed loss to its share of the update's mean over all learned tokens.
@@ -200,7 +204,15 @@ class TrainLoop:
         """Evaluates, if the job has evaluation data."""
         if self.eval_store is not None:
             micro_batch = self.plan.train_micro_batch_size_per_gpu
-            found = evaluate(self.engine, self.eval_store, micro_batch, self.ranks, self.part, self.loss_layer)
+            found = evaluate(
+                self.engine,
+                self.eval_store,
+                micro_batch,
+                self.ranks,
+                self.part,
+                self.loss_layer,
+                packing=self.plan.training.job.data.packing,
+            )
             self.metrics.write_evaluation(self.progress.update, found.loss, found.perplexity, found.targets)
             self.checkpoints.evaluated(self.progress.update, found.loss)
 
