@@ -21,6 +21,7 @@ class ModelFacts(Facts):
     `chunked_loss`: the loss can be computed for a chunk of tokens at a time, from the output layer alone.
     `packed_attention`: the attention implementations with which packed sequences are computed as single ones.
     `attention_heads` is 0 for a model without attention. `vocab_size` is the number of rows of the input embeddings.
+    `flops_per_token` and `flops_per_pair`: see `launcher.prepare.model_flops`; both 0 if they are unknown.
     `router_loss_coefficient`: how many times the balance loss of its experts' routers is added to the loss; None
     without one. `notes` are sentences for the plan's warnings.
     """
@@ -40,6 +41,8 @@ class ModelFacts(Facts):
     vocab_size: int
     max_positions: int | None
     tied_embeddings: bool
+    flops_per_token: float = 0.0
+    flops_per_pair: float = 0.0
     stored_dtype: str
     supports_gradient_checkpointing: bool
     has_chat_template: bool

@@ -30,7 +30,7 @@ class MicroBatch:
     input_ids, attention_mask, labels: [sequences, length]; labels are IGNORED where nothing is learned. Packed
     sequences are in one row, [1, length]; `packed` are their lengths, in order.
     `update_targets` counts the learned tokens and `update_tokens` the tokens without padding of the whole update, over
-    all ranks and micro-batches.
+    all ranks and micro-batches; `update_pairs` is the sum of its sequences' squared lengths.
     """
 
     update: int
@@ -40,6 +40,7 @@ class MicroBatch:
     labels: torch.Tensor
     update_targets: int
     update_tokens: int
+    update_pairs: int = 0
     packed: tuple[int, ...] = ()
 
 
@@ -138,7 +139,8 @@ def micro_batches(
         if by_length and isinstance(samples, np.ndarray):
             samples = samples[np.argsort(-store.lengths(samples), kind="stable")]
         sequences = samples if isinstance(samples, np.ndarray) else np.concatenate(samples)
-        totals = int(store.targets[sequences].sum()), int(store.lengths(sequences).sum())
+        lengths = store.lengths(sequences)
+        totals = int(store.targets[sequences].sum()), int(lengths.sum()), int((lengths**2).sum())
         for step in range(share.accumulation):
             last, mine = step == share.accumulation - 1, samples[share.samples(step)]
             if isinstance(mine, np.ndarray):

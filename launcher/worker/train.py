@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from launcher.chunked_loss import LossLayer
 from launcher.files import use_output_mode
+from launcher.plan.flops import peak_tflops, update_flops
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.plan_file import read_plan
@@ -60,6 +61,10 @@ def run_rank(run_path: Path, plan_file: Path, start: Start | None, control: Cont
         training.finish()
 
 
+def _peak_tflops(plan: Plan, device: torch.device) -> float | None:
+    return peak_tflops(torch.cuda.get_device_name(device), plan.precision) if device.type == "cuda" else None
+
+
 class TrainLoop:
     """One rank's training: the loop, its state, evaluations and checkpoints."""
 
@@ -69,7 +74,7 @@ class TrainLoop:
         self.run, self.plan, self.ranks, self.engine, self.control = run, plan, ranks, engine, control
         self.part = part_of(plan.world, ranks)
         self.loss_layer = LossLayer(engine.module) if plan.training.chunked_loss else None
-        self.metrics = MetricsWriter(run, ranks)
+        self.metrics = MetricsWriter(run, ranks, _peak_tflops(plan, ranks.device))
         self.compute_time = ComputeTime(ranks.device)
         self.checkpoints = Checkpoints(run, plan, ranks, control.record_event)
         self.lr_check = LRCheck(ranks, plan, hosts)
@@ -181,6 +186,7 @@ class TrainLoop:
             grad_norm=norm,
             skipped=skipped,
             router_loss=None if self.plan.training.model.router_loss_coefficient is None else self.router_loss,
+            flops=update_flops(self.plan.training.model, batch.update_tokens, batch.update_pairs),
         )
         self.control.report(
             UpdateReport(
