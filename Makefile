@@ -61,6 +61,7 @@ bench: install ## run the benchmarks, each against its alternative
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/goodput.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/checkpoint_stall.py
 	$(BIN)/python benchmarks/log_following.py
 	$(BIN)/python benchmarks/scale.py

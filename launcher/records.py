@@ -442,7 +442,14 @@ class RouterLoss(TypedDict, total=False):
     router_loss: Number
 
 
-class MetricsLine(RouterLoss):
+class Utilisation(TypedDict, total=False):
+    """`tflops`: TFLOP/s of one rank, if the model's are known; `mfu`: as a fraction of what its GPU can do at most."""
+
+    tflops: float
+    mfu: float
+
+
+class MetricsLine(RouterLoss, Utilisation):
     """An update of the launcher's own training loop. `tokens` are the update's, without padding."""
 
     update: int

@@ -28,6 +28,7 @@ data:
   eval: 0.02                 # files, or a fraction of the training rows
   format: auto               # messages | prompt-completion | instruction | text
   max_length: 2048           # tokens; longer rows are truncated and counted
+  # packing: true            # fill rows of max_length with several sequences instead of padding them
 
 train:
   num_train_epochs: 3        # or max_steps

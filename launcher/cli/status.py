@@ -28,8 +28,8 @@ def status(
 
     --json prints an object; without RUN a list of objects, without `nodes` and `compared`. Unknown values are null. The
     keys are: name, path, state, written_state, state_seconds, reason, code, began, host, pid, slurm_job_id, ray_job_id,
-    continued_by, updates, total_updates, left_seconds, loss, lr, tokens_per_second, step_seconds, silent_seconds,
-    compared, spare_nodes, excluded_nodes, nodes.
+    continued_by, updates, total_updates, left_seconds, loss, lr, tokens_per_second, step_seconds, tflops, mfu,
+    silent_seconds, compared, spare_nodes, excluded_nodes, nodes.
 
     The keys of each node are: node_rank, host, ranks, ranks_alive, exit_codes, phase, updates, step_seconds,
     own_seconds, rank_own_seconds, ratio, straggler, slow_ranks, cpus, cpu_percent, memory_used_bytes, memory_bytes,

@@ -11,7 +11,7 @@ from launcher.plan.facts import SplitFacts
 from launcher.plan.schema import Plan
 from launcher.prepare import prepare
 
-_SAME = ("rows", "sequences", "tokens", "targets")
+_SAME = ("rows", "sequences", "tokens", "targets", "bins")
 
 
 def tokenise_on_node(plan: Plan, working_directory: str) -> str | None:

@@ -195,6 +195,16 @@ class DataSection(Section):
     max_length: PositiveInt = Field(
         2048, description="Maximum sequence length in tokens; longer rows are cut and counted."
     )
+    packing: bool = Field(
+        False,
+        description="Fill rows of max_length tokens (bins) with several sequences that do not see each other: the same "
+        "loss without padding (docs/packing.md). Batches, epochs and samples then count bins.",
+    )
+    group_by_length: bool = Field(
+        False,
+        description="Divide the sequences of each update among micro-batches by length, which then need less padding. "
+        "Each update has the same sequences, and the same loss.",
+    )
     chat_template: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="File with a Jinja chat template, or the template itself. Default: the tokenizer's."
     )
@@ -237,6 +247,11 @@ class TrainSection(Section):
     )
     train_batch_size: PositiveInt | Auto = Field(
         "auto", description="Sequences per update: micro-batch x accumulation x world size."
+    )
+    tokens_per_batch: PositiveInt | None = Field(
+        None,
+        description="With data.packing, instead of train_batch_size: the batch is the most bins of max_length tokens "
+        "that fit in this many tokens and that the ranks can share evenly.",
     )
     train_micro_batch_size_per_gpu: PositiveInt | Auto = Field(
         "auto", description="Sequences per rank in one forward pass. auto: the most that fit, up to 16."

@@ -22,19 +22,25 @@ class BatchSizes:
 
 
 def resolve_batch(
-    given: Mapping[str, int], world_size: int, fits: Callable[[int], bool], sequences: int | None = None
+    given: Mapping[str, int],
+    world_size: int,
+    fits: Callable[[int], bool],
+    sequences: int | None = None,
+    target: int = TARGET_BATCH,
 ) -> BatchSizes:
-    """The three sizes, from those that are `given`. A batch that is not given is at most `sequences`, if possible.
+    """The three sizes, from those that are `given`. A batch that is not given is near `target`.
+
+    It is at most `sequences`, if possible.
 
     `fits(micro)` returns whether a micro-batch fits in memory. A micro-batch that is not given is the largest that fits
-    and divides the batch (at most 16, and within TARGET_BATCH if the batch is not given either), or 1 if none fits.
+    and divides the batch (at most 16, and within `target` if the batch is not given either), or 1 if none fits.
     Raises RequestError if the sizes do not multiply out.
     """
     batch, micro, accumulation = (given.get(key) for key in KEYS)
     if batch is None:
-        most = TARGET_BATCH if sequences is None else min(TARGET_BATCH, sequences)
+        most = target if sequences is None else min(target, sequences)
         micro = micro or _within(most, world_size * (accumulation or 1), fits)
-        accumulation = accumulation or _default_accumulation(micro * world_size, sequences)
+        accumulation = accumulation or _default_accumulation(micro * world_size, sequences, target)
         return BatchSizes(micro * accumulation * world_size, micro, accumulation)
     if micro is not None and accumulation is not None:
         return _all_three(batch, micro, accumulation, world_size)
@@ -88,9 +94,9 @@ def _within(most: int, sequences_per_micro: int, fits: Callable[[int], bool]) ->
     return next(sizes, 1)
 
 
-def _default_accumulation(unit: int, sequences: int | None) -> int:
-    """Micro-batches of `unit` sequences per update, for a batch near TARGET_BATCH and within `sequences`."""
-    near = round(TARGET_BATCH / unit)
+def _default_accumulation(unit: int, sequences: int | None, target: int) -> int:
+    """Micro-batches of `unit` sequences per update, for a batch near `target` and within `sequences`."""
+    near = round(target / unit)
     return max(1, near if sequences is None else min(near, sequences // unit))
 
 

@@ -19,7 +19,9 @@ class ModelFacts(Facts):
     `adapted_modules` are the last names of the modules that adapters stand on; empty without model.lora.
     `whole_attention`: every layer attends to all that came before, through transformers' exchangeable attention.
     `chunked_loss`: the loss can be computed for a chunk of tokens at a time, from the output layer alone.
+    `packed_attention`: the attention implementations with which packed sequences are computed as single ones.
     `attention_heads` is 0 for a model without attention. `vocab_size` is the number of rows of the input embeddings.
+    `flops_per_token` and `flops_per_pair`: see `launcher.prepare.model_flops`; both 0 if they are unknown.
     `router_loss_coefficient`: how many times the balance loss of its experts' routers is added to the loss; None
     without one. `notes` are sentences for the plan's warnings.
     """
@@ -39,11 +41,14 @@ class ModelFacts(Facts):
     vocab_size: int
     max_positions: int | None
     tied_embeddings: bool
+    flops_per_token: float = 0.0
+    flops_per_pair: float = 0.0
     stored_dtype: str
     supports_gradient_checkpointing: bool
     has_chat_template: bool
     router_loss_coefficient: float | None = None
     chunked_loss: bool = False
+    packed_attention: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -51,7 +56,9 @@ class SplitFacts(Facts):
     """One tokenised split.
 
     `dropped_because` counts the `dropped` rows by the reason, which completes "N rows …". `largest_token` is the
-    largest token id, -1 in facts measured before it was kept. `notes` are sentences for the plan's warnings.
+    largest token id, -1 in facts measured before it was kept. `bins` is the number of bins of data.max_length tokens
+    that the sequences fill if they are packed; 0 for evaluation rows, which are not packed, and in older facts.
+    `notes` are sentences for the plan's warnings.
     """
 
     folder: str
@@ -65,6 +72,7 @@ class SplitFacts(Facts):
     partly_learned: int
     dropped_because: dict[str, int] = {}
     largest_token: int = -1
+    bins: int = 0
     notes: tuple[str, ...] = ()
 
 

@@ -41,11 +41,25 @@ class PlanInputs(Generic[J]):
         return replace(self, ds_config=ds_config, precision=precision)
 
     @property
+    def given_batch_without_tokens(self) -> dict[str, int]:
+        """The batch sizes that the JSON or the job sets, without the one that follows from tokens_per_batch."""
+        in_job = {key: getattr(self.job.train, key) for key in KEYS if getattr(self.job.train, key) != "auto"}
+        return {**batch_keys(self.ds_config), **in_job}
+
+    @property
+    def bins_per_step(self) -> int:
+        """Bins that all ranks together process in one forward pass, or in one update if the accumulation is set."""
+        given = self.given_batch_without_tokens
+        return self.world.data_parallel_size * given.get(KEYS[1], 1) * given.get(KEYS[2], 1)
+
+    @property
     def given_batch(self) -> dict[str, int]:
         """The batch sizes that the JSON or the job sets, by DeepSpeed's names. The job has precedence."""
-        in_job = {key: getattr(self.job.train, key) for key in KEYS if getattr(self.job.train, key) != "auto"}
-        given = {**batch_keys(self.ds_config), **in_job}
+        given = self.given_batch_without_tokens
         batch, micro, accumulation = KEYS
+        tokens = self.job.train.tokens_per_batch
+        if tokens is not None and isinstance(self.job, Job) and self.job.data.packing:
+            given[batch] = tokens // self.job.data.max_length // self.bins_per_step * self.bins_per_step
         kept = self.kept_micro_batch
         if kept is not None and given.keys() & {micro, accumulation} == set() and batch in given:
             divides = given[batch] % (kept * self.world.data_parallel_size) == 0

@@ -9,14 +9,16 @@ from launcher.errors import Problem, RequestError
 from launcher.job import Job
 from launcher.job.schema import MOST_UPDATES
 from launcher.plan.facts import DataFacts, ModelFacts
+from launcher.plan.packing import packing_warnings, sample_name, samples_per_epoch
 from launcher.plan.schema import Length
 
 _BATCH_OF_THE_JOB = Problem("", key="train.train_batch_size")
 
 
 def default_batch_limit(job: Job, data: DataFacts) -> int:
-    """The maximum of a batch that is not given: the sequences of the data, or of the run if they are fewer."""
-    return data.train.sequences if job.train.max_steps else min(data.train.sequences, _requested(job, data))
+    """The maximum of a batch that is not given: the samples of the data, or of the run if they are fewer."""
+    samples = samples_per_epoch(job, data)
+    return samples if job.train.max_steps else min(samples, _requested(job, data))
 
 
 def resolve_length(
@@ -25,9 +27,9 @@ def resolve_length(
     """The length of the run. Epochs are concatenated; only the last update of the run may have to be filled up.
 
     `given` is the location of the key that decided the batch, which is that key's value times `factor`; None if the
-    launcher chose the batch. Raises RequestError if the run has fewer sequences than a batch that was given.
+    launcher chose the batch. Raises RequestError if the run has fewer samples than a batch that was given.
     """
-    sequences = data.train.sequences
+    samples = samples_per_epoch(job, data)
     if job.train.max_steps is not None:
         updates, refilled = job.train.max_steps, 0
     else:
@@ -39,9 +41,9 @@ def resolve_length(
         refilled = updates * batch - requested
     return Length(
         total_updates=updates,
-        updates_per_epoch=sequences / batch,
+        updates_per_epoch=samples / batch,
         samples=updates * batch,
-        tokens_per_update=data.train.tokens / sequences * batch,
+        tokens_per_update=data.train.tokens / samples * batch,
         refilled_samples=refilled,
     )
 
@@ -55,14 +57,18 @@ def check_updates(updates: int, key: str) -> None:
 
 def _requested(job: Job, data: DataFacts) -> int:
     """Samples of the requested epochs, or total_samples."""
-    return job.train.total_samples or max(1, round(data.train.sequences * (job.train.num_train_epochs or 1.0)))
+    return job.train.total_samples or max(1, round(samples_per_epoch(job, data) * (job.train.num_train_epochs or 1.0)))
 
 
 def _too_few(job: Job, requested: int, batch: int, given: Problem, factor: int) -> Problem:
     more = "samples" if job.train.total_samples else "epochs"
     most = requested // factor
-    hint = f"use at most {most}, or more {more}" if most else f"remove it, or use more {more} or fewer ranks"
-    return replace(given, message=f"the run has {requested} sequences, fewer than one batch of {batch}", hint=hint)
+    if given.key == "train.tokens_per_batch":
+        hint = f"use at most {requested * job.data.max_length}, or more {more}"
+    else:
+        hint = f"use at most {most}, or more {more}" if most else f"remove it, or use more {more} or fewer ranks"
+    found = f"the run has {requested} {sample_name(job)}, fewer than one batch of {batch}"
+    return replace(given, message=found, hint=hint)
 
 
 def length_warnings(job: Job, data: DataFacts, batch: int, length: Length) -> list[str]:
@@ -77,10 +83,9 @@ def length_warnings(job: Job, data: DataFacts, batch: int, length: Length) -> li
                 else " of another epoch, so that no sample is dropped"
             )
         )
-    if batch > data.train.sequences:
-        warnings.append(
-            f"a batch of {batch} contains some of the {data.train.sequences} training sequences twice or more"
-        )
+    if batch > (samples := samples_per_epoch(job, data)):
+        warnings.append(f"a batch of {batch} contains some of the {samples} training {sample_name(job)} twice or more")
+    warnings += packing_warnings(job, data)
     if data.train.cut:
         warnings.append(f"{data.train.cut} of {data.train.rows} rows are cut at {job.data.max_length} tokens")
     if data.train.dropped:

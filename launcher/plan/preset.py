@@ -11,7 +11,7 @@ from launcher.job import Job
 from launcher.plan.facts import DataFacts, ModelFacts
 from launcher.plan.fit import GIB, MemoryLimits, MemoryNeeds, memory_limits
 from launcher.plan.inputs import PlanInputs
-from launcher.plan.resolve import longest_sequence, training_batch
+from launcher.plan.resolve import longest_row, training_batch
 from launcher.plan.schema import Candidate, Recommendation, World
 
 PRESETS_IN_ORDER = ("zero1", "zero2", "zero3", "zero3_cpu_offload")
@@ -41,7 +41,9 @@ def recommend(
     """
     world, limits = inputs.world, memory_limits(inputs.world, inputs.machine)
     evaluated = [
-        _evaluate(name, MemoryNeeds(inputs.with_ds_config(presets[name]), model, longest_sequence(data)), data, limits)
+        _evaluate(
+            name, MemoryNeeds(inputs.with_ds_config(presets[name]), model, longest_row(inputs.job, data)), data, limits
+        )
         for name in _candidates(world)
     ]
     candidates = tuple(one.candidate for one in evaluated)

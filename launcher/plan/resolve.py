@@ -20,6 +20,7 @@ from launcher.plan.model_options import (
     model_option_warnings,
     sequence_parallel_problems,
 )
+from launcher.plan.packing import check_packing, default_batch, grouping_warnings, packing_problems
 from launcher.plan.schema import ConfigChange, Length, Plan, Training
 from launcher.version import __version__
 
@@ -28,10 +29,11 @@ def resolve(inputs: PlanInputs[Job], model: ModelFacts, data: DataFacts) -> Plan
     """The plan of a training. Raises RequestError if job, JSON and measurements contradict each other."""
     job, user = inputs.job, inputs.ds_config
     check_model_options(inputs)
+    check_packing(inputs)
     check_chunked_loss(inputs, model)
     check_model(job, model)
     check_token_ids(data, model)
-    needs = MemoryNeeds(inputs, model, longest_sequence(data))
+    needs = MemoryNeeds(inputs, model, longest_row(job, data))
     batch = training_batch(needs, data)
     length = resolve_length(job, data, batch.train_batch_size, *_deciding_key(inputs, batch))
     _check_evaluation(job, length.total_updates)
@@ -75,6 +77,7 @@ def resolve(inputs: PlanInputs[Job], model: ModelFacts, data: DataFacts) -> Plan
         warnings=(
             *model.notes,
             *length_warnings(job, data, batch.train_batch_size, length),
+            *grouping_warnings(job, batch.train_batch_size, micro),
             *data_warnings(job, data),
             *memory_warnings(needs, micro),
             *_checkpoint_warnings(job, length),
@@ -95,6 +98,7 @@ def changes_of(composed: Composed) -> tuple[ConfigChange, ...]:
 def check_inputs(inputs: PlanInputs[Job]) -> None:
     """Raises RequestError for contradictions that can be found without measuring model and data."""
     check_model_options(inputs)
+    check_packing(inputs)
     zero_stage(inputs.ds_config)
     batch = resolve_batch(inputs.given_batch, inputs.world.data_parallel_size, lambda _: True)
     check_conflicts(inputs, batch)
@@ -121,6 +125,7 @@ def check_model(job: Job, model: ModelFacts) -> None:
             )
         )
     problems += sequence_parallel_problems(job, model)
+    problems += packing_problems(job, model)
     if job.data.format == "messages" and not model.has_chat_template and job.data.chat_template is None:
         problems.append(
             Problem(
@@ -142,6 +147,7 @@ def training_batch(needs: MemoryNeeds, data: DataFacts) -> BatchSizes:
         inputs.world.data_parallel_size,
         lambda micro: limits.allow(needs, micro),
         default_batch_limit(inputs.job, data),
+        default_batch(inputs.job, data),
     )
 
 
@@ -154,14 +160,17 @@ def _deciding_key(inputs: PlanInputs[Job], batch: BatchSizes) -> tuple[Problem |
     name = next((key for key in KEYS if key in given), None)
     if name is None or batch.train_batch_size == inputs.world.data_parallel_size:
         return None, 1
+    if job.train.tokens_per_batch is not None:
+        return Problem("", key="train.tokens_per_batch"), 1
     in_job = getattr(job.train, name) != "auto"
     location = Problem("", key=f"train.{name}") if in_job else inputs.ds_config.problem(name, "")
     return location, batch.train_batch_size // given[name]
 
 
-def longest_sequence(data: DataFacts) -> int:
-    """Tokens of the longest training or evaluation sequence."""
-    return max(data.train.longest, data.eval.longest if data.eval else 0)
+def longest_row(job: Job, data: DataFacts) -> int:
+    """Tokens of the longest training or evaluation sequence, or of a bin."""
+    training = job.data.max_length if job.data.packing else data.train.longest
+    return max(training, data.eval.longest if data.eval else 0)
 
 
 def _check_evaluation(job: Job, total_updates: int | None) -> None:

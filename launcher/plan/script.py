@@ -27,6 +27,7 @@ from launcher.plan.facts import ModelFacts
 from launcher.plan.inputs import PlanInputs
 from launcher.plan.learning_rate import LearningRateDecision, decide_schedule
 from launcher.plan.length import check_updates
+from launcher.plan.packing import check_packing
 from launcher.plan.resolve import changes_of
 from launcher.plan.schema import ChoiceReason, LearningRate, Length, Plan, Script
 from launcher.plan.situation import situation_of
@@ -76,6 +77,7 @@ def resolve_script(inputs: PlanInputs[ScriptJob], model: ModelFacts | None, fold
 
 def check_script_inputs(inputs: PlanInputs[ScriptJob]) -> None:
     """Raises RequestError for errors that do not depend on the model."""
+    check_packing(inputs)
     inputs, shape = _with_auto_scheduler(inputs)
     zero_stage(inputs.ds_config)
     length = _length(inputs.job, _batch(inputs).train_batch_size)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from launcher.errors import Problem, RequestError, first_line
 from launcher.job.schema import ModelSection
 from launcher.plan.facts import ModelFacts
+from launcher.prepare.model_flops import forward_flops
 from launcher.prepare.model_kind import (
     check_causal,
     check_config,
@@ -103,6 +104,8 @@ def measure_model(folder: Path, section: ModelSection, *, trained_here: bool = T
         check_liger(str(config.model_type))
     facts = _checked_call(folder, lambda: model_sizes(folder, config, model))
     if trained_here:
+        per_token, per_pair = forward_flops(model)
+        facts = facts.model_copy(update={"flops_per_token": per_token, "flops_per_pair": per_pair})
         facts = facts.model_copy(update=_checked(folder, section, config, model, facts.parameters))
     if section.lora is None and not section.freeze:
         return facts
@@ -148,7 +151,12 @@ def _checked(folder: Path, section: ModelSection, config: Any, model: Any, param
     check_weights(loading, {name for name, _ in model.named_parameters(remove_duplicate=False)}, str(folder))
     coefficient = router_loss_coefficient(config, probe)
     notes = (*unused_weights(loading), *kind_notes(config, probe, coefficient))
-    return {"router_loss_coefficient": coefficient, "chunked_loss": probe.chunked_loss, "notes": notes}
+    return {
+        "router_loss_coefficient": coefficient,
+        "chunked_loss": probe.chunked_loss,
+        "packed_attention": probe.packed_attention,
+        "notes": notes,
+    }
 
 
 def check_liger(model_type: str) -> None:

@@ -17,7 +17,7 @@ def model_sizes(folder: Path, config: Any, model: Any) -> ModelFacts:
     inputs, outputs = _embedding(model, "input"), _embedding(model, "output")
     embedding = {id(weight): weight.numel() for weight in (inputs, outputs) if weight is not None}
     hidden = _size(text, "hidden_size", "n_embd", "d_model") or (0 if inputs is None else int(inputs.shape[1]))
-    heads = _size(text, "num_attention_heads", "n_head", "num_heads") or 0
+    heads = attention_heads(text)
     parameters = sum(p.numel() for p in model.parameters())
     return ModelFacts(
         folder=str(folder),
@@ -38,6 +38,11 @@ def model_sizes(folder: Path, config: Any, model: Any) -> ModelFacts:
         supports_gradient_checkpointing=bool(model.supports_gradient_checkpointing),
         has_chat_template=_has_chat_template(folder),
     )
+
+
+def attention_heads(text: Any) -> int:
+    """The number of attention heads; 0 for a model without attention."""
+    return _size(text, "num_attention_heads", "n_head", "num_heads") or 0
 
 
 def whole_attention(text: Any, model: Any) -> bool:

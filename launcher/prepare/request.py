@@ -15,8 +15,8 @@ from launcher.prepare import sources
 from launcher.run_dir import write_atomic
 
 Progress = Callable[..., None]
-_MODEL_VERSION = 4
-_DATA_VERSION = 5
+_MODEL_VERSION = 6
+_DATA_VERSION = 6
 
 
 class ModelRequest(BaseModel):

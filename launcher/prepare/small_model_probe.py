@@ -32,6 +32,7 @@ class ModelProbeResult:
     next token (a few old classes expect shifted labels). `router_loss` is the balance loss of the routers before its
     coefficient; None if the config does not enable it or the class has none. `has_router_loss`: the class has one.
     `chunked_loss`: the loss from the output layer alone (`launcher.chunked_loss`) equals that of the logits.
+    `packed_attention`: see `launcher.prepare.packing_probe`.
     """
 
     causal: bool | None = None
@@ -41,6 +42,7 @@ class ModelProbeResult:
     router_loss: float | None = None
     has_router_loss: bool = False
     chunked_loss: bool = False
+    packed_attention: tuple[str, ...] = ()
     failure: str | None = None
 
 
@@ -94,6 +96,8 @@ def _probe(model: Any) -> ModelProbeResult | None:
     """The result; None if the logits are NaN or Inf, or do not depend on the input."""
     import torch
 
+    from launcher.prepare.packing_probe import packed_attention
+
     with torch.no_grad():
         ids = _tokens(model.config)
         output = _labelled(model, ids)
@@ -101,7 +105,10 @@ def _probe(model: Any) -> ModelProbeResult | None:
         if logits.shape[0] != ids.shape[1] or not bool(torch.isfinite(logits).all()):
             return None
         causal = _causal(model, ids, logits)
-        return None if causal is None else ModelProbeResult(causal=causal, **_losses(model, ids, output))
+        if causal is None:
+            return None
+        packed = packed_attention(model, ids)
+        return ModelProbeResult(causal=causal, packed_attention=packed, **_losses(model, ids, output))
 
 
 def _causal(model: Any, ids: Any, logits: Any) -> bool | None:

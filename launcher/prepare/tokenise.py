@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
+from launcher.bins import Bins
 from launcher.errors import Problem, RequestError
 from launcher.plan.facts import DataFacts, SplitFacts
 from launcher.prepare.chat_template import ChatTemplate, read_template
@@ -17,7 +20,7 @@ from launcher.prepare.read_rows import Rows, load_rows
 from launcher.prepare.row_formats import Reader
 from launcher.prepare.sources import DataSource
 from launcher.prepare.write_split import SplitWriter
-from launcher.token_store import publish_folder
+from launcher.token_store import TokenStore, publish_folder
 
 Progress = Callable[..., None]
 
@@ -63,6 +66,8 @@ def tokenise(
 
     try:
         found = write(loaded.train, request.train, "train")
+        bins = Bins(np.diff(TokenStore(temporary / "train").offsets), request.max_length)
+        found = found.model_copy(update={"bins": len(bins)})
         source = request.eval if isinstance(request.eval, DataSource) else request.train
         evaluated = write(loaded.eval, source, "eval") if loaded.eval is not None else None
         supplied = template.sources["default"] if template is not None and request.chat_template else None

@@ -227,6 +227,8 @@ def _update_parts(metrics: dict[str, Any]) -> Iterator[str]:
         yield f"lr {number_text(metrics['lr'], '.2e')}"
     if "tokens_per_second" in metrics:
         yield f"{number_text(metrics['tokens_per_second'], ',.0f')} tokens/s"
+    if "mfu" in metrics:
+        yield f"MFU {number_text(metrics['mfu'], '.0%')}"
 
 
 def print_full_width(console: Console, table: RenderableType) -> None:

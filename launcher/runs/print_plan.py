@@ -14,6 +14,7 @@ from rich.text import Text
 from launcher.lr_report.curves import lr_lines
 from launcher.plan.facts import ModelFacts
 from launcher.plan.fit import GIB
+from launcher.plan.packing import fullness
 from launcher.plan.schema import Plan, Recommendation, Script, Training, World
 
 _PARTS = (
@@ -58,6 +59,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
             f"{train.sequences:,} sequences, {train.tokens:,} tokens, {train.targets:,} learned ({data.format})"
             + (f"; {held_out.sequences:,} for evaluation" if held_out else "; none for evaluation"),
         ),
+        *_packed(training),
         ("batch", _batch_words(plan)),
         (
             "updates",
@@ -65,6 +67,16 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
             f"about {length.tokens_per_update:,.0f} tokens per update",
         ),
     ]
+
+
+def _packed(training: Training) -> Iterator[tuple[str, str]]:
+    job, data = training.job, training.data
+    if not job.data.packing:
+        return
+    words = f"{data.train.bins:,} bins of {job.data.max_length:,} tokens, {fullness(job, data):.1%} full"
+    if tokens := job.train.tokens_per_batch:
+        words += f"; the batch is the most bins that fit in {tokens:,} tokens and that the ranks share evenly"
+    yield "packed", words
 
 
 def _script_facts(plan: Plan, script: Script) -> list[tuple[str, str]]:
@@ -95,8 +107,10 @@ def _spare_nodes(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _batch_words(plan: Plan) -> str:
+    data = plan.job.data
+    unit = " bins" if data is not None and data.packing else ""
     return (
-        f"{plan.train_batch_size} = micro-batch {plan.train_micro_batch_size_per_gpu} x accumulation "
+        f"{plan.train_batch_size}{unit} = micro-batch {plan.train_micro_batch_size_per_gpu} x accumulation "
         f"{plan.gradient_accumulation_steps} x " + _group_words(plan.world)
     )
 

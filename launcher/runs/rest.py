@@ -167,8 +167,12 @@ def _job_with(old: Plan, overrides: Sequence[str]) -> tuple[LoadedJob, list[str]
             )
     train = data.setdefault("train", {})
     batch, micro, accumulation = KEYS
-    if f"train.{batch}" not in keys:
+    if "train.tokens_per_batch" in keys:
+        train.pop(batch, None)
+    elif f"train.{batch}" not in keys:
         train[batch] = old.train_batch_size
+    if "train.tokens_per_batch" not in keys:
+        train.pop("tokens_per_batch", None)
     for name in (micro, accumulation):
         if f"train.{name}" not in keys:
             train.pop(name, None)

@@ -6,6 +6,8 @@ from launcher.plan.schema import Plan, Script
 from launcher.run_dir import RunDir
 from launcher.runs.console import RunConsole, number_text
 from launcher.runs.outcome import Outcome
+from launcher.watch.goodput import goodput
+from launcher.watch.number_format import duration
 
 
 def print_summary(plan: Plan, directory: RunDir, console: RunConsole, outcome: Outcome) -> None:
@@ -21,6 +23,9 @@ def print_summary(plan: Plan, directory: RunDir, console: RunConsole, outcome: O
     if len(evaluations) > 1:
         first, last = (number_text(evaluations[place].get("loss")) for place in (0, -1))
         console.note(f"  evaluation loss  {first} before, {last} after")
+    if (found := goodput(directory)) is not None:
+        time = f"{duration(found.seconds)}, of which updates took {found.share:.0%}"
+        console.note(f"  time             {time}")
     note_damaged_lines(directory, console)
     console.note(f"  run directory    {directory.path}")
     if outcome.state == "stopped":

@@ -41,11 +41,11 @@ class RunStatus:
     `state` is the state in state.json, "unknown" without one, or "lost": according to state.json (`written_state`) the
     run is alive, but no launcher holds its lock (on another host: and nothing was written for a minute); in a list of
     runs "unreadable" without read permission. `code` is the failure code of a run that failed or stopped itself.
-    `updates` of `total_updates` are completed; `loss` and `lr` are from the last one, `tokens_per_second` and
-    `step_seconds` are medians of the last 20. `silent_seconds` is the time since anything was last written. `compared`
-    names the time by which nodes are compared, "own_seconds" or "step_seconds". `excluded_nodes` are hosts that the
-    run does not use any more, each with the reason. `continued_by` is the Slurm job that was submitted to continue the
-    run after the time limit of the job `slurm_job_id`.
+    `updates` of `total_updates` are completed; `loss` and `lr` are from the last one, `tokens_per_second`,
+    `step_seconds`, `tflops` (of a rank) and `mfu` are medians of the last 20. `silent_seconds` is the time since
+    anything was last written. `compared` names the time by which nodes are compared, "own_seconds" or "step_seconds".
+    `excluded_nodes` are hosts that the run does not use any more, each with the reason. `continued_by`
+    is the Slurm job that was submitted to continue the run after the time limit of the job `slurm_job_id`.
     """
 
     name: str
@@ -68,6 +68,8 @@ class RunStatus:
     lr: float | None = None
     tokens_per_second: float | None = None
     step_seconds: float | None = None
+    tflops: float | None = None
+    mfu: float | None = None
     silent_seconds: float | None = None
     compared: str | None = None
     spare_nodes: tuple[str, ...] = ()
@@ -131,6 +133,8 @@ def _status(run: RunDir, session: Session, nodes: Sequence[NodeStatus], now: flo
         lr=number_of(last.get("lr")),
         tokens_per_second=_median(recent[-_RECENT_UPDATES:], "tokens_per_second"),
         step_seconds=_median(recent[-_RECENT_UPDATES:], "step_seconds"),
+        tflops=_median(recent[-_RECENT_UPDATES:], "tflops"),
+        mfu=_median(recent[-_RECENT_UPDATES:], "mfu"),
         silent_seconds=_age(active, now),
         spare_nodes=session.spares,
         excluded_nodes=run.excluded_nodes(),

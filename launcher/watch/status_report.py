@@ -102,6 +102,10 @@ def _numbers(status: RunStatus) -> str:
         parts.append(f"lr {number(status.lr, '.2e')}")
     if status.tokens_per_second is not None:
         parts.append(f"{status.tokens_per_second:,.0f} tokens/s")
+    if status.mfu is not None:
+        parts.append(f"MFU {status.mfu:.0%}")
+    elif status.tflops is not None:
+        parts.append(f"{status.tflops:.3g} TFLOP/s per rank")
     if status.step_seconds is not None:
         parts.append(f"{status.step_seconds:.3g} s per update")
     return "  ".join(parts)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from launcher.chunked_loss import LossLayer
+from launcher.document_attention import document_inputs
 from launcher.errors import LauncherError
 from launcher.worker.batches import IGNORED
 from launcher.worker.ulysses import WHOLE, SequencePart
@@ -22,12 +24,14 @@ def summed_loss(
     fused: bool = False,
     part: SequencePart = WHOLE,
     layer: LossLayer | None = None,
+    packed: Sequence[int] = (),
 ) -> torch.Tensor:
     """The summed negative log-likelihood (nats, float32, a scalar) of the learned tokens of a micro-batch.
 
     The same as the loss of `summed_losses` without a router coefficient.
     """
-    return summed_losses(model, input_ids, attention_mask, labels, fused=fused, part=part, layer=layer)[0]
+    options: Any = {"fused": fused, "part": part, "layer": layer, "packed": packed}
+    return summed_losses(model, input_ids, attention_mask, labels, **options)[0]
 
 
 def summed_losses(
@@ -40,6 +44,7 @@ def summed_losses(
     part: SequencePart = WHOLE,
     router_coefficient: float | None = None,
     layer: LossLayer | None = None,
+    packed: Sequence[int] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(the training loss of a micro-batch, the part of it that balances the experts' routers): both scalars.
 
@@ -51,7 +56,7 @@ def summed_losses(
     All tensors are [sequences, length]. Only the logits of learned tokens are cast to float32. With `fused` the model
     computes the loss, as liger-kernel does without materialising logits. With `layer`, the model's output layer
     computes it for a chunk of learned tokens at a time. If several ranks share a sequence, the sum is over this rank's
-    `part`.
+    `part`. If the tensors are a row of packed sequences, `packed` are the lengths of these.
     """
     if fused:
         # With num_items_in_batch=1, the losses of transformers and liger-kernel are sums.
@@ -62,7 +67,9 @@ def summed_losses(
         # The model has already added its balance loss once.
         return total + router - _router_loss(output, None, router_coefficient), router
     targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if packed:
+        inputs = {"input_ids": input_ids, **document_inputs(packed, input_ids.device)}
     if part.size > 1:
         # Padding is at the end, where causal attention does not look; positions count along the whole sequence.
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)

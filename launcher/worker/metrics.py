@@ -6,7 +6,7 @@ import resource
 import time
 from typing import TYPE_CHECKING
 
-from launcher.records import EvaluationLine, MetricsLine, RouterLoss
+from launcher.records import EvaluationLine, MetricsLine, RouterLoss, Utilisation
 from launcher.run_dir import RunDir, append_line, json_number, utc_now
 
 if TYPE_CHECKING:
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 class MetricsWriter:
     """Measures the updates and writes their metrics."""
 
-    def __init__(self, run: RunDir, ranks: Ranks) -> None:
-        self._run, self._ranks = run, ranks
+    def __init__(self, run: RunDir, ranks: Ranks, peak_tflops: float | None = None) -> None:
+        """`peak_tflops`: what the device of a rank can do at most, if it is known."""
+        self._run, self._ranks, self._peak = run, ranks, peak_tflops
         self._since = time.perf_counter()
         self.step_seconds = 0.0
         """Of this rank's last update."""
@@ -47,8 +48,12 @@ class MetricsWriter:
         grad_norm: float | None,
         skipped: bool,
         router_loss: float | None = None,
+        flops: float | None = None,
     ) -> None:
-        """Writes one line: the given values of the update, and step time, tokens/s and peak memory."""
+        """Writes one line: the given values of the update, and step time, tokens/s, utilisation and peak memory.
+
+        `flops` are those of the update on all ranks.
+        """
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         self.step_seconds = round(seconds, 6)
@@ -66,11 +71,19 @@ class MetricsWriter:
             **router,
             "step_seconds": self.step_seconds,
             "tokens_per_second": round(tokens / seconds, 1),
+            **self._utilisation(flops, seconds),
             "peak_memory_bytes": peak_memory_bytes(self._ranks.device),
             "time": utc_now(),
         }
         self._run.check_attempt()
         append_line(self._run.metrics_file, line)
+
+    def _utilisation(self, flops: float | None, seconds: float) -> Utilisation:
+        if flops is None:
+            return {}
+        tflops = flops / seconds / self._ranks.world_size / 1e12
+        found: Utilisation = {"tflops": float(f"{tflops:.4g}")}
+        return found if self._peak is None else {**found, "mfu": round(tflops / self._peak, 4)}
 
     def write_evaluation(self, update: int, loss: float, perplexity: float, targets: int) -> None:
         """Writes one line to evaluations.jsonl."""

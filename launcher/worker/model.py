@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.liger import apply_liger_kernel
 
+from launcher import document_attention
 from launcher.errors import RunFailed
 from launcher.plan.schema import Plan
 from launcher.trainable import set_trainable
@@ -29,8 +30,12 @@ def load_model(plan: Plan) -> Any:
     """
     model_section = plan.training.job.model
     options: dict[str, Any] = {}
-    if model_section.attn_implementation != "auto":
-        options["attn_implementation"] = model_section.attn_implementation
+    attention = model_section.attn_implementation
+    if plan.training.job.data.packing and attention in ("auto", "sdpa"):
+        document_attention.register()
+        attention = document_attention.NAME
+    if attention != "auto":
+        options["attn_implementation"] = attention
     with _sharded_loading(plan):
         model = AutoModelForCausalLM.from_pretrained(
             plan.training.model.folder,

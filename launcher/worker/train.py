@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from launcher.chunked_loss import LossLayer
 from launcher.files import use_output_mode
+from launcher.plan.flops import peak_tflops, update_flops
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan
 from launcher.plan_file import read_plan
@@ -20,7 +21,7 @@ from launcher.records import Phase, PhaseReport, StoppedReport, UpdateReport
 from launcher.run_dir import RunDir
 from launcher.token_store import TokenStore
 from launcher.worker import scheduler
-from launcher.worker.batches import MicroBatch, SampleOrder, Share, micro_batches
+from launcher.worker.batches import MicroBatch, Share, micro_batches, order_of
 from launcher.worker.checkpoint import Checkpoints, Progress
 from launcher.worker.compute_time import ComputeTime
 from launcher.worker.control import Control
@@ -60,6 +61,10 @@ def run_rank(run_path: Path, plan_file: Path, start: Start | None, control: Cont
         training.finish()
 
 
+def _peak_tflops(plan: Plan, device: torch.device) -> float | None:
+    return peak_tflops(torch.cuda.get_device_name(device), plan.precision) if device.type == "cuda" else None
+
+
 class TrainLoop:
     """One rank's training: the loop, its state, evaluations and checkpoints."""
 
@@ -69,7 +74,7 @@ class TrainLoop:
         self.run, self.plan, self.ranks, self.engine, self.control = run, plan, ranks, engine, control
         self.part = part_of(plan.world, ranks)
         self.loss_layer = LossLayer(engine.module) if plan.training.chunked_loss else None
-        self.metrics = MetricsWriter(run, ranks)
+        self.metrics = MetricsWriter(run, ranks, _peak_tflops(plan, ranks.device))
         self.compute_time = ComputeTime(ranks.device)
         self.checkpoints = Checkpoints(run, plan, ranks, control.record_event)
         self.lr_check = LRCheck(ranks, plan, hosts)
@@ -109,6 +114,7 @@ class TrainLoop:
                     part=self.part,
                     router_coefficient=coefficient,
                     layer=self.loss_layer,
+                    packed=batch.packed,
                 )
             self.engine.backward(loss * self.loss_scale(batch))
             summed += torch.stack((loss.detach(), router_loss.detach().to(loss.device)))
@@ -137,9 +143,12 @@ class TrainLoop:
             plan.train_micro_batch_size_per_gpu,
             plan.gradient_accumulation_steps,
         )
-        order = SampleOrder(len(self.train_store), plan.job.train.seed)
         updates = range(self.progress.update, plan.length.total_updates)
-        return micro_batches(self.train_store, order, share, updates, self.progress.samples, self.ranks.device)
+        store, first = self.train_store, self.progress.samples
+        by_length = plan.training.job.data.group_by_length
+        return micro_batches(
+            store, order_of(plan, store), share, updates, first, self.ranks.device, by_length=by_length
+        )
 
     def loss_scale(self, batch: MicroBatch) -> float:
         """The factor from a micro-batch's summed loss to its share of the update's mean over all learned tokens.
@@ -177,6 +186,7 @@ class TrainLoop:
             grad_norm=norm,
             skipped=skipped,
             router_loss=None if self.plan.training.model.router_loss_coefficient is None else self.router_loss,
+            flops=update_flops(self.plan.training.model, batch.update_tokens, batch.update_pairs),
         )
         self.control.report(
             UpdateReport(
@@ -200,7 +210,15 @@ class TrainLoop:
         """Evaluates, if the job has evaluation data."""
         if self.eval_store is not None:
             micro_batch = self.plan.train_micro_batch_size_per_gpu
-            found = evaluate(self.engine, self.eval_store, micro_batch, self.ranks, self.part, self.loss_layer)
+            found = evaluate(
+                self.engine,
+                self.eval_store,
+                micro_batch,
+                self.ranks,
+                self.part,
+                self.loss_layer,
+                packing=self.plan.training.job.data.packing,
+            )
             self.metrics.write_evaluation(self.progress.update, found.loss, found.perplexity, found.targets)
             self.checkpoints.evaluated(self.progress.update, found.loss)
 

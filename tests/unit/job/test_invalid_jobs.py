@@ -366,6 +366,17 @@ NUMBERS = [
         JOB + "train: {train_batch_size: 32, train_micro_batch_size_per_gpu: 2, gradient_accumulation_steps: 3}\n",
     ),
     InvalidJob(
+        "batch in tokens without packing",
+        ("job.yaml:4: train.tokens_per_batch: a batch can only be given in tokens", "data.packing: true"),
+        JOB + "train: {tokens_per_batch: 65536}\n",
+    ),
+    InvalidJob(
+        "batch in tokens below the world size",
+        ("train.tokens_per_batch: 5000 tokens are fewer than 4 bins of 2048", "use at least 8192"),
+        JOB + "train: {tokens_per_batch: 5000}\n",
+        ("data.packing=true",),
+    ),
+    InvalidJob(
         "batch sizes of job and JSON",
         ("not divisible by world size 4 x train_micro_batch_size_per_gpu 3",),
         JOB + "train: {train_batch_size: 32}\ndeepspeed: {train_micro_batch_size_per_gpu: 3}\n",

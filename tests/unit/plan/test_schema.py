@@ -125,6 +125,9 @@ def test_a_plan_of_an_earlier_version_is_read(name: str) -> None:
     moved |= old["script"] if name == "script" else {key: old[key] for key in ("data", "memory", "recommendation")}
     if workload["model"] is not None:
         assert workload["model"].pop("chunked_loss") is False
+        assert workload["model"].pop("packed_attention") == []
+    if name == "training":
+        assert workload["data"]["train"].pop("bins") == 0
     assert {key: workload[key] for key in moved if key != "job"} == {key: moved[key] for key in moved if key != "job"}
     for key, value in old["job"].items():
         found = workload["job"][key]

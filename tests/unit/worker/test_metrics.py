@@ -79,6 +79,24 @@ def test_each_update_has_the_time_since_the_one_before(tmp_path: Path, clock: Cl
     assert found == [(0, 2.0, 50.0), (1, 0.5, 200.0), (2, 7.0, 14.3)]
 
 
+def test_the_utilisation_is_of_one_rank_and_in_relation_to_its_peak(tmp_path: Path, clock: Clock) -> None:
+    run = RunDir(tmp_path)
+    writer = MetricsWriter(run, fake_ranks(world_size=2), 400.0)
+    clock.passes(2.0)
+    writer.write(**UPDATE, flops=1.2345678e15)
+    (line,) = lines(run.metrics_file)
+    assert (line["tflops"], line["mfu"]) == (308.6, 0.7716)
+
+
+def test_without_a_known_peak_there_is_no_mfu(tmp_path: Path, clock: Clock) -> None:
+    run = RunDir(tmp_path)
+    writer = MetricsWriter(run, fake_ranks())
+    clock.passes(1.0)
+    writer.write(**UPDATE, flops=1e9)
+    (line,) = lines(run.metrics_file)
+    assert line["tflops"] == 0.001 and "mfu" not in line
+
+
 def test_what_is_done_between_updates_is_left_out_of_their_time(tmp_path: Path, clock: Clock) -> None:
     run = RunDir(tmp_path)
     writer = MetricsWriter(run, fake_ranks())
