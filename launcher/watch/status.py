@@ -42,7 +42,7 @@ class RunStatus:
     run is alive, but no launcher holds its lock (on another host: and nothing was written for a minute); in a list of
     runs "unreadable" without read permission. `code` is the failure code of a run that failed or stopped itself.
     `updates` of `total_updates` are completed; `loss` and `lr` are from the last one, `tokens_per_second`,
-    `step_seconds`, `tflops` (of a rank) and `mfu` are medians of the last 20. `silent_seconds` is the time since
+    `step_seconds`, `tflops` (per rank) and `mfu` are medians of the last 20. `silent_seconds` is the time since
     anything was last written. `compared` names the time by which nodes are compared, "own_seconds" or "step_seconds".
     `excluded_nodes` are hosts that the run does not use any more, each with the reason. `continued_by`
     is the Slurm job that was submitted to continue the run after the time limit of the job `slurm_job_id`.

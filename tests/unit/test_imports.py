@@ -28,6 +28,7 @@ HOMES = {
         "worker/",
         "chunked_loss.py",
         "document_attention.py",
+        "prepare/model_flops.py",
         "prepare/packing_probe.py",
         "prepare/model_facts.py",
         "prepare/model_sizes.py",

@@ -126,6 +126,7 @@ def test_a_plan_of_an_earlier_version_is_read(name: str) -> None:
     if workload["model"] is not None:
         assert workload["model"].pop("chunked_loss") is False
         assert workload["model"].pop("packed_attention") == []
+        assert [workload["model"].pop(name) for name in ("flops_per_token", "flops_per_pair")] == [0.0, 0.0]
     if name == "training":
         assert workload["data"]["train"].pop("bins") == 0
     assert {key: workload[key] for key in moved if key != "job"} == {key: moved[key] for key in moved if key != "job"}
