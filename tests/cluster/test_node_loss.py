@@ -163,6 +163,8 @@ def test_a_slurm_job_that_lost_its_first_node_is_queued_again(slurm: Slurm, shar
         logs = "\n".join(f"== {log}\n{log.read_text()}" for log in sorted(run.path.glob("logs/*/node.log")))
         return f"{how_it_stands(hosts, shared, job)}\n{logs}\n{hosts.command_lines('h2')}\n{slurm.logs()}"
 
+    # As after a loss of power: no connection is closed.
+    hosts.cut("h1")
     hosts.power_off("h1")
     try:
         wait_for(lambda: state_of(hosts, job) == "PENDING", described, seconds=300)
