@@ -7,7 +7,7 @@ sequences as bins. The kinds run in turn. The time is CPU time on one thread, so
 GPU: wall time). The peak is that of the process's anonymous memory (on a GPU: of allocated memory), with weights and
 gradients and without optimizer states.
 
-    python benchmarks/packing.py [--rounds 5] [--micro-batch 4] [--length 1024] [--sequences 300] [--device cuda]
+    python benchmarks/packing.py [--rounds 3] [--micro-batch 4] [--length 1024] [--sequences 60] [--device cuda]
 """
 
 from __future__ import annotations
@@ -140,10 +140,10 @@ def compare(rounds: int, folder: Path, rest: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--micro-batch", type=int, default=4, help="Sequences, or bins, per forward pass.")
     parser.add_argument("--length", type=int, default=1024, help="Tokens of a bin, and of the longest sequence.")
-    parser.add_argument("--sequences", type=int, default=300)
+    parser.add_argument("--sequences", type=int, default=60)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)

@@ -122,3 +122,25 @@ def test_a_resume_makes_the_updates_of_an_uninterrupted_run(ranks, job_dict, tmp
         assert [line[key] for line in found] == [line[key] for line in expected]
     losses = ([line["loss"] for line in lines] for lines in (found, expected))
     np.testing.assert_allclose(*losses, rtol=0 if ranks == 2 else 5e-5)
+
+
+def test_grouping_by_length_makes_the_same_updates(job_dict, tmp_path):
+    """Two ranks with four micro-batches of two sequences each."""
+    runs = {}
+    for grouped in (False, True):
+        sizes = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 2}
+        job = packing_job(job_dict, data={"packing": False, "group_by_length": grouped}, train=sizes, export=False)
+        runs[grouped] = fine_tuned(plan_of(merged(job, deepspeed=zero_config(1))), tmp_path / str(grouped)).metrics()
+    for key in ("update", "samples", "tokens", "lr"):
+        assert [line[key] for line in runs[True]] == [line[key] for line in runs[False]]
+    found, expected = ([line["loss"] for line in runs[grouped]] for grouped in (True, False))
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+    assert found != expected, "the micro-batches are the same"
+
+
+def test_packed_sequences_in_bfloat16(job_dict, tmp_path):
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        plan = plan_of(packing_job(job_dict, model={"dtype": dtype}, deepspeed=zero_config(3), export=False))
+        losses[dtype] = [line["loss"] for line in fine_tuned(plan, tmp_path / dtype).metrics()]
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=2e-2)
