@@ -27,6 +27,8 @@ _ENDED_SECONDS = 20.0
 _SHUTDOWN_SECONDS = 60.0
 _REMOVAL_SECONDS = 1200.0
 """Longer than Slurm takes to count a node as dead: SlurmdTimeout is 300 s by default."""
+_ASK_SECONDS, _ASKS_PER_SECOND = 10.0, 5
+"""How often a node asks whether the host of the first one answers, and how many of all nodes may ask in a second."""
 _LOG_LINES = 20
 _CHECK_SECONDS = 2.0
 
@@ -141,11 +143,17 @@ def _keep_running(ray: RayNode, connection: Connection, allocation: Allocation) 
 
     Returns whether the first node sent that it ends. Raises FirstNodeLost if Slurm has removed it from the job.
     """
+    asked, every = time.monotonic(), max(_ASK_SECONDS, allocation.nodes / _ASKS_PER_SECOND)
     while True:
         if connection.readable(_CHECK_SECONDS):
             message = connection.receive(None)
             if message is None or message.get("end"):
                 return message is not None
+        # A host without power closes no connection, and Ray may take many minutes to notice.
+        if time.monotonic() - asked >= every:
+            asked = time.monotonic()
+            if not connection.peer_host_answers():
+                _check_first_node(allocation)
         if ray.ended():
             _check_first_node(allocation)
             ray.start_again()

@@ -6,8 +6,10 @@ import io
 import signal
 import socket
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,6 +66,39 @@ def test_a_task_waits_for_the_removal_of_a_first_node_that_does_not_answer(
     else:
         with pytest.raises(ray_cluster.FirstNodeLost):
             ray_cluster._wait_for_removal(connection, allocation)
+    connection.close()
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_first_node_that_does_not_answer_is_looked_up_while_ray_runs(
+    monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    """After a loss of power no connection is closed, and Ray may take many minutes to notice."""
+    monkeypatch.setattr(ray_cluster, "_ASK_SECONDS", 0.0)
+    monkeypatch.setattr(ray_cluster, "_ASKS_PER_SECOND", 1000)
+    monkeypatch.setattr(ray_cluster, "_CHECK_SECONDS", 0.01)
+    listed: list[str] = []
+
+    def hosts_of(_: str) -> str:
+        listed.append("h[1-3]" if len(listed) < 2 else "h[2-3]")
+        return listed[-1]
+
+    monkeypatch.setattr(ray_cluster, "slurm_job_hosts", hosts_of)
+    allocation = Allocation(job_id="7", restart=0, node=1, hosts=("h1", "h2", "h3"), cpus=1, gpus=0)
+    ray = SimpleNamespace(ended=lambda: False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connection = Connection(socket.create_connection(server.getsockname()))
+        accepted, _ = server.accept()
+        monkeypatch.setattr(connection, "peer_host_answers", lambda: answers)
+        if answers:
+            threading.Timer(0.3, accepted.close).start()
+            assert ray_cluster._keep_running(ray, connection, allocation) is False  # type: ignore[arg-type]
+            assert listed == []
+        else:
+            with pytest.raises(ray_cluster.FirstNodeLost):
+                ray_cluster._keep_running(ray, connection, allocation)  # type: ignore[arg-type]
+            assert listed == ["h[1-3]", "h[1-3]", "h[2-3]"]
+        accepted.close()
     connection.close()
 
 
