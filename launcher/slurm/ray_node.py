@@ -156,7 +156,7 @@ class RayNode:
         """Kills the started processes by id: they block SIGTERM and have nothing to save."""
         if self._process is None:
             return
-        started = _descendants(self._process.pid)
+        started = _started_by(self._process.pid)
         self._process.kill()
         for process in started:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -168,8 +168,11 @@ class RayNode:
         self._process = None
 
 
-def _descendants(pid: int) -> list[psutil.Process]:
-    try:
-        return list(psutil.Process(pid).children(recursive=True))
-    except psutil.NoSuchProcess:
-        return []
+def _started_by(leader: int) -> list[psutil.Process]:
+    """The other processes of a session and all that they started, also those whose parents have ended."""
+    found: set[psutil.Process] = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == leader:
+                found |= {process, *process.children(recursive=True)}
+    return [process for process in found if process.pid != leader]

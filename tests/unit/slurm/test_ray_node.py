@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import io
+import re
 import signal
 import socket
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from launcher.errors import RunFailed
 from launcher.run_dir import RunDir
-from launcher.slurm import ray_cluster
+from launcher.slurm import ray_cluster, ray_node
 from launcher.slurm.allocation import Allocation
 from launcher.slurm.ray_node import RayNode
 from launcher.slurm.rendezvous import Connection, RendezvousServer
@@ -44,6 +47,31 @@ def test_a_ray_that_exits_at_once_is_started_again_and_then_reported(
     (mask,) = {int(line.split()[1], 16) for line in printed if line.startswith("SigBlk:")}
     blocked = {number for number in signal.Signals if mask >> (number - 1) & 1}
     assert blocked == {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+
+
+def test_processes_of_a_ray_that_ended_by_itself_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their parents are gone, so that they are nobody's children; a rank has a session of its own."""
+    rank = "import os, time; os.setsid(); time.sleep(600)"
+    script = f"""
+import subprocess, sys
+subprocess.Popen([sys.executable, "-c", "import subprocess, sys; "
+    "rank = subprocess.Popen([sys.executable, '-c', {rank!r}]); print(rank.pid, flush=True); rank.wait()"])
+print("{ray_node._STARTED_TEXT}", flush=True)
+sys.stdin.readline()
+"""
+    monkeypatch.setattr(RayNode, "_command", lambda *_: ([sys.executable, "-c", script], 0))
+    allocation = Allocation(job_id="7", restart=0, node=0, hosts=("h1",), cpus=1, gpus=0)
+    with (tmp_path / "node.log").open("wb") as log:
+        node = RayNode(allocation, "127.0.0.1", "127.0.0.1:1", log)
+        node.start()
+        deadline = time.monotonic() + TIME_LIMIT_SECONDS
+        while not (printed := re.findall(rb"^[0-9]+$", (tmp_path / "node.log").read_bytes(), re.M)) or not node.ended():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        pid = int(printed[0])
+        parent = psutil.Process(pid).parent()
+        node.end()
+    assert parent is not None and not parent.is_running() and not psutil.pid_exists(pid)
 
 
 @pytest.mark.parametrize("answers", [True, False])
