@@ -44,7 +44,7 @@ def test_a_run_goes_from_job_file_to_model(job_dict, tmp_path):
     lines = run.metrics()
     assert [line["update"] for line in lines] == [0, 1, 2, 3, 4]
     keys = {"samples", "tokens", "loss", "lr", "grad_norm", "step_seconds", "tokens_per_second", "peak_memory_bytes"}
-    assert all(keys < set(line) and line["grad_norm"] > 0 for line in lines)
+    assert all(keys < set(line) and line["grad_norm"] > 0 and line["tflops"] > 0 for line in lines)
     assert [line["update"] for line in run.evaluations()] == [0, 3, 5]
     assert run.complete_checkpoints() == [4, 5]
     AutoModelForCausalLM.from_pretrained(run.export)

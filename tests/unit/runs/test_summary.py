@@ -22,3 +22,13 @@ def test_the_summary_skips_damaged_evaluation_lines(tmp_path: Path) -> None:
     text = console.console.export_text()
     assert "evaluation loss  nan before, 1.2500 after" in text
     assert "skipped 1 damaged line of evaluations.jsonl" in text
+
+
+def test_the_summary_has_the_share_of_the_time_that_updates_took(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "runs", "tiny")
+    times = ("2026-01-01T00:00:00.000Z", "2026-01-01T00:01:20.000Z")
+    run.events_file.write_text("".join(f'{{"event": "x", "time": "{time}"}}\n' for time in times))
+    run.metrics_file.write_text("".join(f'{{"update": {n}, "step_seconds": 6.0}}\n' for n in range(10)))
+    console = RunConsole(Console(width=500, record=True))
+    print_summary(plan_of(), run, console, Outcome("finished", 10))
+    assert "time             1 min 20 s, of which updates took 75%" in console.console.export_text()
