@@ -75,7 +75,7 @@ def compile_template(source: str) -> jinja2.Template:
 
 def render_template(source: str, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
     """The rendered text. Raises what the template raises."""
-    return compile_template(source).render(messages=_with_reasoning(messages), **variables)
+    return _render(compile_template(source), {"messages": _with_reasoning(messages), **variables})
 
 
 def generation_spans(
@@ -85,7 +85,7 @@ def generation_spans(
     template = compile_template(source)
     blocks: GenerationBlocks = template.environment.generation_blocks  # type: ignore[attr-defined]
     with blocks.marked():
-        text = template.render(messages=_with_reasoning(messages), **variables)
+        text = _render(template, {"messages": _with_reasoning(messages), **variables})
     spans, opened = [], 0
     for removed, marker in enumerate(re.finditer(f"[{_OPEN}{_CLOSE}]", text)):
         position = marker.start() - removed
@@ -94,6 +94,20 @@ def generation_spans(
         elif position > opened:
             spans.append((opened, position))
     return spans
+
+
+def _render(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
+    """As `template.render`, but the template's globals are not collected again for each conversation."""
+    context = template.new_context({**_globals(template), **variables}, shared=True)
+    try:
+        return "".join(template.root_render_func(context))
+    except Exception:
+        return template.environment.handle_exception()  # raises it with the template's lines
+
+
+@lru_cache(maxsize=8)
+def _globals(template: jinja2.Template) -> dict[str, Any]:
+    return dict(template.globals)
 
 
 def _with_reasoning(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
