@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from launcher.cli import (
+    cache,
     cancel,
     checkpoints,
     doctor,
@@ -37,7 +38,7 @@ from launcher.files import keep_private
 from launcher.version import __version__
 
 _PANELS: dict[str, tuple[Any, ...]] = {
-    "Before a run": (init.init, plan.plan, lr.lr, lint.lint, doctor.doctor, schema.schema),
+    "Before a run": (init.init, plan.plan, lr.lr, lint.lint, doctor.doctor, schema.schema, cache.cache),
     "Running": (run.run, resume.resume, cancel.cancel, exec.exec_script, submit.submit, node.node),
     "Watching": (status.status, watch.watch, logs.logs, why.why, checkpoints.checkpoints),
     "Results": (export.export, upload.upload),

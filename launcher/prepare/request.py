@@ -12,6 +12,7 @@ from launcher.job.schema import ModelSection
 from launcher.plan.facts import DataFacts, ModelFacts
 from launcher.plan.resolve import check_model
 from launcher.prepare import sources
+from launcher.prepare.cache import keep_below, mark_used
 from launcher.run_dir import write_atomic
 
 Progress = Callable[..., None]
@@ -54,7 +55,11 @@ def cached(request: Request) -> Prepared | None:
     if model is None:
         return None
     data = cached_data(request, Path(model.folder))
-    return Prepared(model=model, data=data) if data else None
+    if data is None:
+        return None
+    for folder in (model.folder, data.train.folder):
+        mark_used(folder)
+    return Prepared(model=model, data=data)
 
 
 def run_request(request: Request, progress: Progress) -> Prepared:
@@ -62,7 +67,23 @@ def run_request(request: Request, progress: Progress) -> Prepared:
     model = measured(request, progress)
     check_model(request.job, model)
     data = cached_data(request, Path(model.folder)) or _tokenise(request, Path(model.folder), progress)
+    for folder in (model.folder, data.train.folder):
+        mark_used(folder)
+    _keep_below_limit(request, Path(data.train.folder).parent, progress)
     return Prepared(model=model, data=data)
+
+
+def _keep_below_limit(request: Request, newest: Path, progress: Progress) -> None:
+    """Removes entries of the cache until it takes at most the job's data.cache_limit_gb, if that is set."""
+    limit = request.job.data.cache_limit_gb
+    if limit is None:
+        return
+    removed, size = keep_below(request.cache, limit * 1e9, newest)
+    if removed:
+        freed = sum(entry.bytes for entry in removed) / 1e9
+        progress(message=f"removed {len(removed)} unused entries of the cache, {freed:.1f} GB (data.cache_limit_gb)")
+    if size > limit * 1e9:
+        progress(message=f"the cache takes {size / 1e9:.1f} GB, more than data.cache_limit_gb: live runs use the rest")
 
 
 def measured(request: Request | ModelRequest, progress: Progress) -> ModelFacts:

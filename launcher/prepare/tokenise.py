@@ -14,6 +14,7 @@ from typing import Any, Literal
 from launcher.errors import Problem, RequestError
 from launcher.lock import hold, read_holder
 from launcher.plan.facts import DataFacts, SplitFacts
+from launcher.prepare.cache import UNFINISHED_LOCK, describe
 from launcher.prepare.chat_template import read_template
 from launcher.prepare.part_processes import PartProcesses
 from launcher.prepare.part_tokeniser import SplitSettings, TemplateSettings
@@ -28,7 +29,6 @@ from launcher.prepare.write_split import SplitWriter
 from launcher.token_store import publish_folder
 
 Progress = Callable[..., None]
-_LOCK = "lock"
 _RETRY_SECONDS = 0.5
 
 
@@ -69,9 +69,10 @@ def tokenise(
             shutil.rmtree(folder, ignore_errors=True)
             raise
         (folder / "facts.json").write_text(facts.model_dump_json(indent=2))
+        describe(folder, _about(request, facts))
         for name in ("train", "eval"):
             remove_journal(folder / name)
-        (folder / _LOCK).unlink()
+        (folder / UNFINISHED_LOCK).unlink()
         publish_folder(folder, target)
     return facts
 
@@ -86,12 +87,12 @@ def _unfinished(target: Path, progress: Progress) -> Iterator[Path | None]:
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 # Between two processes, the lock's file may be renamed with its folder, or removed.
-                if stack.enter_context(hold(folder / _LOCK)) and _holds(folder / _LOCK):
+                if stack.enter_context(hold(folder / UNFINISHED_LOCK)) and _holds(folder / UNFINISHED_LOCK):
                     yield folder
                     return
             except FileNotFoundError:
                 continue
-            if not waits and (holder := read_holder(folder / _LOCK)) is not None:
+            if not waits and (holder := read_holder(folder / UNFINISHED_LOCK)) is not None:
                 progress(message=f"waiting for {holder}, which tokenises the same data")
                 waits = True
             stack.close()
@@ -168,6 +169,14 @@ class _Tokenising:
             chat_template=sources["default"] if sources else None,
         )
         return _with_folders(facts, target)
+
+
+def _about(request: TextRequest, facts: DataFacts) -> str:
+    """What the data was made of, in a few words."""
+    source = request.train
+    named = source.hub_name or str(source.saved or source.files[0])
+    more = f" and {len(source.files) - 1} more" if len(source.files) > 1 else ""
+    return f"{named}{more}, {facts.train.rows} rows, max_length {request.max_length}"
 
 
 def _format_of(loaded: Loaded) -> str:
