@@ -1,8 +1,8 @@
 """Speed of tokenising a file into a store, compared with the raw tokenizers library on the same number of threads.
 
 The text is that of the descriptions of the installed packages, in random order; as texts, and as chats of two to six
-turns. The tokenizer is --tokenizer FOLDER, or one that is trained on this text, with a ChatML template. In turn, each in
-a fresh process, from the file to the store, with the loading of the tokenizer and without the imports:
+turns. The tokenizer is --tokenizer FOLDER, or one that is trained on this text, with a ChatML template. In turn, each
+in a fresh process, from the file to the store, with the loading of the tokenizer and without the imports:
 
 - launcher: `launcher.prepare.tokenise`, with the start of its processes.
 - raw: reads the lines, renders each chat once with transformers, tokenises batches with the library's own threads, and

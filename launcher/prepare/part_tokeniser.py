@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -81,7 +81,7 @@ class Counts:
 
     def to_json(self) -> dict[str, Any]:
         """The counts as JSON types."""
-        return {**asdict(self), "columns": list(self.columns)}
+        return {**vars(self), "columns": list(self.columns)}
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Counts:

@@ -18,7 +18,7 @@ from launcher.prepare.json_rows import JsonFile
 from launcher.prepare.read_files import file_reader
 from launcher.prepare.row_checks import OTHER_NAMES, RowChecks
 from launcher.prepare.row_formats import detect_format
-from launcher.prepare.row_parts import PART_BYTES, LinePart, NotLines, Part, line_parts, packed_parts
+from launcher.prepare.row_parts import LinePart, Part, packed_parts, parts_of_lines
 from launcher.prepare.row_values import BadRow
 from launcher.prepare.rows import BadFile, Row, RowReader
 from launcher.prepare.sources import DataSource
@@ -31,7 +31,7 @@ class Rows:
     """The rows of one split, in the order of its files. Each iteration reads the files again.
 
     `kind` is the row format; `chosen` marks the rows of the split (None: all); `compared`: keep a fingerprint of each.
-    `lines`: the parts of the files if each is cut by lines (`lines_of`); the rows were then counted, but not read yet.
+    `lines`: the parts of files that are cut by lines (`parts_of_lines`); the rows were counted, but not read yet.
     """
 
     def __init__(
@@ -202,25 +202,9 @@ def load_rows(
 
 
 def _counted(readers: Sequence[RowReader], key: str, by_lines: bool) -> Rows:
-    return Rows(readers, key, lines=lines_of(readers) if by_lines else None)
-
-
-def lines_of(readers: Sequence[RowReader]) -> list[LinePart] | None:
-    """The parts of files that all have a JSON object on each line; None if one has not, or if they are small."""
     files = [reader.path for reader in readers if isinstance(reader, JsonFile)]
-    parts: list[LinePart] = []
-    try:
-        if len(files) < len(readers) or sum(file.stat().st_size for file in files) <= 2 * PART_BYTES:
-            return None
-        for file in files:
-            found = line_parts(file)
-            if found is None:
-                return None
-            parts += found
-        next(parts[0].rows())
-    except (OSError, BadFile, NotLines):
-        return None
-    return parts
+    lines = parts_of_lines(files) if by_lines and len(files) == len(readers) else None
+    return Rows(readers, key, lines=lines)
 
 
 def held_out_rows(rows: int, fraction: float, seed: int) -> npt.NDArray[np.bool_]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +102,23 @@ def packed_parts(rows: Iterable[Row]) -> Iterator[PackedPart]:
             packed, size = [], 0
     if packed:
         yield PackedPart(tuple(packed))
+
+
+def parts_of_lines(files: Sequence[Path]) -> list[LinePart] | None:
+    """The parts of files that all have a JSON object on each line; None if one has not, or if they are small."""
+    parts: list[LinePart] = []
+    try:
+        if sum(file.stat().st_size for file in files) <= 2 * PART_BYTES:
+            return None
+        for file in files:
+            found = line_parts(file)
+            if found is None:
+                return None
+            parts += found
+        next(parts[0].rows())
+    except (OSError, BadFile, NotLines):
+        return None
+    return parts
 
 
 def line_parts(path: Path) -> list[LinePart] | None:

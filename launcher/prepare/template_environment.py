@@ -70,12 +70,14 @@ def compile_template(source: str) -> jinja2.Template:
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = DATE.strftime
     environment.globals["namespace"] = _Namespace
-    return environment.from_string(source)
+    template = environment.from_string(source)
+    template.globals = dict(template.globals)  # it is read for each conversation, which takes long in Jinja's ChainMap
+    return template
 
 
 def render_template(source: str, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
     """The rendered text. Raises what the template raises."""
-    return _render(compile_template(source), {"messages": _with_reasoning(messages), **variables})
+    return compile_template(source).render(messages=_with_reasoning(messages), **variables)
 
 
 def generation_spans(
@@ -85,7 +87,7 @@ def generation_spans(
     template = compile_template(source)
     blocks: GenerationBlocks = template.environment.generation_blocks  # type: ignore[attr-defined]
     with blocks.marked():
-        text = _render(template, {"messages": _with_reasoning(messages), **variables})
+        text = template.render(messages=_with_reasoning(messages), **variables)
     spans, opened = [], 0
     for removed, marker in enumerate(re.finditer(f"[{_OPEN}{_CLOSE}]", text)):
         position = marker.start() - removed
@@ -94,20 +96,6 @@ def generation_spans(
         elif position > opened:
             spans.append((opened, position))
     return spans
-
-
-def _render(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
-    """As `template.render`, but the template's globals are not collected again for each conversation."""
-    context = template.new_context({**_globals(template), **variables}, shared=True)
-    try:
-        return "".join(template.root_render_func(context))
-    except Exception:
-        return template.environment.handle_exception()  # raises it with the template's lines
-
-
-@lru_cache(maxsize=8)
-def _globals(template: jinja2.Template) -> dict[str, Any]:
-    return dict(template.globals)
 
 
 def _with_reasoning(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """Finds the position of each part of a conversation in the text that a chat template renders.
 
 The conversation is rendered a second time with markers around every message's text and after every tool call's name.
-Markers are characters of a private use plane that are not in the text. A marker is used only if the marked text without
-markers equals the unmarked text: the marker then did not change what the template does.
+Markers are characters that are not in the text. A marker is used only if the marked text without markers equals the
+unmarked text: the marker then did not change what the template does.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from launcher.prepare.row_values import BadRow
 Render = Callable[..., str]
 """render(messages, add_generation_prompt=False, tools=None) -> text"""
 
+_LATIN = range(0x86, 0xA0)
+"""Control characters that are not white space (0x85 is), and that JSON does not escape."""
 _PLANES = (0xF0000, 0x100000)
 _PLANE_SIZE = 0xFFFD
 _PRIVATE = re.compile(f"[{chr(_PLANES[0])}-{chr(0x10FFFF)}]")
@@ -47,7 +49,9 @@ def markers_of(messages: Messages, tools: list[Any] | None) -> list[Marker]:
     for i, message in enumerate(messages):
         content = message.get("content")
         if isinstance(content, str) and content and not content.isspace():
-            found += [Marker(i, what) for _, what in _marker_positions(content)]
+            found += [Marker(i, what, 0) for _, what in _marker_positions(content)]
+        if len(message) == 2 and content is not None:
+            continue  # role and content alone
         if any(_text(message[key]).strip() for key in REASONING if key in message):
             found.append(Marker(i, "reasoning"))
         if calls := message.get("tool_calls"):
@@ -77,17 +81,17 @@ def render_marked(messages: Messages, tools: list[Any] | None, render: Render) -
 
 
 class MarkerAlphabet:
-    """A private use character for each marker; none of them is in `text`."""
+    """A character for each marker; none of them is in `text`.
+
+    In ASCII texts they are control characters of Latin-1: Python then stores marked texts with a byte per character,
+    and not with four.
+    """
 
     def __init__(self, markers: list[Marker], text: str) -> None:
         if len(markers) > _PLANE_SIZE:
             raise BadRow(f"a conversation with {len(markers)} parts is too long")
-        used = set() if text.isascii() else {ord(character) for character in _PRIVATE.findall(text)}
-        free = [base for base in _PLANES if not used.intersection(range(base, base + len(markers)))]
-        if not free:
-            raise BadRow("the text uses both private use planes of Unicode, which the launcher needs to find the turns")
-        self._first = free[0]
-        self.character = {marker: chr(free[0] + k) for k, marker in enumerate(markers)}
+        self._first = _LATIN[0] if text.isascii() and len(markers) <= len(_LATIN) else _free_base(len(markers), text)
+        self.character = {marker: chr(self._first + k) for k, marker in enumerate(markers)}
 
     def render(
         self, markers: list[Marker], messages: Messages, tools: list[Any] | None, render: Render, prompt: bool = False
@@ -145,6 +149,15 @@ class MarkerAlphabet:
         return read[1] if read is not None and read[0] == text else None
 
 
+def _free_base(count: int, text: str) -> int:
+    """The first of `count` private use characters in a row that are not in `text`. Raises BadRow."""
+    used = {ord(character) for character in _PRIVATE.findall(text)}
+    free = [base for base in _PLANES if not used.intersection(range(base, base + count))]
+    if not free:
+        raise BadRow("the text uses both private use planes of Unicode, which the launcher needs to find the turns")
+    return free[0]
+
+
 def _or_none(render: Callable[[], str]) -> str | None:
     try:
         return render()
@@ -156,9 +169,13 @@ def _marked_message(i: int, message: dict[str, Any], chosen: Mapping[tuple[int, 
     marked = dict(message)
     content = message.get("content")
     if isinstance(content, str) and content and not content.isspace():
-        for at, what in reversed(_marker_positions(content)):
-            content = content[:at] + chosen.get((i, what, 0), "") + content[at:]
-        marked["content"] = content
+        pieces, start = [], 0
+        for at, what in _marker_positions(content):
+            pieces += [content[start:at], chosen.get((i, what, 0), "")]
+            start = at
+        marked["content"] = "".join([*pieces, content[start:]])
+    if len(message) == 2 and content is not None:
+        return marked  # role and content alone
     for key in REASONING:
         if key in message and (reasoning := _text(message[key])).strip():
             inner = reasoning.rstrip()
@@ -174,7 +191,7 @@ def _marker_positions(content: str) -> list[tuple[int, str]]:
     """(position, kind) of the markers of a text: at both ends without white space, and after reasoning in it."""
     start = len(content) - len(content.lstrip()) if content[0].isspace() else 0
     stop = len(content.rstrip()) if content[-1].isspace() else len(content)
-    closed = content.rfind(_THOUGHT_END)
+    closed = content.rfind(_THOUGHT_END) if _THOUGHT_END in content else -1
     thought = len(content[:closed].rstrip()) if closed > 0 else 0
     if thought > start:
         return [(start, "start"), (thought, "thought"), (stop, "end")]
