@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,9 +113,22 @@ class PartTokeniser:
         template = split.template.template() if split.template is not None else None
         reader = Reader(split.kind, template, split.learn, split.padded)
         one = _Part(reader, self._encoders[split.kind == "text"], RowChecks(split.kind, split.compared), split.key)
-        for batch in _batches(one.examples(part)):
-            one.add(batch)
-        return one.result()
+        with _collector_off():
+            for batch in _batches(one.examples(part)):
+                one.add(batch)
+            return one.result()
+
+
+@contextlib.contextmanager
+def _collector_off() -> Iterator[None]:
+    """Turns the garbage collector off: it would visit every list of ids several times. A part leaves little behind."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Part:

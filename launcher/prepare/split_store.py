@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ from launcher.prepare.row_checks import RowChecks
 from launcher.token_store import StoreFiles
 
 _PARTS, _FINGERPRINTS = "parts.jsonl", "fingerprints.u64"
+SYNC_SECONDS = 1.0
+"""How much work a kill can lose. Waiting for the disk after each part would limit many processes."""
 
 
 class SplitStore:
-    """Appends parts to the store in `folder`, and writes a line to parts.jsonl once a part is on disk.
+    """Appends parts to the store in `folder`, and writes their lines to parts.jsonl once they are on disk.
 
     `counts` and `checks` are those of all parts, `finished` how many parts there are. Continues what an earlier process
     wrote. `identity` describes the source of the parts: parts of another one are not used.
@@ -27,6 +31,8 @@ class SplitStore:
         self.folder, self.counts, self.checks, self.finished = folder, Counts(), checks, 0
         folder.mkdir(parents=True, exist_ok=True)
         self._journal = folder / _PARTS
+        self._pending: list[dict[str, Any]] = []
+        self._synced = time.monotonic()
         lines = list(_lines(self._journal, identity))
         try:
             self._files = StoreFiles(folder, lines[-1]["sequences"] if lines else 0)
@@ -49,24 +55,32 @@ class SplitStore:
         write_atomic(self._journal, "".join(json.dumps(line) + "\n" for line in kept))
 
     def add(self, part: TokenisedPart) -> None:
-        """Adds a part, and waits until it is on disk. Raises OSError."""
+        """Adds a part. Now and then waits until all parts are on disk. Raises OSError."""
         self._files.append(part.sequences)
         part.checks.fingerprints.tofile(self._fingerprints)
-        self._fingerprints.flush()
-        self._files.sync()
         self.counts.add(part.counts)
         self.checks.add(part.checks)
         self.finished += 1
-        append_line(
-            self._journal,
+        self._pending.append(
             {
                 "sequences": self._files.sequences,
                 "fingerprints": len(self.checks.fingerprints),
                 "counts": part.counts.to_json(),
                 "missing": part.checks.missing,
                 "first_missing": part.checks.first_missing,
-            },
+            }
         )
+        if time.monotonic() - self._synced >= SYNC_SECONDS:
+            self._sync()
+
+    def _sync(self) -> None:
+        self._fingerprints.flush()
+        os.fsync(self._fingerprints.fileno())
+        self._files.sync()
+        for line in self._pending:
+            append_line(self._journal, line)
+        self._pending.clear()
+        self._synced = time.monotonic()
 
     def facts(self) -> dict[str, int]:
         """Counts of the sequences and tokens, and the longest sequence."""
@@ -74,6 +88,7 @@ class SplitStore:
 
     def complete(self) -> None:
         """Closes the files and writes the counts. The journal is removed by `remove_journal`."""
+        self._sync()
         self.close()
         self._files.complete()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 Ids = list[int]
+_REMEMBERED_WORDS = 1 << 17
 _CALLS = ("__call__", "_encode_plus", "_batch_encode_plus")
 
 
@@ -46,6 +47,9 @@ class LibraryTokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = self._split_special  # not part of the JSON text
+        # The library remembers the tokens of the first 10,000 different words, and of no later ones.
+        if hasattr(backend.model, "_resize_cache"):
+            backend.model._resize_cache(_REMEMBERED_WORDS)
         self._backend = backend
 
     def __getstate__(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from launcher.prepare.encode import Encoder
 from launcher.prepare.row_formats import Example, Reader
 from launcher.prepare.row_values import BadRow
 from launcher.prepare.template_environment import DATE
+from launcher.prepare.text_tokenizer import is_sendable, text_tokenizer
 from tests.unit.prepare.chats import MARKERS, TEMPLATES, call, chat, template, tool
 
 pytestmark = pytest.mark.local
@@ -118,6 +120,35 @@ def test_a_completion_behind_a_space_in_sentencepiece(prompt: str, completion: s
     text = [tokenizer.convert_ids_to_tokens(t) for t in tokens]
     assert "".join(text).replace("▁", " ").removeprefix("<s>").strip() == f"{prompt}{completion}</s>"
     assert "".join(t for t, bit in zip(text, learned, strict=True) if bit).replace("▁", " ") == f"{completion}</s>"
+
+
+class CalledInPython(PreTrainedTokenizerFast):
+    """A tokenizer with Python code of its own."""
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        return super().__call__(*given, **options)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("make", [byte_level, sentencepiece])
+def test_the_library_gives_the_tokens_that_transformers_gives(make: Callable[..., Any], split: bool) -> None:
+    tokenizer = make(BOTH)
+    tokenizer.split_special_tokens = split
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    texts = ["alpha beta", " alpha", "<s>alpha</s> beta", "", "é 漢字 \U0001f600\n\n", "x" * 50]
+    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    whole = tokenizer(texts[2], add_special_tokens=False, return_offsets_mapping=True)
+    ends = tokenizer("alpha")["input_ids"]
+
+    own = CalledInPython(tokenizer_object=tokenizer.backend_tokenizer, split_special_tokens=split)
+    library, called = text_tokenizer(tokenizer), text_tokenizer(own)
+    sent = pickle.loads(pickle.dumps(library))
+    assert (is_sendable(library), is_sendable(called)) == (True, False)
+    for one in (library, called, sent):
+        assert one.ids(texts) == expected
+        assert one.ids([]) == []
+        assert one.ids_and_offsets(texts[2]) == (whole["input_ids"], whole["offset_mapping"])
+        assert one.ids_with_ends("alpha") == ends
 
 
 def test_the_prompt_is_tokenised_as_it_is_in_use() -> None:
