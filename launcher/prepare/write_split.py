@@ -16,6 +16,7 @@ from launcher.prepare.part_tokeniser import Counts, SplitSettings
 from launcher.prepare.read_rows import Rows
 from launcher.prepare.row_checks import RowChecks
 from launcher.prepare.row_formats import unused_columns
+from launcher.prepare.row_parts import PART_BYTES
 from launcher.prepare.split_store import SplitStore
 
 Progress = Callable[..., None]
@@ -40,9 +41,9 @@ class SplitWriter:
         """
         settings = self.settings
         rows.checks = RowChecks(settings.kind, settings.compared)
-        store = SplitStore(
-            folder, f"{len(rows)} rows, {settings.kind}, {'lines' if rows.lines else 'packed'}", rows.checks
-        )
+        way = "lines" if rows.lines else "packed"
+        identity = f"{len(rows)} rows, {settings.kind}, {way} in parts of {PART_BYTES}"
+        store = SplitStore(folder, identity, rows.checks)
         try:
             shown = _Progress(self.progress, f"tokenising {settings.key}", len(rows), store.counts.rows)
             parts = itertools.islice(rows.parts(), store.finished, None)

@@ -241,12 +241,13 @@ def test_rows_in_both_splits_are_counted_over_all_parts(tokenizer_folder: Path, 
 KILLED = """
 import sys
 from pathlib import Path
-from launcher.prepare import row_parts
+from launcher.prepare import row_parts, split_store
 from launcher.prepare.split_store import SplitStore
 from launcher.prepare.sources import DataSource
 from launcher.prepare.tokenise import TextRequest, tokenise
 
 row_parts.PART_BYTES = 4096
+split_store.SYNC_SECONDS = 0.0
 add = SplitStore.add
 def slowly(store, part):
     add(store, part)

@@ -9,10 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launcher.prepare import split_store
 from launcher.prepare.part_tokeniser import Counts, TokenisedPart
 from launcher.prepare.row_checks import RowChecks
 from launcher.prepare.split_store import SplitStore, remove_journal
 from launcher.token_store import Sequences, TokenStore
+
+
+@pytest.fixture(autouse=True)
+def _each_part_is_synced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split_store, "SYNC_SECONDS", 0.0)
 
 
 def part(number: int) -> TokenisedPart:
