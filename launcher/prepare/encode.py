@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,10 @@ from launcher.prepare.text_tokenizer import TextTokenizer, text_tokenizer
 
 Piece = tuple[str, int]
 Tokens = list[int]
+LONGEST_TEXT = 1 << 20
+"""Longer texts are tokenised in chunks of half that many characters, or a little more."""
+_BETWEEN_WORDS = re.compile(r"\w\s\w")
+_AROUND, _TRIED_CUTS = 2000, 100
 _BITS = (b"\0", b"\1")
 
 
@@ -56,17 +62,39 @@ class Encoder:
 
     def _by_pieces(self, examples: Sequence[Example]) -> list[tuple[Tokens, bytes]]:
         divided = [list(_pieces(example)) for example in examples]
-        ids = iter(self.tokenizer.ids([text for pieces in divided for text, _ in pieces]))
+        texts = [text for pieces in divided for text, _ in pieces]
+        ids = iter(self.tokenizer.ids([text for text in texts if len(text) <= LONGEST_TEXT]))
         found = []
         for pieces in divided:
             tokens: Tokens = []
             learned = b""
-            for _, bit in pieces:
-                piece = next(ids)
+            for text, bit in pieces:
+                piece = next(ids) if len(text) <= LONGEST_TEXT else self._long(text)
                 tokens += piece
                 learned += _BITS[bit] * len(piece)
             found.append((tokens, learned))
         return found
+
+    def _long(self, text: str) -> Tokens:
+        """The tokens of a long text, tokenised in chunks: the library needs many times the memory of its text."""
+        tokens: Tokens = []
+        start = 0
+        while len(text) - start > LONGEST_TEXT and (cut := self._cut(text, start + LONGEST_TEXT // 2)) is not None:
+            tokens += self._plain(text[start:cut])
+            start = cut
+        return tokens + self._plain(text[start:])
+
+    def _cut(self, text: str, near: int) -> int | None:
+        """A place after `near` between two words where the tokens on each side are those of the text as a whole.
+
+        That is checked in the text around it: what decides on a token is near it. None if no such place is found.
+        """
+        for found in itertools.islice(_BETWEEN_WORDS.finditer(text, near), _TRIED_CUTS):
+            cut = found.start() + 1
+            left, right = text[max(0, cut - _AROUND) : cut], text[cut : cut + _AROUND]
+            if self._plain(left + right) == [*self._plain(left), *self._plain(right)]:
+                return cut
+        return None
 
     def _whole(self, example: Example) -> tuple[Tokens, bytes]:
         ids, offsets = self.tokenizer.ids_and_offsets(example.text)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from launcher.prepare import encode
 from launcher.prepare.conversations import Reason
 from launcher.prepare.encode import Encoder
 from launcher.prepare.row_formats import Example, Reader
@@ -167,6 +168,25 @@ def test_special_tokens_are_never_doubled(make: Callable[..., Any], text: str, p
     assert tokens.count(0) == (1 if post or "<s>" in text else 0)
     assert (tokens.count(1), tokens[-1], learned[-1]) == (1, 1, 1)
     assert sum(learned[1:]) == len(tokens) - 1
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece])
+@pytest.mark.parametrize("word", ["alpha beta, 1.50 é 漢字\n\n", "x", "  \n", "ab</s> <s>", "漢字"])
+def test_long_texts_have_the_tokens_of_the_whole(
+    word: str, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = make()
+    encoder = Encoder(tokenizer, 100_000, True)
+    example = Example(word * 600, ((0, len(word) * 300),))
+    expected = encoder.encode([example, whole("gamma")])
+    asked: list[str] = []
+    plain = Encoder._plain
+    monkeypatch.setattr(encode, "LONGEST_TEXT", 500)
+    monkeypatch.setattr(Encoder, "_plain", lambda self, text: (asked.append(text), plain(self, text))[1])
+    assert encoder.encode([example, whole("gamma")]) == expected
+    if word.startswith("alpha") and make is byte_level:
+        assert len(asked) > 20
+        assert max(map(len, asked)) < 5000
 
 
 @pytest.mark.parametrize("length", range(1, 30))
