@@ -118,7 +118,7 @@ class Rows:
 
     def _summarise(self) -> tuple[int, tuple[str, ...], tuple[str, ...]]:
         if self.lines is not None:
-            first = next(self.lines[0].rows())
+            first = dict.fromkeys(itertools.chain.from_iterable(self.lines[0].rows()))
             return sum(part.count for part in self.lines), tuple(first), tuple(self._notes())
         try:
             summaries = [reader.summary() for reader in self.readers]
@@ -184,7 +184,7 @@ def load_rows(
     """The rows of a job. Which rows are held out depends only on the seed, the fraction and the number of rows.
 
     Reads every file once, to report broken files at the start. With `by_lines` large files with a JSON object on each
-    line are not read: their lines are counted, and `auto` takes the format from the first row. Raises RequestError.
+    line are not read: their lines are counted, and `auto` takes the format from the first part. Raises RequestError.
     """
     rows = _counted(readers_of(train, split, "data.train"), "data.train", by_lines)
     kind = _format_of(data_format, rows)

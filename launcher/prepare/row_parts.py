@@ -115,7 +115,8 @@ def parts_of_lines(files: Sequence[Path]) -> list[LinePart] | None:
             if found is None:
                 return None
             parts += found
-        next(parts[0].rows())
+        for _ in parts[0].rows():
+            pass
     except (OSError, BadFile, NotLines):
         return None
     return parts

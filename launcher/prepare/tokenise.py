@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -82,27 +83,27 @@ def _unfinished(target: Path, progress: Progress) -> Iterator[Path | None]:
     """The folder in which this process alone may tokenise for `target`; None if `target` has been finished."""
     folder = target.with_name(f".{target.name}.partial")
     waits = False
-    with contextlib.ExitStack() as stack:
-        while not (target / "facts.json").is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                # Between two processes, the lock's file may be renamed with its folder, or removed.
-                if stack.enter_context(hold(folder / UNFINISHED_LOCK)) and _holds(folder / UNFINISHED_LOCK):
-                    yield folder
-                    return
-            except FileNotFoundError:
-                continue
-            if not waits and (holder := read_holder(folder / UNFINISHED_LOCK)) is not None:
-                progress(message=f"waiting for {holder}, which tokenises the same data")
-                waits = True
-            stack.close()
-            time.sleep(_RETRY_SECONDS)
-        yield None
+    while not (target / "facts.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            if _take(folder / UNFINISHED_LOCK, stack):
+                yield folder
+                return
+        if not waits and (holder := read_holder(folder / UNFINISHED_LOCK)) is not None:
+            progress(message=f"waiting for {holder}, which tokenises the same data")
+            waits = True
+        time.sleep(_RETRY_SECONDS)
+    yield None
 
 
-def _holds(lock: Path) -> bool:
-    holder = read_holder(lock)
-    return holder is not None and holder.pid == os.getpid()
+def _take(lock: Path, stack: contextlib.ExitStack) -> bool:
+    """Whether this process now holds the lock, until `stack` is closed."""
+    try:
+        held = stack.enter_context(hold(lock))
+    except FileNotFoundError:  # the process that held it has just renamed or removed the folder
+        return False
+    holder = read_holder(lock)  # None if that happened after the file was opened
+    return held and holder is not None and (holder.host, holder.pid) == (socket.gethostname(), os.getpid())
 
 
 @dataclass
@@ -117,7 +118,10 @@ class _Tokenising:
 
     def facts(self, target: Path) -> DataFacts:
         """Writes the splits. Returns their facts, with the folders that they will have. Raises RequestError."""
-        loaded = self._load(by_lines=True)
+        try:
+            loaded = self._load(by_lines=True)
+        except RequestError:  # the first rows may not be as the others
+            loaded = self._load(by_lines=False)
         if all(rows.lines is None for rows in loaded.splits()):
             return self._write(loaded, target)
         try:

@@ -219,12 +219,17 @@ def test_rows_that_are_not_one_on_each_line_give_the_same_store(tokenizer_folder
         assert stored(facts) == stored(expected)
 
 
-def test_a_later_column_decides_the_format_as_it_does_in_a_small_file(tokenizer_folder: Path, tmp_path: Path) -> None:
-    rows = [{"text": "alpha"}] * 500 + chats()[1:40]
-    as_lines(tmp_path / "x.jsonl", rows)
-    as_gzip(tmp_path / "x.jsonl.gz", rows)
+@pytest.mark.parametrize(
+    ("first", "rest", "kind"),
+    [([{"text": "alpha"}] * 500, chats()[1:40], "messages"), ([{"title": "alpha " * 20}] * 100, texts(), "text")],
+)
+def test_later_columns_decide_the_format_as_they_do_in_a_small_file(
+    first: RowList, rest: RowList, kind: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    as_lines(tmp_path / "x.jsonl", first + rest)
+    as_gzip(tmp_path / "x.jsonl.gz", first + rest)
     lines, packed = (tokenised(tokenizer_folder, tmp_path / name, 2) for name in ("x.jsonl", "x.jsonl.gz"))
-    assert lines.format == "messages"
+    assert lines.format == kind
     assert stored(lines) == stored(packed)
     assert without_place(lines) == without_place(packed)
 
