@@ -49,15 +49,6 @@ def cache_entries(cache: Path) -> list[Entry]:
     return sorted(found, key=lambda entry: -entry.unused_seconds)
 
 
-def mark_used(folder: str) -> None:
-    """Notes that the cache entry that contains `folder` is used now; other folders are passed over."""
-    entry = _entry_of(Path(folder))
-    if entry is not None:
-        with contextlib.suppress(OSError):
-            _uses(entry).mkdir(parents=True, exist_ok=True)
-            (_uses(entry) / _USED).touch()
-
-
 def describe(entry: Path, about: str) -> None:
     """Notes what an entry was made of, for `launcher cache list`."""
     write_json(entry / _ABOUT, {"about": about})
@@ -69,12 +60,18 @@ def using(folders: Iterable[str]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for entry in {entry for folder in folders if (entry := _entry_of(Path(folder))) is not None}:
             with contextlib.suppress(OSError):  # a cache that cannot be written cannot be cleaned by this user either
-                uses = _uses(entry)
-                uses.mkdir(parents=True, exist_ok=True)
-                lock = uses / f"{uuid.uuid4().hex}.lock"
-                stack.callback(lock.unlink, missing_ok=True)
+                _uses(entry).mkdir(parents=True, exist_ok=True)
+                lock = _uses(entry) / f"{uuid.uuid4().hex}.lock"
+                stack.callback(_end_use, lock)
                 stack.enter_context(hold(lock))
+                (_uses(entry) / _USED).touch()
         yield
+
+
+def _end_use(lock: Path) -> None:
+    with contextlib.suppress(OSError):
+        (lock.parent / _USED).touch()
+        lock.unlink(missing_ok=True)
 
 
 def remove(cache: Path, entry: Entry) -> bool:

@@ -6,6 +6,7 @@ They are fresh processes without transformers and torch. Each ends when its stan
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pickle
 import queue
@@ -69,12 +70,15 @@ class PartProcesses:
         Raises LauncherError if a process ends.
         """
         parts = iter(parts)
-        while self._count == 1 or self._parts_here > 0:
-            part = next(parts, None)
-            if part is None:
-                return
-            self._parts_here -= 1
+        here = 0 if self._started else self._parts_here
+        while (part := next(parts, None)) is not None:
+            if self._count > 1 and here <= 0:
+                break
+            here -= 1
             yield self._here.tokenise(part, split)
+        else:
+            return
+        parts = itertools.chain([part], parts)
         if not is_sendable(self._tokenizer):
             self._count = 1
             yield from self.tokenise(parts, split)

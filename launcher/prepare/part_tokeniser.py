@@ -112,7 +112,7 @@ class PartTokeniser:
         # A template remembers conversations: a new one for each part keeps parts independent of each other.
         template = split.template.template() if split.template is not None else None
         reader = Reader(split.kind, template, split.learn, split.padded)
-        one = _Part(reader, self._encoders[split.kind == "text"], RowChecks(split.kind, split.compared), split.key)
+        one = _PartRows(reader, self._encoders[split.kind == "text"], RowChecks(split.kind, split.compared), split.key)
         with _collector_off():
             for batch in _batches(one.examples(part)):
                 one.add(batch)
@@ -131,7 +131,7 @@ def _collector_off() -> Iterator[None]:
             gc.enable()
 
 
-class _Part:
+class _PartRows:
     def __init__(self, reader: Reader, encoder: Encoder, checks: RowChecks, key: str) -> None:
         self.reader, self.encoder, self.checks, self.key = reader, encoder, checks, key
         self.counts = Counts()

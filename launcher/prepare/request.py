@@ -12,7 +12,7 @@ from launcher.job.schema import ModelSection
 from launcher.plan.facts import DataFacts, ModelFacts
 from launcher.plan.resolve import check_model
 from launcher.prepare import sources
-from launcher.prepare.cache import keep_below, mark_used
+from launcher.prepare.cache import keep_below
 from launcher.run_dir import write_atomic
 
 Progress = Callable[..., None]
@@ -55,11 +55,7 @@ def cached(request: Request) -> Prepared | None:
     if model is None:
         return None
     data = cached_data(request, Path(model.folder))
-    if data is None:
-        return None
-    for folder in (model.folder, data.train.folder):
-        mark_used(folder)
-    return Prepared(model=model, data=data)
+    return Prepared(model=model, data=data) if data else None
 
 
 def run_request(request: Request, progress: Progress) -> Prepared:
@@ -67,8 +63,6 @@ def run_request(request: Request, progress: Progress) -> Prepared:
     model = measured(request, progress)
     check_model(request.job, model)
     data = cached_data(request, Path(model.folder)) or _tokenise(request, Path(model.folder), progress)
-    for folder in (model.folder, data.train.folder):
-        mark_used(folder)
     _keep_below_limit(request, Path(data.train.folder).parent, progress)
     return Prepared(model=model, data=data)
 

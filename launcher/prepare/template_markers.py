@@ -31,7 +31,7 @@ class Marker(NamedTuple):
 
     message: int
     kind: str  # "start", "end", "thought", "reasoning" or "call"; "tool" for the tools (message -1)
-    index: int = 0
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _or_none(render: Callable[[], str]) -> str | None:
         return None
 
 
-def _marked_message(i: int, message: dict[str, Any], chosen: Mapping[tuple[int, str, int], str]) -> dict[str, Any]:
+def _marked_message(i: int, message: dict[str, Any], chosen: Mapping[Any, str]) -> dict[str, Any]:
     marked = dict(message)
     content = message.get("content")
     if isinstance(content, str) and content and not content.isspace():

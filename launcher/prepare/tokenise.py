@@ -184,7 +184,7 @@ def _about(request: TextRequest, facts: DataFacts) -> str:
 
 
 def _format_of(loaded: Loaded) -> str:
-    """The format of rows by the columns of all of them; "" if there is none. They have been read."""
+    """The format of rows by the columns of all of them; "" if they match no format. They have been read."""
     held_out = (
         loaded.eval.column_names if loaded.eval is not None and loaded.eval.readers == loaded.train.readers else ()
     )

@@ -45,7 +45,7 @@ class SplitWriter:
         identity = f"{len(rows)} rows, {settings.kind}, {way} in parts of {PART_BYTES}"
         store = SplitStore(folder, identity, rows.checks)
         try:
-            shown = _Progress(self.progress, f"tokenising {settings.key}", len(rows), store.counts.rows)
+            shown = _ShownProgress(self.progress, f"tokenising {settings.key}", len(rows), store.counts.rows)
             parts = itertools.islice(rows.parts(), store.finished, None)
             for part in self.processes.tokenise(parts, settings):
                 store.add(part)
@@ -99,7 +99,7 @@ class SplitWriter:
         return notes
 
 
-class _Progress:
+class _ShownProgress:
     """Reports the first part, then one every few seconds, with the speed and the time that is left."""
 
     def __init__(self, progress: Progress, message: str, total: int, finished: int) -> None:

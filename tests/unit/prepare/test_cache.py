@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.prepare import cache as module
-from launcher.prepare.cache import cache_entries, clean, describe, keep_below, mark_used, remove, using
+from launcher.prepare.cache import cache_entries, clean, describe, keep_below, remove, using
 
 HOUR = 3600.0
 NAMES = [f"{number:024x}" for number in range(4)]
@@ -67,8 +67,8 @@ def test_entries_are_listed_with_what_they_are(cache: Path) -> None:
 
 
 def test_a_use_makes_an_entry_recent(cache: Path) -> None:
-    mark_used(str(cache / "data" / NAMES[2] / "train"))
-    mark_used(str(cache / "models" / f"gguf-{NAMES[3]}"))
+    with using([str(cache / "data" / NAMES[2] / "train"), str(cache / "models" / f"gguf-{NAMES[3]}")]):
+        pass
     recent = [entry.path.name for entry in cache_entries(cache) if entry.unused_seconds < 60]
     assert sorted(recent) == sorted([NAMES[2], f"gguf-{NAMES[3]}"])
 
@@ -84,7 +84,8 @@ def test_old_entries_are_removed_and_younger_ones_kept(cache: Path) -> None:
 
 
 def test_an_entry_that_was_used_just_now_is_kept(cache: Path) -> None:
-    mark_used(str(cache / "data" / NAMES[1] / "train"))
+    with using([str(cache / "data" / NAMES[1] / "train")]):
+        pass
     _, kept = clean(cache, 0)
     assert [entry.path.name for entry in kept] == [NAMES[1]]
     assert names(cache) == [NAMES[1]]
@@ -105,11 +106,15 @@ def test_entries_of_a_live_process_are_kept_until_it_is_killed(cache: Path) -> N
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "marked\n"
         _, kept = clean(cache, 0)
-        assert [(entry.path.name, entry.in_use) for entry in kept] == [(NAMES[1], True), (f"gguf-{NAMES[3]}", True)]
-        assert names(cache) == [NAMES[1], f"gguf-{NAMES[3]}"]
+        used = {NAMES[1], f"gguf-{NAMES[3]}"}
+        assert {(entry.path.name, entry.in_use) for entry in kept} == {(name, True) for name in used}
+        assert set(names(cache)) == used
     finally:
         holder.kill()
         holder.communicate()
+    assert not any(entry.in_use for entry in cache_entries(cache))
+    for name in (NAMES[1], f"gguf-{NAMES[3]}"):
+        age(cache / "uses" / name / "used", 1)
     removed, kept = clean(cache, 0)
     assert (len(removed), kept, names(cache)) == (2, [], [])
 
@@ -118,14 +123,13 @@ def test_folders_outside_a_cache_are_not_marked(tmp_path: Path) -> None:
     (tmp_path / "data/models/llama").mkdir(parents=True)
     (tmp_path / "data/sets/train").mkdir(parents=True)
     with using([str(tmp_path / "data/models/llama"), str(tmp_path / "data/sets/train"), "/models/llama"]):
-        mark_used(str(tmp_path / "data/sets/train"))
         assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_a_mark_is_gone_after_the_block(cache: Path) -> None:
     with using([str(cache / "data" / NAMES[0] / "train")]):
         assert [entry.in_use for entry in cache_entries(cache)].count(True) == 1
-    assert list((cache / "uses" / NAMES[0]).iterdir()) == []
+    assert [file.name for file in (cache / "uses" / NAMES[0]).iterdir()] == ["used"]
 
 
 def test_an_entry_that_is_marked_while_it_is_removed_is_put_back(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
