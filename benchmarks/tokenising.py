@@ -21,7 +21,6 @@ import json
 import os
 import random
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import psutil
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -139,22 +140,35 @@ def timed() -> Iterator[dict[str, float]]:
     found.update(seconds=time.perf_counter() - began, cpu=sum(os.times()[:4]) - before)
 
 
-def measure(way: str, tokenizer: Path, file: Path, target: Path, threads: int) -> None:
-    """Prints the figures of one way as JSON. Memory: the largest of the process and of its children, in MB."""
-    found = run_raw(tokenizer, file, target) if way == "raw" else run_launcher(tokenizer, file, target, threads)
-    own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(json.dumps({**found, "own_mb": own / 1e3, "child_mb": child / 1e3}))
-
-
 def measured(way: str, tokenizer: Path, file: Path, folder: Path, threads: int) -> dict[str, float]:
-    """The figures of one way, in a fresh process."""
+    """The figures of one way, in a fresh process, with the peak memory of it and its processes in MB."""
     environment = {**os.environ, "RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": str(threads > 1).lower()}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(dir=folder) as target:
         names = [str(one) for one in (tokenizer, file, Path(target) / "store", threads)]
         command = [sys.executable, __file__, "--measure", way, *names]
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return dict(json.loads(ended.stdout.splitlines()[-1]))
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            peak = 0.0
+            while process.poll() is None:
+                peak = max(peak, memory_of(process.pid))
+                time.sleep(0.2)
+            assert process.stdout is not None
+            output = process.stdout.read()
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} ended with status {process.returncode}")
+    return {**json.loads(output.splitlines()[-1]), "memory": peak}
+
+
+def memory_of(pid: int) -> float:
+    """The memory of a process and its children, without files that are mapped, in MB."""
+    total = 0.0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        for process in (parent, *parent.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found = process.memory_info()
+                total += (found.rss - found.shared) / 1e6
+    return total
 
 
 def compare(kind: str, threads: int, rounds: int, tokenizer: Path, file: Path, folder: Path) -> None:
@@ -165,7 +179,7 @@ def compare(kind: str, threads: int, rounds: int, tokenizer: Path, file: Path, f
             found[way].append(measured(way, tokenizer, file, folder, threads))
     rows, size = found["raw"][0]["rows"], file.stat().st_size / 1e6
     print(f"\n{kind}: {rows:,.0f} rows, {size:.0f} MB, {threads} threads, medians of {rounds} rounds")
-    print(f"{'':16}{'rows/s':>10}{'tokens/s':>12}{'CPU s':>8}{'own MB':>8}{'child MB':>9}")
+    print(f"{'':16}{'rows/s':>10}{'tokens/s':>12}{'CPU s':>8}{'peak MB':>9}")
     for way, runs in found.items():
         _print_row(way, runs, "seconds")
     _print_row("raw, encoding", found["raw"], "encoding")
@@ -181,15 +195,16 @@ def compare(kind: str, threads: int, rounds: int, tokenizer: Path, file: Path, f
 
 def _print_row(name: str, runs: list[dict[str, float]], key: str) -> None:
     rows, tokens = (median(run[what] / run[key] for run in runs) for what in ("rows", "tokens"))
-    cpu, own, child = (median(run[what] for run in runs) for what in ("cpu", "own_mb", "child_mb"))
-    print(f"{name:16}{rows:10,.0f}{tokens:12,.0f}{cpu:8.1f}{own:8.0f}{child:9.0f}")
+    cpu, memory = (median(run[what] for run in runs) for what in ("cpu", "memory"))
+    print(f"{name:16}{rows:10,.0f}{tokens:12,.0f}{cpu:8.1f}{memory:9.0f}")
 
 
 def main() -> None:
     """Measures, or runs one measurement for another process."""
     if sys.argv[1:2] == ["--measure"]:
         way, tokenizer, file, target, threads = sys.argv[2:]
-        measure(way, Path(tokenizer), Path(file), Path(target), int(threads))
+        places = Path(tokenizer), Path(file), Path(target)
+        print(json.dumps(run_raw(*places) if way == "raw" else run_launcher(*places, int(threads))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)

@@ -79,11 +79,10 @@ class PartProcesses:
         else:
             return
         parts = itertools.chain([part], parts)
-        if not is_sendable(self._tokenizer):
+        if not self._start():
             self._count = 1
             yield from self.tokenise(parts, split)
             return
-        self._start()
         with ThreadPoolExecutor(self._count) as threads:
             try:
                 yield from self._tokenise_there(threads, parts, split)
@@ -113,11 +112,16 @@ class PartProcesses:
         if error is not None:
             raise error
 
-    def _start(self) -> None:
+    def _start(self) -> bool:
+        """Starts the processes once; False if the tokenizer cannot be sent to them."""
         if not self._started:
-            self._started = [_Process(self._tokenizer, self._max_length) for _ in range(self._count)]
+            if not is_sendable(self._tokenizer):
+                return False
+            settings = pickle.dumps((self._tokenizer, self._max_length), protocol=5)
+            self._started = [_Process(settings) for _ in range(self._count)]
             for process in self._started:
                 self._idle.put(process)
+        return True
 
     def _ask(self, part: Part, split: SplitSettings) -> TokenisedPart:
         process = self._idle.get()
@@ -128,14 +132,14 @@ class PartProcesses:
 
 
 class _Process:
-    def __init__(self, tokenizer: TextTokenizer, max_length: int) -> None:
+    def __init__(self, settings: bytes) -> None:
         # -P: do not import a launcher.py or datasets.py from the user's folder.
         command = [sys.executable, "-P", "-m", "launcher.prepare.part_processes"]
         environment = {**os.environ, "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         assert self._process.stdin is not None and self._process.stdout is not None
         self._to, self._from = self._process.stdin, self._process.stdout
-        self._settings: Any = (tokenizer, max_length)
+        self._settings: bytes | None = settings
         self._split: SplitSettings | None = None
 
     def tokenise(self, part: Part, split: SplitSettings) -> TokenisedPart:
@@ -145,7 +149,7 @@ class _Process:
             if self._settings is not None:
                 _send(self._to, self._settings)
                 self._settings = None
-            _send(self._to, (part, changed))
+            _send(self._to, pickle.dumps((part, changed), protocol=5))
             answer = _receive(self._from)
         except (OSError, EOFError, ValueError):
             status = self._process.wait()
@@ -176,8 +180,7 @@ def _result(answer: Any) -> TokenisedPart:
     raise LauncherError(f"tokenising failed:\n{content}", code=FailureCode.PREPARE_FAILED)
 
 
-def _send(stream: IO[bytes], message: object) -> None:
-    content = pickle.dumps(message, protocol=5)
+def _send(stream: IO[bytes], content: bytes) -> None:
     stream.write(_SIZE.pack(len(content)))
     stream.write(content)
     stream.flush()
@@ -207,7 +210,7 @@ def main() -> None:
             part, changed = _receive(source)
             split = changed or split
             assert split is not None
-            _send(answers, _answer(tokeniser, part, split))
+            _send(answers, pickle.dumps(_answer(tokeniser, part, split), protocol=5))
 
 
 def _answer(tokeniser: PartTokeniser, part: Part, split: SplitSettings) -> object:
