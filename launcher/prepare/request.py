@@ -75,9 +75,9 @@ def _keep_below_limit(request: Request, newest: Path, progress: Progress) -> Non
     removed, size = keep_below(request.cache, limit * 1e9, newest)
     if removed:
         freed = sum(entry.bytes for entry in removed) / 1e9
-        progress(message=f"removed {len(removed)} unused entries of the cache, {freed:.1f} GB (data.cache_limit_gb)")
+        progress(message=f"removed unused cache entries: {len(removed)}, {freed:.1f} GB (data.cache_limit_gb)")
     if size > limit * 1e9:
-        progress(message=f"the cache takes {size / 1e9:.1f} GB, more than data.cache_limit_gb: live runs use the rest")
+        progress(message=f"the cache takes {size / 1e9:.1f} GB, more than data.cache_limit_gb: the rest is in use")
 
 
 def measured(request: Request | ModelRequest, progress: Progress) -> ModelFacts:

@@ -62,7 +62,8 @@ def clean_cache(cache: Path, unused_seconds: float) -> list[str]:
         why = "a live run uses it" if entry.in_use else "it was used within the last minute"
         lines.append(f"kept     {_size(entry.bytes):>10}  {entry.kind:<10}  {entry.about}: {why}")
     freed = sum(entry.bytes for entry in removed)
-    return [*lines, f"removed {len(removed)} entries, {_size(freed)}, from {cache}"]
+    entries = "1 entry" if len(removed) == 1 else f"{len(removed)} entries"
+    return [*lines, f"removed {entries}, {_size(freed)}, from {cache}"]
 
 
 def _view(cache: Path, entries: Sequence[Entry]) -> Table | Text:
