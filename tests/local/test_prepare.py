@@ -403,7 +403,7 @@ def test_the_limit_of_the_cache_removes_data_that_was_not_used_for_long(job: Job
     before = time.time() - 3600
     os.utime(first / "facts.json", (before, before))
     told: list[str] = []
-    limited = Request(job=with_data(job, max_length=32, cache_limit_gb=1e-6), cache=tmp_path / "cache")
+    limited = Request(job=with_data(job, max_length=32, cache_limit_gb=1e-7), cache=tmp_path / "cache")
     second = run_request(limited, lambda **progress: told.append(progress["message"]))
     assert [entry.name for entry in (tmp_path / "cache/data").iterdir()] == [second.data.fingerprint]
     assert told[-2:] == [
