@@ -143,6 +143,31 @@ def test_the_store_does_not_depend_on_the_number_of_processes_or_the_file_type(
     assert all(one == first for one in found.values())
 
 
+def test_stored_data_sets_and_text_files_are_tokenised_in_processes_too(tokenizer_folder: Path, tmp_path: Path) -> None:
+    import datasets
+
+    as_lines(tmp_path / "x.jsonl", texts())
+    expected = tokenised(tokenizer_folder, tmp_path / "x.jsonl", 1)
+    datasets.Dataset.from_list(texts()).save_to_disk(str(tmp_path / "saved"))
+    request = TextRequest(DataSource(saved=tmp_path / "saved"), None, "auto", 64, "train", seed=3, processes=2)
+    facts = tokenise(request, tokenizer_folder, tmp_path / "from-saved", False, lambda **_: None)
+    assert stored(facts) == stored(expected)
+
+    files = []
+    for number, row in enumerate(texts()[:30]):
+        files.append(tmp_path / f"{number:03}.txt")
+        files[-1].write_bytes(row["text"].encode())
+    as_lines(tmp_path / "few.jsonl", texts()[:30])
+    stores = []
+    for source, processes in (
+        (DataSource(tuple(files), "text"), 2),
+        (DataSource((tmp_path / "few.jsonl",), "json"), 1),
+    ):
+        request = TextRequest(source, None, "auto", 64, "train", seed=3, processes=processes)
+        stores.append(stored(tokenise(request, tokenizer_folder, tmp_path / f"s{processes}", False, lambda **_: None)))
+    assert stores[0] == stores[1]
+
+
 def test_many_rows_are_tokenised_in_other_processes_by_themselves(
     tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
