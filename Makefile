@@ -64,6 +64,7 @@ bench: install ## run the benchmarks, each against its alternative
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/checkpoint_stall.py
 	$(BIN)/python benchmarks/log_following.py
+	$(BIN)/python benchmarks/tokenising.py
 	$(BIN)/python benchmarks/scale.py
 
 clean: ## remove what was built, not the runs

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from launcher.cli import (
+    cache,
     cancel,
     checkpoints,
     doctor,
@@ -37,12 +38,12 @@ from launcher.files import keep_private
 from launcher.version import __version__
 
 _PANELS: dict[str, tuple[Any, ...]] = {
-    "Before a run": (init.init, plan.plan, lr.lr, lint.lint, doctor.doctor, schema.schema),
+    "Before a run": (init.init, plan.plan, lr.lr, lint.lint, doctor.doctor, schema.schema, cache.cache),
     "Running": (run.run, resume.resume, cancel.cancel, exec.exec_script, submit.submit, node.node),
     "Watching": (status.status, watch.watch, logs.logs, why.why, checkpoints.checkpoints),
     "Results": (export.export, upload.upload),
 }
-_SETTINGS: dict[str, dict[str, Any]] = {
+_MORE: dict[str, dict[str, Any]] = {
     "exec": {"context_settings": exec.CONTEXT},
     "submit": {"cls": submit.ScriptCommand},
     "node": {"context_settings": node.CONTEXT},
@@ -60,8 +61,7 @@ app = typer.Typer(
 for _panel, _commands in _PANELS.items():
     for _command in _commands:
         _name = _command.__name__.removesuffix("_script")
-        _more = _SETTINGS.get(_name, {})
-        app.command(_name, rich_help_panel=_panel, help=reflowed(_command.__doc__), **_more)(_command)
+        app.command(_name, rich_help_panel=_panel, help=reflowed(_command.__doc__), **_MORE.get(_name, {}))(_command)
 
 
 def _version(requested: bool) -> None:

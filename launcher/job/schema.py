@@ -217,6 +217,11 @@ class DataSection(Section):
     cache_dir: Name | None = Field(
         None, description="Folder for tokenised data, visible to all nodes. Default: .cache in output_dir."
     )
+    cache_limit_gb: PositiveNumber | None = Field(
+        None,
+        description="Largest size of the cache folder in GB (10^9 bytes). After tokenising, the entries that were not "
+        "used for the longest time are removed; those of live runs are kept. Default: no limit.",
+    )
 
     @field_validator("chat_template_kwargs")
     @classmethod

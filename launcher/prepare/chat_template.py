@@ -42,6 +42,8 @@ class Form:
 
     def apply(self, message: Message) -> Message:
         """The message in this form."""
+        if self == _PLAIN:
+            return message
         changed = dict(message)
         if self.parts and isinstance(message.get("content"), str):
             changed["content"] = [{"type": "text", "text": message["content"]}]
@@ -52,6 +54,7 @@ class Form:
         return changed
 
 
+_PLAIN = Form()
 FORMS = tuple(
     Form(parts, json_arguments, no_content)
     for parts in (False, True)
@@ -139,12 +142,12 @@ class ChatTemplate:
         calls = [message for message in conversation.messages if "tool_calls" in message]
         bare = any("content" not in message for message in calls)
         can = [form for form in FORMS if (calls or not form.json_arguments) and (bare or form.no_content == "missing")]
-        yield from sorted(can, key=lambda form: form != self._form)
+        yield from sorted(can, key=lambda form: form != self._form) if len(can) > 1 else can
 
     def _finder(self, form: Form, conversation: Conversation) -> TurnFinder:
         source = self._source(conversation.tools)
         own = conversation.template_kwargs
-        key = (source, form, json.dumps(own, sort_keys=True, default=str))
+        key = (source, form, json.dumps(own, sort_keys=True, default=str) if own else "{}")
         if key not in self._finders:
             variables = {**self.variables, **own}
             blocks = partial(self._generation, source, form, variables) if has_generation_blocks(source) else None
@@ -185,6 +188,8 @@ class ChatTemplate:
         dropped = marked.dropped
         if form.parts and "{'type': 'text'" in marked.text:
             raise BadRow(f"{self.name} writes content parts in Python's notation")
+        if not dropped and not any("tool_calls" in message for message in conversation.messages):
+            return
         for i, message in enumerate(conversation.messages):
             if any(marker.kind == "call" and marker.message == i for marker in dropped):
                 raise IncompleteRendering(f"{self.name} does not write tool_calls (message {i + 1})", 2 * i + 1)

@@ -28,6 +28,7 @@ _SHAREGPT = {
 _SWITCHES = ("weight", "train", "training", "loss")
 _ARGUMENTS = ("arguments", "parameters", "input")
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_PLAIN_KEYS = {"role", "content"}
 
 
 class Reason(StrEnum):
@@ -104,6 +105,8 @@ def tools_of(value: Any, padded: bool = True) -> list[Any] | None:
 
 def _message(turn: Any, template: str, padded: bool) -> tuple[Message, bool]:
     """(message, whether the row allows it to be learned)."""
+    if type(turn) is dict and turn.keys() == _PLAIN_KEYS and turn["role"] in ROLES and type(turn["content"]) is str:
+        return {**turn, "content": without_mark(turn["content"])}, True
     if not isinstance(turn, Mapping):
         raise BadRow(f"a message needs role and content, found {str(turn)[:80]!r}")
     message = {key: value for key, value in turn.items() if value is not None}

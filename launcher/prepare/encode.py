@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from launcher.prepare.row_formats import Example
+from launcher.prepare.text_tokenizer import TextTokenizer, text_tokenizer
 
 Piece = tuple[str, int]
 Tokens = list[int]
+LONGEST_TEXT = 1 << 20
+"""Longer texts are tokenised in chunks of half that many characters, or a little more."""
+_BETWEEN_WORDS = re.compile(r"\w\s\w")
+_AROUND, _TRIED_CUTS = 2000, 100
+_BITS = (b"\0", b"\1")
 
 
 @dataclass(frozen=True)
 class Encoded:
     """Sequences of (token ids, 1 for each learned token) of at most max_length; `cut`: tokens were dropped."""
 
-    sequences: list[tuple[Tokens, list[int]]]
+    sequences: list[tuple[Tokens, bytes]]
     cut: bool
 
 
 class Encoder:
-    """Tokenises examples with a fast tokenizer.
+    """Tokenises examples with a fast tokenizer of transformers, or a `TextTokenizer`.
 
     Learned and other text is tokenised separately. No token crosses the border, whatever white space is there, and
     training sees the same tokens as inference: the prompt tokenised alone, then the model's output. A tokenizer that
@@ -32,8 +40,9 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any, max_length: int, divide: bool) -> None:
-        self.tokenizer, self.max_length, self.divide = tokenizer, max_length, divide
-        self.end: int | None = tokenizer.eos_token_id
+        self.tokenizer: TextTokenizer = text_tokenizer(tokenizer)
+        self.max_length, self.divide = max_length, divide
+        self.end = self.tokenizer.eos_token_id
         self.before, self.after = self._added()
         self.in_pieces = self._plain("\na") == [*self._plain("\n"), *self._plain("a")]
 
@@ -51,55 +60,78 @@ class Encoder:
             return example
         return Example(text, tuple((start, min(stop, len(text))) for start, stop in example.spans))
 
-    def _by_pieces(self, examples: Sequence[Example]) -> list[tuple[Tokens, list[int]]]:
+    def _by_pieces(self, examples: Sequence[Example]) -> list[tuple[Tokens, bytes]]:
         divided = [list(_pieces(example)) for example in examples]
         texts = [text for pieces in divided for text, _ in pieces]
-        ids = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+        ids = iter(self.tokenizer.ids([text for text in texts if len(text) <= LONGEST_TEXT]))
         found = []
         for pieces in divided:
             tokens: Tokens = []
-            learned: list[int] = []
-            for _, bit in pieces:
-                piece = next(ids)
+            learned = b""
+            for text, bit in pieces:
+                piece = next(ids) if len(text) <= LONGEST_TEXT else self._long(text)
                 tokens += piece
-                learned += [bit] * len(piece)
+                learned += _BITS[bit] * len(piece)
             found.append((tokens, learned))
         return found
 
-    def _whole(self, example: Example) -> tuple[Tokens, list[int]]:
-        encoded = self.tokenizer(example.text, add_special_tokens=False, return_offsets_mapping=True)
-        offsets = encoded["offset_mapping"]
+    def _long(self, text: str) -> Tokens:
+        """The tokens of a long text, tokenised in chunks: the library needs many times the memory of its text."""
+        tokens: Tokens = []
+        start = 0
+        while len(text) - start > LONGEST_TEXT and (cut := self._cut(text, start + LONGEST_TEXT // 2)) is not None:
+            tokens += self._plain(text[start:cut])
+            start = cut
+        return tokens + self._plain(text[start:])
+
+    def _cut(self, text: str, near: int) -> int | None:
+        """A place after `near` between two words where the tokens on each side are those of the text as a whole.
+
+        That is checked in the text around it: what decides on a token is near it. None if no such place is found.
+        """
+        for found in itertools.islice(_BETWEEN_WORDS.finditer(text, near), _TRIED_CUTS):
+            cut = found.start() + 1
+            left, right = text[max(0, cut - _AROUND) : cut], text[cut : cut + _AROUND]
+            if self._plain(left + right) == [*self._plain(left), *self._plain(right)]:
+                return cut
+        return None
+
+    def _whole(self, example: Example) -> tuple[Tokens, bytes]:
+        ids, offsets = self.tokenizer.ids_and_offsets(example.text)
         borders = {border for span in example.spans for border in span}
         if any(start < border < stop for start, stop in offsets for border in borders):
             return self._guarded(example)
-        return encoded["input_ids"], _learned(example, offsets)
+        return ids, _learned(example, offsets)
 
-    def _guarded(self, example: Example) -> tuple[Tokens, list[int]]:
+    def _guarded(self, example: Example) -> tuple[Tokens, bytes]:
         """Tokens of the pieces, each but the first after a line break: the tokenizer then adds no space."""
         guard = self._plain("\n")
         tokens: Tokens = []
-        learned: list[int] = []
+        learned = b""
         for k, (text, bit) in enumerate(_pieces(example)):
             piece = self._plain("\n" + text if k else text)
             if k:
                 piece = piece[len(guard) :] if piece[: len(guard)] == guard else self._plain(text)
             tokens += piece
-            learned += [bit] * len(piece)
+            learned += _BITS[bit] * len(piece)
         return tokens, learned
 
-    def _ended(self, example: Example, tokens: Tokens, learned: list[int]) -> tuple[Tokens, list[int]]:
+    def _ended(self, example: Example, tokens: Tokens, learned: bytes) -> tuple[Tokens, bytes]:
         """With the tokens that the tokenizer adds at both ends, without duplicates, and a learned end-of-text token."""
         if example.complete:
             return tokens, learned
         before = self.before[: len(self.before) - _overlap(self.before, tokens)]
         after = self.after[_overlap(tokens, self.after) :]
-        tokens, learned = [*before, *tokens, *after], [*[0] * len(before), *learned, *[1] * len(after)]
+        if before or after:
+            tokens, learned = before + tokens + after, bytes(len(before)) + learned + _BITS[1] * len(after)
         if self.end is not None and self.end not in self.after and tokens[-1:] != [self.end]:
-            tokens, learned = [*tokens, self.end], [*learned, 1]
+            tokens, learned = [*tokens, self.end], learned + _BITS[1]
         return tokens, learned
 
-    def _sequences(self, tokens: Tokens, learned: list[int]) -> Encoded:
+    def _sequences(self, tokens: Tokens, learned: bytes) -> Encoded:
         most = self.max_length
+        if len(tokens) <= most and (tokens or not self.divide):
+            return Encoded([(tokens, learned)], False)
         if not self.divide:
             return Encoded([(tokens[:most], learned[:most])], len(tokens) > most)
         starts = list(range(0, len(tokens), most))
@@ -109,12 +141,11 @@ class Encoder:
         return Encoded([(tokens[a:b], learned[a:b]) for a, b in zip(starts, stops, strict=True)], False)
 
     def _plain(self, text: str) -> Tokens:
-        ids: Tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return self.tokenizer.ids([text])[0]
 
     def _added(self) -> tuple[Tokens, Tokens]:
         """The tokens that the tokenizer adds before and after a text."""
-        plain, whole = self._plain("a"), list(self.tokenizer("a")["input_ids"])
+        plain, whole = self._plain("a"), self.tokenizer.ids_with_ends("a")
         for k in range(len(whole) - len(plain) + 1):
             if plain and whole[k : k + len(plain)] == plain:
                 return whole[:k], whole[k + len(plain) :]
@@ -134,9 +165,9 @@ def _pieces(example: Example) -> Iterator[Piece]:
         yield example.text[at:], 0
 
 
-def _learned(example: Example, offsets: Sequence[tuple[int, int]]) -> list[int]:
+def _learned(example: Example, offsets: Sequence[tuple[int, int]]) -> bytes:
     """1 for each token that starts inside a learned span."""
-    learned = [0] * len(offsets)
+    learned = bytearray(len(offsets))
     spans = iter(sorted(example.spans))
     span = next(spans, None)
     for i, (start, _) in enumerate(offsets):
@@ -145,7 +176,7 @@ def _learned(example: Example, offsets: Sequence[tuple[int, int]]) -> list[int]:
         if span is None:
             break
         learned[i] = int(start >= span[0])
-    return learned
+    return bytes(learned)
 
 
 def _overlap(first: Tokens, second: Tokens) -> int:

@@ -41,32 +41,41 @@ class JsonFile:
         return FileSummary(count, tuple(columns))
 
     def rows(self) -> Iterator[Row]:
-        text = _Text(self.path)
+        text = JsonText(self.path, text_chunks(self.path))
         for number, (line, value) in enumerate(_values(text), 1):
-            if isinstance(value, str):
-                value = {"text": value}
-            if not isinstance(value, dict):
-                raise BadFile(self.name, f"row {number} cannot be read: it is {_kind_of(value)}", _EXAMPLE, line)
-            if text.escaped_surrogate and (column := _unpaired_surrogate(value)):
-                raise BadFile(
-                    self.name,
-                    f"row {number} cannot be read: `{column}` has half of a surrogate pair, which is not a character",
-                    "remove the unpaired \\ud8xx to \\udfxx escape, or write the character itself",
-                    line,
-                )
-            if text.repeated and (key := _duplicate_key(value)):
-                message = f"row {number} cannot be read: duplicate key `{key}` in one object"
-                raise BadFile(self.name, message, "keep one of the two", line)
-            yield Row(value, RowLocation(self.name, number, line))
+            yield json_row(text, number, line, value)
 
 
-class _Text:
-    """The text of a file, read as values are taken from it."""
+def json_row(text: JsonText, number: int, line: int, value: Any) -> Row:
+    """The row `number`, whose `value` was just read from `text`. Raises BadFile if it is not a row."""
+    name = str(text.path)
+    if isinstance(value, str):
+        value = {"text": value}
+    if not isinstance(value, dict):
+        raise BadFile(name, f"row {number} cannot be read: it is {_kind_of(value)}", _EXAMPLE, line)
+    if text.escaped_surrogate and (column := _unpaired_surrogate(value)):
+        raise BadFile(
+            name,
+            f"row {number} cannot be read: `{column}` has half of a surrogate pair, which is not a character",
+            "remove the unpaired \\ud8xx to \\udfxx escape, or write the character itself",
+            line,
+        )
+    if text.repeated and (key := _duplicate_key(value)):
+        message = f"row {number} cannot be read: duplicate key `{key}` in one object"
+        raise BadFile(name, message, "keep one of the two", line)
+    return Row(value, RowLocation(name, number, line))
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.chunks = path, text_chunks(path)
-        self.text, self.at, self.line, self.ended = "", 0, 1, False
-        self.row = 1
+
+class JsonText:
+    """JSON values one after another, read from `chunks` of a file as they are taken.
+
+    `line` and `row` are those of the first value.
+    """
+
+    def __init__(self, path: Path, chunks: Iterator[str], line: int = 1, row: int = 1) -> None:
+        self.path, self.chunks = path, chunks
+        self.text, self.at, self.line, self.ended = "", 0, line, False
+        self.row = row
         self.escaped_surrogate = self.repeated = False
         self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
 
@@ -82,6 +91,12 @@ class _Text:
     def skip(self) -> None:
         """Skips the character that `peek` returned."""
         self.at += 1
+
+    def skip_line(self) -> None:
+        """Skips the rest of a line that was read whole: a row that is not wanted."""
+        stop = self.text.find("\n", self.at)
+        self.at = stop if stop >= 0 else len(self.text)
+        self.row += 1
 
     def value(self) -> tuple[int, Any]:
         """The first line of the next value, and the value. Raises BadFile."""
@@ -182,7 +197,7 @@ class _Text:
         return BadFile(str(self.path), message, hint, line)
 
 
-def _values(text: _Text) -> Iterator[tuple[int, Any]]:
+def _values(text: JsonText) -> Iterator[tuple[int, Any]]:
     """(line, row) of each row of the file, in any arrangement. Raises BadFile."""
     if text.peek() == "[":
         yield from _array_values(text)
@@ -198,7 +213,7 @@ def _values(text: _Text) -> Iterator[tuple[int, Any]]:
         yield text.value()
 
 
-def _array_values(text: _Text) -> Iterator[tuple[int, Any]]:
+def _array_values(text: JsonText) -> Iterator[tuple[int, Any]]:
     text.skip()
     if text.peek() == "]":
         text.skip()

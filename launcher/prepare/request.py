@@ -12,6 +12,7 @@ from launcher.job.schema import ModelSection
 from launcher.plan.facts import DataFacts, ModelFacts
 from launcher.plan.resolve import check_model
 from launcher.prepare import sources
+from launcher.prepare.cache import keep_below
 from launcher.run_dir import write_atomic
 
 Progress = Callable[..., None]
@@ -62,7 +63,21 @@ def run_request(request: Request, progress: Progress) -> Prepared:
     model = measured(request, progress)
     check_model(request.job, model)
     data = cached_data(request, Path(model.folder)) or _tokenise(request, Path(model.folder), progress)
+    _keep_below_limit(request, Path(data.train.folder).parent, progress)
     return Prepared(model=model, data=data)
+
+
+def _keep_below_limit(request: Request, newest: Path, progress: Progress) -> None:
+    """Removes entries of the cache until it takes at most the job's data.cache_limit_gb, if that is set."""
+    limit = request.job.data.cache_limit_gb
+    if limit is None:
+        return
+    removed, size = keep_below(request.cache, limit * 1e9, newest)
+    if removed:
+        freed = sum(entry.bytes for entry in removed) / 1e9
+        progress(message=f"removed unused cache entries: {len(removed)}, {freed:.1f} GB (data.cache_limit_gb)")
+    if size > limit * 1e9:
+        progress(message=f"the cache takes {size / 1e9:.1f} GB, more than data.cache_limit_gb: the rest is in use")
 
 
 def measured(request: Request | ModelRequest, progress: Progress) -> ModelFacts:

@@ -70,7 +70,9 @@ def compile_template(source: str) -> jinja2.Template:
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = DATE.strftime
     environment.globals["namespace"] = _Namespace
-    return environment.from_string(source)
+    template = environment.from_string(source)
+    template.globals = dict(template.globals)  # it is read for each conversation, which takes long in Jinja's ChainMap
+    return template
 
 
 def render_template(source: str, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:

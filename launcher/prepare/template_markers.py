@@ -1,16 +1,16 @@
 """Finds the position of each part of a conversation in the text that a chat template renders.
 
 The conversation is rendered a second time with markers around every message's text and after every tool call's name.
-Markers are characters of a private use plane that are not in the text. A marker is used only if the marked text without
-markers equals the unmarked text: the marker then did not change what the template does.
+Markers are characters that are not in the text. A marker is used only if the marked text without markers equals the
+unmarked text: the marker then did not change what the template does.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from launcher.prepare.conversations import REASONING, Messages
 from launcher.prepare.row_values import BadRow
@@ -18,18 +18,20 @@ from launcher.prepare.row_values import BadRow
 Render = Callable[..., str]
 """render(messages, add_generation_prompt=False, tools=None) -> text"""
 
+_LATIN = range(0x86, 0xA0)
+"""Control characters that are not white space (0x85 is), and that JSON does not escape."""
 _PLANES = (0xF0000, 0x100000)
 _PLANE_SIZE = 0xFFFD
+_PRIVATE = re.compile(f"[{chr(_PLANES[0])}-{chr(0x10FFFF)}]")
 _THOUGHT_END = "</think>"
 
 
-@dataclass(frozen=True)
-class Marker:
+class Marker(NamedTuple):
     """A marker in a message: before or after its text, after its reasoning or after the name of a tool call."""
 
     message: int
     kind: str  # "start", "end", "thought", "reasoning" or "call"; "tool" for the tools (message -1)
-    index: int = 0
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,32 +42,33 @@ class MarkedText:
     positions: dict[Marker, int]
     dropped: frozenset[Marker]
 
-    def of(self, message: int) -> list[int]:
-        """The positions of a message's markers."""
-        return [position for marker, position in self.positions.items() if marker.message == message]
-
 
 def markers_of(messages: Messages, tools: list[Any] | None) -> list[Marker]:
     """All possible markers of a conversation."""
     found: list[Marker] = []
     for i, message in enumerate(messages):
-        if _text(message.get("content")).strip():
-            found += [Marker(i, what) for _, what in _marker_positions(message["content"])]
-        if any(_text(message.get(key)).strip() for key in REASONING):
+        content = message.get("content")
+        if isinstance(content, str) and content and not content.isspace():
+            found += [Marker(i, what, 0) for _, what in _marker_positions(content)]
+        if len(message) == 2 and content is not None:
+            continue  # role and content alone
+        if any(_text(message[key]).strip() for key in REASONING if key in message):
             found.append(Marker(i, "reasoning"))
-        found += [Marker(i, "call", k) for k in range(len(message.get("tool_calls") or []))]
-    found += [Marker(-1, "tool", k) for k, tool in enumerate(tools or []) if _tool_name(tool)]
+        if calls := message.get("tool_calls"):
+            found += [Marker(i, "call", k) for k in range(len(calls))]
+    if tools:
+        found += [Marker(-1, "tool", k) for k, tool in enumerate(tools) if _tool_name(tool)]
     return found
 
 
-def render_marked(messages: Messages, tools: list[Any] | None, render: Render) -> MarkedText:
+def render_marked(messages: Messages, tools: list[Any] | None, render: Render) -> tuple[MarkedText, MarkerAlphabet]:
     """Renders with all markers at once; if a marker changes what the template does, with one marker at a time."""
     text = render(messages, tools=tools)
     markers = markers_of(messages, tools)
     alphabet = MarkerAlphabet(markers, text)
-    together = alphabet.read(_or_none(lambda: alphabet.render(markers, messages, tools, render)))
-    if together and together[0] == text:
-        return MarkedText(text, together[1], frozenset(set(markers) - set(together[1])))
+    marked = _or_none(lambda: alphabet.render(markers, messages, tools, render))
+    if (placed := alphabet.positions_in(marked, text)) is not None:
+        return MarkedText(text, placed, frozenset(set(markers).difference(placed))), alphabet
     positions: dict[Marker, int] = {}
     dropped = set()
     for marker in markers:
@@ -74,29 +77,28 @@ def render_marked(messages: Messages, tools: list[Any] | None, render: Render) -
             positions.update(alone[1])
             if not alone[1]:
                 dropped.add(marker)
-    return MarkedText(text, positions, frozenset(dropped))
+    return MarkedText(text, positions, frozenset(dropped)), alphabet
 
 
 class MarkerAlphabet:
-    """A private use character for each marker; none of them is in `text`."""
+    """A character for each marker; none of them is in `text`.
+
+    In ASCII texts they are control characters of Latin-1: Python then stores marked texts with a byte per character,
+    and not with four.
+    """
 
     def __init__(self, markers: list[Marker], text: str) -> None:
         if len(markers) > _PLANE_SIZE:
             raise BadRow(f"a conversation with {len(markers)} parts is too long")
-        highest = max(text, default="")
-        used = {ord(character) for character in text} if highest >= chr(_PLANES[0]) else set()
-        free = [base for base in _PLANES if not used.intersection(range(base, base + len(markers)))]
-        if not free:
-            raise BadRow("the text uses both private use planes of Unicode, which the launcher needs to find the turns")
-        self.character = {marker: chr(free[0] + k) for k, marker in enumerate(markers)}
-        self._marker = {character: marker for marker, character in self.character.items()}
-        self._pattern = re.compile(f"[{chr(free[0])}-{chr(free[0] + max(0, len(markers) - 1))}]")
+        self._first = _LATIN[0] if text.isascii() and len(markers) <= len(_LATIN) else _free_base(len(markers), text)
+        self.character = {marker: chr(self._first + k) for k, marker in enumerate(markers)}
 
     def render(
         self, markers: list[Marker], messages: Messages, tools: list[Any] | None, render: Render, prompt: bool = False
     ) -> str:
         """The conversation rendered with `markers`."""
-        chosen = {marker: self.character[marker] for marker in markers}
+        all_of_them = len(markers) == len(self.character)
+        chosen = self.character if all_of_them else {marker: self.character[marker] for marker in markers}
         marked = [_marked_message(i, message, chosen) for i, message in enumerate(messages)]
         named = [_marked_tool(tool, chosen.get(Marker(-1, "tool", k))) for k, tool in enumerate(tools or [])]
         return render(marked, add_generation_prompt=prompt, tools=named or tools)
@@ -109,17 +111,51 @@ class MarkerAlphabet:
         """
         if text is None:
             return None
+        markers = list(self.character)
         positions: dict[Marker, int] = {}
         pieces: list[str] = []
         length = start = 0
-        for found in self._pattern.finditer(text) if self._marker else ():
+        pattern = f"[{chr(self._first)}-{chr(self._first + max(0, len(markers) - 1))}]"
+        for found in re.finditer(pattern, text) if markers else ():
             pieces.append(text[start : found.start()])
             length += found.start() - start
             start = found.end()
-            marker = self._marker[found.group()]
+            marker = markers[ord(found.group()) - self._first]
             if marker.kind != "call" or marker not in positions:
                 positions[marker] = length
         return "".join([*pieces, text[start:]]), positions
+
+    def positions_in(self, marked: str | None, text: str) -> dict[Marker, int] | None:
+        """The positions that `read` returns for `marked`; None if its text without markers is not `text`.
+
+        Fast if the markers are in the order of the conversation. Each then occurs once: what is left has no marker, as
+        it is equal to `text`, which has none.
+        """
+        if marked is None:
+            return None
+        positions: dict[Marker, int] = {}
+        pieces: list[str] = []
+        start = 0
+        for marker, character in self.character.items():
+            at = marked.find(character, start)
+            if at >= 0:
+                pieces.append(marked[start:at])
+                positions[marker] = at - len(positions)
+                start = at + 1
+        pieces.append(marked[start:])
+        if "".join(pieces) == text:
+            return positions
+        read = self.read(marked)
+        return read[1] if read is not None and read[0] == text else None
+
+
+def _free_base(count: int, text: str) -> int:
+    """The first of `count` private use characters in a row that are not in `text`. Raises BadRow."""
+    used = {ord(character) for character in _PRIVATE.findall(text)}
+    free = [base for base in _PLANES if not used.intersection(range(base, base + count))]
+    if not free:
+        raise BadRow("the text uses both private use planes of Unicode, which the launcher needs to find the turns")
+    return free[0]
 
 
 def _or_none(render: Callable[[], str]) -> str | None:
@@ -129,30 +165,37 @@ def _or_none(render: Callable[[], str]) -> str | None:
         return None
 
 
-def _marked_message(i: int, message: dict[str, Any], chosen: dict[Marker, str]) -> dict[str, Any]:
+def _marked_message(i: int, message: dict[str, Any], chosen: Mapping[Any, str]) -> dict[str, Any]:
     marked = dict(message)
-    content = _text(message.get("content"))
-    if content.strip():
-        for at, what in reversed(_marker_positions(content)):
-            content = content[:at] + chosen.get(Marker(i, what), "") + content[at:]
-        marked["content"] = content
+    content = message.get("content")
+    if isinstance(content, str) and content and not content.isspace():
+        pieces, start = [], 0
+        for at, what in _marker_positions(content):
+            pieces += [content[start:at], chosen.get((i, what, 0), "")]
+            start = at
+        marked["content"] = "".join([*pieces, content[start:]])
+    if len(message) == 2 and content is not None:
+        return marked  # role and content alone
     for key in REASONING:
-        if (reasoning := _text(message.get(key))).strip():
+        if key in message and (reasoning := _text(message[key])).strip():
             inner = reasoning.rstrip()
             marked[key] = inner + chosen.get(Marker(i, "reasoning"), "") + reasoning[len(inner) :]
-    if message.get("tool_calls"):
+    if calls := message.get("tool_calls"):
         marked["tool_calls"] = [
-            _renamed_call(call, chosen.get(Marker(i, "call", k), "")) for k, call in enumerate(message["tool_calls"])
+            _renamed_call(call, chosen.get(Marker(i, "call", k), "")) for k, call in enumerate(calls)
         ]
     return marked
 
 
 def _marker_positions(content: str) -> list[tuple[int, str]]:
     """(position, kind) of the markers of a text: at both ends without white space, and after reasoning in it."""
-    start, stop = len(content) - len(content.lstrip()), len(content.rstrip())
-    thought = len(content[: max(0, content.rfind(_THOUGHT_END))].rstrip())
-    inner = [(thought, "thought")] if thought > start else []
-    return [(start, "start"), *inner, (stop, "end")]
+    start = len(content) - len(content.lstrip()) if content[0].isspace() else 0
+    stop = len(content.rstrip()) if content[-1].isspace() else len(content)
+    closed = content.rfind(_THOUGHT_END) if _THOUGHT_END in content else -1
+    thought = len(content[:closed].rstrip()) if closed > 0 else 0
+    if thought > start:
+        return [(start, "start"), (thought, "thought"), (stop, "end")]
+    return [(start, "start"), (stop, "end")]
 
 
 def _renamed_call(call: dict[str, Any], character: str) -> dict[str, Any]:

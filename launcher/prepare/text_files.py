@@ -56,14 +56,14 @@ def text_chunks(path: Path) -> Iterator[str]:
             try:
                 text = decoder.decode(piece)
             except UnicodeDecodeError as error:
-                raise _not_utf8(path, lines + error.object[: error.start].count(b"\n") + 1, error) from None
+                raise not_utf8(path, lines + error.object[: error.start].count(b"\n") + 1, error) from None
             lines += piece.count(b"\n")
             yield text
             piece = file.read(_CHUNK)
         try:
             decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
-            raise _not_utf8(path, lines + 1, error) from None
+            raise not_utf8(path, lines + 1, error) from None
 
 
 def text_lines(path: Path) -> Iterator[str]:
@@ -76,7 +76,7 @@ def text_lines(path: Path) -> Iterator[str]:
             try:
                 yield line.decode()
             except UnicodeDecodeError as error:
-                raise _not_utf8(path, number, error) from None
+                raise not_utf8(path, number, error) from None
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -114,6 +114,7 @@ def _check_mark(path: Path, start: bytes) -> None:
         raise BadFile(str(path), f"cannot be read: it is {name}, not UTF-8", _SAVE_AS_UTF8.format(name))
 
 
-def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> BadFile:
+def not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> BadFile:
+    """The error for text that is not UTF-8."""
     message = f"cannot be read: byte 0x{error.object[error.start]:02x} in this line is not UTF-8"
     return BadFile(str(path), message, _SAVE_AS_UTF8.format("WINDOWS-1252"), line)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
-import uuid
-from collections.abc import Callable
+import socket
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,21 +16,29 @@ import numpy as np
 
 from launcher.bins import Bins
 from launcher.errors import Problem, RequestError
+from launcher.lock import hold, read_holder
 from launcher.plan.facts import DataFacts, SplitFacts
-from launcher.prepare.chat_template import ChatTemplate, read_template
-from launcher.prepare.encode import Encoder
-from launcher.prepare.read_rows import Rows, load_rows
-from launcher.prepare.row_formats import Reader
+from launcher.prepare.cache import UNFINISHED_LOCK, describe
+from launcher.prepare.chat_template import read_template
+from launcher.prepare.part_processes import PartProcesses
+from launcher.prepare.part_tokeniser import SplitSettings, TemplateSettings
+from launcher.prepare.read_rows import Loaded, Rows, load_rows
+from launcher.prepare.row_formats import detect_format
+from launcher.prepare.row_parts import NotLines
+from launcher.prepare.row_values import BadRow
 from launcher.prepare.sources import DataSource
+from launcher.prepare.split_store import remove_journal
+from launcher.prepare.text_tokenizer import TextTokenizer, text_tokenizer
 from launcher.prepare.write_split import SplitWriter
 from launcher.token_store import TokenStore, publish_folder
 
 Progress = Callable[..., None]
+_RETRY_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class TextRequest:
-    """The data to tokenise, and the settings."""
+    """The data to tokenise, and the settings. `processes` as in `PartProcesses`; it does not change the result."""
 
     train: DataSource
     eval: DataSource | float | None
@@ -39,53 +50,156 @@ class TextRequest:
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     learn: Literal["all", "last"] = "all"
+    processes: int | None = None
 
 
 def tokenise(
     request: TextRequest, model_folder: Path, target: Path, trust_remote_code: bool, progress: Progress
 ) -> DataFacts:
-    """Tokenises train and eval into `target`, which is created atomically. Raises RequestError."""
+    """Tokenises train and eval into `target`, which is created atomically. Raises RequestError.
+
+    What a killed process has finished is not tokenised again. Waits if another process tokenises into `target`.
+    """
     tokenizer = _tokenizer(model_folder, trust_remote_code)
-    loaded = load_rows(
-        request.train,
-        request.eval,
-        data_format=request.format,
-        split=request.split,
-        eval_split=request.eval_split or request.split,
-        seed=request.seed,
-    )
-    kind = loaded.kind
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    template = chat_template_of(tokenizer, model_folder, request)
-    encoder = Encoder(tokenizer, request.max_length, kind == "text")
+    template = template_settings(tokenizer, model_folder, request)
+    if template is not None:
+        template.template()  # raises for a template that is not valid
+    with _unfinished(target, progress) as folder:
+        if folder is None:
+            return read_data_facts(target) or tokenise(request, model_folder, target, trust_remote_code, progress)
+        try:
+            facts = _Tokenising(request, text_tokenizer(tokenizer), template, folder, progress).facts(target)
+        except RequestError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        (folder / "facts.json").write_text(facts.model_dump_json(indent=2))
+        describe(folder, _about(request, facts))
+        for name in ("train", "eval"):
+            remove_journal(folder / name)
+        (folder / UNFINISHED_LOCK).unlink()
+        publish_folder(folder, target)
+    return facts
 
-    def write(rows: Rows, source: DataSource, name: str) -> SplitFacts:
-        reader = Reader(kind, template, request.learn, pads_nulls(source))
-        writer = SplitWriter(reader, encoder, progress)
-        return writer.write(rows.batches(), len(rows), temporary / name, f"data.{name}", rows.column_names)
 
+@contextlib.contextmanager
+def _unfinished(target: Path, progress: Progress) -> Iterator[Path | None]:
+    """The folder in which this process alone may tokenise for `target`; None if `target` has been finished."""
+    folder = target.with_name(f".{target.name}.partial")
+    waits = False
+    while not (target / "facts.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            if _take(folder / UNFINISHED_LOCK, stack):
+                yield folder
+                return
+        if not waits and (holder := read_holder(folder / UNFINISHED_LOCK)) is not None:
+            progress(message=f"waiting for {holder}, which tokenises the same data")
+            waits = True
+        time.sleep(_RETRY_SECONDS)
+    yield None
+
+
+def _take(lock: Path, stack: contextlib.ExitStack) -> bool:
+    """Whether this process now holds the lock, until `stack` is closed."""
     try:
-        found = write(loaded.train, request.train, "train")
-        bins = Bins(np.diff(TokenStore(temporary / "train").offsets), request.max_length)
-        found = found.model_copy(update={"bins": len(bins)})
-        source = request.eval if isinstance(request.eval, DataSource) else request.train
-        evaluated = write(loaded.eval, source, "eval") if loaded.eval is not None else None
-        supplied = template.sources["default"] if template is not None and request.chat_template else None
+        held = stack.enter_context(hold(lock))
+    except FileNotFoundError:  # the process that held it has just renamed or removed the folder
+        return False
+    holder = read_holder(lock)  # None if that happened after the file was opened
+    return held and holder is not None and (holder.host, holder.pid) == (socket.gethostname(), os.getpid())
+
+
+@dataclass
+class _Tokenising:
+    """One tokenising of a job's data into `folder`."""
+
+    request: TextRequest
+    tokenizer: TextTokenizer
+    template: TemplateSettings | None
+    folder: Path
+    progress: Progress
+
+    def facts(self, target: Path) -> DataFacts:
+        """Writes the splits. Returns their facts, with the folders that they will have. Raises RequestError."""
+        try:
+            loaded = self._load(by_lines=True)
+        except RequestError:  # the first rows may not be as the others
+            loaded = self._load(by_lines=False)
+        if all(rows.lines is None for rows in loaded.splits()):
+            return self._write(loaded, target)
+        try:
+            facts = self._write(loaded, target)
+            if self.request.format != "auto" or _format_of(loaded) == loaded.kind:
+                return facts
+        except NotLines:
+            pass
+        except RequestError:
+            # As for other files: an unreadable row is reported before one that does not match the format.
+            if self._load(by_lines=False).kind == loaded.kind:
+                raise
+        return self._write(self._load(by_lines=False), target)
+
+    def _load(self, by_lines: bool) -> Loaded:
+        request = self.request
+        return load_rows(
+            request.train,
+            request.eval,
+            data_format=request.format,
+            split=request.split,
+            eval_split=request.eval_split or request.split,
+            seed=request.seed,
+            by_lines=by_lines,
+        )
+
+    def _write(self, loaded: Loaded, target: Path) -> DataFacts:
+        request = self.request
+        with PartProcesses(self.tokenizer, request.max_length, request.processes) as processes:
+
+            def write(rows: Rows, source: DataSource) -> SplitFacts:
+                key = rows.key
+                padded, compared = pads_nulls(source), rows.compared
+                settings = SplitSettings(key, loaded.kind, self.template, request.learn, padded, compared)
+                writer = SplitWriter(settings, processes, self.progress)
+                return writer.write(rows, self.folder / key.rpartition(".")[2], self.tokenizer.eos_token_id is not None)
+
+            found = write(loaded.train, request.train)
+            found = found.model_copy(update={"bins": self._bins()})
+            source = request.eval if isinstance(request.eval, DataSource) else request.train
+            evaluated = write(loaded.eval, source) if loaded.eval is not None else None
+        sources = self.template.template().sources if self.template is not None and request.chat_template else None
         facts = DataFacts(
             fingerprint=target.name,
-            format=kind,
+            format=loaded.kind,
             train=found,
             eval=evaluated,
             shared_rows=loaded.shared_rows(),
             notes=loaded.notes(),
-            chat_template=supplied,
+            chat_template=sources["default"] if sources else None,
         )
-        facts = _with_folders(facts, target)
-        (temporary / "facts.json").write_text(facts.model_dump_json(indent=2))
-        publish_folder(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return facts
+        return _with_folders(facts, target)
+
+    def _bins(self) -> int:
+        """The number of bins that the training sequences fill if they are packed."""
+        return len(Bins(np.diff(TokenStore(self.folder / "train").offsets), self.request.max_length))
+
+
+def _about(request: TextRequest, facts: DataFacts) -> str:
+    """What the data was made of, in a few words."""
+    source = request.train
+    named = source.hub_name or str(source.saved or source.files[0])
+    more = f" and {len(source.files) - 1} more" if len(source.files) > 1 else ""
+    return f"{named}{more}, {facts.train.rows} rows, max_length {request.max_length}"
+
+
+def _format_of(loaded: Loaded) -> str:
+    """The format of rows by the columns of all of them; "" if they match no format. They have been read."""
+    held_out = (
+        loaded.eval.column_names if loaded.eval is not None and loaded.eval.readers == loaded.train.readers else ()
+    )
+    try:
+        return detect_format((*loaded.train.column_names, *held_out))
+    except BadRow:
+        return ""
 
 
 def pads_nulls(source: DataSource) -> bool:
@@ -93,15 +207,15 @@ def pads_nulls(source: DataSource) -> bool:
     return source.builder != "json"
 
 
-def chat_template_of(tokenizer: Any, folder: Path, request: TextRequest) -> ChatTemplate | None:
+def template_settings(tokenizer: Any, folder: Path, request: TextRequest) -> TemplateSettings | None:
     """The job's chat template, else the tokenizer's; None if both are missing. Raises RequestError."""
     source, name = tokenizer.chat_template, f"the chat template of {_model_name(folder)}"
     if request.chat_template is not None:
         source, name = read_template(request.chat_template)
     if not source:
         return None
-    tokens = list(tokenizer.get_added_vocab())
-    return ChatTemplate(source, name, tokenizer.special_tokens_map, tokens, request.chat_template_kwargs)
+    tokens = tuple(tokenizer.get_added_vocab())
+    return TemplateSettings(source, name, tokenizer.special_tokens_map, tokens, request.chat_template_kwargs)
 
 
 def _model_name(folder: Path) -> str:

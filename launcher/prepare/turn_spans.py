@@ -21,6 +21,8 @@ from launcher.prepare.template_markers import MarkedText, Marker, MarkerAlphabet
 Span = tuple[int, int]
 _MARKUP = r"<[^<>\s]{1,48}>|\[/?[A-Z_]+\]"
 _LONGEST_KEY = 400
+_BEHIND = 64
+"""Characters behind the common start of two texts in which a token may end that begins inside it."""
 
 
 @dataclass
@@ -72,12 +74,12 @@ class TurnFinder:
 
     def find(self, messages: Messages, tools: list[Any] | None, wanted: Iterable[int]) -> Spanned:
         """The turns `wanted` that can be found. Raises BadRow."""
-        marked = render_marked(messages, tools, self.render)
-        whole = _Whole(messages, tools, marked, MarkerAlphabet(markers_of(messages, tools), marked.text))
+        marked, alphabet = render_marked(messages, tools, self.render)
+        whole = _Whole(messages, tools, marked, alphabet)
         generated = self.generation(messages, tools) if self.generation else None
         turns: dict[int, Turn] = {}
         for i in wanted:
-            if not marked.of(i):
+            if i not in whole.placed:
                 continue
             anchor, divided = whole.anchor_in(i)
             start, unwritten = self._start(whole, i)
@@ -89,7 +91,7 @@ class TurnFinder:
 
     def _generated(self, whole: _Whole, i: int, blocks: list[Span], stop: int) -> list[Span]:
         """The blocks with a marker of the turn; the last is extended to the turn's end if it does not include it."""
-        positions = whole.marked.of(i)
+        positions = [position for position, _, _ in whole.placed[i]]
         matching = [block for block in blocks if any(block[0] <= position <= block[1] for position in positions)]
         if matching and not whole.text[max(positions) : matching[-1][1]].strip():
             matching[-1] = (matching[-1][0], max(stop, matching[-1][1]))
@@ -97,13 +99,14 @@ class TurnFinder:
 
     def _start(self, whole: _Whole, i: int) -> tuple[int, str]:
         """(where the model starts to write turn `i`, the missing part of the generation prompt before it)."""
-        first = min(whole.marked.of(i))
+        first = whole.placed[i][0][0]
         anchor = whole.anchor_before(i, first)
         begin = whole.marked.positions[anchor] if anchor else 0
-        written = whole.text[begin:]
         tails = self._tails(whole, i, anchor, whole.text[begin:first]) if i else None
         if tails is None:
             return self._opening(whole, first), ""
+        # The rest of the text is not compared: copying it for each turn would take long in a long conversation.
+        written = whole.text[begin : max(first, begin + len(tails.prompted), begin + len(tails.plain)) + _BEHIND]
         shared = self._shared(tails.prompted, written, first - begin)
         flat = tails.prompted == tails.plain  # the template writes no generation prompt
         if shared == len(tails.prompted) and not (flat and written[shared : first - begin].strip()):
@@ -113,25 +116,27 @@ class TurnFinder:
         if whole.messages[i - 1]["role"] == "assistant" and not self._atom.search(written, 0, first - begin):
             return begin, ""  # one turn for the template: the model writes the text between the two
         header = self._header(whole, i, anchor)
-        return begin + (self._shared(header, written, first - begin) if header is not None else first - begin), ""
+        return begin + (
+            self._shared(header, whole.text[begin:], first - begin) if header is not None else first - begin
+        ), ""
 
     def _stop(self, whole: _Whole, i: int, anchor: Marker, start: int) -> tuple[int, bool]:
         """(end of turn `i`, whether a text that can be learned closes it).
 
         The turn starts at `start`; `anchor` is its last marker.
         """
-        last, before = whole.marked.positions[anchor], whole.text[:start]
+        last = whole.marked.positions[anchor]
         if i == len(whole.messages) - 1:
             tail = whole.text[last:]
-            if self._may_end_in_a_prompt(before, tail):
+            if self._may_end_in_a_prompt(whole.text[max(0, start - len(tail)) : start], tail):
                 tail = self._without_prompt(whole, anchor, tail)
             return last + len(tail), bool(tail.strip())
-        later = [p for m, p in whole.marked.positions.items() if m.message > i and p >= last]
-        gap = whole.text[last : min(later, default=len(whole.text))]
+        gap = whole.text[last : whole.next_after(i, last)]
         spaces = whole.spaces_after(i, gap)
         tails = self._tails(whole, i + 1, anchor, gap)
         if tails is None:
             return last + spaces, False
+        before = whole.text[max(0, start - len(tails.plain)) : start]
         always = tails.plain == tails.prompted and self._may_end_in_a_prompt(before, tails.plain)
         shared = 0 if always else self._shared(tails.plain, gap, spaces)
         if shared <= spaces:
@@ -147,7 +152,10 @@ class TurnFinder:
         return tail if with_question is None else tail[: self._before_opener(tail, with_question)]
 
     def _may_end_in_a_prompt(self, before: str, tail: str) -> bool:
-        """Whether `tail` ends with the text before the turn, as a generation prompt does."""
+        """Whether `tail` ends with the text before the turn, as a generation prompt does.
+
+        `before` has at least the length of `tail`, or is all of the text before the turn.
+        """
         starts = (at for atom in self._atom.finditer(tail) for at in atom.span())
         return any(tail[:at].strip() and tail[at:].strip() and before.endswith(tail[at:]) for at in starts)
 
@@ -217,7 +225,7 @@ class TurnFinder:
         borders = {0, *(length for length in allowed if length <= most)}
         borders.update(at + 1 for at in range(most) if text[at] == "\n")
         inside: set[int] = set()
-        for one in (text, other[: most + 64]):
+        for one in (text, other[: most + _BEHIND]):
             for atom in self._atom.finditer(one):
                 if atom.start() > most:
                     break
@@ -226,32 +234,51 @@ class TurnFinder:
         return max((at for at in borders if at not in inside or at in allowed), default=0)
 
 
-@dataclass
 class _Whole:
-    messages: Messages
-    tools: list[Any] | None
-    marked: MarkedText
-    alphabet: MarkerAlphabet
+    """A rendered conversation. `placed`: (position, number, marker) of each message's markers, in this order."""
 
-    @property
-    def text(self) -> str:
-        return self.marked.text
+    def __init__(
+        self, messages: Messages, tools: list[Any] | None, marked: MarkedText, alphabet: MarkerAlphabet
+    ) -> None:
+        self.messages, self.tools, self.marked, self.alphabet = messages, tools, marked, alphabet
+        self.text = marked.text
+        self.placed: dict[int, list[tuple[int, int, Marker]]] = {}
+        in_order, message, position = True, 0, 0
+        for number, (marker, at) in enumerate(marked.positions.items()):
+            if marker.message < 0:
+                continue  # of the tools
+            self.placed.setdefault(marker.message, []).append((at, number, marker))
+            in_order = in_order and marker.message >= message and at >= position
+            message, position = marker.message, at
+        self._in_order = in_order
+        if not in_order:
+            for markers in self.placed.values():
+                markers.sort()
 
     def anchor_before(self, i: int, first: int) -> Marker | None:
         """The last marker of an earlier message before `first`."""
-        earlier = [(position, k) for k, (m, position) in enumerate(self.marked.positions.items()) if 0 <= m.message < i]
-        near = [(position, k) for position, k in earlier if position <= first]
-        return list(self.marked.positions)[max(near)[1]] if near else None
+        if self._in_order:
+            earlier = next((k for k in range(i - 1, -1, -1) if k in self.placed), None)
+            return None if earlier is None else self.placed[earlier][-1][2]
+        near = [one for k, placed in self.placed.items() if k < i for one in placed if one[0] <= first]
+        return max(near)[2] if near else None
 
     def anchor_in(self, i: int) -> tuple[Marker, bool]:
         """The last marker of message `i` before a marker of another message, and whether more follow."""
-        own = sorted((position, k) for k, (m, position) in enumerate(self.marked.positions.items()) if m.message == i)
-        first = own[0][0]
-        others = [
-            position for m, position in self.marked.positions.items() if m.message not in (i, -1) and position > first
-        ]
+        own = self.placed[i]
+        if self._in_order:
+            return own[-1][2], False
+        others = [one[0] for k, placed in self.placed.items() if k != i for one in placed if one[0] > own[0][0]]
         before = [one for one in own if one[0] <= min(others, default=len(self.text))]
-        return list(self.marked.positions)[before[-1][1]], len(before) < len(own)
+        return before[-1][2], len(before) < len(own)
+
+    def next_after(self, i: int, last: int) -> int:
+        """The first position at or after `last` of a later message's marker; else the end of the text."""
+        if self._in_order:
+            later = next((k for k in range(i + 1, len(self.messages)) if k in self.placed), None)
+            return len(self.text) if later is None else self.placed[later][0][0]
+        positions = [one[0] for k, placed in self.placed.items() if k > i for one in placed if one[0] >= last]
+        return min(positions, default=len(self.text))
 
     def spaces_after(self, i: int, gap: str) -> int:
         """The length of the gap after message `i` that is the white space at the end of its text."""

@@ -1,115 +1,81 @@
-"""Reads, renders and tokenises the rows of one split into a token store, and counts the outcomes."""
+"""Writes the tokenised rows of one split into a token store, and describes what was found in them."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+import itertools
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from launcher.errors import Problem, RequestError
 from launcher.plan.facts import SplitFacts
 from launcher.prepare.chat_template import date_note
 from launcher.prepare.conversations import Reason
-from launcher.prepare.encode import Encoded, Encoder
-from launcher.prepare.row_formats import Example, Reader, unused_columns
-from launcher.prepare.row_values import BadRow
-from launcher.prepare.rows import Row
-from launcher.token_store import TokenWriter
+from launcher.prepare.part_processes import PartProcesses
+from launcher.prepare.part_tokeniser import Counts, SplitSettings
+from launcher.prepare.read_rows import Rows
+from launcher.prepare.row_checks import RowChecks
+from launcher.prepare.row_formats import unused_columns
+from launcher.prepare.row_parts import PART_BYTES
+from launcher.prepare.split_store import SplitStore
 
 Progress = Callable[..., None]
-_HINTS = {
+_SHOWN_EVERY_SECONDS = 5.0
+_HINTS: dict[str, str] = {
     Reason.CUT: "raise data.max_length",
     Reason.NOT_FOUND: "set data.chat_template to a template that writes assistant turns after its generation prompt",
     Reason.NO_ASSISTANT: "messages need a turn of role assistant",
 }
 
 
-@dataclass
-class _Counts:
-    rows: int = 0
-    cut: int = 0
-    partly: int = 0
-    shortened: int = 0
-    open_ended: int = 0
-    largest: int = -1
-    unwritten: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[Reason] = field(default_factory=Counter)
-    columns: set[str] = field(default_factory=set)
-
-
 class SplitWriter:
-    """Writes the examples from `reader`, tokenised by `encoder`, to token stores."""
+    """Writes the rows of one split, tokenised by `processes`, to a token store."""
 
-    def __init__(self, reader: Reader, encoder: Encoder, progress: Progress) -> None:
-        self.reader, self.encoder, self.progress = reader, encoder, progress
+    def __init__(self, settings: SplitSettings, processes: PartProcesses, progress: Progress) -> None:
+        self.settings, self.processes, self.progress = settings, processes, progress
 
-    def write(
-        self, batches: Iterable[Sequence[Row]], total: int, folder: Path, key: str, columns: Iterable[str] = ()
-    ) -> SplitFacts:
-        """Writes the split `key` of the job to `folder`. `columns`: the columns of its files.
+    def write(self, rows: Rows, folder: Path, ends: bool) -> SplitFacts:
+        """Writes the split to `folder`, after the parts that are there. `ends`: the tokenizer has an end-of-text token.
 
-        Raises RequestError if no row has anything to learn.
+        Raises RequestError for a bad row, or if no row has anything to learn, and NotLines.
         """
-        counts = _Counts(columns=set(columns))
-        with TokenWriter(folder) as writer:
-            for batch in batches:
-                self._batch(batch, counts, writer, key)
-                self.progress(done=counts.rows, total=total, message=f"tokenising {key}")
-            facts = writer.facts()
-        if not facts["sequences"]:
-            raise RequestError(_nothing_to_learn(counts, self.reader.kind, key))
+        settings = self.settings
+        rows.checks = RowChecks(settings.kind, settings.compared)
+        way = "lines" if rows.lines else "packed"
+        identity = f"{len(rows)} rows, {settings.kind}, {way} in parts of {PART_BYTES}"
+        store = SplitStore(folder, identity, rows.checks)
+        try:
+            shown = _ShownProgress(self.progress, f"tokenising {settings.key}", len(rows), store.counts.rows)
+            parts = itertools.islice(rows.parts(), store.finished, None)
+            for part in self.processes.tokenise(parts, settings):
+                store.add(part)
+                shown.show(store.counts.rows)
+            rows.column_names = tuple(dict.fromkeys((*rows.column_names, *store.counts.columns)))
+            rows.check_missing_columns()
+            store.complete()
+        finally:
+            store.close()
+        if not store.facts()["sequences"]:
+            raise RequestError(_nothing_to_learn(store.counts, settings))
+        counts = store.counts
         return SplitFacts(
             folder=str(folder),
             rows=counts.rows,
             cut=counts.cut,
             dropped=counts.dropped.total(),
-            dropped_because={str(reason): number for reason, number in counts.dropped.most_common()},
+            dropped_because=dict(counts.dropped.most_common()),
             partly_learned=counts.partly,
             largest_token=counts.largest,
-            notes=tuple(self._notes(counts)),
-            **facts,
+            notes=tuple(self._notes(counts, rows.column_names, ends)),
+            **store.facts(),
         )
 
-    def _batch(self, batch: Sequence[Row], counts: _Counts, writer: TokenWriter, key: str) -> None:
-        found = [self._read(row, key) for row in batch]
-        examples = [one for one in found if isinstance(one, Example)]
-        encoded = iter(self.encoder.encode(examples))
-        for one in found:
-            reason = one if isinstance(one, Reason) else self._add(one, next(encoded), counts, writer)
-            if reason is not None:
-                counts.dropped[reason] += 1
-        for row in batch:
-            counts.columns.update(row)
-        counts.rows += len(batch)
-
-    def _read(self, row: Row, key: str) -> Example | Reason:
-        try:
-            return self.reader.read(row)
-        except BadRow as error:
-            raise RequestError(row.location.problem(str(error), key)) from None
-
-    def _add(self, example: Example, encoded: Encoded, counts: _Counts, writer: TokenWriter) -> Reason | None:
-        counts.partly += example.partly
-        counts.shortened += example.shortened
-        counts.open_ended += example.open_ended
-        counts.cut += encoded.cut
-        if example.unwritten:
-            counts.unwritten[example.unwritten] += 1
-        kept = [(tokens, learned) for tokens, learned in encoded.sequences if any(learned[1:])]
-        for tokens, learned in kept:
-            writer.add(tokens, learned)
-            counts.largest = max(counts.largest, max(tokens))
-        if kept:
-            return None
-        return Reason.CUT if encoded.cut else Reason.NO_TARGET
-
-    def _notes(self, counts: _Counts) -> list[str]:
+    def _notes(self, counts: Counts, columns: Iterable[str], ends: bool) -> list[str]:
         """Notes for the user on how the rows were read."""
         notes = []
-        template = self.reader.template
-        if unused := unused_columns(counts.columns, self.reader.kind):
+        kind = self.settings.kind
+        template = self.settings.template.template() if self.settings.template is not None else None
+        if unused := unused_columns(columns, kind):
             notes.append(f"unused columns: {', '.join(unused)}")
         if counts.open_ended:
             notes.append(
@@ -126,17 +92,44 @@ class SplitWriter:
                 f"in {counts.shortened} conversations the chat template drops part of the assistant's text, such as "
                 f"the reasoning of earlier answers; the dropped part is not learned"
             )
-        if template is not None and self.reader.kind != "text" and template.writes_date:
+        if template is not None and kind != "text" and template.writes_date:
             notes.append(date_note())
-        if self.encoder.end is None and self.reader.kind in ("text", "prompt-completion"):
+        if not ends and kind in ("text", "prompt-completion"):
             notes.append("the tokenizer has no end-of-text token: the model does not learn to stop")
         return notes
 
 
-def _nothing_to_learn(counts: _Counts, kind: str, key: str) -> Problem:
+class _ShownProgress:
+    """Reports the first part, then one every few seconds, with the speed and the time that is left."""
+
+    def __init__(self, progress: Progress, message: str, total: int, finished: int) -> None:
+        self._progress, self._message, self._total, self._finished = progress, message, total, finished
+        self._began = time.monotonic()
+        self._shown: float | None = None
+
+    def show(self, rows: int) -> None:
+        """Reports that `rows` rows are tokenised."""
+        now = time.monotonic()
+        if self._shown is not None and now - self._shown < _SHOWN_EVERY_SECONDS and rows < self._total:
+            return
+        per_second = (rows - self._finished) / max(now - self._began, 1e-3)
+        left = (self._total - rows) / per_second if self._shown is not None and per_second else None
+        self._shown = now
+        self._progress(
+            message=self._message,
+            done=rows,
+            total=self._total,
+            rows_per_second=round(per_second, 1),
+            seconds_left=None if left is None else round(left),
+        )
+
+
+def _nothing_to_learn(counts: Counts, settings: SplitSettings) -> Problem:
     """The error for a split in which no row has anything to learn."""
     reasons = ", ".join(f"{number} {reason}" for reason, number in counts.dropped.most_common())
-    most: Any = counts.dropped.most_common(1)
-    hint = _HINTS.get(most[0][0]) if most else None
-    message = f"none of {counts.rows} rows, read as {kind}, has anything to learn: {reasons or 'found no rows'}"
-    return Problem(message, key=key, hint=hint or "check the rows and data.format")
+    most = next(iter(counts.dropped.most_common(1)), None)
+    hint = _HINTS.get(most[0]) if most else None
+    message = (
+        f"none of {counts.rows} rows, read as {settings.kind}, has anything to learn: {reasons or 'found no rows'}"
+    )
+    return Problem(message, key=settings.key, hint=hint or "check the rows and data.format")

@@ -9,7 +9,8 @@ from pathlib import Path
 from launcher.errors import RunFailed, code_of
 from launcher.fleet.forks import ForkServer
 from launcher.plan.resume import Start
-from launcher.plan.schema import Plan
+from launcher.plan.schema import Plan, Script
+from launcher.prepare.cache import using
 from launcher.run_dir import RunDir, removed
 from launcher.runs.attempts import Attempts
 from launcher.runs.console import RunConsole
@@ -38,7 +39,7 @@ def carry_out(
     `offered` is a fork server on this machine that may fork the ranks. `on_stop` is called if a signal or a request
     stops the run, before the uploads end. Raises RunFailed, and KeyboardInterrupt if the run is stopped at once.
     """
-    with uploading(plan, directory, console, interrupts, start) as on_rewind:
+    with using(_cached_folders(plan)), uploading(plan, directory, console, interrupts, start) as on_rewind:
         attempts = Attempts(directory, console, interrupts, offered, on_rewind)
         try:
             result = _carry_out(attempts, plan, plan_file, directory, console, start, interrupts)
@@ -49,6 +50,14 @@ def carry_out(
         if on_stop is not None and result.outcome.state == "stopped" and result.outcome.reason is None:
             on_stop(interrupts)
         return result
+
+
+def _cached_folders(plan: Plan) -> list[str]:
+    """The folders of the plan that may be entries of a cache."""
+    if isinstance(plan.workload, Script):
+        return []
+    data = plan.training.data
+    return [plan.training.model.folder, data.train.folder, *([data.eval.folder] if data.eval else [])]
 
 
 def _carry_out(

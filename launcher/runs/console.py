@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from launcher.watch.number_format import duration
+
 if TYPE_CHECKING:
     from launcher.fleet.preflight import NodeCheck
 
@@ -105,6 +107,9 @@ class RunConsole:
     def prepare(self, progress: dict[str, Any]) -> None:
         """Prints the progress of measuring and tokenising."""
         done = f" {progress['done']}/{progress['total']} rows" if progress.get("total") else ""
+        if (speed := progress.get("rows_per_second")) is not None and progress["done"] < progress["total"]:
+            left = progress.get("seconds_left")
+            done += f", {speed:,.0f} rows/s" + (f", {duration(left)} left" if left is not None else "")
         self._print(f"          {progress['message']}{done}")
 
     def preflight(self, checks: list[NodeCheck]) -> None:

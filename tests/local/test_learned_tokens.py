@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -12,11 +13,13 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from launcher.prepare import encode
 from launcher.prepare.conversations import Reason
 from launcher.prepare.encode import Encoder
 from launcher.prepare.row_formats import Example, Reader
 from launcher.prepare.row_values import BadRow
 from launcher.prepare.template_environment import DATE
+from launcher.prepare.text_tokenizer import is_sendable, text_tokenizer
 from tests.unit.prepare.chats import MARKERS, TEMPLATES, call, chat, template, tool
 
 pytestmark = pytest.mark.local
@@ -120,6 +123,35 @@ def test_a_completion_behind_a_space_in_sentencepiece(prompt: str, completion: s
     assert "".join(t for t, bit in zip(text, learned, strict=True) if bit).replace("▁", " ") == f"{completion}</s>"
 
 
+class CalledInPython(PreTrainedTokenizerFast):
+    """A tokenizer with Python code of its own."""
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        return super().__call__(*given, **options)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("make", [byte_level, sentencepiece])
+def test_the_library_gives_the_tokens_that_transformers_gives(make: Callable[..., Any], split: bool) -> None:
+    tokenizer = make(BOTH)
+    tokenizer.split_special_tokens = split
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    texts = ["alpha beta", " alpha", "<s>alpha</s> beta", "", "é 漢字 \U0001f600\n\n", "x" * 50]
+    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    whole = tokenizer(texts[2], add_special_tokens=False, return_offsets_mapping=True)
+    ends = tokenizer("alpha")["input_ids"]
+
+    own = CalledInPython(tokenizer_object=tokenizer.backend_tokenizer, split_special_tokens=split)
+    library, called = text_tokenizer(tokenizer), text_tokenizer(own)
+    sent = pickle.loads(pickle.dumps(library))
+    assert (is_sendable(library), is_sendable(called)) == (True, False)
+    for one in (library, called, sent):
+        assert one.ids(texts) == expected
+        assert one.ids([]) == []
+        assert one.ids_and_offsets(texts[2]) == (whole["input_ids"], whole["offset_mapping"])
+        assert one.ids_with_ends("alpha") == ends
+
+
 def test_the_prompt_is_tokenised_as_it_is_in_use() -> None:
     tokenizer = byte_level()
     prompt = tokenizer("alpha: ")["input_ids"]
@@ -136,6 +168,25 @@ def test_special_tokens_are_never_doubled(make: Callable[..., Any], text: str, p
     assert tokens.count(0) == (1 if post or "<s>" in text else 0)
     assert (tokens.count(1), tokens[-1], learned[-1]) == (1, 1, 1)
     assert sum(learned[1:]) == len(tokens) - 1
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece])
+@pytest.mark.parametrize("word", ["alpha beta, 1.50 é 漢字\n\n", "x", "  \n", "ab</s> <s>", "漢字"])
+def test_long_texts_have_the_tokens_of_the_whole(
+    word: str, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = make()
+    encoder = Encoder(tokenizer, 100_000, True)
+    example = Example(word * 600, ((0, len(word) * 300),))
+    expected = encoder.encode([example, whole("gamma")])
+    asked: list[str] = []
+    plain = Encoder._plain
+    monkeypatch.setattr(encode, "LONGEST_TEXT", 500)
+    monkeypatch.setattr(Encoder, "_plain", lambda self, text: (asked.append(text), plain(self, text))[1])
+    assert encoder.encode([example, whole("gamma")]) == expected
+    if word.startswith("alpha") and make is byte_level:
+        assert len(asked) > 20
+        assert max(map(len, asked)) < 5000
 
 
 @pytest.mark.parametrize("length", range(1, 30))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -394,6 +396,20 @@ def test_what_has_changed_is_not_taken_from_the_cache(job: Job, tiny_model: Path
     template.write_text(template.read_text().replace("<|end|>", "<|end|>\n"))
     assert not is_cached(moved)
     assert carried_out(moved).data.fingerprint != data.fingerprint
+
+
+def test_the_limit_of_the_cache_removes_data_that_was_not_used_for_long(job: Job, tmp_path: Path) -> None:
+    first = Path(carried_out(job).data.train.folder).parent
+    before = time.time() - 3600
+    os.utime(first / "facts.json", (before, before))
+    told: list[str] = []
+    limited = Request(job=with_data(job, max_length=32, cache_limit_gb=1e-7), cache=tmp_path / "cache")
+    second = run_request(limited, lambda **progress: told.append(progress["message"]))
+    assert [entry.name for entry in (tmp_path / "cache/data").iterdir()] == [second.data.fingerprint]
+    assert told[-2:] == [
+        "removed unused cache entries: 1, 0.0 GB (data.cache_limit_gb)",
+        "the cache takes 0.0 GB, more than data.cache_limit_gb: the rest is in use",
+    ]
 
 
 def test_the_measured_model_is_the_real_one(job: Job, tiny_model: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
 import stat
+import time
 
 import numpy as np
 import pytest
@@ -166,6 +168,26 @@ def test_a_killed_launcher_leaves_no_process(job_dict, tmp_path, forked):
     why = inputs.command("why", str(run)).out
     assert why.startswith(f"the run is lost: its supervisor, process {command.process.pid} on {socket.gethostname()}, ")
     assert "out of memory" not in why
+    assert command.left_behind(*RAYS_OWN_AGENTS) == []
+
+
+def test_the_data_of_a_live_run_is_kept_in_the_cache(job_dict, tmp_path, forked):
+    cache = tmp_path / "cache"
+    changes = {"train": LONG, "data": {"cache_dir": str(cache)}}
+    command = Command("run", str(write_job(tmp_path, merged(job_dict, **changes))), folder=tmp_path, **forked)
+    command.wait_for(lambda: updates_made(tmp_path) >= 2)
+    (used,) = cache.glob("uses/*/used")
+    (entry,) = (cache / "data").iterdir()
+    before = time.time() - 3600
+    for file in (used, entry / "facts.json"):
+        os.utime(file, (before, before))
+    kept = inputs.command("cache", "clean", str(cache), "--all")
+    assert "a live run uses it" in kept.out
+    assert (entry / "train/tokens.i32").is_file()
+    command.process.kill()
+    command.process.wait()
+    assert "removed 1 entry" in inputs.command("cache", "clean", str(cache), "--all").out
+    assert not entry.exists()
     assert command.left_behind(*RAYS_OWN_AGENTS) == []
 
 

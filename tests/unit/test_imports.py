@@ -55,6 +55,7 @@ HOMES = {
         "runs/export.py",
         "runs/planning.py",
         "fleet/forks.py",
+        "prepare/part_processes.py",
         "fleet/process.py",
         "prepare/__init__.py",
         "prepare/universal.py",
