@@ -34,7 +34,7 @@ def overfitting(job_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def expected_end(run: RunDir) -> tuple[int, int]:
-    """(the update of the lowest evaluation loss, the update at which the run must end), by the definition of the rule."""
+    """(update of the lowest evaluation loss, update at which the run must end), by the definition of the rule."""
     losses = {line["update"]: line["loss"] for line in run.evaluations()}
     in_a_row = 0
     for update in list(losses)[1:]:

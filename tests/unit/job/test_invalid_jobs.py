@@ -126,7 +126,7 @@ VALUES = [
     value("not a number", "schedule: {peak_lr: .nan}", "must be a finite number or 'auto', found nan"),
     value("infinite", "train: {num_train_epochs: .inf}", "must be a finite number, found inf"),
     value("infinite as text", "train: {weight_decay: '1e999'}", "must be a finite number"),
-    value("number for a switch", "checkpoint: {save_final: 3}", "checkpoint.save_final: must be true or false, found 3"),
+    value("number for a switch", "checkpoint: {save_final: 3}", "save_final: must be true or false, found 3"),
     value("number for the export", "export: 3", "export: must be true or false or 'best' or 'last', found 3"),
     value("seed too large", "train: {seed: 4294967296}", "train.seed: must be less than 4294967296"),
     value("both lengths", "train: {num_train_epochs: 3, max_steps: 9}", "num_train_epochs and max_steps are both set"),
