@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,39 @@ def test_a_run_that_is_resumed_on_other_ranks_ends_at_the_same_update(
     assert_exported(run, best)
     losses = [line["loss"] for line in run.evaluations()]
     assert losses == pytest.approx([line["loss"] for line in whole.evaluations()], rel=1e-2)
+
+
+def test_a_run_that_is_killed_while_exporting_after_its_early_stop_only_exports(
+    job_dict: dict[str, Any], tmp_path: Path, shared_ray: dict[str, str]
+) -> None:
+    plan = plan_of({**overfitting(job_dict), "export": "last"})
+    run = run_directory(plan, tmp_path)
+    reports = run_ranks(plan, run, command=("-m", "tests.local.dying_worker"))
+    assert [each["code"] for each in reports if each["report"] == "exit"] == [-signal.SIGKILL] * 2, logs(run)
+    _, last = expected_end(run)
+    command = Command("resume", str(run.path), folder=tmp_path, **shared_ray)
+    assert command.wait() == 0, command.output
+    assert f"the run ended after {last} updates (early stopping" in command.output
+    assert_stopped_early(run)
+    assert_exported(run, last)
+
+
+def test_a_spike_at_the_same_update_stops_the_run_instead(job_dict: dict[str, Any], tmp_path: Path) -> None:
+    """The user must decide what to do about the spike, so the run is not finished."""
+    spike, stopping = 43, {"patience": 1, "min_delta": 1000}
+    job = merged(
+        job_dict,
+        train={"max_steps": 60, "eval_every": spike, "early_stopping": stopping},
+        schedule={"warmup": 20, "peak_lr": 3e-4, "on_spike": "stop"},
+        export=False,
+    )
+    plan = plan_of(job)
+    run, fault = run_directory(plan, tmp_path), {"LAUNCHER_FAULT": "losses_jump:40"}
+    command = ("-P", "-m", "tests.local.faulty_worker")
+    reports = run_ranks(plan, run, command=command, environments={0: fault, 1: fault})
+    assert {(each["update"], each["code"]) for each in reports if each["report"] == "stopped"} == {
+        (spike, "loss_spike")
+    }
+    assert [line["update"] for line in run.evaluations()] == [0, spike]
+    assert not [each for each in run.events() if each["event"] == "early_stop"]
+    assert "early_stop" not in (read_manifest(run.checkpoint(spike)) or {})
