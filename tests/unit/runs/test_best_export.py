@@ -9,25 +9,27 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from launcher.cli.export import _default_folder
 from launcher.errors import RunFailed
 from launcher.manifest import write_manifest
 from launcher.plan.schema import Plan
 from launcher.run_dir import RunDir
 from launcher.runs.best_export import best_checkpoint
+from launcher.runs.checkpoints import SavedCheckpoint
 from launcher.runs.console import RunConsole
 from launcher.runs.outcome import Outcome
 from launcher.runs.summary import print_summary
 from tests.unit.inputs import job_of, plan_of
 
 
-def best_plan() -> Plan:
+def best_plan(export: bool | str = "best") -> Plan:
     checkpoint = {"every": 10, "keep_best": 1}
     return plan_of(
         job_of(
             data={"eval": "eval.jsonl"},
             train={"eval_every": 10, "max_steps": 100},
             checkpoint=checkpoint,
-            export="best",
+            export=export,
         )
     )
 
@@ -116,6 +118,25 @@ def test_without_checkpoints_nothing_is_exported(run: RunDir) -> None:
     run.checkpoints.rename(run.path / "moved")
     with pytest.raises(RunFailed, match=r"nothing can be exported: .*no complete checkpoint found"):
         best_checkpoint(run, lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("export", "early_stop", "folder"),
+    [
+        (True, None, "export-update-20"),
+        (True, "early stopping: why", "export"),
+        ("last", "early stopping: why", "export"),
+        ("best", "early stopping: why", "export-update-20"),
+    ],
+)
+def test_where_launcher_export_writes_by_default(
+    run: RunDir, export: bool | str, early_stop: str | None, folder: str
+) -> None:
+    """RUN/export only if the run itself would export this checkpoint, without options."""
+    plan = best_plan(export)
+    saved = SavedCheckpoint(run.checkpoint(20), 20, 20, 8, plan, run.plan_file, early_stop)
+    assert _default_folder(run, saved, None, False) == run.path / folder
+    assert _default_folder(run, saved, "float32", False) == run.path / "export-update-20-float32"
 
 
 def test_the_summary_names_the_reason_and_the_exported_update(run: RunDir) -> None:
