@@ -168,6 +168,12 @@ def evaluation_loss(checkpoint: Path) -> float | None:
     return loss if isinstance(loss, float) and math.isfinite(loss) else None
 
 
+def early_stop(checkpoint: Path) -> str | None:
+    """The reason for which early stopping ended the run at the checkpoint's update; None if it did not."""
+    reason = (read_manifest(checkpoint) or {}).get("early_stop")
+    return reason if isinstance(reason, str) else None
+
+
 def has_checksums(checkpoint: Path) -> bool:
     """Whether the manifest has checksums; those of earlier versions have none."""
     return "format" in (read_manifest(checkpoint) or {})

@@ -406,7 +406,29 @@ class WarmupExtendedEvent(TypedDict):
     plan_sha256: str
 
 
-RankEvent = CheckpointEvent | OutlierEvent | SpikeEvent | NotExtendedEvent | WarmupExtendedEvent
+class EarlyStopEvent(TypedDict):
+    """The run ends after `update` updates, because the evaluation loss no longer improves."""
+
+    event: Literal["early_stop"]
+    update: int
+    reason: str
+    best_update: int
+    best_loss: float
+
+
+class ExportedEvent(TypedDict):
+    """The checkpoint after `update` updates was exported as the one with the lowest evaluation loss.
+
+    `note` explains why it is another one than that of the best evaluation, if it is.
+    """
+
+    event: Literal["exported_best"]
+    update: int
+    evaluation_loss: float | None
+    note: str | None
+
+
+RankEvent = CheckpointEvent | OutlierEvent | SpikeEvent | NotExtendedEvent | WarmupExtendedEvent | EarlyStopEvent
 """Events that the first rank reports."""
 RunEvent = (
     StateEvent
@@ -428,6 +450,7 @@ RunEvent = (
     | NotContinuedEvent
     | OtherRateEvent
     | FailureEvent
+    | ExportedEvent
     | RankEvent
 )
 """A line of events.jsonl, without the `time` that `RunDir.event` adds at the start."""
@@ -555,7 +578,8 @@ class NodeRecord(NodeIdentity, OomKills):
 class ManifestFacts(TypedDict):
     """What a checkpoint is of: the progress, the plan (or revision), and the number of ranks that saved it.
 
-    `evaluation_loss` is that of an evaluation at the same update, if it is finite.
+    `evaluation_loss` is that of an evaluation at the same update, if it is finite. `early_stop` is the reason for which
+    the run ended at this update.
     """
 
     world_size: int
@@ -563,6 +587,7 @@ class ManifestFacts(TypedDict):
     samples: int
     plan_sha256: str
     evaluation_loss: NotRequired[float]
+    early_stop: NotRequired[str]
 
 
 class FileRecord(TypedDict):

@@ -91,8 +91,9 @@ def _default_folder(directory: RunDir, saved: SavedCheckpoint, dtype: DType | No
     """RUN/export if the run's own export is missing and would be the same, else a folder named after the options."""
     from launcher.export_folder import export_fault
 
-    final = saved.update == saved.plan.length.total_updates and dtype is None and not merge
-    if final and export_fault(directory.export) is not None:
+    last = saved.update == saved.plan.length.total_updates or saved.early_stop is not None
+    own = last and saved.plan.job.export != "best" and dtype is None and not merge
+    if own and export_fault(directory.export) is not None:
         return directory.export
     parts = ["export", saved.folder.name, *([dtype] if dtype else []), *(["merged"] if merge else [])]
     return directory.path / "-".join(parts)

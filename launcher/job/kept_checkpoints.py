@@ -14,8 +14,12 @@ def removable(losses: Mapping[int, float | None], section: CheckpointSection) ->
     if section.keep_every is not None:
         kept |= {update for update in losses if update % section.keep_every == 0}
     if section.keep_best is not None:
-        # Of equal losses, the newest is the best: sorting is stable.
-        known = [(loss, update) for update in newest_first if (loss := losses[update]) is not None]
-        known.sort(key=lambda each: each[0])
-        kept |= {update for _, update in known[: section.keep_best]}
+        kept |= set(best_first(losses)[: section.keep_best])
     return [update for update in losses if update not in kept]
+
+
+def best_first(losses: Mapping[int, float | None]) -> list[int]:
+    """The updates with a known evaluation loss, the lowest loss first. `losses` are in order, oldest first."""
+    # Of equal losses, the newest is the best: sorting is stable.
+    known = [(loss, update) for update in list(losses)[::-1] if (loss := losses[update]) is not None]
+    return [update for _, update in sorted(known, key=lambda each: each[0])]

@@ -238,6 +238,19 @@ class DataSection(Section):
 LENGTHS = ("num_train_epochs", "max_steps", "total_samples")
 
 
+class EarlyStoppingSection(Section):
+    """Ends the run when the evaluation loss no longer improves. Needs data.eval and train.eval_every."""
+
+    patience: PositiveInt = Field(
+        3,
+        description="The run ends after so many evaluations in a row whose loss is not below the lowest one before "
+        "them minus min_delta.",
+    )
+    min_delta: Annotated[Number, Field(ge=0)] = Field(
+        0.0, description="By how much (nats) the loss must be lower to count as an improvement."
+    )
+
+
 class TrainSection(Section):
     """Length, batch sizes and optimizer. Set at most one of num_train_epochs, max_steps and total_samples."""
 
@@ -264,6 +277,11 @@ class TrainSection(Section):
     gradient_accumulation_steps: PositiveInt | Auto = Field("auto", description="Micro-batches per update.")
     eval_every: PositiveInt | None = Field(
         None, description="Evaluate every N updates, and always before the first and after the last."
+    )
+    early_stopping: EarlyStoppingSection | None = Field(
+        None,
+        description="End the run, as finished, when the evaluation loss no longer improves; {} uses the defaults "
+        "(docs/early-stopping.md).",
     )
     seed: Seed = Field(42, description="Seed of the data order and of all random numbers.")
     weight_decay: Annotated[Number, Field(ge=0)] = Field(0.0, description="AdamW's decoupled weight decay.")
@@ -551,7 +569,11 @@ class JobBase(Section):
     cluster: ClusterSection = Field(default_factory=ClusterSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     slurm: SlurmSection = Field(default_factory=SlurmSection)
-    export: bool = Field(True, description="Write a Hugging Face folder (safetensors) at the end.")
+    export: bool | Literal["best", "last"] = Field(
+        True,
+        description="Write a Hugging Face folder (safetensors) at the end. true and last: the weights after the last "
+        "update. best: the checkpoint with the lowest evaluation loss; needs checkpoint.keep_best.",
+    )
     output_dir: Name = Field("runs", description="Parent folder of run directories, visible to all nodes.")
     output_mode: OutputMode = Field(
         "private",

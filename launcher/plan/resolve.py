@@ -9,6 +9,7 @@ from launcher.plan.batch import KEYS, BatchSizes, resolve_batch
 from launcher.plan.conflicts import check_conflicts
 from launcher.plan.data_warnings import data_warnings
 from launcher.plan.decisions import decisions_of
+from launcher.plan.evaluation import check_evaluation, checkpoint_warnings
 from launcher.plan.facts import DataFacts, ModelFacts
 from launcher.plan.fit import MemoryNeeds, memory_limits, memory_warnings
 from launcher.plan.inputs import PlanInputs
@@ -21,7 +22,7 @@ from launcher.plan.model_options import (
     sequence_parallel_problems,
 )
 from launcher.plan.packing import check_packing, default_batch, grouping_warnings, packing_problems
-from launcher.plan.schema import ConfigChange, Length, Plan, Training
+from launcher.plan.schema import ConfigChange, Plan, Training
 from launcher.version import __version__
 
 
@@ -36,7 +37,7 @@ def resolve(inputs: PlanInputs[Job], model: ModelFacts, data: DataFacts) -> Plan
     needs = MemoryNeeds(inputs, model, longest_row(job, data))
     batch = training_batch(needs, data)
     length = resolve_length(job, data, batch.train_batch_size, *_deciding_key(inputs, batch))
-    _check_evaluation(job, length.total_updates)
+    check_evaluation(job, length.total_updates)
     decided = decide_lr(inputs, model, data, length)
     composed = compose(
         user,
@@ -80,7 +81,7 @@ def resolve(inputs: PlanInputs[Job], model: ModelFacts, data: DataFacts) -> Plan
             *grouping_warnings(job, batch.train_batch_size, micro),
             *data_warnings(job, data),
             *memory_warnings(needs, micro),
-            *_checkpoint_warnings(job, length),
+            *checkpoint_warnings(job, length),
             *needs.background_warnings(micro),
             *model_option_warnings(inputs),
         ),
@@ -102,7 +103,7 @@ def check_inputs(inputs: PlanInputs[Job]) -> None:
     zero_stage(inputs.ds_config)
     batch = resolve_batch(inputs.given_batch, inputs.world.data_parallel_size, lambda _: True)
     check_conflicts(inputs, batch)
-    _check_evaluation(inputs.job, inputs.job.train.max_steps)
+    check_evaluation(inputs.job, inputs.job.train.max_steps)
 
 
 def check_model(job: Job, model: ModelFacts) -> None:
@@ -171,45 +172,3 @@ def longest_row(job: Job, data: DataFacts) -> int:
     """Tokens of the longest training or evaluation sequence, or of a bin."""
     training = job.data.max_length if job.data.packing else data.train.longest
     return max(training, data.eval.longest if data.eval else 0)
-
-
-def _check_evaluation(job: Job, total_updates: int | None) -> None:
-    """Raises RequestError if there is no evaluation data, or if the run is too short for an evaluation."""
-    every = job.train.eval_every
-    if every is not None and total_updates is not None and every > total_updates:
-        raise RequestError(
-            Problem(
-                f"{every} is more than the run's {total_updates} updates",
-                key="train.eval_every",
-                hint=f"use at most {total_updates}, or remove it: the run always evaluates at its start and end",
-            )
-        )
-    if every is not None and job.data.eval is None:
-        raise RequestError(
-            Problem("the job has no evaluation data", key="train.eval_every", hint="set data.eval, or remove it")
-        )
-    if job.checkpoint.keep_best is not None and job.data.eval is None:
-        raise RequestError(
-            Problem("the job has no evaluation data", key="checkpoint.keep_best", hint="set data.eval, or remove it")
-        )
-
-
-def _checkpoint_warnings(job: Job, length: Length) -> list[str]:
-    every, found = job.checkpoint.every, []
-    if every is not None and every > length.total_updates:
-        found.append(
-            f"checkpoint.every {every} is more than the run's {length.total_updates} updates: only the end is saved"
-        )
-    if every is not None and job.checkpoint.keep == 1:
-        found.append("checkpoint.keep is 1: if that checkpoint is damaged, the run cannot be resumed; 2 is safer")
-    if job.checkpoint.keep_best is not None and not _evaluates_each_checkpoint(job):
-        found.append(
-            "checkpoint.keep_best only compares checkpoints that were evaluated at the same update: make "
-            "checkpoint.every a multiple of train.eval_every"
-        )
-    return found
-
-
-def _evaluates_each_checkpoint(job: Job) -> bool:
-    every, eval_every = job.checkpoint.every, job.train.eval_every
-    return every is not None and eval_every is not None and every % eval_every == 0

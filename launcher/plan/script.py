@@ -37,7 +37,7 @@ from launcher.schedule.safety import deepspeed_warnings
 from launcher.version import __version__
 
 _UNUSED = (
-    *("data.", "checkpoint.", "export", "train.eval_every", "train.seed"),
+    *("data.", "checkpoint.", "export", "train.eval_every", "train.early_stopping", "train.seed"),
     *("schedule.on_spike", "schedule.max_extensions", "schedule.check_every"),
     *("model.attn_implementation", "model.freeze", "model.gradient_checkpointing", "model.liger"),
     *("model.sequence_parallel_size", "model.torch_compile"),

@@ -20,6 +20,7 @@ from launcher.fleet.nodes import GRACE_SECONDS, Nodes
 from launcher.plan.resume import Start
 from launcher.plan.schema import Plan, Script
 from launcher.run_dir import RunDir, write_atomic
+from launcher.runs.best_export import export_of_run, exports_best
 from launcher.runs.checkpoints import newest_verified
 from launcher.runs.console import RunConsole
 from launcher.runs.excluded_nodes import count_failures
@@ -81,7 +82,7 @@ class Attempts:
             supervisor = self._supervisor = self._interrupts.supervisor = self._next_supervisor()
             before = self._newest_checkpoint()
             try:
-                return supervisor.run(self._start)
+                outcome = supervisor.run(self._start)
             except RunFailed as error:
                 saved, excluded = self._newest_checkpoint() != before, self._exclude_failed_nodes(supervisor)
                 self._failed.append(_failed_attempt(supervisor, error, saved=saved, excluded=excluded))
@@ -92,13 +93,15 @@ class Attempts:
                     self._record_end(decision)
                     raise
                 reason = first_line(error)
+            else:
+                return self._with_best_export(outcome)
             # Until the next attempt, a signal stops the run at once: nothing can be saved.
             self._interrupts.supervisor = None
             self._console.end_progress()
             self._console.note(f"[bold red]failed[/]    {escape(reason)}")
             self._console.note(f"[bold]restarting[/] ({escape(decision.reason)})")
-            if (outcome := self._prepare_restart()) is not None:
-                return outcome
+            if (ended := self._prepare_restart()) is not None:
+                return ended
             update = self._start.update if self._start else None
             attempt = supervisor.attempt + 1
             self._directory.event({"event": "restart", "attempt": attempt, "update": update, "reason": reason})
@@ -196,7 +199,7 @@ class Attempts:
         rest = rest_from(saved, damaged)
         if self._start is not None and str(saved.folder) == self._start.checkpoint:
             # The plan may be that of a resume, which changed the plan of this checkpoint.
-            return replace(rest, plan=self.plan, plan_file=self._plan_file, start=self._start)
+            return replace(rest, plan=self.plan, plan_file=self._plan_file, start=self._start, early_stop=None)
         report_damage(rest, self._directory, self._console)
         self.plan, self._plan_file, self._start = saved.plan, saved.plan_file, rest.start
         self._console.note(f"          resuming after update {rest.start.update} of {self.plan.length.total_updates}")
@@ -246,7 +249,16 @@ class Attempts:
         """All updates were made: makes the export if it is missing."""
         if rest.plan.job.export and export_fault(self._directory.export) is not None:
             return export_only(rest, self._directory, self._console, self._interrupts)
-        return Outcome("finished", rest.start.update)
+        return rest.outcome
+
+    def _with_best_export(self, outcome: Outcome) -> Outcome:
+        """Exports the best checkpoint of a finished run if the job asks for it: the ranks do not."""
+        if outcome.state == "finished" and exports_best(self.plan):
+            # A signal now ends the export at once; a resume makes it.
+            self._interrupts.supervisor = None
+            updates = outcome.updates or 0
+            export_of_run(self.plan, None, updates, self._directory, self._console, self._interrupts)
+        return outcome
 
     def _release(self, grace_seconds: float) -> None:
         if self._nodes is not None:

@@ -15,11 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.errors import Problem, RequestError
+from launcher.job.kept_checkpoints import best_first
 from launcher.manifest import (
     MANIFEST,
     checkpoint_fault,
     checkpoint_number,
     content_fault,
+    early_stop,
     evaluation_loss,
     files_in,
     has_checksums,
@@ -42,7 +44,10 @@ _LARGE_BYTES = 10**9
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A checkpoint that can be loaded, and the plan under which it was saved."""
+    """A checkpoint that can be loaded, and the plan under which it was saved.
+
+    `early_stop` is the reason for which early stopping ended the run at this checkpoint, if it did.
+    """
 
     folder: Path
     update: int
@@ -50,6 +55,7 @@ class SavedCheckpoint:
     world_size: int
     plan: Plan
     plan_file: Path
+    early_stop: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,21 @@ def newest_verified(directory: RunDir, note: OnNote) -> tuple[SavedCheckpoint, l
     `note` is called with a line before a large checkpoint is read. Raises as `newest_checkpoint` does.
     """
     return _newest(directory, lambda folder: _content_fault(folder, note))
+
+
+def best_verified(directory: RunDir, note: OnNote) -> SavedCheckpoint | None:
+    """The checkpoint with the lowest evaluation loss whose files have their checksums; None if no loss is known.
+
+    `note` is called with a line for each better one that is damaged. Raises RequestError for a script's run.
+    """
+    reject_script_run(directory)
+    folders = {update: directory.saved_checkpoint(update) for update in directory.usable_checkpoints()}
+    for update in best_first({update: evaluation_loss(folder) for update, folder in folders.items()}):
+        fault = _content_fault(folders[update], note)
+        if fault is None:
+            return _saved(directory, folders[update])
+        note(str(DamagedCheckpoint(folders[update], fault)))
+    return None
 
 
 def checkpoint_at(directory: RunDir, update: int, note: OnNote = lambda _: None) -> SavedCheckpoint:
@@ -269,6 +290,6 @@ def _saved(directory: RunDir, folder: Path) -> SavedCheckpoint:
     for file in (directory.plan_file, *directory.plan_revisions()):
         plan = read_plan(file)
         if manifest["plan_sha256"] in (plan.sha256, hash_in(file.read_text())):
-            return SavedCheckpoint(folder, update, samples, world_size, plan, file)
+            return SavedCheckpoint(folder, update, samples, world_size, plan, file, early_stop(folder))
     found = f"the plan {manifest['plan_sha256'][:12]}… of {folder.name} is missing"
     raise RequestError(Problem(found, file=str(directory.path)))

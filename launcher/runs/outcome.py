@@ -13,7 +13,7 @@ from launcher.errors import FailureCode
 class Outcome:
     """The final state, "finished" or "stopped", and the number of updates, None if a script did not report any.
 
-    `reason` and `code` are set if the run stopped by itself.
+    `reason` and `code` are set if the run stopped by itself; `reason` also if early stopping finished it.
     """
 
     state: Literal["finished", "stopped"]

@@ -19,6 +19,7 @@ from launcher.plan.schema import Plan
 from launcher.run_dir import DamagedCheckpoint, RunDir
 from launcher.runs.checkpoints import SavedCheckpoint, newest_checkpoint, newest_verified
 from launcher.runs.console import RunConsole
+from launcher.runs.outcome import Outcome
 from launcher.runs.planning import check_job, make_plan
 
 _ORIGIN = "the resumed job"
@@ -32,7 +33,8 @@ _NOT_THE_CURVE = ("schedule.on_spike", "schedule.max_extensions", "schedule.chec
 class Rest:
     """The plan for the rest of a run, and its start. `plan_file` is None if the plan is not written yet.
 
-    `saved` is the checkpoint from which it starts, and `damaged` are newer ones that cannot be loaded.
+    `saved` is the checkpoint from which it starts, and `damaged` are newer ones that cannot be loaded. `early_stop` is
+    the reason for which early stopping ended the run there, if it did.
     """
 
     plan: Plan
@@ -40,11 +42,24 @@ class Rest:
     start: Start
     saved: SavedCheckpoint
     damaged: tuple[DamagedCheckpoint, ...] = ()
+    early_stop: str | None = None
 
     @property
     def only_export(self) -> bool:
-        """Whether all updates were made before, so that only the export may be missing."""
-        return self.start.update >= self.plan.length.total_updates
+        """Whether all updates were made before, or the run ended early, so that only the export may be missing."""
+        return self.start.update >= self.plan.length.total_updates or self.early_stop is not None
+
+    @property
+    def why_complete(self) -> str:
+        """Why no updates are left, as text."""
+        if self.early_stop is not None:
+            return f"the run ended after {self.start.update} updates ({self.early_stop})"
+        return f"all {self.start.update} updates were already made"
+
+    @property
+    def outcome(self) -> Outcome:
+        """The outcome of the run if no updates are left."""
+        return Outcome("finished", self.start.update, self.early_stop)
 
 
 def planned_run(path: Path) -> RunDir:
@@ -65,15 +80,16 @@ def rest_of(directory: RunDir, overrides: Sequence[str], console: RunConsole, *,
     else:
         rest = rest_as_planned(directory)
     needs_export = rest.plan.job.export and export_fault(directory.export) is not None
-    if rest.only_export and needs_export and not _changes_length(rest.plan, overrides):
+    if rest.only_export and needs_export and not _asks_for_updates(rest, overrides):
         # The export does not depend on the number of nodes, which `launcher node` overrides in another allocation.
         return rest
     if overrides:
         rest = _changed(rest, overrides, console)
     if rest.only_export:
-        total = rest.plan.length.total_updates
-        hint = f"continue training with train.max_steps={2 * total}, or export again with launcher export"
-        raise RequestError(Problem(f"all {total} updates were already made", file=str(directory.path), hint=hint))
+        longer = f"train.max_steps={2 * rest.plan.length.total_updates}"
+        more = longer if rest.early_stop is None else "train.early_stopping=null"
+        hint = f"continue training with {more}, or export again with launcher export"
+        raise RequestError(Problem(rest.why_complete, file=str(directory.path), hint=hint))
     return rest
 
 
@@ -88,7 +104,7 @@ def rest_as_planned(directory: RunDir) -> Rest:
 def rest_from(saved: SavedCheckpoint, damaged: Sequence[DamagedCheckpoint]) -> Rest:
     """The rest of a run from a checkpoint, under the plan of that checkpoint."""
     start = Start(checkpoint=str(saved.folder), update=saved.update, samples=saved.samples)
-    return Rest(saved.plan, saved.plan_file, start, saved, tuple(damaged))
+    return Rest(saved.plan, saved.plan_file, start, saved, tuple(damaged), saved.early_stop)
 
 
 def job_of_rest(directory: RunDir, overrides: Sequence[str]) -> LoadedJob:
@@ -131,6 +147,7 @@ def _changed(rest: Rest, overrides: Sequence[str], console: RunConsole) -> Rest:
         plan=plan,
         plan_file=None,
         start=start.model_copy(update={"update": plan.resumed.update, "convert": convert}),
+        early_stop=None if _asks_for_updates(rest, overrides) else rest.early_stop,
     )
 
 
@@ -140,8 +157,11 @@ def _preset_of(old: Plan, job: AnyJob) -> str | None:
     return recommendation.preset if recommendation and job.deepspeed == "auto" else None
 
 
-def _changes_length(plan: Plan, overrides: Sequence[str]) -> bool:
-    _, keys = _job_with(plan, overrides)
+def _asks_for_updates(rest: Rest, overrides: Sequence[str]) -> bool:
+    """Whether overrides ask for more updates after the end: another length, or after an early stop another patience."""
+    _, keys = _job_with(rest.plan, overrides)
+    if rest.early_stop is not None and any(key.startswith("train.early_stopping") for key in keys):
+        return True
     return any(key == f"train.{name}" for key in keys for name in LENGTHS)
 
 

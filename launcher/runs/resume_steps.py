@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
 from rich.markup import escape
 
-from launcher.export_folder import export_fault, export_temporary
+from launcher.export_folder import export_fault
 from launcher.manifest import content_fault
 from launcher.plan.resume import Start
 from launcher.prepare.universal import make_universal
 from launcher.run_dir import RunDir, universal_folder
+from launcher.runs.best_export import export_of_run
 from launcher.runs.checkpoints import set_aside
 from launcher.runs.console import RunConsole
-from launcher.runs.export import export_saved
-from launcher.runs.failure_record import record_failure
 from launcher.runs.interrupts import Interrupts
 from launcher.runs.outcome import Outcome
 from launcher.runs.rest import Rest
@@ -35,21 +33,9 @@ def report_damage(rest: Rest, directory: RunDir, console: RunConsole) -> None:
 def export_only(rest: Rest, directory: RunDir, console: RunConsole, interrupts: Interrupts) -> Outcome:
     """Makes the missing export of a run that has made all its updates. Raises RunFailed, which it records."""
     update = rest.start.update
-    console.note(f"all {update} updates were already made: exporting only ({export_fault(directory.export)})")
-    directory.enter("exporting", update=update)
-    console.state("exporting")
-    # Left behind by the ranks of an earlier start.
-    shutil.rmtree(export_temporary(directory.export), ignore_errors=True)
-    try:
-        export_saved(rest.saved, directory.export, lambda text: console.note(f"          {text}"))
-    except KeyboardInterrupt:
-        with suppress(OSError):
-            directory.enter("stopped", reason=interrupts.reason)
-        raise
-    except BaseException as error:
-        record_failure(directory, error, console.note)
-        raise
-    return Outcome("finished", update)
+    console.note(f"{escape(rest.why_complete)}: exporting only ({export_fault(directory.export)})")
+    export_of_run(rest.plan, rest.saved, update, directory, console, interrupts)
+    return rest.outcome
 
 
 def prepare_start(start: Start, directory: RunDir, console: RunConsole) -> None:

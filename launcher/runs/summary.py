@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from rich.markup import escape
+
 from launcher.plan.schema import Plan, Script
 from launcher.run_dir import RunDir
 from launcher.runs.console import RunConsole, number_text
@@ -16,10 +18,10 @@ def print_summary(plan: Plan, directory: RunDir, console: RunConsole, outcome: O
     console.end_progress()
     if outcome.state == "stopped":
         console.note(f"[bold yellow]stopped[/]{_progress(plan, outcome)}")
-        if outcome.reason:
-            console.note(f"  reason           {outcome.reason}")
     else:
         console.note(f"[bold green]finished[/]{_progress(plan, outcome)}")
+    if outcome.reason:
+        console.note(f"  reason           {outcome.reason}")
     if len(evaluations) > 1:
         first, last = (number_text(evaluations[place].get("loss")) for place in (0, -1))
         console.note(f"  evaluation loss  {first} before, {last} after")
@@ -32,7 +34,7 @@ def print_summary(plan: Plan, directory: RunDir, console: RunConsole, outcome: O
         lower = f" schedule.peak_lr={plan.learning_rate.peak_lr / 2:g}" if outcome.reason else ""
         console.note(f"  {how_to_continue(plan, directory)}{lower}")
     elif plan.job.export and not isinstance(plan.workload, Script):
-        console.note(f"  exported model   {directory.export}")
+        console.note(f"  exported model   {directory.export}{_exported_update(plan, directory)}")
         console.note("  load it with     AutoModelForCausalLM.from_pretrained(<exported model>)")
 
 
@@ -60,6 +62,15 @@ def _progress(plan: Plan, outcome: Outcome) -> str:
         return f" after {outcome.updates} updates"
     saved = "" if isinstance(plan.workload, Script) else ", saved"
     return f" after update {outcome.updates} of {plan.length.total_updates}{saved}"
+
+
+def _exported_update(plan: Plan, directory: RunDir) -> str:
+    """Of which update the export is, and with which evaluation loss, if the job asks for the best one."""
+    found = next((event for event in reversed(directory.events()) if event["event"] == "exported_best"), None)
+    if plan.job.export != "best" or found is None:
+        return ""
+    note = f"; {found['note']}" if found.get("note") else ""
+    return escape(f" (update {found.get('update')}, evaluation loss {number_text(found.get('evaluation_loss'))}{note})")
 
 
 def _resume_command(plan: Plan, directory: RunDir) -> str:

@@ -46,6 +46,7 @@ _EVENT_TITLES = {
     "spike": "loss spike",
     "warmup_extended": "warm-up extended",
     "not_extended": "warm-up not extended",
+    "early_stop": "early stop",
 }
 WORKER = ("-P", "-m", "launcher.worker")
 
@@ -207,6 +208,9 @@ class Supervisor:
                 if self._drained is not None and not self.stopping and report["reason"] is None:
                     raise self._failed([self._drained])
                 return Outcome("stopped", report["update"], report["reason"], known_code(report.get("code")))
+        for report in self.reports:
+            if report["report"] == "event" and report["event"] == "early_stop":
+                return Outcome("finished", int(str(report["details"]["update"])), str(report["details"]["reason"]))
         return Outcome("finished", self.plan.length.total_updates)
 
     @property

@@ -62,7 +62,8 @@ def explain(run: RunDir) -> Explanation:
     if session.name == "stopped":
         return _explain_stopped(session, status)
     if session.name == "finished":
-        return Explanation(f"no failure: the run finished after {status.updates} updates", ok=True)
+        reason = f": {status.reason}" if status.reason else ""
+        return Explanation(f"no failure: the run finished after {status.updates} updates{reason}", ok=True)
     if session.name == "unknown":
         return Explanation("the state of the run is unknown: it has no readable state.json")
     return _explain_live(status)

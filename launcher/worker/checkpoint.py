@@ -58,6 +58,7 @@ class Checkpoints:
         self._run, self._plan, self._ranks, self._record_event = run, plan, ranks, record_event
         self._saved: int | None = None
         self._evaluation: tuple[int, float] | None = None
+        self._early_stop: tuple[int, str] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._memory = HostMemory(ranks.device)
         self._pending: _Pending | None = None
@@ -72,6 +73,10 @@ class Checkpoints:
     def evaluated(self, update: int, loss: float) -> None:
         """Remembers the evaluation after `update` updates: a checkpoint of the same update has its loss."""
         self._evaluation = (update, loss)
+
+    def ends_early(self, update: int, reason: str) -> None:
+        """Remembers that the run ends after `update` updates: the checkpoint of this update has the reason."""
+        self._early_stop = (update, reason)
 
     def save(
         self, engine: Any, progress: Progress, plan_sha256: str, guard: dict[str, Any], *, background: bool = False
@@ -165,6 +170,8 @@ class Checkpoints:
         }
         if self._evaluation and self._evaluation[0] == progress.update and math.isfinite(self._evaluation[1]):
             facts["evaluation_loss"] = self._evaluation[1]
+        if self._early_stop and self._early_stop[0] == progress.update:
+            facts["early_stop"] = self._early_stop[1]
         return facts
 
     def load(self, engine: Any, start: Start) -> tuple[Progress, dict[str, Any]]:

@@ -80,8 +80,9 @@ def unsharded_plan(plan: Plan, request: ExportRequest) -> Plan:
     changes: dict[str, Any] = {"attn_implementation": "auto", "liger": False, "gradient_checkpointing": False}
     if section.lora is not None and request.merge:
         changes["lora"] = section.lora.model_copy(update={"merge": True})
-    job = plan.job.model_copy(update={"model": section.model_copy(update=changes)})
-    return plan.model_copy(update={"job": job, "precision": precision, "zero_stage": 0})
+    job = plan.training.job.model_copy(update={"model": section.model_copy(update=changes)})
+    workload = plan.training.model_copy(update={"job": job})
+    return plan.model_copy(update={"workload": workload, "precision": precision, "zero_stage": 0})
 
 
 def saved_weights(checkpoint: Path, plan: Plan, precision: str, progress: Callable[[str], None]) -> Mapping[str, Any]:

@@ -25,6 +25,7 @@ from launcher.worker.batches import MicroBatch, Share, micro_batches, order_of
 from launcher.worker.checkpoint import Checkpoints, Progress
 from launcher.worker.compute_time import ComputeTime
 from launcher.worker.control import Control
+from launcher.worker.early_stopping import EarlyStopping
 from launcher.worker.evaluate import evaluate
 from launcher.worker.export import export_model
 from launcher.worker.finite_weights import check_weights
@@ -79,6 +80,7 @@ class TrainLoop:
         self.checkpoints = Checkpoints(run, plan, ranks, control.record_event)
         self.lr_check = LRCheck(ranks, plan, hosts)
         self.guard = SpikeGuard(run, plan, ranks, engine, self.lr_check, control.record_event)
+        self.early_stopping = EarlyStopping(plan, ranks, control.record_event)
         self.train_store = TokenStore(Path(plan.training.data.train.folder))
         self.eval_store = TokenStore(Path(plan.training.data.eval.folder)) if plan.training.data.eval else None
         self.progress = Progress(update=0, samples=0)
@@ -96,6 +98,7 @@ class TrainLoop:
             self.progress, guard_state = self.checkpoints.load(self.engine, start)
             check_weights(self.engine.module, self.ranks, self.plan.training.model.folder, start.checkpoint)
             self.guard.load_state_dict(guard_state)
+            self.early_stopping.load_state_dict(guard_state.get("early_stopping"))
             scheduler.resume(self.engine)
             self.phase("training")
         self.metrics.restart_clock()
@@ -130,6 +133,8 @@ class TrainLoop:
             self.engine.step()
             self.advance(batch, mean, lr, grad_norm)
             summed.zero_()
+            if self.early_stopping.stop_reason:
+                break
             if (stop or self.guard.stop_reason) and self.progress.update < self.plan.length.total_updates:
                 self.stopped = True
                 break
@@ -203,8 +208,14 @@ class TrainLoop:
         every = self.plan.job.train.eval_every
         if every is not None and done % every == 0 and done < total:
             self.evaluate()
+            self.end_early()
         if self.checkpoints.due(done) and done < total:
             self.save()
+
+    def end_early(self) -> None:
+        """Ends the run after this update if early stopping says it, unless the spike guard already stops it."""
+        if self.guard.stop_reason is None and (reason := self.early_stopping.decide(self.progress.update)):
+            self.checkpoints.ends_early(self.progress.update, reason)
 
     def evaluate(self) -> None:
         """Evaluates, if the job has evaluation data."""
@@ -221,6 +232,7 @@ class TrainLoop:
             )
             self.metrics.write_evaluation(self.progress.update, found.loss, found.perplexity, found.targets)
             self.checkpoints.evaluated(self.progress.update, found.loss)
+            self.early_stopping.evaluated(self.progress.update, found.loss)
 
     def save(self) -> None:
         """Saves a checkpoint in the middle of training, in the background if the plan has memory for it."""
@@ -230,7 +242,8 @@ class TrainLoop:
         self.metrics.restart_clock()
 
     def save_state(self, *, background: bool = False) -> None:
-        state = (self.guard.plan.sha256, self.guard.state_dict())
+        decisions = {**self.guard.state_dict(), "early_stopping": self.early_stopping.state_dict()}
+        state = (self.guard.plan.sha256, decisions)
         self.checkpoints.save(self.engine, self.progress, *state, background=background)
 
     def finish(self) -> None:
@@ -244,12 +257,14 @@ class TrainLoop:
                 StoppedReport(report="stopped", time=time.time(), update=update, reason=reason, code=code)
             )
             return
-        self.evaluate()
+        if self.early_stopping.stop_reason is None:
+            self.evaluate()
         if self.plan.job.checkpoint.save_final:
             self.phase("saving")
             self.save_state()
         self.checkpoints.wait()
-        if self.plan.job.export:
+        # The launcher exports the best checkpoint when the ranks have ended (runs/best_export.py).
+        if self.plan.job.export and self.plan.job.export != "best":
             self.phase("exporting")
             self.run.check_attempt()
             export_model(self.engine, self.plan, self.ranks, self.run.export)

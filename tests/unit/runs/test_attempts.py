@@ -93,11 +93,11 @@ def attempts_of(run: RunDir, *acts: Act, plan: Plan | None = None) -> tuple[Atte
     return attempts, lambda: attempts.run(plan or a_plan(), run.plan_file, None)
 
 
-def save(run: RunDir, update: int, plan: Plan | None = None) -> None:
+def save(run: RunDir, update: int, plan: Plan | None = None, **facts_of_end: str) -> None:
     folder = run.checkpoint(update)
     folder.mkdir(parents=True)
     facts = {"update": update, "samples": 8 * update, "world_size": 8, "plan_sha256": (plan or a_plan()).sha256}
-    write_manifest(folder, {}, **facts)  # type: ignore[arg-type]
+    write_manifest(folder, {}, **facts, **facts_of_end)  # type: ignore[arg-type]
 
 
 def fails(code: FailureCode = FailureCode.RANK_KILLED, error: str = "killed", save_at: int | None = None) -> Act:
@@ -159,6 +159,24 @@ def test_a_damaged_checkpoint_is_set_aside_before_a_restart(run: RunDir) -> None
 def test_a_failure_after_the_last_checkpoint_finishes_the_run(run: RunDir) -> None:
     _, carry_out = attempts_of(run, fails(save_at=UPDATES))
     assert carry_out() == Outcome("finished", UPDATES)
+
+
+def test_a_failure_after_an_early_stop_finishes_the_run_with_its_reason(run: RunDir) -> None:
+    def stops_early(ranks: Ranks, start: Start | None) -> Outcome:
+        save(run, 8, early_stop="early stopping: no improvement")
+        return fails()(ranks, start)
+
+    _, carry_out = attempts_of(run, stops_early)
+    assert carry_out() == Outcome("finished", 8, "early stopping: no improvement")
+
+
+def test_a_run_that_continues_after_an_early_stop_restarts_from_there(run: RunDir) -> None:
+    """The user resumed it without early stopping, and it failed before its next checkpoint."""
+    save(run, 8, early_stop="early stopping: no improvement")
+    start = Start(checkpoint=str(run.checkpoint(8)), update=8, samples=64)
+    attempts, _ = attempts_of(run, fails(), finishes)
+    attempts.run(a_plan(), run.plan_file, start)
+    assert [update for _, update, _ in Ranks.starts] == [8, 8]
 
 
 def test_the_run_fails_with_the_reason_when_no_restart_is_left(run: RunDir) -> None:

@@ -21,6 +21,7 @@ from launcher.run_dir import RunDir
 from launcher.runs import checkpoints
 from launcher.runs.checkpoints import checkpoint_at, newest_verified, set_aside_if_idle
 from launcher.runs.console import RunConsole
+from launcher.runs.outcome import Outcome
 from launcher.runs.rest import rest_as_planned, rest_of
 from launcher.runs.resume_steps import _convert, report_damage
 from tests.unit.inputs import command, plan_of
@@ -282,6 +283,18 @@ def test_a_run_that_lacks_only_its_export_can_be_resumed(run: RunDir) -> None:
     complete_export(run.export)
     with pytest.raises(RequestError, match=f"all {total} updates were already made"):
         rest_of(run, [], RunConsole())
+
+
+def test_a_run_that_ended_early_continues_only_if_more_updates_are_asked_for(run: RunDir) -> None:
+    manifest = json.loads((run.checkpoint(NEWEST) / MANIFEST).read_text())
+    (run.checkpoint(NEWEST) / MANIFEST).write_text(json.dumps({**manifest, "early_stop": "early stopping: why"}))
+    rest = rest_of(run, ["cluster.nodes=1"], RunConsole())
+    assert rest.only_export and rest.outcome == Outcome("finished", NEWEST, "early stopping: why")
+    complete_export(run.export)
+    with pytest.raises(RequestError, match=rf"the run ended after {NEWEST} updates \(early stopping: why\)") as error:
+        rest_of(run, [], RunConsole())
+    hint = "continue training with train.early_stopping=null, or export again with launcher export"
+    assert error.value.problems[0].hint == hint
 
 
 def complete_export(folder: Path, weights: str = "model.safetensors") -> Path:

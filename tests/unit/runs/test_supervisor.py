@@ -255,6 +255,17 @@ def test_a_drain_does_not_change_why_a_run_ends_otherwise(built: Built) -> None:
     assert supervisor.run().state == "finished" and orders == []
 
 
+def test_an_early_stop_finishes_the_run_with_its_reason(built: Built) -> None:
+    details = {"update": 4, "reason": "early stopping: no improvement", "best_update": 1, "best_loss": 2.0}
+    event = {"report": "event", "event": "early_stop", "details": details, "rank": 0, "node_rank": 0, "time": 0.0}
+    ended = [on_eight(number, 0.0, 0) for number in range(8)]
+    supervisor = supervised(built, [event], [phase("saving", 4)], ended)
+    outcome = supervisor.run()
+    assert (outcome.state, outcome.updates, outcome.reason) == ("finished", 4, "early stopping: no improvement")
+    assert outcome.code is None
+    assert any("early stop: early stopping: no improvement" in note for note in supervisor.console.notes)  # type: ignore[attr-defined]
+
+
 def test_a_save_that_takes_longer_than_slurms_signal_allows_is_reported_once(
     built: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -569,6 +569,7 @@ def test_the_job_that_continues_a_run_or_why_there_is_none(built: Built) -> None
     ("state", "details", "words", "well"),
     [
         ("finished", {}, "no failure: the run finished after 20 updates", True),
+        ("finished", {"reason": "early stopping: why"}, "finished after 20 updates: early stopping: why", True),
         ("stopped", {"reason": None}, "no failure: the run was stopped after 20 updates", True),
         ("stopped", {"reason": "cancelled by u@h"}, "the run was stopped after 20 updates: cancelled by u@h", True),
         (
