@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -118,6 +119,20 @@ def test_the_thread_ends_when_training_stops(taken: int) -> None:
     batches = Prefetch(lambda: numbered(100), CPU)
     with batches:
         assert [batch.update for batch, _ in zip(batches, range(taken), strict=False)] == list(range(taken))
+
+
+def test_training_waits_for_a_thread_that_makes_a_micro_batch_when_training_stops() -> None:
+    making = threading.Event()
+
+    def slow() -> Iterator[MicroBatch]:
+        yield from numbered(1)
+        making.set()
+        time.sleep(0.3)
+        yield from numbered(1)
+
+    batches = Prefetch(slow, CPU)
+    with batches:
+        assert making.wait(TIME_LIMIT_SECONDS)
 
 
 def test_the_thread_ends_when_training_raises() -> None:
