@@ -51,7 +51,7 @@ class Prefetch:
             yield batch
 
     def take_seconds(self) -> float:
-        """Returns the seconds that the iteration waited for micro-batches since the last call."""
+        """Returns the seconds since the last call in which training waited for micro-batches and started their copies."""
         seconds, self._seconds = self._seconds, 0.0
         return round(seconds, 6)
 
@@ -61,11 +61,12 @@ class Prefetch:
         if isinstance(batch, BaseException):
             raise batch
         if batch is not None:
-            self._room.release()
             # Here, not in the thread: the copy is on the stream of the kernels that need it. PyTorch does not reuse
             # pinned memory before copies from it are done.
             batch = batch.on(self._device)
         self._seconds += time.perf_counter() - began
+        # Last: the thread that this wakes competes for the interpreter.
+        self._room.release()
         return batch
 
     def _work(self) -> None:
