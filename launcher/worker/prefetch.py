@@ -51,7 +51,7 @@ class Prefetch:
             yield batch
 
     def take_seconds(self) -> float:
-        """Returns the seconds since the last call in which training waited for micro-batches and started their copies."""
+        """Returns the seconds, since the last call, of waiting for micro-batches and starting their copies to a GPU."""
         seconds, self._seconds = self._seconds, 0.0
         return round(seconds, 6)
 
