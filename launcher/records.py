@@ -473,7 +473,10 @@ class Utilisation(TypedDict, total=False):
 
 
 class MetricsLine(RouterLoss, Utilisation):
-    """An update of the launcher's own training loop. `tokens` are the update's, without padding."""
+    """An update of the launcher's own training loop. `tokens` are the update's, without padding.
+
+    `data_seconds` is the part of `step_seconds` in which rank 0 waited for its micro-batches.
+    """
 
     update: int
     samples: int
@@ -483,6 +486,7 @@ class MetricsLine(RouterLoss, Utilisation):
     grad_norm: Number | None
     skipped: bool
     step_seconds: float
+    data_seconds: float
     tokens_per_second: float
     peak_memory_bytes: int
     time: str

@@ -7,8 +7,8 @@ sequence, independent of the number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from launcher.token_store import TokenStore
 
 IGNORED = -100
 _PAD_TO = 8
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,18 @@ class MicroBatch:
     update_tokens: int
     update_pairs: int = 0
     packed: tuple[int, ...] = ()
+
+    def pinned(self) -> MicroBatch:
+        """The same in pinned memory, from which a GPU copies while the CPU continues."""
+        return self._with_each(torch.Tensor.pin_memory)
+
+    def on(self, device: torch.device) -> MicroBatch:
+        """The same on `device`. The caller's stream copies pinned tensors when it reaches them."""
+        return self._with_each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _with_each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        ids, mask, labels = (change(tensor) for tensor in (self.input_ids, self.attention_mask, self.labels))
+        return replace(self, input_ids=ids, attention_mask=mask, labels=labels)
 
 
 @dataclass(frozen=True)
@@ -125,11 +138,10 @@ def micro_batches(
     share: Share,
     updates: range,
     first_sample: int,
-    device: torch.device,
     *,
     by_length: bool = False,
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches of `updates`. The first update starts at position `first_sample` of the order.
+    """This rank's micro-batches of `updates`, on the CPU. The first starts at position `first_sample` of the order.
 
     With `by_length`, sequences of similar length share a micro-batch; each update still has the same ones.
     """
@@ -144,9 +156,9 @@ def micro_batches(
         for step in range(share.accumulation):
             last, mine = step == share.accumulation - 1, samples[share.samples(step)]
             if isinstance(mine, np.ndarray):
-                yield MicroBatch(update, last, *collate(store, mine, device), *totals)
+                yield MicroBatch(update, last, *collate(store, mine, _CPU), *totals)
             else:
-                ids, mask, labels, packed = collate_row(store, np.concatenate(mine), device)
+                ids, mask, labels, packed = collate_row(store, np.concatenate(mine), _CPU)
                 yield MicroBatch(update, last, ids, mask, labels, *totals, packed)
 
 

@@ -47,6 +47,7 @@ class MetricsWriter:
         lr: float,
         grad_norm: float | None,
         skipped: bool,
+        data_seconds: float,
         router_loss: float | None = None,
         flops: float | None = None,
     ) -> None:
@@ -70,6 +71,7 @@ class MetricsWriter:
             "skipped": skipped,
             **router,
             "step_seconds": self.step_seconds,
+            "data_seconds": data_seconds,
             "tokens_per_second": round(tokens / seconds, 1),
             **self._utilisation(flops, seconds),
             "peak_memory_bytes": peak_memory_bytes(self._ranks.device),

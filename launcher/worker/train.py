@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from launcher.worker.lr_check import LRCheck, check_same_plan
 from launcher.worker.matmul_check import check_device
 from launcher.worker.metrics import MetricsWriter
 from launcher.worker.model import load_model, make_engine
+from launcher.worker.prefetch import Prefetch
 from launcher.worker.ranks import Ranks, join_ranks
 from launcher.worker.spike_guard import SpikeGuard
 from launcher.worker.ulysses import gradient_divisor, part_of
@@ -84,6 +85,7 @@ class TrainLoop:
         self.train_store = TokenStore(Path(plan.training.data.train.folder))
         self.eval_store = TokenStore(Path(plan.training.data.eval.folder)) if plan.training.data.eval else None
         self.progress = Progress(update=0, samples=0)
+        self.batches = Prefetch(self.micro_batches, ranks.device)
         self.stopped = False
         self.router_loss = 0.0
         """The part of the update's mean loss that balances the experts' routers."""
@@ -105,9 +107,13 @@ class TrainLoop:
 
     def train(self) -> None:
         """Makes the remaining updates of the plan, until the end or a stop."""
+        with self.batches:
+            self.make_updates()
+
+    def make_updates(self) -> None:
         summed = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         fused, coefficient = self.plan.training.job.model.liger, self.plan.training.model.router_loss_coefficient
-        for batch in self.batches():
+        for batch in self.batches:
             with self.compute_time:
                 tensors = (batch.input_ids, batch.attention_mask, batch.labels)
                 loss, router_loss = summed_losses(
@@ -139,8 +145,8 @@ class TrainLoop:
                 self.stopped = True
                 break
 
-    def batches(self) -> Any:
-        """This rank's micro-batches of the remaining updates."""
+    def micro_batches(self) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of the remaining updates, on the CPU."""
         plan = self.plan
         share = Share(
             self.ranks.rank // self.part.size,
@@ -151,9 +157,7 @@ class TrainLoop:
         updates = range(self.progress.update, plan.length.total_updates)
         store, first = self.train_store, self.progress.samples
         by_length = plan.training.job.data.group_by_length
-        return micro_batches(
-            store, order_of(plan, store), share, updates, first, self.ranks.device, by_length=by_length
-        )
+        return micro_batches(store, order_of(plan, store), share, updates, first, by_length=by_length)
 
     def loss_scale(self, batch: MicroBatch) -> float:
         """The factor from a micro-batch's summed loss to its share of the update's mean over all learned tokens.
@@ -190,6 +194,7 @@ class TrainLoop:
             lr=lr,
             grad_norm=norm,
             skipped=skipped,
+            data_seconds=self.batches.take_seconds(),
             router_loss=None if self.plan.training.model.router_loss_coefficient is None else self.router_loss,
             flops=update_flops(self.plan.training.model, batch.update_tokens, batch.update_pairs),
         )

@@ -148,9 +148,7 @@ def test_updates_weight_the_balance_loss_by_learned_tokens(job_dict: dict, tmp_p
     for update, line in enumerate(lines):
         loss = router = torch.zeros(())
         for rank in range(2):
-            here = micro_batches(
-                store, order, Share(rank, 2, 4, 2), range(update, update + 1), 16 * update, torch.device("cpu")
-            )
+            here = micro_batches(store, order, Share(rank, 2, 4, 2), range(update, update + 1), 16 * update)
             for batch in here:
                 own = plain(batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
                 share = (batch.labels[:, 1:] != IGNORED).sum() / batch.update_targets

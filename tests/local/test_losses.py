@@ -103,6 +103,7 @@ def test_zero_stages_make_the_updates_of_a_plain_loop(stage, accumulation, job_d
     np.testing.assert_allclose([line["lr"] for line in lines], plain["lr"], rtol=1e-12)
     np.testing.assert_allclose([line["loss"] for line in lines], plain["loss"], rtol=2e-5)
     np.testing.assert_allclose([line["grad_norm"] for line in lines], plain["grad_norm"], rtol=2e-4)
+    assert all(0 < line["data_seconds"] < line["step_seconds"] for line in lines)
     evaluations = [line["loss"] for line in run.evaluations()]
     np.testing.assert_allclose(evaluations, plain["eval"], rtol=2e-5)
     assert evaluations[-1] < evaluations[0]

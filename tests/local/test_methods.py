@@ -56,7 +56,7 @@ def an_engine(job_dict: dict, **sections: Any) -> tuple[Plan, Any]:
 def batches(plan: Plan, updates: range) -> Any:
     store = TokenStore(Path(plan.training.data.train.folder))
     order, share = SampleOrder(len(store), plan.job.train.seed), Share(0, 1, BATCH, 1)
-    return micro_batches(store, order, share, updates, updates.start * BATCH, torch.device("cpu"))
+    return micro_batches(store, order, share, updates, updates.start * BATCH)
 
 
 def trained(plan: Plan, engine: Any, updates: range = range(UPDATES)) -> list[float]:

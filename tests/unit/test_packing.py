@@ -156,7 +156,7 @@ def test_the_bins_of_an_update_do_not_depend_on_the_number_of_ranks(store: Token
         found: list[list[int]] = [[] for _ in range(3)]
         for rank in range(ranks):
             share = Share(rank, ranks, micro_batch, accumulation)
-            for batch in micro_batches(store, order, share, range(3), first, CPU):
+            for batch in micro_batches(store, order, share, range(3), first):
                 found[batch.update] += batch.labels[batch.labels != IGNORED].tolist()
         return [sorted(tokens) for tokens in found]
 
@@ -182,7 +182,7 @@ def test_grouping_by_length_changes_the_micro_batches_of_an_update_but_not_its_s
         found, computed = [[], [], []], 0  # type: list[list[int]], int
         for rank in range(ranks):
             share = Share(rank, ranks, 2, 8 // ranks)
-            for batch in micro_batches(store, order, share, range(3), 0, CPU, by_length=by_length):
+            for batch in micro_batches(store, order, share, range(3), 0, by_length=by_length):
                 found[batch.update] += batch.input_ids[:, 0].tolist()
                 computed += batch.input_ids.numel()
         return [sorted(sequences) for sequences in found], computed

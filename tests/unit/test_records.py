@@ -119,7 +119,7 @@ def test_manifest(run: RunDir) -> None:
 def test_metrics_and_evaluations(run: RunDir, router_loss: float | None) -> None:
     ranks: Any = SimpleNamespace(first=True, device=SimpleNamespace(type="cpu"))
     writer = MetricsWriter(run, ranks)
-    numbers = {"loss": math.nan, "lr": 1e-3, "grad_norm": None, "router_loss": router_loss}
+    numbers = {"loss": math.nan, "lr": 1e-3, "grad_norm": None, "router_loss": router_loss, "data_seconds": 0.0}
     writer.write(update=0, samples=8, tokens=64, skipped=False, **numbers)
     writer.write_evaluation(1, 2.5, math.inf, 64)
     (line,), (evaluation,) = run.metrics(), run.evaluations()

@@ -45,6 +45,7 @@ UPDATE: dict[str, Any] = {
     "lr": 1e-6,
     "grad_norm": 1.25,
     "skipped": False,
+    "data_seconds": 0.25,
 }
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import threading
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +21,7 @@ from launcher.records import RankReport
 from launcher.run_dir import RunDir
 from launcher.token_store import TokenStore, TokenWriter
 from launcher.worker.lr_check import OutOfSyncError
+from launcher.worker.prefetch import THREAD_NAME
 from launcher.worker.ranks import Ranks
 from launcher.worker.train import TrainLoop
 from tests.unit.inputs import data_facts, job_of, machine_facts, plan_of
@@ -38,6 +43,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             learned = [0, 1, *(int(rng.rand() < 0.5) for _ in range(length - 2))]
             writer.add([int(token) for token in rng.randint(1, VOCABULARY, length)], learned)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    """However training ends."""
+    yield
+    assert THREAD_NAME not in [thread.name for thread in threading.enumerate()]
 
 
 def plan_with(data: Path, **schedule: Any) -> Plan:
@@ -115,6 +127,7 @@ def test_the_loss_is_the_mean_over_the_learned_tokens_of_all_ranks_and_micro_bat
         assert sum(given) / len(given) == pytest.approx(line["loss"], rel=1e-6)
     assert [line["lr"] for line in found] == pytest.approx([1e-5, 2e-5, 3e-5, 3e-5, 3e-5], rel=1e-12)
     assert not any("router_loss" in line for line in found)
+    assert all(0 < line["data_seconds"] <= line["step_seconds"] for line in found)
     assert not first.training.stopped and not second.training.stopped
 
 
@@ -181,3 +194,15 @@ def test_a_rank_with_another_learning_rate_raises_before_its_update(
     assert type(error) is OutOfSyncError
     assert "rank 1 on h1" in str(error)
     assert "rank 0" not in str(error)
+
+
+def test_an_error_of_the_data_is_raised_in_training(tmp_path: Path, data: Path) -> None:
+    """The offsets lack the end of the last sequence, which the first three updates use."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(data, damaged)
+    os.truncate(damaged / "offsets.i64", 8 * SAMPLES)
+    for error in trained(tmp_path, plan_with(damaged)):
+        assert type(error) is IndexError
+        frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+        assert "train" in frames and frames[-1] == "lengths"
+    assert len(RunDir(tmp_path).metrics()) < 3
