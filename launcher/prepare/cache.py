@@ -60,17 +60,19 @@ def using(folders: Iterable[str]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for entry in {entry for folder in folders if (entry := _entry_of(Path(folder))) is not None}:
             with contextlib.suppress(OSError):  # a cache that cannot be written cannot be cleaned by this user either
-                _uses(entry).mkdir(parents=True, exist_ok=True)
+                # The cache is private, also if the run is for the group.
+                for folder in (_uses(entry).parent, _uses(entry)):
+                    folder.mkdir(mode=0o700, exist_ok=True)
                 lock = _uses(entry) / f"{uuid.uuid4().hex}.lock"
                 stack.callback(_end_use, lock)
                 stack.enter_context(hold(lock))
-                (_uses(entry) / _USED).touch()
+                (_uses(entry) / _USED).touch(mode=0o600)
         yield
 
 
 def _end_use(lock: Path) -> None:
     with contextlib.suppress(OSError):
-        (lock.parent / _USED).touch()
+        (lock.parent / _USED).touch(mode=0o600)
         lock.unlink(missing_ok=True)
 
 
