@@ -195,7 +195,8 @@ def test_a_login_node_sees_which_rank_on_the_second_node_raised(slurm: Slurm, sh
     assert state == "FAILED 1:0", output
     # Nothing of the cache is shared, so both hosts tokenised.
     assert "tokenising on h2 too" in output
-    assert [hosts.run(host, ["ls", "/tmp/cache"]).stdout.split() for host in ("h1", "h2")] == [["data", "models"]] * 2
+    caches = [hosts.run(host, ["ls", "/tmp/cache"]).stdout.split() for host in ("h1", "h2")]
+    assert caches == [["data", "models", "uses"], ["data", "models"]]
 
     (run,) = runs_of(shared)
     first = "rank 1 on node 1 (h2) failed first, with exit code 1: ValueError: a bad sample on this node"
