@@ -29,11 +29,20 @@ def _wait() -> None:
         time.sleep(0.02)
 
 
+def _complete_checkpoint(owner: object = None) -> None:
+    """Completes a checkpoint that is written in the background: ranks that wait would leave it pending."""
+    if isinstance(owner, train.TrainLoop):
+        owner.checkpoints.wait()
+    elif isinstance(owner, train.Checkpoints):
+        owner.wait()
+
+
 def _waiting(function: Callable[..., Any], when: Callable[..., bool] = lambda *_: True) -> Callable[..., Any]:
     """The function, before which the rank waits."""
 
     def wrapped(*arguments: Any, **named: Any) -> Any:
         if when(*arguments):
+            _complete_checkpoint(*arguments[:1])
             _wait()
         return function(*arguments, **named)
 
