@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from launcher.run_dir import RunDir
@@ -190,8 +191,15 @@ def kill_rank_twice(hosts: Hosts, host: str, run: RunDir, told: Any) -> None:
         wait_for(lambda attempt=attempt: run.attempt() == attempt and run.state()["state"] == "training", told)
         made = len(run.metrics())
         wait_for(lambda made=made: len(run.metrics()) >= made + 6, told)
-        [rank] = [process for process in hosts.processes(host) if "launcher.worker" in process.cmdline()]
+        # For a moment there may be two: a process that the rank forks has its command line until it calls exec.
+        wait_for(lambda: len(ranks_on(hosts, host)) == 1, lambda: f"{ranks_on(hosts, host)}\n{told()}", seconds=30)
+        [rank] = ranks_on(hosts, host)
         rank.send_signal(signal.SIGKILL)
+
+
+def ranks_on(hosts: Hosts, host: str) -> list[psutil.Process]:
+    """The processes of ranks on a host."""
+    return [process for process in hosts.processes(host) if "launcher.worker" in process.cmdline()]
 
 
 def seconds_between(first: str, last: str) -> float:

@@ -62,14 +62,15 @@ def is_fork_server(process: psutil.Process) -> bool:
 
 def test_forked_ranks_compute_what_fresh_ones_do_also_after_a_restart(job_dict: dict, tmp_path: Path) -> None:
     """To the last bit, with a rank that is killed in the middle of the forked run."""
-    job = merged(job_dict, train={"max_steps": 12, "restarts": 3}, checkpoint={"every": 4})
+    # Enough updates that the ranks are still there when the test looks at them.
+    job = merged(job_dict, train={"max_steps": 300, "eval_every": 100, "restarts": 3}, checkpoint={"every": 50})
     fresh = started(tmp_path / "fresh", merged(job, cluster={"warm_start": False}))
     fresh.wait_for(lambda: updates_made(fresh.folder) > 0)
     assert fork_servers(fresh) == []
     assert fresh.wait() == 0, fresh.output
 
     forked = started(tmp_path / "forked", job)
-    forked.wait_for(lambda: len(forked.ranks()) == 2 and updates_made(forked.folder) > 4)
+    forked.wait_for(lambda: len(forked.ranks()) == 2 and updates_made(forked.folder) > 60)
     (server,) = fork_servers(forked)
     first = forked.ranks()
     assert {rank.ppid() for rank in first.values()} == {server.pid}
