@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from statistics import median
 from typing import Any
 
 from memory import ENVIRONMENT, MIB, sampled
+from paired import measured, ratio_text
 
 KINDS = ("all logits", "chunked")
 UPDATES = 3
@@ -76,20 +75,10 @@ def compare(rounds: int, learned: float, rest: list[str]) -> None:
     for _ in range(rounds):
         for kind in KINDS:
             command = [sys.executable, __file__, *rest, "--learned", str(learned), "--kind", kind]
-            done = subprocess.run(
-                command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise SystemExit(done.stderr)
-            found[kind].append(json.loads(done.stdout.splitlines()[-1]))
+            found[kind].append(measured(command, ENVIRONMENT))
     for name, scale, target in (("peak", MIB, MEMORY_TARGET), ("seconds", 1, TIME_TARGET)):
         whole, chunked = ([each[name] for each in found[kind]] for kind in KINDS)
-        ratios = [b / a for a, b in zip(whole, chunked, strict=True)]
-        print(
-            f"learned {learned:g}  {name}: {median(whole) / scale:.4g} -> {median(chunked) / scale:.4g}, "
-            f"ratio {median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}), target {target:g}",
-            flush=True,
-        )
+        print(f"learned {learned:g}  {name}: {ratio_text(whole, chunked, scale)}, target {target:g}", flush=True)
 
 
 def main() -> None:

@@ -15,18 +15,16 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import os
-import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from memory import ENVIRONMENT, MIB, sampled
+from paired import measured, ratio_text
 
 KINDS = ("padded", "packed")
 SHAPE = {
@@ -119,23 +117,14 @@ def compare(rounds: int, folder: Path, rest: list[str]) -> None:
     for _ in range(rounds):
         for kind in KINDS:
             command = [sys.executable, __file__, *rest, "--kind", kind, "--store", str(folder)]
-            environment = {**os.environ, **ENVIRONMENT}
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise SystemExit(done.stderr)
-            found[kind].append(json.loads(done.stdout.splitlines()[-1]))
+            found[kind].append(measured(command, ENVIRONMENT))
     for name, words, scale, target in (
         ("useful", "useful part of the computed tokens", 1.0, "0.97 packed"),
         ("speed", "useful tokens per second", 1.0, f"ratio at least {SPEED_TARGET:g}"),
         ("peak", "peak MiB", MIB, f"ratio at most {MEMORY_TARGET:g}"),
     ):
         padded, packed = ([each[name] for each in found[kind]] for kind in KINDS)
-        ratios = [b / a for a, b in zip(padded, packed, strict=True)]
-        print(
-            f"{words}: {median(padded) / scale:.4g} -> {median(packed) / scale:.4g}, "
-            f"ratio {median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}), target: {target}",
-            flush=True,
-        )
+        print(f"{words}: {ratio_text(padded, packed, scale)}, target: {target}", flush=True)
 
 
 def main() -> None:

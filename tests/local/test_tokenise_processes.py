@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
 import os
@@ -24,6 +23,7 @@ from launcher.plan.facts import DataFacts
 from launcher.prepare import part_processes, row_parts
 from launcher.prepare.sources import DataSource
 from launcher.prepare.tokenise import TextRequest, tokenise
+from tests.local.test_prepare import as_csv
 from tests.time_limit import TIME_LIMIT_SECONDS
 from tests.tiny_models import make_tiny_tokenizer
 
@@ -62,13 +62,6 @@ def as_gzip(file: Path, rows: RowList) -> None:
 
 def as_array(file: Path, rows: RowList) -> None:
     file.write_text(json.dumps(rows, indent=1))
-
-
-def as_csv(file: Path, rows: RowList) -> None:
-    with file.open("w", newline="") as opened:
-        writer = csv.DictWriter(opened, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def as_parquet(file: Path, rows: RowList) -> None:
